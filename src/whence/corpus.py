@@ -1,0 +1,262 @@
+"""Rows of text from files and data sets, each with an id.
+
+A corpus is an ordered collection that can be read again: jsonl, csv and Parquet files (compressed or not, local or
+at any fsspec address), a directory of them in the order of their names, a data set of the Hugging Face Hub (by name,
+`name:split`), a `save_to_disk` directory, or rows in memory. Reading streams; nothing is held but the current row.
+
+A row needs one of four layouts, looked for in this order: `messages`; `prompt` and `completion`; `instruction` (and
+`input`) and `output`; `text`. (An Alpaca row often carries a rendered `text` beside its parts: the parts win, since
+only they say which tokens were supervised.) Other columns travel along.
+
+What it does not do: tokenise. That is `tokens`.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from whence.errors import CorpusError
+
+Row = dict[str, Any]
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a corpus."""
+
+    id: str
+    """The row's own `id`, else a hash of its content and its number, so that two identical rows stay two."""
+    source: str | None
+    """The row's `source`, where it has one."""
+    row: Row
+    """The row as it was read."""
+
+
+class Corpus:
+    """An ordered, re-readable collection of examples.
+
+    Args:
+        origin: What the rows are read from; see `open_corpus`.
+        first_number: Number of the first row, which enters the ids that are made from content: rows that join an
+            index continue its numbers.
+    """
+
+    def __init__(self, origin: "str | Path | list[Row]", *, first_number: int = 0):
+        self.origin = origin
+        self.first_number = first_number
+
+    @property
+    def name(self) -> str:
+        """What to call the corpus in messages and manifests."""
+        return f"{len(self.origin)} rows in memory" if isinstance(self.origin, list) else str(self.origin)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield every row as an example.
+
+        Raises:
+            CorpusError: The corpus does not exist, holds no row, or a row cannot be read.
+        """
+        count = 0
+        for number, (where, row) in enumerate(_rows(self.origin), start=self.first_number):
+            layout(row, where)
+            yield _example(row, number)
+            count += 1
+        if not count:
+            raise CorpusError(f"{self.name}: no rows. A corpus needs at least one.")
+
+
+def open_corpus(origin: "str | Path | Corpus | Iterable[Row]", *, first_number: int = 0) -> Corpus:
+    """Corpus of a path, a data set's name, or rows in memory.
+
+    >>> [example.id for example in open_corpus([{"text": "a", "id": 7}])]
+    ['7']
+    """
+    if isinstance(origin, Corpus):
+        return Corpus(origin.origin, first_number=first_number)
+    if isinstance(origin, str | Path):
+        return Corpus(origin, first_number=first_number)
+    return Corpus(list(origin), first_number=first_number)
+
+
+def layout(row: Row, where: str = "row") -> str:
+    """Name of the first of `LAYOUTS` whose columns a row has.
+
+    Raises:
+        CorpusError: It has none of them; the message lists the columns that it has.
+    """
+    for name, columns in LAYOUTS.items():
+        if all(column in row for column in columns):
+            return name
+    have = ", ".join(map(str, row)) or "none"
+    raise CorpusError(
+        f"{where}: columns are {have}; a row needs `text`, or `prompt` and `completion`, "
+        "or `instruction` and `output`, or `messages`."
+    )
+
+
+def row_json(row: Row) -> str:
+    """One row as JSON text, the same for the same row; what is not JSON (a date) becomes a string."""
+    return json.dumps(row, default=str)
+
+
+def _example(row: Row, number: int) -> Example:
+    own, source = row.get("id"), row.get("source")
+    if own is None or own == "":
+        own = f"{hashlib.sha256(row_json(row).encode()).hexdigest()[:12]}-{number}"
+    return Example(id=str(own), source=None if source is None else str(source), row=row)
+
+
+def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
+    if isinstance(origin, list):
+        return ((f"row {number}", row) for number, row in enumerate(origin))
+    address = str(origin)
+    files, root = fsspec.url_to_fs(address)
+    if files.isfile(root):
+        return _file_rows(files, root)
+    if files.isdir(root):
+        return _directory_rows(files, root)
+    if "://" in address or _has_suffix(address, SUFFIXES) or address.startswith((".", "/", "~")):
+        raise CorpusError(f"{address}: no such file or directory. A corpus is {_KINDS}.")
+    return _hub_rows(address)
+
+
+_KINDS = f"a file ({' '.join(SUFFIXES)}), a directory of them, or the name of a Hugging Face data set"
+
+
+def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
+    for ending in COMPRESSED:
+        path = path.removesuffix(ending)
+    return path.endswith(suffixes)
+
+
+def _directory_rows(files: Any, root: str) -> Iterator[tuple[str, Row]]:
+    if any(files.exists(f"{root}/{name}") for name in ("dataset_info.json", "dataset_dict.json")):
+        return _saved_rows(root)
+    found = sorted(path for path in files.find(root) if _has_suffix(path, SUFFIXES))
+    if not found:
+        raise CorpusError(f"{root}: no corpus file in this directory. A corpus is {_KINDS}.")
+    return itertools.chain.from_iterable(_file_rows(files, path) for path in found)
+
+
+def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
+    if _has_suffix(path, (".parquet",)):
+        yield from _parquet_rows(files, path)
+        return
+    if not _has_suffix(path, SUFFIXES):
+        raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {_KINDS}.")
+    with files.open(path, "rb", compression="infer") as stream:
+        if _has_suffix(path, (".csv", ".tsv")):
+            yield from _csv_rows(stream, path)
+        elif _has_suffix(path, (".json",)) and _starts_with_bracket(files, path):
+            yield from _array_rows(stream, path)
+        else:
+            yield from _json_rows(stream, path)
+
+
+def _starts_with_bracket(files: Any, path: str) -> bool:
+    with files.open(path, "rb", compression="infer") as stream:
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _json_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(stream, start=1):
+        text = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if text:
+            where = f"{path}:{number}"
+            yield where, _parsed(text, where)
+
+
+def _parsed(text: bytes, where: str) -> Row:
+    try:
+        row = json.loads(text)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
+        raise CorpusError(f"{where}: not a line of JSON: {error}. One object a line is expected.") from None
+    if not isinstance(row, dict):
+        raise CorpusError(f"{where}: a JSON {type(row).__name__}; one object a line is expected.")
+    return row
+
+
+def _array_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.load(stream)
+    except ValueError as error:
+        raise CorpusError(f"{path}: not a JSON array: {error}.") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise CorpusError(f"{path}: element {number} is a JSON {type(row).__name__}; objects are expected.")
+        yield f"{path}[{number}]", row
+
+
+def _csv_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
+    import io
+
+    csv.field_size_limit(2**30)  # the default refuses cells over 128 KiB, and a row of text may well be longer
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, delimiter="\t" if _has_suffix(path, (".tsv",)) else ",")
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise CorpusError(f"{where}: more cells than the header has columns.")
+            yield where, dict(row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}:{reader.line_num + 1}: not readable as csv: {error}.") from None
+
+
+def _parquet_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with files.open(path, "rb") as stream:
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield f"{path}[{number}]", row
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise CorpusError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _saved_rows(root: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    data = datasets.load_from_disk(root)
+    if isinstance(data, datasets.DatasetDict):
+        if "train" not in data and len(data) > 1:
+            raise CorpusError(f"{root}: splits are {', '.join(data)}; name one: {root}/{next(iter(data))}")
+        data = data["train"] if "train" in data else next(iter(data.values()))
+    for number, row in enumerate(data):
+        yield f"{root}[{number}]", dict(row)
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        data = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorpusError(
+            f"{name}: no such file or directory here, and no data set of that name could be read from the "
+            f"Hugging Face Hub ({reason}). A corpus is {_KINDS}."
+        ) from None
+    for number, row in enumerate(data):
+        yield f"{name}[{number}]", dict(row)

@@ -1,0 +1,59 @@
+"""Every error raised on purpose.
+
+A message says what was found, what was expected, where, and the command that mends it. The command line prints
+it as one line and exits with `exit_code`: 2 where the user's word or file is at fault, 1 where the work failed.
+"""
+
+
+class WhenceError(Exception):
+    """Base of every error that Whence raises on purpose."""
+
+    exit_code = 2
+
+
+class SettingError(WhenceError):
+    """A flag or argument has a value that cannot work."""
+
+
+class CorpusError(WhenceError):
+    """A corpus cannot be read: no such file, a bad line, missing columns, no rows, an id given twice."""
+
+
+class ModelError(WhenceError):
+    """A model, adapter or tokenizer cannot be loaded, or the two do not belong together."""
+
+
+class UnknownNameError(WhenceError):
+    """A method, projection or codec has no such name."""
+
+
+class MissingIndexError(WhenceError):
+    """There is no index at this path, or it is not complete."""
+
+
+class ManifestMismatchError(WhenceError):
+    """Two things were made with different settings: an index and a build, a query or a model."""
+
+
+class FormatVersionError(WhenceError):
+    """An index was written by a newer Whence, in a format that this one does not know."""
+
+
+class MissingExtraError(WhenceError):
+    """An optional package is not installed."""
+
+
+class StorageError(WhenceError):
+    """A file cannot be written: full disk, no permission."""
+
+
+class ChecksumError(WhenceError):
+    """A file of an index does not have the bytes that were written."""
+
+    exit_code = 1
+
+
+class JobError(WhenceError):
+    """A job failed, after its retries."""
+
+    exit_code = 1

@@ -1,0 +1,332 @@
+"""Per-example gradients from one ordinary backward pass over a padded batch.
+
+A linear layer's gradient for one example is `sum over t of g_t a_t^T` (o x i): `a` its inputs, `g` the loss gradient
+at its outputs. `Tap` hands both to a `consume` function as the backward pass reaches the layer, where they are
+projected, summed or compared, and freed. All weights are frozen, so that no weight gradient is computed; the graph
+begins at the first traced layer's output, so that nothing below it is differentiated either.
+
+Logits and loss are computed only at positions that predict a supervised token, in chunks that bound the memory of
+the vocabulary-sized arrays. The head is whatever the model does between its decoder's states and its logits (scaling,
+soft caps): the decoder is replaced for a moment by a stub that returns the chunk, and the model's own forward runs.
+
+The loss of an example is the mean or the sum over its supervised tokens, in nats; examples never mix. Sums are in
+fp32 whatever the model's dtype.
+
+Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+from whence.errors import ModelError
+from whence.interfaces import Projection
+from whence.model import LoadedModel, layer_shape
+from whence.tokens import Batch
+
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Elements of one chunk of logits [s v]; about five fp32 arrays of this size live at once."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one traced layer saw in the backward pass, for some examples of the batch."""
+
+    layer: str
+    a: Float32[Tensor, "b t i"]
+    """Inputs."""
+    g: Float32[Tensor, "b t o"]
+    """Loss gradient at the outputs; 0 at padding."""
+    rows: Int64[Tensor, " b"] | None
+    """Which examples of the batch these are; None for all, in order. The output head comes in several parts."""
+
+
+Consume = Callable[[Captured], None]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Loss of a batch, by example and by token."""
+
+    loss: Float32[Tensor, " b"]
+    """Nats, mean or sum over the example's supervised tokens; 0 where there is none."""
+    nll: Float32[Tensor, "b t"]
+    """Nats of each supervised token, -log p(token | what is before it); 0 elsewhere."""
+
+
+def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float[Tensor, "b o i"]:
+    """Gradient of each example with respect to the layer's weight, materialised: `sum over t of g_t a_t^T`."""
+    return torch.bmm(g.transpose(1, 2), a)
+
+
+def squared_norms(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, " b"]:
+    """Squared Frobenius norm of each example's gradient.
+
+    By the Gram identity, `sum over s, t of (a_s . a_t)(g_s . g_t)`, where t (i + o) is less than i o, else from the
+    gradient itself.
+    """
+    tokens, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
+    if _gram_is_cheaper(tokens, tokens, inputs, outputs):
+        return (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2), dtype=torch.float32)
+    return example_gradients(a, g).square().sum((1, 2), dtype=torch.float32)
+
+
+def inner_products(
+    a: Float[Tensor, "b t i"],
+    g: Float[Tensor, "b t o"],
+    query_a: Float[Tensor, "q r i"],
+    query_g: Float[Tensor, "q r o"],
+) -> Float32[Tensor, "q b"]:
+    """Inner product of each query's gradient with each example's, for one layer, exact.
+
+    By the Gram identity, `sum over r, t of (a_r . a_t)(g_r . g_t)`, where that is cheaper, else from the queries'
+    gradients: `sum over t of g_t^T G a_t`.
+    """
+    if _gram_is_cheaper(a.shape[1], query_a.shape[1], a.shape[2], g.shape[2]):
+        pairs = torch.einsum("qri,bti->qbrt", query_a, a) * torch.einsum("qro,bto->qbrt", query_g, g)
+        return pairs.sum((2, 3), dtype=torch.float32)
+    return example_gradients(query_a, query_g).flatten(1) @ example_gradients(a, g).flatten(1).T
+
+
+def _gram_is_cheaper(tokens: int, query_tokens: int, inputs: int, outputs: int) -> bool:
+    """Multiplications a pair: t r (i + o) for Gram; t i o + r i o to form both gradients, i o to compare them."""
+    gram = tokens * query_tokens * (inputs + outputs)
+    return gram < (tokens + query_tokens + 1) * inputs * outputs
+
+
+class Tap(torch.autograd.Function):
+    """Identity on a layer's output that remembers the input and hands `(a, g)` over on the way back.
+
+    The input is kept with `save_for_backward`, not in a closure, so that gradient checkpointing can drop and
+    recompute it like any other activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, a: Tensor, hand_over: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Keep the input; return the output as it is."""
+        ctx.save_for_backward(a)
+        ctx.hand_over = hand_over
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Hand `(a, g)` over; pass the gradient on."""
+        ctx.hand_over(ctx.saved_tensors[0], gradients[0])
+        return gradients[0], None, None
+
+
+@dataclass
+class _Pass:
+    """One forward and backward pass: which examples the positions now in flight belong to."""
+
+    batch_shape: tuple[int, int]
+    consume: Consume
+    owners: Int64[Tensor, " s"] | None = None
+    """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
+
+    def hook(self, name: str) -> Callable[..., Tensor]:
+        """Forward hook that taps one layer."""
+
+        def tap(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return out
+            if not out.requires_grad:
+                out.requires_grad_()
+            owners = self.owners
+            return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners))  # type: ignore[return-value]
+
+        return tap
+
+    @torch.no_grad()
+    def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
+        a, g = a.float(), g.float()
+        if owners is not None:
+            rows, a, g = _by_example(a.flatten(0, -2), g.flatten(0, -2), owners)
+            self.consume(Captured(name, a, g, rows))
+            return
+        b, t = self.batch_shape
+        if a.shape[:-1].numel() != b * t:
+            raise ModelError(
+                f"layer {name} is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}, so its "
+                "inputs cannot be told apart by example. Leave it out with --layers."
+            )
+        self.consume(Captured(name, a.reshape(b, t, -1), g.reshape(b, t, -1), None))
+
+
+def _by_example(a: Tensor, g: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions in a row [s ...], sorted by owner, to padded examples [b t ...]; and which examples they are."""
+    rows, index, counts = torch.unique_consecutive(owners, return_inverse=True, return_counts=True)
+    place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[index]
+    shape = (len(rows), int(counts.max()))
+    padded_a, padded_g = a.new_zeros(*shape, a.shape[-1]), g.new_zeros(*shape, g.shape[-1])
+    padded_a[index, place], padded_g[index, place] = a, g
+    return rows, padded_a, padded_g
+
+
+def backward(
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    consume: Consume,
+    *,
+    reduction: str = "mean",
+    gradient_checkpointing: bool = False,
+) -> TokenLosses:
+    """Run one batch forward and backward, handing every traced layer's `(a, g)` to `consume`.
+
+    Args:
+        model: Frozen, in evaluation mode.
+        layers: Traced layers by name; see `LoadedModel.layers`.
+        batch: On any device.
+        consume: Called once a layer (the output head: once a chunk), from the last layer to the first.
+        reduction: "mean" over each example's own supervised tokens, or "sum".
+        gradient_checkpointing: Recompute activations instead of keeping them.
+
+    Returns:
+        The losses whose gradients were taken.
+    """
+    batch = batch.to(model.device)
+    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume)
+    hooks = [layer.register_forward_hook(state.hook(name)) for name, layer in layers.items()]
+    try:
+        with model.gradient_checkpointing() if gradient_checkpointing else nullcontext(), torch.enable_grad():
+            return _losses(model, batch, reduction, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -> TokenLosses:
+    """Losses of a batch, without gradients."""
+    batch = batch.to(model.device)
+    return _losses(model, batch, reduction, None)
+
+
+def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None) -> TokenLosses:
+    states, head = model.decode(batch.ids, batch.mask)
+    owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
+    targets = batch.ids[owners, positions + 1]
+    counts = batch.supervised.sum(1)
+    weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
+    gathered = states[owners.to(states.device), positions.to(states.device)]
+    leaf = gathered.detach().requires_grad_(state is not None)
+    nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
+    for part in _chunks(model, len(owners)):
+        if state is not None:
+            state.owners = owners[part]
+        logits = head(leaf[part]).float()
+        loss = F.cross_entropy(logits, targets[part].to(logits.device), reduction="none")
+        if state is not None:
+            (loss * weights[part].to(loss)).sum().backward()
+            state.owners = None
+        nll[owners[part], positions[part] + 1] = loss.detach().to(nll)
+        del logits, loss
+    if gathered.requires_grad and len(owners):
+        gathered.backward(leaf.grad)
+    total = nll.sum(1)
+    return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
+
+
+def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
+    vocabulary = model.base.get_output_embeddings().weight.shape[0]
+    size = max(16, LOGITS_PER_CHUNK.get(model.device.type, 2**22) // vocabulary)
+    return (slice(start, start + size) for start in range(0, positions, size))
+
+
+@dataclass
+class Sketches:
+    """Consumes a backward pass into one row of `projection.width` numbers an example."""
+
+    projection: Projection
+    rows: Float32[Tensor, "b k"] = field(init=False)
+    size: int
+    device: torch.device
+
+    def __post_init__(self):
+        self.rows = torch.zeros(self.size, self.projection.width, device=self.device)
+
+    def __call__(self, seen: Captured) -> None:
+        """Add one layer's block."""
+        block = self.projection(seen.a, seen.g, layer=seen.layer).to(self.device)
+        columns = self.rows[:, self.projection.columns(seen.layer)]
+        if seen.rows is None:
+            columns += block
+        else:
+            columns.index_add_(0, seen.rows.to(self.device), block)
+
+
+@dataclass
+class Materialised:
+    """Consumes a backward pass into every example's gradient, layer by layer: exact, and as large as the model."""
+
+    layers: dict[str, Float32[Tensor, "b o i"]]
+    """Zeros to begin with, on the CPU; a layer that the loss does not reach stays so."""
+
+    def __call__(self, seen: Captured) -> None:
+        """Add one layer's gradients."""
+        held = self.layers[seen.layer]
+        rows = torch.arange(len(held)) if seen.rows is None else seen.rows.cpu()
+        held.index_add_(0, rows, example_gradients(seen.a, seen.g).cpu())
+
+
+@dataclass
+class Norms:
+    """Consumes a backward pass into every example's exact squared gradient norm."""
+
+    squared: Float32[Tensor, " b"]
+    seen: set[str] = field(default_factory=set)
+
+    def __call__(self, seen: Captured) -> None:
+        """Add one layer's squared norms."""
+        if seen.layer in self.seen:
+            raise ModelError(f"layer {seen.layer} runs in several parts: the squares of its parts do not add up")
+        self.seen.add(seen.layer)
+        self.squared += squared_norms(seen.a, seen.g).to(self.squared)
+
+
+def sketch(
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    projection: Projection,
+    *,
+    reduction: str = "mean",
+    gradient_checkpointing: bool = False,
+) -> tuple[Float32[Tensor, "b k"], TokenLosses]:
+    """Projected gradients of a batch, and its losses.
+
+    Returns:
+        The sketches of the gradient of each example's own loss (nats, by `reduction`) with respect to the traced
+        weights, on the model's device; and the losses.
+    """
+    rows = Sketches(projection, len(batch.ids), model.device)
+    losses = backward(
+        model, layers, batch, rows, reduction=reduction, gradient_checkpointing=gradient_checkpointing
+    )
+    return rows.rows, losses
+
+
+def gradients(
+    model: LoadedModel, layers: Mapping[str, nn.Module], batch: Batch, *, reduction: str = "mean"
+) -> tuple[dict[str, Float32[Tensor, "b o i"]], TokenLosses]:
+    """Exact gradients of a batch by layer, unprojected, and its losses."""
+    b = len(batch.ids)
+    held = Materialised({name: torch.zeros(b, *layer_shape(layer)) for name, layer in layers.items()})
+    losses = backward(model, layers, batch, held, reduction=reduction)
+    return held.layers, losses
+
+
+def gradient_norms(
+    model: LoadedModel, layers: Mapping[str, nn.Module], batch: Batch, *, reduction: str = "mean"
+) -> tuple[Float32[Tensor, " b"], TokenLosses]:
+    """Exact norm of each example's gradient over the traced layers, and the losses."""
+    norms = Norms(torch.zeros(len(batch.ids), device=model.device))
+    losses = backward(model, layers, batch, norms, reduction=reduction)
+    return norms.squared.sqrt(), losses

@@ -1,0 +1,368 @@
+"""Load a causal language model, its LoRA adapter and its tokenizer, and choose the layers to trace.
+
+The weights are frozen on loading: Whence never needs a weight's gradient, only the pair `(a, g)` of each traced
+layer, and leaving the weight products out is what makes an index cheaper than a training step.
+
+Traced by default: with a LoRA adapter, its A and B; without, every linear layer of the blocks (`nn.Linear` and the
+`Conv1D` of GPT-2), but not the output head, whose gradient is as large as the vocabulary; `--layers` takes it in.
+Embeddings, norms, biases and experts fused into one three-dimensional parameter are not linear layers and are left
+out; `traced_fraction` says how much of the model that leaves.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whence.errors import ModelError, SettingError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen causal language model in evaluation mode (no dropout), with its tokenizer."""
+
+    model: nn.Module
+    """As loaded, with its adapter if there is one."""
+    tokenizer: Any
+    path: str
+    """Directory or Hub name it came from."""
+    has_adapter: bool = False
+
+    @property
+    def base(self) -> Any:
+        """The transformers model itself, inside the adapter's wrapper."""
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.base.get_input_embeddings().weight.device
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model takes, in tokens, where its configuration says."""
+        config = self.base.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(length := getattr(config, name, None), int):
+                return length
+        return None
+
+    def layers(self, pattern: str | None = None) -> dict[str, nn.Module]:
+        """Traced layers by name, in the model's own order.
+
+        Args:
+            pattern: Shell-style patterns of names, with commas between; None chooses as the module's text says.
+
+        Raises:
+            SettingError: A pattern matches no linear layer.
+        """
+        found = dict(_linear_layers(self.base))
+        if pattern is not None:
+            return _matching(found, pattern)
+        if self.has_adapter:
+            return {name: layer for name, layer in found.items() if ".lora_A." in name or ".lora_B." in name}
+        head = self.base.get_output_embeddings()
+        return {name: layer for name, layer in found.items() if layer is not head}
+
+    def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
+        """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
+        names = [name for name, _ in self.model.named_parameters() if not self.has_adapter or "lora_" in name]
+        total = sum(self.model.get_parameter(name).numel() for name in names)
+        return sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[union-attr]
+
+    def decode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Last hidden states [b t d] of token ids [b t], and the function from states [s d] to logits [s v].
+
+        The function is whatever the model's own forward does after its decoder (scaling, soft caps): it runs that
+        forward with the decoder replaced by a stub that returns the states.
+
+        Raises:
+            ModelError: The model has no decoder apart from itself.
+        """
+        base = self.base
+        decoder = base.get_decoder()
+        if decoder is None or decoder is base:
+            raise ModelError(f"{self.path}: a {type(base).__name__} has no decoder that Whence can find")
+        out = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+
+        def head(states: Tensor) -> Tensor:
+            with _returning(decoder, states[None]):
+                return base(input_ids=ids[:1, :1], use_cache=False).logits[0]
+
+        return out[0], head
+
+    @contextmanager
+    def gradient_checkpointing(self) -> Iterator[None]:
+        """Recompute activations in the backward pass instead of keeping them: less memory, a third more time.
+
+        transformers checkpoints only blocks in training mode. The blocks alone are put there, not the attention
+        and dropout modules inside them, so dropout stays off.
+        """
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]
+        for block in blocks:
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+            self.base.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _returning(decoder: Any, states: Tensor) -> Iterator[None]:
+    """A decoder that returns `states` whatever it is asked."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    before = decoder.__dict__.get("forward")  # accelerate sets one on the instance when it spreads a model
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if before is None:
+            del decoder.forward
+        else:
+            decoder.forward = before
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """`(o, i)` of a linear layer; `Conv1D` keeps its weight as `[i, o]`."""
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model directory, an adapter directory, or a Hub name.
+
+    Args:
+        path: Directory of a model or of a peft adapter (its base is loaded first), or a name on the Hub.
+        tokenizer: Where to find the tokenizer, if not at `path`.
+        dtype: One of `DTYPES`; None keeps the dtype that the weights are stored in.
+        device: "cpu", "cuda", ...; None takes a GPU where there is one.
+        device_map: "auto" spreads a large model over all devices (accelerate).
+        trust_remote_code: Let a model repository run its own Python code.
+
+    Raises:
+        ModelError: Nothing loadable there, a weight file is corrupt or lacks weights, or the tokenizer's ids do not
+            fit the model's embedding.
+        SettingError: No such dtype or device.
+    """
+    import transformers
+
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    where = _located(path)
+    adapter = _adapter_config(where)
+    source = adapter["base_model_name_or_path"] if adapter else where
+    options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options |= {"device_map": device_map} if device_map else {}
+    for directory in {where, source}:
+        _check_files(directory)
+    with _loading(source), _quiet(transformers):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    _refuse_missing(report, source)
+    if adapter:
+        model = _adapted(model, where)
+    words = _load_tokenizer(tokenizer or where, source, trust_remote_code)
+    _check_tokenizer(words, model, str(tokenizer or where), source)
+    if not device_map:
+        model = model.to(_device(device))
+    model.requires_grad_(False).eval()
+    if next(model.parameters()).dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
+        logger.warning("%s is in 16 bits; on a CPU --dtype float32 is several times faster", path)
+    return LoadedModel(model=model, tokenizer=words, path=str(path), has_adapter=adapter is not None)
+
+
+def directory_digest(path: str | Path) -> str:
+    """sha256 over the weight files of a model or adapter directory (names and bytes), and of an adapter's base."""
+    where = _located(path)
+    digest = hashlib.sha256()
+    for file in sorted(Path(where).glob("*.safetensors")):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if adapter := _adapter_config(where):
+        digest.update(directory_digest(adapter["base_model_name_or_path"]).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of what decides an example's ids: the vocabulary, the merges and rules, the chat template."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    if tokenizer.is_fast:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((tokenizer.chat_template, tokenizer.eos_token_id)).encode())
+    return digest.hexdigest()
+
+
+def _located(path: str | Path) -> str:
+    """Local directory of a model: the path itself, or where the Hub's files are kept."""
+    if Path(path).is_dir():
+        return str(path)
+    if Path(path).exists() or str(path).startswith((".", "/", "~")):
+        raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
+    import huggingface_hub
+
+    kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return huggingface_hub.snapshot_download(str(path), allow_patterns=kinds)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path}: no such directory, and the Hugging Face Hub has no model of that name that can be "
+            f"read from here ({reason})."
+        ) from None
+
+
+def _adapter_config(directory: str) -> dict[str, Any] | None:
+    import json
+
+    file = Path(directory) / "adapter_config.json"
+    if not file.exists():
+        return None
+    config = json.loads(file.read_text())
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{file}: a {config.get('peft_type')} adapter; Whence reads LoRA adapters.")
+    return config
+
+
+def _adapted(model: Any, directory: str) -> Any:
+    import peft
+
+    with _loading(directory):
+        return peft.PeftModel.from_pretrained(model, directory)
+
+
+def _check_files(directory: str) -> None:
+    """Name a weight file that is cut or garbled before transformers meets it somewhere inside."""
+    import safetensors
+
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                opened.keys()
+        except safetensors.SafetensorError as error:
+            raise ModelError(f"{file}: not a readable safetensors file ({error}). Copy it again.") from None
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    import safetensors
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path}: not loadable as a causal language model ({reason})") from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' own bar and loading report on stderr: what matters of it is checked and raised."""
+    level = transformers.logging.get_verbosity()
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+def _refuse_missing(report: dict[str, Any], path: str) -> None:
+    """transformers fills weights that a file lacks with random numbers; gradients through those mean nothing."""
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(item[0]) for item in report.get("mismatched_keys") or ())
+    if missing or mismatched:
+        found = ", ".join((missing + mismatched)[:3])
+        raise ModelError(
+            f"{path}: {len(missing)} weights are missing from its files and {len(mismatched)} have another shape "
+            f"(first: {found}). The directory is not a complete causal language model."
+        )
+
+
+def _load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))
+    source = str(path) if has_own or not Path(path).is_dir() else _tokenizer_above(Path(path), fallback)
+    with _loading_tokenizer(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    tokenizer.model_max_length = 10**30  # Whence truncates by itself; this silences the warning about long rows
+    return tokenizer
+
+
+@contextmanager
+def _loading_tokenizer(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source}: no loadable tokenizer ({reason}). Name one with --tokenizer.") from error
+
+
+def _tokenizer_above(directory: Path, fallback: str) -> str:
+    """A Trainer without `processing_class` saves its tokenizer, if at all, beside its checkpoints."""
+    parent = directory.parent
+    return str(parent) if directory.name.startswith("checkpoint-") and any(parent.glob("tokenizer*")) else fallback
+
+
+def _check_tokenizer(tokenizer: Any, model: Any, words: str, weights: str) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {words} has ids up to {largest}, but the embedding of {weights} has {rows} rows: "
+            "they do not belong together. Name the right one with --tokenizer."
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor):
+            yield name, module
+
+
+def _matching(found: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    patterns = [part.strip() for part in pattern.split(",")]
+    for part in patterns:
+        if not fnmatch.filter(found, part):
+            near = difflib.get_close_matches(part, found, n=3, cutoff=0.3) or list(found)[:3]
+            raise SettingError(f"--layers {part}: no linear layer has such a name. Near: {', '.join(near)}")
+    return {name: layer for name, layer in found.items() if any(fnmatch.fnmatch(name, part) for part in patterns)}

@@ -1,0 +1,61 @@
+"""CountSketch by shifted folds: a hashed sketch without a scatter.
+
+The layer's flattened gradient is cut into pieces of k entries; each piece, multiplied by random signs, is rotated by
+a random offset and added to the k bins: `h(e) = (e mod k + offset[e div k]) mod k`. Two entries of different pieces
+meet with probability exactly 1/k, two of one piece never, and the signs are independent, so inner products are
+unbiased over seeds and their variance, which depends on those probabilities alone, is at most that of fully random
+bins: (|x|^2 |y|^2 + <x, y>^2) / k. Given one seed, entries that lie at the same distance meet together, so a single
+draw can be unluckier than random bins for a gradient with that period. Layers are added.
+
+Cost: t d for the gradient and d contiguous additions a layer; on a CPU about a third of `index_add_`.
+Source: Weinberger et al. 2009, Feature Hashing, https://arxiv.org/abs/0902.2206, with this choice of hash.
+"""
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from whence.gradients import example_gradients
+from whence.interfaces import Shapes
+from whence.numerics import generator, signs
+
+
+class CountSketch:
+    """`width` numbers in all, 8,192 unless told."""
+
+    def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
+        self.width = 8192 if width is None else width
+        self.seed = seed
+        self._hashes: dict[tuple[str, torch.device], tuple[list[int], Tensor]] = {}
+
+    def columns(self, layer: str) -> slice:
+        """All of them."""
+        return slice(0, self.width)
+
+    def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
+        """Rotated, signed sums of the layer's gradient."""
+        flat = example_gradients(a, g).flatten(1)
+        offsets, sign = self._hash(layer, flat)
+        out = flat.new_zeros(len(flat), self.width)
+        for number, offset in enumerate(offsets):
+            start = number * self.width
+            first = min(self.width - offset, flat.shape[1] - start)  # entries before the rotation wraps round
+            self._add(out[:, offset : offset + first], flat, sign, start)
+            rest = min(self.width, flat.shape[1] - start) - first
+            self._add(out[:, :rest], flat, sign, start + first)
+        return out
+
+    @staticmethod
+    def _add(out: Tensor, flat: Tensor, sign: Int8[Tensor, " d"], start: int) -> None:
+        stop = start + out.shape[1]
+        if stop > start:
+            out.addcmul_(flat[:, start:stop], sign[start:stop].to(flat))
+
+    def _hash(self, layer: str, flat: Tensor) -> tuple[list[int], Tensor]:
+        key = (layer, flat.device)
+        if key not in self._hashes:
+            rng, d = generator(self.seed, "count_sketch", layer), flat.shape[1]
+            pieces = -(-d // self.width)
+            offsets = torch.randint(self.width, (pieces,), generator=rng).tolist()
+            self._hashes[key] = (offsets, signs(d, rng).to(flat.device))
+        return self._hashes[key]

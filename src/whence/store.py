@@ -1,0 +1,381 @@
+"""The index on disk: manifest, corpus parts, shards; atomic commit, resume, verify, repair, append.
+
+    INDEX/manifest.json                           what the index is and what is in it, with checksums
+    INDEX/corpus/part-00000.parquet               the rows it can show (zstd)
+    INDEX/checkpoint-000/shard-00000.safetensors  the vectors of part 0's rows under checkpoint 0 (`shards`)
+
+Part p and shard p of every checkpoint hold the same rows. A file is listed in the manifest only after it is
+whole under its name, so that a kill at any moment loses at most the files in flight, and the same build
+resumed ends with the same bytes: nothing here depends on time, process or order. Settings are opaque to the
+store.
+"""
+
+import bisect
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence import scan
+from whence.codecs import Codec, codec
+from whence.errors import ChecksumError, MissingIndexError, SettingError
+from whence.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
+from whence.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
+from whence.storage import TEMPORARY, Place
+
+_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what the manifest says."""
+
+    file: str
+    what: str
+    """Such as "wrong checksum"."""
+
+    entry: PartEntry | ShardEntry | None = None
+
+
+class Store:
+    """An index directory. Open one with `Store.open`, or make or resume one with `Store.resume`."""
+
+    def __init__(self, place: Place, manifest: Manifest) -> None:
+        self.place = place
+        self.manifest = manifest
+        self._open_shards: dict[str, Shard] = {}
+
+    @staticmethod
+    def create(path: str | PathLike, manifest: Manifest) -> "Store":
+        """Start an index in a new or empty directory."""
+        place = Place.at(path)
+        strangers = [name for name in place.names() if not name.endswith(TEMPORARY) and not _is_ours(name)]
+        if strangers or place.exists(MANIFEST):
+            raise SettingError(
+                f"{place.root} is not empty ({(strangers or [MANIFEST])[0]} is there); give the index a "
+                "directory of its own, or start an index over with --restart"
+            )
+        store = Store(place, manifest)
+        store._save(manifest)
+        return store
+
+    @staticmethod
+    def open(path: str | PathLike) -> "Store":
+        """Open an index, complete or not.
+
+        Raises:
+            MissingIndexError: No index there.
+            FormatVersionError: A newer Whence wrote it.
+            ChecksumError: The manifest is damaged.
+        """
+        place = Place.at(path)
+        return Store(place, read_manifest(place))
+
+    @staticmethod
+    def resume(path: str | PathLike, manifest: Manifest) -> "Store":
+        """Open an index to go on building it, or create it. Leftovers of a killed writer are removed.
+
+        Raises:
+            ManifestMismatchError: The index has other settings: each is named with both values.
+        """
+        place = Place.at(path)
+        if not place.exists(MANIFEST):
+            place.remove_temporaries()
+            return Store.create(path, manifest)
+        store = Store.open(path)
+        check_same(store.manifest, manifest, place.root)
+        place.remove_temporaries()
+        return store
+
+    @staticmethod
+    def restart(path: str | PathLike) -> None:
+        """Remove an index's own files, and nothing else.
+
+        Raises:
+            SettingError: The directory holds files and is no index.
+        """
+        place = Place.at(path)
+        names = place.names()
+        if names and MANIFEST not in names and not all(_is_ours(name) for name in names):
+            raise SettingError(f"{place.root} is not a Whence index, so nothing there was removed")
+        # the manifest last: a restart that is killed can be restarted
+        for name in sorted((name for name in names if _is_ours(name)), key=lambda name: name == MANIFEST):
+            place.remove(name)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the index for writing; a second process is told so."""
+        return self.place.locked()
+
+    # -- what it holds
+
+    @property
+    def codec(self) -> Codec:
+        """How vectors are stored."""
+        return codec(self.manifest.codec)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return self.manifest.rows
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(checkpoint, part) of every shard that is not there yet, in order."""
+        return self.manifest.missing()
+
+    def shard(self, checkpoint: int, part: int) -> Shard:
+        """One shard; memory-mapped and kept open where the index is local."""
+        entry = self.manifest.shard(checkpoint, part)
+        if entry is None:
+            raise MissingIndexError(
+                f"{self.place.root} has no shard of part {part} under checkpoint {checkpoint} yet"
+            )
+        if entry.file in self._open_shards:
+            return self._open_shards[entry.file]
+        shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows)
+        if self.place.is_local:
+            self._open_shards[entry.file] = shard
+        return shard
+
+    def read_part(self, number: int) -> list[dict]:
+        """The corpus rows of a part: id, source, row (the original row as JSON)."""
+        entry = self.manifest.parts[number]
+        try:
+            return pq.read_table(io.BytesIO(self.place.read(entry.file))).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise ChecksumError(
+                f"{self.place.path(entry.file)} cannot be read ({error}); "
+                f"see: whence verify {self.place.root}"
+            ) from error
+
+    def read_rows(self, numbers: Sequence[int]) -> list[dict]:
+        """Corpus rows by their number in the index, in the order asked; reads only the parts they are in."""
+        firsts = [part.first_row for part in self.manifest.parts]
+        where = [bisect.bisect_right(firsts, number) - 1 for number in numbers]
+        parts = {part: self.read_part(part) for part in sorted(set(where))}
+        return [parts[part][number - firsts[part]] for part, number in zip(where, numbers, strict=True)]
+
+    def info(self) -> dict:
+        """Rows, counts by status, sizes and settings."""
+        manifest = self.manifest
+        counts = Counter()
+        for entry in manifest.shards:
+            if entry.checkpoint == 0:
+                counts.update(entry.counts)
+        size = sum(entry.bytes for entry in (*manifest.parts, *manifest.shards))
+        return {
+            "path": self.place.root,
+            "complete": manifest.is_complete,
+            "rows": self.rows,
+            "ok_rows": counts[STATUSES[0]],
+            "counts": dict(sorted(counts.items())),
+            "width": manifest.width,
+            "codec": manifest.codec,
+            "bytes": size,
+            "bytes_per_row": size / self.rows if self.rows else 0.0,
+            "checkpoints": list(manifest.checkpoints),
+            "corpora": list(manifest.corpora),
+            "settings": manifest.settings,
+            "format_version": manifest.format_version,
+            "whence_version": manifest.whence_version,
+        }
+
+    # -- writing
+
+    def write_part(self, number: int, rows: Sequence[dict]) -> None:
+        """Write the next corpus part: rows with id, source (may be None) and row (JSON)."""
+        assert number == len(self.manifest.parts), "parts are written in order"
+        name = f"corpus/part-{number:05d}.parquet"
+        data = _parquet(rows)
+        written = self.place.write(name, [data], total=len(data))
+        entry = PartEntry(
+            file=name, rows=len(rows), first_row=self.rows, sha256=written.sha256, bytes=written.bytes
+        )
+        self._save(replace(self.manifest, parts=(*self.manifest.parts, entry)))
+
+    def finish_parts(self) -> None:
+        """All rows of the corpora are in parts."""
+        self._save(replace(self.manifest, has_all_parts=True))
+
+    def extend(self, corpus: dict) -> None:
+        """Let another corpus join: more parts, then their shards. Files of earlier parts stay as they are."""
+        self._require_complete()
+        self._save(replace(self.manifest, corpora=(*self.manifest.corpora, corpus), has_all_parts=False))
+
+    def write_shard(self, checkpoint: int, part: int, arrays: ShardArrays) -> None:
+        """Write a shard and list it."""
+        self.add_shard(self.write_shard_file(checkpoint, part, arrays))
+
+    def write_shard_file(self, checkpoint: int, part: int, arrays: ShardArrays) -> ShardEntry:
+        """Write a shard without listing it, as workers elsewhere do; the entry goes to `add_shard`."""
+        rows, width = self.manifest.parts[part].rows, self.manifest.width
+        assert arrays.vectors.shape == (rows, width), f"{tuple(arrays.vectors.shape)}, not {(rows, width)}"
+        shard = encoded(arrays, self.codec)
+        name = f"checkpoint-{checkpoint:03d}/shard-{part:05d}.safetensors"
+        pieces, total = shard_pieces(shard)
+        written = self.place.write(name, pieces, total=total)
+        counts = {status: int((shard.status == code).sum()) for code, status in enumerate(STATUSES)}
+        return ShardEntry(
+            checkpoint=checkpoint,
+            part=part,
+            file=name,
+            rows=rows,
+            sha256=written.sha256,
+            bytes=written.bytes,
+            counts={**counts, **arrays.counts},
+        )
+
+    def add_shard(self, entry: ShardEntry) -> None:
+        """List a written shard, in place of an earlier one of the same part and checkpoint."""
+        self._open_shards.pop(entry.file, None)
+        self._save(self.manifest.with_shard(entry))
+
+    def _save(self, manifest: Manifest) -> None:
+        data = manifest.to_json()
+        self.place.write(MANIFEST, [data], total=len(data))
+        self.manifest = manifest
+
+    # -- checking
+
+    def verify(self) -> Iterator[Problem]:
+        """Re-read every file and yield what is wrong. `verify(path)` checks the manifest as well."""
+        present = set(self.place.names())
+        entries = {entry.file: entry for entry in (*self.manifest.parts, *self.manifest.shards)}
+        for name, entry in entries.items():
+            if name not in present:
+                yield Problem(name, "missing", entry)
+            elif (size := self.place.size(name)) != entry.bytes:
+                yield Problem(name, f"{size:,} bytes, not {entry.bytes:,}", entry)
+            elif self.place.digest(name) != entry.sha256:
+                yield Problem(name, "wrong checksum", entry)
+        for name in sorted(present - entries.keys() - {MANIFEST}):
+            yield Problem(name, "not listed in the manifest")
+
+    def repair(
+        self,
+        recompute: Callable[[int, int], ShardArrays],
+        reread: Callable[[int], Sequence[dict]] | None = None,
+    ) -> list[str]:
+        """Mend what `verify` finds: recompute bad shards, re-read bad parts; returns a note on each.
+
+        Args:
+            recompute: The arrays of (checkpoint, part).
+            reread: The corpus rows of a part, from the original corpus; without it bad parts are only told.
+        """
+        notes = []
+        # parts first: recomputing a shard reads its part
+        for problem in sorted(self.verify(), key=lambda problem: isinstance(problem.entry, ShardEntry)):
+            if isinstance(problem.entry, ShardEntry):
+                notes.append(self._repair_shard(problem.entry, recompute))
+            elif isinstance(problem.entry, PartEntry):
+                notes.append(self._repair_part(problem.entry, reread))
+            elif _is_ours(problem.file):
+                self.place.remove(problem.file)
+                notes.append(f"{problem.file}: removed, it was not part of the index")
+            else:
+                notes.append(f"{problem.file}: left alone, it is not a file of Whence's")
+        return notes
+
+    def _repair_shard(self, old: ShardEntry, recompute: Callable[[int, int], ShardArrays]) -> str:
+        new = self.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
+        self.add_shard(new)
+        if new.sha256 == old.sha256:
+            return f"{old.file}: recomputed, the same bytes as before"
+        return (
+            f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
+        )
+
+    def _repair_part(self, old: PartEntry, reread: Callable[[int], Sequence[dict]] | None) -> str:
+        advice = f"index the original corpus again into {self.place.root} with --restart"
+        if reread is None:
+            return f"{old.file}: cannot be mended from shards; {advice}"
+        data = _parquet(reread(self.manifest.parts.index(old)))
+        table = pq.read_table(io.BytesIO(data))
+        if table.num_rows != old.rows:
+            return f"{old.file}: the corpus now gives {table.num_rows} rows for it, not {old.rows}; {advice}"
+        written = self.place.write(old.file, [data], total=len(data))
+        new = replace(old, sha256=written.sha256, bytes=written.bytes)
+        self._save(
+            replace(self.manifest, parts=tuple(new if part == old else part for part in self.manifest.parts))
+        )
+        same = (
+            "the same bytes as before"
+            if new == old
+            else "listed anew, its bytes differ: has the corpus changed?"
+        )
+        return f"{old.file}: read again from the corpus, {same}"
+
+    # -- scanning
+
+    def top_k(
+        self,
+        queries: Float32[Tensor, "c q k"],
+        weights: Float32[Tensor, " c"],
+        *,
+        m: int,
+        cosine: bool = False,
+    ) -> tuple[scan.Ranking, scan.Ranking]:
+        """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`)."""
+        if m < 1:
+            raise SettingError(f"There is no top {m}: ask for 1 or more")
+        question = self._question(queries, weights, cosine)
+        return scan.top_k(question, self._pieces(), m)
+
+    def scores(
+        self, queries: Float32[Tensor, "c q k"], weights: Float32[Tensor, " c"], *, cosine: bool = False
+    ) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
+        """Every score, a part at a time: (number of its first row, scores); -inf where not ok."""
+        return scan.block_scores(self._question(queries, weights, cosine), self._pieces())
+
+    def _question(self, queries: Tensor, weights: Tensor, cosine: bool) -> scan.Question:
+        self._require_complete()
+        checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
+        if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
+            raise SettingError(
+                f"Queries of {queries.shape[0]} checkpoints and width {queries.shape[2]} cannot be scored in "
+                f"{self.place.root}, which has {checkpoints} checkpoints and width {width}"
+            )
+        return scan.Question(queries=queries.cpu(), weights=weights.cpu(), cosine=cosine, codec=self.codec)
+
+    def _pieces(self) -> Iterator[scan.Piece]:
+        for number, part in enumerate(self.manifest.parts):
+            yield part.first_row, [self.shard(c, number) for c in range(len(self.manifest.checkpoints))]
+
+    def _require_complete(self) -> None:
+        if not self.manifest.is_complete:
+            raise MissingIndexError(
+                f"{self.place.root} is not complete: {len(self.missing())} shards are missing; "
+                "run the command that made it again, it resumes"
+            )
+
+
+def verify(path: str | PathLike) -> list[Problem]:
+    """Everything that is wrong with an index, its manifest included (then nothing else can be checked)."""
+    try:
+        store = Store.open(path)
+    except ChecksumError as error:
+        return [Problem(MANIFEST, str(error))]
+    return list(store.verify())
+
+
+def _parquet(rows: Sequence[dict]) -> memoryview:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), sink, compression="zstd")
+    return sink.getbuffer()
+
+
+def _is_ours(name: str) -> bool:
+    """A file that an index writes, so that a restart may remove it."""
+    stem = name.removesuffix(TEMPORARY)
+    folder, _, file = stem.rpartition("/")
+    return (
+        stem == MANIFEST
+        or (folder == "corpus" and file.startswith("part-") and file.endswith(".parquet"))
+        or (folder.startswith("checkpoint-") and file.startswith("shard-") and file.endswith(".safetensors"))
+    )

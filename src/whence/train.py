@@ -1,0 +1,240 @@
+"""Fine-tuning that keeps what attribution needs: a Hugging Face Trainer, fed with Whence's own tokenisation.
+
+The Trainer stays the trainer: its loop, its AdamW, its loss (the mean over a batch's supervised tokens),
+its directory. What is set here is that rows are tokenised and masked by `tokens.encode`, as the index does;
+that checkpoints are evenly spaced and keep the optimizer's moments; and that learning rates are logged, so
+that the mean over a checkpoint's interval can be read from `trainer_state.json`.
+
+Full training is in float32 whatever the weights are stored in: a step of AdamW at usual rates is smaller than
+the spacing of 16-bit weights and would be rounded away. Adapters are float32, on a base as it is stored.
+
+The corpus is tokenised into memory first, at 5 bytes a token. Rows of like length share a batch.
+
+What it does not do: preference tuning, several machines, resuming, or packing rows into one sequence (which
+leaves a row no gradient of its own). Train with your own Trainer for these; its directory is a Run too.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
+
+from whence.corpus import Corpus, Example, Row, open_corpus
+from whence.errors import CorpusError, SettingError
+from whence.model import LoadedModel, load_model
+from whence.numerics import mixed_seed
+from whence.tokens import Encoded, collate, encode
+
+SETTINGS_FILE = "whence_train.json"
+LOGGED_STEPS = 1000
+"""Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. Epochs, learning rate, warm-up and length default to those of LESS (arXiv 2402.04333)."""
+
+    epochs: float = 4.0
+    """Passes over the corpus."""
+    lr: float = 2e-5
+    """Peak learning rate of AdamW, for the mean loss of a batch's supervised tokens."""
+    batch_size: int = 16
+    """Rows of a step, on each device."""
+    max_steps: int | None = None
+    """Number of steps, in place of `epochs`."""
+    max_tokens: int | None = 2048
+    """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
+    fraction: float = 1.0
+    """Share of the corpus to train on, chosen at random."""
+    lora_rank: int | None = None
+    """Train adapters of this rank in every linear layer of the blocks; None trains all weights."""
+    checkpoints: int | None = None
+    """Checkpoints to keep at most, evenly spaced, the last step among them; None keeps one an epoch."""
+    schedule: str = "linear"
+    """How the learning rate falls after its warm-up: a schedule's name in transformers, such as `cosine`."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's, for each step and unit of learning rate."""
+    seed: int = 0
+    """Seed of the chosen rows, their order, dropout and the adapters' start."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train, by the name of their flag."""
+        for name in ("epochs", "lr", "batch_size", "max_steps", "max_tokens", "lora_rank", "checkpoints"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+        if not 0 < self.fraction <= 1:
+            raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
+        if not 0 <= self.warmup < 1:
+            raise SettingError(f"--warmup {self.warmup}: a share from 0 and below 1 is expected")
+        if self.schedule not in (names := [kind.value for kind in SchedulerType]):
+            raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
+
+
+def train(
+    model: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    out: str | Path,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Fine-tune a model on a corpus, into a directory that is a Run.
+
+    The same settings give the same weights, bit for bit, on the same machine, versions and thread count.
+
+    Args:
+        model: Directory or Hub name. An adapter is trained on, its base untouched.
+        corpus: Whatever `corpus.open_corpus` takes. Rows without a supervised token are left out.
+        out: Directory of the Run, made where missing: `checkpoint-<step>` as the Trainer writes them, the
+            tokenizer in each and beside them, and the settings in `whence_train.json`.
+        progress: Show a bar on stderr.
+        settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CorpusError: The corpus cannot be read, or no row has a supervised token.
+        ModelError: The model cannot be loaded.
+        SettingError: A setting has a value that cannot work, or `out` holds another training's checkpoints.
+    """
+    chosen, directory = TrainSettings(**settings), Path(out)
+    if any(directory.glob("checkpoint-*")):
+        raise SettingError(f"{directory} holds checkpoints already; remove it, or name another directory.")
+    # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
+    source = Path(model).resolve() if Path(model).is_dir() else model
+    loaded = load_model(source, dtype=None if chosen.lora_rank else "float32")
+    texts = open_corpus(corpus)
+    rows = _training_rows(texts, loaded, chosen)
+    trainer = _trainer(loaded, rows, directory, chosen)
+    if progress:
+        trainer.add_callback(_Bar)
+    trainer.train()
+    loaded.tokenizer.save_pretrained(directory)
+    record = {"model": str(source), "corpus": texts.name, **asdict(chosen)}
+    (directory / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return directory
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar, on stderr, without the log lines that it writes to stdout."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        pass
+
+
+class _Rows(Dataset):
+    """Encoded rows as the Trainer reads them; it groups by the length of `input_ids`."""
+
+    def __init__(self, rows: Iterable[Encoded]):
+        self.rows = [
+            {"input_ids": np.array(row.ids, dtype=np.int32), "supervised": np.array(row.supervised)}
+            for row in rows
+            if row.targets
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return self.rows[number]
+
+
+def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
+    longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+    rows = _Rows(encode(example.row, loaded.tokenizer, longest) for example in _sampled(corpus, settings))
+    if not len(rows):
+        raise CorpusError(f"{corpus.name}: no row has a supervised token, so there is nothing to train on.")
+    return rows
+
+
+def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
+    if settings.fraction == 1:
+        return iter(corpus)
+    total = sum(1 for _ in corpus)
+    rng = random.Random(mixed_seed(settings.seed, "train", "fraction"))
+    chosen = set(rng.sample(range(total), max(1, round(settings.fraction * total))))
+    return (example for number, example in enumerate(corpus) if number in chosen)
+
+
+def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> Trainer:
+    set_seed(settings.seed)  # before the adapters draw their start
+    trainer = Trainer(
+        model=_thawed(loaded, settings),
+        args=_arguments(directory, len(rows), settings),
+        train_dataset=rows,
+        data_collator=_collator(loaded.tokenizer.pad_token_id or 0),
+        processing_class=loaded.tokenizer,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)  # they print every log line to stdout, which is for results
+    return trainer
+
+
+def _collator(pad_id: int) -> Callable[[list[dict[str, np.ndarray]]], dict[str, Tensor]]:
+    def collated(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+        encoded = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in rows]
+        batch = collate(encoded, pad_id)
+        # Not shifted here: the model's own loss compares its logits at t - 1 with the label at t.
+        labels = batch.ids.masked_fill(~batch.supervised, -100)
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "labels": labels}
+
+    return collated
+
+
+def _thawed(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
+    """The model with those weights thawed that are to be trained; loading froze all of them."""
+    if loaded.has_adapter:
+        if settings.lora_rank is not None:
+            raise SettingError(f"--lora-rank: {loaded.path} has an adapter already, and that is trained on.")
+        for name, weight in loaded.model.named_parameters():
+            weight.requires_grad_("lora_" in name)
+        return loaded.model
+    if settings.lora_rank is None:
+        return loaded.model.requires_grad_(True)
+    adapter = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules="all-linear",  # of the blocks; peft leaves the output head out
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(loaded.base, adapter)
+
+
+def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:
+    steps_per_epoch = math.ceil(rows / settings.batch_size)
+    steps = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
+    interval = math.ceil(steps / settings.checkpoints) if settings.checkpoints else steps_per_epoch
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=math.ceil(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        train_sampling_strategy="group_by_length",
+        logging_steps=math.ceil(steps / LOGGED_STEPS),
+        save_strategy="steps",
+        save_steps=interval,
+        seed=settings.seed,
+        remove_unused_columns=False,  # columns are chosen by forward's arguments, and `supervised` is none
+        dataloader_pin_memory=torch.cuda.is_available(),  # asked for without a GPU, it warns
+        report_to="none",
+    )

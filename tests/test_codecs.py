@@ -1,0 +1,115 @@
+"""Every codec keeps its stated error, and its kernel agrees with decoding and multiplying in fp32."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whence.codecs import CODECS, codec
+from whence.errors import UnknownNameError
+
+NAMES = sorted(CODECS)
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 20), st.integers(0, 2**31))
+
+
+def rows(n: int, k: int, seed: int) -> torch.Tensor:
+    """Rows of very different sizes, a heavy tail, and one of zeros."""
+    rng = torch.Generator().manual_seed(seed)
+    out = torch.randn(n, k, generator=rng) ** 3 * 10.0 ** torch.randint(-20, 12, (n, 1), generator=rng)
+    out[torch.randint(n, (1,), generator=rng)] = 0
+    return out
+
+
+def product_bound(vectors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """What the query's 16-bit rounding and fp32 sums may cost: [q, n]."""
+    rounding = queries.abs().amax(1)[:, None] * vectors.abs().sum(1) / 64516
+    return rounding * 1.01 + queries.norm(dim=1)[:, None] * vectors.norm(dim=1) * 1e-5 + 1e-35
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(shape=SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_a_round_trip_stays_within_the_stated_bound(name, shape):
+    n, k, _, seed = shape
+    vectors = rows(n, k, seed)
+    stored, scale = CODECS[name].encode(vectors)
+    assert stored.shape == (n, CODECS[name].columns(k))
+    assert stored.numel() * stored.itemsize == n * CODECS[name].bytes_per_row(k)
+    decoded = CODECS[name].decode(stored, scale, k)
+    assert ((decoded - vectors).abs().amax(1) <= CODECS[name].bound(vectors)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(shape=SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_scores_are_those_of_the_decoded_rows(name, shape):
+    n, k, q, seed = shape
+    stored, scale = CODECS[name].encode(rows(n, k, seed))
+    queries = torch.randn(q, k, generator=torch.Generator().manual_seed(seed + 1))
+    decoded = CODECS[name].decode(stored, scale, k)
+    true = (queries.double() @ decoded.double().T).float()
+    scores = CODECS[name].scores(stored, scale, queries)
+    assert ((scores - true).abs() <= product_bound(decoded, queries)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n, k, q", [(300, 257, 1), (300, 256, 40), (17, 512, 100)])
+def test_a_block_is_within_its_slack(name, n, k, q):
+    vectors, queries = torch.randn(n, k), torch.randn(q, k)
+    stored, scale = CODECS[name].encode(vectors)
+    decoded = CODECS[name].decode(stored, scale, k)
+    block = CODECS[name].prepare(queries)(stored, scale)
+    slack = product_bound(decoded, queries)
+    if block.slack is not None:
+        assert block.slack_per_norm is not None
+        slack = block.slack + block.slack_per_norm[:, None] * vectors.norm(dim=1)
+    elif name in ("int8", "int4", "onebit"):
+        slack = slack * 254  # many queries may have one 8-bit part
+    true = (queries.double() @ decoded.double().T).float()
+    assert ((block.scores - true).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-8, 1e6, 1e30, 3.4e38])
+def test_tiny_and_huge_rows_survive(name, size):
+    vectors = torch.tensor([[1.0, -1.0, 0.5, 1.0, -1.0]]) * size
+    stored, scale = CODECS[name].encode(vectors)
+    decoded = CODECS[name].decode(stored, scale, 5)
+    assert decoded.isfinite().all()
+    assert (decoded[0, 0] / size - 1).abs() < 0.15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_rows_and_no_rows_score_zero(name):
+    stored, scale = CODECS[name].encode(torch.zeros(3, 11))
+    assert (CODECS[name].scores(stored, scale, torch.randn(2, 11)) == 0).all()
+    assert CODECS[name].scores(stored[:0], scale[:0], torch.randn(2, 11)).shape == (2, 0)
+    assert (CODECS[name].scores(*CODECS[name].encode(torch.randn(3, 11)), torch.zeros(2, 11)) == 0).all()
+
+
+def test_packed_codes_are_the_bytes_worked_by_hand():
+    stored, scale = CODECS["int4"].encode(torch.tensor([[7.0, -7.0, 1.0]]))
+    assert stored.tolist() == [[15 | 1 << 4, 9]]
+    assert scale.tolist() == [1.0]
+    stored, scale = CODECS["onebit"].encode(torch.tensor([[1.0, -2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, -3.0]]))
+    assert stored.tolist() == [[0b11111101, 0]]
+    assert scale.tolist() == [1.0]
+    assert CODECS["int8"].encode(torch.tensor([[127.0, -63.5, 1.5]]))[0].tolist() == [[127, -64, 2]]
+
+
+def test_bfloat16_rounds_to_nearest():
+    stored, _ = CODECS["bfloat16"].encode(torch.tensor([[1 + 2**-8 + 2**-12, 1 + 2**-8 - 2**-12]]))
+    assert stored.tolist() == [[1 + 2**-7, 1.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4", "onebit"])
+def test_integer_sums_do_not_overflow_in_long_rows(name):
+    vectors, queries = torch.ones(20, 300_001), torch.ones(2, 300_001)
+    scores = CODECS[name].scores(*CODECS[name].encode(vectors), queries)
+    assert (scores / 300_001 - 1).abs().max() < 1e-4
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(UnknownNameError, match=r"'int7'.*float32.*onebit"):
+        codec("int7")
