@@ -240,7 +240,8 @@ def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
     In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
     milliseconds where another process has their core.
     """
-    np.sum(np.asarray(sums).reshape(len(out), -1, out.shape[1]), axis=1, out=out.numpy())
+    n, q = out.shape
+    np.sum(np.asarray(sums).reshape(n, sums.shape[1] // max(1, q), q), axis=1, out=out.numpy())
 
 
 def _integer_kernel(codec: Codec, queries: Tensor) -> Kernel:

@@ -98,10 +98,10 @@ class LoadedModel:
         out = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
 
         def head(states: Tensor) -> Tensor:
-            with _returning(decoder, states[None]):
+            with _returning(decoder, type(out)(**{**out, "last_hidden_state": states[None]})):
                 return base(input_ids=ids[:1, :1], use_cache=False).logits[0]
 
-        return out[0], head
+        return out.last_hidden_state, head
 
     @contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:
@@ -110,7 +110,8 @@ class LoadedModel:
         transformers checkpoints only blocks in training mode. The blocks alone are put there, not the attention
         and dropout modules inside them, so dropout stays off.
         """
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        switch = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
+        getattr(self.base, f"{switch}_checkpointing_enable")()  # renamed within transformers 5; not reentrant
         blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]
         for block in blocks:
             block.training = True
@@ -119,16 +120,14 @@ class LoadedModel:
         finally:
             for block in blocks:
                 block.training = False
-            self.base.gradient_checkpointing_disable()
+            getattr(self.base, f"{switch}_checkpointing_disable")()
 
 
 @contextmanager
-def _returning(decoder: Any, states: Tensor) -> Iterator[None]:
-    """A decoder that returns `states` whatever it is asked."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
+def _returning(decoder: Any, output: Any) -> Iterator[None]:
+    """A decoder that returns `output` whatever it is asked."""
     before = decoder.__dict__.get("forward")  # accelerate sets one on the instance when it spreads a model
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
+    decoder.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:

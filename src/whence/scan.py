@@ -170,7 +170,7 @@ def _candidates(
 
 @dataclass(frozen=True)
 class _Best:
-    """The best m so far, by signed score (lowest ones are the highest of the negated); unfilled places are -inf."""
+    """The best m so far, by signed score (for the lowest: the score negated). Unfilled: -inf."""
 
     scores: Tensor  # [q, m]
     rows: Tensor  # [q, m]
