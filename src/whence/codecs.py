@@ -277,14 +277,16 @@ def _query_parts(queries: Tensor) -> tuple[Tensor, Tensor]:
     have one.
     """
     count = 2 if len(queries) <= _FEW or _has_matrix_units() else 1
-    rest, parts, scales = queries.double(), [], []
-    scale = queries.double().abs().amax(1).clamp_min(_TINY) / 127
+    rest, parts, scales = queries.numpy().astype(np.float64), [], []
+    scale = np.maximum(np.abs(rest).max(1, initial=0.0), _TINY) / 127
     for _ in range(count):
-        parts.append((rest / scale[:, None]).round_().to(torch.int8))
-        scales.append(scale.float())
+        parts.append(np.rint(rest / scale[:, None]))
+        scales.append(scale)
         rest = rest - parts[-1] * scale[:, None]
         scale = scale / 254
-    return torch.stack(parts), torch.stack(scales)
+    return torch.from_numpy(np.stack(parts).astype(np.int8)), torch.from_numpy(
+        np.stack(scales).astype(np.float32)
+    )
 
 
 def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:

@@ -18,12 +18,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -46,7 +48,7 @@ LOGGED_STEPS = 1000
 class TrainSettings:
     """How to train. Epochs, learning rate, warm-up and length default to those of LESS (arXiv 2402.04333)."""
 
-    epochs: float = 4.0
+    epochs: int | float = 4
     """Passes over the corpus."""
     lr: float = 2e-5
     """Peak learning rate of AdamW, for the mean loss of a batch's supervised tokens."""
@@ -124,11 +126,24 @@ def train(
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
-    trainer.train()
+    with quiet_saving():
+        trainer.train()
     loaded.tokenizer.save_pretrained(directory)
     record = {"model": str(source), "corpus": texts.name, **asdict(chosen)}
     (directory / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
     return directory
+
+
+@contextmanager
+def quiet_saving() -> Iterator[None]:
+    """Without the bar that transformers shows on stderr for each checkpoint that it writes."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 class _Bar(ProgressCallback):

@@ -1,0 +1,521 @@
+"""A corpus, a run and a gradient space become an index; rows join it, files are mended.
+
+The corpus is read twice: once to check every row and take its digest, so that a bad line is found before anything is
+written; once to copy its rows into the index in parts. From then on the index needs no other file than the model:
+each pair of a part and a checkpoint is one job, which tokenises the part's rows, groups them into batches of like
+length, and sketches their gradients. Jobs are idempotent and their batches depend on the part alone, so a build that
+is killed and run again ends with the same bytes.
+
+An example without a supervised token, or with a non-finite gradient, gets a status and is never ranked.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whence import __version__, catalogue, runner
+from whence.checkpoint import open_run
+from whence.codecs import codec as codec_of
+from whence.corpus import Corpus, Row, layout, open_corpus, row_json
+from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.gradients import sketch
+from whence.interfaces import GradientSpace, Projection
+from whence.manifest import Manifest
+from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
+from whence.shards import STATUSES, ShardArrays
+from whence.store import Problem, Store
+from whence.store import verify as verify_store
+from whence.tokens import Encoded, bucketed, collate, encode
+
+logger = logging.getLogger(__name__)
+
+NUMBERS_PER_SHARD = 2**23
+"""A shard holds as many rows as make about so many numbers (32 MB in fp32), at most `ROWS_PER_SHARD`: what a kill
+loses, and what a job keeps in memory."""
+ROWS_PER_SHARD = 1024
+DEFAULT_CONTEXT = 2048
+"""Longest row, in tokens, where neither the caller nor the model's configuration says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them."""
+
+    space: GradientSpace = GradientSpace()
+    codec: str = "bfloat16"
+    """Name in `codecs.CODECS`: how vectors are stored."""
+    checkpoints: str = "last"
+    """Of a run: "all", or the "last"."""
+    max_tokens: int | None = None
+    """Longest row in tokens; a longer one is cut (`tokens.encode`). None: the model's context."""
+    tokens_per_batch: int = 4096
+    """Of one forward and backward pass, padding included."""
+    dtype: str | None = None
+    """Load the weights as float32, bfloat16 or float16; None: as stored."""
+    tokenizer: str | None = None
+    """Directory or Hub name, where it is not the model's own."""
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, a third more time."""
+    device: str | None = None
+    device_map: str | None = None
+    engine: str = "local"
+
+    def __post_init__(self):
+        for name in ("max_tokens", "tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise SettingError(f"--{name.replace('_', '-')} {value}: at least 2 is expected")
+        codec_of(self.codec)
+        catalogue.projection(self.space.projection)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a first reading of a corpus finds."""
+
+    digest: str
+    rows: int
+    layout: str
+    """Of its first row."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard."""
+
+    checkpoint: int
+    part: int
+    rows: int
+
+    def __str__(self):
+        return f"shard {self.part} of checkpoint {self.checkpoint}"
+
+
+class Index:
+    """An index with the model that its vectors came from, which is loaded when first needed.
+
+    Args:
+        store: The directory.
+        settings: How to load the model; what the manifest says, but for the device.
+        model: Another path of the same model, where it has moved.
+    """
+
+    def __init__(self, store: Store, settings: IndexSettings, *, model: str | None = None):
+        self.store = store
+        self.settings = settings
+        self._model_path = model
+        self._loaded: tuple[int, LoadedModel] | None = None
+
+    @cached_property
+    def space(self) -> GradientSpace:
+        """The gradient space that it was built in."""
+        return GradientSpace(**self.store.manifest.settings["space"])
+
+    @property
+    def layout(self) -> str:
+        """Layout of the corpus' first row, which a query follows."""
+        return self.store.manifest.settings["layout"]
+
+    @property
+    def weights(self) -> list[float]:
+        """Share of each checkpoint in a score."""
+        return [entry["weight"] for entry in self.store.manifest.checkpoints]
+
+    def model(self, checkpoint: int = -1) -> LoadedModel:
+        """The model of a checkpoint; the last one asked for stays loaded.
+
+        Raises:
+            ManifestMismatchError: Its weights or tokenizer are not those that the index was built with.
+        """
+        number = checkpoint % len(self.store.manifest.checkpoints)
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None  # two models need not fit in memory
+            self._loaded = (number, self._checked_model(number))
+        return self._loaded[1]
+
+    def layers(self, model: LoadedModel) -> dict[str, nn.Module]:
+        """The traced layers."""
+        return model.layers(self.space.layers)
+
+    def projection(self, model: LoadedModel) -> Projection:
+        """The projection, the same for every checkpoint."""
+        if self._projection is None:
+            self._projection = _projection(self.space, self.layers(model))
+        return self._projection
+
+    _projection: Projection | None = None
+
+    def adopt(self, model: LoadedModel) -> None:
+        """Take a model that is loaded already as the last checkpoint's."""
+        self._loaded = (len(self.store.manifest.checkpoints) - 1, model)
+
+    def _checked_model(self, number: int) -> LoadedModel:
+        entry = self.store.manifest.checkpoints[number]
+        path = self._model_path or entry["path"]
+        remedy = f"name it with --model, or index again with --restart into {self.store.place.root}"
+        found = directory_digest(path)
+        if found != entry["digest"]:
+            raise ManifestMismatchError(
+                f"{path}: its weights have digest {found[:12]}, the index was built with {entry['digest'][:12]}. "
+                f"If the model has moved, {remedy}."
+            )
+        model = _loaded(path, self.settings)
+        words = tokenizer_digest(model.tokenizer)
+        if words != (expected := self.store.manifest.settings["tokenizer"]):
+            raise ManifestMismatchError(
+                f"{path}: its tokenizer has digest {words[:12]}, the index was built with {expected[:12]}; "
+                f"the same text would become other tokens. Restore it, or {remedy}."
+            )
+        return model
+
+
+def index(
+    model: str | Path,
+    corpus: str | Path | Corpus | list[Row],
+    out: str | Path,
+    *,
+    settings: IndexSettings | None = None,
+    restart: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Index:
+    """Build an index of a corpus' gradients, or go on building it.
+
+    Args:
+        model: A model directory, a Trainer's output directory, an adapter directory, or a Hub name.
+        corpus: Whatever `corpus.open_corpus` takes.
+        out: Directory of the index, local or at an fsspec address.
+        settings: How; or fields of `IndexSettings` and `GradientSpace` by name as `options`, such as
+            `projection="count_sketch", width=8192, codec="int8"`.
+        restart: Remove the index that is there and start over.
+        progress: Show a bar on stderr.
+
+    Returns:
+        The complete index.
+
+    Raises:
+        CorpusError: The corpus cannot be read; nothing has been written.
+        ModelError: The model cannot be loaded; nothing has been written.
+        ManifestMismatchError: `out` was begun with other settings, which are named.
+        StorageError: A file could not be written; the same command resumes.
+    """
+    chosen = _with_options(settings or IndexSettings(), options)
+    texts = open_corpus(corpus)
+    fingerprint = _fingerprint(texts)
+    run = open_run(model, which=chosen.checkpoints)
+    loaded = _loaded(run.checkpoints[-1].path, chosen)
+    manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    if restart:
+        Store.restart(out)
+    store = Store.resume(out, manifest)
+    built = Index(store, chosen)
+    built.adopt(loaded)
+    with store.lock():
+        _copy_rows(store, texts, after=0)
+        _fill(built, progress)
+    return built
+
+
+def open_index(path: str | Path, *, model: str | None = None, device: str | None = None) -> Index:
+    """Open an index that is there.
+
+    Args:
+        path: Its directory.
+        model: The model's directory, where it has moved since.
+        device: Where to load the model.
+
+    Raises:
+        MissingIndexError: There is none.
+        FormatVersionError: A newer Whence wrote it.
+        ChecksumError: Its manifest is damaged.
+    """
+    store = Store.open(path)
+    kept = store.manifest.settings
+    names = ("max_tokens", "tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
+    settings = IndexSettings(
+        space=GradientSpace(**kept["space"]),
+        codec=store.manifest.codec,
+        tokenizer=kept["tokenizer_path"],
+        device=device,
+        **{name: kept[name] for name in names},
+    )
+    return Index(store, settings, model=model)
+
+
+def append(
+    path: str | Path, corpus: str | Path | Corpus | list[Row], *, model: str | None = None, progress: bool = True
+) -> Index:
+    """Let more rows join a complete index; no old part or shard is touched. Run again, it resumes.
+
+    Raises:
+        MissingIndexError: The index is not complete.
+        CorpusError: A row has the id of a row that is there, or cannot be read.
+    """
+    opened = open_index(path, model=model)
+    store = opened.store
+    known = store.manifest.corpora
+    before = sum(entry["rows"] for entry in known)
+    fingerprint = _fingerprint(open_corpus(corpus))
+    begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
+    first = before - known[-1]["rows"] if begun else before
+    texts = open_corpus(corpus, first_number=first)
+    if not begun:
+        if not store.manifest.is_complete:
+            raise MissingIndexError(
+                f"{path} is not complete ({len(store.missing())} shards to go), or rows of "
+                f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
+            )
+        _refuse_known_ids(store, texts)
+    with store.lock():
+        if not begun:
+            store.extend({"name": texts.name, "digest": fingerprint.digest, "rows": fingerprint.rows})
+        _copy_rows(store, texts, after=first)
+        _fill(opened, progress)
+    return opened
+
+
+def verify(path: str | Path, *, repair: bool = False, model: str | None = None) -> tuple[list[Problem], list[str]]:
+    """Check every file of an index against its checksum, and mend what can be.
+
+    Args:
+        path: Of the index.
+        repair: Recompute shards that are wrong, from the model and the index's own copy of the rows, and read a
+            wrong part again from the corpus, where that is still there.
+        model: The model's directory, where it has moved.
+
+    Returns:
+        What was wrong (empty: nothing), and what was done about each.
+    """
+    problems = verify_store(path)
+    if not repair or not problems or problems[0].file == "manifest.json":
+        return problems, []
+    opened = open_index(path, model=model)
+    with opened.store.lock():
+        notes = opened.store.repair(
+            lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
+            lambda part: _part_again(opened.store, part),
+        )
+    return problems, notes
+
+
+def rows_per_shard(width: int) -> int:
+    """Rows of a shard of vectors of `width` numbers.
+
+    >>> rows_per_shard(256), rows_per_shard(65536)
+    (1024, 128)
+    """
+    return max(16, min(ROWS_PER_SHARD, NUMBERS_PER_SHARD // width))
+
+
+def _with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
+    in_space = {name: options.pop(name) for name in list(options) if name in GradientSpace.__dataclass_fields__}
+    unknown = [name for name in options if name not in IndexSettings.__dataclass_fields__]
+    if unknown:
+        raise SettingError(f"{', '.join(unknown)}: not a setting of an index")
+    return replace(settings, space=replace(settings.space, **in_space), **options)
+
+
+def _fingerprint(corpus: Corpus) -> Fingerprint:
+    digest, kind, rows = hashlib.sha256(), "", 0
+    seen: set[bytes] = set()
+    for example in corpus:
+        kind = kind or layout(example.row)
+        key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if key in seen:
+            raise CorpusError(
+                f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {rows}). Ids name "
+                "examples in every answer: make them unique, or leave the column out and Whence makes them."
+            )
+        seen.add(key)
+        digest.update(row_json(example.row).encode())
+        rows += 1
+    return Fingerprint(digest.hexdigest(), rows, kind)
+
+
+def _loaded(path: str, settings: IndexSettings) -> LoadedModel:
+    return load_model(
+        path,
+        tokenizer=settings.tokenizer,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _projection(space: GradientSpace, layers: dict[str, nn.Module]) -> Projection:
+    shapes = {name: layer_shape(layer) for name, layer in layers.items()}
+    return catalogue.projection(space.projection)(shapes, width=space.width, seed=space.seed)
+
+
+def _manifest(
+    checkpoints: Any, loaded: LoadedModel, corpus: Fingerprint, name: str, settings: IndexSettings
+) -> Manifest:
+    layers = loaded.layers(settings.space.layers)
+    if not layers:
+        raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
+    kept: dict[str, Any] = {
+        "space": settings.space.as_json(),
+        "layer_names": list(layers),
+        "traced_fraction": round(loaded.traced_fraction(layers), 4),
+        "layout": corpus.layout,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "tokenizer_path": _absolute(settings.tokenizer),
+        "max_tokens": settings.max_tokens or loaded.context or DEFAULT_CONTEXT,
+    }
+    names = ("tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
+    kept |= {name: getattr(settings, name) for name in names}
+    entries = [
+        {
+            "path": _absolute(entry.path),
+            "step": entry.step,
+            "learning_rate": entry.learning_rate,
+            "weight": entry.weight,
+            "digest": directory_digest(entry.path),
+        }
+        for entry in checkpoints
+    ]
+    return Manifest(
+        whence_version=__version__,
+        codec=settings.codec,
+        width=_projection(settings.space, layers).width,
+        settings=kept,
+        checkpoints=tuple(entries),
+        corpora=({"name": _absolute(name), "digest": corpus.digest, "rows": corpus.rows},),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _refuse_known_ids(store: Store, corpus: Corpus) -> None:
+    known = {row["id"] for part in range(len(store.manifest.parts)) for row in store.read_part(part)}
+    for example in corpus:
+        if example.id in known:
+            raise CorpusError(f"{corpus.name}: the index has a row with the id {example.id!r} already.")
+
+
+def _copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
+    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there."""
+    if store.manifest.has_all_parts:
+        return
+    size = rows_per_shard(store.manifest.width)
+    for rows in _groups(corpus, size, skip=store.rows - after):
+        store.write_part(len(store.manifest.parts), rows)
+    store.finish_parts()
+
+
+def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
+    rows: list[Row] = []
+    for number, example in enumerate(corpus):
+        if number < skip:
+            continue
+        rows.append({"id": example.id, "source": example.source, "row": row_json(example.row)})
+        if len(rows) == size:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _part_again(store: Store, part: int) -> list[Row]:
+    """Rows of a part, read again from the corpus it came from."""
+    entry, first = store.manifest.parts[part], 0
+    for corpus in store.manifest.corpora:
+        if entry.first_row < first + corpus["rows"]:
+            texts = open_corpus(corpus["name"], first_number=first)
+            return next(_groups(texts, entry.rows, skip=entry.first_row - first))
+        first += corpus["rows"]
+    raise AssertionError(f"part {part} belongs to no corpus")
+
+
+def _fill(built: Index, progress: bool) -> None:
+    """Compute every shard that is missing, checkpoint by checkpoint."""
+    store = built.store
+    parts = store.manifest.parts
+    jobs = [Job(checkpoint, part, parts[part].rows) for checkpoint, part in store.missing()]
+    total = store.rows * len(built.weights)
+    done = total - sum(job.rows for job in jobs)
+    with runner.progress("Indexing", total, done=done, shown=progress and bool(jobs)) as on_tick:
+
+        def work(job: Job, tick: runner.Tick) -> Any:
+            return store.write_shard_file(
+                job.checkpoint, job.part, _shard_arrays(built, job.checkpoint, job.part, tick)
+            )
+
+        for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick):
+            store.add_shard(entry)
+
+
+def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -> ShardArrays:
+    model = built.model(checkpoint)
+    rows = [json.loads(row["row"]) for row in built.store.read_part(part)]
+    longest = built.store.manifest.settings["max_tokens"]
+    encoded = [encode(row, model.tokenizer, longest) for row in rows]
+    arrays = example_vectors(
+        model,
+        built.layers(model),
+        built.projection(model),
+        encoded,
+        settings=built.settings,
+        tick=tick,
+    )
+    counts = {
+        "truncated": sum(example.cut > 0 for example in encoded),
+        "completion_truncated": sum(example.completion_cut > 0 for example in encoded),
+    }
+    return replace(arrays, counts=counts)
+
+
+def example_vectors(
+    model: LoadedModel,
+    layers: dict[str, nn.Module],
+    projection: Projection,
+    encoded: list[Encoded],
+    *,
+    settings: IndexSettings,
+    tick: Callable[[int, int], None] = lambda examples, tokens: None,
+) -> ShardArrays:
+    """Sketched gradients of examples, in their order, with norms, losses and statuses.
+
+    The loss is in nats, reduced over the example's supervised tokens as the gradient space says; the norm is the
+    sketch's, before it is stored: over seeds, its square is an unbiased estimate of the gradient's.
+    """
+    n = len(encoded)
+    vectors, loss = torch.zeros(n, projection.width), torch.zeros(n)
+    targets = torch.tensor([example.targets for example in encoded], dtype=torch.int32)
+    status = torch.where(targets > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
+    usable = [number for number in range(n) if targets[number] > 0]
+    tick(n - len(usable), 0)
+    for batch in bucketed([len(encoded[number].ids) for number in usable], settings.tokens_per_batch):
+        numbers = [usable[position] for position in batch]
+        rows, losses = sketch(
+            model,
+            layers,
+            collate([encoded[number] for number in numbers]),
+            projection,
+            reduction=settings.space.reduction,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()
+        tick(len(numbers), sum(len(encoded[number].ids) for number in numbers))
+    finite = torch.isfinite(vectors).all(1) & torch.isfinite(loss)
+    status[~finite] = STATUSES.index("non_finite")
+    norm = torch.where(finite, vectors.norm(dim=1), 0.0)
+    return ShardArrays(
+        vectors=vectors,
+        norm=norm,
+        loss=loss.nan_to_num(0, 0, 0),
+        status=status.to(torch.uint8),
+        tokens=targets,
+    )

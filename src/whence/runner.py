@@ -1,0 +1,137 @@
+"""Run idempotent jobs, with retries and a progress bar. In this process today; the callers know of no engine.
+
+A job is a value; `work(job, tick)` does it and returns a result, calling `tick(examples, tokens)` as it goes on.
+Doing a job twice must do no harm, so a failed one is simply done again. Results come back as they are finished.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from whence.errors import JobError, SettingError
+
+logger = logging.getLogger(__name__)
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+Tick = Callable[[int, int], None]
+"""Called with the examples and tokens done since the last call."""
+ENGINES = ("local",)
+
+
+class Work(Protocol[JobT, ResultT]):
+    """What is done with every job."""
+
+    def __call__(self, job: JobT, tick: Tick, /) -> ResultT: ...
+
+
+def map(
+    work: Callable[[JobT, Tick], ResultT],
+    jobs: Iterable[JobT],
+    *,
+    engine: str = "local",
+    retries: int = 2,
+    on_tick: Tick | None = None,
+) -> Iterator[tuple[JobT, ResultT]]:
+    """Do every job and yield it with its result, as it is finished.
+
+    Args:
+        work: Called with a job and a function to report progress to.
+        jobs: Idempotent; in the order to do them.
+        engine: Where: "local" is this process, one after the other.
+        retries: Further tries after an operating system's or a device's error. Whence's own errors are final.
+        on_tick: Told of progress; a failed try takes back what it had reported.
+
+    Raises:
+        JobError: A job failed at every try.
+        SettingError: No such engine.
+    """
+    if engine not in ENGINES:
+        raise SettingError(f"--engine {engine}: this version has {', '.join(ENGINES)}")
+    for job in jobs:
+        yield job, _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
+
+
+def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:
+    for attempt in range(retries + 1):
+        done = [0, 0]
+
+        def tick(examples: int, tokens: int, done: list[int] = done) -> None:
+            done[0] += examples
+            done[1] += tokens
+            on_tick(examples, tokens)
+
+        try:
+            return work(job, tick)
+        except (OSError, RuntimeError) as error:
+            on_tick(-done[0], -done[1])
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if attempt == retries:
+                raise JobError(
+                    f"{job} failed {retries + 1} times, the last time with: {reason}. What was finished is kept; "
+                    "the same command goes on from there."
+                ) from error
+            logger.warning("%s failed (%s); trying again", job, reason)
+            time.sleep(2**attempt / 4)
+    raise AssertionError("not reached")
+
+
+class _Rate(ProgressColumn):
+    """Examples and tokens a second, since the bar began."""
+
+    def render(self, task: Task) -> Text:
+        elapsed, done = task.elapsed or 0, task.completed - task.fields["before"]
+        if elapsed < 0.5 or done <= 0:
+            return Text("")
+        return Text(f"{done / elapsed:,.1f} examples/s · {task.fields['tokens'] / elapsed:,.0f} tokens/s")
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Tick]:
+    """A bar on stderr with examples/s, tokens/s and the time left; where stderr is no terminal, a line a minute.
+
+    Args:
+        label: What is being done.
+        total: Examples in all.
+        done: Of those, done before this run; they do not count in the rates.
+        shown: False for none.
+    """
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda examples, tokens: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+        with Progress(*columns, _Rate(), TimeRemainingColumn(compact=True), console=console) as bar:
+            task = bar.add_task(label, total=total, completed=done, tokens=0, before=done)
+            yield lambda examples, tokens: bar.update(
+                task, advance=examples, tokens=bar.tasks[task].fields["tokens"] + tokens
+            )
+    else:
+        yield _line_a_minute(label, total, done)
+
+
+def _line_a_minute(label: str, total: int, done: int) -> Tick:
+    start = last = time.monotonic()
+    count, tokens_done = done, 0
+
+    def tick(examples: int, tokens: int) -> None:
+        nonlocal count, tokens_done, last
+        count, tokens_done = count + examples, tokens_done + tokens
+        now = time.monotonic()
+        if now - last < 60 and count < total:
+            return
+        last, rate = now, (count - done) / max(now - start, 1e-9)
+        left = (total - count) / rate if rate > 0 else 0
+        sys.stderr.write(
+            f"{label}: {count:,}/{total:,}, {rate:,.1f} examples/s, "
+            f"{tokens_done / max(now - start, 1e-9):,.0f} tokens/s, {left:,.0f} s left\n"
+        )
+
+    return tick
