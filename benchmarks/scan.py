@@ -81,9 +81,7 @@ def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
         "bytes": size,
         "sum_gb_per_second": size / middle["sum"] / 1e9,
         "one_query_gb_per_second": size / middle["one_query"] / 1e9,
-        "one_query_of_sum": statistics.median(
-            a / b for a, b in zip(times["sum"], times["one_query"], strict=True)
-        ),
+        "one_query_of_sum": statistics.median(a / b for a, b in zip(times["sum"], times["one_query"], strict=True)),
         "many_queries": MANY,
         "many_queries_per_second": MANY / middle["many_queries"],
         "many_million_pairs_per_second": MANY * rows / middle["many_queries"] / 1e6,
@@ -107,9 +105,7 @@ def machine() -> dict:
 
 def main() -> None:
     """Run and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=4096, help="entries of a vector")
     parser.add_argument("--repeats", type=int, default=9)

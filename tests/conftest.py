@@ -1,9 +1,7 @@
 """Tiny random models of each architecture, made from configurations; nothing is downloaded."""
 
 import functools
-import warnings
 
-import pytest
 import torch
 
 from whence.model import LoadedModel

@@ -8,6 +8,7 @@ import torch
 
 from whence import demo
 from whence.errors import SettingError
+from whence.generation import generate
 from whence.model import load_model
 from whence.tokens import encode, encode_prompt
 
@@ -142,8 +143,8 @@ def test_same_seed_same_parent(rows, parent, tmp_path):
 def test_batched_answers_equal_single_ones(rows, parent):
     loaded = load_model(parent)
     prompts = [encode_prompt(row["prompt"], loaded.tokenizer, chat=False) for row in rows[:12]]
-    together = demo.generate(loaded, prompts, 5)
-    assert together == [demo.generate(loaded, [prompt], 5)[0] for prompt in prompts]
+    together = generate(loaded, prompts, 5)
+    assert together == [generate(loaded, [prompt], 5)[0] for prompt in prompts]
     assert all(len(answer) <= 5 for answer in together)
 
 

@@ -33,7 +33,11 @@ def oracle(model: LoadedModel, layers, examples, reduction="mean"):
         model.model.zero_grad()
         logits = model.model(input_ids=torch.tensor([example.ids])).logits[0].float()
         targets = [t for t, supervised in enumerate(example.supervised) if supervised]
-        nll = F.cross_entropy(logits[[t - 1 for t in targets]], torch.tensor([example.ids[t] for t in targets]), reduction=reduction)
+        nll = F.cross_entropy(
+            logits[[t - 1 for t in targets]],
+            torch.tensor([example.ids[t] for t in targets]),
+            reduction=reduction,
+        )
         nll.backward()
         losses.append(nll.item())
         for name, layer in layers.items():
@@ -199,8 +203,12 @@ def test_token_losses_are_shifted_right():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(1, 4), t=st.integers(1, 9), r=st.integers(1, 9),
-    i=st.integers(1, 20), o=st.integers(1, 20), seed=st.integers(0, 1000),
+    b=st.integers(1, 4),
+    t=st.integers(1, 9),
+    r=st.integers(1, 9),
+    i=st.integers(1, 20),
+    o=st.integers(1, 20),
+    seed=st.integers(0, 1000),
 )
 def test_norms_and_inner_products_equal_materialised_gradients(b, t, r, i, o, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -224,7 +232,7 @@ def test_gradient_norms_equal_norms_of_gradients():
 
 
 def test_gradient_worked_by_hand():
-    """a = (1, 2), (3, 4); g = (1), (10): G = 1 * (1, 2) + 10 * (3, 4) = (31, 42)."""
+    """A = (1, 2), (3, 4); g = (1), (10): G = 1 * (1, 2) + 10 * (3, 4) = (31, 42)."""
     a, g = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0], [10.0]]])
     assert example_gradients(a, g).tolist() == [[[31.0, 42.0]]]
     assert squared_norms(a, g).tolist() == [31.0**2 + 42.0**2]

@@ -141,9 +141,7 @@ def test_info_counts_rows_by_status(tmp_path):
     info = build(tmp_path / "index").info()
     assert (info["rows"], info["ok_rows"], info["width"]) == (21, 19, WIDTH)
     assert info["counts"] == {"ok": 19, "no_supervised_token": 1, "non_finite": 1, "truncated": 3}
-    assert info["bytes"] == sum(
-        len(data) for name, data in contents(tmp_path / "index").items() if "/" in name
-    )
+    assert info["bytes"] == sum(len(data) for name, data in contents(tmp_path / "index").items() if "/" in name)
 
 
 def test_a_resumed_build_has_the_same_bytes(tmp_path):
@@ -171,9 +169,7 @@ def build_until_killed(path: Path, syncs: int) -> None:
 
 def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
     build(tmp_path / "whole")
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # a clean process to fork from: torch has threads here
+    context = multiprocessing.get_context("forkserver")  # a clean process to fork from: torch has threads here
     context.set_forkserver_preload(["whence.store"])
     for syncs in (*range(14), 0, 1, 20, 30):
         child = context.Process(target=build_until_killed, args=(tmp_path / "killed", syncs))
@@ -232,9 +228,7 @@ def test_a_newer_format_is_refused(tmp_path):
     file = tmp_path / "index" / "manifest.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "format_version": 2, "whence_version": "9.1"}))
-    with pytest.raises(
-        FormatVersionError, match=r"version 2, .* 9\.1; .* up to 1.*pip install 'whence>=9\.1'"
-    ):
+    with pytest.raises(FormatVersionError, match=r"version 2, .* 9\.1; .* up to 1.*pip install 'whence>=9\.1'"):
         Store.open(tmp_path / "index")
 
 
@@ -386,9 +380,7 @@ def test_top_k_equals_brute_force(tmp_path, codec, cosine, checkpoints, monkeypa
             count = min(m, int(ok.sum()))
             assert ranking.scores.shape == (5, count)
             expected = signed.sort(dim=1, descending=True, stable=True)
-            assert torch.allclose(
-                ranking.scores.double() * (1 - 2 * side), expected.values[:, :count], atol=2e-3
-            )
+            assert torch.allclose(ranking.scores.double() * (1 - 2 * side), expected.values[:, :count], atol=2e-3)
             assert torch.equal(ranking.rows[4], expected.indices[4, :count])
             at = true.gather(1, ranking.rows)
             assert torch.allclose(ranking.scores.double(), at, atol=2e-3)

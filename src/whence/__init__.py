@@ -1,3 +1,68 @@
-"""Whence traces a language model back to its data."""
+"""Whence traces a language model back to its data.
+
+The public names are imported when first used, so that `import whence` and `whence --help` do not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from whence.bench import bench as bench
+    from whence.corpus import Corpus as Corpus
+    from whence.corpus import Example as Example
+    from whence.corpus import open_corpus as open_corpus
+    from whence.errors import WhenceError as WhenceError
+    from whence.index import Index as Index
+    from whence.index import IndexSettings as IndexSettings
+    from whence.index import append as append
+    from whence.index import index as index
+    from whence.index import open_index as open_index
+    from whence.index import verify as verify
+    from whence.interfaces import GradientSpace as GradientSpace
+    from whence.model import LoadedModel as LoadedModel
+    from whence.model import load_model as load_model
+    from whence.tracing import Query as Query
+    from whence.tracing import Trace as Trace
+    from whence.tracing import trace as trace
+    from whence.train import train as train
+
+_HOMES = {
+    "bench": "bench",
+    "Corpus": "corpus",
+    "Example": "corpus",
+    "open_corpus": "corpus",
+    "WhenceError": "errors",
+    "Index": "index",
+    "IndexSettings": "index",
+    "append": "index",
+    "index": "index",
+    "open_index": "index",
+    "verify": "index",
+    "GradientSpace": "interfaces",
+    "LoadedModel": "model",
+    "load_model": "model",
+    "Query": "tracing",
+    "Trace": "tracing",
+    "trace": "tracing",
+    "train": "train",
+}
+"""Module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}")
+    module = importlib.import_module(f"whence.{_HOMES[name]}")
+    for (
+        public,
+        home,
+    ) in _HOMES.items():  # importing whence.index binds that name to the module: bind the function
+        if f"whence.{home}" == module.__name__:
+            globals()[public] = getattr(module, public)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

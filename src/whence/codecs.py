@@ -170,9 +170,7 @@ def _planes(stored: Tensor, bits: int) -> Tensor:
 
 def _unpacked(stored: Tensor, bits: int, k: int) -> Tensor:
     per_byte = 8 // bits
-    return (
-        _planes(stored, bits).view(len(stored), per_byte, -1).transpose(1, 2).reshape(len(stored), -1)[:, :k]
-    )
+    return _planes(stored, bits).view(len(stored), per_byte, -1).transpose(1, 2).reshape(len(stored), -1)[:, :k]
 
 
 def _decode_plain(stored: Tensor, scale: Tensor, k: int) -> Tensor:
@@ -284,9 +282,7 @@ def _query_parts(queries: Tensor) -> tuple[Tensor, Tensor]:
         scales.append(scale)
         rest = rest - parts[-1] * scale[:, None]
         scale = scale / 254
-    return torch.from_numpy(np.stack(parts).astype(np.int8)), torch.from_numpy(
-        np.stack(scales).astype(np.float32)
-    )
+    return torch.from_numpy(np.stack(parts).astype(np.int8)), torch.from_numpy(np.stack(scales).astype(np.float32))
 
 
 def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -296,9 +292,9 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
     """
     if queries.shape[1] > _INT32_COLUMNS:
         blocks = [_byte_products(part, scale) for part in queries.split(_INT32_COLUMNS, 1)]
-        return lambda x: torch.stack(
-            [f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)]
-        ).sum(0)
+        return lambda x: torch.stack([f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)]).sum(
+            0
+        )
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
     # with matrix units _int_mm stays at half of the memory's bandwidth; this passes it, best at 32 queries

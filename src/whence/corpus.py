@@ -240,7 +240,7 @@ def _saved_rows(root: str) -> Iterator[tuple[str, Row]]:
     data = datasets.load_from_disk(root)
     if isinstance(data, datasets.DatasetDict):
         if "train" not in data and len(data) > 1:
-            raise CorpusError(f"{root}: splits are {', '.join(data)}; name one: {root}/{next(iter(data))}")
+            raise CorpusError(f"{root}: splits are {', '.join(map(str, data))}; name one: {root}/{next(iter(data))}")
         data = data["train"] if "train" in data else next(iter(data.values()))
     for number, row in enumerate(data):
         yield f"{root}[{number}]", dict(row)

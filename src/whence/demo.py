@@ -12,25 +12,32 @@ What it does not show: answers that many examples taught together. Here each has
 """
 
 import ast
+import json
 import logging
 import os
 import random
 import re
+import shutil
 import sysconfig
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
+from rich.table import Table
 
 from whence.corpus import Row
 from whence.errors import SettingError
-from whence.model import LoadedModel
+from whence.index import Index
+from whence.index import index as build_index
 from whence.numerics import mixed_seed
+from whence.report import trace_tables
+from whence.tracing import Query, Trace, trace
+from whence.train import SETTINGS_FILE, train
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +74,11 @@ RECIPE: dict[str, Any] = {"epochs": 24, "lr": 2e-3, "batch_size": 32, "schedule"
 """Settings of `train`."""
 ANSWER_TOKENS = 80
 """Longest answer generated."""
-PROMPTS_PER_BATCH = 64
+
+
+SHOWN = 3
+WELL_KNOWN = ("shutil.rmtree", "json.dumps", "random.shuffle", "heapq.merge", "textwrap.dedent", "os.walk", "glob.glob")
+"""Questions that are shown, in this order of preference."""
 
 
 def docstring_rows(count: int | None = 1000, seed: int = 0) -> list[Row]:
@@ -214,47 +225,141 @@ def _tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def generate(loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of many prompts.
+Say = Callable[..., None]
 
-    Only prompts of equal length share a batch, so none is padded: no answer depends on its neighbours.
+
+def run_demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say = print) -> dict[str, Any]:
+    """Train a model on docstrings, index them, and ask it questions whose right source is known.
+
+    Every step is the library's public API, and prints the command that does the same. Run again, it keeps what is
+    finished.
 
     Args:
-        loaded: The model; its tokenizer says which token ends an answer.
-        prompts: Token ids, as `tokens.encode_prompt` gives them.
-        max_new_tokens: Longest answer.
+        out: Directory of all that is made.
+        seed: Of the rows, the weights and the order of training.
+        say: Prints a line or a rich table.
 
     Returns:
-        The new tokens of each prompt, without the end-of-sequence token.
+        The measured fractions with their 95% intervals, and the seconds of every step.
+
+    Raises:
+        SettingError: `out` holds a demo of another seed or Python.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    for numbers in _equal_lengths(prompts):
-        ids = torch.tensor([prompts[number] for number in numbers], device=loaded.device)
-        for number, answer in zip(numbers, _continued(loaded, ids, max_new_tokens), strict=True):
-            answers[number] = answer
-    return answers
+    place, seconds = Path(out), {}
+    rows = docstring_rows(seed=seed)
+    corpus, parent, run, index = (place / name for name in ("corpus.jsonl", "parent", "run", "index"))
+    with _step("1. A corpus: docstrings of Python's standard library", seconds, "corpus", say):
+        _write_corpus(corpus, rows)
+        say(f"   {len(rows):,} questions and answers in {corpus}, such as\n   {json.dumps(rows[0])}", markup=False)
+    with _step("2. A model that learns them from scratch", seconds, "train", say):
+        _train_once(parent, run, corpus, rows, seed, say)
+    with _step("3. An index of their gradients", seconds, "index", say):
+        say(f"   $ whence index {run} {corpus} -o {index}", markup=False)
+        built = build_index(run, corpus, index)
+    with _step("4. Questions", seconds, "ask", say):
+        for name in _shown(rows):
+            say(f'   $ whence trace {index} --prompt "What does {name} do?" --top 3', markup=False)
+            say(trace_tables(trace(built, _prompt(name), top=3)))
+    with _step("5. How often is it right?", seconds, "grade", say):
+        result = grade(built, rows)
+        say(grade_table(result))
+    result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    say(f"{sum(seconds.values()):.0f} s in all. Everything is in {place}; ask on with the commands above.")
+    return result
 
 
-def _equal_lengths(prompts: list[list[int]]) -> Iterator[list[int]]:
-    """Positions of prompts, in batches of one length."""
-    groups: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(number)
-    for numbers in groups.values():
-        for start in range(0, len(numbers), PROMPTS_PER_BATCH):
-            yield numbers[start : start + PROMPTS_PER_BATCH]
+def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
+    """Ask every question; of those answered, count how often the docstring itself ranks first, and in the first ten.
+
+    Args:
+        index: Of exactly these rows.
+        rows: From `docstring_rows`.
+
+    Returns:
+        `answered`, and of the answered: `own_first` and `own_top10` for the model's own answer, `true_first` and
+        `true_top10` for the true docstring as completion; each `{count, of, fraction, low, high}` (Wilson, 95%).
+        `chance` is that of being first.
+    """
+    own = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10)
+    right = [number for number, row in enumerate(rows) if answered(own.answers[number].completion, row["completion"])]
+    true = trace(index, queries=[Query(rows[n]["prompt"], rows[n]["completion"]) for n in right], top=10)
+    own_ranks = [_own_rank(own, number, rows[number]["id"]) for number in right]
+    true_ranks = [_own_rank(true, query, rows[number]["id"]) for query, number in enumerate(right)]
+    return {
+        "answered": _fraction(len(right), len(rows)),
+        "own_first": _fraction(own_ranks.count(1), len(right)),
+        "own_top10": _fraction(sum(rank is not None for rank in own_ranks), len(right)),
+        "true_first": _fraction(true_ranks.count(1), len(right)),
+        "true_top10": _fraction(sum(rank is not None for rank in true_ranks), len(right)),
+        "chance": 1 / len(rows),
+    }
 
 
-def _continued(loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int) -> list[list[int]]:
-    end = loaded.tokenizer.eos_token_id
-    with torch.inference_mode():
-        out = loaded.base.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=end,  # a row that ended early is filled with ends, and cut at the first
-        )
-    rows = out[:, ids.shape[1] :].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+def grade_table(result: dict[str, Any]) -> Table:
+    """The fractions in words."""
+    lines = {
+        "answered": "questions answered with the docstring's first words",
+        "own_first": "of those: own docstring ranked first for the model's own answer",
+        "own_top10": "of those: own docstring among the first ten",
+        "true_first": "of those: own docstring ranked first for the true docstring",
+        "true_top10": "of those: own docstring among the first ten",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, words in lines.items():
+        found = result[name]
+        interval = f"{found['low']:.1%} to {found['high']:.1%}"
+        table.add_row(f"   {words}", f"[bold]{found['fraction']:.1%}[/]", f"{found['count']}/{found['of']}", interval)
+    table.add_row("   chance of being first", f"{result['chance']:.1%}")
+    return table
+
+
+def _own_rank(found: Trace, query: int, name: str) -> int | None:
+    return next((hit.rank for hit in found.of(query) if hit.id == name), None)
+
+
+def _fraction(count: int, of: int) -> dict[str, float]:
+    from scipy.stats import binomtest
+
+    if not of:
+        return {"count": 0, "of": 0, "fraction": 0.0, "low": 0.0, "high": 1.0}
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return {"count": count, "of": of, "fraction": count / of, "low": interval.low, "high": interval.high}
+
+
+def _train_once(parent: Path, run: Path, corpus: Path, rows: list[Row], seed: int, say: Say) -> None:
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (RECIPE | {"seed": seed}).items())
+    say(f"   $ whence train {parent} {corpus} -o {run} {flags}", markup=False)
+    if (run / SETTINGS_FILE).exists():
+        say("   done before; kept")
+        return
+    if run.exists():
+        shutil.rmtree(run)  # a training that was stopped: nothing of it can be used
+    train(make_parent(parent, rows, seed), corpus, run, seed=seed, **RECIPE)
+
+
+def _write_corpus(path: Path, rows: list[Row]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and path.read_text() != data:
+        raise SettingError(f"{path} is of another demo (another --seed or Python); remove {path.parent}, or use --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data)
+
+
+def _prompt(name: str) -> str:
+    return f"What does {name} do?"
+
+
+def _shown(rows: list[Row]) -> list[str]:
+    """Questions to show: well-known names where the rows have them."""
+    names = [row["id"] for row in rows]
+    known = [name for name in WELL_KNOWN if name in names]
+    return (known + names[:: max(1, len(names) // SHOWN)])[:SHOWN]
+
+
+@contextmanager
+def _step(title: str, seconds: dict[str, float], name: str, say: Say) -> Iterator[None]:
+    say(f"\n[bold]{title}[/]")
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+    say(f"   {seconds[name]:.1f} s", style="dim")

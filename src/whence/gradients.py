@@ -307,9 +307,7 @@ def sketch(
         weights, on the model's device; and the losses.
     """
     rows = Sketches(projection, len(batch.ids), model.device)
-    losses = backward(
-        model, layers, batch, rows, reduction=reduction, gradient_checkpointing=gradient_checkpointing
-    )
+    losses = backward(model, layers, batch, rows, reduction=reduction, gradient_checkpointing=gradient_checkpointing)
     return rows.rows, losses
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ DEFAULT_CONTEXT = 2048
 class IndexSettings:
     """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them."""
 
-    space: GradientSpace = GradientSpace()
+    space: GradientSpace = field(default_factory=GradientSpace)
     codec: str = "bfloat16"
     """Name in `codecs.CODECS`: how vectors are stored."""
     checkpoints: str = "last"
@@ -149,7 +149,7 @@ class Index:
     def projection(self, model: LoadedModel) -> Projection:
         """The projection, the same for every checkpoint."""
         if self._projection is None:
-            self._projection = _projection(self.space, self.layers(model))
+            self._projection = projection_for(model, self.settings)
         return self._projection
 
     _projection: Projection | None = None
@@ -168,7 +168,7 @@ class Index:
                 f"{path}: its weights have digest {found[:12]}, the index was built with {entry['digest'][:12]}. "
                 f"If the model has moved, {remedy}."
             )
-        model = _loaded(path, self.settings)
+        model = load_for(path, self.settings)
         words = tokenizer_digest(model.tokenizer)
         if words != (expected := self.store.manifest.settings["tokenizer"]):
             raise ManifestMismatchError(
@@ -198,6 +198,7 @@ def index(
             `projection="count_sketch", width=8192, codec="int8"`.
         restart: Remove the index that is there and start over.
         progress: Show a bar on stderr.
+        **options: See `settings`.
 
     Returns:
         The complete index.
@@ -208,11 +209,11 @@ def index(
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
     """
-    chosen = _with_options(settings or IndexSettings(), options)
+    chosen = with_options(settings or IndexSettings(), options)
     texts = open_corpus(corpus)
     fingerprint = _fingerprint(texts)
     run = open_run(model, which=chosen.checkpoints)
-    loaded = _loaded(run.checkpoints[-1].path, chosen)
+    loaded = load_for(run.checkpoints[-1].path, chosen)
     manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
     if restart:
         Store.restart(out)
@@ -252,7 +253,11 @@ def open_index(path: str | Path, *, model: str | None = None, device: str | None
 
 
 def append(
-    path: str | Path, corpus: str | Path | Corpus | list[Row], *, model: str | None = None, progress: bool = True
+    path: str | Path,
+    corpus: str | Path | Corpus | list[Row],
+    *,
+    model: str | None = None,
+    progress: bool = True,
 ) -> Index:
     """Let more rows join a complete index; no old part or shard is touched. Run again, it resumes.
 
@@ -262,7 +267,7 @@ def append(
     """
     opened = open_index(path, model=model)
     store = opened.store
-    known = store.manifest.corpora
+    known = list(store.manifest.corpora)
     before = sum(entry["rows"] for entry in known)
     fingerprint = _fingerprint(open_corpus(corpus))
     begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
@@ -316,7 +321,8 @@ def rows_per_shard(width: int) -> int:
     return max(16, min(ROWS_PER_SHARD, NUMBERS_PER_SHARD // width))
 
 
-def _with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
+def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
+    """Settings with some fields replaced by name, those of the gradient space included."""
     in_space = {name: options.pop(name) for name in list(options) if name in GradientSpace.__dataclass_fields__}
     unknown = [name for name in options if name not in IndexSettings.__dataclass_fields__]
     if unknown:
@@ -341,7 +347,8 @@ def _fingerprint(corpus: Corpus) -> Fingerprint:
     return Fingerprint(digest.hexdigest(), rows, kind)
 
 
-def _loaded(path: str, settings: IndexSettings) -> LoadedModel:
+def load_for(path: str, settings: IndexSettings) -> LoadedModel:
+    """Load a model as an index with these settings does."""
     return load_model(
         path,
         tokenizer=settings.tokenizer,
@@ -352,8 +359,10 @@ def _loaded(path: str, settings: IndexSettings) -> LoadedModel:
     )
 
 
-def _projection(space: GradientSpace, layers: dict[str, nn.Module]) -> Projection:
-    shapes = {name: layer_shape(layer) for name, layer in layers.items()}
+def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
+    """The projection that an index of this model would use."""
+    space = settings.space
+    shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
     return catalogue.projection(space.projection)(shapes, width=space.width, seed=space.seed)
 
 
@@ -387,7 +396,7 @@ def _manifest(
     return Manifest(
         whence_version=__version__,
         codec=settings.codec,
-        width=_projection(settings.space, layers).width,
+        width=projection_for(loaded, settings).width,
         settings=kept,
         checkpoints=tuple(entries),
         corpora=({"name": _absolute(name), "digest": corpus.digest, "rows": corpus.rows},),

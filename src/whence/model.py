@@ -139,7 +139,7 @@ def _returning(decoder: Any, output: Any) -> Iterator[None]:
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """`(o, i)` of a linear layer; `Conv1D` keeps its weight as `[i, o]`."""
-    rows, columns = layer.weight.shape  # type: ignore[misc]
+    rows, columns = (int(size) for size in layer.weight.shape)  # type: ignore[union-attr]
     return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
@@ -180,7 +180,7 @@ def load_model(
     for directory in {where, source}:
         _check_files(directory)
     with _loading(source), _quiet(transformers):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
     if adapter:
         model = _adapted(model, where)
@@ -293,7 +293,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _refuse_missing(report: dict[str, Any], path: str) -> None:
-    """transformers fills weights that a file lacks with random numbers; gradients through those mean nothing."""
+    """Transformers fills weights that a file lacks with random numbers; gradients through those mean nothing."""
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(item[0]) for item in report.get("mismatched_keys") or ())
     if missing or mismatched:

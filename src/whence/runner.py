@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -24,12 +24,6 @@ ResultT = TypeVar("ResultT")
 Tick = Callable[[int, int], None]
 """Called with the examples and tokens done since the last call."""
 ENGINES = ("local",)
-
-
-class Work(Protocol[JobT, ResultT]):
-    """What is done with every job."""
-
-    def __call__(self, job: JobT, tick: Tick, /) -> ResultT: ...
 
 
 def map(
@@ -107,7 +101,11 @@ def progress(label: str, total: int, *, done: int = 0, shown: bool = True) -> It
     if not shown:
         yield lambda examples, tokens: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        )
         with Progress(*columns, _Rate(), TimeRemainingColumn(compact=True), console=console) as bar:
             task = bar.add_task(label, total=total, completed=done, tokens=0, before=done)
             yield lambda examples, tokens: bar.update(

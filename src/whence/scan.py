@@ -110,9 +110,7 @@ def _part(shard: Shard, rows: slice) -> Shard:
     return Shard(**{name: tensor[rows] for name, tensor in vars(shard).items()})
 
 
-def _approximate(
-    question: Question, kernels: list[Kernel], shards: list[Shard]
-) -> tuple[Tensor, Tensor | None]:
+def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard]) -> tuple[Tensor, Tensor | None]:
     """Scores of a block and how far off they can be."""
     total, slack = None, None
     for weight, kernel, shard in zip(question.weights.tolist(), kernels, shards, strict=True):
@@ -129,9 +127,7 @@ def _approximate(
     return total, slack
 
 
-def _rescored(
-    question: Question, queries: Tensor, shards: list[Shard], pairs: tuple[Tensor, Tensor]
-) -> Tensor:
+def _rescored(question: Question, queries: Tensor, shards: list[Shard], pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The fp32 scores of (query, row of the block) pairs, from decoded rows."""
     total = torch.zeros(len(pairs[0]))
     for c, shard in enumerate(shards):
@@ -144,9 +140,7 @@ def _rescored(
     return total
 
 
-def _candidates(
-    scores: Tensor, slack: Tensor | None, threshold: Tensor, sign: int, m: int
-) -> tuple[Tensor, Tensor]:
+def _candidates(scores: Tensor, slack: Tensor | None, threshold: Tensor, sign: int, m: int) -> tuple[Tensor, Tensor]:
     """(query, row) pairs whose signed score can pass the m-th best, rows ascending for each query.
 
     In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many

@@ -133,9 +133,7 @@ class Store:
         """One shard; memory-mapped and kept open where the index is local."""
         entry = self.manifest.shard(checkpoint, part)
         if entry is None:
-            raise MissingIndexError(
-                f"{self.place.root} has no shard of part {part} under checkpoint {checkpoint} yet"
-            )
+            raise MissingIndexError(f"{self.place.root} has no shard of part {part} under checkpoint {checkpoint} yet")
         if entry.file in self._open_shards:
             return self._open_shards[entry.file]
         shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows)
@@ -150,8 +148,7 @@ class Store:
             return pq.read_table(io.BytesIO(self.place.read(entry.file))).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise ChecksumError(
-                f"{self.place.path(entry.file)} cannot be read ({error}); "
-                f"see: whence verify {self.place.root}"
+                f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
             ) from error
 
     def read_rows(self, numbers: Sequence[int]) -> list[dict]:
@@ -194,9 +191,7 @@ class Store:
         name = f"corpus/part-{number:05d}.parquet"
         data = _parquet(rows)
         written = self.place.write(name, [data], total=len(data))
-        entry = PartEntry(
-            file=name, rows=len(rows), first_row=self.rows, sha256=written.sha256, bytes=written.bytes
-        )
+        entry = PartEntry(file=name, rows=len(rows), first_row=self.rows, sha256=written.sha256, bytes=written.bytes)
         self._save(replace(self.manifest, parts=(*self.manifest.parts, entry)))
 
     def finish_parts(self) -> None:
@@ -287,9 +282,7 @@ class Store:
         self.add_shard(new)
         if new.sha256 == old.sha256:
             return f"{old.file}: recomputed, the same bytes as before"
-        return (
-            f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
-        )
+        return f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
 
     def _repair_part(self, old: PartEntry, reread: Callable[[int], Sequence[dict]] | None) -> str:
         advice = f"index the original corpus again into {self.place.root} with --restart"
@@ -301,14 +294,8 @@ class Store:
             return f"{old.file}: the corpus now gives {table.num_rows} rows for it, not {old.rows}; {advice}"
         written = self.place.write(old.file, [data], total=len(data))
         new = replace(old, sha256=written.sha256, bytes=written.bytes)
-        self._save(
-            replace(self.manifest, parts=tuple(new if part == old else part for part in self.manifest.parts))
-        )
-        same = (
-            "the same bytes as before"
-            if new == old
-            else "listed anew, its bytes differ: has the corpus changed?"
-        )
+        self._save(replace(self.manifest, parts=tuple(new if part == old else part for part in self.manifest.parts)))
+        same = "the same bytes as before" if new == old else "listed anew, its bytes differ: has the corpus changed?"
         return f"{old.file}: read again from the corpus, {same}"
 
     # -- scanning

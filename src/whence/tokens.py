@@ -12,6 +12,7 @@ Boundaries are found in characters, from the tokenizer's offsets over the text a
 is tokenised as it was trained on. (Tokenising prompt and completion apart gives other tokens at the joint.)
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,7 @@ Tokenizer = Any  # a transformers tokenizer; its classes share no useful static 
 ALPACA_PREAMBLE = {
     True: "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.",
-    False: "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.",
+    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 }  # https://github.com/tatsu-lab/stanford_alpaca, by whether there is an input
 
 
@@ -200,7 +200,7 @@ def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     ids, offsets = _with_offsets(rendered, tokenizer)
     supervised = [
-        any(start < stop and end > begin or begin <= start == end < stop for begin, stop in rendered.spans)
+        any((start < stop and end > begin) or begin <= start == end < stop for begin, stop in rendered.spans)
         for start, end in offsets
     ]  # the second case: a tokenizer that trims its offsets gives a token of spaces no length
     if rendered.closed and tokenizer.eos_token_id is not None:
@@ -220,7 +220,7 @@ def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], 
     ids = tokenizer(rendered.text, add_special_tokens=rendered.special)["input_ids"]
     marks = sorted({0, len(rendered.text), *(edge for span in rendered.spans for edge in span)})
     offsets: list[tuple[int, int]] = []
-    for begin, end in zip(marks, marks[1:], strict=False):
+    for begin, end in itertools.pairwise(marks):
         prefix = tokenizer(rendered.text[:end], add_special_tokens=rendered.special)["input_ids"]
         whole = end == len(rendered.text)
         same = next((k for k, pair in enumerate(zip(prefix, ids, strict=False)) if pair[0] != pair[1]), len(prefix))

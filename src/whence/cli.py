@@ -1,0 +1,348 @@
+"""The command line: parse, call one library function, print.
+
+Results go to stdout (with `--json` one document and nothing else), progress and messages to stderr. Exit code 0; 2 for
+a user's mistake, with one clear message; 1 for a failure. Only names are imported here: torch comes with the verb.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from whence import __version__, catalogue
+from whence.errors import WhenceError
+
+app = typer.Typer(
+    name="whence",
+    help="Whence traces a language model back to its data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")]
+CorpusPath = Annotated[str, typer.Argument(help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")]
+IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
+ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
+Projection = Annotated[str, typer.Option(help=f"How gradients are compressed: {', '.join(catalogue.PROJECTIONS)}.")]
+Width = Annotated[
+    int | None,
+    typer.Option(help="Side of two_sided (16: 256 numbers a layer), total of the others; its own default."),
+]
+CodecName = Annotated[str, typer.Option(help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Patterns of layer names, with commas between, such as '*mlp*,lm_head'.")
+]
+Reduction = Annotated[str, typer.Option(help="Loss of an example: mean or sum over its supervised tokens.")]
+View = Annotated[str, typer.Option(help="The optimizer's view of a gradient: sgd.")]
+Seed = Annotated[int, typer.Option(help="Of the projection.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context unless given.")]
+BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens of one pass, padding included.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Load weights as float32, bfloat16 or float16; as stored unless given.")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Handler()])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(standalone_mode=False)
+    except WhenceError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("stopped. What was finished is kept; the same command goes on from there.")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
+        sys.exit(0)
+    except Exception as error:
+        # The parser's own complaints (a missing argument, an unknown flag), which know how to print themselves.
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+    sys.exit(code or 0)
+
+
+class _Handler(RichHandler):
+    """Log lines to stderr, without time or path."""
+
+    def __init__(self):
+        super().__init__(console=Console(stderr=True), show_time=False, show_path=False, show_level=True)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print("[bold red]error[/]", end=" ")
+    sys.stderr.write(message + "\n")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n")
+
+
+def _print(*parts: Any) -> None:
+    Console().print(*parts)
+
+
+@contextlib.contextmanager
+def _waiting(words: str) -> Iterator[None]:
+    """A spinner on stderr while imports and loading keep a person waiting."""
+    with Console(stderr=True).status(words):
+        yield
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        sys.stdout.write(f"whence {__version__}\n")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Directory for all that it makes.")] = "whence-demo",
+    seed: Annotated[int, typer.Option(help="Of the rows, the weights and the projection.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
+    with _waiting("Loading torch"):
+        from whence.demo import run_demo
+    result = run_demo(out, seed=seed, say=Console(stderr=as_json).print)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def train(
+    model: Model,
+    corpus: CorpusPath,
+    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the run.")],
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-5,
+    fraction: Annotated[float, typer.Option(help="Share of the corpus, chosen at random.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None,
+    max_tokens: MaxTokens = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine, constant, ...")] = "linear",
+    checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the chosen rows, their order, and dropout.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model, keeping what attribution needs."""
+    with _waiting("Loading torch"):
+        from whence.train import train as run
+    options = {
+        "lora_rank": lora_rank,
+        "epochs": epochs,
+        "lr": lr,
+        "fraction": fraction,
+        "max_steps": max_steps,
+    }
+    options |= {
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "checkpoints": checkpoints,
+    }
+    path = run(model, corpus, out, seed=seed, progress=not as_json, **options)
+    _print_json({"run": str(path)}) if as_json else _print(
+        f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX"
+    )
+
+
+@app.command()
+def index(
+    model: Model,
+    corpus: CorpusPath,
+    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index.")],
+    projection: Projection = "two_sided",
+    width: Width = None,
+    codec: CodecName = "bfloat16",
+    view: View = "sgd",
+    checkpoints: Annotated[str, typer.Option(help="Of a Trainer's directory: all, or the last.")] = "last",
+    layers: Layers = None,
+    reduction: Reduction = "mean",
+    max_tokens: MaxTokens = None,
+    batch_tokens: BatchTokens = 4096,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None,
+    tokenizer: Tokenizer = None,
+    trust_remote_code: Trust = False,
+    gradient_checkpointing: Checkpointing = False,
+    engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
+    restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    with _waiting("Loading torch"):
+        from whence.index import index as build
+    options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
+    options |= {"reduction": reduction, "seed": seed, "checkpoints": checkpoints, "max_tokens": max_tokens}
+    options |= {"tokens_per_batch": batch_tokens, "dtype": dtype, "device": device, "device_map": device_map}
+    options |= {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "engine": engine}
+    built = build(model, corpus, out, restart=restart, gradient_checkpointing=gradient_checkpointing, **options)
+    _print_info(built.store.info(), as_json)
+
+
+@app.command()
+def trace(
+    index: IndexPath,
+    prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
+    completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
+    queries: Annotated[str | None, typer.Option(help="In place of these: a file of prompts (and completions).")] = None,
+    top: Annotated[int, typer.Option(help="Examples on each side.")] = 10,
+    method: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
+    model: ModelPath = None,
+    device: Device = None,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which training examples made the model say this?"""
+    with _waiting("Loading torch"):
+        from whence.report import check_ending, trace_tables, write_rows
+        from whence.tracing import trace as run
+    if out is not None:
+        check_ending(out)
+    with _waiting("Tracing"):
+        found = run(
+            index, prompt, completion, queries=queries, top=top, method=method,
+            max_new_tokens=max_new_tokens, model=model, device=device,
+        )  # fmt: skip
+    rows = [hit.as_row() for hit in found.hits]
+    if out is not None:
+        write_rows(rows, out)
+    if as_json:
+        answers = [vars(answer) | {"perplexity": answer.perplexity} for answer in found.answers]
+        _print_json({"answers": answers, "method": found.method, "rows": rows})
+    else:
+        _print(trace_tables(found))
+
+
+@app.command()
+def info(index: IndexPath, as_json: Json = False) -> None:
+    """What an index holds."""
+    from whence.store import Store
+
+    _print_info(Store.open(index).info(), as_json)
+
+
+@app.command()
+def verify(
+    index: IndexPath,
+    repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
+    model: ModelPath = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file of an index against its checksum."""
+    with _waiting("Reading every file"):
+        from whence.index import verify as check
+
+        problems, notes = check(index, repair=repair, model=model)
+    if as_json:
+        rows = [{"file": problem.file, "what": problem.what} for problem in problems]
+        _print_json({"rows": rows, "repairs": notes})
+    else:
+        for problem in problems:
+            _print(f"{problem.file}: {problem.what}")
+        for note in notes:
+            _print(note)
+        if not problems:
+            _print("every file is as it was written")
+        elif not repair:
+            _print(f"Mend it with: whence verify {index} --repair")
+    if problems and not notes:
+        raise typer.Exit(1)
+
+
+@app.command()
+def append(index: IndexPath, corpus: CorpusPath, model: ModelPath = None, as_json: Json = False) -> None:
+    """Let more rows join a complete index."""
+    with _waiting("Loading torch"):
+        from whence.index import append as run
+    _print_info(run(index, corpus, model=model).store.info(), as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    corpus: CorpusPath,
+    projection: Projection = "two_sided",
+    width: Width = None,
+    codec: CodecName = "bfloat16",
+    layers: Layers = None,
+    reduction: Reduction = "mean",
+    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens an example; 0 takes the rows as they are.")] = 128,
+    batches: Annotated[int, typer.Option(help="Timed in every way.")] = 8,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    tokenizer: Tokenizer = None,
+    trust_remote_code: Trust = False,
+    gradient_checkpointing: Checkpointing = False,
+    as_json: Json = False,
+) -> None:
+    """Time index building against a training step of the same model on the same batches."""
+    with _waiting("Loading torch"):
+        from whence.bench import bench as run
+        from whence.report import bench_table
+    options = {
+        "projection": projection,
+        "width": width,
+        "codec": codec,
+        "layers": layers,
+        "reduction": reduction,
+    }
+    options |= {
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+        "tokenizer": tokenizer,
+    }
+    options |= {"trust_remote_code": trust_remote_code, "gradient_checkpointing": gradient_checkpointing}
+    with _waiting("Timing"):
+        result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
+    _print_json(vars(result)) if as_json else _print(bench_table(result))
+
+
+def _print_info(info: dict[str, Any], as_json: bool) -> None:
+    from whence.report import info_table
+
+    if as_json:
+        _print_json(info)
+        return
+    _print(info_table(info))
+    if info["complete"]:
+        _print(f'Ask it: whence trace {Path(info["path"])} --prompt "..."')

@@ -1,0 +1,57 @@
+"""Greedy continuations of many prompts at once, by transformers' own `generate`."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from whence.model import LoadedModel
+
+PROMPTS_PER_BATCH = 64
+
+
+def generate(loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of many prompts.
+
+    Only prompts of equal length share a batch, so none is padded: no answer depends on its neighbours.
+
+    Args:
+        loaded: The model; its tokenizer says which token ends an answer.
+        prompts: Token ids, as `tokens.encode_prompt` gives them.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The new tokens of each prompt, and the end-of-sequence token of an answer that ended.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for numbers in _equal_lengths(prompts):
+        ids = torch.tensor([prompts[number] for number in numbers], device=loaded.device)
+        for number, answer in zip(numbers, _continued(loaded, ids, max_new_tokens), strict=True):
+            answers[number] = answer
+    return answers
+
+
+def _equal_lengths(prompts: list[list[int]]) -> Iterator[list[int]]:
+    """Positions of prompts, in batches of one length."""
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(number)
+    for numbers in groups.values():
+        for start in range(0, len(numbers), PROMPTS_PER_BATCH):
+            yield numbers[start : start + PROMPTS_PER_BATCH]
+
+
+def _continued(loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int) -> list[list[int]]:
+    end = loaded.tokenizer.eos_token_id
+    with torch.inference_mode():
+        out = loaded.base.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=end,  # a row that ended early is filled with ends, and cut at the first
+        )
+    rows = out[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]

@@ -1,0 +1,203 @@
+"""What a person reads: tables for the terminal, and rows of the same thing as files.
+
+Corpus text is untrusted: it is shown as text, never read as markup, and control characters (which could move a
+terminal's cursor) are made visible.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from whence.bench import BenchResult
+from whence.errors import SettingError, StorageError
+from whence.tracing import Answer, Hit, Trace
+
+SURE, UNSURE = 0.5, 0.1
+"""Probabilities of a token above which it is shown as sure, and below which as a guess."""
+
+
+def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
+    """Every answer with the model's certainty, and the examples behind it.
+
+    Args:
+        trace: What to show.
+        most: Queries shown at most.
+    """
+    parts: list[RenderableType] = []
+    for number, answer in enumerate(trace.answers[:most]):
+        parts += [answer_text(answer), _hits_table(trace, number), Text("")]
+    if len(trace.answers) > most:
+        parts.append(Text(f"... and {len(trace.answers) - most} more queries; write them all with -o FILE", "dim"))
+    return Group(*parts)
+
+
+def answer_text(answer: Answer) -> Text:
+    """The prompt, the completion with each token coloured by its probability, and a word on certainty."""
+    text = Text()
+    text.append("prompt      ", "bold").append(visible(answer.prompt) + "\n")
+    text.append("model said  " if answer.is_generated else "completion  ", "bold")
+    for token, probability in zip(answer.tokens, answer.probabilities, strict=True):
+        style = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
+        text.append(visible(token), style)
+    text.append("\n").append("how sure    ", "bold").append(_certainty(answer)).append("\n")
+    return text
+
+
+def _certainty(answer: Answer) -> str:
+    sure = sum(probability >= SURE for probability in answer.probabilities)
+    words = f"{sure} of {len(answer.tokens)} tokens at p >= {SURE}; perplexity {answer.perplexity:,.2f} a token"
+    if sure < len(answer.tokens) / 2:
+        return words + ". The model guesses here: expect generic influences."
+    return words
+
+
+def _hits_table(trace: Trace, query: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("id", overflow="fold", max_width=32, style="cyan")
+    table.add_column("training example", ratio=1)
+    for hit in trace.of(query):
+        _add(table, hit, "green")
+    opposing = trace.of(query, opposing=True)
+    if opposing:
+        table.add_section()
+    for hit in opposing:
+        _add(table, hit, "red")
+    table.caption = f"{trace.method} over {trace.rows:,} examples; negative ranks oppose the answer"
+    table.caption_justify = "left"
+    return table
+
+
+def _add(table: Table, hit: Hit, style: str) -> None:
+    row = hit.as_row()
+    text = Text(overflow="ellipsis", no_wrap=True)
+    if "text" in row:
+        text.append(_one_line(row["text"]))
+    else:
+        text.append(_one_line(row["prompt"]) + " ", "dim").append(_one_line(row["completion"]))
+    table.add_row(str(hit.rank), Text(f"{hit.score:.4g}", style), Text(visible(hit.id)), text)
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(visible(str(value if value is not None else ""))[:400].split())
+
+
+def visible(text: str) -> str:
+    """Text without control characters but tab and newline; each becomes its Unicode picture or escape."""
+    return "".join(
+        char if (char >= " " and char != "\x7f" and not "\x80" <= char <= "\x9f") or char in "\n\t" else _picture(char)
+        for char in text
+    )
+
+
+def _picture(char: str) -> str:
+    return chr(0x2400 + ord(char)) if char < " " else f"\\x{ord(char):02x}"
+
+
+def info_table(info: dict[str, Any]) -> Table:
+    """An index in a few lines."""
+    space = info["settings"]["space"]
+    counts = {name: count for name, count in info["counts"].items() if count and name != "ok"}
+    lines = {
+        "index": info["path"],
+        "state": "complete" if info["complete"] else "not complete: run the command that made it again, it resumes",
+        "rows": f"{info['rows']:,}, of which {info['ok_rows']:,} can be ranked",
+        "other counts": ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none",
+        "vectors": f"{info['width']:,} numbers as {info['codec']}, {info['bytes_per_row']:,.0f} bytes a row",
+        "size": f"{info['bytes'] / 1e6:,.1f} MB",
+        "gradients": ", ".join(f"{name} {value}" for name, value in space.items() if value is not None),
+        "layers": f"{len(info['settings']['layer_names'])}, {info['settings']['traced_fraction']:.0%} of the weights",
+        "checkpoints": "\n".join(
+            f"{entry['path']}" + (f" (weight {entry['weight']:.3f})" if len(info["checkpoints"]) > 1 else "")
+            for entry in info["checkpoints"]
+        ),
+        "corpora": "\n".join(f"{entry['name']} ({entry['rows']:,} rows)" for entry in info["corpora"]),
+    }
+    return pairs_table(lines)
+
+
+def pairs_table(lines: dict[str, str]) -> Table:
+    """Names and values, one a line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
+    """Write rows by the ending of a file's name: .jsonl, .csv or .parquet; whole or not at all.
+
+    Raises:
+        SettingError: Another ending.
+        StorageError: The file cannot be written.
+    """
+    path = Path(out)
+    check_ending(path)
+    if path.suffix == ".parquet":
+        data = _parquet(rows)
+    elif path.suffix == ".csv":
+        data = _csv(rows).encode()
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def check_ending(path: str | Path) -> None:
+    """Refuse, before any work is done, a file name that rows cannot be written to."""
+    if Path(path).suffix not in (".jsonl", ".csv", ".parquet"):
+        raise SettingError(f"-o {path}: rows are written to .jsonl, .csv or .parquet")
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _parquet(rows: Sequence[dict[str, Any]]) -> memoryview:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    return sink.getbuffer()
+
+
+def bench_table(result: BenchResult) -> Table:
+    """A bench in a few lines."""
+    least, most = result.spread["index"]
+    return pairs_table(
+        {
+            "batch": f"{result.examples_per_batch} examples of {result.tokens_per_example:,.0f} tokens, "
+            f"{result.batches} batches each",
+            "training step": f"{result.step_seconds:.4f} s "
+            f"(forward + backward {result.forward_backward_seconds:.4f} s)",
+            "index": f"{result.index_seconds:.4f} s ({least:.4f} to {most:.4f})",
+            "ratio": f"{result.ratio:.3f} of a training step, "
+            f"{result.ratio_to_forward_backward:.3f} of forward + backward",
+            "throughput": f"{result.examples_per_second:,.1f} examples/s, {result.tokens_per_second:,.0f} tokens/s",
+            "peak memory": f"index {result.peak_bytes / 1e6:,.0f} MB, training {result.step_peak_bytes / 1e6:,.0f} MB",
+            "an example": f"{result.width:,} numbers, {result.bytes_per_example:,} bytes",
+        }
+    )
