@@ -1,0 +1,29 @@
+# Every target does its own set-up: a bare machine needs Python 3.11 or newer, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+# torch first and pinned: whatever else asks for torch then finds it there, and pulls no other build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## Train a small model on Python's docstrings and ask what taught it each answer
+	$(BIN)/whence demo
+
+test: $(READY)  ## Run the tests and the doctests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Style, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv whence-demo
