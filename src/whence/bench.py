@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def bench(
         raise SettingError("--batch-size and --batches need 1 or more, --length 2 or more")
     chosen = with_options(settings or IndexSettings(), options)
     loaded = load_for(str(model), chosen)
-    made = _batches(loaded, corpus, batch_size, length, batches + 1, chosen)
+    made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
     projection = projection_for(loaded, chosen)
     seconds = _timed(loaded, made, projection, chosen)
     step, passes, index = (statistics.median(seconds[name]) for name in ("step", "passes", "index"))
@@ -119,7 +119,7 @@ def bench(
     )
 
 
-def _batches(
+def make_batches(
     loaded: LoadedModel, corpus: Any, size: int, length: int | None, count: int, settings: IndexSettings
 ) -> list[Batch]:
     """Batches from the first rows of a corpus; fewer rows than needed are gone through again."""
@@ -143,8 +143,8 @@ def _timed(
 ) -> dict[str, list[float]]:
     optimizer = _optimizer(loaded)
     ways: dict[str, Callable[[Batch], Any]] = {
-        "passes": lambda batch: _train(loaded, batch, None),
-        "step": lambda batch: _train(loaded, batch, optimizer),
+        "passes": lambda batch: training_pass(loaded, batch, None),
+        "step": lambda batch: training_pass(loaded, batch, optimizer),
         "index": lambda batch: _index(loaded, batch, projection, settings),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -173,7 +173,8 @@ def _set_trainable(loaded: LoadedModel, trainable: bool) -> None:
             weight.grad = None
 
 
-def _train(loaded: LoadedModel, batch: Batch, optimizer: torch.optim.Optimizer | None) -> None:
+def training_pass(loaded: LoadedModel, batch: Batch, optimizer: torch.optim.Optimizer | None) -> None:
+    """Forward and backward by the model's own loss, and a step where there is an optimizer."""
     batch = batch.to(loaded.device)
     labels = batch.ids.masked_fill(~batch.supervised, -100)
     loss = loaded.model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels, use_cache=False).loss
@@ -209,11 +210,11 @@ def _peak(kind: str, model: Any, corpus: Any, size: int, length: int | None, set
 
 def _peak_here(kind: str, model: str, corpus: Any, size: int, length: int | None, settings: IndexSettings) -> int:
     loaded = load_for(model, settings)
-    batches = _batches(loaded, corpus, size, length, MEMORY_BATCHES, replace(settings))
+    batches = make_batches(loaded, corpus, size, length, MEMORY_BATCHES, settings)
     if kind == "step":
         optimizer = _optimizer(loaded)
         for batch in batches:
-            _train(loaded, batch, optimizer)
+            training_pass(loaded, batch, optimizer)
     else:
         projection = projection_for(loaded, settings)
         for batch in batches:

@@ -257,9 +257,9 @@ def run_demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say = print
         say(f"   $ whence index {run} {corpus} -o {index}", markup=False)
         built = build_index(run, corpus, index)
     with _step("4. Questions", seconds, "ask", say):
-        for name in _shown(rows):
-            say(f'   $ whence trace {index} --prompt "What does {name} do?" --top 3', markup=False)
-            say(trace_tables(trace(built, _prompt(name), top=3)))
+        for prompt in _shown(rows):
+            say(f'   $ whence trace {index} --prompt "{prompt}" --top 3', markup=False)
+            say(trace_tables(trace(built, prompt, top=3)))
     with _step("5. How often is it right?", seconds, "grade", say):
         result = grade(built, rows)
         say(grade_table(result))
@@ -345,15 +345,11 @@ def _write_corpus(path: Path, rows: list[Row]) -> None:
     path.write_text(data)
 
 
-def _prompt(name: str) -> str:
-    return f"What does {name} do?"
-
-
 def _shown(rows: list[Row]) -> list[str]:
-    """Questions to show: well-known names where the rows have them."""
-    names = [row["id"] for row in rows]
-    known = [name for name in WELL_KNOWN if name in names]
-    return (known + names[:: max(1, len(names) // SHOWN)])[:SHOWN]
+    """Questions to show: about well-known names where the rows have them."""
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    known = [name for name in WELL_KNOWN if name in prompts]
+    return [prompts[name] for name in (known + list(prompts)[:: max(1, len(prompts) // SHOWN)])[:SHOWN]]
 
 
 @contextmanager
