@@ -233,8 +233,7 @@ def _encoded(
     prompts = [encode_prompt(asked[number].prompt, tokenizer, chat=chat) for number in open_ended]
     for prompt in prompts:
         _check_length(model, len(prompt) + 1)
-    room = min([max_new_tokens, *((model.context or 10**9) - len(prompt) for prompt in prompts)])
-    answers = dict(zip(open_ended, zip(prompts, generate(model, prompts, room), strict=True), strict=True))
+    answers = dict(zip(open_ended, zip(prompts, _generated(model, prompts, max_new_tokens), strict=True), strict=True))
     encoded, texts = [], []
     for number, query in enumerate(asked):
         if query.completion is None:
@@ -246,6 +245,17 @@ def _encoded(
             texts.append(None)
         _check_query(model, encoded[-1], query)
     return encoded, texts
+
+
+def _generated(model: LoadedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The model's own answers, each at most `max_new_tokens` long and within the model's context."""
+    room = [min(max_new_tokens, (model.context or 10**9) - len(prompt)) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for limit in set(room):
+        numbers = [number for number in range(len(prompts)) if room[number] == limit]
+        for number, new in zip(numbers, generate(model, [prompts[n] for n in numbers], limit), strict=True):
+            answers[number] = new
+    return answers
 
 
 def _check_length(model: LoadedModel, length: int) -> None:
