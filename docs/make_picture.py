@@ -1,6 +1,6 @@
 """Draw docs/trace.svg: real output of `whence trace` on the demo's index. Run after `make demo`.
 
-    python docs/make_picture.py [whence-demo]
+python docs/make_picture.py [whence-demo]
 """
 
 import io

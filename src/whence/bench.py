@@ -92,6 +92,8 @@ def bench(
         raise SettingError("--batch-size and --batches need 1 or more, --length 2 or more")
     chosen = with_options(settings or IndexSettings(), options)
     loaded = load_for(str(model), chosen)
+    if length is not None and loaded.context is not None and length > loaded.context:
+        raise SettingError(f"--length {length}: the model's context is {loaded.context} tokens")
     made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
     projection = projection_for(loaded, chosen)
     seconds = _timed(loaded, made, projection, chosen)

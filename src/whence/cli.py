@@ -5,12 +5,12 @@ a user's mistake, with one clear message; 1 for a failure. Only names are import
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,8 +30,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")]
-CorpusPath = Annotated[str, typer.Argument(help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
+]
+CorpusPath = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
+]
 IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
@@ -62,8 +66,11 @@ def main() -> None:
     """Run the command line and exit with its code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Handler()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # corpora hold lone surrogates, and terminals may lack UTF-8
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="whence", standalone_mode=False)
     except WhenceError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
@@ -74,10 +81,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         sys.exit(0)
     except Exception as error:
-        # The parser's own complaints (a missing argument, an unknown flag), which know how to print themselves.
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+        # The parser's own complaints: a missing argument, an unknown flag.
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        error.show()  # type: ignore[attr-defined]
+        verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
+        _complain(f"{error.format_message().rstrip('.')}. See: {verb} --help")  # type: ignore[attr-defined]
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
     sys.exit(code or 0)
 
@@ -98,8 +106,9 @@ def _print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n")
 
 
-def _print(*parts: Any) -> None:
-    Console().print(*parts)
+def _print(part: Any) -> None:
+    """A table, or a line: as it stands, for its paths and commands are copied."""
+    Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
 @contextlib.contextmanager
@@ -125,7 +134,7 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Directory for all that it makes.")] = "whence-demo",
-    seed: Annotated[int, typer.Option(help="Of the rows, the weights and the projection.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the chosen docstrings, the weights and the training.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
@@ -268,9 +277,10 @@ def verify(
         from whence.index import verify as check
 
         problems, notes = check(index, repair=repair, model=model)
+        left = check(index)[0] if notes else problems
     if as_json:
         rows = [{"file": problem.file, "what": problem.what} for problem in problems]
-        _print_json({"rows": rows, "repairs": notes})
+        _print_json({"rows": rows, "repairs": notes, "left": [problem.file for problem in left]})
     else:
         for problem in problems:
             _print(f"{problem.file}: {problem.what}")
@@ -278,9 +288,9 @@ def verify(
             _print(note)
         if not problems:
             _print("every file is as it was written")
-        elif not repair:
+        elif not repair and problems[0].file != "manifest.json":
             _print(f"Mend it with: whence verify {index} --repair")
-    if problems and not notes:
+    if left:
         raise typer.Exit(1)
 
 
@@ -345,4 +355,4 @@ def _print_info(info: dict[str, Any], as_json: bool) -> None:
         return
     _print(info_table(info))
     if info["complete"]:
-        _print(f'Ask it: whence trace {Path(info["path"])} --prompt "..."')
+        _print(f'Ask it: whence trace {info["path"]} --prompt "..."')

@@ -16,6 +16,7 @@ in fp32 but round the result, so that a block carries its `slack` and the scan r
 top. On other devices rows are decoded and multiplied in fp32. Nothing here knows of files, statuses or ranks.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -107,7 +108,9 @@ class Codec:
 def codec(name: str) -> Codec:
     """The codec of this name."""
     if name not in CODECS:
-        raise UnknownNameError(f"No codec is called {name!r}; there are {', '.join(CODECS)}")
+        near = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UnknownNameError(f"--codec {name!r}: no such codec.{hint} There are {', '.join(CODECS)}.")
     return CODECS[name]
 
 

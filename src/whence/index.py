@@ -24,13 +24,14 @@ from torch import nn
 from whence import __version__, catalogue, runner
 from whence.checkpoint import open_run
 from whence.codecs import codec as codec_of
-from whence.corpus import Corpus, Row, layout, open_corpus, row_json
+from whence.corpus import LAYOUTS, Corpus, Example, Row, layout, open_corpus, row_json
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.gradients import sketch
 from whence.interfaces import GradientSpace, Projection
 from whence.manifest import Manifest
 from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
 from whence.shards import STATUSES, ShardArrays
+from whence.storage import Place
 from whence.store import Problem, Store
 from whence.store import verify as verify_store
 from whence.tokens import Encoded, bucketed, collate, encode
@@ -70,10 +71,10 @@ class IndexSettings:
     engine: str = "local"
 
     def __post_init__(self):
-        for name in ("max_tokens", "tokens_per_batch"):
-            value = getattr(self, name)
+        for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):
             if value is not None and value < 2:
-                raise SettingError(f"--{name.replace('_', '-')} {value}: at least 2 is expected")
+                raise SettingError(f"{flag} {value}: at least 2 is expected")
+        runner.check_engine(self.engine)
         codec_of(self.codec)
         catalogue.projection(self.space.projection)
 
@@ -160,8 +161,10 @@ class Index:
 
     def _checked_model(self, number: int) -> LoadedModel:
         entry = self.store.manifest.checkpoints[number]
-        path = self._model_path or entry["path"]
+        path = _moved(entry["path"], self._model_path)
         remedy = f"name it with --model, or index again with --restart into {self.store.place.root}"
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise ManifestMismatchError(f"{path}: the model of this index is not there. If it has moved, {remedy}.")
         found = directory_digest(path)
         if found != entry["digest"]:
             raise ManifestMismatchError(
@@ -215,12 +218,13 @@ def index(
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
-    if restart:
-        Store.restart(out)
-    store = Store.resume(out, manifest)
-    built = Index(store, chosen)
-    built.adopt(loaded)
-    with store.lock():
+    with Place.at(out).locked():  # before anything is removed: another process may be writing
+        if restart:
+            Store.restart(out)
+        store = Store.resume(out, manifest)
+        _refuse_joining(store)
+        built = Index(store, chosen)
+        built.adopt(loaded)
         _copy_rows(store, texts, after=0)
         _fill(built, progress)
     return built
@@ -265,24 +269,26 @@ def append(
         MissingIndexError: The index is not complete.
         CorpusError: A row has the id of a row that is there, or cannot be read.
     """
-    opened = open_index(path, model=model)
-    store = opened.store
-    known = list(store.manifest.corpora)
-    before = sum(entry["rows"] for entry in known)
-    fingerprint = _fingerprint(open_corpus(corpus))
-    begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
-    first = before - known[-1]["rows"] if begun else before
-    texts = open_corpus(corpus, first_number=first)
-    if not begun:
-        if not store.manifest.is_complete:
-            raise MissingIndexError(
-                f"{path} is not complete ({len(store.missing())} shards to go), or rows of "
-                f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
-            )
-        _refuse_known_ids(store, texts)
-    with store.lock():
+    with Store.open(path).lock():
+        opened = open_index(path, model=model)
+        store = opened.store
+        known = list(store.manifest.corpora)
+        before = sum(entry["rows"] for entry in known)
+        fingerprint = _fingerprint(open_corpus(corpus))
+        begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
+        first = before - known[-1]["rows"] if begun else before
+        texts = open_corpus(corpus, first_number=first)
         if not begun:
-            store.extend({"name": texts.name, "digest": fingerprint.digest, "rows": fingerprint.rows})
+            if not store.manifest.is_complete:
+                raise MissingIndexError(
+                    f"{path} is not complete ({len(store.missing())} shards to go), or rows of "
+                    f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
+                )
+            _refuse_known_ids(store, texts)
+            opened.model()  # checked before anything is written
+            entry = {"name": _absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
+            store.extend(entry)
+        store.place.remove_temporaries()
         _copy_rows(store, texts, after=first)
         _fill(opened, progress)
     return opened
@@ -303,8 +309,8 @@ def verify(path: str | Path, *, repair: bool = False, model: str | None = None) 
     problems = verify_store(path)
     if not repair or not problems or problems[0].file == "manifest.json":
         return problems, []
-    opened = open_index(path, model=model)
-    with opened.store.lock():
+    with Store.open(path).lock():
+        opened = open_index(path, model=model)
         notes = opened.store.repair(
             lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
             lambda part: _part_again(opened.store, part),
@@ -335,6 +341,7 @@ def _fingerprint(corpus: Corpus) -> Fingerprint:
     seen: set[bytes] = set()
     for example in corpus:
         kind = kind or layout(example.row)
+        _check_texts(example, corpus.name)
         key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if key in seen:
             raise CorpusError(
@@ -345,6 +352,19 @@ def _fingerprint(corpus: Corpus) -> Fingerprint:
         digest.update(row_json(example.row).encode())
         rows += 1
     return Fingerprint(digest.hexdigest(), rows, kind)
+
+
+def _check_texts(example: Example, name: str) -> None:
+    """Refuse what no tokenizer takes for text, before anything is written."""
+    kind = layout(example.row)
+    columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
+    wanted: Any = list | None if kind == "messages" else str | int | float | None
+    for column in columns:
+        if not isinstance(value := example.row.get(column), wanted):
+            raise CorpusError(
+                f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
+                f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
+            )
 
 
 def load_for(path: str, settings: IndexSettings) -> LoadedModel:
@@ -372,6 +392,9 @@ def _manifest(
     layers = loaded.layers(settings.space.layers)
     if not layers:
         raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
+    longest = settings.max_tokens
+    if longest is not None and loaded.context is not None and longest > loaded.context:
+        raise SettingError(f"--max-tokens {longest}: the model's context is {loaded.context} tokens")
     kept: dict[str, Any] = {
         "space": settings.space.as_json(),
         "layer_names": list(layers),
@@ -379,7 +402,7 @@ def _manifest(
         "layout": corpus.layout,
         "tokenizer": tokenizer_digest(loaded.tokenizer),
         "tokenizer_path": _absolute(settings.tokenizer),
-        "max_tokens": settings.max_tokens or loaded.context or DEFAULT_CONTEXT,
+        "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
     }
     names = ("tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
     kept |= {name: getattr(settings, name) for name in names}
@@ -405,6 +428,24 @@ def _manifest(
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _moved(path: str, now: str | None) -> str:
+    """Where a checkpoint is now: `now` is its directory, or the run that it is in."""
+    if now is None:
+        return path
+    inside = Path(now) / Path(path).name
+    return str(inside) if inside.is_dir() else now
+
+
+def _refuse_joining(store: Store) -> None:
+    """An append that was stopped is finished by `append`: only it knows the rows that are still to come."""
+    if len(store.manifest.corpora) > 1 and not store.manifest.has_all_parts:
+        name = store.manifest.corpora[-1]["name"]
+        raise MissingIndexError(
+            f"{store.place.root}: the rows of {name} are still joining it. Finish that first: "
+            f"whence append {store.place.root} {name}"
+        )
 
 
 def _refuse_known_ids(store: Store, corpus: Corpus) -> None:
@@ -438,11 +479,15 @@ def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
 
 
 def _part_again(store: Store, part: int) -> list[Row]:
-    """Rows of a part, read again from the corpus it came from."""
+    """Rows of a part, read again from the corpus it came from, if that is still the same."""
     entry, first = store.manifest.parts[part], 0
     for corpus in store.manifest.corpora:
         if entry.first_row < first + corpus["rows"]:
+            if not Path(corpus["name"]).exists() and corpus["name"].endswith("rows in memory"):
+                raise CorpusError(f"{corpus['name']}: they are gone")
             texts = open_corpus(corpus["name"], first_number=first)
+            if _fingerprint(texts).digest != corpus["digest"]:
+                raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
             return next(_groups(texts, entry.rows, skip=entry.first_row - first))
         first += corpus["rows"]
     raise AssertionError(f"part {part} belongs to no corpus")
@@ -468,9 +513,8 @@ def _fill(built: Index, progress: bool) -> None:
 
 def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -> ShardArrays:
     model = built.model(checkpoint)
-    rows = [json.loads(row["row"]) for row in built.store.read_part(part)]
     longest = built.store.manifest.settings["max_tokens"]
-    encoded = [encode(row, model.tokenizer, longest) for row in rows]
+    encoded = [_encoded(row, model, longest) for row in built.store.read_part(part)]
     arrays = example_vectors(
         model,
         built.layers(model),
@@ -484,6 +528,13 @@ def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -
         "completion_truncated": sum(example.completion_cut > 0 for example in encoded),
     }
     return replace(arrays, counts=counts)
+
+
+def _encoded(row: Row, model: LoadedModel, longest: int) -> Encoded:
+    try:
+        return encode(json.loads(row["row"]), model.tokenizer, longest)
+    except CorpusError as error:
+        raise CorpusError(f"row {row['id']}: {error}") from None
 
 
 def example_vectors(

@@ -139,8 +139,10 @@ def _returning(decoder: Any, output: Any) -> Iterator[None]:
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """`(o, i)` of a linear layer; `Conv1D` keeps its weight as `[i, o]`."""
-    rows, columns = (int(size) for size in layer.weight.shape)  # type: ignore[union-attr]
-    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features  # not the weight's shape, which a quantised layer packs
+    inputs, outputs = (int(size) for size in layer.weight.shape)  # type: ignore[union-attr]
+    return outputs, inputs
 
 
 def load_model(

@@ -147,7 +147,7 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
     if path.suffix == ".parquet":
         data = _parquet(rows)
     elif path.suffix == ".csv":
-        data = _csv(rows).encode()
+        data = _csv(rows).encode("utf-8", "replace")
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
     temporary = path.with_name(path.name + ".tmp")
@@ -163,6 +163,8 @@ def check_ending(path: str | Path) -> None:
     """Refuse, before any work is done, a file name that rows cannot be written to."""
     if Path(path).suffix not in (".jsonl", ".csv", ".parquet"):
         raise SettingError(f"-o {path}: rows are written to .jsonl, .csv or .parquet")
+    if not Path(path).parent.is_dir():
+        raise SettingError(f"-o {path}: there is no directory {Path(path).parent}")
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

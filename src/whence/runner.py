@@ -47,10 +47,15 @@ def map(
         JobError: A job failed at every try.
         SettingError: No such engine.
     """
-    if engine not in ENGINES:
-        raise SettingError(f"--engine {engine}: this version has {', '.join(ENGINES)}")
+    check_engine(engine)
     for job in jobs:
         yield job, _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
+
+
+def check_engine(name: str) -> None:
+    """Refuse an engine that is not there, before any work is done."""
+    if name not in ENGINES:
+        raise SettingError(f"--engine {name}: this version has {', '.join(ENGINES)}")
 
 
 def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from whence import scan
 from whence.codecs import Codec, codec
-from whence.errors import ChecksumError, MissingIndexError, SettingError
+from whence.errors import ChecksumError, CorpusError, MissingIndexError, SettingError
 from whence.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
 from whence.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.storage import TEMPORARY, Place
@@ -200,7 +200,7 @@ class Store:
 
     def extend(self, corpus: dict) -> None:
         """Let another corpus join: more parts, then their shards. Files of earlier parts stay as they are."""
-        self._require_complete()
+        self.require_complete()
         self._save(replace(self.manifest, corpora=(*self.manifest.corpora, corpus), has_all_parts=False))
 
     def write_shard(self, checkpoint: int, part: int, arrays: ShardArrays) -> None:
@@ -288,7 +288,10 @@ class Store:
         advice = f"index the original corpus again into {self.place.root} with --restart"
         if reread is None:
             return f"{old.file}: cannot be mended from shards; {advice}"
-        data = _parquet(reread(self.manifest.parts.index(old)))
+        try:
+            data = _parquet(reread(self.manifest.parts.index(old)))
+        except CorpusError as error:
+            return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
         table = pq.read_table(io.BytesIO(data))
         if table.num_rows != old.rows:
             return f"{old.file}: the corpus now gives {table.num_rows} rows for it, not {old.rows}; {advice}"
@@ -321,7 +324,7 @@ class Store:
         return scan.block_scores(self._question(queries, weights, cosine), self._pieces())
 
     def _question(self, queries: Tensor, weights: Tensor, cosine: bool) -> scan.Question:
-        self._require_complete()
+        self.require_complete()
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
             raise SettingError(
@@ -334,7 +337,12 @@ class Store:
         for number, part in enumerate(self.manifest.parts):
             yield part.first_row, [self.shard(c, number) for c in range(len(self.manifest.checkpoints))]
 
-    def _require_complete(self) -> None:
+    def require_complete(self) -> None:
+        """Refuse an index that is not complete.
+
+        Raises:
+            MissingIndexError: Rows or shards are still to come.
+        """
         if not self.manifest.is_complete:
             raise MissingIndexError(
                 f"{self.place.root} is not complete: {len(self.missing())} shards are missing; "

@@ -13,7 +13,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,12 @@ def trace(
     """
     if method not in METHODS:
         raise SettingError(f"--method {method}: choose one of {', '.join(METHODS)}")
+    for flag, value in (("--top", top), ("--max-new-tokens", max_new_tokens)):
+        if value < 1:
+            raise SettingError(f"{flag} {value}: a number above 0 is expected")
     asked = _asked(prompt, completion, queries)
     opened = index if isinstance(index, Index) else open_index(index, model=model, device=device)
+    opened.store.require_complete()
     rankable = opened.store.info()["ok_rows"]
     if not rankable:
         raise SettingError(
@@ -180,12 +184,17 @@ def shown_text(row: Row) -> Row:
     kind = layout(row)
     if kind == "instruction":
         asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        return {"prompt": "\n\n".join(asked), "completion": row["output"]}
+        return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
         before = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
-        return {"prompt": before, "completion": turns[-1]["content"]}
-    return {name: row[name] for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
+        return {"prompt": before, "completion": _text(turns[-1]["content"])}
+    return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
+
+
+def _text(value: Any) -> str | None:
+    """One type a column, whatever stands in a row: a file of rows needs that."""
+    return None if value is None else str(value)
 
 
 def _asked(prompt: str | None, completion: str | None, queries: Any) -> list[Query]:
@@ -195,32 +204,39 @@ def _asked(prompt: str | None, completion: str | None, queries: Any) -> list[Que
         return [Query(prompt, completion)]
     if completion is not None:
         raise SettingError("--completion belongs to --prompt; with --queries it is a column of the file")
-    if isinstance(queries, str | Path):
-        return [_query(row) for row in _query_rows(queries)]
-    return [item if isinstance(item, Query) else _query(item) for item in queries]
+    rows = _query_rows(queries) if isinstance(queries, str | Path) else enumerate(queries)
+    asked = [item if isinstance(item, Query) else _query(item, where) for where, item in rows]
+    if not asked:
+        raise SettingError(f"{queries if isinstance(queries, str | Path) else '--queries'}: no query in it")
+    return asked
 
 
-def _query_rows(path: str | Path) -> list[Row]:
+def _query_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Rows of a queries file; one with a prompt alone lets the model complete it, so it is no corpus row yet."""
-    if str(path).endswith(".jsonl") and Path(path).is_file():
-        rows = []
-        for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise SettingError(f"{path}:{number}: not a line of JSON: {error}") from None
-        return rows
-    return [example.row for example in open_corpus(path)]
+    if not str(path).endswith(".jsonl") or not Path(path).is_file():
+        yield from ((f"{path}: query {number}", example.row) for number, example in enumerate(open_corpus(path)))
+        return
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
+            raise SettingError(f"{path}:{number}: not a line of JSON: {error}") from None
+        if line.strip():
+            yield f"{path}:{number}", row
 
 
-def _query(row: Row) -> Query:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return Query(row["prompt"], row.get("completion"))
-    if isinstance(row, dict) and isinstance(row.get("instruction"), str):
-        shown = shown_text({"output": None} | row)
-        return Query(shown["prompt"], shown["completion"])
-    have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise SettingError(f"a query needs `prompt` (and `completion`, if not the model's own); found {have}")
+def _query(row: Any, where: str | int) -> Query:
+    columns = {"output": None, **row} if isinstance(row, dict) else {}
+    if isinstance(columns.get("instruction"), str) and "prompt" not in columns:
+        columns = shown_text(columns)
+    prompt, completion = columns.get("prompt"), columns.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str | None):
+        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+        told = where if isinstance(where, str) else f"query {where}"
+        raise SettingError(
+            f"{told}: a query needs a text as `prompt` (and one as `completion`, if not the model's own); found {have}"
+        )
+    return Query(prompt, completion)
 
 
 def _encoded(

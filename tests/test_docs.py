@@ -1,0 +1,31 @@
+"""The docs say what the code does."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from whence import catalogue
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_cli_page_is_the_help_of_today():
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs/make_cli.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert (ROOT / "docs/cli.md").read_text() == made.help_pages(), "run: python docs/make_cli.py"
+
+
+def test_readme_lists_every_projection_and_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == set(catalogue.PROJECTIONS)
+    assert len(text.splitlines()) <= 120
+
+
+def test_every_projection_shows_its_source_in_its_file():
+    for name, entry in catalogue.PROJECTIONS.items():
+        file = ROOT / "src" / (entry.target.partition(":")[0].replace(".", "/") + ".py")
+        source = file.read_text()
+        assert "Source:" in source, name
+        for paper in re.findall(r"\d{4}\.\d{4,5}", entry.source):
+            assert paper in source, f"{name}: {entry.source}"
