@@ -3,9 +3,10 @@
     python benchmarks/scan.py [--rows 100000] [--width 4096] [--repeats 9] [--dir DIR] [-o FILE]
 
 Makes a store of random vectors in a temporary directory for each codec, reads it once (warm), then
-alternates: a `sum()` of an fp32 tensor in memory of as many bytes, a top-10 scan (both ends) for one query,
-and one for 64. Prints medians; FILE gets every repeat and what machine it was. Bars, for bfloat16 and int8:
-one query at 80% of the bandwidth of `sum()`; int8: 500 queries a second for 64 at once.
+alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the mapped file, a top-10
+scan (both ends) for one query, and one for 64. Prints medians; FILE gets every repeat and what machine it
+was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`; int8: 500 queries a second for
+64 at once.
 """
 
 import argparse
@@ -63,10 +64,12 @@ def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
     """Alternating repeats of sum, one query and many."""
     size = rows * store.codec.bytes_per_row(width)
     plain = torch.randn(size // 4)
+    mapped = [store.shard(0, part).vectors for part in range(len(store.manifest.parts))]
     queries = torch.randn(1, MANY, width)
     weight = torch.ones(1)
     kinds: dict[str, Callable[[], object]] = {
         "sum": plain.sum,
+        "mapped_sum": lambda: [vectors.view(-1).view(torch.float32).sum() for vectors in mapped],
         "one_query": lambda: store.top_k(queries[:, :1], weight, m=10),
         "many_queries": lambda: store.top_k(queries, weight, m=10),
     }
@@ -80,8 +83,12 @@ def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
     return {
         "bytes": size,
         "sum_gb_per_second": size / middle["sum"] / 1e9,
+        "mapped_sum_gb_per_second": size / middle["mapped_sum"] / 1e9,
         "one_query_gb_per_second": size / middle["one_query"] / 1e9,
         "one_query_of_sum": statistics.median(a / b for a, b in zip(times["sum"], times["one_query"], strict=True)),
+        "one_query_of_mapped_sum": statistics.median(
+            a / b for a, b in zip(times["mapped_sum"], times["one_query"], strict=True)
+        ),
         "many_queries": MANY,
         "many_queries_per_second": MANY / middle["many_queries"],
         "many_million_pairs_per_second": MANY * rows / middle["many_queries"] / 1e6,

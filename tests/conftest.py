@@ -1,7 +1,10 @@
 """Tiny random models of each architecture, made from configurations; nothing is downloaded."""
 
 import functools
+import importlib
+import json
 
+import pytest
 import torch
 
 from whence.model import LoadedModel
@@ -66,3 +69,124 @@ def random_examples(count, seed, longest=14):
         supervised[int(draw(1, length, ()))] = True
         examples.append(Encoded(draw(0, VOCABULARY, (length,)).tolist(), supervised))
     return examples
+
+
+def byte_tokenizer(chat=False):
+    """One token a byte, after `<s>`; ended by `</s>`. 259 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({token: n for n, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}, []))
+    words.add_special_tokens(["<pad>", "<s>", "</s>"])
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}[a]{% endif %}"
+        )
+    return tokenizer
+
+
+def save_tiny_llama(directory, seed=0, *, chat=False, context=96, scale=0.15):
+    """A random two-layer Llama of 259 byte tokens with its tokenizer, in a directory."""
+    import transformers as t
+
+    torch.manual_seed(seed)
+    config = t.LlamaConfig(
+        **SIZES | {"num_key_value_heads": 1, "vocab_size": 259, "max_position_embeddings": context},
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = t.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * scale)
+    model.save_pretrained(directory)
+    byte_tokenizer(chat).save_pretrained(directory)
+    return directory
+
+
+def save_tiny_run(directory, rates=(3e-4, 1e-4)):
+    """A Trainer's output directory: a checkpoint every two steps, at these learning rates."""
+    history = []
+    for number, rate in enumerate(rates, start=1):
+        checkpoint = save_tiny_llama(directory / f"checkpoint-{2 * number}", seed=number)
+        history += [{"step": 2 * number - 1, "learning_rate": rate}, {"step": 2 * number, "learning_rate": rate}]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return directory
+
+
+def corpus_rows(count, first=0):
+    """Rows of a prompt and a completion, all different, with ids."""
+    return [
+        {
+            "id": f"row-{number}",
+            "prompt": f"{number * 37 % 101} and {number % 7}?",
+            "completion": f" {'yes' if number % 3 else 'no'}, {number}" + "!" * (number % 9),
+            "source": f"s{number % 2}",
+        }
+        for number in range(first, first + count)
+    ]
+
+
+def write_jsonl(path, rows):
+    """Rows as a jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def contents(path):
+    """Bytes of every file below a directory, by relative name."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Directory of a tiny model."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Directory of a run of two checkpoints."""
+    return save_tiny_run(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A jsonl file of 20 rows."""
+    return write_jsonl(tmp_path_factory.mktemp("tiny") / "corpus.jsonl", corpus_rows(20))
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tiny_llama, tiny_corpus, tmp_path_factory):
+    """Directory of a complete index of that file. Copy it before changing it."""
+    from whence.index import index
+
+    out = tmp_path_factory.mktemp("tiny") / "index"
+    index(tiny_llama, tiny_corpus, out, width=8, progress=False)
+    return out
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of 16 rows, the fewest there can be."""
+    monkeypatch.setattr(importlib.import_module("whence.index"), "ROWS_PER_SHARD", 16)
+
+
+def cut_short(monkeypatch, name, calls):
+    """Let a method of the store raise KeyboardInterrupt after so many calls."""
+    from whence.store import Store
+
+    real, left = getattr(Store, name), [calls]
+
+    def stop(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(Store, name, stop)

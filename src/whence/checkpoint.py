@@ -97,10 +97,11 @@ def _learning_rates(directory: Path) -> list[tuple[int, float]]:
     file = directory / "trainer_state.json"
     try:
         state: dict[str, Any] = json.loads(file.read_text())
-        return [(line["step"], line["learning_rate"]) for line in state["log_history"] if "learning_rate" in line]
+        logged = [line for line in state["log_history"] if "learning_rate" in line]
+        return [(int(line["step"]), float(line["learning_rate"])) for line in logged]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: not a Trainer's state ({error!r})") from None
 
 

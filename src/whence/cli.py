@@ -84,8 +84,9 @@ def main() -> None:
         # The parser's own complaints: a missing argument, an unknown flag.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
-        _complain(f"{error.format_message().rstrip('.')}. See: {verb} --help")  # type: ignore[attr-defined]
+        if message := error.format_message():  # type: ignore[attr-defined]  # empty: the help was printed
+            verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
+            _complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
     sys.exit(code or 0)
 
@@ -118,10 +119,11 @@ def _waiting(words: str) -> Iterator[None]:
         yield
 
 
-def _version(shown: bool) -> None:
+def _version(shown: bool) -> bool:
     if shown:
         sys.stdout.write(f"whence {__version__}\n")
         raise typer.Exit()
+    return shown
 
 
 @app.callback()

@@ -241,8 +241,10 @@ def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
     In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
     milliseconds where another process has their core.
     """
-    n, q = out.shape
-    np.sum(np.asarray(sums).reshape(n, sums.shape[1] // max(1, q), q), axis=1, out=out.numpy())
+    columns, total, q = np.asarray(sums), out.numpy(), out.shape[1]
+    total[:] = columns[:, :q]
+    for first in range(q, columns.shape[1], q):
+        total += columns[:, first : first + q]
 
 
 def _integer_kernel(codec: Codec, queries: Tensor) -> Kernel:

@@ -13,16 +13,19 @@ What it does not do: tokenise. That is `tokens`.
 
 import csv
 import hashlib
+import io
 import itertools
 import json
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
-from whence.errors import CorpusError
+from whence.errors import CorpusError, MissingExtraError
 
 Row = dict[str, Any]
 
@@ -124,13 +127,13 @@ def _example(row: Row, number: int) -> Example:
 
 def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
     if isinstance(origin, list):
-        return ((f"row {number}", row) for number, row in enumerate(origin))
+        return ((f"row {number}", _object(row, f"row {number}")) for number, row in enumerate(origin))
     address = str(origin)
-    files, root = fsspec.url_to_fs(address)
+    files, root = _opened(address)
     if files.isfile(root):
         return _file_rows(files, root)
     if files.isdir(root):
-        return _directory_rows(files, root)
+        return _directory_rows(files, root, address if "://" in address else root)
     if "://" in address or _has_suffix(address, SUFFIXES) or address.startswith((".", "/", "~")):
         raise CorpusError(f"{address}: no such file or directory. A corpus is {_KINDS}.")
     return _hub_rows(address)
@@ -139,15 +142,25 @@ def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
 _KINDS = f"a file ({' '.join(SUFFIXES)}), a directory of them, or the name of a Hugging Face data set"
 
 
+def _opened(address: str) -> tuple[Any, str]:
+    """File system of an address, and the path in it."""
+    try:
+        return fsspec.url_to_fs(address)
+    except ValueError as error:
+        raise CorpusError(f"{address}: {error}. A corpus is {_KINDS}.") from None
+    except ImportError as error:
+        raise MissingExtraError(f"{address}: {error}, with pip.") from None
+
+
 def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
     for ending in COMPRESSED:
         path = path.removesuffix(ending)
     return path.endswith(suffixes)
 
 
-def _directory_rows(files: Any, root: str) -> Iterator[tuple[str, Row]]:
+def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
     if any(files.exists(f"{root}/{name}") for name in ("dataset_info.json", "dataset_dict.json")):
-        return _saved_rows(root)
+        return _saved_rows(address)
     found = sorted(path for path in files.find(root) if _has_suffix(path, SUFFIXES))
     if not found:
         raise CorpusError(f"{root}: no corpus file in this directory. A corpus is {_KINDS}.")
@@ -155,11 +168,17 @@ def _directory_rows(files: Any, root: str) -> Iterator[tuple[str, Row]]:
 
 
 def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
-    if _has_suffix(path, (".parquet",)):
-        yield from _parquet_rows(files, path)
-        return
     if not _has_suffix(path, SUFFIXES):
         raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {_KINDS}.")
+    if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
+        raise MissingExtraError(f"{path}: zstd needs one more package: pip install zstandard")
+    try:
+        yield from _parquet_rows(files, path) if _has_suffix(path, (".parquet",)) else _text_rows(files, path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise CorpusError(f"{path}: cannot be read: {error}") from None
+
+
+def _text_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
     with files.open(path, "rb", compression="infer") as stream:
         if _has_suffix(path, (".csv", ".tsv")):
             yield from _csv_rows(stream, path)
@@ -174,7 +193,7 @@ def _starts_with_bracket(files: Any, path: str) -> bool:
         return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _json_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
+def _json_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(stream, start=1):
         text = line.removeprefix(b"\xef\xbb\xbf").strip()
         if text:
@@ -185,38 +204,53 @@ def _json_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
 def _parsed(text: bytes, where: str) -> Row:
     try:
         row = json.loads(text)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError both are ValueErrors
         raise CorpusError(f"{where}: not a line of JSON: {error}. One object a line is expected.") from None
+    return _object(row, where)
+
+
+def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise CorpusError(f"{where}: a JSON {type(row).__name__}; one object a line is expected.")
+        raise CorpusError(f"{where}: a {type(row).__name__} where an object is expected: {str(row)[:60]!r}")
     return row
 
 
-def _array_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
+def _array_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.load(stream)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path}: not a JSON array: {error}.") from None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise CorpusError(f"{path}: element {number} is a JSON {type(row).__name__}; objects are expected.")
-        yield f"{path}[{number}]", row
+        where = f"{path}[{number}]"
+        yield where, _object(row, where)
 
 
-def _csv_rows(stream: IO[bytes], path: str) -> Iterator[tuple[str, Row]]:
-    import io
-
+def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**30)  # the default refuses cells over 128 KiB, and a row of text may well be longer
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter="\t" if _has_suffix(path, (".tsv",)) else ",")
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row:
-                raise CorpusError(f"{where}: more cells than the header has columns.")
-            yield where, dict(row)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}:{reader.line_num + 1}: not readable as csv: {error}.") from None
+    last = 0
+    # Bytes that are not UTF-8 are let through here, for decoding in blocks cannot say in which line they are.
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        # strict: a quote that is never closed would swallow all that follows into one cell, without a word.
+        delimiter = "\t" if _has_suffix(path, (".tsv",)) else ","
+        reader = csv.DictReader(_utf8_lines(text, path), delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row:
+                    raise CorpusError(f"{where}: more cells than the header has columns.")
+                yield where, dict(row)
+                last = reader.line_num
+        except csv.Error as error:
+            raise CorpusError(f"{path}:{last + 1}: not readable as csv from here: {error}.") from None
+
+
+def _utf8_lines(text: Iterable[str], path: str) -> Iterator[str]:
+    for number, line in enumerate(text, start=1):
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise CorpusError(f"{path}:{number}: not UTF-8. Save the file in that encoding.") from None
+        yield line
 
 
 def _parquet_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
@@ -236,27 +270,40 @@ def _parquet_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
 
 def _saved_rows(root: str) -> Iterator[tuple[str, Row]]:
     import datasets
+    import pyarrow
 
-    data = datasets.load_from_disk(root)
-    if isinstance(data, datasets.DatasetDict):
-        if "train" not in data and len(data) > 1:
-            raise CorpusError(f"{root}: splits are {', '.join(map(str, data))}; name one: {root}/{next(iter(data))}")
-        data = data["train"] if "train" in data else next(iter(data.values()))
-    for number, row in enumerate(data):
-        yield f"{root}[{number}]", dict(row)
+    try:
+        data = datasets.load_from_disk(root)
+        if isinstance(data, datasets.DatasetDict):
+            data = _only_split(data, root)
+        for number, row in enumerate(data):
+            yield f"{root}[{number}]", dict(row)
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise CorpusError(f"{root}: not a readable `save_to_disk` directory: {error}") from None
+
+
+def _only_split(splits: dict[Any, Any], root: str) -> Any:
+    if "train" in splits or len(splits) == 1:
+        return splits.get("train") or next(iter(splits.values()))
+    raise CorpusError(f"{root}: splits are {', '.join(map(str, splits))}; name one: {root}/{next(iter(splits))}")
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
     import datasets
+    import huggingface_hub
+    from datasets.exceptions import DatasetsError
 
     repository, _, split = name.partition(":")
     try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # No file is asked for: it only tells at once that a name is wrong, where datasets tries for 25 s.
+            huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=[])
         data = datasets.load_dataset(repository, split=split or "train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        for number, row in enumerate(data):
+            yield f"{name}[{number}]", dict(row)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(
             f"{name}: no such file or directory here, and no data set of that name could be read from the "
             f"Hugging Face Hub ({reason}). A corpus is {_KINDS}."
         ) from None
-    for number, row in enumerate(data):
-        yield f"{name}[{number}]", dict(row)

@@ -1,11 +1,14 @@
 """Greedy continuations of many prompts at once, by transformers' own `generate`."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from whence.errors import SettingError
 from whence.model import LoadedModel
 
 PROMPTS_PER_BATCH = 64
@@ -23,7 +26,12 @@ def generate(loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int)
 
     Returns:
         The new tokens of each prompt, and the end-of-sequence token of an answer that ended.
+
+    Raises:
+        SettingError: A prompt has no token.
     """
+    if not all(prompts):
+        raise SettingError("a prompt has no token: there is nothing for the model to go on from")
     answers: list[list[int]] = [[] for _ in prompts]
     for numbers in _equal_lengths(prompts):
         ids = torch.tensor([prompts[number] for number in numbers], device=loaded.device)
@@ -44,7 +52,7 @@ def _equal_lengths(prompts: list[list[int]]) -> Iterator[list[int]]:
 
 def _continued(loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int) -> list[list[int]]:
     end = loaded.tokenizer.eos_token_id
-    with torch.inference_mode():
+    with torch.inference_mode(), _own_settings_aside(loaded.base):
         out = loaded.base.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -55,3 +63,14 @@ def _continued(loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: i
         )
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+@contextmanager
+def _own_settings_aside(base: Any) -> Iterator[None]:
+    """Without the model's generation_config.json, whose beams or repetition penalty would not be greedy."""
+    own = base.generation_config
+    base.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        base.generation_config = own

@@ -12,7 +12,9 @@ out; `traced_fraction` says how much of the model that leaves.
 import difflib
 import fnmatch
 import hashlib
+import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,6 +180,7 @@ def load_model(
     source = adapter["base_model_name_or_path"] if adapter else where
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True}  # for `_refuse_missing` to name them
     options |= {"device_map": device_map} if device_map else {}
     for directory in {where, source}:
         _check_files(directory)
@@ -238,22 +241,32 @@ def _located(path: str | Path) -> str:
 
 
 def _adapter_config(directory: str) -> dict[str, Any] | None:
-    import json
-
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
         return None
-    config = json.loads(file.read_text())
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{file}: a {config.get('peft_type')} adapter; Whence reads LoRA adapters.")
+    try:
+        config = json.loads(file.read_text())
+        kind, base = config["peft_type"], config["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{file}: not the configuration of a peft adapter ({error!r})") from None
+    if kind != "LORA":
+        raise ModelError(f"{file}: a {kind} adapter; Whence reads LoRA adapters.")
+    if not isinstance(base, str):
+        raise ModelError(f"{file}: base_model_name_or_path is {base}; write the base model's directory or name there.")
     return config
 
 
 def _adapted(model: Any, directory: str) -> Any:
     import peft
 
-    with _loading(directory):
-        return peft.PeftModel.from_pretrained(model, directory)
+    with _loading(directory), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
+        # peft leaves an adapter's weight that its file lacks as it was drawn, and warns.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return peft.PeftModel.from_pretrained(model, directory)
+        except UserWarning as warning:
+            raise ModelError(f"{directory}: {str(warning)[:300]} Its adapter_config.json names more.") from None
 
 
 def _check_files(directory: str) -> None:
@@ -271,11 +284,13 @@ def _check_files(directory: str) -> None:
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
     import safetensors
+    from huggingface_hub.errors import StrictDataclassError  # a value in config.json of the wrong type
 
+    known = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, StrictDataclassError)
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except known as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path}: not loadable as a causal language model ({reason})") from error
 
 
@@ -304,6 +319,8 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
             f"{path}: {len(missing)} weights are missing from its files and {len(mismatched)} have another shape "
             f"(first: {found}). The directory is not a complete causal language model."
         )
+    if unknown := sorted(report.get("unexpected_keys") or ()):
+        logger.warning("%s: the model has no place for %d weights, %s first", path, len(unknown), unknown[0])
 
 
 def _load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:

@@ -22,9 +22,10 @@ from torch import Tensor
 from whence.codecs import Codec, Kernel
 from whence.shards import Shard
 
-_BLOCK_BYTES = 1 << 26  # of stored rows: large enough to hide the cost of a call
+_BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
 _BLOCK_SCORES = 1 << 18  # of one block: larger ones fall out of cache before they are ranked
 _LEAST_ROWS = 256  # of a block, whatever its bytes and queries
+_SERIAL_ENTRIES = 1 << 15  # torch does not wake its threads for tensors of so few entries
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,10 @@ def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard])
 
 def _rescored(question: Question, queries: Tensor, shards: list[Shard], pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The fp32 scores of (query, row of the block) pairs, from decoded rows."""
-    total = torch.zeros(len(pairs[0]))
+    total, step = torch.zeros(len(pairs[0])), max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
     for c, shard in enumerate(shards):
         factor = _row_factor(question, shard) * question.weights[c]
-        for some in torch.arange(len(total)).split(1024):
+        for some in torch.arange(len(total)).split(step):
             query, row = pairs[0][some], pairs[1][some]
             vectors = question.codec.decode(shard.vectors[row], shard.scale[row], queries.shape[2])
             products = torch.linalg.vecdot(vectors, queries[c, query])

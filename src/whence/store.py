@@ -278,6 +278,9 @@ class Store:
         return notes
 
     def _repair_shard(self, old: ShardEntry, recompute: Callable[[int, int], ShardArrays]) -> str:
+        part = self.manifest.parts[old.part]
+        if not self.place.exists(part.file) or self.place.digest(part.file) != part.sha256:
+            return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
         new = self.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
         self.add_shard(new)
         if new.sha256 == old.sha256:

@@ -87,11 +87,12 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     """Text of a row with its supervised spans; None where a null stands for text."""
     kind = layout(row)
     if kind == "messages":
-        return _conversation(row["messages"], tokenizer) if row["messages"] else None
+        messages = _messages(row["messages"])
+        return _conversation(messages, tokenizer) if messages else None
     if kind == "instruction":
         if row["instruction"] is None or row["output"] is None:
             return None
-        asked = [_string(row[name]) for name in ("instruction", "input") if row.get(name)]
+        asked = [_string(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
         return _instruction(asked, _string(row["output"]), tokenizer)
     if kind == "prompt":
         if row["prompt"] is None or row["completion"] is None:
@@ -107,6 +108,7 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
     """Ids that a model is given to continue: `prompt` as it stands, or as the user's turn of a conversation."""
+    prompt = _string(prompt)
     text = _instruction([prompt], None, tokenizer) if chat else Rendered(prompt, (), special=True, closed=False)
     ids = tokenizer(text.text, add_special_tokens=text.special)["input_ids"]
     closing = tokenizer.eos_token_id
@@ -119,6 +121,7 @@ def encode_query(prompt: str, completion: str, tokenizer: Tokenizer, *, kind: st
     Only the completion is supervised. It is closed as a row of that layout is, except in a `text` corpus, where a
     completion is a stretch of running text.
     """
+    prompt, completion = _string(prompt), _string(completion)
     if kind in ("instruction", "messages"):
         rendered = _instruction([prompt], completion, tokenizer)
     else:
@@ -133,12 +136,28 @@ def _string(value: object) -> str:
     return str(value).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; no tokenizer takes them
 
 
+def _messages(messages: object) -> list[dict[str, Any]] | None:
+    """Messages whose text any tokenizer takes; None where a null stands for them or for what one of them says."""
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and "role" in message for message in messages
+    ):
+        raise CorpusError(f"messages are a list of objects with `role` and `content`; found {str(messages)[:60]!r}")
+    texts = [message.get("content") for message in messages]
+    if any(text is None and not message.get("tool_calls") for text, message in zip(texts, messages, strict=True)):
+        return None
+    return [
+        message if text is None else message | {"content": _string(text)}
+        for text, message in zip(texts, messages, strict=True)
+    ]
+
+
 def _instruction(asked: list[str], answer: str | None, tokenizer: Tokenizer) -> Rendered:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "\n\n".join(asked)}]
         if answer is None:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            return Rendered(text, (), special=False, closed=False)
+            return Rendered(_templated(turns, tokenizer, opened=True), (), special=False, closed=False)
         return _conversation([*turns, {"role": "assistant", "content": answer}], tokenizer)
     parts = [ALPACA_PREAMBLE[len(asked) > 1], f"### Instruction:\n{asked[0]}"]
     parts += [f"### Input:\n{asked[1]}"] if len(asked) > 1 else []
@@ -151,27 +170,33 @@ def _instruction(asked: list[str], answer: str | None, tokenizer: Tokenizer) -> 
 def _conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Rendered:
     if not tokenizer.chat_template:
         return _plain_conversation(messages)
+    if messages[0]["role"] == "assistant":
+        raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
+    text = _templated(messages, tokenizer)
+    spans = tuple(
+        _turn(text, messages, number, tokenizer)
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+    )
+    return Rendered(text, spans, special=False, closed=False)
+
+
+def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str:
+    """Messages as the tokenizer's chat template writes them; `opened` for the assistant to go on."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = tuple(
-            _turn(text, messages, number, tokenizer)
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorpusError(f"messages need `role` and `content` each: {error!r}") from None
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
     except Exception as error:
         # jinja2's errors: a template that raises on roles it does not take. jinja2 is not a dependency of ours.
-        if type(error).__module__.partition(".")[0] != "jinja2":
+        known = isinstance(error, LookupError | TypeError | ValueError)
+        if not known and type(error).__module__.partition(".")[0] != "jinja2":
             raise
         raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
-    return Rendered(text, spans, special=False, closed=False)
 
 
 def _turn(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int]:
     """Characters of the assistant's turn `number`: from the generation prompt to the end of what closes it."""
-    before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-    through = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+    before = _templated(messages[:number], tokenizer, opened=True)
+    through = _templated(messages[: number + 1], tokenizer)
     if not (text.startswith(through.rstrip()) and through.startswith(before)):
         raise CorpusError(
             "the tokenizer's chat template writes earlier turns differently once later ones follow, so which "
@@ -199,10 +224,7 @@ def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     ids, offsets = _with_offsets(rendered, tokenizer)
-    supervised = [
-        any((start < stop and end > begin) or begin <= start == end < stop for begin, stop in rendered.spans)
-        for start, end in offsets
-    ]  # the second case: a tokenizer that trims its offsets gives a token of spaces no length
+    supervised = [any(_overlap(*offset, *span) for span in rendered.spans) for offset in offsets]
     if rendered.closed and tokenizer.eos_token_id is not None:
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
@@ -210,6 +232,15 @@ def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], lis
     if supervised:
         supervised[0] = False
     return ids, supervised
+
+
+def _overlap(start: int, end: int, begin: int, stop: int) -> bool:
+    """A token of characters [start, end) has some of the span [begin, stop)."""
+    if start < end:
+        return start < stop and end > begin
+    # A tokenizer that trims its offsets leaves a token of spaces no length, at its end. At 0 are the special
+    # tokens that it puts first.
+    return begin < end <= stop or begin == end == 0
 
 
 def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,0 +1,131 @@
+"""Jobs are done in order, again where a machine failed them, and never where Whence itself refused."""
+
+import logging
+
+import pytest
+
+from whence import runner
+from whence.errors import CorpusError, JobError, SettingError
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    slept = []
+    monkeypatch.setattr(runner.time, "sleep", slept.append)
+    return slept
+
+
+def failing(times, error):
+    """Work that raises `error` so often, after reporting progress, and then returns its job doubled."""
+    calls = []
+
+    def work(job, tick):
+        calls.append(job)
+        tick(2, 10)
+        if len(calls) <= times:
+            raise error
+        tick(1, 5)
+        return job * 2
+
+    return work, calls
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    assert list(runner.map(lambda job, tick: job**2, [3, 1, 2])) == [(3, 9), (1, 1), (2, 4)]
+
+
+def test_a_job_begins_only_when_its_result_is_asked_for():
+    begun = []
+    results = runner.map(lambda job, tick: begun.append(job), iter([1, 2]))
+    assert begun == []
+    next(results)
+    assert begun == [1]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("device"), ConnectionError("net")])
+def test_a_failed_job_is_done_again(error, pauses, caplog):
+    work, calls = failing(2, error)
+    with caplog.at_level(logging.WARNING):
+        assert list(runner.map(work, [4])) == [(4, 8)]
+    assert calls == [4, 4, 4]
+    assert pauses == [0.25, 0.5]
+    assert str(error) in caplog.text
+
+
+def test_a_job_that_always_fails_is_named(pauses):
+    work, calls = failing(9, OSError("no space left\nmore words"))
+    done = []
+    with pytest.raises(JobError, match=r"^shard 7 failed 3 times, the last time with: no space left\. ") as caught:
+        done.extend(runner.map(work, ["shard 7", "shard 8"]))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert (calls, done, caught.value.exit_code) == (["shard 7"] * 3, [], 1)
+
+
+def test_results_before_a_failure_are_kept(pauses):
+    def work(job, tick):
+        if job == 2:
+            raise OSError
+        return job
+
+    done = []
+    with pytest.raises(JobError, match="OSError"):
+        done.extend(runner.map(work, [1, 2], retries=0))
+    assert done == [(1, 1)]
+    assert pauses == []
+
+
+@pytest.mark.parametrize("error", [CorpusError("a bad row"), ValueError("a bug"), KeyboardInterrupt()])
+def test_what_would_fail_again_is_not_retried(error, pauses):
+    work, calls = failing(1, error)
+    with pytest.raises(type(error)):
+        list(runner.map(work, [1]))
+    assert (calls, pauses) == ([1], [])
+
+
+def test_a_failed_try_takes_back_its_ticks(pauses):
+    work, _ = failing(2, OSError("x"))
+    ticks = []
+    list(runner.map(work, [4], on_tick=lambda examples, tokens: ticks.append((examples, tokens))))
+    assert ticks == [(2, 10), (-2, -10), (2, 10), (-2, -10), (2, 10), (1, 5)]
+
+
+def test_unknown_engine_is_refused_before_any_work():
+    begun = []
+    with pytest.raises(SettingError, match="--engine ray"):
+        list(runner.map(lambda job, tick: begun.append(job), [1], engine="ray"))
+    with pytest.raises(SettingError, match="local"):
+        runner.check_engine("ray")
+    assert begun == []
+
+
+def test_no_bar_writes_nothing(capsys):
+    with runner.progress("rows", 2, shown=False) as tick:
+        tick(2, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_the_end_is_one_line_on_stderr(capsys):
+    with runner.progress("rows", 30, done=10) as tick:
+        tick(15, 700)
+        tick(-5, -100)
+        tick(10, 400)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("rows: 30/30, ")
+    assert "examples/s" in err
+    assert "tokens/s" in err
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr))
+    with runner.progress("rows", 4) as tick:
+        tick(4, 20)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "4/4" in err
+
+
+class _Terminal(runner.Console):
+    def __init__(self, *, stderr):
+        super().__init__(stderr=stderr, force_terminal=True, width=100)
