@@ -174,7 +174,7 @@ def tiny_index(tiny_llama, tiny_corpus, tmp_path_factory):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 16 rows, the fewest there can be."""
-    monkeypatch.setattr(importlib.import_module("whence.index"), "ROWS_PER_SHARD", 16)
+    monkeypatch.setattr(importlib.import_module("whence.ingest"), "ROWS_PER_SHARD", 16)
 
 
 def cut_short(monkeypatch, name, calls):

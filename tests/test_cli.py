@@ -142,7 +142,7 @@ def test_a_flag_that_cannot_work_is_told_and_nothing_is_written(whence, tiny_lla
     ("name", "text", "told"),
     [
         ("bad.jsonl", '{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: not a line of JSON"),
-        ("list.jsonl", '{"text": "a"}\n\n["b"]\n', "list.jsonl:3: a JSON list; one object a line is expected"),
+        ("list.jsonl", '{"text": "a"}\n\n["b"]\n', "list.jsonl:3: a list where an object is expected"),
         ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns.jsonl:1: columns are question, answer; a row"),
         ("late.jsonl", '{"text": "a"}\n{"txt": "a"}\n', "late.jsonl:2: columns are txt; a row needs"),
         ("columns.csv", "question,answer\na,b\n", "columns.csv:2: columns are question, answer; a row needs"),
@@ -244,8 +244,11 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tiny_llama, tmp_path):
     corpus, out = write_jsonl(tmp_path / "corpus.jsonl", corpus_rows(20)), tmp_path / "index"
     arguments = ("index", tiny_llama, corpus, "-o", out, "--projection", "sjlt", "--width", 256)
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    told = complaint(in_a_process(*arguments, preexec_fn=limited_files, env=quiet))
-    assert f"Cannot write {out}/checkpoint-000/shard-00000.safetensors: File too large" in told
+    ran = in_a_process(*arguments, preexec_fn=limited_files, env=quiet)
+    *progress, told = ran.err.splitlines()
+    assert (ran.code, ran.out) == (2, "")
+    assert all(line.startswith("Indexing: ") for line in progress)
+    assert f"error Cannot write {out}/checkpoint-000/shard-00000.safetensors: File too large" in told
     assert "run the same command again: it resumes" in told
     assert sorted(contents(out)) == ["corpus/part-00000.parquet", "manifest.json"]
     ran = in_a_process(*arguments, env=quiet)
@@ -321,7 +324,7 @@ def test_a_file_that_rows_cannot_go_to_is_refused_before_any_work(whence, tmp_pa
 
 
 def test_text_rows_are_shown_as_text(whence, tiny_llama, tmp_path):
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": f"[bold]{number} \ud800"} for number in range(4)])
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"{number}\ud800", "text": f"[bold]{number}\ud800"} for number in range(4)])
     assert whence("index", tiny_llama, corpus, "-o", tmp_path / "index", "--width", 4).code == 0
     asked = ("trace", tmp_path / "index", "--prompt", "1", "--completion", "2", "--top", 1)
     ran = whence(*asked, "--json")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
+from whence import ingest
 from whence.errors import (
     ManifestMismatchError,
 )
@@ -35,7 +36,7 @@ def drive(model, corpus, home):
     Each child is a fork of this process, which has loaded everything once and runs one thread.
     """
     torch.set_num_threads(1)
-    MODULE.ROWS_PER_SHARD = 16
+    ingest.ROWS_PER_SHARD = 16
     load_model(f"{model}/checkpoint-2")  # what transformers imports when first used is then in every child
     home, dice = Path(home), random.Random(0)
     arguments = (model, corpus)

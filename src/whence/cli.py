@@ -20,6 +20,9 @@ from rich.logging import RichHandler
 from whence import __version__, catalogue
 from whence.errors import WhenceError
 
+STOPPED = 130
+"""What the parser makes of Ctrl-C, as a shell does."""
+
 app = typer.Typer(
     name="whence",
     help="Whence traces a language model back to its data.",
@@ -74,9 +77,6 @@ def main() -> None:
     except WhenceError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("stopped. What was finished is kept; the same command goes on from there.")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         sys.exit(0)
@@ -88,6 +88,8 @@ def main() -> None:
             verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
             _complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
+    if code == STOPPED:
+        _complain("stopped. What was finished is kept; the same command goes on from there.")
     sys.exit(code or 0)
 
 

@@ -122,7 +122,12 @@ def _example(row: Row, number: int) -> Example:
     own, source = row.get("id"), row.get("source")
     if own is None or own == "":
         own = f"{hashlib.sha256(row_json(row).encode()).hexdigest()[:12]}-{number}"
-    return Example(id=str(own), source=None if source is None else str(source), row=row)
+    return Example(id=_storable(own), source=None if source is None else _storable(source), row=row)
+
+
+def _storable(value: object) -> str:
+    """As text that any file can hold: JSON may give lone surrogates, which UTF-8 lacks."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:

@@ -1,18 +1,15 @@
 """A corpus, a run and a gradient space become an index; rows join it, files are mended.
 
-The corpus is read twice: once to check every row and take its digest, so that a bad line is found before anything is
-written; once to copy its rows into the index in parts. From then on the index needs no other file than the model:
-each pair of a part and a checkpoint is one job, which tokenises the part's rows, groups them into batches of like
-length, and sketches their gradients. Jobs are idempotent and their batches depend on the part alone, so a build that
-is killed and run again ends with the same bytes.
+`ingest` copies the corpus' rows into parts. From then on each pair of a part and a checkpoint is one job, which
+tokenises the part's rows, groups them into batches of like length, and sketches their gradients. Jobs are idempotent
+and their batches depend on the part alone, so a build that is killed and run again ends with the same bytes.
 
 An example without a supervised token, or with a non-finite gradient, gets a status and is never ranked.
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +21,10 @@ from torch import nn
 from whence import __version__, catalogue, runner
 from whence.checkpoint import open_run
 from whence.codecs import codec as codec_of
-from whence.corpus import LAYOUTS, Corpus, Example, Row, layout, open_corpus, row_json
+from whence.corpus import Corpus, Row, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.gradients import sketch
+from whence.ingest import Fingerprint, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
 from whence.manifest import Manifest
 from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
@@ -38,10 +36,6 @@ from whence.tokens import Encoded, bucketed, collate, encode
 
 logger = logging.getLogger(__name__)
 
-NUMBERS_PER_SHARD = 2**23
-"""A shard holds as many rows as make about so many numbers (32 MB in fp32), at most `ROWS_PER_SHARD`: what a kill
-loses, and what a job keeps in memory."""
-ROWS_PER_SHARD = 1024
 DEFAULT_CONTEXT = 2048
 """Longest row, in tokens, where neither the caller nor the model's configuration says."""
 
@@ -77,16 +71,6 @@ class IndexSettings:
         runner.check_engine(self.engine)
         codec_of(self.codec)
         catalogue.projection(self.space.projection)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a first reading of a corpus finds."""
-
-    digest: str
-    rows: int
-    layout: str
-    """Of its first row."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +198,7 @@ def index(
     """
     chosen = with_options(settings or IndexSettings(), options)
     texts = open_corpus(corpus)
-    fingerprint = _fingerprint(texts)
+    fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
@@ -225,7 +209,7 @@ def index(
         _refuse_joining(store)
         built = Index(store, chosen)
         built.adopt(loaded)
-        _copy_rows(store, texts, after=0)
+        copy_rows(store, texts, after=0)
         _fill(built, progress)
     return built
 
@@ -274,7 +258,7 @@ def append(
         store = opened.store
         known = list(store.manifest.corpora)
         before = sum(entry["rows"] for entry in known)
-        fingerprint = _fingerprint(open_corpus(corpus))
+        fingerprint = fingerprint_of(open_corpus(corpus))
         begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
         first = before - known[-1]["rows"] if begun else before
         texts = open_corpus(corpus, first_number=first)
@@ -284,12 +268,12 @@ def append(
                     f"{path} is not complete ({len(store.missing())} shards to go), or rows of "
                     f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
                 )
-            _refuse_known_ids(store, texts)
+            refuse_known_ids(store, texts)
             opened.model()  # checked before anything is written
             entry = {"name": _absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
             store.extend(entry)
         store.place.remove_temporaries()
-        _copy_rows(store, texts, after=first)
+        copy_rows(store, texts, after=first)
         _fill(opened, progress)
     return opened
 
@@ -313,18 +297,9 @@ def verify(path: str | Path, *, repair: bool = False, model: str | None = None) 
         opened = open_index(path, model=model)
         notes = opened.store.repair(
             lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
-            lambda part: _part_again(opened.store, part),
+            lambda part: part_again(opened.store, part),
         )
     return problems, notes
-
-
-def rows_per_shard(width: int) -> int:
-    """Rows of a shard of vectors of `width` numbers.
-
-    >>> rows_per_shard(256), rows_per_shard(65536)
-    (1024, 128)
-    """
-    return max(16, min(ROWS_PER_SHARD, NUMBERS_PER_SHARD // width))
 
 
 def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
@@ -334,37 +309,6 @@ def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSetti
     if unknown:
         raise SettingError(f"{', '.join(unknown)}: not a setting of an index")
     return replace(settings, space=replace(settings.space, **in_space), **options)
-
-
-def _fingerprint(corpus: Corpus) -> Fingerprint:
-    digest, kind, rows = hashlib.sha256(), "", 0
-    seen: set[bytes] = set()
-    for example in corpus:
-        kind = kind or layout(example.row)
-        _check_texts(example, corpus.name)
-        key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if key in seen:
-            raise CorpusError(
-                f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {rows}). Ids name "
-                "examples in every answer: make them unique, or leave the column out and Whence makes them."
-            )
-        seen.add(key)
-        digest.update(row_json(example.row).encode())
-        rows += 1
-    return Fingerprint(digest.hexdigest(), rows, kind)
-
-
-def _check_texts(example: Example, name: str) -> None:
-    """Refuse what no tokenizer takes for text, before anything is written."""
-    kind = layout(example.row)
-    columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
-    wanted: Any = list | None if kind == "messages" else str | int | float | None
-    for column in columns:
-        if not isinstance(value := example.row.get(column), wanted):
-            raise CorpusError(
-                f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
-                f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
-            )
 
 
 def load_for(path: str, settings: IndexSettings) -> LoadedModel:
@@ -446,51 +390,6 @@ def _refuse_joining(store: Store) -> None:
             f"{store.place.root}: the rows of {name} are still joining it. Finish that first: "
             f"whence append {store.place.root} {name}"
         )
-
-
-def _refuse_known_ids(store: Store, corpus: Corpus) -> None:
-    known = {row["id"] for part in range(len(store.manifest.parts)) for row in store.read_part(part)}
-    for example in corpus:
-        if example.id in known:
-            raise CorpusError(f"{corpus.name}: the index has a row with the id {example.id!r} already.")
-
-
-def _copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
-    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there."""
-    if store.manifest.has_all_parts:
-        return
-    size = rows_per_shard(store.manifest.width)
-    for rows in _groups(corpus, size, skip=store.rows - after):
-        store.write_part(len(store.manifest.parts), rows)
-    store.finish_parts()
-
-
-def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
-    rows: list[Row] = []
-    for number, example in enumerate(corpus):
-        if number < skip:
-            continue
-        rows.append({"id": example.id, "source": example.source, "row": row_json(example.row)})
-        if len(rows) == size:
-            yield rows
-            rows = []
-    if rows:
-        yield rows
-
-
-def _part_again(store: Store, part: int) -> list[Row]:
-    """Rows of a part, read again from the corpus it came from, if that is still the same."""
-    entry, first = store.manifest.parts[part], 0
-    for corpus in store.manifest.corpora:
-        if entry.first_row < first + corpus["rows"]:
-            if not Path(corpus["name"]).exists() and corpus["name"].endswith("rows in memory"):
-                raise CorpusError(f"{corpus['name']}: they are gone")
-            texts = open_corpus(corpus["name"], first_number=first)
-            if _fingerprint(texts).digest != corpus["digest"]:
-                raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
-            return next(_groups(texts, entry.rows, skip=entry.first_row - first))
-        first += corpus["rows"]
-    raise AssertionError(f"part {part} belongs to no corpus")
 
 
 def _fill(built: Index, progress: bool) -> None:

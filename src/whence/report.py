@@ -144,12 +144,13 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
     """
     path = Path(out)
     check_ending(path)
+    rows = [{name: _storable(value) for name, value in row.items()} for row in rows]
     if path.suffix == ".parquet":
         data = _parquet(rows)
     elif path.suffix == ".csv":
-        data = _csv(rows).encode("utf-8", "replace")
+        data = _csv(rows).encode()
     else:
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -157,6 +158,11 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _storable(value: Any) -> Any:
+    """Text without lone surrogates, which JSON may hold and UTF-8 lacks."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def check_ending(path: str | Path) -> None:

@@ -1,0 +1,122 @@
+"""A corpus' rows, checked and copied into the parts of an index.
+
+The corpus is read twice: once to check every row and take its digest, so that a bad line is found before anything is
+written; once to copy its rows. From then on the index needs no other file than the model. A part holds as many rows
+as its shard, so that one job reads one file.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whence.corpus import LAYOUTS, Corpus, Example, Row, layout, open_corpus, row_json
+from whence.errors import CorpusError
+from whence.store import Store
+
+NUMBERS_PER_SHARD = 2**23
+"""A shard holds as many rows as make about so many numbers (32 MB in fp32), at most `ROWS_PER_SHARD`: what a kill
+loses, and what a job keeps in memory."""
+ROWS_PER_SHARD = 1024
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a first reading of a corpus finds."""
+
+    digest: str
+    rows: int
+    layout: str
+    """Of its first row."""
+
+
+def rows_per_shard(width: int) -> int:
+    """Rows of a shard of vectors of `width` numbers.
+
+    >>> rows_per_shard(256), rows_per_shard(65536)
+    (1024, 128)
+    """
+    return max(16, min(ROWS_PER_SHARD, NUMBERS_PER_SHARD // width))
+
+
+def fingerprint_of(corpus: Corpus) -> Fingerprint:
+    """Read a corpus through, checking every row.
+
+    Raises:
+        CorpusError: A row cannot be read, lacks columns, or has the id of another.
+    """
+    digest, kind, rows = hashlib.sha256(), "", 0
+    seen: set[bytes] = set()
+    for example in corpus:
+        kind = kind or layout(example.row)
+        _check_texts(example, corpus.name)
+        key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if key in seen:
+            raise CorpusError(
+                f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {rows}). Ids name "
+                "examples in every answer: make them unique, or leave the column out and Whence makes them."
+            )
+        seen.add(key)
+        digest.update(row_json(example.row).encode())
+        rows += 1
+    return Fingerprint(digest.hexdigest(), rows, kind)
+
+
+def _check_texts(example: Example, name: str) -> None:
+    """Refuse what no tokenizer takes for text, before anything is written."""
+    kind = layout(example.row)
+    columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
+    wanted: Any = list | None if kind == "messages" else str | int | float | None
+    for column in columns:
+        if not isinstance(value := example.row.get(column), wanted):
+            raise CorpusError(
+                f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
+                f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
+            )
+
+
+def refuse_known_ids(store: Store, corpus: Corpus) -> None:
+    """Refuse a corpus of which a row has the id of a row that the index holds."""
+    known = {row["id"] for part in range(len(store.manifest.parts)) for row in store.read_part(part)}
+    for example in corpus:
+        if example.id in known:
+            raise CorpusError(f"{corpus.name}: the index has a row with the id {example.id!r} already.")
+
+
+def copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
+    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there."""
+    if store.manifest.has_all_parts:
+        return
+    size = rows_per_shard(store.manifest.width)
+    for rows in _groups(corpus, size, skip=store.rows - after):
+        store.write_part(len(store.manifest.parts), rows)
+    store.finish_parts()
+
+
+def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
+    rows: list[Row] = []
+    for number, example in enumerate(corpus):
+        if number < skip:
+            continue
+        rows.append({"id": example.id, "source": example.source, "row": row_json(example.row)})
+        if len(rows) == size:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def part_again(store: Store, part: int) -> list[Row]:
+    """Rows of a part, read again from the corpus it came from, if that is still the same."""
+    entry, first = store.manifest.parts[part], 0
+    for corpus in store.manifest.corpora:
+        if entry.first_row < first + corpus["rows"]:
+            if not Path(corpus["name"]).exists() and corpus["name"].endswith("rows in memory"):
+                raise CorpusError(f"{corpus['name']}: they are gone")
+            texts = open_corpus(corpus["name"], first_number=first)
+            if fingerprint_of(texts).digest != corpus["digest"]:
+                raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
+            return next(_groups(texts, entry.rows, skip=entry.first_row - first))
+        first += corpus["rows"]
+    raise AssertionError(f"part {part} belongs to no corpus")
