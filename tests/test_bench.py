@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from conftest import corpus_rows, save_tiny_llama
-from whence import bench as package_bench
-from whence.bench import BenchResult, bench, make_batches, training_pass
+from whence.bench import BenchResult, _optimizer, bench, make_batches, training_pass
 from whence.errors import CorpusError, SettingError, UnknownNameError
 from whence.index import IndexSettings, index
 from whence.model import load_model
@@ -96,7 +95,7 @@ def test_the_result_is_shown_in_a_few_lines(result):
         ({"length": 1}, SettingError, "--length 2 or more"),
         ({"length": 97}, SettingError, "--length 97: the model's context is 96 tokens"),
         ({"length": 96}, CorpusError, "too little text for a batch"),
-        ({"projection": "two"}, UnknownNameError, "--projection two: no such method. Did you mean"),
+        ({"projection": "two_side"}, UnknownNameError, "--projection two_side: no such method. Did you mean"),
         ({"colour": "red"}, SettingError, "colour: not a setting of an index"),
     ],
 )
@@ -113,7 +112,7 @@ def test_an_adapter_is_timed_with_its_own_weights_alone(tiny_llama, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     loaded = load_model(tmp_path / "adapter")
-    optimizer = package_bench._optimizer(loaded)
+    optimizer = _optimizer(loaded)
     assert sum(weight.numel() for group in optimizer.param_groups for weight in group["params"]) == sum(
         weight.numel() for name, weight in loaded.model.named_parameters() if "lora_" in name
     )

@@ -1,6 +1,7 @@
 """The command line: one clear line for what cannot be done, one JSON document with `--json`, and its exit codes."""
 
 import csv
+import importlib
 import json
 import os
 import resource
@@ -324,7 +325,8 @@ def test_a_file_that_rows_cannot_go_to_is_refused_before_any_work(whence, tmp_pa
 
 
 def test_text_rows_are_shown_as_text(whence, tiny_llama, tmp_path):
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"{number}\ud800", "text": f"[bold]{number}\ud800"} for number in range(4)])
+    rows = [{"id": f"{number}\ud800", "text": f"[bold]{number}\ud800"} for number in range(4)]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
     assert whence("index", tiny_llama, corpus, "-o", tmp_path / "index", "--width", 4).code == 0
     asked = ("trace", tmp_path / "index", "--prompt", "1", "--completion", "2", "--top", 1)
     ran = whence(*asked, "--json")
@@ -380,7 +382,8 @@ def test_verify_exits_1_where_repair_cannot_mend(whence, tiny_llama, tmp_path):
 
 
 def test_bench_prints_the_promised_keys(whence, tiny_llama, tiny_corpus, monkeypatch):
-    monkeypatch.setattr("whence.bench._peak", lambda kind, *rest: {"index": 2, "step": 3}[kind])
+    module = importlib.import_module("whence.bench")
+    monkeypatch.setattr(module, "_peak", lambda kind, *rest: {"index": 2, "step": 3}[kind])
     sizes = ("--length", 16, "--batch-size", 2, "--batches", 2)
     found = whence("bench", tiny_llama, tiny_corpus, *sizes, "--json").json()
     assert {

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from whence.store import Store
 
 MODULE = sys.modules["whence.index"]  # the package has a function of this name
 QUIET = {"width": 4, "progress": False}
-KILLS = 20
+KILLS, KILLED_COPYING = 20, 6
+STORAGE = "storage.py"
 
 
 # -- killed builds
@@ -40,43 +42,51 @@ def drive(model, corpus, home):
     load_model(f"{model}/checkpoint-2")  # what transformers imports when first used is then in every child
     home, dice = Path(home), random.Random(0)
     arguments = (model, corpus)
-    calls = _forked(*arguments, home / "whole", None)
-    killed, seen, built = 0, [], [home / "build-0"]
-    while killed < KILLS:
-        if _forked(*arguments, built[-1], dice.randrange(1, calls // 5)) is None:
-            killed += 1
+    calls = _forked(*arguments, home / "whole")
+    seen, built = [], [home / "build-0"]
+    while len(seen) < KILLS:
+        kind = STORAGE if len(seen) % 3 == 2 else ""
+        limit = calls["copying" + kind] if len(seen) < KILLED_COPYING else calls[kind] // 5
+        if _forked(*arguments, built[-1], dice.randrange(1, limit), kind) is None:
             seen.append(_progress(built[-1]))
         else:
             built.append(home / f"build-{len(built)}")
-    _forked(*arguments, built[-1], None)
+    _forked(*arguments, built[-1])
     sys.stdout.write(json.dumps({"calls": calls, "seen": seen, "built": [path.name for path in built]}))
 
 
-def _forked(model, corpus, out, kill_after):
-    """Build in a fork, killed after so many calls; returns the calls it made, None if it was killed."""
+def _forked(*arguments):
+    """`_counted_build` in a fork: what it returns, None if it was killed."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reader)
-        made = _counted_build(model, corpus, out, kill_after)
-        os.write(writer, str(made).encode())
+        os.write(writer, json.dumps(_counted_build(*arguments)).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:
         text = stream.read()
     status = os.waitpid(child, 0)[1]
     assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), status
-    return int(text) if status == 0 else None
+    return json.loads(text) if status == 0 else None
 
 
-def _counted_build(model, corpus, out, kill_after):
-    """Build, counting calls into and out of Whence's own functions from the moment that anything may be written."""
-    package, made, real = str(Path(MODULE.__file__).parent), [0], Store.resume
+def _counted_build(model, corpus, out, kill_after=None, kind=""):
+    """Build, and be killed before call number `kill_after` from the moment that anything may be written.
+
+    Counted are calls into and out of Whence's functions ("") or of those that write (`STORAGE`). Returns the counts
+    at the end, and under "copying..." those when all rows were copied.
+    """
+    package, made, real = str(Path(MODULE.__file__).parent), Counter(), Store.resume
 
     def count(frame, event, argument):
-        if event.endswith("call") and frame.f_code.co_filename.startswith(package):
-            made[0] += 1
-            if made[0] == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if not event.endswith("call") or not (file := frame.f_code.co_filename).startswith(package):
+            return
+        for each in ("", STORAGE):
+            made[each] += file.endswith(each)
+        if made[kind] == kill_after and file.endswith(kind):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "call" and frame.f_code.co_name == "finish_parts":
+            made.update({"copying" + each: made[each] for each in ("", STORAGE)})
 
     def resume(*arguments):
         sys.setprofile(count)
@@ -90,7 +100,7 @@ def _counted_build(model, corpus, out, kill_after):
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     sys.setprofile(None)
-    return made[0]
+    return made
 
 
 def _progress(path):
@@ -107,9 +117,10 @@ def test_builds_killed_at_20_random_points_resume_to_the_same_bytes(tiny_run, tm
 
     The points: an uninterrupted build's calls into and out of Whence's functions are counted, from the first moment
     that anything is written; a `write`, `fsync` or `rename` that Whence asks for is such a call. Each child is killed
-    before a call whose number is drawn (seed 0) from the first fifth of that count, and the next child resumes where
-    it was killed, so that the points wander over the whole build; a child that completes the build early is followed
-    by a build elsewhere, until 20 were killed. Between two calls of Whence's, nothing of it reaches the disk.
+    before a call whose number is drawn (seed 0): for the first six kills from as many as copying the rows takes, for
+    the others from a fifth of the whole; for every third, only the calls of `storage` count, so that files are left
+    half written. The next child resumes where it was killed, so that the points wander over the whole build; a child
+    that completes one early is followed by a build elsewhere, until 20 were killed.
     """
     corpus = write_jsonl(tmp_path / "corpus.jsonl", corpus_rows(72))
     run = subprocess.run(
@@ -126,8 +137,10 @@ def test_builds_killed_at_20_random_points_resume_to_the_same_bytes(tiny_run, tm
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert len(found["seen"]) == KILLS
-    assert any(not all_parts for _, all_parts, _, _ in found["seen"]), "none was killed while rows were copied"
-    assert len({shards for _, _, shards, _ in found["seen"]}) >= 5, "the points are not spread over the shards"
+    copying = [parts for parts, all_parts, _, _ in found["seen"] if not all_parts]
+    assert len(copying) >= 2, f"not spread over the copying of the rows: {found}"
+    assert any(temporary for _, _, _, temporary in found["seen"]), f"no file was left half written: {found}"
+    assert len({shards for _, _, shards, _ in found["seen"]}) >= 4, f"not spread over the shards: {found}"
     whole = contents(tmp_path / "whole")
     assert sorted(whole) == sorted(
         [

@@ -30,6 +30,7 @@ from whence.errors import UnknownNameError
 
 _TINY = 2.0**-119  # scales below fp32's normal range lose bits: an absolute error no gradient can notice
 _INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit products could overflow
+_LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
 _FEW = 16  # queries that a scan scores in the time of one, two parts each
 _UPCAST_ROWS = 256  # rows decoded at a time: 4 MB at 4,096 columns, which stays in cache
 _BF16_ROUND = 2.0**-8 * 1.01
@@ -302,8 +303,8 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
         )
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
-    # with matrix units _int_mm stays at half of the memory's bandwidth; this passes it, best at 32 queries
-    filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, 2 * _FEW - len(queries))))
+    # with matrix units _int_mm stays at half of the memory's bandwidth; this reaches it, if not below 17 queries
+    filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - len(queries))))
     scales = torch.nn.functional.pad(scale, (0, len(filled) - len(scale)), value=1.0)
     packed = torch.ops.onednn.qlinear_prepack(filled, None)
     zeros = torch.zeros(len(filled), dtype=torch.int64)

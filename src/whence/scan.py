@@ -24,6 +24,7 @@ from whence.shards import Shard
 
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
 _BLOCK_SCORES = 1 << 18  # of one block: larger ones fall out of cache before they are ranked
+_WAITING_BYTES = 1 << 30  # of stored rows, which a remote index holds in memory until they are ranked
 _LEAST_ROWS = 256  # of a block, whatever its bytes and queries
 _SERIAL_ENTRIES = 1 << 15  # torch does not wake its threads for tensors of so few entries
 
@@ -67,18 +68,57 @@ def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking,
     queries = _units(question)
     kernels = [question.codec.prepare(part) for part in queries]
     best = [_Best.empty(queries.shape[1], m), _Best.empty(queries.shape[1], m)]
+    waiting: list[_Scored] = []
     for first, shards in pieces:
         for rows in _blocks(shards[0], queries.shape[1]):
             block = [_part(shard, rows) for shard in shards]
-            scores, slack = _approximate(question, kernels, block)
-            ok = _is_ok(block)
-            if not bool(ok.all()):
-                scores = torch.where(ok, scores, torch.nan)  # compares as neither higher nor lower
-            for side, sign in enumerate((1, -1)):
-                pairs = _candidates(scores, slack, best[side].scores[:, -1], sign, m)
-                exact = scores[pairs] if slack is None else _rescored(question, queries, block, pairs)
-                best[side] = best[side].merged(pairs[0], pairs[1] + first + rows.start, exact * sign)
+            waiting.append(_Scored(first + rows.start, block, *_approximate(question, kernels, block)))
+            if _is_enough(waiting):
+                best = _merged(question, queries, waiting, best)
+                waiting = []
+    if waiting:
+        best = _merged(question, queries, waiting, best)
     return best[0].ranking(1.0), best[1].ranking(-1.0)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A block with its scores, to be ranked."""
+
+    first: int
+    shards: list[Shard]
+    scores: Tensor  # [q, n]
+    slack: Tensor | None  # [q, n]
+
+
+def _is_enough(waiting: list[_Scored]) -> bool:
+    """Few queries wait for several blocks: ranking each by itself costs more than its products."""
+    scores = sum(block.scores.numel() for block in waiting)
+    stored = sum(shard.vectors.numel() * shard.vectors.itemsize for block in waiting for shard in block.shards)
+    return scores >= _BLOCK_SCORES or stored >= _WAITING_BYTES
+
+
+def _merged(question: Question, queries: Tensor, waiting: list[_Scored], best: list["_Best"]) -> list["_Best"]:
+    """The best (highest, lowest) with the waiting blocks."""
+    scores = np.concatenate([block.scores.T.numpy() for block in waiting])  # [n, q], as products lie
+    scores[~np.concatenate([_is_ok(block.shards).numpy() for block in waiting])] = np.nan  # neither high nor low
+    slacks = [block.slack.T.numpy() for block in waiting if block.slack is not None]
+    slack = np.concatenate(slacks) if slacks else None
+    ends = np.cumsum([block.scores.shape[1] for block in waiting])
+    out = []
+    for sign, side in zip((1, -1), best, strict=True):
+        query, place = _candidates(scores, slack, side.scores[:, -1].numpy(), sign, side.scores.shape[1])
+        where = np.searchsorted(ends, place, side="right")
+        exact, rows = scores[place, query], np.empty_like(place)
+        for number in np.unique(where):
+            some, block = where == number, waiting[number]
+            local = place[some] - (ends[number] - block.scores.shape[1])
+            rows[some] = block.first + local
+            if slack is not None:
+                pairs = (torch.from_numpy(query[some]), torch.from_numpy(local))
+                exact[some] = _rescored(question, queries, block.shards, pairs).numpy()
+        out.append(side.merged(*map(torch.from_numpy, (query, rows, exact * np.float32(sign)))))
+    return out
 
 
 def _units(question: Question) -> Tensor:
@@ -141,26 +181,26 @@ def _rescored(question: Question, queries: Tensor, shards: list[Shard], pairs: t
     return total
 
 
-def _candidates(scores: Tensor, slack: Tensor | None, threshold: Tensor, sign: int, m: int) -> tuple[Tensor, Tensor]:
-    """(query, row) pairs whose signed score can pass the m-th best, rows ascending for each query.
+def _candidates(
+    scores: np.ndarray, slack: np.ndarray | None, threshold: np.ndarray, sign: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(query, row) pairs of [n, q] whose signed score can pass the m-th best, rows ascending for each query.
 
     In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
     milliseconds where another process has their core.
     """
-    furthest = np.ascontiguousarray(scores.T.numpy())  # [n, q], as products lie
-    if slack is not None:
-        furthest = furthest + sign * slack.T.numpy()
-    hits = _true(furthest > threshold.numpy() if sign > 0 else furthest < -threshold.numpy())
-    n, q = furthest.shape
+    n, q = scores.shape
+    furthest = scores if slack is None else scores + sign * slack
+    hits = _true(furthest > threshold if sign > 0 else furthest < -threshold)
     if m < n and len(hits) > 4 * m * q:
-        # as at the start of a scan: only the best m of this block can stay
+        # as at the start of a scan: only the best m of these rows can stay
         upper = sign * furthest
-        lower = np.nan_to_num(upper if slack is None else upper - 2 * slack.T.numpy(), nan=-np.inf)
+        lower = np.nan_to_num(upper if slack is None else upper - 2 * slack, nan=-np.inf)
         least = np.partition(lower, n - m, axis=0)[n - m]
         hits = hits[upper.ravel()[hits] >= least[hits % q]]
-    pair_rows, pair_queries = np.divmod(hits, max(1, q))
-    order = np.argsort(pair_queries, kind="stable")
-    return torch.from_numpy(pair_queries[order]), torch.from_numpy(pair_rows[order])
+    rows, queries = np.divmod(hits, max(1, q))
+    order = np.argsort(queries, kind="stable")
+    return queries[order], rows[order]
 
 
 def _true(claims: np.ndarray) -> np.ndarray:
