@@ -215,23 +215,39 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
     targets = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
     weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
-    gathered = states[owners.to(states.device), positions.to(states.device)]
-    leaf = gathered.detach().requires_grad_(state is not None)
+    where = (owners.to(states.device), positions.to(states.device))
+    leaf = states.detach()[where].requires_grad_(state is not None)
     nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
     for part in _chunks(model, len(owners)):
         if state is not None:
             state.owners = owners[part]
-        logits = head(leaf[part]).float()
-        loss = F.cross_entropy(logits, targets[part].to(logits.device), reduction="none")
+        logits = head(leaf[part])
+        nll[owners[part], positions[part] + 1], slope = _cross_entropy(logits, targets[part], weights[part])
         if state is not None:
-            (loss * weights[part].to(loss)).sum().backward()
+            logits.backward(slope)
             state.owners = None
-        nll[owners[part], positions[part] + 1] = loss.detach().to(nll)
-        del logits, loss
-    if gathered.requires_grad and len(owners):
-        gathered.backward(leaf.grad)
+        del logits, slope
+    if states.requires_grad and len(owners):
+        slope = torch.zeros_like(states)
+        slope[where] = leaf.grad  # type: ignore[assignment]
+        states.backward(slope)
     total = nll.sum(1)
     return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
+
+
+@torch.no_grad()
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each position in nats, unweighted, and the weighted sum's gradient with respect to the logits.
+
+    The gradient, `weight * (softmax - one-hot of the target)`, is made in place of the probabilities: autograd would
+    fill two more arrays of the vocabulary's size.
+    """
+    targets = targets.to(logits.device)[:, None]
+    log_p = F.log_softmax(logits.float(), dim=1)
+    nll = -log_p.gather(1, targets)[:, 0]
+    slope = log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    slope *= weights.to(slope)[:, None]
+    return nll.to(weights.device), slope.to(logits.dtype)
 
 
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:

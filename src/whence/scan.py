@@ -191,13 +191,17 @@ def _candidates(
     """
     n, q = scores.shape
     furthest = scores if slack is None else scores + sign * slack
-    hits = _true(furthest > threshold if sign > 0 else furthest < -threshold)
-    if m < n and len(hits) > 4 * m * q:
-        # as at the start of a scan: only the best m of these rows can stay
+    hits = (
+        None
+        if m < n and np.isinf(threshold).any()
+        else _true(furthest > threshold if sign > 0 else furthest < -threshold)
+    )
+    if hits is None or (m < n and len(hits) > 4 * m * q):
+        # at the start of a scan, or where scores rise: only the best m of these rows can stay
         upper = sign * furthest
         lower = np.nan_to_num(upper if slack is None else upper - 2 * slack, nan=-np.inf)
         least = np.partition(lower, n - m, axis=0)[n - m]
-        hits = hits[upper.ravel()[hits] >= least[hits % q]]
+        hits = _true((upper >= least) & (upper > threshold))
     rows, queries = np.divmod(hits, max(1, q))
     order = np.argsort(queries, kind="stable")
     return queries[order], rows[order]
