@@ -284,7 +284,7 @@ def test_adapter_checkpoint_prefers_its_parents_tokenizer_to_its_bases(adapter, 
     assert len(load_model(checkpoint).tokenizer) == 30
 
 
-def test_digest_is_of_the_weights_alone(copy):
+def test_digest_is_of_the_weights_not_of_how_files_are_written(copy):
     before = directory_digest(copy)
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()), indent=7))
@@ -297,6 +297,15 @@ def test_digest_is_of_the_weights_alone(copy):
     assert changed != before
     file.rename(copy / "model-00001-of-00001.safetensors")
     assert directory_digest(copy) not in (before, changed)
+
+
+def test_digest_changes_with_what_the_configuration_says(copy):
+    before, file = directory_digest(copy), copy / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"transformers_version": "9.9"}, indent=7))
+    assert directory_digest(copy) == before
+    file.write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    assert directory_digest(copy) != before
 
 
 def test_digest_of_an_adapter_changes_with_its_base(adapter, copy):

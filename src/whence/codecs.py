@@ -296,22 +296,33 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
 
     The integer sums are exact.
     """
-    if queries.shape[1] > _INT32_COLUMNS:
+    r, k = queries.shape
+    if k > _INT32_COLUMNS:
         blocks = [_byte_products(part, scale) for part in queries.split(_INT32_COLUMNS, 1)]
-        return lambda x: torch.stack([f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)]).sum(
-            0
+        return lambda x: sum(
+            (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
         )
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
-    # with matrix units _int_mm stays at half of the memory's bandwidth; this reaches it, if not below 17 queries
-    filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - len(queries))))
-    scales = torch.nn.functional.pad(scale, (0, len(filled) - len(scale)), value=1.0)
-    packed = torch.ops.onednn.qlinear_prepack(filled, None)
-    zeros = torch.zeros(len(filled), dtype=torch.int64)
-    product = torch.ops.onednn.qlinear_pointwise
-    return lambda x: product(
-        x.contiguous(), 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "none"
-    )[:, : len(queries)]
+    # with matrix units _int_mm stays at half of the memory's bandwidth, and long rows times few queries too: there,
+    # each half of a row is multiplied by both halves of the queries, and two of the four products are used
+    if r > _FEW or k % 2:
+        filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - r)))
+        product = _matrix_unit_products(filled, torch.nn.functional.pad(scale, (0, len(filled) - r)))
+        return lambda x: product(x.contiguous())[:, :r]
+    halves = _matrix_unit_products(queries.view(r, 2, k // 2).transpose(0, 1).reshape(2 * r, k // 2), scale.repeat(2))
+
+    def products(x: Tensor) -> Tensor:
+        both = halves(x.reshape(-1, k // 2)).view(len(x), 2, 2, r).numpy()
+        return torch.from_numpy(both[:, 0, 0] + both[:, 1, 1])
+
+    return products
+
+
+def _matrix_unit_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    packed, zeros = torch.ops.onednn.qlinear_prepack(queries, None), torch.zeros(len(queries), dtype=torch.int64)
+    linear = torch.ops.onednn.qlinear_pointwise
+    return lambda x: linear(x, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "none")
 
 
 @cache

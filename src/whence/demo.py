@@ -298,11 +298,11 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
 def grade_table(result: dict[str, Any]) -> Table:
     """The fractions in words."""
     lines = {
-        "answered": "questions answered with the docstring's first words",
-        "own_first": "of those: own docstring ranked first for the model's own answer",
-        "own_top10": "of those: own docstring among the first ten",
-        "true_first": "of those: own docstring ranked first for the true docstring",
-        "true_top10": "of those: own docstring among the first ten",
+        "answered": "answered with the docstring's first words",
+        "own_first": "  own docstring first, for the model's answer",
+        "own_top10": "  own docstring in the first ten",
+        "true_first": "  own docstring first, for the true docstring",
+        "true_top10": "  own docstring in the first ten",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, words in lines.items():

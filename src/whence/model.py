@@ -28,6 +28,9 @@ from whence.errors import ModelError, SettingError
 
 logger = logging.getLogger(__name__)
 
+IRRELEVANT = ("_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "use_cache")
+"""Entries of a configuration that may change without changing an output."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -200,16 +203,31 @@ def load_model(
 
 
 def directory_digest(path: str | Path) -> str:
-    """sha256 over the weight files of a model or adapter directory (names and bytes), and of an adapter's base."""
+    """sha256 of what decides a model's outputs: its weight files (names and bytes), its configuration, its base's.
+
+    Of the configurations, what each says counts, not how it is written, nor which version of a library wrote it.
+    """
     where = _located(path)
     digest = hashlib.sha256()
     for file in sorted(Path(where).glob("*.safetensors")):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name in ("config.json", "adapter_config.json"):
+        digest.update(_meaning(Path(where) / name))
     if adapter := _adapter_config(where):
         digest.update(directory_digest(adapter["base_model_name_or_path"]).encode())
     return digest.hexdigest()
+
+
+def _meaning(file: Path) -> bytes:
+    """A configuration without its formatting, and without what does not change an output."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):  # none there, or one that loading the model will complain of
+        return b""
+    kept = {name: value for name, value in content.items() if name not in IRRELEVANT}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
