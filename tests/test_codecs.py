@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whence import codecs
 from whence.codecs import CODECS, codec
 from whence.errors import UnknownNameError
 
@@ -49,7 +50,21 @@ def test_scores_are_those_of_the_decoded_rows(name, shape):
     decoded = CODECS[name].decode(stored, scale, k)
     true = (queries.double() @ decoded.double().T).float()
     scores = CODECS[name].scores(stored, scale, queries)
-    assert ((scores - true).abs() <= product_bound(decoded, queries)).all()
+    one_part = q > 16 and not codecs._has_matrix_units()
+    assert ((scores - true).abs() <= product_bound(decoded, queries) * (254 if one_part else 1)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "onebit"])
+@pytest.mark.parametrize("n, k, q", [(1, 1, 1), (2, 1, 5), (33, 57, 3), (300, 256, 16), (7, 513, 64)])
+def test_both_8_bit_paths_agree_with_decoding(name, n, k, q, monkeypatch):
+    stored, scale = CODECS[name].encode(torch.randn(n, k))
+    queries, decoded = torch.randn(q, k), CODECS[name].decode(stored, scale, k)
+    true = (queries.double() @ decoded.double().T).float()
+    for has_units in (codecs._has_matrix_units(), False):
+        monkeypatch.setattr(codecs, "_has_matrix_units", lambda has_units=has_units: has_units)
+        parts = 2 if has_units or q <= 16 else 1
+        slack = product_bound(decoded, queries) * (1 if parts == 2 else 254)
+        assert ((CODECS[name].scores(stored, scale, queries) - true).abs() <= slack).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

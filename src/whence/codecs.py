@@ -302,6 +302,8 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
         return lambda x: sum(
             (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
         )
+    if k == 1:  # torch 2.13's _int_mm gives wrong numbers for rows of one
+        return lambda x: x.float() @ queries.float().T * scale
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
     # with matrix units _int_mm stays at half of the memory's bandwidth, and long rows times few queries too: there,
