@@ -237,3 +237,28 @@ def test_gradient_worked_by_hand():
     assert example_gradients(a, g).tolist() == [[[31.0, 42.0]]]
     assert squared_norms(a, g).tolist() == [31.0**2 + 42.0**2]
     assert Captured("x", a, g, None).layer == "x"
+
+
+def test_norms_with_the_head_traced_and_an_example_without_targets():
+    model, examples = tiny_model("llama"), random_examples(3, seed=12)
+    layers, empty = model.layers("*"), Encoded(examples[1].ids, [False] * len(examples[1].ids))
+    batch = collate([examples[0], empty, examples[2]])
+    norms, _ = gradient_norms(model, layers, batch)
+    exact, _ = gradients(model, layers, batch)
+    expected = sum(gradient.square().sum((1, 2)) for gradient in exact.values()).sqrt()
+    torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-6)
+    assert norms[1] == 0
+
+
+@pytest.mark.parametrize("where", ["cpu", "auto"])
+def test_a_spread_model_gives_the_same_gradients(where, tmp_path):
+    from conftest import save_tiny_llama
+    from whence.model import load_model
+
+    path = save_tiny_llama(tmp_path / "model")
+    batch = collate(random_examples(3, seed=13))
+    plain, spread = load_model(path), load_model(path, device_map=where)
+    expected, _ = gradients(plain, plain.layers("*"), batch)
+    found, _ = gradients(spread, spread.layers("*"), batch)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])

@@ -15,10 +15,8 @@ import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from whence import ingest
-from whence.errors import (
-    ManifestMismatchError,
-)
-from whence.index import index, verify
+from whence.errors import CorpusError, ManifestMismatchError, SettingError
+from whence.index import index, open_index, verify
 from whence.model import load_model
 from whence.storage import Place
 from whence.store import Store
@@ -235,3 +233,40 @@ def test_resuming_with_other_files_names_them(tiny_llama, tiny_corpus, tiny_inde
         index(tiny_llama, corpus_rows(19), tiny_index, width=8, progress=False)
     with pytest.raises(ManifestMismatchError, match="number of checkpoints is 1 there, 2 here"):
         index(save_tiny_run(tmp_path / "run"), tiny_corpus, tiny_index, width=8, checkpoints="all", progress=False)
+
+
+def test_a_directory_with_other_files_is_refused_and_left_as_it_is(tiny_llama, tmp_path):
+    out = tmp_path / "home"
+    (out / "thesis").mkdir(parents=True)
+    (out / "thesis" / "draft.tmp").write_text("years of work")
+    (out / "notes.txt").write_text("more")
+    before = contents(out)
+    for restart in (False, True):
+        with pytest.raises(SettingError, match="Nothing was changed"):
+            index(tiny_llama, corpus_rows(4), out, restart=restart, **QUIET)
+        assert contents(out) == before
+
+
+def test_restart_beside_a_strange_file_changes_nothing(tiny_llama, tmp_path):
+    out = tmp_path / "index"
+    index(tiny_llama, corpus_rows(4), out, **QUIET)
+    (out / "hits.jsonl").write_text("{}")
+    before = contents(out)
+    with pytest.raises(SettingError, match=r"hits\.jsonl"):
+        index(tiny_llama, corpus_rows(4), out, restart=True, codec="int8", **QUIET)
+    assert contents(out) == before
+
+
+def test_messages_without_a_role_are_refused_before_anything_is_written(tiny_llama, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}]
+    with pytest.raises(CorpusError, match="row "):
+        index(tiny_llama, rows, tmp_path / "index", **QUIET)
+    assert not any((tmp_path / "index").glob("**/*.json"))
+
+
+def test_an_index_does_not_decide_to_run_a_models_own_code(tiny_llama, tmp_path):
+    out = tmp_path / "index"
+    index(tiny_llama, corpus_rows(4), out, trust_remote_code=True, **QUIET)
+    with pytest.raises(SettingError, match="--trust-remote-code"):
+        open_index(out)
+    assert open_index(out, trust_remote_code=True).store.rows == 4

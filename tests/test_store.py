@@ -328,10 +328,15 @@ def test_no_permission_is_a_storage_error(tmp_path, monkeypatch):
 def test_restart_removes_only_an_index(tmp_path):
     build(tmp_path / "index")
     (tmp_path / "index" / "notes.txt").write_text("mine")
-    Store.restart(tmp_path / "index")
-    assert contents(tmp_path / "index") == {"notes.txt": b"mine"}
-    with pytest.raises(SettingError, match="not a Whence index"):
+    before = contents(tmp_path / "index")
+    with pytest.raises(SettingError, match="Nothing was changed"):
         Store.restart(tmp_path / "index")
+    assert contents(tmp_path / "index") == before
+    (tmp_path / "index" / "notes.txt").unlink()
+    Store.restart(tmp_path / "index")
+    assert contents(tmp_path / "index") == {}
+    (tmp_path / "index").mkdir(exist_ok=True)
+    (tmp_path / "index" / "notes.txt").write_text("mine")
     with pytest.raises(SettingError, match="not empty"):
         Store.create(tmp_path / "index", manifest())
     Store.restart(tmp_path / "absent")

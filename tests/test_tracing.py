@@ -1,11 +1,13 @@
 """A trace finds what taught the model its answer, by scores that are what they claim to be."""
 
+import io
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import corpus_rows, cut_short, save_tiny_llama, write_jsonl
@@ -13,6 +15,7 @@ from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError,
 from whence.gradients import sketch
 from whence.index import index, open_index, projection_for
 from whence.model import load_model
+from whence.report import trace_tables
 from whence.tokens import collate, encode, encode_prompt
 from whence.tracing import Query, query_vectors, shown_text, trace
 
@@ -144,6 +147,14 @@ def test_the_models_own_answer_is_greedy(exact, model):
     assert answer.is_generated
     assert answer.completion == model.tokenizer.decode(new)
     assert answer.probabilities == pytest.approx(chances, rel=1e-4)
+
+
+def test_lowest_scores_that_do_not_oppose_are_said_not_to(tiny_llama, tmp_path):
+    rows = [{"prompt": "a", "completion": " b", "id": str(n)} for n in range(3)]
+    built = index(tiny_llama, rows, tmp_path / "index", width=4, progress=False)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(trace_tables(trace(built, "a", " b", top=10)))
+    assert "none opposes the answer" in console.export_text()
 
 
 def test_the_models_own_answer_is_traced_as_if_it_were_given(exact, model):

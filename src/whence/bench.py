@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whence.checkpoint import open_run
 from whence.codecs import codec as codec_of
 from whence.corpus import open_corpus
 from whence.errors import CorpusError, SettingError
@@ -50,7 +51,7 @@ class BenchResult:
     """Of index building."""
     tokens_per_second: float
     peak_bytes: int
-    """Of index building."""
+    """Of the process that indexes the batches; a build also holds one shard, 32 MB or so."""
     step_peak_bytes: int
     bytes_per_example: int
     """On disk, without the corpus' text."""
@@ -91,7 +92,7 @@ def bench(
     if batch_size < 1 or batches < 1 or (length is not None and length < 2):
         raise SettingError("--batch-size and --batches need 1 or more, --length 2 or more")
     chosen = with_options(settings or IndexSettings(), options)
-    loaded = load_for(str(model), chosen)
+    loaded = load_for(open_run(model).checkpoints[-1].path, chosen)
     if length is not None and loaded.context is not None and length > loaded.context:
         raise SettingError(f"--length {length}: the model's context is {loaded.context} tokens")
     made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
@@ -211,7 +212,7 @@ def _peak(kind: str, model: Any, corpus: Any, size: int, length: int | None, set
 
 
 def _peak_here(kind: str, model: str, corpus: Any, size: int, length: int | None, settings: IndexSettings) -> int:
-    loaded = load_for(model, settings)
+    loaded = load_for(open_run(model).checkpoints[-1].path, settings)
     batches = make_batches(loaded, corpus, size, length, MEMORY_BATCHES, settings)
     if kind == "step":
         optimizer = _optimizer(loaded)

@@ -89,7 +89,7 @@ def main() -> None:
             _complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
     if code == STOPPED:
-        _complain("stopped. What was finished is kept; the same command goes on from there.")
+        _complain("stopped. An index keeps what was finished: the same command goes on from there.")
     sys.exit(code or 0)
 
 
@@ -237,6 +237,7 @@ def trace(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
     model: ModelPath = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     out: Annotated[str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +250,7 @@ def trace(
     with _waiting("Tracing"):
         found = run(
             index, prompt, completion, queries=queries, top=top, method=method,
-            max_new_tokens=max_new_tokens, model=model, device=device,
+            max_new_tokens=max_new_tokens, model=model, device=device, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     rows = [hit.as_row() for hit in found.hits]
     if out is not None:
@@ -274,13 +275,14 @@ def verify(
     index: IndexPath,
     repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
     model: ModelPath = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check every file of an index against its checksum."""
     with _waiting("Reading every file"):
         from whence.index import verify as check
 
-        problems, notes = check(index, repair=repair, model=model)
+        problems, notes = check(index, repair=repair, model=model, trust_remote_code=trust_remote_code)
         left = check(index)[0] if notes else problems
     if as_json:
         rows = [{"file": problem.file, "what": problem.what} for problem in problems]
@@ -299,11 +301,17 @@ def verify(
 
 
 @app.command()
-def append(index: IndexPath, corpus: CorpusPath, model: ModelPath = None, as_json: Json = False) -> None:
+def append(
+    index: IndexPath,
+    corpus: CorpusPath,
+    model: ModelPath = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
     """Let more rows join a complete index."""
     with _waiting("Loading torch"):
         from whence.index import append as run
-    _print_info(run(index, corpus, model=model).store.info(), as_json)
+    _print_info(run(index, corpus, model=model, trust_remote_code=trust_remote_code).store.info(), as_json)
 
 
 @app.command()

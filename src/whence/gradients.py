@@ -147,7 +147,7 @@ class _Pass:
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
         a, g = a.float(), g.float()
         if owners is not None:
-            rows, a, g = _by_example(a.flatten(0, -2), g.flatten(0, -2), owners)
+            rows, a, g = _by_example(a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
             self.consume(Captured(name, a, g, rows))
             return
         b, t = self.batch_shape
@@ -297,14 +297,20 @@ class Norms:
     """Consumes a backward pass into every example's exact squared gradient norm."""
 
     squared: Float32[Tensor, " b"]
-    seen: set[str] = field(default_factory=set)
+    seen: set[tuple[str, int]] = field(default_factory=set)
 
     def __call__(self, seen: Captured) -> None:
         """Add one layer's squared norms."""
-        if seen.layer in self.seen:
-            raise ModelError(f"layer {seen.layer} runs in several parts: the squares of its parts do not add up")
-        self.seen.add(seen.layer)
-        self.squared += squared_norms(seen.a, seen.g).to(self.squared)
+        rows = torch.arange(len(self.squared)) if seen.rows is None else seen.rows.cpu()
+        new = {(seen.layer, row) for row in rows.tolist()}
+        if new & self.seen:
+            raise ModelError(
+                f"layer {seen.layer} takes an example in several parts, whose squared norms do not add up; "
+                "use a batch of fewer tokens"
+            )
+        self.seen |= new
+        found = squared_norms(seen.a, seen.g).clamp(min=0)  # a sum of Gram products can round below zero
+        self.squared.index_add_(0, rows.to(self.squared.device), found.to(self.squared))
 
 
 def sketch(

@@ -24,7 +24,7 @@ from whence.codecs import codec as codec_of
 from whence.corpus import Corpus, Row, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.gradients import sketch
-from whence.ingest import Fingerprint, copy_rows, fingerprint_of, part_again, refuse_known_ids
+from whence.ingest import Fingerprint, check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
 from whence.manifest import Manifest
 from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
@@ -42,7 +42,10 @@ DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them."""
+    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them.
+
+    Another device or number of threads moves a vector by rounding: "the same bytes" holds on one machine.
+    """
 
     space: GradientSpace = field(default_factory=GradientSpace)
     codec: str = "bfloat16"
@@ -201,6 +204,7 @@ def index(
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
+    check_conversations(texts, loaded.tokenizer)
     manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
     with Place.at(out).locked():  # before anything is removed: another process may be writing
         if restart:
@@ -214,21 +218,30 @@ def index(
     return built
 
 
-def open_index(path: str | Path, *, model: str | None = None, device: str | None = None) -> Index:
+def open_index(
+    path: str | Path, *, model: str | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> Index:
     """Open an index that is there.
 
     Args:
         path: Its directory.
         model: The model's directory, where it has moved since.
         device: Where to load the model.
+        trust_remote_code: Let the model's repository run its own code. An index never decides that by itself.
 
     Raises:
+        SettingError: The index was built with the model's own code, and that is not allowed here.
         MissingIndexError: There is none.
         FormatVersionError: A newer Whence wrote it.
         ChecksumError: Its manifest is damaged.
     """
     store = Store.open(path)
     kept = store.manifest.settings
+    if kept["trust_remote_code"] and not trust_remote_code:
+        raise SettingError(
+            f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
+            "If you trust it, add --trust-remote-code."
+        )
     names = ("max_tokens", "tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
     settings = IndexSettings(
         space=GradientSpace(**kept["space"]),
@@ -246,6 +259,7 @@ def append(
     *,
     model: str | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Index:
     """Let more rows join a complete index; no old part or shard is touched. Run again, it resumes.
 
@@ -254,7 +268,7 @@ def append(
         CorpusError: A row has the id of a row that is there, or cannot be read.
     """
     with Store.open(path).lock():
-        opened = open_index(path, model=model)
+        opened = open_index(path, model=model, trust_remote_code=trust_remote_code)
         store = opened.store
         known = list(store.manifest.corpora)
         before = sum(entry["rows"] for entry in known)
@@ -269,16 +283,18 @@ def append(
                     f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
                 )
             refuse_known_ids(store, texts)
-            opened.model()  # checked before anything is written
+            check_conversations(texts, opened.model().tokenizer)  # before anything is written
             entry = {"name": _absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
             store.extend(entry)
-        store.place.remove_temporaries()
+        store.remove_leftovers()
         copy_rows(store, texts, after=first)
         _fill(opened, progress)
     return opened
 
 
-def verify(path: str | Path, *, repair: bool = False, model: str | None = None) -> tuple[list[Problem], list[str]]:
+def verify(
+    path: str | Path, *, repair: bool = False, model: str | None = None, trust_remote_code: bool = False
+) -> tuple[list[Problem], list[str]]:
     """Check every file of an index against its checksum, and mend what can be.
 
     Args:
@@ -286,6 +302,7 @@ def verify(path: str | Path, *, repair: bool = False, model: str | None = None) 
         repair: Recompute shards that are wrong, from the model and the index's own copy of the rows, and read a
             wrong part again from the corpus, where that is still there.
         model: The model's directory, where it has moved.
+        trust_remote_code: See `open_index`.
 
     Returns:
         What was wrong (empty: nothing), and what was done about each.
@@ -294,7 +311,7 @@ def verify(path: str | Path, *, repair: bool = False, model: str | None = None) 
     if not repair or not problems or problems[0].file == "manifest.json":
         return problems, []
     with Store.open(path).lock():
-        opened = open_index(path, model=model)
+        opened = open_index(path, model=model, trust_remote_code=trust_remote_code)
         notes = opened.store.repair(
             lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
             lambda part: part_again(opened.store, part),

@@ -14,6 +14,7 @@ from typing import Any
 from whence.corpus import LAYOUTS, Corpus, Example, Row, layout, open_corpus, row_json
 from whence.errors import CorpusError
 from whence.store import Store
+from whence.tokens import Tokenizer, render
 
 NUMBERS_PER_SHARD = 2**23
 """A shard holds as many rows as make about so many numbers (32 MB in fp32), at most `ROWS_PER_SHARD`: what a kill
@@ -74,6 +75,20 @@ def _check_texts(example: Example, name: str) -> None:
                 f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
                 f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
             )
+
+
+def check_conversations(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Render every row of messages once, so that one which the chat template refuses is found before a file is made.
+
+    Raises:
+        CorpusError: The template refuses a row, or a message lacks its role or content.
+    """
+    for example in corpus:
+        if layout(example.row) == "messages":
+            try:
+                render(example.row, tokenizer)
+            except CorpusError as error:
+                raise CorpusError(f"{corpus.name}: row {example.id}: {error}") from None
 
 
 def refuse_known_ids(store: Store, corpus: Corpus) -> None:

@@ -83,7 +83,8 @@ class LoadedModel:
 
     def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
         """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
-        names = [name for name, _ in self.model.named_parameters() if not self.has_adapter or "lora_" in name]
+        only_adapter = self.has_adapter and all("lora_" in name for name in layers)
+        names = [name for name, _ in self.model.named_parameters() if not only_adapter or "lora_" in name]
         total = sum(self.model.get_parameter(name).numel() for name in names)
         return sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[union-attr]
 

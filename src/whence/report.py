@@ -66,25 +66,30 @@ def _hits_table(trace: Trace, query: int) -> Table:
     table.add_column("training example", ratio=1)
     form = "+.3f" if trace.method == "cosine" else "+.4g"
     for hit in trace.of(query):
-        _add(table, hit, form, "green")
+        _add(table, hit, form)
     opposing = trace.of(query, opposing=True)
     if opposing:
         table.add_section()
     for hit in opposing:
-        _add(table, hit, form, "red")
-    table.caption = f"{trace.method} over {trace.rows:,} examples; negative ranks oppose the answer"
+        _add(table, hit, form)
+    against = (
+        "oppose the answer" if any(hit.score < 0 for hit in opposing) else "are the lowest; none opposes the answer"
+    )
+    table.caption = f"{trace.method} over {trace.rows:,} examples; negative ranks {against}"
     table.caption_justify = "left"
     return table
 
 
-def _add(table: Table, hit: Hit, form: str, style: str) -> None:
+def _add(table: Table, hit: Hit, form: str) -> None:
     row = hit.as_row()
     text = Text(overflow="ellipsis", no_wrap=True)
     if "text" in row:
         text.append(_one_line(row["text"]))
     else:
         text.append(_one_line(row["prompt"]) + " ", "dim").append(_one_line(row["completion"]))
-    table.add_row(str(hit.rank), Text(f"{hit.score:{form}}", style), Text(visible(hit.id)), text)
+    table.add_row(
+        str(hit.rank), Text(f"{hit.score:{form}}", "green" if hit.score > 0 else "red"), Text(visible(hit.id)), text
+    )
 
 
 def _one_line(value: Any) -> str:

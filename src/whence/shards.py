@@ -1,7 +1,7 @@
 """One shard: the stored vectors of some rows under one checkpoint, as a safetensors file.
 
     vectors [n, stored]  in the codec        norm [n] f32   of the vector before it was encoded
-    scale   [n] f32      of the codec        loss [n] f32   nats, mean over the example's supervised tokens
+    scale   [n] f32      of the codec        loss [n] f32   nats, reduced as the gradient space says
     status  [n] u8       index in STATUSES   tokens [n] i32 supervised tokens
 
 The header is written here rather than by safetensors' library, so that the vectors start at a multiple of 64

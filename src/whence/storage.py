@@ -8,6 +8,7 @@ is whole, so there the bytes go straight to the name. What cannot be written is 
 
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -112,12 +113,6 @@ class Place:
         if self.is_local and folder != Path(self.root) and not any(folder.iterdir()):
             folder.rmdir()
 
-    def remove_temporaries(self) -> None:
-        """Remove what a killed writer left."""
-        for name in self.names():
-            if name.endswith(TEMPORARY):
-                self.remove(name)
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for writing; the lock goes with the process. Elsewhere than locally: no lock."""
@@ -157,8 +152,10 @@ class Place:
 
     def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview]) -> Written:
         self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
-        with self.fs.open(self.path(name), "wb") as file:
-            return _copied(pieces, file)
+        whole = io.BytesIO()
+        written = _copied(pieces, whole)
+        self.fs.pipe_file(self.path(name), whole.getvalue())  # one request: there whole, or not at all
+        return written
 
     def _failure(self, name: str, total: int, error: OSError) -> str:
         there = Path(self.root)

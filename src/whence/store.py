@@ -56,12 +56,9 @@ class Store:
     def create(path: str | PathLike, manifest: Manifest) -> "Store":
         """Start an index in a new or empty directory."""
         place = Place.at(path)
-        strangers = [name for name in place.names() if not name.endswith(TEMPORARY) and not _is_ours(name)]
-        if strangers or place.exists(MANIFEST):
-            raise SettingError(
-                f"{place.root} is not empty ({(strangers or [MANIFEST])[0]} is there); give the index a "
-                "directory of its own, or start an index over with --restart"
-            )
+        _refuse_strangers(place)
+        if place.exists(MANIFEST):
+            raise SettingError(f"{place.root} holds an index; start it over with --restart")
         store = Store(place, manifest)
         store._save(manifest)
         return store
@@ -87,11 +84,12 @@ class Store:
         """
         place = Place.at(path)
         if not place.exists(MANIFEST):
-            place.remove_temporaries()
-            return Store.create(path, manifest)
+            store = Store.create(path, manifest)
+            store.remove_leftovers()
+            return store
         store = Store.open(path)
         check_same(store.manifest, manifest, place.root)
-        place.remove_temporaries()
+        store.remove_leftovers()
         return store
 
     @staticmethod
@@ -99,15 +97,20 @@ class Store:
         """Remove an index's own files, and nothing else.
 
         Raises:
-            SettingError: The directory holds files and is no index.
+            SettingError: The directory holds a file that is not an index's; nothing was removed.
         """
         place = Place.at(path)
         names = place.names()
-        if names and MANIFEST not in names and not all(_is_ours(name) for name in names):
-            raise SettingError(f"{place.root} is not a Whence index, so nothing there was removed")
+        _refuse_strangers(place)
         # the manifest last: a restart that is killed can be restarted
         for name in sorted((name for name in names if _is_ours(name)), key=lambda name: name == MANIFEST):
             place.remove(name)
+
+    def remove_leftovers(self) -> None:
+        """Remove the half-written files of a killed writer: those with an index's names alone."""
+        for name in self.place.names():
+            if name.endswith(TEMPORARY) and _is_ours(name):
+                self.place.remove(name)
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the index for writing; a second process is told so."""
@@ -366,6 +369,16 @@ def _parquet(rows: Sequence[dict]) -> memoryview:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), sink, compression="zstd")
     return sink.getbuffer()
+
+
+def _refuse_strangers(place: Place) -> None:
+    """Refuse a directory that holds files which are not an index's, before anything in it is touched."""
+    strangers = [name for name in place.names() if not _is_ours(name)]
+    if strangers:
+        raise SettingError(
+            f"{place.root} is not empty and not an index's alone ({strangers[0]} is there). Nothing was changed; "
+            "move that away, or give the index a directory of its own"
+        )
 
 
 def _is_ours(name: str) -> bool:

@@ -210,7 +210,7 @@ def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
     """Messages in Alpaca's words, for a tokenizer without a template: the system's turn replaces the preamble."""
     text, spans = "", []
     for message in messages:
-        content = _string(message["content"])
+        content = _string(message.get("content") or "")
         if message["role"] == "system":
             text += f"{content}\n\n"
         elif message["role"] == "assistant":

@@ -68,7 +68,7 @@ class Hit:
     query: int
     """Number of the query, from 0."""
     rank: int
-    """From 1, the most helpful first; from -1 for the most opposing."""
+    """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
     id: str
     score: float
     source: str | None
@@ -114,6 +114,7 @@ def trace(
     max_new_tokens: int = 64,
     model: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Trace:
     """Training examples that made a model say something.
 
@@ -127,6 +128,7 @@ def trace(
         max_new_tokens: Longest completion generated.
         model: The model's directory, where it has moved since the index was built.
         device: Where to load the model.
+        trust_remote_code: Let the model's repository run its own code, if the index was built so.
 
     Returns:
         Scores in nats^2 per squared unit of weight (dot), or in -1 to 1 (cosine). Larger is more helpful.
@@ -141,7 +143,11 @@ def trace(
         if value < 1:
             raise SettingError(f"{flag} {value}: a number above 0 is expected")
     asked = _asked(prompt, completion, queries)
-    opened = index if isinstance(index, Index) else open_index(index, model=model, device=device)
+    opened = (
+        index
+        if isinstance(index, Index)
+        else open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    )
     opened.store.require_complete()
     rankable = opened.store.info()["ok_rows"]
     if not rankable:
@@ -187,8 +193,9 @@ def shown_text(row: Row) -> Row:
         return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
-        before = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
-        return {"prompt": before, "completion": _text(turns[-1]["content"])}
+        said = [str(turn.get("content") or "") for turn in turns]
+        before = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], said, strict=False))
+        return {"prompt": before, "completion": said[-1]}
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 

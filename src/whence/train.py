@@ -33,6 +33,7 @@ from transformers import ProgressCallback, SchedulerType, Trainer, TrainingArgum
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
+from whence.checkpoint import open_run
 from whence.corpus import Corpus, Example, Row, open_corpus
 from whence.errors import CorpusError, SettingError
 from whence.model import LoadedModel, load_model
@@ -119,7 +120,8 @@ def train(
     if any(directory.glob("checkpoint-*")):
         raise SettingError(f"{directory} holds checkpoints already; remove it, or name another directory.")
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
-    source = Path(model).resolve() if Path(model).is_dir() else model
+    last = open_run(model).checkpoints[-1].path
+    source = Path(last).resolve() if Path(last).is_dir() else last
     loaded = load_model(source, dtype=None if chosen.lora_rank else "float32")
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
