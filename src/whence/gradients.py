@@ -30,8 +30,10 @@ from whence.interfaces import Projection
 from whence.model import LoadedModel, layer_shape
 from whence.tokens import Batch
 
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
-"""Elements of one chunk of logits [s v]; about five fp32 arrays of this size live at once."""
+LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"""Elements of one chunk of logits [s v]. On a CPU, 4 MB: what stays in cache is a twentieth faster than what does not."""
+LEAST_POSITIONS = 128
+"""Positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
 
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
     vocabulary = model.base.get_output_embeddings().weight.shape[0]
-    size = max(16, LOGITS_PER_CHUNK.get(model.device.type, 2**22) // vocabulary)
+    size = max(LEAST_POSITIONS, LOGITS_PER_CHUNK.get(model.device.type, 2**20) // vocabulary)
     return (slice(start, start + size) for start in range(0, positions, size))
 
 
