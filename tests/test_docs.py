@@ -29,3 +29,9 @@ def test_every_projection_shows_its_source_in_its_file():
         assert "Source:" in source, name
         for paper in re.findall(r"\d{4}\.\d{4,5}", entry.source):
             assert paper in source, f"{name}: {entry.source}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

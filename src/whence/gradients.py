@@ -31,7 +31,7 @@ from whence.model import LoadedModel, layer_shape
 from whence.tokens import Batch
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of one chunk of logits [s v]. On a CPU, 4 MB: what stays in cache is a twentieth faster than what does not."""
+"""Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""
 LEAST_POSITIONS = 128
 """Positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
 
