@@ -412,4 +412,4 @@ def test_a_stop_is_told_with_how_to_go_on(whence, tiny_llama, tiny_corpus, tmp_p
 def test_two_models_are_traced_apart(whence, tiny_index, tmp_path):
     other = save_tiny_llama(tmp_path / "other", seed=3)
     told = complaint(whence("trace", tiny_index, "--prompt", "a", "--model", other))
-    assert "its weights have digest" in told
+    assert "its weights and configuration have digest" in told
