@@ -299,9 +299,9 @@ def grade_table(result: dict[str, Any]) -> Table:
     """The fractions in words."""
     lines = {
         "answered": "answered with the docstring's first words",
-        "own_first": "  own docstring first, for the model's answer",
+        "own_first": "  own docstring first, model's answer",
         "own_top10": "  own docstring in the first ten",
-        "true_first": "  own docstring first, for the true docstring",
+        "true_first": "  own docstring first, true docstring",
         "true_top10": "  own docstring in the first ten",
     }
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -155,7 +155,8 @@ class Index:
         found = directory_digest(path)
         if found != entry["digest"]:
             raise ManifestMismatchError(
-                f"{path}: its weights and configuration have digest {found[:12]}, the index was built with {entry['digest'][:12]}. "
+                f"{path}: its weights and configuration have digest {found[:12]}, "
+                f"the index was built with {entry['digest'][:12]}. "
                 f"If the model has moved, {remedy}."
             )
         model = load_for(path, self.settings)
