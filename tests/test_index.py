@@ -118,7 +118,7 @@ def test_what_cannot_be_appended_leaves_the_index_as_it_was(tiny_index, tmp_path
         append(out, corpus_rows(5, first=19), progress=False)
     with pytest.raises(CorpusError, match="no rows"):
         append(out, [], progress=False)
-    with pytest.raises(ManifestMismatchError, match="weights have digest"):
+    with pytest.raises(ManifestMismatchError, match="weights and configuration have digest"):
         append(out, corpus_rows(5, first=50), model=str(save_tiny_llama(tmp_path / "other", seed=9)), progress=False)
     assert contents(out) == before
     with pytest.raises(MissingIndexError, match="There is no index at"):

@@ -329,7 +329,9 @@ def test_changed_weights_are_refused_and_a_moved_model_is_found(tmp_path):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ManifestMismatchError, match=r"weights have digest .*, the index was built with"):
+    with pytest.raises(
+        ManifestMismatchError, match=r"weights and configuration have digest .*, the index was built with"
+    ):
         trace(tmp_path / "index", PROMPT, COMPLETION)
     assert trace(tmp_path / "index", PROMPT, COMPLETION, model=str(tmp_path / "moved")) == before
 
