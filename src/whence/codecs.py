@@ -10,14 +10,22 @@ A codec stores each row v as a tensor of few bits and one fp32 scale, and states
 For `onebit`, mean|v| is the scale that minimises the squared error, which is then |v|^2 - k * mean|v|^2.
 
 `Codec.prepare(queries)` is done once for a scan; the `Kernel` that it returns scores one block of rows after
-another. On a CPU it reads the codes as they lie on disk: int8, int4 and onebit by 8-bit matrix products,
-exact in integers, with the query written as a sum of 8-bit vectors; bfloat16 by bfloat16 products, which sum
-in fp32 but round the result, so that a block carries its `slack` and the scan recomputes what could reach the
-top. On other devices rows are decoded and multiplied in fp32. Nothing here knows of files, statuses or ranks.
+another. On a CPU there are several kernels, all within their stated `slack` of fp32, so that the scan can
+recompute what could reach the top and return the same from each:
+
+    integer    8-bit products, exact in integers, with the query written as a sum of 8-bit vectors
+    widened    8-bit rows widened to fp32 in registers, times a query in bfloat16 terms; the result is rounded
+    product    bfloat16 products, which sum in fp32 but round the result
+    decoded    rows decoded a few at a time and multiplied in fp32
+
+CPUs differ more than a rule could say: with matrix units (AMX) integer products reach the memory's bandwidth,
+on AVX2 they take fifteen times as long as widening. So the first large block of a process is a trial of all of
+them (see `_Fastest`). On other devices rows are decoded. Nothing here knows of files, statuses or ranks.
 """
 
 import difflib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,6 +41,10 @@ _INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit prod
 _LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
 _FEW = 16  # queries that a scan scores in the time of one, two parts each
 _UPCAST_ROWS = 256  # rows decoded at a time: 4 MB at 4,096 columns, which stays in cache
+_WIDENED_COLUMNS = 64  # torch's widening product reads whole registers: other widths would be read past their end
+_WIDENED_QUERIES = 8  # past so many the widening is done again for each few of them
+_TRIAL_ROWS = (256, 2048)  # of the first trial of every kernel, and of the second of those that came near
+_TRIAL_NEAR = 3.0
 _BF16_ROUND = 2.0**-8 * 1.01
 _FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
 
@@ -49,10 +61,10 @@ class Block:
 
     scores: Float[Tensor, "q n"]
     slack: Float[Tensor, "q n"] | None = None
-    """None: the products are those of fp32 arithmetic, and need not be recomputed."""
+    """How far a product was rounded; None: it was not."""
 
     slack_per_norm: Float[Tensor, " q"] | None = None
-    """More slack, for each unit of the row's norm."""
+    """More slack, for each unit of the row's norm. Neither: the products are those of fp32 arithmetic."""
 
 
 Kernel = Callable[[Tensor, Tensor], Block]
@@ -67,9 +79,11 @@ class Codec:
     bits: int
     dtype: torch.dtype
     encoder: Callable[[Vectors], tuple[Tensor, Tensor]]
-    decoder: Callable[[Tensor, Tensor, int], Tensor]
+    decoder: Callable[[Tensor, int], Tensor]
+    """What the codes of rows of width k stand for, before the rows' scales."""
     error: Callable[[Vectors], Tensor]
-    kernel: Callable[["Codec", Queries], Kernel]
+    kernels: tuple[Callable[["Codec", Queries], Kernel | None], ...]
+    """Each gives None for queries that it cannot do. The first that can is taken for blocks too small for a trial."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
         """Stored rows and scales of finite vectors. Rows that are not finite must come as zeros."""
@@ -77,7 +91,7 @@ class Codec:
 
     def decode(self, stored: Rows, scale: PerRow, k: int) -> Vectors:
         """The vectors that the codes stand for."""
-        return self.decoder(stored, scale, k)
+        return self.decoder(stored, k) * scale[:, None]
 
     def bound(self, vectors: Vectors) -> PerRow:
         """Largest error of any entry of `decode(encode(vectors))`, a row each."""
@@ -94,16 +108,17 @@ class Codec:
 
     def prepare(self, queries: Queries) -> Kernel:
         """A kernel for these queries, to be used for any number of blocks on the queries' device."""
-        return _decoded_kernel(self, queries) if queries.device.type != "cpu" else self.kernel(self, queries)
+        if queries.device.type != "cpu":
+            return _decoded_kernel(self, queries)
+        made = [kernel for make in self.kernels if (kernel := make(self, queries)) is not None]
+        return made[0] if len(made) == 1 else _Fastest(self.name, queries, made)
 
     def scores(self, stored: Rows, scale: PerRow, queries: Queries) -> Products:
         """Inner products [q, n] with the decoded rows.
 
-        Error: that of fp32 arithmetic, and for int8, int4 and onebit also the query's rounding, at most
-        absmax(q) * |row|_1 / 64516 in two 8-bit parts, or / 254 in one (see `_query_parts`).
+        By the `decoded` kernel: right anywhere, the same for any number of queries, as slow as decoding is.
         """
-        block = self.prepare(queries)(stored, scale)
-        return block.scores if block.slack is None else _decoded_kernel(self, queries)(stored, scale).scores
+        return _decoded_kernel(self, queries)(stored, scale).scores
 
 
 def codec(name: str) -> Codec:
@@ -177,20 +192,16 @@ def _unpacked(stored: Tensor, bits: int, k: int) -> Tensor:
     return _planes(stored, bits).view(len(stored), per_byte, -1).transpose(1, 2).reshape(len(stored), -1)[:, :k]
 
 
-def _decode_plain(stored: Tensor, scale: Tensor, k: int) -> Tensor:
+def _decode_plain(stored: Tensor, k: int) -> Tensor:
     return stored.float()
 
 
-def _decode_scaled(stored: Tensor, scale: Tensor, k: int) -> Tensor:
-    return stored.float() * scale[:, None]
+def _decode_int4(stored: Tensor, k: int) -> Tensor:
+    return _unpacked(stored, 4, k).float().sub_(8)
 
 
-def _decode_int4(stored: Tensor, scale: Tensor, k: int) -> Tensor:
-    return (_unpacked(stored, 4, k).float() - 8) * scale[:, None]
-
-
-def _decode_onebit(stored: Tensor, scale: Tensor, k: int) -> Tensor:
-    return (_unpacked(stored, 1, k).float() * 2 - 1) * scale[:, None]
+def _decode_onebit(stored: Tensor, k: int) -> Tensor:
+    return _unpacked(stored, 1, k).float().mul_(2).sub_(1)
 
 
 def _onebit_error(vectors: Tensor) -> Tensor:
@@ -204,13 +215,50 @@ def _decoded_kernel(codec: Codec, queries: Tensor) -> Kernel:
     step = _UPCAST_ROWS if queries.device.type == "cpu" else 16_384
 
     def score(stored: Tensor, scale: Tensor) -> Block:
-        out = queries.new_empty(len(queries), len(stored))
+        out = queries.new_empty(len(stored), len(queries))
         for first in range(0, len(stored), step):
-            rows = slice(first, first + step)
-            out[:, rows] = queries @ codec.decode(stored[rows], scale[rows], k).T
-        return Block(out)
+            torch.mm(codec.decoder(stored[first : first + step], k), queries.T, out=out[first : first + step])
+        return Block(out.mul_(scale[:, None]).T)
 
     return score
+
+
+class _Fastest:
+    """Kernel that is the fastest of several on this CPU, found by timing them on the first large block.
+
+    The choice is kept for the process, by codec, width and number of queries.
+    """
+
+    _chosen: dict[tuple[str, int, int, int], int] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, queries: Tensor, kernels: Sequence[Kernel]):
+        many = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
+        self._key = (name, queries.shape[1], many, torch.get_num_threads())
+        self._kernels = kernels
+
+    def __call__(self, stored: Tensor, scale: Tensor) -> Block:
+        if self._key not in self._chosen and len(stored) >= _TRIAL_ROWS[0]:
+            self._chosen[self._key] = self._trial(stored, scale)
+        return self._kernels[self._chosen.get(self._key, 0)](stored, scale)
+
+    def _trial(self, stored: Tensor, scale: Tensor) -> int:
+        """Number of the fastest."""
+        near, seconds = list(range(len(self._kernels))), []
+        for rows in _TRIAL_ROWS:
+            seconds = [self._seconds(self._kernels[number], stored[:rows], scale[:rows]) for number in near]
+            best = min(seconds)
+            if rows != _TRIAL_ROWS[-1]:
+                near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
+        return near[seconds.index(min(seconds))]
+
+    def _seconds(self, kernel: Kernel, stored: Tensor, scale: Tensor) -> float:
+        """The better of two runs, after one that warms up."""
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            kernel(stored, scale)
+            took.append(time.perf_counter() - start)
+        return min(took[1:])
 
 
 def _float32_kernel(codec: Codec, queries: Tensor) -> Kernel:
@@ -218,20 +266,61 @@ def _float32_kernel(codec: Codec, queries: Tensor) -> Kernel:
 
 
 def _bfloat16_kernel(codec: Codec, queries: Tensor) -> Kernel:
-    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack.
-
-    What the two terms miss of the query is below 2^-16 of it, and counted with the error of the sums.
-    """
-    high = queries.bfloat16()
-    both = torch.cat([high, (queries - high.float()).bfloat16()])
-    per_norm = queries.norm(dim=1) * _FP32_SUM
+    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack."""
+    both, per_norm = _bfloat16_terms(queries)
 
     def score(stored: Tensor, scale: Tensor) -> Block:
-        parts = (stored @ both.T).float()
-        out, slack = torch.empty(2, len(stored), len(queries))
-        _sum_parts(parts, out=out)
-        _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=slack)
-        return Block(out.T, slack.T, per_norm)
+        return _rounded_block((stored @ both.T).float(), per_norm)
+
+    return score
+
+
+def _bfloat16_one_term_kernel(codec: Codec, queries: Tensor) -> Kernel | None:
+    """The first bfloat16 term alone: a matrix times one vector, which every CPU does at its memory's speed.
+
+    What the term misses of the query, at most 2^-9 of each entry, is slack for each unit of the row's norm.
+    """
+    if len(queries) > 1:
+        return None
+    term = queries.bfloat16()
+    per_norm = (queries - term.float()).norm(dim=1) + queries.norm(dim=1) * _FP32_SUM
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        return _rounded_block((stored @ term.T).float(), per_norm)
+
+    return score
+
+
+def _bfloat16_terms(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries as two bfloat16 vectors to be added [2q k], and slack for each unit of a row's norm [q].
+
+    What the two miss of the query is below 2^-16 of it, and counted with the error of the sums.
+    """
+    high = queries.bfloat16()
+    return torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
+
+
+def _rounded_block(parts: Tensor, per_norm: Tensor, scale: Tensor | None = None) -> Block:
+    """Sums [n, parts * q], each rounded to bfloat16, as a block; times the rows' scales."""
+    out, slack = torch.empty(2, len(parts), len(per_norm))
+    _sum_parts(parts, out=out)
+    _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=slack)
+    if scale is not None:
+        for sums in (out.numpy(), slack.numpy()):
+            np.multiply(sums, scale.numpy()[:, None], out=sums)
+    return Block(out.T, slack.T, per_norm)
+
+
+def _widened_kernel(codec: Codec, queries: Tensor) -> Kernel | None:
+    """8-bit rows widened to fp32 in registers, times two bfloat16 terms of the query; results are rounded."""
+    if queries.shape[1] % _WIDENED_COLUMNS or len(queries) > _WIDENED_QUERIES or not queries.shape[1]:
+        return None
+    both, per_norm = _bfloat16_terms(queries)
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        ones = torch.ones(len(stored), dtype=torch.bfloat16)  # the rows' own scales would be rounded
+        sums = torch._weight_int8pack_mm(both, stored.contiguous(), ones)  # pyright: ignore[reportPrivateImportUsage]
+        return _rounded_block(sums.T.float(), 2 * per_norm, scale)
 
     return score
 
@@ -258,6 +347,9 @@ def _integer_kernel(codec: Codec, queries: Tensor) -> Kernel:
     products = _byte_products(parts.flatten(0, 1), part_scale.flatten())
     shifts = (shift * parts.sum(2, dtype=torch.int64) * part_scale.double()).sum(0).float()
     step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
+    # |row|_1 <= sqrt(k) |row|, and a code's value is at most twice what it stands for: so is the decoded row's norm
+    rounding = queries.abs().amax(1) / (64516 if len(parts) == 2 else 254) * queries.shape[1] ** 0.5
+    per_norm = 2 * (rounding + queries.norm(dim=1) * _FP32_SUM)
 
     def score(stored: Tensor, scale: Tensor) -> Block:
         out = torch.empty(len(stored), len(queries))
@@ -268,7 +360,7 @@ def _integer_kernel(codec: Codec, queries: Tensor) -> Kernel:
         if per_byte > 1:
             out.mul_(slope).add_(shifts)
         np.multiply(out.numpy(), scale.numpy()[:, None], out=out.numpy())
-        return Block(out.T)
+        return Block(out.T, slack_per_norm=per_norm)
 
     return score
 
@@ -341,7 +433,7 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_float32,
         decoder=_decode_plain,
         error=lambda vectors: torch.zeros(len(vectors)),
-        kernel=_float32_kernel,
+        kernels=(_float32_kernel,),
     ),
     "bfloat16": Codec(
         name="bfloat16",
@@ -350,25 +442,25 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_bfloat16,
         decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * 2**-8 + _TINY,
-        kernel=_bfloat16_kernel,
+        kernels=(_bfloat16_kernel, _bfloat16_one_term_kernel, _decoded_kernel),
     ),
     "float16": Codec(
         name="float16",
         bits=16,
         dtype=torch.float16,
         encoder=_encode_float16,
-        decoder=_decode_scaled,
+        decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * (2**-11 + 2**-20) + _TINY,
-        kernel=_decoded_kernel,
+        kernels=(_decoded_kernel,),
     ),
     "int8": Codec(
         name="int8",
         bits=8,
         dtype=torch.int8,
         encoder=lambda vectors: _encode_integers(vectors, 127),
-        decoder=_decode_scaled,
+        decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * (1 / 254 + 2**-20) + _TINY,
-        kernel=_integer_kernel,
+        kernels=(_integer_kernel, _widened_kernel, _decoded_kernel),
     ),
     "int4": Codec(
         name="int4",
@@ -377,7 +469,7 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_int4,
         decoder=_decode_int4,
         error=lambda vectors: _absmax(vectors) * (1 / 14 + 2**-20) + _TINY,
-        kernel=_integer_kernel,
+        kernels=(_integer_kernel, _decoded_kernel),
     ),
     "onebit": Codec(
         name="onebit",
@@ -386,6 +478,6 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_onebit,
         decoder=_decode_onebit,
         error=_onebit_error,
-        kernel=_integer_kernel,
+        kernels=(_integer_kernel, _decoded_kernel),
     ),
 }

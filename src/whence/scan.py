@@ -103,8 +103,9 @@ def _merged(question: Question, queries: Tensor, waiting: list[_Scored], best: l
     """The best (highest, lowest) with the waiting blocks."""
     scores = np.concatenate([block.scores.T.numpy() for block in waiting])  # [n, q], as products lie
     scores[~np.concatenate([_is_ok(block.shards).numpy() for block in waiting])] = np.nan  # neither high nor low
-    slacks = [block.slack.T.numpy() for block in waiting if block.slack is not None]
-    slack = np.concatenate(slacks) if slacks else None
+    slack = None
+    if any(block.slack is not None for block in waiting):  # a first, small block may have had another kernel
+        slack = np.concatenate([np.zeros_like(b.scores.T) if b.slack is None else b.slack.T for b in waiting])
     ends = np.cumsum([block.scores.shape[1] for block in waiting])
     out = []
     for sign, side in zip((1, -1), best, strict=True):
@@ -158,8 +159,9 @@ def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard])
     for weight, kernel, shard in zip(question.weights.tolist(), kernels, shards, strict=True):
         block = kernel(shard.vectors, shard.scale)
         scores, error = block.scores, block.slack
-        if error is not None and block.slack_per_norm is not None:
-            error = error + block.slack_per_norm[:, None] * shard.norm
+        if block.slack_per_norm is not None:
+            per_row = block.slack_per_norm[:, None] * shard.norm
+            error = per_row if error is None else error + per_row
         if question.cosine or weight != 1:
             factor = _row_factor(question, shard) * weight
             scores, error = scores * factor, None if error is None else error * abs(factor)
