@@ -314,8 +314,8 @@ def test_trace_writes_rows_by_the_files_ending(whence, tiny_index, tmp_path, end
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("rows.txt", "rows.txt: rows are written to .jsonl, .csv or .parquet"),
-        ("rows", "rows: rows are written to .jsonl, .csv or .parquet"),
+        ("rows.txt", "rows.txt: what is found is written to .jsonl, .csv, .parquet or .html"),
+        ("rows", "rows: what is found is written to .jsonl, .csv, .parquet or .html"),
         ("none/rows.csv", "none/rows.csv: there is no directory"),
     ],
 )

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from whence.answers import Answer, Hit, Trace
 from whence.errors import SettingError, StorageError
 from whence.report import answer_text, check_ending, info_table, trace_tables, visible, write_rows
 from whence.store import Store
-from whence.tracing import Answer, Hit, Trace
 
 ROWS = [
     {"query": 0, "rank": 1, "id": "a", "score": 0.5, "source": None, "prompt": 'é, "q"\nb', "completion": " c"},

@@ -11,13 +11,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import corpus_rows, cut_short, save_tiny_llama, write_jsonl
+from whence.answers import shown_text
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.exact import Part
 from whence.gradients import sketch
 from whence.index import index, open_index, projection_for
 from whence.model import load_model
+from whence.queries import Query
 from whence.report import trace_tables
 from whence.tokens import collate, encode, encode_prompt
-from whence.tracing import Query, query_vectors, shown_text, trace
+from whence.tracing import query_vectors, trace
 
 PROMPT, COMPLETION = "5 and 3?", " yes, 12"
 
@@ -127,7 +130,7 @@ def test_the_sum_over_tokens_is_a_space_of_its_own(tiny_llama, tmp_path, exact):
     )  # fmt: skip
     row = {"prompt": PROMPT, "completion": COMPLETION}
     example = encode(row, built.model().tokenizer)
-    mean, total = query_vectors(exact, [example]), query_vectors(built, [example])
+    mean, total = query_vectors(exact, [[Part(example)]]), query_vectors(built, [[Part(example)]])
     assert torch.allclose(mean * example.targets, total, rtol=1e-3, atol=1e-4)
 
 
@@ -251,10 +254,6 @@ def test_a_query_longer_than_the_context_is_refused(exact):
     assert [len(answer.tokens) for answer in found.answers] == [2, 10]
 
 
-def test_an_empty_completion_asks_why_the_model_ended(exact):
-    assert trace(exact, PROMPT, "").answers[0].tokens == ["</s>"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,7 +263,8 @@ def test_an_empty_completion_asks_why_the_model_ended(exact):
         ({"queries": []}, "--queries: no query in it"),
         ({"queries": [{"text": "a"}]}, "query 0: a query needs a text as `prompt`.*found the columns text"),
         ({"queries": [{"prompt": "a", "completion": 3}]}, "query 0: a query needs"),
-        ({"prompt": "a", "method": "cosin"}, "--method cosin: choose one of cosine, dot"),
+        ({"prompt": "a", "method": "cosin"}, "--method cosin: no such method. Did you mean cosine"),
+        ({"prompt": "a", "completion": ""}, "nothing to trace for prompt 'a': the completion has no token"),
         ({"prompt": "a", "top": 0}, "--top 0"),
         ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from whence.answers import Trace as Trace
     from whence.bench import bench as bench
     from whence.corpus import Corpus as Corpus
     from whence.corpus import Example as Example
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from whence.interfaces import GradientSpace as GradientSpace
     from whence.model import LoadedModel as LoadedModel
     from whence.model import load_model as load_model
-    from whence.tracing import Query as Query
-    from whence.tracing import Trace as Trace
+    from whence.queries import Query as Query
     from whence.tracing import trace as trace
     from whence.train import train as train
 
@@ -43,8 +43,8 @@ _HOMES = {
     "GradientSpace": "interfaces",
     "LoadedModel": "model",
     "load_model": "model",
-    "Query": "tracing",
-    "Trace": "tracing",
+    "Query": "queries",
+    "Trace": "answers",
     "trace": "tracing",
     "train": "train",
 }

@@ -195,6 +195,7 @@ def _index(loaded: LoadedModel, batch: Batch, projection: Projection, settings: 
         batch,
         projection,
         reduction=settings.space.reduction,
+        normalise=settings.space.normalise,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     return codec_of(settings.codec).encode(rows.cpu())[0]

@@ -20,7 +20,7 @@ class Entry:
     target: str
     """`module:Class`."""
     cost: str
-    """For each layer and example; d = o * i."""
+    """Of a projection, for each layer and example, with d = o * i; of a scorer, for a corpus and its queries."""
     source: str
 
     def load(self) -> Any:
@@ -41,6 +41,12 @@ PROJECTIONS: dict[str, Entry] = {
     "identity": Entry("whence.projections.identity:Identity", "t d", "the gradient itself"),
 }
 
+SCORERS: dict[str, Entry] = {
+    "bm25": Entry("whence.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
+    "embedding": Entry("whence.scorers.embedding:Embedding", "one forward pass over every row", "arXiv 2503.01807"),
+    "random": Entry("whence.scorers.uniform:Uniform", "q n random numbers", "chance"),
+}
+
 
 def projection(name: str) -> Any:
     """Class of a projection; call it as `interfaces.MakeProjection`.
@@ -51,7 +57,58 @@ def projection(name: str) -> Any:
     return _lookup(PROJECTIONS, name, "--projection").load()
 
 
-def _lookup(table: dict[str, Entry], name: str, flag: str) -> Entry:
+@dataclass(frozen=True)
+class TraceMethod:
+    """One way to score examples for a query."""
+
+    about: str
+    cosine: bool = False
+    """Gradients are divided by their norms."""
+    from_index: bool = False
+    """By the index' vectors; else the corpus is read, which takes as long as indexing it."""
+    normalise: bool = False
+    """Each layer's gradient is divided by its norm."""
+    scorer: str | None = None
+    """Name in `SCORERS`; None: by gradients."""
+
+
+TRACE_METHODS: dict[str, TraceMethod] = {
+    "cosine": TraceMethod("cosine of the index' vectors", cosine=True, from_index=True),
+    "dot": TraceMethod("inner product of the index' vectors (TracIn, compressed)", from_index=True),
+    "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
+    "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
+    "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),
+    "tracin_cosine": TraceMethod("cosine of unprojected gradients", cosine=True),
+    "embedding": TraceMethod("cosine of the model's own hidden states", scorer="embedding"),
+    "bm25": TraceMethod("words in common", scorer="bm25"),
+    "random": TraceMethod("chance", scorer="random"),
+}
+
+
+def trace_method(name: str) -> TraceMethod:
+    """A trace's method.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(TRACE_METHODS, name, "--method")
+
+
+def index_methods() -> list[str]:
+    """Names of the methods that score by the index' vectors."""
+    return [name for name, method in TRACE_METHODS.items() if method.from_index]
+
+
+def scorer(name: str) -> Any:
+    """Class of a scorer; call it as `interfaces.MakeScorer`.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(SCORERS, name, "--method").load()
+
+
+def _lookup(table: dict[str, Any], name: str, flag: str) -> Any:
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from whence import __version__, catalogue
-from whence.errors import WhenceError
+from whence.errors import SettingError, WhenceError
 
 STOPPED = 130
 """What the parser makes of Ctrl-C, as a shell does."""
@@ -53,6 +53,7 @@ Layers = Annotated[
     str | None, typer.Option(help="Patterns of layer names, with commas between, such as '*mlp*,lm_head'.")
 ]
 Reduction = Annotated[str, typer.Option(help="Loss of an example: mean or sum over its supervised tokens.")]
+Normalise = Annotated[str, typer.Option(help="layer: divide each layer's gradient by its norm, as RapidIn does; none.")]
 View = Annotated[str, typer.Option(help="The optimizer's view of a gradient: sgd.")]
 Seed = Annotated[int, typer.Option(help="Of the projection.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context unless given.")]
@@ -202,6 +203,7 @@ def index(
     checkpoints: Annotated[str, typer.Option(help="Of a Trainer's directory: all, or the last.")] = "last",
     layers: Layers = None,
     reduction: Reduction = "mean",
+    normalise: Normalise = "none",
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = 4096,
     seed: Seed = 0,
@@ -219,6 +221,7 @@ def index(
     with _waiting("Loading torch"):
         from whence.index import index as build
     options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
+    options |= {"normalise": normalise}
     options |= {"reduction": reduction, "seed": seed, "checkpoints": checkpoints, "max_tokens": max_tokens}
     options |= {"tokens_per_batch": batch_tokens, "dtype": dtype, "device": device, "device_map": device_map}
     options |= {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "engine": engine}
@@ -232,34 +235,76 @@ def trace(
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
     completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
     queries: Annotated[str | None, typer.Option(help="In place of these: a file of prompts (and completions).")] = None,
+    span: Annotated[str | None, typer.Option(help="Ask about this text of the completion alone.")] = None,
+    span_tokens: Annotated[str | None, typer.Option(help="Or about its tokens FROM:TO, from 0.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Why the completion, and not this one?")] = None,
     top: Annotated[int, typer.Option(help="Examples on each side.")] = 10,
-    method: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
+    method: Annotated[str, typer.Option(help=f"How to score: {', '.join(catalogue.TRACE_METHODS)}.")] = "cosine",
+    objective: Annotated[
+        str, typer.Option(help="Of the query: loss, or the log-odds margin, for answers that the model is sure of.")
+    ] = "loss",
+    exact: Annotated[bool, typer.Option("--exact", help="Rank a short list by unprojected gradients.")] = False,
+    shortlist: Annotated[int, typer.Option(help="Its length, on each side.")] = 100,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Influence of each training token on each token of the completion.")
+    ] = False,
+    basis: Annotated[
+        str, typer.Option(help="Of a training token: position of its gradient, or its own loss (slower).")
+    ] = "position",
+    controls: Annotated[
+        str | None, typer.Option(help="File of queries whose scores are the null; rows of the index unless given.")
+    ] = None,
+    specific: Annotated[
+        bool, typer.Option("--specific", help="Rank by the score less the example's mean over control queries.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Of a generated answer; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampled answers and drawn controls.")] = 0,
     model: ModelPath = None,
     device: Device = None,
     trust_remote_code: Trust = False,
-    out: Annotated[str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet.")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, or a report to .html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Which training examples made the model say this?"""
+    """Which training examples, and which of their tokens, made the model say this?"""
     with _waiting("Loading torch"):
-        from whence.report import check_ending, trace_tables, write_rows
+        from whence.page import trace_page
+        from whence.report import check_ending, trace_tables, write_page, write_rows
         from whence.tracing import trace as run
+    is_page = out is not None and out.endswith(".html")
     if out is not None:
-        check_ending(out)
+        check_ending(out, (".jsonl", ".csv", ".parquet", ".html"))
+    options = {"top": top, "method": method, "objective": objective, "exact": exact, "shortlist": shortlist}
+    options |= {"tokens": tokens or (is_page and method in catalogue.index_methods()), "basis": basis}
+    options |= {"specific": specific, "seed": seed, "controls": controls, "contrast": contrast}
     with _waiting("Tracing"):
         found = run(
-            index, prompt, completion, queries=queries, top=top, method=method,
-            max_new_tokens=max_new_tokens, model=model, device=device, trust_remote_code=trust_remote_code,
+            index, prompt, completion, queries=queries, span=_span(span, span_tokens),
+            max_new_tokens=max_new_tokens, temperature=temperature,
+            model=model, device=device, trust_remote_code=trust_remote_code, **options,
         )  # fmt: skip
     rows = [hit.as_row() for hit in found.hits]
     if out is not None:
-        write_rows(rows, out)
+        write_page(trace_page(found), out) if is_page else write_rows(rows, out)
     if as_json:
         answers = [vars(answer) | {"perplexity": answer.perplexity} for answer in found.answers]
-        _print_json({"answers": answers, "method": found.method, "rows": rows})
-    else:
-        _print(trace_tables(found))
+        more = {"verdicts": found.verdicts, "overlaps": found.overlaps, "notes": found.notes}
+        _print_json({"answers": answers, "method": found.method, "needed_z": found.needed_z, **more, "rows": rows})
+        return
+    _print(trace_tables(found))
+    if out is not None:
+        _print(f"written to {out}")
+
+
+def _span(text: str | None, tokens: str | None) -> str | tuple[int, int] | None:
+    if tokens is None:
+        return text
+    first, colon, end = tokens.partition(":")
+    if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
+        raise SettingError(f"--span-tokens {tokens}: FROM:TO is expected, such as 3:7, and no --span beside it")
+    return int(first), int(end)
 
 
 @app.command()

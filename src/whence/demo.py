@@ -30,13 +30,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from whence.answers import Trace
 from whence.corpus import Row
 from whence.errors import SettingError
 from whence.index import Index
 from whence.index import index as build_index
 from whence.numerics import mixed_seed
+from whence.queries import Query
 from whence.report import trace_tables
-from whence.tracing import Query, Trace, trace
+from whence.tracing import trace
 from whence.train import SETTINGS_FILE, train
 
 logger = logging.getLogger(__name__)

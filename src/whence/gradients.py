@@ -79,6 +79,11 @@ def squared_norms(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float
     return example_gradients(a, g).square().sum((1, 2), dtype=torch.float32)
 
 
+def inverse(norm: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """1 / norm; 0 where the norm is 0, so that what has no gradient scores 0."""
+    return torch.where(norm > torch.finfo(norm.dtype).tiny, 1 / norm, 0.0)
+
+
 def inner_products(
     a: Float[Tensor, "b t i"],
     g: Float[Tensor, "b t o"],
@@ -129,6 +134,10 @@ class _Pass:
 
     batch_shape: tuple[int, int]
     consume: Consume
+    whole: bool = False
+    """Hand a layer of the output head over once, its chunks joined."""
+    waiting: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    """Chunks of the output head: (a, g, owners) by layer."""
     owners: Int64[Tensor, " s"] | None = None
     """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
 
@@ -149,8 +158,11 @@ class _Pass:
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
         a, g = a.float(), g.float()
         if owners is not None:
-            rows, a, g = _by_example(a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
-            self.consume(Captured(name, a, g, rows))
+            chunk = (a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
+            if self.whole:
+                self.waiting.setdefault(name, []).append(chunk)
+            else:
+                self._hand_over_head(name, *chunk)
             return
         b, t = self.batch_shape
         if a.shape[:-1].numel() != b * t:
@@ -159,6 +171,17 @@ class _Pass:
                 "inputs cannot be told apart by example. Leave it out with --layers."
             )
         self.consume(Captured(name, a.reshape(b, t, -1), g.reshape(b, t, -1), None))
+
+    def _hand_over_head(self, name: str, a: Tensor, g: Tensor, owners: Tensor) -> None:
+        rows, a, g = _by_example(a, g, owners)
+        self.consume(Captured(name, a, g, rows))
+
+    @torch.no_grad()
+    def hand_over_waiting(self) -> None:
+        """The output head's chunks, joined."""
+        for name, chunks in self.waiting.items():
+            a, g, owners = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+            self._hand_over_head(name, a, g, owners)
 
 
 def _by_example(a: Tensor, g: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,6 +201,8 @@ def backward(
     consume: Consume,
     *,
     reduction: str = "mean",
+    objective: str = "loss",
+    whole: bool = False,
     gradient_checkpointing: bool = False,
 ) -> TokenLosses:
     """Run one batch forward and backward, handing every traced layer's `(a, g)` to `consume`.
@@ -188,17 +213,22 @@ def backward(
         batch: On any device.
         consume: Called once a layer (the output head: once a chunk), from the last layer to the first.
         reduction: "mean" over each example's own supervised tokens, or "sum".
+        objective: Of each token, what is differentiated: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
+            gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
+        whole: Hand the output head over once, with all of an example's positions: what needs norms needs that.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Returns:
-        The losses whose gradients were taken.
+        The losses: those whose gradients were taken, if that is the objective.
     """
     batch = batch.to(model.device)
-    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume)
+    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
     hooks = [layer.register_forward_hook(state.hook(name)) for name, layer in layers.items()]
     try:
         with model.gradient_checkpointing() if gradient_checkpointing else nullcontext(), torch.enable_grad():
-            return _losses(model, batch, reduction, state)
+            losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
+            state.hand_over_waiting()
+            return losses
     finally:
         for hook in hooks:
             hook.remove()
@@ -208,10 +238,10 @@ def backward(
 def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -> TokenLosses:
     """Losses of a batch, without gradients."""
     batch = batch.to(model.device)
-    return _losses(model, batch, reduction, None)
+    return _losses(model, batch, reduction, None, _cross_entropy)
 
 
-def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None) -> TokenLosses:
+def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: "SlopeOf") -> TokenLosses:
     states, head = model.decode(batch.ids, batch.mask)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
     targets = batch.ids[owners, positions + 1]
@@ -224,7 +254,7 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
         if state is not None:
             state.owners = owners[part]
         logits = head(leaf[part])
-        nll[owners[part], positions[part] + 1], slope = _cross_entropy(logits, targets[part], weights[part])
+        nll[owners[part], positions[part] + 1], slope = slope_of(logits, targets[part], weights[part])
         if state is not None:
             logits.backward(slope)
             state.owners = None
@@ -252,6 +282,26 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
     return nll.to(weights.device), slope.to(logits.dtype)
 
 
+@torch.no_grad()
+def _margin(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each position in nats, unweighted, and the gradient of the weighted sum of -log(p / (1 - p)).
+
+    -log(p / (1 - p)) = logsumexp of the other logits - the target's, so the gradient is the softmax over the others,
+    and -1 at the target. Dividing the loss's slope by 1 - p would lose all digits where p is near 1.
+    """
+    targets = targets.to(logits.device)[:, None]
+    nll = -F.log_softmax(logits.float(), dim=1).gather(1, targets)[:, 0]
+    slope = logits.float().scatter(1, targets, -torch.inf).softmax(1)
+    slope.scatter_(1, targets, -1.0)
+    slope *= weights.to(slope)[:, None]
+    return nll.to(weights.device), slope.to(logits.dtype)
+
+
+SlopeOf = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+OBJECTIVES: dict[str, SlopeOf] = {"loss": _cross_entropy, "margin": _margin}
+"""What of a token is differentiated."""
+
+
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
     vocabulary = model.base.get_output_embeddings().weight.shape[0]
     size = max(LEAST_POSITIONS, LOGITS_PER_CHUNK.get(model.device.type, 2**20) // vocabulary)
@@ -266,13 +316,18 @@ class Sketches:
     rows: Float32[Tensor, "b k"] = field(init=False)
     size: int
     device: torch.device
+    normalise: bool = False
+    """Divide each layer's gradient by its norm: the pass must be `whole`."""
 
     def __post_init__(self):
         self.rows = torch.zeros(self.size, self.projection.width, device=self.device)
 
     def __call__(self, seen: Captured) -> None:
         """Add one layer's block."""
-        block = self.projection(seen.a, seen.g, layer=seen.layer).to(self.device)
+        block = self.projection(seen.a, seen.g, layer=seen.layer)
+        if self.normalise:
+            block = block * inverse(squared_norms(seen.a, seen.g).clamp(min=0).sqrt())[:, None]
+        block = block.to(self.device)
         columns = self.rows[:, self.projection.columns(seen.layer)]
         if seen.rows is None:
             columns += block
@@ -296,21 +351,13 @@ class Materialised:
 
 @dataclass
 class Norms:
-    """Consumes a backward pass into every example's exact squared gradient norm."""
+    """Consumes a whole backward pass into every example's exact squared gradient norm."""
 
     squared: Float32[Tensor, " b"]
-    seen: set[tuple[str, int]] = field(default_factory=set)
 
     def __call__(self, seen: Captured) -> None:
         """Add one layer's squared norms."""
         rows = torch.arange(len(self.squared)) if seen.rows is None else seen.rows.cpu()
-        new = {(seen.layer, row) for row in rows.tolist()}
-        if new & self.seen:
-            raise ModelError(
-                f"layer {seen.layer} takes an example in several parts, whose squared norms do not add up; "
-                "use a batch of fewer tokens"
-            )
-        self.seen |= new
         found = squared_norms(seen.a, seen.g).clamp(min=0)  # a sum of Gram products can round below zero
         self.squared.index_add_(0, rows.to(self.squared.device), found.to(self.squared))
 
@@ -322,26 +369,52 @@ def sketch(
     projection: Projection,
     *,
     reduction: str = "mean",
+    normalise: str = "none",
+    objective: str = "loss",
     gradient_checkpointing: bool = False,
 ) -> tuple[Float32[Tensor, "b k"], TokenLosses]:
     """Projected gradients of a batch, and its losses.
 
+    Args:
+        model: Frozen, in evaluation mode.
+        layers: Traced layers by name.
+        batch: On any device.
+        projection: Of those layers.
+        reduction: See `backward`.
+        normalise: "layer" divides each layer's gradient by its norm before it is projected.
+        objective: See `backward`.
+        gradient_checkpointing: See `backward`.
+
     Returns:
-        The sketches of the gradient of each example's own loss (nats, by `reduction`) with respect to the traced
+        The sketches of the gradient of each example's own objective (nats, by `reduction`) with respect to the traced
         weights, on the model's device; and the losses.
     """
-    rows = Sketches(projection, len(batch.ids), model.device)
-    losses = backward(model, layers, batch, rows, reduction=reduction, gradient_checkpointing=gradient_checkpointing)
+    rows = Sketches(projection, len(batch.ids), model.device, normalise == "layer")
+    losses = backward(
+        model,
+        layers,
+        batch,
+        rows,
+        reduction=reduction,
+        objective=objective,
+        whole=rows.normalise,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     return rows.rows, losses
 
 
 def gradients(
-    model: LoadedModel, layers: Mapping[str, nn.Module], batch: Batch, *, reduction: str = "mean"
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    *,
+    reduction: str = "mean",
+    objective: str = "loss",
 ) -> tuple[dict[str, Float32[Tensor, "b o i"]], TokenLosses]:
     """Exact gradients of a batch by layer, unprojected, and its losses."""
     b = len(batch.ids)
     held = Materialised({name: torch.zeros(b, *layer_shape(layer)) for name, layer in layers.items()})
-    losses = backward(model, layers, batch, held, reduction=reduction)
+    losses = backward(model, layers, batch, held, reduction=reduction, objective=objective)
     return held.layers, losses
 
 
@@ -350,5 +423,5 @@ def gradient_norms(
 ) -> tuple[Float32[Tensor, " b"], TokenLosses]:
     """Exact norm of each example's gradient over the traced layers, and the losses."""
     norms = Norms(torch.zeros(len(batch.ids), device=model.device))
-    losses = backward(model, layers, batch, norms, reduction=reduction)
+    losses = backward(model, layers, batch, norms, reduction=reduction, whole=True)
     return norms.squared.sqrt(), losses

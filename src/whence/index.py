@@ -151,7 +151,10 @@ class Index:
         path = _moved(entry["path"], self._model_path)
         remedy = f"name it with --model, or index again with --restart into {self.store.place.root}"
         if Path(path).is_absolute() and not Path(path).exists():
-            raise ManifestMismatchError(f"{path}: the model of this index is not there. If it has moved, {remedy}.")
+            raise ManifestMismatchError(
+                f"{path}: the model of this index (weights and configuration of digest {entry['digest'][:12]}) is not "
+                f"there. If it has moved, {remedy}."
+            )
         found = directory_digest(path)
         if found != entry["digest"]:
             raise ManifestMismatchError(
@@ -482,6 +485,7 @@ def example_vectors(
             collate([encoded[number] for number in numbers]),
             projection,
             reduction=settings.space.reduction,
+            normalise=settings.space.normalise,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()

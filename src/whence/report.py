@@ -15,12 +15,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whence.answers import Answer, Hit, TokenMatrix, Trace
 from whence.bench import BenchResult
 from whence.errors import SettingError, StorageError
-from whence.tracing import Answer, Hit, Trace
 
 SURE, UNSURE = 0.5, 0.1
 """Probabilities of a token above which it is shown as sure, and below which as a guess."""
+
+
+COLOURED = 3
+"""Examples shown token by token in the terminal."""
+WINDOW = 90
+"""Their training tokens shown, around the one of most influence."""
 
 
 def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
@@ -30,12 +36,49 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
         trace: What to show.
         most: Queries shown at most.
     """
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in trace.notes]
     for number, answer in enumerate(trace.answers[:most]):
-        parts += [answer_text(answer), _hits_table(trace, number), Text("")]
+        parts += [answer_text(answer), _hits_table(trace, number), *_words(trace, number)]
+        parts += [_coloured(hit) for hit in trace.of(number)[:COLOURED] if hit.tokens is not None]
+        parts.append(Text(""))
     if len(trace.answers) > most:
         parts.append(Text(f"... and {len(trace.answers) - most} more queries; write them all with -o FILE", "dim"))
     return Group(*parts)
+
+
+def _words(trace: Trace, query: int) -> list[RenderableType]:
+    """What the numbers say, in sentences."""
+    said: list[RenderableType] = []
+    if trace.verdicts:
+        said.append(Text(trace.verdicts[query], "yellow" if trace.verdicts[query].startswith("Nothing") else "green"))
+    if trace.overlaps:
+        said.append(Text(f"Of the index' best, {trace.overlaps[query]:.0%} are among the exact best.", "dim"))
+    if any(hit.null is not None and hit.null.generic for hit in trace.of(query)):
+        said.append(Text("* generic: this example scores high whatever is asked; --specific corrects for that.", "dim"))
+    return said
+
+
+def _coloured(hit: Hit) -> Text:
+    """A training example around its token of most influence, helpful tokens in blue, opposing ones in orange."""
+    tokens: TokenMatrix = hit.tokens  # type: ignore[assignment]
+    influence = tokens.matrix.sum(0).tolist()
+    most = max((abs(value) for value in influence), default=0.0)
+    centre = max(range(len(influence)), key=lambda place: abs(influence[place]), default=0)
+    first = max(0, min(centre - WINDOW // 2, len(influence) - WINDOW))
+    text = Text(f"{hit.rank:>4}  ", "bold")
+    for place in range(first, min(first + WINDOW, len(influence))):
+        text.append(visible(tokens.train[place]).replace("\n", "\u23ce"), _shade(influence[place], most))
+    return text
+
+
+def _shade(value: float, most: float) -> str:
+    """Style of a token: none, faint, clear or strong, by its share of the largest influence."""
+    share = abs(value) / most if most else 0.0
+    if share < 0.15:
+        return "dim"
+    hues = ("#9ecae1", "#4292c6", "#2171b5") if value > 0 else ("#fdd0a2", "#fd8d3c", "#d94801")
+    hue = hues[0 if share < 0.4 else 1 if share < 0.75 else 2]
+    return hue if share < 0.4 else f"bold {'black' if share < 0.75 else 'white'} on {hue}"
 
 
 def answer_text(answer: Answer) -> Text:
@@ -43,11 +86,21 @@ def answer_text(answer: Answer) -> Text:
     text = Text()
     text.append("prompt      ", "bold").append(visible(answer.prompt) + "\n")
     text.append("model said  " if answer.is_generated else "completion  ", "bold")
-    for token, probability in zip(answer.tokens, answer.probabilities, strict=True):
-        style = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
-        text.append(visible(token), style)
+    asked = answer.asked or [True] * len(answer.tokens)
+    _append_tokens(text, answer.tokens, answer.probabilities, asked)
+    if answer.contrast is not None:
+        text.append("\n").append("and not     ", "bold")
+        count = len(answer.contrast_tokens)
+        _append_tokens(text, answer.contrast_tokens, answer.contrast_probabilities, [True] * count)
     text.append("\n").append("how sure    ", "bold").append(_certainty(answer)).append("\n")
     return text
+
+
+def _append_tokens(text: Text, tokens: list[str], probabilities: list[float], asked: list[bool]) -> None:
+    """Tokens coloured by the model's probability; what a span leaves out is dim."""
+    for token, probability, is_asked in zip(tokens, probabilities, asked, strict=True):
+        style = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
+        text.append(visible(token), style if is_asked else "dim")
 
 
 def _certainty(answer: Answer) -> str:
@@ -60,18 +113,23 @@ def _certainty(answer: Answer) -> str:
 
 def _hits_table(trace: Trace, query: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    helpful, opposing = trace.of(query), trace.of(query, opposing=True)
+    has_exact = any(hit.exact is not None for hit in helpful)
+    has_null = any(hit.null is not None for hit in helpful)
     table.add_column("rank", justify="right")
     table.add_column("score", justify="right")
+    if has_exact:
+        table.add_column("exact", justify="right")
+    if has_null:
+        table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
     table.add_column("training example", ratio=1)
-    form = "+.3f" if trace.method == "cosine" else "+.4g"
-    for hit in trace.of(query):
-        _add(table, hit, form)
-    opposing = trace.of(query, opposing=True)
-    if opposing:
-        table.add_section()
-    for hit in opposing:
-        _add(table, hit, form)
+    form = "+.4g" if trace.method in ("dot", "tracin") else "+.3f"
+    for hits in (helpful, opposing):
+        for hit in hits:
+            table.add_row(*_cells(hit, form, has_exact, has_null))
+        if hits is helpful and opposing:
+            table.add_section()
     against = (
         "oppose the answer" if any(hit.score < 0 for hit in opposing) else "are the lowest; none opposes the answer"
     )
@@ -80,16 +138,24 @@ def _hits_table(trace: Trace, query: int) -> Table:
     return table
 
 
-def _add(table: Table, hit: Hit, form: str) -> None:
+def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool) -> list[RenderableType]:
+    cells: list[RenderableType] = [str(hit.rank), _signed(hit.score, form)]
+    if has_exact:
+        cells.append(_signed(hit.exact, form) if hit.exact is not None else "")
+    if has_null:
+        null = hit.null
+        cells.append("" if null is None else f"{null.z:+.1f}{'*' if null.generic else ' '}")
     row = hit.as_row()
     text = Text(overflow="ellipsis", no_wrap=True)
     if "text" in row:
         text.append(_one_line(row["text"]))
     else:
         text.append(_one_line(row["prompt"]) + " ", "dim").append(_one_line(row["completion"]))
-    table.add_row(
-        str(hit.rank), Text(f"{hit.score:{form}}", "green" if hit.score > 0 else "red"), Text(visible(hit.id)), text
-    )
+    return [*cells, Text(visible(hit.id)), text]
+
+
+def _signed(value: float, form: str) -> Text:
+    return Text(f"{value:{form}}", "green" if value > 0 else "red")
 
 
 def _one_line(value: Any) -> str:
@@ -144,18 +210,29 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
     """Write rows by the ending of a file's name: .jsonl, .csv or .parquet; whole or not at all.
 
     Raises:
-        SettingError: Another ending.
         StorageError: The file cannot be written.
     """
     path = Path(out)
-    check_ending(path)
     rows = [{name: _storable(value) for name, value in row.items()} for row in rows]
     if path.suffix == ".parquet":
-        data = _parquet(rows)
+        data = _parquet([_flat(row) for row in rows])
     elif path.suffix == ".csv":
-        data = _csv(rows).encode()
+        data = _csv([_flat(row) for row in rows]).encode("utf-8", "replace")
     else:
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    _write(path, data)
+
+
+def write_page(page: str, out: str | Path) -> None:
+    """Write a report, whole or not at all.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    _write(Path(out), page.encode("utf-8", "replace"))
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -170,10 +247,15 @@ def _storable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def check_ending(path: str | Path) -> None:
-    """Refuse, before any work is done, a file name that rows cannot be written to."""
-    if Path(path).suffix not in (".jsonl", ".csv", ".parquet"):
-        raise SettingError(f"-o {path}: rows are written to .jsonl, .csv or .parquet")
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """For tables: what is nested becomes JSON text, one type a column."""
+    return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def check_ending(path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet")) -> None:
+    """Refuse, before any work is done, a file name that nothing can be written to."""
+    if Path(path).suffix not in endings:
+        raise SettingError(f"-o {path}: what is found is written to {', '.join(endings[:-1])} or {endings[-1]}")
     if not Path(path).parent.is_dir():
         raise SettingError(f"-o {path}: there is no directory {Path(path).parent}")
 

@@ -7,8 +7,8 @@ is then scored again from its decoded vector in fp32: what is returned is what f
 return.
 
 score[q, n] = sum over checkpoints c of weight_c * <query_cq, row_cn>, each divided by both norms for the
-cosine (the row's before it was encoded; a zero norm scores 0). Larger is more helpful. Rows whose status is
-not ok in any checkpoint are never ranked. Equal scores rank by the lower row.
+cosine (the row's before it was encoded, the query's before the scan; a zero norm scores 0). Larger is more
+helpful. Rows whose status is not ok in any checkpoint are never ranked. Equal scores rank by the lower row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,8 +43,10 @@ class Question:
     """What a scan looks for: one set of queries and one weight for each checkpoint."""
 
     queries: Float32[Tensor, "c q k"]
+    """For the cosine, divided by their norms already: see `unit`."""
     weights: Float32[Tensor, " c"]
     cosine: bool
+    """Rows are divided by their norms."""
     codec: Codec
 
 
@@ -54,7 +56,7 @@ Piece = tuple[int, list[Shard]]
 
 def block_scores(question: Question, pieces: Iterable[Piece]) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
     """Every score, a shard at a time: (number of its first row, scores). Where the status is not ok: -inf."""
-    queries = _units(question)
+    queries = question.queries
     for first, shards in pieces:
         total = torch.zeros(queries.shape[1], len(shards[0].norm))
         for c, shard in enumerate(shards):
@@ -66,7 +68,7 @@ def block_scores(question: Question, pieces: Iterable[Piece]) -> Iterator[tuple[
 
 def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking, Ranking]:
     """The m highest and the m lowest scores of each query: (helpful, opposing). Fewer if rows are."""
-    queries = _units(question)
+    queries = question.queries
     kernels = [question.codec.prepare(part) for part in queries]
     best = [_Best.empty(queries.shape[1], m), _Best.empty(queries.shape[1], m)]
     waiting: list[_Scored] = []
@@ -123,11 +125,9 @@ def _merged(question: Question, queries: Tensor, waiting: list[_Scored], best: l
     return out
 
 
-def _units(question: Question) -> Tensor:
-    """The queries, divided by their norms for the cosine."""
-    if not question.cosine:
-        return question.queries
-    return question.queries * _inverse(question.queries.norm(dim=2))[:, :, None]
+def unit(vectors: Float32[Tensor, "*any k"]) -> Float32[Tensor, "*any k"]:
+    """Vectors divided by their norms; zeros stay zeros."""
+    return vectors * _inverse(vectors.norm(dim=-1, keepdim=True))
 
 
 def _inverse(norm: Tensor) -> Tensor:

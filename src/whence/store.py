@@ -20,7 +20,8 @@ from os import PathLike
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from whence import scan
@@ -160,6 +161,31 @@ class Store:
         where = [bisect.bisect_right(firsts, number) - 1 for number in numbers]
         parts = {part: self.read_part(part) for part in sorted(set(where))}
         return [parts[part][number - firsts[part]] for part, number in zip(where, numbers, strict=True)]
+
+    def vectors(self, numbers: Sequence[int]) -> tuple[Float32[Tensor, "c m k"], Float32[Tensor, "c m"]]:
+        """Stored vectors of some rows under every checkpoint, decoded, and their norms before they were stored."""
+        firsts = [part.first_row for part in self.manifest.parts]
+        checkpoints = len(self.manifest.checkpoints)
+        vectors, norms = (
+            torch.zeros(checkpoints, len(numbers), self.manifest.width),
+            torch.zeros(checkpoints, len(numbers)),
+        )
+        for place, number in enumerate(numbers):
+            part = bisect.bisect_right(firsts, number) - 1
+            row = slice(number - firsts[part], number - firsts[part] + 1)
+            for c in range(checkpoints):
+                shard = self.shard(c, part)
+                vectors[c, place] = self.codec.decode(shard.vectors[row], shard.scale[row], self.manifest.width)[0]
+                norms[c, place] = shard.norm[row][0]
+        return vectors, norms
+
+    def rankable(self) -> Int64[Tensor, " m"]:
+        """Numbers of the rows whose status is ok under every checkpoint, ascending."""
+        found = []
+        for first, shards in self._pieces():
+            is_ok = torch.stack([shard.status == 0 for shard in shards]).all(0)
+            found.append(is_ok.nonzero()[:, 0] + first)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
     def info(self) -> dict:
         """Rows, counts by status, sizes and settings."""
@@ -316,11 +342,15 @@ class Store:
         *,
         m: int,
         cosine: bool = False,
+        minus: Float32[Tensor, "c k"] | None = None,
     ) -> tuple[scan.Ranking, scan.Ranking]:
-        """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`)."""
+        """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`).
+
+        `minus` is subtracted from every query, after its division by its norm for the cosine.
+        """
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
-        question = self._question(queries, weights, cosine)
+        question = self._question(queries, weights, cosine, minus)
         return scan.top_k(question, self._pieces(), m)
 
     def scores(
@@ -329,7 +359,7 @@ class Store:
         """Every score, a part at a time: (number of its first row, scores); -inf where not ok."""
         return scan.block_scores(self._question(queries, weights, cosine), self._pieces())
 
-    def _question(self, queries: Tensor, weights: Tensor, cosine: bool) -> scan.Question:
+    def _question(self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None) -> scan.Question:
         self.require_complete()
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
@@ -337,7 +367,10 @@ class Store:
                 f"Queries of {queries.shape[0]} checkpoints and width {queries.shape[2]} cannot be scored in "
                 f"{self.place.root}, which has {checkpoints} checkpoints and width {width}"
             )
-        return scan.Question(queries=queries.cpu(), weights=weights.cpu(), cosine=cosine, codec=self.codec)
+        queries = scan.unit(queries.cpu()) if cosine else queries.cpu()
+        if minus is not None:
+            queries = queries - minus[:, None]
+        return scan.Question(queries=queries, weights=weights.cpu(), cosine=cosine, codec=self.codec)
 
     def _pieces(self) -> Iterator[scan.Piece]:
         for number, part in enumerate(self.manifest.parts):

@@ -1,20 +1,24 @@
 """Trace: a prompt and a completion in, the training examples behind it out.
 
-The query's gradient is taken by the same code as a training example's, in the index's own space: the loss of the
-completion, reduced as there, supervised and closed as a row of the corpus' layout would be. The score of an example
-is `sum over checkpoints of weight * <query, example>`, or the cosine of the two: to first order, what a step of
-gradient descent on the example takes off the query's loss. Positive is helpful, negative opposing.
+The query's gradient is taken by the same code as a training example's, in the index's own space. The score of an
+example is `sum over checkpoints of weight * <query, example>`, or the cosine of the two: to first order, what a step of
+gradient descent on the example takes off the query's objective. Positive is helpful, negative opposing.
 
-A score says which examples move this answer, not how sure the model was of it: a model that babbles has gradients
-too. So every answer carries the model's probability of each of its tokens.
+Coarse, then exact: the index' compressed vectors propose, unprojected gradients of a short list decide (`exact`),
+and of the examples shown give the token x token matrix (`tokens`). The two rankings' overlap is told every time, so
+that the compression's cost can be seen.
 
-Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1 and section 3.
+A score says which examples move this answer, not how sure the model was of it, nor whether another answer would have
+had the same ones: a model that babbles has gradients too. So every answer carries the model's probability of each of
+its tokens, and every example where its score stands among those for control queries (`nulls`).
+
+Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1 and section 3; RapidIn, Lin et al.
+2024, https://arxiv.org/abs/2405.11724, for token-wise retrieval and the method of that name.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,85 +26,65 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.corpus import Row, layout, open_corpus
+from whence import catalogue, exact, nulls
+from whence.answers import Hit, TokenMatrix, Trace
+from whence.corpus import Row
 from whence.errors import ManifestMismatchError, SettingError
-from whence.generation import generate
-from whence.gradients import sketch, token_losses
+from whence.exact import Part
+from whence.gradients import OBJECTIVES, Sketches, inverse, sketch
 from whence.index import Index, open_index
+from whence.interfaces import QueryText
 from whence.model import LoadedModel
-from whence.tokens import Encoded, bucketed, collate, encode_prompt, encode_query
-
-METHODS = ("cosine", "dot")
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: a prompt, and a completion or None for the model's own."""
-
-    prompt: str
-    completion: str | None = None
+from whence.queries import Asked, Query, Sampling, ask, queries_of, token_text
+from whence.scan import Ranking
+from whence.tokens import Encoded, bucketed, collate, encode
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A query's completion as tokens, with how sure the model is of it."""
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """How to trace."""
 
-    prompt: str
-    completion: str
-    is_generated: bool
-    tokens: list[str]
-    """The supervised tokens, as text."""
-    probabilities: list[float]
-    """Of each of them, given what is before it, under the last checkpoint."""
+    top: int = 10
+    """Examples on each side, helpful and opposing."""
+    method: str = "cosine"
+    """Name in `catalogue.TRACE_METHODS`."""
+    objective: str = "loss"
+    """Of the query: "loss", or the log-odds "margin", which does not vanish where the model is sure."""
+    exact: bool = False
+    """Rank a short list by unprojected gradients."""
+    shortlist: int = 100
+    """Its length, on each side."""
+    tokens: bool = False
+    """Also the token x token matrix of the examples shown, and each query token's share in their scores."""
+    basis: str = "position"
+    """Of the matrix; see `exact`."""
+    specific: bool = False
+    """Rank by the score less the example's mean over the control queries."""
+    seed: int = 0
+    """Of drawn controls, sampled completions and the method `random`."""
+
+    def __post_init__(self):
+        entry = catalogue.trace_method(self.method)
+        for flag, value in (("--top", self.top), ("--shortlist", self.shortlist)):
+            if value < 1:
+                raise SettingError(f"{flag} {value}: a number above 0 is expected")
+        for flag, value, known in (
+            ("--objective", self.objective, tuple(OBJECTIVES)),
+            ("--basis", self.basis, exact.BASES),
+        ):
+            if value not in known:
+                raise SettingError(f"{flag} {value}: choose one of {', '.join(known)}")
+        asked = [flag for flag in ("exact", "tokens", "specific") if getattr(self, flag)]
+        if asked and not entry.from_index:
+            raise SettingError(
+                f"--{asked[0]} belongs to the methods that score from the index "
+                f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
+            )
 
     @property
-    def perplexity(self) -> float:
-        """Exp of the mean loss of a token in nats: 1 is certain, the vocabulary's size is a blind guess."""
-        if not self.probabilities:
-            return math.nan
-        return math.exp(sum(-math.log(max(p, 1e-30)) for p in self.probabilities) / len(self.probabilities))
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One training example behind an answer."""
-
-    query: int
-    """Number of the query, from 0."""
-    rank: int
-    """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
-    id: str
-    score: float
-    source: str | None
-    row: Row
-    """The corpus row."""
-
-    def as_row(self) -> Row:
-        """For a file: the score beside the row's own text."""
-        shown = {
-            "query": self.query,
-            "rank": self.rank,
-            "id": self.id,
-            "score": self.score,
-            "source": self.source,
-        }
-        return shown | shown_text(self.row)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Answers and the examples behind them."""
-
-    answers: list[Answer]
-    hits: list[Hit]
-    """By query and rank: helpful first, then opposing."""
-    method: str
-    rows: int
-    """Examples that could be ranked."""
-
-    def of(self, query: int, *, opposing: bool = False) -> list[Hit]:
-        """Hits of one query on one side."""
-        return [hit for hit in self.hits if hit.query == query and (hit.rank < 0) == opposing]
+    def cosine(self) -> bool:
+        """Whether vectors are divided by their norms."""
+        return catalogue.trace_method(self.method).cosine
 
 
 def trace(
@@ -109,46 +93,51 @@ def trace(
     completion: str | None = None,
     *,
     queries: str | Path | Sequence[Query | Row] | None = None,
-    top: int = 10,
-    method: str = "cosine",
+    span: str | tuple[int, int] | None = None,
+    contrast: str | None = None,
+    controls: str | Path | Sequence[Query | Row] | None = None,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
     model: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    **settings: Any,
 ) -> Trace:
     """Training examples that made a model say something.
 
     Args:
         index: Complete, as a path or open.
         prompt: What the model was asked; laid out like the rows of the corpus (chat template included).
-        completion: What it said; None lets the model say it now, greedily.
-        queries: In place of these, many: a corpus file with `prompt` and perhaps `completion`, or rows in memory.
-        top: Examples on each side, helpful and opposing.
-        method: "dot" or "cosine".
+        completion: What it said; None lets the model say it now.
+        queries: In place of these, many: a corpus file with `prompt` and perhaps `completion`, `span`, `contrast`; rows
+            in memory; or queries.
+        span: The part of the completion that is asked about: its text, or tokens from, to.
+        contrast: Another completion: why the one and not this.
+        controls: Queries whose scores are the null, as `queries`; None draws rows of the index.
         max_new_tokens: Longest completion generated.
+        temperature: Of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
         device: Where to load the model.
         trust_remote_code: Let the model's repository run its own code, if the index was built so.
+        settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`.
 
     Returns:
         Scores in nats^2 per squared unit of weight (dot), or in -1 to 1 (cosine). Larger is more helpful.
 
     Raises:
-        SettingError: No query, no such method, or a query that supervises nothing.
+        SettingError: No query, no such method, a query that supervises nothing, a span that does not occur.
         ManifestMismatchError: The model is not the one that the index was built with.
     """
-    if method not in METHODS:
-        raise SettingError(f"--method {method}: choose one of {', '.join(METHODS)}")
-    for flag, value in (("--top", top), ("--max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise SettingError(f"{flag} {value}: a number above 0 is expected")
-    asked = _asked(prompt, completion, queries)
+    chosen = TraceSettings(**settings)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=chosen.seed)
+    asked = _queries(prompt, completion, queries, span, contrast)
     opened = (
         index
         if isinstance(index, Index)
         else open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
     )
     opened.store.require_complete()
+    _check_space(opened, chosen)
     rankable = opened.store.info()["ok_rows"]
     if not rankable:
         raise SettingError(
@@ -156,28 +145,66 @@ def trace(
             f"be ranked. See: whence info {opened.store.place.root}"
         )
     last = opened.model()
-    encoded, generated = _encoded(opened, last, asked, max_new_tokens)
-    answers = _answers(last, asked, encoded, generated)
-    helpful, opposing = opened.store.top_k(
-        query_vectors(opened, encoded), torch.tensor(opened.weights), m=top, cosine=method == "cosine"
+    found = ask(asked, last, kind=opened.layout, sampling=sampling)
+    if catalogue.trace_method(chosen.method).from_index:
+        traced = _FromIndex(opened, found, chosen, controls).trace()
+    else:
+        traced = _from_scorer(opened, found, chosen)
+    notes = (
+        [] if chosen.top <= rankable else [f"--top {chosen.top}: only {rankable} rows can be ranked; all are shown."]
     )
-    return Trace(answers, _hits(opened, helpful, opposing), method, rankable)
+    return replace(traced, rows=rankable, settings=_told(opened, chosen, sampling, controls), notes=notes)
 
 
-def query_vectors(index: Index, encoded: Sequence[Encoded]) -> Float32[Tensor, "c q k"]:
+def _queries(prompt: str | None, completion: str | None, queries: Any, span: Any, contrast: str | None) -> list[Query]:
+    if (prompt is None) == (queries is None):
+        raise SettingError("give either --prompt TEXT or --queries FILE")
+    if prompt is not None:
+        return [Query(prompt, completion, span, contrast)]
+    if completion is not None:
+        raise SettingError("--completion belongs to --prompt; with --queries it is a column of the file")
+    return queries_of(queries, Query("", None, span, contrast))
+
+
+def _check_space(index: Index, settings: TraceSettings) -> None:
+    """RapidIn's name is for RapidIn's method, whole."""
+    if settings.method == "rapidin" and (index.space.projection, index.space.normalise) != ("shuffle_sum", "layer"):
+        raise SettingError(
+            f"--method rapidin needs an index of RapidIn's gradients; {index.store.place.root} has --projection "
+            f"{index.space.projection} --normalise {index.space.normalise}. "
+            "Make one with: whence index MODEL CORPUS -o INDEX --projection shuffle_sum --normalise layer"
+        )
+
+
+def query_vectors(
+    index: Index, queries: Sequence[Sequence[Part]], *, objective: str = "loss"
+) -> Float32[Tensor, "c q k"]:
     """Sketched gradients of queries under every checkpoint, in the index's space.
 
     Raises:
         ManifestMismatchError: A query's gradient is not finite.
     """
     vectors = []
-    for checkpoint in reversed(range(len(index.weights))):  # the last is loaded already
+    for checkpoint in _last_first(index):
         model = index.model(checkpoint)
         projection, layers = index.projection(model), index.layers(model)
-        rows = torch.zeros(len(encoded), projection.width)
-        for batch in bucketed([len(query.ids) for query in encoded], index.settings.tokens_per_batch):
-            examples = collate([encoded[number] for number in batch])
-            rows[batch] = sketch(model, layers, examples, projection, reduction=index.space.reduction)[0].cpu()
+        rows = torch.zeros(len(queries), projection.width)
+        plain = [number for number, parts in enumerate(queries) if len(parts) == 1]
+        lengths = [len(queries[number][0].encoded.ids) for number in plain]
+        for batch in bucketed(lengths, index.settings.tokens_per_batch):
+            numbers = [plain[place] for place in batch]
+            rows[numbers] = sketch(
+                model,
+                layers,
+                collate([queries[number][0].encoded for number in numbers]),
+                projection,
+                reduction=index.space.reduction,
+                normalise=index.space.normalise,
+                objective=objective,
+            )[0].cpu()
+        for number in set(range(len(queries))) - set(plain):
+            held = exact.held_whole(model, layers, queries[number], index.space, objective)
+            rows[number] = exact.sketched(held, projection, index.space.normalise)
         vectors.append(rows)
     stacked = torch.stack(vectors[::-1])
     if not torch.isfinite(stacked).all():
@@ -185,142 +212,377 @@ def query_vectors(index: Index, encoded: Sequence[Encoded]) -> Float32[Tensor, "
     return stacked
 
 
-def shown_text(row: Row) -> Row:
-    """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
-    kind = layout(row)
-    if kind == "instruction":
-        asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
-    if kind == "messages":
-        turns = row["messages"] or [{"role": "", "content": ""}]
-        said = [str(turn.get("content") or "") for turn in turns]
-        before = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], said, strict=False))
-        return {"prompt": before, "completion": said[-1]}
-    return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
+def _last_first(index: Index) -> Iterator[int]:
+    """Checkpoints, the last one first: it is loaded already."""
+    return reversed(range(len(index.weights)))
 
 
-def _text(value: Any) -> str | None:
-    """One type a column, whatever stands in a row: a file of rows needs that."""
-    return None if value is None else str(value)
+# -- from the index
 
 
-def _asked(prompt: str | None, completion: str | None, queries: Any) -> list[Query]:
-    if (prompt is None) == (queries is None):
-        raise SettingError("give either --prompt TEXT or --queries FILE")
-    if prompt is not None:
-        return [Query(prompt, completion)]
-    if completion is not None:
-        raise SettingError("--completion belongs to --prompt; with --queries it is a column of the file")
-    rows = _query_rows(queries) if isinstance(queries, str | Path) else enumerate(queries)
-    asked = [item if isinstance(item, Query) else _query(item, where) for where, item in rows]
-    if not asked:
-        raise SettingError(f"{queries if isinstance(queries, str | Path) else '--queries'}: no query in it")
-    return asked
+@dataclass
+class _FromIndex:
+    """One trace against an index' vectors."""
 
+    index: Index
+    asked: list[Asked]
+    settings: TraceSettings
+    given: Any
+    """Control queries of the caller's."""
 
-def _query_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a queries file; one with a prompt alone lets the model complete it, so it is no corpus row yet."""
-    if not str(path).endswith(".jsonl") or not Path(path).is_file():
-        yield from ((f"{path}: query {number}", example.row) for number, example in enumerate(open_corpus(path)))
-        return
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
-            raise SettingError(f"{path}:{number}: not a line of JSON: {error}") from None
-        if line.strip():
-            yield f"{path}:{number}", row
-
-
-def _query(row: Any, where: str | int) -> Query:
-    columns = {"output": None, **row} if isinstance(row, dict) else {}
-    if isinstance(columns.get("instruction"), str) and "prompt" not in columns:
-        columns = shown_text(columns)
-    prompt, completion = columns.get("prompt"), columns.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str | None):
-        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-        told = where if isinstance(where, str) else f"query {where}"
-        raise SettingError(
-            f"{told}: a query needs a text as `prompt` (and one as `completion`, if not the model's own); found {have}"
+    def trace(self) -> Trace:
+        """Rank, correct, re-rank, and look at what is shown token by token."""
+        settings, parts = self.settings, [query.parts for query in self.asked]
+        vectors = query_vectors(self.index, parts, objective=settings.objective)
+        controls = self._controls()
+        if settings.specific and controls is None:
+            raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
+        m = max(settings.top, settings.shortlist) if settings.exact else settings.top
+        rankings = self.index.store.top_k(
+            vectors,
+            torch.tensor(self.index.weights),
+            m=m,
+            cosine=settings.cosine,
+            minus=controls.mean if settings.specific and controls is not None else None,
         )
-    return Query(prompt, completion)
+        out = Trace([query.answer for query in self.asked], [], settings.method, 0)
+        needed = None if controls is None else nulls.needed_z(self.index.store.rows, controls.vectors.shape[1])
+        for number in range(len(self.asked)):
+            sides = [_Side.of(ranking, number, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
+            hits, overlap = self._hits(number, sides, vectors[:, number], controls)
+            out.hits.extend(hits)
+            if overlap is not None:
+                out.overlaps.append(overlap)
+            if needed is not None:
+                best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
+                out.verdicts.append(nulls.verdict(best, needed, self.index.store.rows))
+        return replace(out, needed_z=needed)
 
+    def _controls(self) -> nulls.Controls | None:
+        if self.given is None:
+            return nulls.draw_controls(self.index, cosine=self.settings.cosine, seed=self.settings.seed)
+        found = ask(queries_of(self.given), self.index.model(), kind=self.index.layout)
+        vectors = query_vectors(self.index, [query.parts for query in found], objective=self.settings.objective)
+        made = nulls.given_controls(self.index, vectors, cosine=self.settings.cosine, seed=self.settings.seed)
+        if made is None:
+            raise SettingError(f"--controls: {vectors.shape[1]} queries; a null needs {nulls.LEAST} or more")
+        return made
 
-def _encoded(
-    index: Index, model: LoadedModel, asked: list[Query], max_new_tokens: int
-) -> tuple[list[Encoded], list[str | None]]:
-    """Token ids of every query, and the text of those that the model completed."""
-    kind, tokenizer = index.layout, model.tokenizer
-    chat = kind in ("instruction", "messages")
-    open_ended = [number for number, query in enumerate(asked) if query.completion is None]
-    prompts = [encode_prompt(asked[number].prompt, tokenizer, chat=chat) for number in open_ended]
-    for prompt in prompts:
-        _check_length(model, len(prompt) + 1)
-    answers = dict(zip(open_ended, zip(prompts, _generated(model, prompts, max_new_tokens), strict=True), strict=True))
-    encoded, texts = [], []
-    for number, query in enumerate(asked):
-        if query.completion is None:
-            before, new = answers[number]
-            encoded.append(Encoded(before + new, [False] * len(before) + [True] * len(new)))
-            texts.append(tokenizer.decode(new, skip_special_tokens=True))
-        else:
-            encoded.append(encode_query(query.prompt, query.completion, tokenizer, kind=kind))
-            texts.append(None)
-        _check_query(model, encoded[-1], query)
-    return encoded, texts
-
-
-def _generated(model: LoadedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The model's own answers, each at most `max_new_tokens` long and within the model's context."""
-    room = [min(max_new_tokens, (model.context or 10**9) - len(prompt)) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for limit in set(room):
-        numbers = [number for number in range(len(prompts)) if room[number] == limit]
-        for number, new in zip(numbers, generate(model, [prompts[n] for n in numbers], limit), strict=True):
-            answers[number] = new
-    return answers
-
-
-def _check_length(model: LoadedModel, length: int) -> None:
-    if model.context is not None and length > model.context:
-        raise SettingError(f"the query has {length} tokens; the model's context is {model.context}")
-
-
-def _check_query(model: LoadedModel, encoded: Encoded, query: Query) -> None:
-    _check_length(model, len(encoded.ids))
-    if not encoded.targets:
-        what = "the model ended at once" if query.completion is None else "the completion has no token"
-        raise SettingError(f"nothing to trace for prompt {query.prompt[:60]!r}: {what}. Give another --completion.")
-
-
-def _answers(
-    model: LoadedModel, asked: list[Query], encoded: list[Encoded], generated: list[str | None]
-) -> list[Answer]:
-    answers = []
-    for query, ids, text in zip(asked, encoded, generated, strict=True):
-        nll = token_losses(model, collate([ids])).nll[0].tolist()
-        places = [t for t, supervised in enumerate(ids.supervised) if supervised]
-        answers.append(
-            Answer(
-                prompt=query.prompt,
-                completion=text if query.completion is None else query.completion,  # type: ignore[arg-type]
-                is_generated=query.completion is None,
-                tokens=[model.tokenizer.decode([ids.ids[t]]) for t in places],
-                probabilities=[math.exp(-nll[t]) for t in places],
+    def _hits(
+        self, query: int, sides: list["_Side"], vectors: Float32[Tensor, "c k"], controls: nulls.Controls | None
+    ) -> tuple[list[Hit], float | None]:
+        settings, overlap = self.settings, None
+        numbers = sorted({row for side in sides for row in side.rows})
+        kept = dict(zip(numbers, self.index.store.read_rows(numbers), strict=True))
+        encoded = {number: self._encoded(row) for number, row in kept.items()} if self._needs_exact else {}
+        inner = self._inner(query, [encoded[number] for number in numbers]) if self._needs_exact else []
+        exact_scores = dict(zip(numbers, self._exact(inner).tolist(), strict=True)) if inner else {}
+        means = self._means(controls, numbers)
+        if settings.exact:
+            overlap = _overlap(sides[0], exact_scores, means, settings.top)
+            sides = [side.ordered(exact_scores, means) for side in sides]
+        sides = [side.cut(settings.top) for side in sides]
+        shown = [row for side in sides for row in side.rows]
+        scores = [score for side in sides for score in side.scores]
+        found_nulls = None if controls is None else self._nulls(controls, shown, scores, means)
+        token_parts = self._by_token(query, vectors, shown, numbers, encoded, inner) if settings.tokens else None
+        hits = []
+        for place, (row, rank) in enumerate((row, rank) for side in sides for rank, row in side.ranked()):
+            by_token, matrix = token_parts[row] if token_parts else (None, None)
+            hits.append(
+                Hit(
+                    query=query,
+                    rank=rank,
+                    id=kept[row]["id"],
+                    score=scores[place],
+                    source=kept[row]["source"],
+                    row=json.loads(kept[row]["row"]),
+                    exact=exact_scores.get(row),
+                    null=found_nulls[place] if found_nulls else None,
+                    by_token=by_token,
+                    tokens=matrix,
+                )
             )
+        return hits, overlap
+
+    @property
+    def _needs_exact(self) -> bool:
+        return self.settings.exact or self.settings.tokens
+
+    def _encoded(self, row: Row) -> Encoded:
+        return encode(
+            json.loads(row["row"]), self.index.model().tokenizer, self.index.store.manifest.settings["max_tokens"]
         )
-    return answers
+
+    def _means(self, controls: nulls.Controls | None, rows: list[int]) -> dict[int, float]:
+        """Each row's mean score over the controls, where ranking is corrected for it."""
+        if not self.settings.specific or controls is None or not rows:
+            return dict.fromkeys(rows, 0.0)
+        scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine)
+        return dict(zip(rows, scores.mean(1).tolist(), strict=True))
+
+    def _nulls(self, controls: nulls.Controls, rows: list[int], scores: list[float], means: dict[int, float]) -> list:
+        raw = [score + means[row] for row, score in zip(rows, scores, strict=True)]
+        return nulls.nulls(self.index, controls, rows, raw, cosine=self.settings.cosine) if rows else []
+
+    def _inner(self, query: int, rows: list[Encoded]) -> list[exact.Inner]:
+        """Exact inner products with some rows, for each checkpoint."""
+        found = []
+        for checkpoint in _last_first(self.index):
+            model = self.index.model(checkpoint)
+            layers, space = self.index.layers(model), self.index.space
+            held = exact.held_whole(model, layers, self.asked[query].parts, space, self.settings.objective)
+            found.append(
+                exact.inner(
+                    model,
+                    layers,
+                    held,
+                    rows,
+                    reduction=space.reduction,
+                    tokens_per_batch=self.index.settings.tokens_per_batch,
+                )
+            )
+        return found[::-1]
+
+    def _exact(self, inner: list[exact.Inner]) -> Float32[Tensor, " b"]:
+        kind = {"normalise": self.index.space.normalise, "cosine": self.settings.cosine}
+        return sum(  # type: ignore[return-value]
+            (weight * one.scores(**kind) for weight, one in zip(self.index.weights, inner, strict=True)),
+            start=torch.zeros(inner[0].dots.shape[1]),
+        )
+
+    def _by_token(
+        self,
+        query: int,
+        vectors: Float32[Tensor, "c k"],
+        shown: list[int],
+        numbers: list[int],
+        encoded: dict[int, Encoded],
+        inner: list[exact.Inner],
+    ) -> dict[int, tuple[list[float], TokenMatrix]]:
+        """For the rows shown: each query token's share in the index' score, and the token x token matrix."""
+        shown, settings, index = sorted(set(shown)), self.settings, self.index
+        asked, columns = self.asked[query], [numbers.index(row) for row in shown]
+        rows = [encoded[row] for row in shown]
+        tokens = exact.tokens_of(asked.parts, index.space.reduction)
+        stored, norms = index.store.vectors(shown)
+        shares = torch.zeros(len(tokens), len(shown))
+        matrices = [torch.zeros(len(tokens), self._width(row)) for row in rows]
+        for checkpoint in _last_first(index):
+            model, weight = index.model(checkpoint), index.weights[checkpoint]
+            layers = index.layers(model)
+            factors = weight * inner[checkpoint].factors(normalise=index.space.normalise, cosine=settings.cosine)
+            rights = stored[checkpoint] * (inverse(norms[checkpoint])[:, None] if settings.cosine else 1)
+            scale = float(inverse(vectors[checkpoint].norm())) if settings.cosine else 1.0
+            for group in exact.each_group_of_tokens(asked.parts, tokens, layers):
+                held, sketches = self._held(model, asked.parts, [tokens[n] for n in group], inner[checkpoint])
+                shares[group] += weight * scale * sketches @ rights.T
+                found = exact.token_products(
+                    model,
+                    layers,
+                    held,
+                    len(group),
+                    rows,
+                    factors[:, columns],
+                    basis=settings.basis,
+                    reduction=index.space.reduction,
+                    tokens_per_batch=index.settings.tokens_per_batch,
+                )
+                for matrix, part in zip(matrices, found, strict=True):
+                    matrix[group] += part
+        return {
+            row: (shares[:, place].tolist(), self._matrix(asked, rows[place], matrices[place]))
+            for place, row in enumerate(shown)
+        }
+
+    def _held(
+        self, model: LoadedModel, parts: list[Part], tokens: list[exact.Token], inner: exact.Inner
+    ) -> tuple[exact.Held, Float32[Tensor, "u k"]]:
+        """Pairs of some query tokens, and their sketches from the same pass."""
+        index, layers = self.index, self.index.layers(model)
+        projection = index.projection(model)
+        rows, weights = exact.token_rows(parts, tokens), [token.weight for token in tokens]
+        scales = dict.fromkeys(layers, 1.0)
+        if index.space.normalise == "layer":  # by the whole query's norms, so that tokens add up to it
+            scales = dict(zip(layers, inverse(inner.query_squares.sqrt()).tolist(), strict=True))
+        made: list[tuple[list[int], Sketches]] = []
+
+        def also(numbers: list[int]) -> Any:
+            into = Sketches(projection, len(numbers), model.device)
+            made.append((numbers, into))
+            return lambda seen: into(replace(seen, g=seen.g * scales[seen.layer]))
+
+        held = exact.held_tokens(
+            model,
+            layers,
+            rows,
+            weights,
+            objective=self.settings.objective,
+            tokens_per_batch=index.settings.tokens_per_batch,
+            also=also,
+        )
+        sketches = torch.zeros(len(tokens), projection.width)
+        for numbers, into in made:
+            sketches[numbers] = into.rows.cpu() * torch.tensor(weights)[numbers, None]
+        return held, sketches
+
+    def _width(self, row: Encoded) -> int:
+        return len(row.ids) if self.settings.basis == "position" else row.targets
+
+    def _matrix(self, asked: Asked, row: Encoded, matrix: Tensor) -> TokenMatrix:
+        model = self.index.model()
+        everything = self.settings.basis == "position"
+        kept = [place for place, is_target in enumerate(row.supervised) if everything or is_target]
+        return TokenMatrix(
+            basis=self.settings.basis,
+            query=asked.answer.query_tokens(),
+            train=[token_text(model, row.ids[place]) for place in kept],
+            supervised=[row.supervised[place] for place in kept],
+            matrix=matrix,
+        )
 
 
-def _hits(index: Index, helpful: Any, opposing: Any) -> list[Hit]:
-    numbers = sorted({*helpful.rows.flatten().tolist(), *opposing.rows.flatten().tolist()} - {-1})
-    rows = dict(zip(numbers, index.store.read_rows(numbers), strict=True))
-    hits = []
-    for query in range(len(helpful.rows)):
-        for ranking, sign in ((helpful, 1), (opposing, -1)):
-            pairs = zip(ranking.rows[query].tolist(), ranking.scores[query].tolist(), strict=True)
-            for rank, (number, score) in enumerate(pairs, start=1):
-                if number >= 0:
-                    row = rows[number]
-                    hits.append(Hit(query, sign * rank, row["id"], score, row["source"], json.loads(row["row"])))
-    return hits
+@dataclass(frozen=True)
+class _Side:
+    """One query's ranking on one side, best first."""
+
+    sign: int
+    """1 for helpful, -1 for opposing."""
+    rows: list[int]
+    scores: list[float]
+
+    @staticmethod
+    def of(ranking: Ranking, query: int, sign: int) -> "_Side":
+        """Without unfilled places."""
+        pairs = zip(ranking.rows[query].tolist(), ranking.scores[query].tolist(), strict=True)
+        filled = [(row, score) for row, score in pairs if row >= 0]
+        return _Side(sign, [row for row, _ in filled], [score for _, score in filled])
+
+    def ordered(self, exact_scores: dict[int, float], means: dict[int, float]) -> "_Side":
+        """By exact score, less what is corrected for; equal ones as they were."""
+        order = sorted(
+            range(len(self.rows)),
+            key=lambda place: -self.sign * (exact_scores[self.rows[place]] - means[self.rows[place]]),
+        )
+        return _Side(self.sign, [self.rows[place] for place in order], [self.scores[place] for place in order])
+
+    def cut(self, top: int) -> "_Side":
+        """The first so many."""
+        return _Side(self.sign, self.rows[:top], self.scores[:top])
+
+    def ranked(self) -> Iterator[tuple[int, int]]:
+        """(rank, row)."""
+        return ((self.sign * place, row) for place, row in enumerate(self.rows, start=1))
+
+
+def _overlap(side: _Side, exact_scores: dict[int, float], means: dict[int, float], top: int) -> float:
+    """Share of the index' best that are among the exact best of the short list."""
+    best = side.rows[:top]
+    return len({*best} & {*side.ordered(exact_scores, means).rows[:top]}) / len(best) if best else 1.0
+
+
+# -- baselines
+
+
+@dataclass(frozen=True)
+class _IndexView:
+    """What a scorer reads of an index."""
+
+    index: Index
+
+    @property
+    def rows(self) -> int:
+        return self.index.store.rows
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.index.settings.tokens_per_batch
+
+    def examples(self) -> Iterator[Row]:
+        for part in range(len(self.index.store.manifest.parts)):
+            for row in self.index.store.read_part(part):
+                yield json.loads(row["row"])
+
+    def encoded(self) -> Iterator[Encoded]:
+        longest = self.index.store.manifest.settings["max_tokens"]
+        return (encode(row, self.model().tokenizer, longest) for row in self.examples())
+
+    def model(self) -> LoadedModel:
+        return self.index.model()
+
+
+def _from_scorer(index: Index, asked: list[Asked], settings: TraceSettings) -> Trace:
+    """A trace by a method that reads the corpus itself."""
+    scores = all_scores(index, asked, settings)
+    usable = torch.zeros(scores.shape[1], dtype=torch.bool)
+    usable[index.store.rankable()] = True
+    scores = scores.masked_fill(~usable | scores.isnan(), -torch.inf)
+    top = min(settings.top, int(usable.sum()))
+    out = Trace([query.answer for query in asked], [], settings.method, 0)
+    for query, row_scores in enumerate(scores):
+        order = row_scores.argsort(descending=True, stable=True)
+        order = order[row_scores[order] > -torch.inf].tolist()
+        lowest = row_scores.masked_fill(~usable, torch.inf).argsort(stable=True)[: min(top, len(order))].tolist()
+        for sign, numbers in ((1, order[:top]), (-1, lowest)):
+            for rank, (number, row) in enumerate(zip(numbers, index.store.read_rows(numbers), strict=True), start=1):
+                score = float(row_scores[number])
+                out.hits.append(Hit(query, sign * rank, row["id"], score, row["source"], json.loads(row["row"])))
+    return out
+
+
+def all_scores(index: Index, asked: list[Asked], settings: TraceSettings) -> Float32[Tensor, "q n"]:
+    """Every row's score for every query, by any method."""
+    entry, view = catalogue.trace_method(settings.method), _IndexView(index)
+    if entry.from_index:
+        vectors = query_vectors(index, [query.parts for query in asked], objective=settings.objective)
+        weights = torch.tensor(index.weights)
+        return torch.cat([part for _, part in index.store.scores(vectors, weights, cosine=settings.cosine)], 1)
+    if entry.scorer is not None:
+        texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for q in asked]
+        return catalogue.scorer(entry.scorer)(seed=settings.seed)(view, texts)
+    rows = list(view.encoded())
+    total = torch.zeros(len(asked), len(rows))
+    space = replace(index.space, normalise="layer" if entry.normalise else "none")
+    for checkpoint in _last_first(index):
+        model = index.model(checkpoint)
+        total += index.weights[checkpoint] * exact.corpus_scores(
+            model,
+            index.layers(model),
+            [query.parts for query in asked],
+            rows,
+            space,
+            cosine=entry.cosine,
+            objective=settings.objective,
+            tokens_per_batch=view.tokens_per_batch,
+        )
+    return total
+
+
+def _told(index: Index, settings: TraceSettings, sampling: Sampling, controls: Any) -> dict[str, str]:
+    """How a trace was made, for a person."""
+    space, manifest = index.space, index.store.manifest
+    told = {
+        "index": index.store.place.root,
+        "model": manifest.checkpoints[-1]["path"],
+        "weights digest": manifest.checkpoints[-1]["digest"][:12],
+        "checkpoints": str(len(manifest.checkpoints)),
+        "corpus": ", ".join(entry["name"] for entry in manifest.corpora),
+        "gradients": ", ".join(f"{name} {value}" for name, value in space.as_json().items() if value is not None),
+        "codec": manifest.codec,
+        "method": settings.method,
+        "objective": settings.objective,
+        "completion": "greedy"
+        if sampling.temperature == 0
+        else f"temperature {sampling.temperature}, seed {sampling.seed}",
+    }
+    if settings.exact:
+        told["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
+    if settings.tokens:
+        told["token matrix"] = f"by {settings.basis}"
+    if catalogue.trace_method(settings.method).from_index:
+        drawn = f"rows of the index, drawn with seed {settings.seed}"
+        told["control queries"] = (
+            drawn if controls is None else str(controls) if isinstance(controls, str | Path) else "given"
+        )
+        told["corrected for generic examples"] = "yes" if settings.specific else "no"
+    return told

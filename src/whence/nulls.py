@@ -1,0 +1,130 @@
+"""Is a score signal? What the same examples score for other queries.
+
+The null of a training example is its scores for control queries: rows of the corpus drawn at random, whose gradients
+are in the index already, or queries of the caller's. Its z is how many standard deviations this query's score lies
+above their mean, its percentile the share of control queries that it beats. A control that is the example itself is
+left out.
+
+The best of n examples has a high z by chance. `needed_z` is what it must reach so that, were scores normal, chance
+alone would do so for one query in twenty (Bonferroni over n; Student's t, for the deviation is estimated).
+Scores have heavier tails than that: docs/trace.md says how often queries of no meaning pass.
+
+Generic is an example that scores high whatever is asked: its mean over the controls is among the top hundredth of a
+random sample of the corpus, and positive for nine controls of ten. Such examples have large or common gradients (a
+short, formulaic answer; the closing token) and say little about the query. Correcting for it subtracts the mean over
+the controls from each example's score, which is the score of the query minus the mean control query.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, Int64
+from scipy import stats
+from torch import Tensor
+
+from whence.answers import Null
+from whence.index import Index
+from whence.numerics import generator
+from whence.scan import unit
+
+CONTROLS = 128
+SAMPLE = 1024
+"""Rows whose mean scores say what is usual."""
+LEAST = 16
+"""Controls without which there is no null."""
+USUAL = 0.99
+MOSTLY = 0.9
+CHANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Control queries in an index' space."""
+
+    vectors: Float32[Tensor, "c m k"]
+    """Divided by their norms where the method is the cosine."""
+    rows: Int64[Tensor, " m"] | None
+    """Rows of the index that they are; None: they are none of them."""
+    usual: float
+    """Mean score over the controls that 99 of 100 examples stay below."""
+
+    @property
+    def mean(self) -> Float32[Tensor, "c k"]:
+        """The mean control query."""
+        return self.vectors.mean(1)
+
+
+def draw_controls(index: Index, *, cosine: bool, seed: int = 0) -> Controls | None:
+    """Rows of the index as control queries; None where it has too few."""
+    rankable = index.store.rankable()
+    if len(rankable) < 2 * LEAST:
+        return None
+    order = torch.randperm(len(rankable), generator=generator(seed, "nulls", "controls"))
+    rows = rankable[order[: min(CONTROLS, len(rankable) // 2)]]
+    vectors, _ = index.store.vectors(rows.tolist())
+    return _controls(index, vectors, rows, cosine, seed)
+
+
+def given_controls(index: Index, vectors: Float32[Tensor, "c m k"], *, cosine: bool, seed: int = 0) -> Controls | None:
+    """Queries of the caller's as controls; None where they are too few."""
+    return None if vectors.shape[1] < LEAST else _controls(index, vectors, None, cosine, seed)
+
+
+def _controls(index: Index, vectors: Tensor, rows: Tensor | None, cosine: bool, seed: int) -> Controls:
+    vectors = unit(vectors) if cosine else vectors
+    rankable = index.store.rankable()
+    sample = rankable[torch.randperm(len(rankable), generator=generator(seed, "nulls", "sample"))[:SAMPLE]]
+    means = control_scores(index, Controls(vectors.mean(1, keepdim=True), None, 0.0), sample.tolist(), cosine=cosine)
+    return Controls(vectors, rows, float(means[:, 0].quantile(USUAL)))
+
+
+def control_scores(index: Index, controls: Controls, rows: Sequence[int], *, cosine: bool) -> Float32[Tensor, "h m"]:
+    """Scores of rows of the index for every control query."""
+    vectors, norms = index.store.vectors(rows)
+    weights = torch.tensor(index.weights)
+    products = torch.einsum("chk,cmk,c->chm", vectors, controls.vectors, weights)
+    if cosine:
+        products = products * torch.where(norms > 0, 1 / norms, 0.0)[:, :, None]
+    return products.sum(0)
+
+
+def nulls(
+    index: Index, controls: Controls, rows: Sequence[int], scores: Sequence[float], *, cosine: bool
+) -> list[Null]:
+    """Where each row's score stands among its scores for the controls.
+
+    Args:
+        index: Of the rows.
+        controls: In its space.
+        rows: Numbers within the index.
+        scores: Of this query, not corrected.
+        cosine: The method.
+    """
+    found = control_scores(index, controls, rows, cosine=cosine)
+    out = []
+    for row, score, own in zip(rows, scores, found, strict=True):
+        others = own if controls.rows is None else own[controls.rows != row]
+        mean, deviation = float(others.mean()), float(others.std())
+        generic = mean > controls.usual and float((others > 0).float().mean()) >= MOSTLY
+        z = (score - mean) / deviation if deviation > 0 else 0.0
+        beaten = 100 * float((others < score).float().mean())
+        out.append(Null(others.tolist(), mean, z, beaten, generic))
+    return out
+
+
+def needed_z(examples: int, controls: int) -> float:
+    """What the best z of so many examples must reach; see the module's text."""
+    t = stats.t.ppf(1 - CHANCE / max(examples, 1), controls - 1)
+    return float(t * (1 + 1 / controls) ** 0.5)
+
+
+def verdict(best: float | None, needed: float, examples: int) -> str:
+    """In words, whether anything stands above the null."""
+    if best is not None and best >= needed:
+        return f"The best example stands above the null: z {best:.1f}, where chance alone reaches {needed:.1f}."
+    told = "no example has a null" if best is None else f"the best z is {best:.1f}"
+    return (
+        f"Nothing here stands above the null: {told}, and the best of {examples:,} examples would reach {needed:.1f} "
+        "by chance alone. Do not read a cause into these examples."
+    )

@@ -1,0 +1,263 @@
+"""What is asked of a trace: from texts to supervised tokens.
+
+A query is a prompt with a completion: one given, or the model's own, greedy or sampled. It may be about a span of the
+completion alone, or about a comparison ("why this and not that"): the difference of two completions' objectives. All
+become `exact.Part`s, tokens of which some are supervised, so that their gradients are taken by the same code as a
+training example's, laid out and closed as a row of the index' corpus would be.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from whence.answers import Answer, shown_text
+from whence.corpus import open_corpus
+from whence.errors import SettingError
+from whence.exact import Part
+from whence.generation import generate
+from whence.gradients import token_losses
+from whence.model import LoadedModel
+from whence.tokens import Encoded, collate, encode_prompt, encode_query
+
+SHOWN = 60
+"""Characters of a text that a message quotes."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: a prompt, and a completion or None for the model's own."""
+
+    prompt: str
+    completion: str | None = None
+    span: str | tuple[int, int] | None = None
+    """The part of the completion that is asked about: its text (where it first occurs), or tokens from, to (from 0, the
+    end left out)."""
+    contrast: str | None = None
+    """Another completion: why the one and not this."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query as tokens."""
+
+    query: Query
+    parts: list[Part]
+    """The completion; and the contrast, with a minus."""
+    answer: Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the model completes a prompt."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise SettingError(f"--max-new-tokens {self.max_new_tokens}: a number above 0 is expected")
+        if not 0 <= self.temperature < math.inf:
+            raise SettingError(f"--temperature {self.temperature}: 0 (greedy) or a number above it is expected")
+
+
+def queries_of(origin: Any, defaults: Query | None = None) -> list[Query]:
+    """Queries of a file, of rows in memory, or as they are.
+
+    Args:
+        origin: A corpus file with `prompt` and perhaps `completion`, `span` and `contrast`; rows; or queries.
+        defaults: `span` and `contrast` of queries that have none.
+
+    Raises:
+        SettingError: A row is no query, or there is none.
+    """
+    rows = _rows_of_file(origin) if isinstance(origin, str | Path) else enumerate(origin)
+    found = [item if isinstance(item, Query) else _query(item, where) for where, item in rows]
+    if not found:
+        raise SettingError(f"{origin if isinstance(origin, str | Path) else '--queries'}: no query in it")
+    if defaults is None:
+        return found
+    given = {"span": defaults.span, "contrast": defaults.contrast}
+    return [
+        replace(query, **{name: value for name, value in given.items() if getattr(query, name) is None})
+        for query in found
+    ]
+
+
+def _rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a queries file; one with a prompt alone lets the model complete it, so it is no corpus row yet."""
+    if not str(path).endswith(".jsonl") or not Path(path).is_file():
+        yield from ((f"{path}: query {number}", example.row) for number, example in enumerate(open_corpus(path)))
+        return
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
+            raise SettingError(f"{path}:{number}: not a line of JSON: {error}") from None
+        if line.strip():
+            yield f"{path}:{number}", row
+
+
+def _query(row: Any, where: str | int) -> Query:
+    columns = {"output": None, **row} if isinstance(row, dict) else {}
+    if isinstance(columns.get("instruction"), str) and "prompt" not in columns:
+        columns |= shown_text(columns)
+    prompt = columns.get("prompt")
+    others = [columns.get(name) for name in ("completion", "span", "contrast")]
+    if not isinstance(prompt, str) or not all(isinstance(text, str | None) for text in others):
+        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+        told = where if isinstance(where, str) else f"query {where}"
+        raise SettingError(
+            f"{told}: a query needs a text as `prompt` (and one as `completion`, if not the model's own; perhaps as "
+            f"`span` and `contrast`); found {have}"
+        )
+    return Query(prompt, *others)
+
+
+def ask(queries: Sequence[Query], model: LoadedModel, *, kind: str, sampling: Sampling | None = None) -> list[Asked]:
+    """Tokens of queries, and how sure the model is of each.
+
+    Args:
+        queries: In any number.
+        model: That answers, and says how probable each token is.
+        kind: Layout of the corpus, which the query follows; see `corpus.LAYOUTS`.
+        sampling: How open prompts are completed.
+
+    Raises:
+        SettingError: A query is longer than the model's context, supervises nothing, or its span does not occur.
+    """
+    completed = _completed(queries, model, kind, sampling or Sampling())
+    return [_asked(query, *completed[number], model, kind) for number, query in enumerate(queries)]
+
+
+def _completed(
+    queries: Sequence[Query], model: LoadedModel, kind: str, sampling: Sampling
+) -> list[tuple[Encoded, str | None]]:
+    """Token ids of each query, and the text of those that the model completed."""
+    tokenizer = model.tokenizer
+    open_ended = [number for number, query in enumerate(queries) if query.completion is None]
+    chat = kind in ("instruction", "messages")
+    prompts = [encode_prompt(queries[number].prompt, tokenizer, chat=chat) for number in open_ended]
+    for prompt in prompts:
+        _check_length(model, len(prompt) + 1)
+    answers = dict(zip(open_ended, zip(prompts, _generated(model, prompts, sampling), strict=True), strict=True))
+    out = []
+    for number, query in enumerate(queries):
+        if query.completion is None:
+            before, new = answers[number]
+            ids = Encoded(before + new, [False] * len(before) + [True] * len(new))
+            out.append((ids, tokenizer.decode(new, skip_special_tokens=True)))
+        else:
+            out.append((encode_query(query.prompt, query.completion, tokenizer, kind=kind), None))
+        _check(model, out[-1][0], query)
+    return out
+
+
+def _generated(model: LoadedModel, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """The model's own answers, each at most `max_new_tokens` long and within the model's context."""
+    room = [min(sampling.max_new_tokens, (model.context or 10**9) - len(prompt)) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for limit in set(room):
+        numbers = [number for number in range(len(prompts)) if room[number] == limit]
+        some = generate(
+            model, [prompts[n] for n in numbers], limit, temperature=sampling.temperature, seed=sampling.seed
+        )
+        for number, new in zip(numbers, some, strict=True):
+            answers[number] = new
+    return answers
+
+
+def _check_length(model: LoadedModel, length: int) -> None:
+    if model.context is not None and length > model.context:
+        raise SettingError(
+            f"the query has {length} tokens; the model's context is {model.context}. Shorten the prompt or completion."
+        )
+
+
+def _check(model: LoadedModel, encoded: Encoded, query: Query) -> None:
+    _check_length(model, len(encoded.ids))
+    if not encoded.targets or query.completion == "":
+        what = "the model ended at once" if query.completion is None else "the completion has no token"
+        raise SettingError(f"nothing to trace for prompt {query.prompt[:SHOWN]!r}: {what}. Give another --completion.")
+
+
+def _asked(query: Query, encoded: Encoded, generated: str | None, model: LoadedModel, kind: str) -> Asked:
+    tokens, probabilities = _said(encoded, model)
+    completion = generated if query.completion is None else query.completion
+    assert completion is not None, "a prompt without a completion was completed"
+    spanned = _spanned(tokens, query.span, model, encoded)
+    parts = [Part(_restricted(encoded, spanned))]
+    contrast_tokens, contrast_probabilities = [], []
+    if query.contrast is not None:
+        other = encode_query(query.prompt, query.contrast, model.tokenizer, kind=kind)
+        _check(model, other, replace(query, completion=query.contrast))
+        contrast_tokens, contrast_probabilities = _said(other, model)
+        parts.append(Part(other, sign=-1.0))
+    answer = Answer(
+        prompt=query.prompt,
+        completion=completion,
+        is_generated=query.completion is None,
+        tokens=tokens,
+        probabilities=probabilities,
+        asked=spanned,
+        contrast=query.contrast,
+        contrast_tokens=contrast_tokens,
+        contrast_probabilities=contrast_probabilities,
+    )
+    return Asked(query, parts, answer)
+
+
+def _said(encoded: Encoded, model: LoadedModel) -> tuple[list[str], list[float]]:
+    """Supervised tokens as text, and the model's probability of each."""
+    nll = token_losses(model, collate([encoded])).nll[0].tolist()
+    places = [place for place, is_target in enumerate(encoded.supervised) if is_target]
+    return [token_text(model, encoded.ids[t]) for t in places], [math.exp(-nll[t]) for t in places]
+
+
+def token_text(model: LoadedModel, token: int) -> str:
+    """A token as text; part of a character becomes U+FFFD."""
+    return model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+
+def _restricted(encoded: Encoded, spanned: list[bool]) -> Encoded:
+    """With only those targets supervised that are asked about."""
+    wanted = iter(spanned)
+    return replace(encoded, supervised=[is_target and next(wanted) for is_target in encoded.supervised])
+
+
+def _spanned(tokens: list[str], span: str | tuple[int, int] | None, model: LoadedModel, encoded: Encoded) -> list[bool]:
+    """Which of the completion's tokens a span asks about."""
+    if span is None:
+        return [True] * len(tokens)
+    if isinstance(span, str):
+        return _of_text(span, model, encoded)
+    first, end = span
+    if not 0 <= first < end <= len(tokens):
+        raise SettingError(f"--span-tokens {first}:{end}: the completion has the tokens 0:{len(tokens)}")
+    return [first <= number < end for number in range(len(tokens))]
+
+
+def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
+    """Tokens that hold characters of the text's first occurrence.
+
+    Where a token ends is how long the completion is when decoded up to it: no tokenizer's offsets are needed, and a
+    generated completion is never tokenised again.
+    """
+    targets = [place for place, is_target in enumerate(encoded.supervised) if is_target]
+
+    def text_to(count: int) -> str:
+        ids = [encoded.ids[place] for place in targets[:count]]
+        return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    whole = text_to(len(targets))
+    start = whole.find(span)
+    if start < 0 or not span.strip():
+        raise SettingError(f"--span {span[:SHOWN]!r} does not occur in the completion {whole[:300]!r}")
+    ends = [len(text_to(count)) for count in range(1, len(targets) + 1)]
+    # a character cut in two decodes to one U+FFFD for each half, so that an end can lie behind the next one's
+    starts = [0, *(max(ends[:count]) for count in range(1, len(ends)))]
+    return [begin < start + len(span) and end > start for begin, end in zip(starts, ends, strict=True)]

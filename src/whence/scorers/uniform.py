@@ -1,0 +1,30 @@
+"""Random scores: what chance alone finds.
+
+Every query has its own stream, so its scores do not depend on how many other queries are asked with it.
+
+Source: none needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.interfaces import QueryText, View
+from whence.numerics import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Independent scores, uniform in [0, 1)."""
+
+    seed: int = 0
+
+    def __call__(self, view: View, queries: Sequence[QueryText]) -> Float32[Tensor, "q n"]:
+        """The same numbers for a seed, a query's number and a row's number, whatever they say."""
+        scores = torch.empty(len(queries), view.rows)
+        for number, row in enumerate(scores):
+            row.uniform_(generator=generator(self.seed, "uniform", str(number)))
+        return scores
