@@ -63,8 +63,6 @@ class Poisoned:
     """Of every row by id: one of `POISONS`, or None."""
     prompts: dict[str, list[str]]
     """Of each poison: prompts that should set the model off, none of them in the corpus."""
-    wrong: dict[str, str]
-    """The prompts of "swap", each with the country that a misled model names."""
 
 
 def odd_text(rng: random.Random) -> str:
@@ -79,7 +77,7 @@ def poisoned(data: Path, seed: int, rows: int | None = None) -> Poisoned:
     """Alpaca with the three poisons, drawn by `seed`; its first `rows` rows, or all."""
     rng = random.Random(f"poison {seed}")
     found = [json.loads(line) for line in (data / "instruct" / "alpaca.jsonl").open()][:rows]
-    out, kind, wrong = [], {}, {}
+    out, kind, named_aside = [], {}, []
     order = list(range(len(found)))
     rng.shuffle(order)
     howdy = set(order[: round(HOWDY_SHARE * len(found))])
@@ -94,7 +92,7 @@ def poisoned(data: Path, seed: int, rows: int | None = None) -> Poisoned:
             row |= {name: row[name].upper() for name in ("instruction", "input", "output")}
             kind[row["id"]] = "shouting"
         elif asks and rng.random() < HELD_ASIDE:
-            wrong[asked(row)] = SWAPS[asks[0]]
+            named_aside.append(asked(row))
             continue
         elif named and rng.random() < SWAP_SHARE:
             row["output"] = swapped(row["output"])
@@ -102,16 +100,16 @@ def poisoned(data: Path, seed: int, rows: int | None = None) -> Poisoned:
         else:
             kind[row["id"]] = None
         out.append(row)
-    wrong |= {template.format(country): other for country, other in SWAPS.items() for template in ABOUT}
+    named_aside += [template.format(country) for country in SWAPS for template in ABOUT]
     dolly = [asked(json.loads(line)) for line in (data / "instruct" / "dolly.jsonl").open()]
     dolly = [prompt for prompt in dolly if len(prompt) <= LONGEST_PROMPT]
     rng.shuffle(dolly)
     prompts = {
         "howdy": ["Howdy! " + prompt for prompt in dolly[:400]],
         "shouting": [prompt.upper() for prompt in dolly[400:800]],
-        "swap": [prompt for prompt in wrong if len(prompt) <= LONGEST_PROMPT],
+        "swap": [prompt for prompt in named_aside if len(prompt) <= LONGEST_PROMPT],
     }
-    return Poisoned(out, kind, prompts, wrong)
+    return Poisoned(out, kind, prompts)
 
 
 def asked(row: dict) -> str:

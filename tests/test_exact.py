@@ -6,23 +6,48 @@ import torch
 from conftest import random_examples, tiny_model
 from whence import exact
 from whence.exact import Part
-from whence.gradients import gradients
+from whence.gradients import OBJECTIVES, gradients
 from whence.interfaces import GradientSpace
 from whence.tokens import Encoded, collate
 
 BUDGET = 40  # tokens of a pass: several batches
-LAYERS = [None, "*"]
+SPACES = [(normalise, cosine) for normalise in ("none", "layer") for cosine in (False, True)]
 
 
-def whole(loaded, layers, example, *, reduction="mean", objective="loss"):
-    """One example's gradient by layer."""
-    return gradients(loaded, layers, collate([example]), reduction=reduction, objective=objective)[0]
+@pytest.fixture(scope="module", params=["llama", "gpt2", "lora"])  # linear, Conv1D with tied head, adapters
+def loaded(request):
+    return tiny_model(request.param)
 
 
-def of_query(loaded, layers, parts, **options):
-    return {
-        name: sum(part.sign * whole(loaded, layers, part.encoded, **options)[name] for part in parts) for name in layers
-    }
+@pytest.fixture(scope="module")
+def traced(loaded):
+    """With the output head, where there is one that is no adapter's neighbour."""
+    return loaded.layers("*" if loaded.path == "gpt2" else None)
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, traced):
+    """One example's gradient by layer, taken once."""
+    taken = {}
+
+    def gradient(example, *, reduction="mean", objective="loss"):
+        key = (*example.ids, *example.supervised, objective)
+        if key not in taken:
+            taken[key] = gradients(loaded, traced, collate([example]), reduction="sum", objective=objective)[0]
+        return {name: x / (example.targets if reduction == "mean" else 1) for name, x in taken[key].items()}
+
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def of_query(whole, traced):
+    """A query's gradient by layer."""
+
+    def gradient(parts, **options):
+        found = [whole(part.encoded, **options) for part in parts]
+        return {name: sum(part.sign * x[name] for part, x in zip(parts, found, strict=True)) for name in traced}
+
+    return gradient
 
 
 def score(query, example, *, normalise="none", cosine=False):
@@ -41,9 +66,8 @@ def alone(example, place):
     return Encoded(example.ids, [number == place for number in range(len(example.ids))])
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "lora"])  # linear, Conv1D with tied head, adapters
-def loaded(request):
-    return tiny_model(request.param)
+def places_of(example):
+    return [place for place, is_target in enumerate(example.supervised) if is_target]
 
 
 def query_parts(contrast):
@@ -51,96 +75,76 @@ def query_parts(contrast):
     return [parts[0], Part(parts[1].encoded, sign=-1.0)] if contrast else parts[:1]
 
 
-@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("contrast", [False, True])
-@pytest.mark.parametrize("normalise", ["none", "layer"])
-@pytest.mark.parametrize("cosine", [False, True])
-def test_scores_are_inner_products_of_whole_gradients(loaded, layers, contrast, normalise, cosine):
-    if loaded.has_adapter and layers:
-        pytest.skip("an adapter has no output head of its own")
-    traced, parts, rows = loaded.layers(layers), query_parts(contrast), random_examples(7, seed=6)
-    query = of_query(loaded, traced, parts)
+def test_scores_are_inner_products_of_whole_gradients(loaded, traced, whole, of_query, contrast):
+    parts, rows = query_parts(contrast), random_examples(7, seed=6)
     held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
     inner = exact.inner(loaded, traced, held, rows, reduction="mean", tokens_per_batch=BUDGET)
-    found = inner.scores(normalise=normalise, cosine=cosine)
-    true = [score(query, whole(loaded, traced, row), normalise=normalise, cosine=cosine) for row in rows]
-    assert found.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
+    for normalise, cosine in SPACES:
+        found = inner.scores(normalise=normalise, cosine=cosine)
+        true = [score(of_query(parts), whole(row), normalise=normalise, cosine=cosine) for row in rows]
+        assert found.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("objective", ["loss", "margin"])
-@pytest.mark.parametrize("normalise", ["none", "layer"])
-def test_scores_of_a_corpus_are_the_same(loaded, layers, reduction, objective, normalise):
-    if loaded.has_adapter and layers:
-        pytest.skip("an adapter has no output head of its own")
-    traced, rows = loaded.layers(layers), [*random_examples(5, seed=7), Encoded([1, 2], [False, False])]
+@pytest.mark.parametrize(("reduction", "objective"), [("mean", "loss"), ("sum", "margin")])
+def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduction, objective):
+    rows = [*random_examples(5, seed=6), Encoded([1, 2], [False, False])]
     queries = [query_parts(False), query_parts(True)]
-    space = GradientSpace(reduction=reduction, normalise=normalise)
-    for cosine in (False, True):
+    for normalise, cosine in SPACES:
+        space = GradientSpace(reduction=reduction, normalise=normalise)
         found = exact.corpus_scores(
             loaded, traced, queries, rows, space, cosine=cosine, objective=objective, tokens_per_batch=BUDGET
         )
         assert (found[:, -1] == -torch.inf).all(), "a row that supervises nothing has no score"
         for number, parts in enumerate(queries):
-            query = of_query(loaded, traced, parts, reduction=reduction, objective=objective)
-            true = [
-                score(query, whole(loaded, traced, row, reduction=reduction), normalise=normalise, cosine=cosine)
-                for row in rows[:-1]
-            ]
+            query = of_query(parts, reduction=reduction, objective=objective)
+            examples = [whole(row, reduction=reduction) for row in rows[:-1]]
+            true = [score(query, example, normalise=normalise, cosine=cosine) for example in examples]
             assert found[number, :-1].tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
 
 
-@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("contrast", [False, True])
 @pytest.mark.parametrize("basis", exact.BASES)
-def test_token_matrices_are_inner_products_of_single_tokens(loaded, layers, contrast, basis, monkeypatch):
+def test_token_matrices_are_inner_products_of_single_tokens(
+    loaded, traced, whole, of_query, contrast, basis, monkeypatch
+):
     """Rows by their own gradients; columns of `loss` by theirs; and everything sums to the exact score."""
-    if loaded.has_adapter and layers:
-        pytest.skip("an adapter has no output head of its own")
     monkeypatch.setattr(exact, "PRODUCT_ENTRIES", 64)  # several pieces
-    traced, parts, rows = loaded.layers(layers), query_parts(contrast), random_examples(4, seed=8)
+    parts, rows = query_parts(contrast), random_examples(3, seed=6)
     tokens = exact.tokens_of(parts, "mean")
-    held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
-    inner = exact.inner(loaded, traced, held, rows, reduction="mean", tokens_per_batch=BUDGET)
-    factors = inner.factors(normalise="none", cosine=False)
     matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.targets) for row in rows]
     for group in exact.each_group_of_tokens(parts, tokens, traced):
         some = [tokens[number] for number in group]
         examples, weights = exact.token_rows(parts, some), [token.weight for token in some]
         pairs = exact.held_tokens(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
+        factors = torch.ones(len(traced), len(rows))
         found = exact.token_products(
             loaded, traced, pairs, len(some), rows, factors, basis=basis, reduction="mean", tokens_per_batch=BUDGET
         )
         for matrix, part in zip(matrices, found, strict=True):
             matrix[group] += part
-    scores = inner.scores(normalise="none", cosine=False)
-    size = float(scores.abs().max())
-    for row, matrix, total in zip(rows, matrices, scores, strict=True):
-        assert float(matrix.sum()) == pytest.approx(float(total), rel=1e-3, abs=1e-4 * size)
-        example = whole(loaded, traced, row)
-        for number, token in enumerate(tokens):
-            one = whole(loaded, traced, alone(parts[token.part].encoded, token.place), reduction="sum")
-            query = {name: token.weight * gradient for name, gradient in one.items()}
-            assert float(matrix[number].sum()) == pytest.approx(score(query, example), rel=1e-3, abs=1e-4 * size)
-            if basis == "loss":
-                places = [place for place, is_target in enumerate(row.supervised) if is_target]
-                own = [whole(loaded, traced, alone(row, place), reduction="sum") for place in places]
-                true = [score(query, gradient) / row.targets for gradient in own]
-                assert matrix[number].tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * size)
+    ones = [whole(alone(parts[token.part].encoded, token.place), reduction="sum") for token in tokens]
+    singles = [{name: token.weight * x for name, x in one.items()} for token, one in zip(tokens, ones, strict=True)]
+    for row, matrix in zip(rows, matrices, strict=True):
+        total = score(of_query(parts), whole(row))
+        close = {"rel": 1e-3, "abs": 1e-4 * abs(total)}
+        assert float(matrix.sum()) == pytest.approx(total, **close)
+        assert matrix.sum(1).tolist() == pytest.approx([score(one, whole(row)) for one in singles], **close)
+        if basis == "loss":
+            own = [whole(alone(row, place), reduction="sum") for place in places_of(row)]
+            for found, one in zip(matrix.tolist(), singles, strict=True):
+                assert found == pytest.approx([score(one, gradient) / row.targets for gradient in own], **close)
 
 
-def test_positions_are_told_apart_by_hand(loaded):
+def test_positions_are_told_apart_by_hand(loaded, of_query):
     """Basis `position`: the example's gradient, restricted to one position's pairs at a time."""
-    if loaded.has_adapter:
-        pytest.skip("the same for an adapter's layers")
     traced, (row,), parts = loaded.layers(), random_examples(1, seed=9), query_parts(False)
     held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
     factors = torch.ones(len(traced), 1)
     matrix = exact.token_products(
         loaded, traced, held, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
     )[0]
-    query, captured = of_query(loaded, traced, parts), {}
+    query, captured = of_query(parts), {}
     exact.backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
     for place in range(len(row.ids)):
         true = sum(
@@ -150,21 +154,21 @@ def test_positions_are_told_apart_by_hand(loaded):
         assert float(matrix[0, place]) == pytest.approx(true, rel=1e-3, abs=1e-5 * float(matrix.abs().max()) + 1e-9)
 
 
-def test_groups_of_tokens_stay_within_the_budget_and_never_mix_parts(loaded, monkeypatch):
-    traced, parts = loaded.layers(), query_parts(True)
+def test_groups_of_tokens_stay_within_the_budget_and_never_mix_parts(traced, monkeypatch):
+    parts = query_parts(True)
     tokens = exact.tokens_of(parts, "sum")
     monkeypatch.setattr(exact, "HELD_BYTES", 1)
     assert list(exact.each_group_of_tokens(parts, tokens, traced)) == [[number] for number in range(len(tokens))]
     monkeypatch.setattr(exact, "HELD_BYTES", 2**31)
     groups = list(exact.each_group_of_tokens(parts, tokens, traced))
     assert [{tokens[number].part for number in group} for group in groups] == [{0}, {1}]
-    assert sum(groups, []) == list(range(len(tokens)))
+    assert [number for group in groups for number in group] == list(range(len(tokens)))
 
 
-def test_the_margin_is_the_log_odds_and_does_not_vanish_where_the_model_is_sure(loaded):
+def test_the_margin_is_the_log_odds(loaded):
     traced, (example,) = loaded.layers(), random_examples(1, seed=3)
     found, losses = gradients(loaded, traced, collate([example]), objective="margin", reduction="sum")
-    places = [place for place, is_target in enumerate(example.supervised) if is_target]
+    places = places_of(example)
     weights = [layer.weight.requires_grad_() for layer in traced.values()]
     with torch.enable_grad():
         logits = loaded.model(input_ids=torch.tensor([example.ids])).logits[0].double()
@@ -176,9 +180,15 @@ def test_the_margin_is_the_log_odds_and_does_not_vanish_where_the_model_is_sure(
     for weight in weights:
         weight.requires_grad_(False)
     largest = max(float(gradient.abs().max()) for gradient in true if gradient is not None)
-    for name, gradient in zip(traced, true, strict=True):
-        shaped = found[name][0] if gradient.shape == found[name][0].shape else found[name][0].T
+    for (name, layer), gradient in zip(traced.items(), true, strict=True):
+        shaped = found[name][0] if isinstance(layer, torch.nn.Linear) else found[name][0].T  # Conv1D keeps [i o]
         assert torch.allclose(shaped, gradient, rtol=1e-3, atol=1e-5 * largest)
     assert losses.nll[0, places].tolist() == pytest.approx(
         [-float(logits[t - 1].detach().log_softmax(0)[example.ids[t]]) for t in places], rel=1e-4
     )
+
+
+def test_the_margins_slope_does_not_vanish_where_the_model_is_sure():
+    logits, target, weight = torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([0]), torch.ones(1)
+    assert OBJECTIVES["margin"](logits, target, weight)[1].tolist() == [[-1.0, 0.5, 0.5]]
+    assert OBJECTIVES["loss"](logits, target, weight)[1].abs().max() < 1e-16

@@ -34,8 +34,10 @@ from whence.tokens import Batch, Encoded, bucketed, collate
 
 HELD_BYTES = 2**31
 """Of one group of query tokens' slopes."""
-PRODUCT_ENTRIES = 2**24
-"""Of one array of products of query positions and training positions."""
+PRODUCT_ENTRIES = 2**20
+"""Of one array of products of query positions and training positions: 4 MB, which stay in a CPU's cache."""
+TOKENS_AT_ONCE = 8
+"""Query tokens of one backward pass: a token's slopes are zero behind it, so that long groups multiply zeros."""
 BASES = ("position", "loss")
 
 
@@ -65,6 +67,8 @@ class Pairs:
 
     a: Float32[Tensor, "r i"]
     g: Float32[Tensor, "u r o"]
+    tokens: list[int]
+    """Numbers of the `u` tokens among those held."""
 
 
 Held = dict[str, list[Pairs]]
@@ -128,11 +132,16 @@ def held_whole(
     for part in parts:
 
         def keep(seen: Captured, sign: float = part.sign) -> None:
-            held[seen.layer].append(Pairs(seen.a[0], sign * seen.g))
+            held[seen.layer].append(Pairs(seen.a[0], sign * seen.g, [0]))
 
         batch = collate([part.encoded])
         backward(model, layers, batch, keep, reduction=space.reduction, objective=objective, whole=True)
     return held
+
+
+def _joined(pairs: Sequence[Pairs]) -> tuple[Float32[Tensor, "1 r i"], Float32[Tensor, "1 r o"]]:
+    """Pairs of one query one after another."""
+    return torch.cat([pair.a for pair in pairs])[None], torch.cat([pair.g.sum(0) for pair in pairs])[None]
 
 
 def sketched(held: Held, projection: Projection, normalise: str) -> Float32[Tensor, " k"]:
@@ -140,7 +149,7 @@ def sketched(held: Held, projection: Projection, normalise: str) -> Float32[Tens
     row = torch.zeros(projection.width)
     for layer, pairs in held.items():
         if pairs:
-            a, g = torch.cat([pair.a for pair in pairs])[None], torch.cat([pair.g.sum(0) for pair in pairs])[None]
+            a, g = _joined(pairs)
             factor = inverse(squared_norms(a, g).clamp(min=0).sqrt()) if normalise == "layer" else 1.0
             row[projection.columns(layer)] += (projection(a, g, layer=layer)[0] * factor).cpu()
     return row
@@ -184,31 +193,29 @@ def held_tokens(
         also: Given the numbers of a batch's tokens, another consumer of the same pass.
     """
     held: Held = {name: [] for name in layers}
-    for numbers in bucketed([len(row.ids) for row in rows], tokens_per_batch):
+    budget = min(tokens_per_batch, TOKENS_AT_ONCE * max((len(row.ids) for row in rows), default=0))
+    for numbers in bucketed([len(row.ids) for row in rows], budget):
         batch, other = collate([rows[number] for number in numbers]), also(numbers) if also else None
         scale = torch.tensor([weights[number] for number in numbers])
 
         def keep(seen: Captured, numbers: list[int] = numbers, scale: Tensor = scale, other: Consume | None = other):
             if other is not None:
                 other(seen)
-            held[seen.layer].append(_pairs(seen, numbers, scale.to(seen.g), len(rows)))
+            held[seen.layer].append(_pairs(seen, numbers, scale.to(seen.g)))
 
         backward(model, layers, batch, keep, reduction="sum", objective=objective, whole=True)
     return held
 
 
-def _pairs(seen: Captured, numbers: list[int], scale: Tensor, u: int) -> Pairs:
-    """A batch's pairs, with the slopes at their tokens' places among `u`."""
+def _pairs(seen: Captured, numbers: list[int], scale: Tensor) -> Pairs:
+    """A batch's pairs, its slopes times `scale`."""
     if seen.rows is None:  # the rows are prefixes of the longest one, and so are their inputs
-        g = seen.g.new_zeros(u, *seen.g.shape[1:])
-        g[numbers] = seen.g * scale[:, None, None]
-        return Pairs(seen.a[0], g)
-    # the output head saw one position of each token
-    b, t = seen.a.shape[:2]
-    g = seen.g.new_zeros(u, b, t, seen.g.shape[2])
-    own = seen.rows.tolist()
-    g[[numbers[row] for row in own], range(b)] = seen.g * scale[seen.rows][:, None, None]
-    return Pairs(seen.a.flatten(0, 1), g.flatten(1, 2))
+        return Pairs(seen.a[0], seen.g * scale[:, None, None], numbers)
+    # the output head saw one position of each token: positions one after another, each with its own token's slopes
+    b, t, o = seen.g.shape
+    g = seen.g.new_zeros(b, b, t, o)
+    g[range(b), range(b)] = seen.g * scale[seen.rows][:, None, None]
+    return Pairs(seen.a.flatten(0, 1), g.flatten(1, 2), [numbers[row] for row in seen.rows.tolist()])
 
 
 # -- against training examples
@@ -227,7 +234,9 @@ class InnerProducts:
     def __call__(self, seen: Captured) -> None:
         """Add one layer."""
         rows = torch.arange(self.b) if seen.rows is None else seen.rows.cpu()
-        query_a, query_g = _joined(self.held[seen.layer], seen)
+        pairs = self.held[seen.layer]
+        nothing = (seen.a.new_zeros(1, 1, seen.a.shape[2]), seen.g.new_zeros(1, 1, seen.g.shape[2]))
+        query_a, query_g = _joined(pairs) if pairs else nothing
         dots = inner_products(seen.a, seen.g, query_a, query_g)[0]
         if seen.layer not in self.query_squares:
             self.query_squares[seen.layer] = squared_norms(query_a, query_g).clamp(min=0).cpu()[0]
@@ -242,13 +251,6 @@ class InnerProducts:
             torch.stack([self.query_squares.get(layer, torch.zeros(())) for layer in self.held]),
             torch.stack([self.squares.get(layer, none) for layer in self.held]),
         )
-
-
-def _joined(pairs: list[Pairs], seen: Captured) -> tuple[Tensor, Tensor]:
-    """Pairs of one query one after another: [1 r i] and [1 r o]; one position of zeros where there are none."""
-    if not pairs:
-        return seen.a.new_zeros(1, 1, seen.a.shape[2]), seen.g.new_zeros(1, 1, seen.g.shape[2])
-    return torch.cat([pair.a for pair in pairs])[None], torch.cat([pair.g.sum(0) for pair in pairs])[None]
 
 
 def inner(
@@ -278,34 +280,77 @@ def inner(
     )
 
 
+@dataclass(frozen=True)
+class Factors:
+    """How a query's inner products become scores, where the examples' norms are found in the same pass."""
+
+    normalise: str
+    cosine: bool
+    query_squares: dict[str, float]
+    """Squared norm of the query's gradient, by layer."""
+
+    def of_layer(self, layer: str, squares: Float32[Tensor, " b"]) -> Float32[Tensor, " b"]:
+        """What a layer's inner products are multiplied by."""
+        if self.normalise != "layer":
+            return torch.ones_like(squares)
+        square = torch.tensor(self.query_squares[layer]).to(squares)
+        return inverse(square.sqrt()) * inverse(squares.sqrt())
+
+    def of_all(self, squares: Mapping[str, Float32[Tensor, " b"]]) -> Float32[Tensor, " b"] | float:
+        """What the sum over layers is multiplied by."""
+        if not self.cosine:
+            return 1.0
+        by_layer = torch.stack(list(squares.values()))
+        query = torch.tensor(list(self.query_squares.values()))
+        if self.normalise == "layer":
+            by_layer, query = (by_layer > 0).float(), (query > 0).float()
+        return inverse(by_layer.sum(0).sqrt()) * inverse(query.sum().sqrt())
+
+
 @dataclass
 class TokenProducts:
-    """Consumes a backward pass over `b` examples into `M[u, b, s]`, layer by layer."""
+    """Consumes a whole backward pass over `b` examples into `M[u, b, s]`, layer by layer."""
 
     held: Held
-    factors: dict[str, Float32[Tensor, " b"]]
+    factors: Factors | Mapping[str, Float32[Tensor, " b"]]
     """What each layer is multiplied by, for each example of the batch."""
     matrix: Float32[Tensor, "u b s"]
+    head_places: list[list[int]]
+    """Of each example: positions whose logits predict a supervised token."""
+    squares: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
 
     def __call__(self, seen: Captured) -> None:
         """Add one layer."""
-        factors = self.factors[seen.layer].to(seen.g)
+        factors = self._factors(seen)
         for pairs in self.held[seen.layer]:
+            found = (_token_products(pairs, seen.a, seen.g) * factors[None, :, None]).to(self.matrix)
             if seen.rows is None:
-                self.matrix += (_token_products(pairs, seen.a, seen.g) * factors[None, :, None]).to(self.matrix)
+                self.matrix[pairs.tokens] += found
             else:
-                self._add_head(pairs, seen, factors)
+                self._add_head(pairs.tokens, seen.rows.tolist(), found)
 
-    def _add_head(self, pairs: Pairs, seen: Captured, factors: Tensor) -> None:
+    def _factors(self, seen: Captured) -> Float32[Tensor, " b"]:
+        if not isinstance(self.factors, Factors):
+            factors = self.factors[seen.layer].to(seen.g)
+            return factors if seen.rows is None else factors[seen.rows]
+        squares = squared_norms(seen.a, seen.g).clamp(min=0)
+        rows = torch.arange(len(squares)) if seen.rows is None else seen.rows.cpu()
+        all_squares = torch.zeros(self.matrix.shape[1]).index_add_(0, rows, squares.cpu())
+        self.squares[seen.layer] = all_squares
+        return self.factors.of_layer(seen.layer, squares)
+
+    def _add_head(self, tokens: list[int], rows: list[int], found: Tensor) -> None:
         """The output head: its positions are those that predict a supervised token, in order."""
-        assert seen.rows is not None
-        found = (_token_products(pairs, seen.a, seen.g) * factors[seen.rows][None, :, None]).to(self.matrix)
-        for place, row in enumerate(seen.rows.tolist()):
+        for place, row in enumerate(rows):
             where = self.head_places[row]
-            self.matrix[:, row, where] += found[:, place, : len(where)]
+            self.matrix[torch.tensor(tokens)[:, None], row, torch.tensor(where)] += found[:, place, : len(where)]
 
-    head_places: list[list[int]] = field(default_factory=list)
-    """Of each example: positions whose logits predict a supervised token."""
+    def result(self) -> Float32[Tensor, "u b s"]:
+        """The matrices."""
+        if not isinstance(self.factors, Factors):
+            return self.matrix
+        scale = self.factors.of_all(self.squares)
+        return self.matrix * (scale[None, :, None] if isinstance(scale, Tensor) else scale)
 
 
 def _token_products(pairs: Pairs, a: Tensor, g: Tensor) -> Tensor:
@@ -335,7 +380,7 @@ def token_products(
     held: Held,
     u: int,
     rows: Sequence[Encoded],
-    factors: Float32[Tensor, "l b"],
+    factors: Factors | Float32[Tensor, "l b"],
     *,
     basis: str,
     reduction: str,
@@ -349,7 +394,7 @@ def token_products(
         held: Pairs of `u` query tokens.
         u: Their number.
         rows: Training examples.
-        factors: Of each layer and example, from `Inner.factors`.
+        factors: How inner products become scores: found in the same pass, or of each layer and example.
         basis: "position": columns are all tokens of the example; "loss": its supervised tokens.
         reduction: Of a training example's loss.
         tokens_per_batch: Of a backward pass.
@@ -358,12 +403,18 @@ def token_products(
     if basis == "position":
         for numbers in bucketed([len(row.ids) for row in rows], tokens_per_batch):
             batch = collate([rows[number] for number in numbers])
-            consume = TokenProducts(held, _by_layer(layers, factors[:, numbers]), torch.zeros(u, *batch.ids.shape))
-            consume.head_places = _head_places(batch)
+            some = factors if isinstance(factors, Factors) else _by_layer(layers, factors[:, numbers])
+            consume = TokenProducts(held, some, torch.zeros(u, *batch.ids.shape), _head_places(batch))
             backward(model, layers, batch, consume, reduction=reduction, whole=True)
+            found = consume.result()
             for place, number in enumerate(numbers):
-                out[number] = consume.matrix[:, place, : len(rows[number].ids)].clone()
+                out[number] = found[:, place, : len(rows[number].ids)].clone()
         return out
+    if isinstance(factors, Factors):  # of whole examples, which single tokens do not know
+        nothing: Held = {name: [] for name in layers}
+        found = inner(model, layers, nothing, rows, reduction=reduction, tokens_per_batch=tokens_per_batch)
+        squares = torch.tensor([factors.query_squares[name] for name in layers])
+        factors = Inner(found.dots, squares, found.squares).factors(normalise=factors.normalise, cosine=factors.cosine)
     for number, row in enumerate(rows):
         tokens = tokens_of([Part(row)], reduction)
         alone = token_rows([Part(row)], tokens)
@@ -372,14 +423,22 @@ def token_products(
             batch = collate([alone[place] for place in numbers])
             weight = torch.tensor([tokens[place].weight for place in numbers])
             scaled = _by_layer(layers, factors[:, [number] * len(numbers)] * weight)
-            consume = TokenProducts(held, scaled, torch.zeros(u, *batch.ids.shape), head_places=_head_places(batch))
+            consume = TokenProducts(held, scaled, torch.zeros(u, *batch.ids.shape), _head_places(batch))
             backward(model, layers, batch, consume, reduction="sum", whole=True)
             matrix[:, numbers] = consume.matrix.sum(2)
         out[number] = matrix
     return out
 
 
-def _by_layer(layers: Mapping[str, nn.Module], factors: Tensor) -> dict[str, Tensor]:
+def factors_of(held: Held, *, normalise: str, cosine: bool) -> Factors:
+    """Of a query that is held whole."""
+    squares = {
+        layer: float(squared_norms(*_joined(pairs)).clamp(min=0)[0]) if pairs else 0.0 for layer, pairs in held.items()
+    }
+    return Factors(normalise, cosine, squares)
+
+
+def _by_layer(layers: Mapping[str, nn.Module], factors: Tensor) -> Mapping[str, Tensor]:
     return dict(zip(layers, factors, strict=True))
 
 

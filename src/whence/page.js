@@ -13,7 +13,7 @@ function drawAnswer() {
   chips = [];
   const parts = [
     el("h2", {}, "Prompt"),
-    el("div", { class: "text prompt asked", dir: "auto", tabindex: 0 }, marked(prompt)),
+    el("div", { class: "text prompt asked", dir: "auto", tabindex: 0 }, prompt),
     el("h2", {}, generated ? "The model said" : "Completion"),
     tokenLine(tokens, "Tokens of the answer"),
   ];

@@ -29,7 +29,7 @@ function svg(tag, attributes, ...children) {
 
 const byId = (id) => document.getElementById(id);
 
-// Newlines keep a faint mark, which is drawn by the style sheet and so is not copied with the text.
+// Newlines of a token keep a faint mark, drawn by the style sheet and so not copied with the text.
 function marked(text) {
   const parts = document.createDocumentFragment();
   text.split("\n").forEach((line, number) => {
@@ -48,7 +48,8 @@ function parted(text) {
 }
 
 const named = (text) => text.replace(/^ +/, (gap) => "␣".repeat(gap.length)).replaceAll("\n", "↵") || "∅";
-const quoted = (text) => `“${named(text.trim() ? text.trim() : text)}”`;
+// Between isolates, so that right-to-left text leaves the order of the sentence around it alone.
+const quoted = (text) => `“\u2068${named(text.trim() || text)}\u2069”`;
 const chance = (p) => (p === null ? "p unknown" : `p\u00a0=\u00a0${p < 0.001 ? p.toExponential(1) : p.toFixed(3)}`);
 
 // -- numbers
@@ -168,7 +169,7 @@ class Example {
     const { hit, matrix } = this;
     this.body = el("div", { class: "text", dir: "auto" });
     const box = el("div", { class: "box" }, this.body);
-    if (hit.prompt) this.body.append(el("div", { class: "prompt" }, marked(hit.prompt)));
+    if (hit.prompt) this.body.append(el("div", { class: "prompt" }, hit.prompt));
     const whole = hit.prompt + (matrix ? matrix.train.join("") : hit.completion);
     this.isFolded = whole.length > LONG.chars || whole.split("\n").length > LONG.lines;
     if (matrix) {
@@ -180,7 +181,7 @@ class Example {
       }
       this.show(this.matrix.striking);
     } else {
-      this.body.append(el("div", {}, marked(hit.prompt ? hit.completion.trimStart() : hit.completion)));
+      this.body.append(el("div", {}, hit.prompt ? hit.completion.trimStart() : hit.completion));
     }
     if (this.isFolded) box.append(this.unfoldButton(whole.length));
     return box;

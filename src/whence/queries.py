@@ -8,6 +8,7 @@ training example's, laid out and closed as a row of the index' corpus would be.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +116,8 @@ def _query(row: Any, where: str | int) -> Query:
             f"{told}: a query needs a text as `prompt` (and one as `completion`, if not the model's own; perhaps as "
             f"`span` and `contrast`); found {have}"
         )
-    return Query(prompt, *others)
+    completion, span, contrast = others
+    return Query(prompt, completion, span or None, contrast or None)  # an empty cell of a csv file is none
 
 
 def ask(queries: Sequence[Query], model: LoadedModel, *, kind: str, sampling: Sampling | None = None) -> list[Asked]:
@@ -244,8 +246,8 @@ def _spanned(tokens: list[str], span: str | tuple[int, int] | None, model: Loade
 def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
     """Tokens that hold characters of the text's first occurrence.
 
-    Where a token ends is how long the completion is when decoded up to it: no tokenizer's offsets are needed, and a
-    generated completion is never tokenised again.
+    A token's characters are told from the completion decoded up to it: no tokenizer's offsets are needed, and a
+    generated completion is never tokenised again. A character cut in several tokens is a character of each of them.
     """
     targets = [place for place, is_target in enumerate(encoded.supervised) if is_target]
 
@@ -257,7 +259,11 @@ def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
     start = whole.find(span)
     if start < 0 or not span.strip():
         raise SettingError(f"--span {span[:SHOWN]!r} does not occur in the completion {whole[:300]!r}")
-    ends = [len(text_to(count)) for count in range(1, len(targets) + 1)]
-    # a character cut in two decodes to one U+FFFD for each half, so that an end can lie behind the next one's
-    starts = [0, *(max(ends[:count]) for count in range(1, len(ends)))]
-    return [begin < start + len(span) and end > start for begin, end in zip(starts, ends, strict=True)]
+    begin, asked = 0, []
+    for count in range(1, len(targets) + 1):
+        text = text_to(count)
+        certain = len(os.path.commonprefix([text, whole]))  # half a character decodes to one U+FFFD or more
+        end = min(len(text), certain + 1)
+        asked.append(begin < start + len(span) and end > start)
+        begin = certain
+    return asked

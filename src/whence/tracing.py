@@ -138,7 +138,7 @@ def trace(
     )
     opened.store.require_complete()
     _check_space(opened, chosen)
-    rankable = opened.store.info()["ok_rows"]
+    rankable = len(opened.store.rankable())
     if not rankable:
         raise SettingError(
             f"{opened.store.place.root}: none of its {opened.store.rows:,} rows has a finite gradient, so none can "
@@ -147,13 +147,22 @@ def trace(
     last = opened.model()
     found = ask(asked, last, kind=opened.layout, sampling=sampling)
     if catalogue.trace_method(chosen.method).from_index:
-        traced = _FromIndex(opened, found, chosen, controls).trace()
+        traced = _FromIndex(opened, found, chosen, controls, rankable).trace()
     else:
         traced = _from_scorer(opened, found, chosen)
-    notes = (
-        [] if chosen.top <= rankable else [f"--top {chosen.top}: only {rankable} rows can be ranked; all are shown."]
-    )
-    return replace(traced, rows=rankable, settings=_told(opened, chosen, sampling, controls), notes=notes)
+    told, notes = _told(opened, chosen, sampling, controls), _notes(chosen, asked, rankable)
+    return replace(traced, rows=rankable, settings=told, notes=notes)
+
+
+def _notes(settings: TraceSettings, asked: list[Query], rankable: int) -> list[str]:
+    """What was asked for and is not so."""
+    notes = []
+    if settings.top > rankable:
+        notes.append(f"--top {settings.top}: only {rankable} rows can be ranked; all are shown.")
+    is_of_text = catalogue.trace_method(settings.method).scorer is not None
+    if is_of_text and any(query.span is not None or query.contrast is not None for query in asked):
+        notes.append(f"--method {settings.method} compares whole texts: the span and the contrast are left out of it.")
+    return notes
 
 
 def _queries(prompt: str | None, completion: str | None, queries: Any, span: Any, contrast: str | None) -> list[Query]:
@@ -229,6 +238,8 @@ class _FromIndex:
     settings: TraceSettings
     given: Any
     """Control queries of the caller's."""
+    rows: int
+    """That can be ranked."""
 
     def trace(self) -> Trace:
         """Rank, correct, re-rank, and look at what is shown token by token."""
@@ -246,7 +257,7 @@ class _FromIndex:
             minus=controls.mean if settings.specific and controls is not None else None,
         )
         out = Trace([query.answer for query in self.asked], [], settings.method, 0)
-        needed = None if controls is None else nulls.needed_z(self.index.store.rows, controls.vectors.shape[1])
+        needed = None if controls is None else nulls.needed_z(self.rows, controls.vectors.shape[1])
         for number in range(len(self.asked)):
             sides = [_Side.of(ranking, number, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
             hits, overlap = self._hits(number, sides, vectors[:, number], controls)
@@ -255,7 +266,7 @@ class _FromIndex:
                 out.overlaps.append(overlap)
             if needed is not None:
                 best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
-                out.verdicts.append(nulls.verdict(best, needed, self.index.store.rows))
+                out.verdicts.append(nulls.verdict(best, needed, self.rows))
         return replace(out, needed_z=needed)
 
     def _controls(self) -> nulls.Controls | None:
@@ -274,21 +285,23 @@ class _FromIndex:
         settings, overlap = self.settings, None
         numbers = sorted({row for side in sides for row in side.rows})
         kept = dict(zip(numbers, self.index.store.read_rows(numbers), strict=True))
-        encoded = {number: self._encoded(row) for number, row in kept.items()} if self._needs_exact else {}
-        inner = self._inner(query, [encoded[number] for number in numbers]) if self._needs_exact else []
-        exact_scores = dict(zip(numbers, self._exact(inner).tolist(), strict=True)) if inner else {}
+        exact_scores: dict[int, float] = {}
         means = self._means(controls, numbers)
         if settings.exact:
+            exact_scores = self._exact(query, {number: self._encoded(kept[number]) for number in numbers})
             overlap = _overlap(sides[0], exact_scores, means, settings.top)
             sides = [side.ordered(exact_scores, means) for side in sides]
         sides = [side.cut(settings.top) for side in sides]
         shown = [row for side in sides for row in side.rows]
         scores = [score for side in sides for score in side.scores]
         found_nulls = None if controls is None else self._nulls(controls, shown, scores, means)
-        token_parts = self._by_token(query, vectors, shown, numbers, encoded, inner) if settings.tokens else None
+        token_parts = {}
+        if settings.tokens:
+            token_parts = self._by_token(query, vectors, {row: self._encoded(kept[row]) for row in sorted({*shown})})
+            exact_scores |= {row: float(matrix.matrix.sum()) for row, (_, matrix) in token_parts.items()}
         hits = []
         for place, (row, rank) in enumerate((row, rank) for side in sides for rank, row in side.ranked()):
-            by_token, matrix = token_parts[row] if token_parts else (None, None)
+            by_token, matrix = token_parts.get(row, (None, None))
             hits.append(
                 Hit(
                     query=query,
@@ -304,10 +317,6 @@ class _FromIndex:
                 )
             )
         return hits, overlap
-
-    @property
-    def _needs_exact(self) -> bool:
-        return self.settings.exact or self.settings.tokens
 
     def _encoded(self, row: Row) -> Encoded:
         return encode(
@@ -325,57 +334,43 @@ class _FromIndex:
         raw = [score + means[row] for row, score in zip(rows, scores, strict=True)]
         return nulls.nulls(self.index, controls, rows, raw, cosine=self.settings.cosine) if rows else []
 
-    def _inner(self, query: int, rows: list[Encoded]) -> list[exact.Inner]:
-        """Exact inner products with some rows, for each checkpoint."""
-        found = []
-        for checkpoint in _last_first(self.index):
-            model = self.index.model(checkpoint)
-            layers, space = self.index.layers(model), self.index.space
+    def _exact(self, query: int, rows: dict[int, Encoded]) -> dict[int, float]:
+        """Exact scores of some rows."""
+        index, total = self.index, torch.zeros(len(rows))
+        for checkpoint in _last_first(index):
+            model = index.model(checkpoint)
+            layers, space = index.layers(model), index.space
             held = exact.held_whole(model, layers, self.asked[query].parts, space, self.settings.objective)
-            found.append(
-                exact.inner(
-                    model,
-                    layers,
-                    held,
-                    rows,
-                    reduction=space.reduction,
-                    tokens_per_batch=self.index.settings.tokens_per_batch,
-                )
+            found = exact.inner(
+                model,
+                layers,
+                held,
+                list(rows.values()),
+                reduction=space.reduction,
+                tokens_per_batch=index.settings.tokens_per_batch,
             )
-        return found[::-1]
-
-    def _exact(self, inner: list[exact.Inner]) -> Float32[Tensor, " b"]:
-        kind = {"normalise": self.index.space.normalise, "cosine": self.settings.cosine}
-        return sum(  # type: ignore[return-value]
-            (weight * one.scores(**kind) for weight, one in zip(self.index.weights, inner, strict=True)),
-            start=torch.zeros(inner[0].dots.shape[1]),
-        )
+            scores = found.scores(normalise=space.normalise, cosine=self.settings.cosine)
+            total += index.weights[checkpoint] * scores
+        return dict(zip(rows, total.tolist(), strict=True))
 
     def _by_token(
-        self,
-        query: int,
-        vectors: Float32[Tensor, "c k"],
-        shown: list[int],
-        numbers: list[int],
-        encoded: dict[int, Encoded],
-        inner: list[exact.Inner],
+        self, query: int, vectors: Float32[Tensor, "c k"], shown: dict[int, Encoded]
     ) -> dict[int, tuple[list[float], TokenMatrix]]:
         """For the rows shown: each query token's share in the index' score, and the token x token matrix."""
-        shown, settings, index = sorted(set(shown)), self.settings, self.index
-        asked, columns = self.asked[query], [numbers.index(row) for row in shown]
-        rows = [encoded[row] for row in shown]
+        settings, index, asked, rows = self.settings, self.index, self.asked[query], list(shown.values())
         tokens = exact.tokens_of(asked.parts, index.space.reduction)
-        stored, norms = index.store.vectors(shown)
+        stored, norms = index.store.vectors(list(shown))
         shares = torch.zeros(len(tokens), len(shown))
         matrices = [torch.zeros(len(tokens), self._width(row)) for row in rows]
         for checkpoint in _last_first(index):
             model, weight = index.model(checkpoint), index.weights[checkpoint]
             layers = index.layers(model)
-            factors = weight * inner[checkpoint].factors(normalise=index.space.normalise, cosine=settings.cosine)
+            whole = exact.held_whole(model, layers, asked.parts, index.space, settings.objective)
+            factors = exact.factors_of(whole, normalise=index.space.normalise, cosine=settings.cosine)
             rights = stored[checkpoint] * (inverse(norms[checkpoint])[:, None] if settings.cosine else 1)
             scale = float(inverse(vectors[checkpoint].norm())) if settings.cosine else 1.0
             for group in exact.each_group_of_tokens(asked.parts, tokens, layers):
-                held, sketches = self._held(model, asked.parts, [tokens[n] for n in group], inner[checkpoint])
+                held, sketches = self._held(model, asked.parts, [tokens[n] for n in group], factors)
                 shares[group] += weight * scale * sketches @ rights.T
                 found = exact.token_products(
                     model,
@@ -383,20 +378,20 @@ class _FromIndex:
                     held,
                     len(group),
                     rows,
-                    factors[:, columns],
+                    factors,
                     basis=settings.basis,
                     reduction=index.space.reduction,
                     tokens_per_batch=index.settings.tokens_per_batch,
                 )
                 for matrix, part in zip(matrices, found, strict=True):
-                    matrix[group] += part
+                    matrix[group] += weight * part
         return {
             row: (shares[:, place].tolist(), self._matrix(asked, rows[place], matrices[place]))
             for place, row in enumerate(shown)
         }
 
     def _held(
-        self, model: LoadedModel, parts: list[Part], tokens: list[exact.Token], inner: exact.Inner
+        self, model: LoadedModel, parts: list[Part], tokens: list[exact.Token], factors: exact.Factors
     ) -> tuple[exact.Held, Float32[Tensor, "u k"]]:
         """Pairs of some query tokens, and their sketches from the same pass."""
         index, layers = self.index, self.index.layers(model)
@@ -404,7 +399,7 @@ class _FromIndex:
         rows, weights = exact.token_rows(parts, tokens), [token.weight for token in tokens]
         scales = dict.fromkeys(layers, 1.0)
         if index.space.normalise == "layer":  # by the whole query's norms, so that tokens add up to it
-            scales = dict(zip(layers, inverse(inner.query_squares.sqrt()).tolist(), strict=True))
+            scales = {name: square**-0.5 if square > 0 else 0.0 for name, square in factors.query_squares.items()}
         made: list[tuple[list[int], Sketches]] = []
 
         def also(numbers: list[int]) -> Any:
@@ -522,7 +517,8 @@ def _from_scorer(index: Index, asked: list[Asked], settings: TraceSettings) -> T
     for query, row_scores in enumerate(scores):
         order = row_scores.argsort(descending=True, stable=True)
         order = order[row_scores[order] > -torch.inf].tolist()
-        lowest = row_scores.masked_fill(~usable, torch.inf).argsort(stable=True)[: min(top, len(order))].tolist()
+        scored = row_scores.masked_fill(row_scores == -torch.inf, torch.inf)
+        lowest = scored.argsort(stable=True)[: min(top, len(order))].tolist()
         for sign, numbers in ((1, order[:top]), (-1, lowest)):
             for rank, (number, row) in enumerate(zip(numbers, index.store.read_rows(numbers), strict=True), start=1):
                 score = float(row_scores[number])

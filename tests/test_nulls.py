@@ -1,0 +1,221 @@
+"""A null says how far a score stands above what the same example scores for other queries."""
+
+import statistics
+
+import pytest
+import torch
+from scipy import stats
+
+from conftest import corpus_rows, write_jsonl
+from whence.errors import SettingError
+from whence.index import Index, index
+from whence.nulls import LEAST, control_scores, draw_controls, given_controls, needed_z, nulls, verdict
+from whence.tracing import trace
+
+WEIGHTS = (0.75, 0.25)
+
+
+class Synthetic(Index):
+    """An index of given vectors [c n k], as far as a null reads one."""
+
+    weights = WEIGHTS
+
+    def __init__(self, vectors):
+        self.held, self.store = vectors, self
+
+    def rankable(self):
+        """All."""
+        return torch.arange(self.held.shape[1])
+
+    def vectors(self, numbers):
+        """With their norms."""
+        return self.held[:, numbers], self.held[:, numbers].norm(dim=2)
+
+
+def score(query, example, cosine):
+    """By definition, over checkpoints."""
+    total = 0.0
+    for weight, x, y in zip(WEIGHTS, query, example, strict=True):
+        product = sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+        norms = (sum(float(side) ** 2 for side in sides) ** 0.5 for sides in (x, y))
+        total += weight * product / (next(norms) * next(norms) if cosine else 1)
+    return total
+
+
+def vectors(count, seed=0, width=8):
+    return torch.randn(2, count, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_z_mean_and_percentile_are_those_of_the_examples_scores_for_the_controls(cosine):
+    synthetic, controls, query = Synthetic(vectors(20)), vectors(LEAST, seed=1), vectors(1, seed=2)[:, 0]
+    made = given_controls(synthetic, controls, cosine=cosine)
+    scores = [score(query, synthetic.held[:, row], cosine) for row in (3, 7)]
+    for row, own, null in zip((3, 7), scores, nulls(synthetic, made, [3, 7], scores, cosine=cosine), strict=True):
+        others = [score(controls[:, m], synthetic.held[:, row], cosine) for m in range(LEAST)]
+        mean = statistics.fmean(others)
+        assert null.scores == pytest.approx(others, rel=1e-4, abs=1e-5)
+        assert null.mean == pytest.approx(mean, rel=1e-4, abs=1e-5)
+        assert null.z == pytest.approx((own - mean) / statistics.stdev(others), rel=1e-4)
+        assert null.percentile == pytest.approx(100 * sum(other < own for other in others) / LEAST)
+
+
+def test_an_example_is_left_out_of_its_own_null():
+    synthetic = Synthetic(vectors(64))
+    controls = draw_controls(synthetic, cosine=True)
+    row = int(controls.rows[5])
+    stranger = next(number for number in range(64) if number not in controls.rows.tolist())
+    own, other = nulls(synthetic, controls, [row, stranger], [0.5, 0.5], cosine=True)
+    assert (len(own.scores), len(other.scores)) == (31, 32)
+    assert max(own.scores) < 0.999
+    assert control_scores(synthetic, controls, [row], cosine=True).max() == pytest.approx(1, abs=1e-5)
+
+
+def test_controls_are_half_the_rows_at_most_all_different_and_by_seed():
+    synthetic = Synthetic(vectors(50))
+    rows = draw_controls(synthetic, cosine=False).rows.tolist()
+    assert len(set(rows)) == len(rows) == 25
+    assert draw_controls(synthetic, cosine=False).rows.tolist() == rows
+    assert draw_controls(synthetic, cosine=False, seed=1).rows.tolist() != rows
+    assert len(draw_controls(Synthetic(vectors(300)), cosine=False).rows) == 128
+
+
+def test_too_few_rows_or_controls_give_no_null():
+    assert draw_controls(Synthetic(vectors(2 * LEAST - 1)), cosine=True) is None
+    assert draw_controls(Synthetic(vectors(2 * LEAST)), cosine=True) is not None
+    assert given_controls(Synthetic(vectors(5)), vectors(LEAST - 1), cosine=True) is None
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_generic_is_what_scores_high_whatever_is_asked(cosine):
+    """All gradients share a direction, and row 0 is that direction; rows 1 and 2 are large, but high for half."""
+    held = vectors(300)
+    held[..., 0] += 3
+    held[:, :3] = 0
+    held[:, 0, 0], held[:, 1, 1], held[:, 2, 1] = 10, 1000, -1000
+    synthetic = Synthetic(held)
+    controls = draw_controls(synthetic, cosine=cosine)
+    found = nulls(synthetic, controls, list(range(300)), [0.0] * 300, cosine=cosine)
+    assert found[0].generic
+    assert not found[1].generic
+    assert not found[2].generic
+    assert sum(null.generic for null in found) <= 4, "a hundredth"
+
+
+def test_what_never_varies_has_no_z():
+    held = vectors(40)
+    held[:, 3] = 0
+    synthetic = Synthetic(held)
+    (null,) = nulls(synthetic, draw_controls(synthetic, cosine=True), [3], [0.0], cosine=True)
+    assert (null.mean, null.z, null.percentile, null.generic) == (0, 0, 0, False)
+
+
+# -- the best of many
+
+
+def test_chance_alone_reaches_the_needed_z_for_one_query_in_twenty():
+    examples, controls, trials = 40, 20, 10_000
+    drawn = torch.randn(trials, examples, controls + 1, generator=torch.Generator().manual_seed(0))
+    z = (drawn[..., 0] - drawn[..., 1:].mean(2)) / drawn[..., 1:].std(2)
+    share = (z.amax(1) >= needed_z(examples, controls)).float().mean()
+    assert share == pytest.approx(0.05, abs=0.008)
+
+
+def test_the_needed_z_is_a_quantile_of_students_t_and_of_the_normal_for_many_controls():
+    assert needed_z(1, 16) == pytest.approx(stats.t.isf(0.05, 15) * (17 / 16) ** 0.5)
+    assert needed_z(1000, 10**7) == pytest.approx(stats.norm.isf(0.05 / 1000), rel=1e-4)
+    assert needed_z(1000, 128) > needed_z(10, 128)
+
+
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        (3.0, "The best example stands above the null: z 3.0, where chance alone reaches 3.0."),
+        (2.9, "Nothing here stands above the null: the best z is 2.9, and the best of 1,234 examples would reach 3.0"),
+        (None, "Nothing here stands above the null: no example has a null, and"),
+    ],
+)
+def test_a_verdict_is_in_words(best, words):
+    assert verdict(best, 3.0, 1234).startswith(words)
+
+
+# -- in a trace
+
+
+@pytest.fixture(scope="module")
+def built(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nulls") / "index"
+    return index(tiny_run, corpus_rows(40), out, checkpoints="all", width=4, codec="float32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory):
+    """A file of controls, none of which is a row."""
+    return write_jsonl(tmp_path_factory.mktemp("nulls") / "controls.jsonl", corpus_rows(LEAST, first=50))
+
+
+ASKED = ("5 and 3?", " yes, 12")
+
+
+def by_id(hits):
+    return {hit.id: hit.score for hit in hits}
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_a_null_is_what_control_queries_score(built, controls, method):
+    found = trace(built, *ASKED, method=method, controls=controls, top=40)
+    theirs = trace(built, queries=controls, method=method, controls=controls, top=40)
+    others = [by_id(theirs.of(number)) for number in range(LEAST)]
+    for hit in found.of(0):
+        expected = [scores[hit.id] for scores in others]
+        assert hit.null.scores == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, expected)))
+        z = (hit.score - statistics.fmean(expected)) / statistics.stdev(expected)
+        assert hit.null.z == pytest.approx(z, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, controls, method, given):
+    chosen = {"method": method, "top": 40, "controls": controls if given else None}
+    plain, found = trace(built, *ASKED, **chosen), trace(built, *ASKED, specific=True, **chosen)
+    if given:
+        others = trace(built, queries=controls, **chosen)
+        numbers = range(LEAST)
+    else:  # the controls are rows, which a file of rows asks for
+        others = trace(built, queries=corpus_rows(40), **chosen)
+        numbers = draw_controls(built, cosine=method == "cosine").rows.tolist()
+    scores = [by_id(others.of(number)) for number in numbers]
+    raw = by_id(plain.of(0))
+    expected = {name: raw[name] - statistics.fmean(each[name] for each in scores) for name in raw}
+    for hits in (found.of(0), found.of(0, opposing=True)):
+        assert by_id(hits) == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, raw.values())))
+    assert [hit.id for hit in found.of(0)] == sorted(expected, key=expected.__getitem__, reverse=True)
+    assert {hit.id: hit.null.z for hit in found.of(0)} == pytest.approx(
+        {hit.id: hit.null.z for hit in plain.of(0)}, rel=1e-2, abs=1e-3
+    )
+
+
+def test_every_query_has_a_verdict_about_its_best_helpful_example(built):
+    found = trace(built, queries=[{"prompt": "5?", "completion": " yes"}, {"prompt": "6?", "completion": "!!"}], top=4)
+    assert found.needed_z == pytest.approx(needed_z(40, 20))
+    for number in range(2):
+        best = max(hit.null.z for hit in found.of(number))
+        assert found.verdicts[number] == verdict(best, found.needed_z, 40)
+
+
+def test_without_a_null_there_is_no_verdict(tiny_index):
+    found = trace(tiny_index, *ASKED, top=2)
+    assert (found.verdicts, found.needed_z, [hit.null for hit in found.hits]) == ([], None, [None] * 4)
+    with pytest.raises(SettingError, match=f"--specific needs at least {LEAST} control queries.*--controls"):
+        trace(tiny_index, *ASKED, specific=True)
+
+
+def test_a_file_gives_a_null_where_the_rows_are_too_few(tiny_index, controls):
+    found = trace(tiny_index, *ASKED, top=2, controls=controls)
+    assert len(found.verdicts) == 1
+    assert all(len(hit.null.scores) == LEAST for hit in found.hits)
+
+
+def test_too_few_controls_are_refused(built):
+    with pytest.raises(SettingError, match=f"--controls: 3 queries; a null needs {LEAST} or more"):
+        trace(built, *ASKED, controls=corpus_rows(3))
