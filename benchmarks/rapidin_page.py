@@ -52,7 +52,8 @@ def filled(text: str, name: str, table: str) -> str:
 def retrieval_table(table: dict, seed: str) -> str:
     """AuROC / auPRC at every depth."""
     lines = [
-        f"{table['queries']} queries, {table['poisoned']:,} poisoned of {table['rows']:,} rows, {seed}; auROC / auPRC, and below the 95% interval of auROC",
+        f"{table['queries']} queries, {table['poisoned']:,} poisoned of {table['rows']:,} rows, {seed}; "
+        "auROC / auPRC, and below the 95% interval of auROC",
         "",
         "| method | " + " | ".join(f"@{depth}" for depth in DEPTHS) + " | of the first 10 |",
         "|---|" + "---|" * (len(DEPTHS) + 1),

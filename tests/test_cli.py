@@ -324,6 +324,110 @@ def test_a_file_that_rows_cannot_go_to_is_refused_before_any_work(whence, tmp_pa
     assert told in complaint(whence("trace", tmp_path / "none", "--prompt", "a", "-o", tmp_path / name))
 
 
+@pytest.fixture(scope="module")
+def wide_index(tiny_llama, tmp_path_factory):
+    """With rows enough for a null."""
+    from whence.index import index
+
+    out = tmp_path_factory.mktemp("wide") / "index"
+    index(tiny_llama, corpus_rows(34), out, width=4, progress=False)
+    return out
+
+
+LOOK = ("--prompt", "5 and 3?", "--completion", " yes", "--top", 2)
+CLOSER = (*LOOK, "--exact", "--tokens", "--contrast", " no")
+MORE = [*COLUMNS[:4], "exact", "z", "percentile", "generic", *COLUMNS[4:], "by_token", "tokens"]
+
+
+def test_a_closer_look_has_columns_of_its_own(whence, wide_index):
+    found = whence("trace", wide_index, *CLOSER).out
+    assert all(word in found for word in ("exact", " z ", "and not      no", "are among the exact best"))
+    found = whence("trace", wide_index, *CLOSER, "--json").json()
+    assert [list(row) for row in found["rows"]] == [MORE] * 4
+    (verdict,), (overlap,) = found["verdicts"], found["overlaps"]
+    assert verdict.startswith(("Nothing here", "The best example"))
+    assert (0 <= overlap <= 1, found["needed_z"] > 2, found["notes"]) == (True, True, [])
+    for row in found["rows"]:
+        assert list(row["tokens"]) == ["basis", "query", "train", "matrix"]
+        assert row["tokens"]["query"] == [*" yes", "</s>", *" no", "</s>"]
+        assert len(row["by_token"]) == len(row["tokens"]["matrix"]) == 9
+        assert {len(shares) for shares in row["tokens"]["matrix"]} == {len(row["tokens"]["train"])}
+        assert isinstance(row["generic"], bool)
+        assert 0 <= row["percentile"] <= 100
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_closer_look_is_written_by_the_files_ending(whence, wide_index, tmp_path, ending):
+    file = tmp_path / f"rows.{ending}"
+    ran = whence("trace", wide_index, *CLOSER, "--json", "-o", file)
+    expected = ran.json()["rows"]
+    if ending == "jsonl":
+        assert [json.loads(line) for line in file.read_text().splitlines()] == expected
+        return
+    if ending == "parquet":
+        rows = pq.read_table(file).to_pylist()
+        assert [row["z"] for row in rows] == [row["z"] for row in expected]
+    else:
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert [row["generic"] for row in rows] == [str(row["generic"]) for row in expected]
+    assert [list(row) for row in rows] == [MORE] * 4
+    for name in ("by_token", "tokens"):
+        assert [json.loads(row[name]) for row in rows] == [row[name] for row in expected]
+
+
+@pytest.mark.parametrize("method", ["cosine", "bm25"])
+def test_a_report_is_one_page(whence, wide_index, tmp_path, method):
+    file = tmp_path / "report.html"
+    ran = whence("trace", wide_index, *LOOK, "--method", method, "-o", file)
+    assert ran.code == 0
+    assert "".join(f"written to {file}".split()) in "".join(ran.out.split())
+    page = file.read_text()
+    assert page.lower().startswith("<!doctype html>")
+    found = whence("trace", wide_index, *LOOK, "--method", method, "--json").json()
+    for told in (*found["verdicts"], *(row["id"] for row in found["rows"])):
+        assert told in page
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_query_of_a_span_is_given_by_text_or_by_tokens(whence, wide_index):
+    by_text = whence("trace", wide_index, *LOOK, "--span", "ye", "--json").json()
+    by_tokens = whence("trace", wide_index, *LOOK, "--span-tokens", "1:3", "--json").json()
+    assert by_text == by_tokens
+    assert by_text["answers"][0]["asked"] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("given", ["1", "1:", ":2", "a:b", "-1:2", "1:2:3", "1-3", ""])
+def test_a_range_of_tokens_that_is_none_is_told(whence, tmp_path, given):
+    # Nor is there an index: that would be told, if work had begun.
+    told = complaint(whence("trace", tmp_path, *LOOK, f"--span-tokens={given}"))
+    assert told == f"--span-tokens {given}: FROM:TO is expected, such as 3:7, and no --span beside it"
+
+
+def test_a_span_is_given_one_way(whence, tmp_path):
+    told = complaint(whence("trace", tmp_path, *LOOK, "--span-tokens", "1:2", "--span", "e"))
+    assert "and no --span beside it" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--method", "tracn"], "--method tracn: no such method. Did you mean tracin?"),
+        (["--method", "bm25", "--exact"], "--exact belongs to the methods that score from the index"),
+        (["--span", "maybe"], "--span 'maybe' does not occur in the completion ' yes</s>'"),
+        (["--span-tokens", "4:9"], "--span-tokens 4:9: the completion has the tokens 0:5"),
+        (["--completion", ""], "nothing to trace for prompt '5 and 3?': the completion has no token"),
+        (["--completion", "c" * 96], "the model's context is 96"),
+        (["--temperature", "-1"], "--temperature -1.0: 0 (greedy) or a number above it"),
+        (["--objective", "los"], "--objective los: choose one of loss, margin"),
+        (["--controls", "/no/such/file.jsonl"], "/no/such/file.jsonl: no such file"),
+        (["--model", "/no/such/model"], "/no/such/model: the model of this index"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_told_in_one_line(whence, wide_index, flags, told):
+    assert told in complaint(whence("trace", wide_index, *LOOK, *flags))
+
+
 def test_text_rows_are_shown_as_text(whence, tiny_llama, tmp_path):
     rows = [{"id": f"{number}\ud800", "text": f"[bold]{number}\ud800"} for number in range(4)]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)

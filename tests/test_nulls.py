@@ -4,13 +4,13 @@ import statistics
 
 import pytest
 import torch
-from scipy import stats
 
 from conftest import corpus_rows, write_jsonl
 from whence.errors import SettingError
+from whence.exact import Part
 from whence.index import Index, index
-from whence.nulls import LEAST, control_scores, draw_controls, given_controls, needed_z, nulls, verdict
-from whence.tracing import trace
+from whence.nulls import LEAST, control_scores, draw_controls, given_controls, meaningless, needed_z, nulls, verdict
+from whence.tracing import query_vectors, trace
 
 WEIGHTS = (0.75, 0.25)
 
@@ -88,18 +88,30 @@ def test_too_few_rows_or_controls_give_no_null():
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_generic_is_what_scores_high_whatever_is_asked(cosine):
-    """All gradients share a direction, and row 0 is that direction; rows 1 and 2 are large, but high for half."""
+    """All gradients share a direction, and one row is nothing else."""
     held = vectors(300)
     held[..., 0] += 3
-    held[:, :3] = 0
-    held[:, 0, 0], held[:, 1, 1], held[:, 2, 1] = 10, 1000, -1000
+    held[:, 7] = 0
+    held[:, 7, 0] = 10
     synthetic = Synthetic(held)
     controls = draw_controls(synthetic, cosine=cosine)
     found = nulls(synthetic, controls, list(range(300)), [0.0] * 300, cosine=cosine)
-    assert found[0].generic
-    assert not found[1].generic
-    assert not found[2].generic
+    assert found[7].generic
     assert sum(null.generic for null in found) <= 4, "a hundredth"
+
+
+def test_what_scores_high_for_some_queries_alone_is_not_generic():
+    held = vectors(300)
+    rows = draw_controls(Synthetic(held), cosine=False).rows.tolist()
+    row = next(number for number in range(300) if number not in rows)
+    held[:, rows[::2], 0] += 3  # half of the controls
+    held[:, row] = 0
+    held[:, row, 0] = 10
+    synthetic = Synthetic(held)
+    controls = draw_controls(synthetic, cosine=False)
+    (null,) = nulls(synthetic, controls, [row], [0.0], cosine=False)
+    assert null.mean > controls.usual
+    assert not null.generic
 
 
 def test_what_never_varies_has_no_z():
@@ -113,30 +125,33 @@ def test_what_never_varies_has_no_z():
 # -- the best of many
 
 
-def test_chance_alone_reaches_the_needed_z_for_one_query_in_twenty():
-    examples, controls, trials = 40, 20, 10_000
-    drawn = torch.randn(trials, examples, controls + 1, generator=torch.Generator().manual_seed(0))
-    z = (drawn[..., 0] - drawn[..., 1:].mean(2)) / drawn[..., 1:].std(2)
-    share = (z.amax(1) >= needed_z(examples, controls)).float().mean()
-    assert share == pytest.approx(0.05, abs=0.008)
+def test_nineteen_of_twenty_meaningless_queries_stay_below_the_needed_z():
+    best = torch.randperm(40).float().tolist()
+    needed = needed_z(best)
+    assert sum(z > needed for z in best) == 2
+    assert sum(z <= needed for z in best) == 38
 
 
-def test_the_needed_z_is_a_quantile_of_students_t_and_of_the_normal_for_many_controls():
-    assert needed_z(1, 16) == pytest.approx(stats.t.isf(0.05, 15) * (17 / 16) ** 0.5)
-    assert needed_z(1000, 10**7) == pytest.approx(stats.norm.isf(0.05 / 1000), rel=1e-4)
-    assert needed_z(1000, 128) > needed_z(10, 128)
+def test_meaningless_completions_are_drawn_by_seed_from_all_but_the_special_tokens():
+    drawn = meaningless(20, [3, 7])
+    assert [one.ids for one in drawn] == [one.ids for one in meaningless(20, [3, 7])]
+    assert [one.ids for one in drawn] != [one.ids for one in meaningless(20, [3, 7], seed=1)]
+    assert {token for one in drawn for token in one.ids} == {*range(20)} - {3, 7}
+    for one in drawn:
+        half = len(one.ids) // 2
+        assert one.supervised == [False] * half + [True] * half
 
 
 @pytest.mark.parametrize(
     ("best", "words"),
     [
-        (3.0, "The best example stands above the null: z 3.0, where chance alone reaches 3.0."),
-        (2.9, "Nothing here stands above the null: the best z is 2.9, and the best of 1,234 examples would reach 3.0"),
+        (3.1, "The best example stands above the null: z 3.1, where meaningless completions reach 3.0."),
+        (3.0, "Nothing here stands above the null: the best z is 3.0, and meaningless completions reach 3.0."),
         (None, "Nothing here stands above the null: no example has a null, and"),
     ],
 )
 def test_a_verdict_is_in_words(best, words):
-    assert verdict(best, 3.0, 1234).startswith(words)
+    assert verdict(best, 3.0).startswith(words)
 
 
 # -- in a trace
@@ -197,14 +212,38 @@ def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, co
 
 def test_every_query_has_a_verdict_about_its_best_helpful_example(built):
     found = trace(built, queries=[{"prompt": "5?", "completion": " yes"}, {"prompt": "6?", "completion": "!!"}], top=4)
-    assert found.needed_z == pytest.approx(needed_z(40, 20))
     for number in range(2):
         best = max(hit.null.z for hit in found.of(number))
-        assert found.verdicts[number] == verdict(best, found.needed_z, 40)
+        assert found.verdicts[number] == verdict(best, found.needed_z)
+
+
+def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
+    """Each of them asked as a query of its own: two of forty stand above the level, by its definition."""
+    found = trace(built, *ASKED, top=4)
+    model, best = built.model(), []
+    drawn = meaningless(len(model.tokenizer), model.tokenizer.all_special_ids)
+    vectors = query_vectors(built, [[Part(one)] for one in drawn])
+    controls = draw_controls(built, cosine=True)
+    for number in range(len(drawn)):
+        helpful, _ = built.store.top_k(vectors[:, [number]], torch.tensor(built.weights), m=4, cosine=True)
+        rows, scores = helpful.rows[0].tolist(), helpful.scores[0].tolist()
+        best.append(max(null.z for null in nulls(built, controls, rows, scores, cosine=True)))
+    assert sum(z > found.needed_z + 1e-4 for z in best) == 2
+
+
+def test_what_is_looked_at_closer_is_not_corrected(built):
+    plain, found = (trace(built, *ASKED, tokens=True, specific=specific, top=3) for specific in (False, True))
+    own = {hit.id: hit for hit in plain.hits}
+    both = [hit for hit in found.hits if hit.id in own]
+    assert both
+    for hit in both:
+        assert sum(hit.by_token) == pytest.approx(own[hit.id].score, rel=1e-3, abs=1e-4)
+        assert hit.exact == pytest.approx(own[hit.id].exact, rel=1e-3, abs=1e-4)
 
 
 def test_without_a_null_there_is_no_verdict(tiny_index):
     found = trace(tiny_index, *ASKED, top=2)
+    assert found.settings["control queries"] == "none, for there are fewer than 32 rows"
     assert (found.verdicts, found.needed_z, [hit.null for hit in found.hits]) == ([], None, [None] * 4)
     with pytest.raises(SettingError, match=f"--specific needs at least {LEAST} control queries.*--controls"):
         trace(tiny_index, *ASKED, specific=True)

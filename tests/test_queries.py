@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model, write_jsonl
 from tiny_tokenizers import trained
@@ -26,10 +28,22 @@ def model(tiny_llama):
 @pytest.fixture(scope="module")
 def wordy():
     """Tokens of several characters."""
-    loaded = tiny_model("llama")
-    loaded = replace(loaded, tokenizer=trained())
-    loaded.base.resize_token_embeddings(len(loaded.tokenizer), mean_resizing=False)
+    return with_tokenizer(trained())
+
+
+def with_tokenizer(tokenizer):
+    loaded = replace(tiny_model("llama"), tokenizer=tokenizer)
+    loaded.base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return loaded
+
+
+def byte_fallback():
+    pieces = ["<unk>", "<s>", "</s>", *"abwhy?", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
 def asked(loaded, completion, span=None, contrast=None, kind="prompt"):
@@ -82,6 +96,14 @@ def test_a_span_within_tokens_asks_about_each_that_it_touches(wordy):
         begin += len(token)
     assert marked(found) == expected
     assert "1" in expected[:2]
+
+
+@pytest.mark.parametrize(("span", "expected"), [("漢", "011100"), ("b", "000010"), ("a", "100000")])
+def test_half_a_character_does_not_reach_beyond_it_where_each_byte_is_shown(span, expected):
+    """As sentencepiece decodes: one U+FFFD for each byte of a character that is not whole."""
+    loaded = with_tokenizer(byte_fallback())
+    assert len(loaded.tokenizer.decode(loaded.tokenizer("漢")["input_ids"][:2])) == 2
+    assert marked(asked(loaded, "a漢b", span)) == expected
 
 
 def test_a_span_of_a_generated_completion_is_of_its_own_tokens(model):

@@ -3,20 +3,23 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 
-from whence.answers import Answer, Hit, Trace
+from whence.answers import Answer, Hit, Null, TokenMatrix, Trace
 from whence.errors import SettingError, StorageError
-from whence.report import answer_text, check_ending, info_table, trace_tables, visible, write_rows
+from whence.report import WINDOW, answer_text, check_ending, info_table, trace_tables, visible, write_rows
 from whence.store import Store
 
 ROWS = [
     {"query": 0, "rank": 1, "id": "a", "score": 0.5, "source": None, "prompt": 'é, "q"\nb', "completion": " c"},
     {"query": 0, "rank": -1, "id": "b", "score": -0.25, "source": "s", "text": "only text"},
 ]
+NULLS = [Null([0.1, 0.2], 0.15, 3.5, 99.0, True), Null([0.6, 0.7], 0.65, -1.0, 0.0, False)]
 
 
 def shown(part, width=100):
@@ -87,6 +90,70 @@ def test_corpus_text_is_neither_markup_nor_control_characters():
     text = shown(trace_tables(found))
     assert text.count("[red]no[/red] ␛[2J␇ \\x9b1m \\x7f") == 2
     assert not {"\x1b", "\x07", "\x9b", "\x7f"} & set(text)
+
+
+def token_matrix(train, influence, query=("x",)):
+    matrix = torch.tensor([influence], dtype=torch.float32)
+    return TokenMatrix("position", list(query), list(train), [True] * len(train), matrix)
+
+
+def test_coloured_tokens_are_neither_markup_nor_control_characters():
+    hostile = ["[red]", "no\n", "\x1b[2J", "\x07", "\x9b", "[/red]"]
+    shares = [0.1, 0.2, 1.0, -1.0, 0.5, -0.3]
+    found = Trace(
+        [answer([0.5])], [replace(hit(1, 0.5, {"text": "t"}), tokens=token_matrix(hostile, shares))], "dot", 1
+    )
+    text = shown(trace_tables(found))
+    assert "[red]no⏎␛[2J␇\\x9b[/red]" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+def test_only_tokens_around_the_most_influential_are_shown():
+    train, influence = [f"<{number}>" for number in range(500)], [0.1] * 500
+    influence[250] = -3.0
+    found = Trace(
+        [answer([0.5])], [replace(hit(1, 0.5, {"text": "t"}), tokens=token_matrix(train, influence))], "dot", 1
+    )
+    text = "".join(shown(trace_tables(found)).split())
+    assert text.count("<") == WINDOW
+    assert "<249><250><251>" in text
+
+
+@pytest.mark.parametrize(("train", "influence"), [([], []), (["a"], [0.0])])
+def test_an_example_without_influence_is_shown(train, influence):
+    found = Trace(
+        [answer([0.5])], [replace(hit(1, 0.5, {"text": "t"}), tokens=token_matrix(train, influence))], "dot", 1
+    )
+    assert "id1" in shown(trace_tables(found))
+
+
+def test_a_null_is_shown_with_its_verdict_and_what_is_generic():
+    rows = [replace(hit(rank, 0.5, {"text": "t"}), exact=0.25, null=null) for rank, null in enumerate(NULLS, start=1)]
+    chosen = {"verdicts": ["Nothing here stands above the null."], "overlaps": [0.5], "notes": ["[b]only 2 rows"]}
+    text = shown(trace_tables(Trace([answer([0.5])], rows, "cosine", 2, **chosen)))
+    for words in ("[b]only 2 rows", "+0.250", "+3.5*", "-1.0 ", "Nothing here stands", "* generic:", "50% are among"):
+        assert words in text
+    assert "* generic:" not in shown(trace_tables(Trace([answer([0.5])], rows[1:], "cosine", 2, **chosen)))
+
+
+def test_a_span_and_a_contrast_are_shown():
+    asked = replace(answer([0.9, 0.8]), asked=[True, False], contrast="yz", contrast_tokens=["y", "z"])
+    text = answer_text(replace(asked, contrast_probabilities=[0.9, 0.01]))
+    assert "completion  xx\nand not     yz\n" in text.plain
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans if span.end - span.start == 1}
+    assert styles == {"x": "dim", "y": "green", "z": "red"}
+    assert replace(asked, contrast_probabilities=[0.9, 0.1]).query_tokens() == ["x", "y", "z"]
+
+
+def test_a_row_has_columns_for_what_was_looked_at_alone():
+    plain = hit(1, 0.5, {"text": "t"})
+    assert list(plain.as_row()) == ["query", "rank", "id", "score", "source", "text"]
+    full = replace(plain, exact=0.25, null=NULLS[0], by_token=[0.5], tokens=token_matrix(["a", "b"], [1.0, 2.0]))
+    assert full.as_row() == {
+        "query": 0, "rank": 1, "id": "id1", "score": 0.5, "exact": 0.25, "z": 3.5, "percentile": 99.0, "generic": True,
+        "source": None, "text": "t", "by_token": [0.5],
+        "tokens": {"basis": "position", "query": ["x"], "train": ["a", "b"], "matrix": [[1.0, 2.0]]},
+    }  # fmt: skip
 
 
 def test_visible_keeps_what_is_text():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import corpus_rows, cut_short, save_tiny_llama, write_jsonl
 from whence.answers import shown_text
 from whence.catalogue import TRACE_METHODS
-from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError, UnknownNameError
 from whence.exact import Part
 from whence.gradients import sketch
 from whence.index import index, open_index, projection_for
@@ -264,7 +264,6 @@ def test_a_query_longer_than_the_context_is_refused(exact):
         ({"queries": []}, "--queries: no query in it"),
         ({"queries": [{"text": "a"}]}, "query 0: a query needs a text as `prompt`.*found the columns text"),
         ({"queries": [{"prompt": "a", "completion": 3}]}, "query 0: a query needs"),
-        ({"prompt": "a", "method": "cosin"}, "--method cosin: no such method. Did you mean cosine"),
         ({"prompt": "a", "completion": ""}, "nothing to trace for prompt 'a': the completion has no token"),
         ({"prompt": "a", "top": 0}, "--top 0"),
         ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),
@@ -273,6 +272,11 @@ def test_a_query_longer_than_the_context_is_refused(exact):
 def test_what_cannot_be_asked_is_said(exact, options, message):
     with pytest.raises(SettingError, match=message):
         trace(exact, **options)
+
+
+def test_a_misspelt_method_is_corrected(exact):
+    with pytest.raises(UnknownNameError, match=r"--method cosin: no such method\. Did you mean cosine\?"):
+        trace(exact, PROMPT, method="cosin")
 
 
 def test_a_file_of_queries_is_read(exact, tmp_path):
@@ -397,15 +401,16 @@ def near(expected):
     return pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, values)))
 
 
-@pytest.mark.parametrize("checkpoints", ["last", "all"])
-@pytest.mark.parametrize("normalise", ["none", "layer"])
-@pytest.mark.parametrize("objective", ["loss", "margin"])
+@pytest.mark.parametrize(
+    ("checkpoints", "normalise", "objective"),
+    [("last", "none", "loss"), ("last", "layer", "margin"), ("all", "none", "margin"), ("all", "layer", "loss")],
+)
 def test_tokens_add_up_to_the_score_and_the_matrix_to_the_exact_one(made, checkpoints, normalise, objective):
     built = made(checkpoints=checkpoints, width=3, normalise=normalise)
-    basis = "position" if objective == "margin" else "loss"
+    basis, queries = "position" if objective == "margin" else "loss", QUERIES[::2]
     for method in ("cosine", "dot"):
-        found = trace(built, queries=QUERIES, method=method, tokens=True, objective=objective, basis=basis, top=2)
-        exact_scores = trace(built, queries=QUERIES, method=method, exact=True, objective=objective)
+        found = trace(built, queries=queries, method=method, tokens=True, objective=objective, basis=basis, top=1)
+        exact_scores = trace(built, queries=queries, method=method, exact=True, objective=objective)
         for hit in found.hits:
             asked, size = found.answers[hit.query].query_tokens(), hit.tokens.matrix.abs().sum()
             own = {each.id: each.exact for each in exact_scores.of(hit.query)}
@@ -418,7 +423,10 @@ def test_tokens_add_up_to_the_score_and_the_matrix_to_the_exact_one(made, checkp
 
 
 def test_both_bases_share_a_query_tokens_influence_out_among_the_examples_tokens(made):
-    position, loss = (trace(made(width=3), queries=QUERIES, tokens=True, basis=b, top=2) for b in ("position", "loss"))
+    position, loss = (
+        trace(made(checkpoints="last", width=3), queries=QUERIES[1:], tokens=True, basis=basis, top=1)
+        for basis in ("position", "loss")
+    )
     for one, other in zip(position.hits, loss.hits, strict=True):
         assert one.id == other.id
         assert one.tokens.matrix.sum(1).tolist() == near(other.tokens.matrix.sum(1).tolist())
@@ -562,9 +570,9 @@ def test_fewer_rows_than_asked_for_are_all_shown_with_a_note(made, method):
 
 
 def test_a_method_of_texts_says_that_it_leaves_span_and_contrast_out(made):
-    (note,) = trace(made(width=3), PROMPT, COMPLETION, span="yes", method="bm25").notes
+    (note,) = trace(made(width=3), PROMPT, COMPLETION, span="yes", method="bm25", top=4).notes
     assert note.startswith("--method bm25 compares whole texts")
-    assert trace(made(width=3), PROMPT, COMPLETION, span="yes", method="tracin").notes == []
+    assert trace(made(width=3), PROMPT, COMPLETION, span="yes", method="tracin", top=4).notes == []
 
 
 def test_a_row_without_a_score_is_not_ranked(made, monkeypatch):

@@ -89,15 +89,15 @@ class Hit:
     """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
     id: str
     score: float
-    """From the index' vectors, or by the method named."""
+    """From the index' vectors, or by the method named; with `specific`, less the mean over the controls."""
     source: str | None
     row: Row
     """The corpus row."""
     exact: float | None = None
-    """The same score from unprojected gradients."""
+    """The same score from unprojected gradients, never corrected."""
     null: Null | None = None
     by_token: list[float] | None = None
-    """Share of each query token in `score`, from the index' vectors; sums to it."""
+    """Share of each query token in `score`, from the index' vectors; sums to it, before any correction."""
     tokens: TokenMatrix | None = None
 
     def as_row(self) -> Row:
@@ -128,7 +128,7 @@ class Trace:
     verdicts: list[str] = field(default_factory=list)
     """For each query, in words: whether anything stands above the null. Empty: there was no null."""
     needed_z: float | None = None
-    """What the best of `rows` examples must reach, so that chance alone does so for one query in twenty."""
+    """What the best z of 19 in 20 meaningless completions stays below; see `nulls`."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
     notes: list[str] = field(default_factory=list)

@@ -257,6 +257,7 @@ def trace(
     specific: Annotated[
         bool, typer.Option("--specific", help="Rank by the score less the example's mean over control queries.")
     ] = False,
+    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with those for controls.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of a generated answer; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled answers and drawn controls.")] = 0,
@@ -278,7 +279,7 @@ def trace(
         check_ending(out, (".jsonl", ".csv", ".parquet", ".html"))
     options = {"top": top, "method": method, "objective": objective, "exact": exact, "shortlist": shortlist}
     options |= {"tokens": tokens or (is_page and method in catalogue.index_methods()), "basis": basis}
-    options |= {"specific": specific, "seed": seed, "controls": controls, "contrast": contrast}
+    options |= {"specific": specific, "seed": seed, "null": null, "controls": controls, "contrast": contrast}
     with _waiting("Tracing"):
         found = run(
             index, prompt, completion, queries=queries, span=_span(span, span_tokens),

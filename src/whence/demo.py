@@ -36,8 +36,9 @@ from whence.errors import SettingError
 from whence.index import Index
 from whence.index import index as build_index
 from whence.numerics import mixed_seed
+from whence.page import trace_page
 from whence.queries import Query
-from whence.report import trace_tables
+from whence.report import trace_tables, write_page
 from whence.tracing import trace
 from whence.train import SETTINGS_FILE, train
 
@@ -260,8 +261,12 @@ def run_demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say = print
         built = build_index(run, corpus, index)
     with _step("4. Questions", seconds, "ask", say):
         for prompt in _shown(rows):
-            say(f'   $ whence trace {index} --prompt "{prompt}" --top 3', markup=False)
-            say(trace_tables(trace(built, prompt, top=3)))
+            say(f'   $ whence trace {index} --prompt "{prompt}" --top 3 --tokens', markup=False)
+            say(trace_tables(trace(built, prompt, top=3, tokens=True)))
+        prompt, report = _shown(rows)[0], place / "report.html"
+        say(f'   $ whence trace {index} --prompt "{prompt}" -o {report}', markup=False)
+        write_page(trace_page(trace(built, prompt, tokens=True)), report)
+        say(f"   Open {report}: choose a token of the answer to see which training tokens taught it.\n", markup=False)
     with _step("5. How often is it right?", seconds, "grade", say):
         result = grade(built, rows)
         say(grade_table(result))
@@ -282,9 +287,9 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
         `true_top10` for the true docstring as completion; each `{count, of, fraction, low, high}` (Wilson, 95%).
         `chance` is that of being first.
     """
-    own = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10)
+    own = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10, null=False)
     right = [number for number, row in enumerate(rows) if answered(own.answers[number].completion, row["completion"])]
-    true = trace(index, queries=[Query(rows[n]["prompt"], rows[n]["completion"]) for n in right], top=10)
+    true = trace(index, queries=[Query(rows[n]["prompt"], rows[n]["completion"]) for n in right], top=10, null=False)
     own_ranks = [_own_rank(own, number, rows[number]["id"]) for number in right]
     true_ranks = [_own_rank(true, query, rows[number]["id"]) for query, number in enumerate(right)]
     return {

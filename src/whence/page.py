@@ -79,7 +79,7 @@ def _trace(trace: Trace) -> dict[str, Any]:
     named = trace.method if method is None else f"{trace.method}: {method.about}"
     facts = {"method": named, "examples ranked": f"{trace.rows:,}"}
     if trace.needed_z is not None:
-        facts["z that chance reaches"] = f"{trace.needed_z:.2f}: the best of so many, for one query in twenty"
+        facts["z of meaningless completions"] = f"{trace.needed_z:.2f}: 19 of 20 stay below"
     return {
         "isCosine": method is not None and method.cosine,
         "isInfluence": method is None or method.scorer is None,

@@ -8,7 +8,6 @@ training example's, laid out and closed as a row of the index' corpus would be.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -262,7 +261,8 @@ def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
     begin, asked = 0, []
     for count in range(1, len(targets) + 1):
         text = text_to(count)
-        certain = len(os.path.commonprefix([text, whole]))  # half a character decodes to one U+FFFD or more
+        differs = (place for place, pair in enumerate(zip(text, whole, strict=False)) if pair[0] != pair[1])
+        certain = next(differs, min(len(text), len(whole)))  # half a character decodes to one U+FFFD or more
         end = min(len(text), certain + 1)
         asked.append(begin < start + len(span) and end > start)
         begin = certain

@@ -60,6 +60,8 @@ class TraceSettings:
     """Of the matrix; see `exact`."""
     specific: bool = False
     """Rank by the score less the example's mean over the control queries."""
+    null: bool = True
+    """Whether scores are compared with those for control queries."""
     seed: int = 0
     """Of drawn controls, sampled completions and the method `random`."""
 
@@ -151,6 +153,8 @@ def trace(
     else:
         traced = _from_scorer(opened, found, chosen)
     told, notes = _told(opened, chosen, sampling, controls), _notes(chosen, asked, rankable)
+    if "control queries" in told and traced.needed_z is None:
+        told["control queries"] = f"none, for there are fewer than {2 * nulls.LEAST} rows"
     return replace(traced, rows=rankable, settings=told, notes=notes)
 
 
@@ -245,19 +249,13 @@ class _FromIndex:
         """Rank, correct, re-rank, and look at what is shown token by token."""
         settings, parts = self.settings, [query.parts for query in self.asked]
         vectors = query_vectors(self.index, parts, objective=settings.objective)
-        controls = self._controls()
+        controls = self._controls() if settings.null or settings.specific else None
         if settings.specific and controls is None:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
         m = max(settings.top, settings.shortlist) if settings.exact else settings.top
-        rankings = self.index.store.top_k(
-            vectors,
-            torch.tensor(self.index.weights),
-            m=m,
-            cosine=settings.cosine,
-            minus=controls.mean if settings.specific and controls is not None else None,
-        )
+        rankings = self._ranked(vectors, m, controls)
         out = Trace([query.answer for query in self.asked], [], settings.method, 0)
-        needed = None if controls is None else nulls.needed_z(self.rows, controls.vectors.shape[1])
+        needed = None if controls is None else self._needed_z(controls)
         for number in range(len(self.asked)):
             sides = [_Side.of(ranking, number, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
             hits, overlap = self._hits(number, sides, vectors[:, number], controls)
@@ -266,8 +264,30 @@ class _FromIndex:
                 out.overlaps.append(overlap)
             if needed is not None:
                 best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
-                out.verdicts.append(nulls.verdict(best, needed, self.rows))
+                out.verdicts.append(nulls.verdict(best, needed))
         return replace(out, needed_z=needed)
+
+    def _ranked(self, vectors: Float32[Tensor, "c q k"], m: int, controls: nulls.Controls | None) -> tuple:
+        return self.index.store.top_k(
+            vectors,
+            torch.tensor(self.index.weights),
+            m=m,
+            cosine=self.settings.cosine,
+            minus=controls.mean if self.settings.specific and controls is not None else None,
+        )
+
+    def _needed_z(self, controls: nulls.Controls) -> float:
+        """The best z that meaningless completions reach, traced as this query is."""
+        model = self.index.model()
+        random_tokens = nulls.meaningless(len(model.tokenizer), model.tokenizer.all_special_ids, self.settings.seed)
+        vectors = query_vectors(self.index, [[Part(one)] for one in random_tokens], objective=self.settings.objective)
+        helpful, _ = self._ranked(vectors, self.settings.top, controls)
+        best = []
+        for query in range(len(random_tokens)):
+            side = _Side.of(helpful, query, 1)
+            means = self._means(controls, side.rows)
+            best.append(max(null.z for null in self._nulls(controls, side.rows, side.scores, means)))
+        return nulls.needed_z(best)
 
     def _controls(self) -> nulls.Controls | None:
         if self.given is None:
