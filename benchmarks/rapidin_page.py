@@ -13,14 +13,20 @@ ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "rapidin.md", ROOT / "docs" / "compression.svg"
 DEPTHS = (5, 10, 50, 100, 500, 1000, "all")
 METHODS = {
-    "ours": "Whence, cosine, two_sided 16, bfloat16",
+    "ours": "Whence: cosine, two_sided 16, bfloat16",
     "ours_margin": "the same, margin of the query",
-    "rapidin": "RapidIn, shuffle_sum 65,536, float16",
-    "tracin": "TracIn, uncompressed dot",
+    "rapidin": "RapidIn: shuffle_sum 65,536, float16",
+    "tracin": "TracIn: uncompressed dot",
     "tracin_layer": "TracIn, layers normalised, uncompressed",
     "tracin_cosine": "cosine, uncompressed",
-    "embedding": "model's hidden states",
-    "minilm": "sentence embedding (MiniLM)",
+    "ours, magnitude": "Whence, by magnitude",
+    "ours_margin, magnitude": "Whence with the margin, by magnitude",
+    "rapidin, magnitude": "RapidIn, by magnitude",
+    "tracin, magnitude": "TracIn, by magnitude",
+    "tracin_layer, magnitude": "TracIn, layers normalised, by magnitude",
+    "tracin_cosine, magnitude": "cosine, uncompressed, by magnitude",
+    "embedding": "the model's own hidden states",
+    "minilm": "sentence embedding (MiniLM, uncased)",
     "bm25": "BM25",
     "random": "random",
 }
@@ -46,6 +52,8 @@ def main() -> None:
 def filled(text: str, name: str, table: str) -> str:
     """The page with one table replaced."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE}: there is no place <!-- {name} --> for a table")
     return pattern.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
 
 

@@ -1,6 +1,7 @@
 """A null says how far a score stands above what the same example scores for other queries."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from whence.errors import SettingError
 from whence.exact import Part
 from whence.index import Index, index
 from whence.nulls import LEAST, control_scores, draw_controls, given_controls, meaningless, needed_z, nulls, verdict
+from whence.tokens import encode_query
 from whence.tracing import query_vectors, trace
 
 WEIGHTS = (0.75, 0.25)
@@ -21,7 +23,7 @@ class Synthetic(Index):
     weights = WEIGHTS
 
     def __init__(self, vectors):
-        self.held, self.store = vectors, self
+        self.held, self.store, self.manifest = vectors, self, SimpleNamespace(width=vectors.shape[2])
 
     def rankable(self):
         """All."""
@@ -46,18 +48,37 @@ def vectors(count, seed=0, width=8):
     return torch.randn(2, count, width, generator=torch.Generator().manual_seed(seed))
 
 
+def scaled(controls, query):
+    """Controls of the query's length."""
+    return controls / controls.norm(dim=2, keepdim=True) * query.norm(dim=1)[:, None, None]
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 def test_z_mean_and_percentile_are_those_of_the_examples_scores_for_the_controls(cosine):
     synthetic, controls, query = Synthetic(vectors(20)), vectors(LEAST, seed=1), vectors(1, seed=2)[:, 0]
-    made = given_controls(synthetic, controls, cosine=cosine)
+    made, norms = given_controls(synthetic, controls, cosine=cosine), None if cosine else query.norm(dim=1)
     scores = [score(query, synthetic.held[:, row], cosine) for row in (3, 7)]
-    for row, own, null in zip((3, 7), scores, nulls(synthetic, made, [3, 7], scores, cosine=cosine), strict=True):
-        others = [score(controls[:, m], synthetic.held[:, row], cosine) for m in range(LEAST)]
+    found = nulls(synthetic, made, [3, 7], scores, cosine=cosine, norms=norms)
+    for row, own, null in zip((3, 7), scores, found, strict=True):
+        alike = scaled(controls, query)
+        others = [score(alike[:, m], synthetic.held[:, row], cosine) for m in range(LEAST)]
         mean = statistics.fmean(others)
         assert null.scores == pytest.approx(others, rel=1e-4, abs=1e-5)
         assert null.mean == pytest.approx(mean, rel=1e-4, abs=1e-5)
         assert null.z == pytest.approx((own - mean) / statistics.stdev(others), rel=1e-4)
         assert null.percentile == pytest.approx(100 * sum(other < own for other in others) / LEAST)
+
+
+def test_a_longer_query_is_no_more_of_a_signal():
+    synthetic, query = Synthetic(vectors(64)), vectors(1, seed=2)[:, 0]
+    controls = draw_controls(synthetic, cosine=False)
+    short, long = (
+        nulls(synthetic, controls, [3], [score(q, synthetic.held[:, 3], False)], cosine=False, norms=q.norm(dim=1))[0]
+        for q in (query, 10 * query)
+    )
+    assert long.z == pytest.approx(short.z, rel=1e-4)
+    assert long.mean == pytest.approx(10 * short.mean, rel=1e-4)
+    assert long.generic == short.generic
 
 
 def test_an_example_is_left_out_of_its_own_null():
@@ -132,16 +153,6 @@ def test_nineteen_of_twenty_meaningless_queries_stay_below_the_needed_z():
     assert sum(z <= needed for z in best) == 38
 
 
-def test_meaningless_completions_are_drawn_by_seed_from_all_but_the_special_tokens():
-    drawn = meaningless(20, [3, 7])
-    assert [one.ids for one in drawn] == [one.ids for one in meaningless(20, [3, 7])]
-    assert [one.ids for one in drawn] != [one.ids for one in meaningless(20, [3, 7], seed=1)]
-    assert {token for one in drawn for token in one.ids} == {*range(20)} - {3, 7}
-    for one in drawn:
-        half = len(one.ids) // 2
-        assert one.supervised == [False] * half + [True] * half
-
-
 @pytest.mark.parametrize(
     ("best", "words"),
     [
@@ -176,10 +187,9 @@ def by_id(hits):
     return {hit.id: hit.score for hit in hits}
 
 
-@pytest.mark.parametrize("method", ["cosine", "dot"])
-def test_a_null_is_what_control_queries_score(built, controls, method):
-    found = trace(built, *ASKED, method=method, controls=controls, top=40)
-    theirs = trace(built, queries=controls, method=method, controls=controls, top=40)
+def test_a_null_is_what_control_queries_score(built, controls):
+    found = trace(built, *ASKED, controls=controls, top=40)
+    theirs = trace(built, queries=controls, controls=controls, top=40)
     others = [by_id(theirs.of(number)) for number in range(LEAST)]
     for hit in found.of(0):
         expected = [scores[hit.id] for scores in others]
@@ -188,17 +198,27 @@ def test_a_null_is_what_control_queries_score(built, controls, method):
         assert hit.null.z == pytest.approx(z, rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["cosine", "dot"])
+def test_a_specific_inner_product_is_less_the_mean_over_controls_of_the_querys_length(built):
+    plain, found = (trace(built, *ASKED, method="dot", top=40, specific=specific) for specific in (False, True))
+    model = built.model()
+    part = Part(encode_query(*ASKED, model.tokenizer, kind="prompt"))
+    norms = query_vectors(built, [[part]])[:, 0].norm(dim=1)
+    scores = control_scores(built, draw_controls(built, cosine=False), range(40), cosine=False, norms=norms)
+    raw = by_id(plain.of(0))
+    expected = {name: value - float(scores[int(name[4:])].mean()) for name, value in raw.items()}
+    assert by_id(found.of(0)) == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, raw.values())))
+
+
 @pytest.mark.parametrize("given", [False, True])
-def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, controls, method, given):
-    chosen = {"method": method, "top": 40, "controls": controls if given else None}
+def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, controls, given):
+    chosen = {"top": 40, "controls": controls if given else None}
     plain, found = trace(built, *ASKED, **chosen), trace(built, *ASKED, specific=True, **chosen)
     if given:
         others = trace(built, queries=controls, **chosen)
         numbers = range(LEAST)
     else:  # the controls are rows, which a file of rows asks for
         others = trace(built, queries=corpus_rows(40), **chosen)
-        numbers = draw_controls(built, cosine=method == "cosine").rows.tolist()
+        numbers = draw_controls(built, cosine=True).rows.tolist()
     scores = [by_id(others.of(number)) for number in numbers]
     raw = by_id(plain.of(0))
     expected = {name: raw[name] - statistics.fmean(each[name] for each in scores) for name in raw}
@@ -217,11 +237,22 @@ def test_every_query_has_a_verdict_about_its_best_helpful_example(built):
         assert found.verdicts[number] == verdict(best, found.needed_z)
 
 
+def test_meaningless_completions_are_drawn_by_seed_and_laid_out_as_queries_are(built):
+    drawn, tokenizer = meaningless(built), built.model().tokenizer
+    assert drawn == meaningless(built)
+    assert drawn != meaningless(built, seed=1)
+    assert len(drawn) == 40
+    for one in drawn:
+        first = one.supervised.index(True)
+        assert tokenizer.decode(one.ids[:first], skip_special_tokens=True) in {row["prompt"] for row in corpus_rows(40)}
+        assert one.ids[0] == tokenizer.bos_token_id
+        assert all(one.supervised[first:])
+
+
 def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
     """Each of them asked as a query of its own: two of forty stand above the level, by its definition."""
     found = trace(built, *ASKED, top=4)
-    model, best = built.model(), []
-    drawn = meaningless(len(model.tokenizer), model.tokenizer.all_special_ids)
+    drawn, best = meaningless(built), []
     vectors = query_vectors(built, [[Part(one)] for one in drawn])
     controls = draw_controls(built, cosine=True)
     for number in range(len(drawn)):

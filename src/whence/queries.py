@@ -181,7 +181,8 @@ def _check_length(model: LoadedModel, length: int) -> None:
 
 def _check(model: LoadedModel, encoded: Encoded, query: Query) -> None:
     _check_length(model, len(encoded.ids))
-    if not encoded.targets or query.completion == "":
+    said = [model.tokenizer.eos_token_id] if query.completion is None else []
+    if not encoded.targets or query.completion == "" or encoded.ids[-encoded.targets :] == said:
         what = "the model ended at once" if query.completion is None else "the completion has no token"
         raise SettingError(f"nothing to trace for prompt {query.prompt[:SHOWN]!r}: {what}. Give another --completion.")
 
@@ -220,8 +221,13 @@ def _said(encoded: Encoded, model: LoadedModel) -> tuple[list[str], list[float]]
 
 
 def token_text(model: LoadedModel, token: int) -> str:
-    """A token as text; part of a character becomes U+FFFD."""
-    return model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    """A token as text; part of a character becomes U+FFFD.
+
+    SentencePiece's decoder takes the space off the first token that it is given, and here that is every token.
+    """
+    text = model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    piece = model.tokenizer.convert_ids_to_tokens(token)
+    return f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text
 
 
 def _restricted(encoded: Encoded, spanned: list[bool]) -> Encoded:

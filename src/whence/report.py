@@ -19,6 +19,8 @@ from whence.answers import Answer, Hit, TokenMatrix, Trace
 from whence.bench import BenchResult
 from whence.errors import SettingError, StorageError
 
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the order in which others are shown."""
 SURE, UNSURE = 0.5, 0.1
 """Probabilities of a token above which it is shown as sure, and below which as a guess."""
 
@@ -165,7 +167,11 @@ def _one_line(value: Any) -> str:
 def visible(text: str) -> str:
     """Text without control characters but tab and newline; each becomes its Unicode picture or escape."""
     return "".join(
-        char if (char >= " " and char != "\x7f" and not "\x80" <= char <= "\x9f") or char in "\n\t" else _picture(char)
+        f"\\u{ord(char):04x}"
+        if char in BIDI
+        else char
+        if (char >= " " and char != "\x7f" and not "\x80" <= char <= "\x9f") or char in "\n\t"
+        else _picture(char)
         for char in text
     )
 

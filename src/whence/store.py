@@ -165,18 +165,16 @@ class Store:
     def vectors(self, numbers: Sequence[int]) -> tuple[Float32[Tensor, "c m k"], Float32[Tensor, "c m"]]:
         """Stored vectors of some rows under every checkpoint, decoded, and their norms before they were stored."""
         firsts = [part.first_row for part in self.manifest.parts]
-        checkpoints = len(self.manifest.checkpoints)
-        vectors, norms = (
-            torch.zeros(checkpoints, len(numbers), self.manifest.width),
-            torch.zeros(checkpoints, len(numbers)),
-        )
-        for place, number in enumerate(numbers):
-            part = bisect.bisect_right(firsts, number) - 1
-            row = slice(number - firsts[part], number - firsts[part] + 1)
+        checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
+        vectors, norms = torch.zeros(checkpoints, len(numbers), width), torch.zeros(checkpoints, len(numbers))
+        where = torch.tensor([bisect.bisect_right(firsts, number) - 1 for number in numbers], dtype=torch.int64)
+        for part in where.unique().tolist():
+            places = (where == part).nonzero()[:, 0]
+            rows = torch.tensor(numbers)[places] - firsts[part]
             for c in range(checkpoints):
                 shard = self.shard(c, part)
-                vectors[c, place] = self.codec.decode(shard.vectors[row], shard.scale[row], self.manifest.width)[0]
-                norms[c, place] = shard.norm[row][0]
+                vectors[c, places] = self.codec.decode(shard.vectors[rows], shard.scale[rows], width)
+                norms[c, places] = shard.norm[rows]
         return vectors, norms
 
     def rankable(self) -> Int64[Tensor, " m"]:
@@ -342,11 +340,11 @@ class Store:
         *,
         m: int,
         cosine: bool = False,
-        minus: Float32[Tensor, "c k"] | None = None,
+        minus: Float32[Tensor, "c q k"] | None = None,
     ) -> tuple[scan.Ranking, scan.Ranking]:
         """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`).
 
-        `minus` is subtracted from every query, after its division by its norm for the cosine.
+        `minus` is subtracted from the queries, after their division by their norms for the cosine.
         """
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
@@ -369,7 +367,7 @@ class Store:
             )
         queries = scan.unit(queries.cpu()) if cosine else queries.cpu()
         if minus is not None:
-            queries = queries - minus[:, None]
+            queries = queries - minus
         return scan.Question(queries=queries, weights=weights.cpu(), cosine=cosine, codec=self.codec)
 
     def _pieces(self) -> Iterator[scan.Piece]:

@@ -27,7 +27,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue, exact, nulls
-from whence.answers import Hit, TokenMatrix, Trace
+from whence.answers import Hit, Null, TokenMatrix, Trace
 from whence.corpus import Row
 from whence.errors import ManifestMismatchError, SettingError
 from whence.exact import Part
@@ -153,7 +153,9 @@ def trace(
     else:
         traced = _from_scorer(opened, found, chosen)
     told, notes = _told(opened, chosen, sampling, controls), _notes(chosen, asked, rankable)
-    if "control queries" in told and traced.needed_z is None:
+    if "control queries" in told and not (chosen.null or chosen.specific):
+        told["control queries"] = "none, as asked"
+    elif "control queries" in told and traced.needed_z is None:
         told["control queries"] = f"none, for there are fewer than {2 * nulls.LEAST} rows"
     return replace(traced, rows=rankable, settings=told, notes=notes)
 
@@ -186,6 +188,11 @@ def _check_space(index: Index, settings: TraceSettings) -> None:
             f"--method rapidin needs an index of RapidIn's gradients; {index.store.place.root} has --projection "
             f"{index.space.projection} --normalise {index.space.normalise}. "
             "Make one with: whence index MODEL CORPUS -o INDEX --projection shuffle_sum --normalise layer"
+        )
+    if settings.method == "rapidin" and len(index.weights) > 1:
+        raise SettingError(
+            f"--method rapidin is of one checkpoint; {index.store.place.root} has {len(index.weights)}. "
+            "Index again with --checkpoints last, or use --method dot."
         )
 
 
@@ -252,7 +259,7 @@ class _FromIndex:
         controls = self._controls() if settings.null or settings.specific else None
         if settings.specific and controls is None:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
-        m = max(settings.top, settings.shortlist) if settings.exact else settings.top
+        m = max(2 * settings.top, settings.shortlist) if settings.exact else settings.top
         rankings = self._ranked(vectors, m, controls)
         out = Trace([query.answer for query in self.asked], [], settings.method, 0)
         needed = None if controls is None else self._needed_z(controls)
@@ -273,21 +280,24 @@ class _FromIndex:
             torch.tensor(self.index.weights),
             m=m,
             cosine=self.settings.cosine,
-            minus=controls.mean if self.settings.specific and controls is not None else None,
+            minus=controls.mean(self._norms(vectors)) if self.settings.specific and controls is not None else None,
         )
 
     def _needed_z(self, controls: nulls.Controls) -> float:
         """The best z that meaningless completions reach, traced as this query is."""
-        model = self.index.model()
-        random_tokens = nulls.meaningless(len(model.tokenizer), model.tokenizer.all_special_ids, self.settings.seed)
+        random_tokens = nulls.meaningless(self.index, self.settings.seed)
         vectors = query_vectors(self.index, [[Part(one)] for one in random_tokens], objective=self.settings.objective)
         helpful, _ = self._ranked(vectors, self.settings.top, controls)
         best = []
         for query in range(len(random_tokens)):
-            side = _Side.of(helpful, query, 1)
-            means = self._means(controls, side.rows)
-            best.append(max(null.z for null in self._nulls(controls, side.rows, side.scores, means)))
+            side, norms = _Side.of(helpful, query, 1), self._norms(vectors)[:, query]
+            means = self._means(controls, side.rows, norms)
+            best.append(max(null.z for null in self._nulls(controls, side.rows, side.scores, means, norms)))
         return nulls.needed_z(best)
+
+    def _norms(self, vectors: Float32[Tensor, "c q k"]) -> Float32[Tensor, "c q"]:
+        """What controls are scaled to: queries' norms, which the cosine has divided by."""
+        return torch.ones(vectors.shape[:2]) if self.settings.cosine else vectors.norm(dim=2)
 
     def _controls(self) -> nulls.Controls | None:
         if self.given is None:
@@ -306,7 +316,8 @@ class _FromIndex:
         numbers = sorted({row for side in sides for row in side.rows})
         kept = dict(zip(numbers, self.index.store.read_rows(numbers), strict=True))
         exact_scores: dict[int, float] = {}
-        means = self._means(controls, numbers)
+        norms = self._norms(vectors[:, None])[:, 0]
+        means = self._means(controls, numbers, norms)
         if settings.exact:
             exact_scores = self._exact(query, {number: self._encoded(kept[number]) for number in numbers})
             overlap = _overlap(sides[0], exact_scores, means, settings.top)
@@ -314,7 +325,7 @@ class _FromIndex:
         sides = [side.cut(settings.top) for side in sides]
         shown = [row for side in sides for row in side.rows]
         scores = [score for side in sides for score in side.scores]
-        found_nulls = None if controls is None else self._nulls(controls, shown, scores, means)
+        found_nulls = None if controls is None else self._nulls(controls, shown, scores, means, norms)
         token_parts = {}
         if settings.tokens:
             token_parts = self._by_token(query, vectors, {row: self._encoded(kept[row]) for row in sorted({*shown})})
@@ -343,16 +354,19 @@ class _FromIndex:
             json.loads(row["row"]), self.index.model().tokenizer, self.index.store.manifest.settings["max_tokens"]
         )
 
-    def _means(self, controls: nulls.Controls | None, rows: list[int]) -> dict[int, float]:
+    def _means(self, controls: nulls.Controls | None, rows: list[int], norms: Tensor) -> dict[int, float]:
         """Each row's mean score over the controls, where ranking is corrected for it."""
         if not self.settings.specific or controls is None or not rows:
             return dict.fromkeys(rows, 0.0)
-        scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine)
+        scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine, norms=norms)
         return dict(zip(rows, scores.mean(1).tolist(), strict=True))
 
-    def _nulls(self, controls: nulls.Controls, rows: list[int], scores: list[float], means: dict[int, float]) -> list:
+    def _nulls(
+        self, controls: nulls.Controls, rows: list[int], scores: list[float], means: dict[int, float], norms: Tensor
+    ) -> list[Null]:
         raw = [score + means[row] for row, score in zip(rows, scores, strict=True)]
-        return nulls.nulls(self.index, controls, rows, raw, cosine=self.settings.cosine) if rows else []
+        scale = None if self.settings.cosine else norms
+        return nulls.nulls(self.index, controls, rows, raw, cosine=self.settings.cosine, norms=scale) if rows else []
 
     def _exact(self, query: int, rows: dict[int, Encoded]) -> dict[int, float]:
         """Exact scores of some rows."""
