@@ -384,7 +384,7 @@ def test_a_changed_or_missing_model_is_refused(tiny_corpus, tmp_path):
     ):
         open_index(tmp_path / "index").model()
     assert open_index(tmp_path / "index", model=str(tmp_path / "moved")).model().path == str(tmp_path / "moved")
-    with pytest.raises(ManifestMismatchError, match="nowhere: the model of this index is not there"):
+    with pytest.raises(ManifestMismatchError, match=r"nowhere: the model of this index .* is not there"):
         open_index(tmp_path / "index", model=str(tmp_path / "nowhere")).model()
 
 
