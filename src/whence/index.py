@@ -102,6 +102,8 @@ class Index:
         self.settings = settings
         self._model_path = model
         self._loaded: tuple[int, LoadedModel] | None = None
+        self.levels: dict[tuple, float] = {}
+        """Of `nulls.needed_z`, by what it depends on: measured once while the index is open."""
 
     @cached_property
     def space(self) -> GradientSpace:

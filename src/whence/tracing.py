@@ -284,7 +284,14 @@ class _FromIndex:
         )
 
     def _needed_z(self, controls: nulls.Controls) -> float:
-        """The best z that meaningless completions reach, traced as this query is."""
+        """The best z that meaningless completions reach, traced as this query is; measured once an open index."""
+        settings = self.settings
+        key = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, str(self.given))
+        if key not in self.index.levels:
+            self.index.levels[key] = self._measured_level(controls)
+        return self.index.levels[key]
+
+    def _measured_level(self, controls: nulls.Controls) -> float:
         random_tokens = nulls.meaningless(self.index, self.settings.seed)
         vectors = query_vectors(self.index, [[Part(one)] for one in random_tokens], objective=self.settings.objective)
         helpful, _ = self._ranked(vectors, self.settings.top, controls)
