@@ -155,7 +155,8 @@ def plot(found: dict) -> None:
         if row["codec"] == "float16":
             continue  # as many bytes as bfloat16
         axes.annotate(
-            row["codec"].replace("bfloat16", "bfloat16, float16"), (row["bytes"], row["overlap of top 100"]["mean"]), fontsize=7, xytext=(3, -10),
+            row["codec"].replace("bfloat16", "bfloat16, float16"),
+            (row["bytes"], row["overlap of top 100"]["mean"]), fontsize=7, xytext=(3, -10),
             textcoords="offset points",
         )  # fmt: skip
     axes.set(xscale="log", xlabel="bytes an example", ylabel="overlap of the top 100 with exact cosine", ylim=(0, 1))
