@@ -380,7 +380,7 @@ def test_what_was_found_is_said(show):
     for words in (
         "2 of 2 tokens at p ≥ 0.5", "The best example stands above the null.", "90% are among the exact best",
         "--top 5: only 2 rows can be ranked.", "z 4.90", "above all 4", "generic", "id1", "web", "exact +0.500",
-        "cosine of the index' vectors", "1,234", "4.50: the best of so many", "tiny",
+        "cosine of the index' vectors", "1,234", "4.50: 19 of 20 stay below", "tiny",
     ):  # fmt: skip
         assert words in said
     assert browser.value("document.querySelectorAll('.null svg rect').length") == 3
