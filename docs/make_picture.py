@@ -13,9 +13,9 @@ import whence
 from whence.report import trace_tables
 
 place = Path(sys.argv[1] if len(sys.argv) > 1 else "whence-demo")
-found = whence.trace(place / "index", "What does json.dump do?", top=4)
+found = whence.trace(place / "index", "What does json.dump do?", top=4, tokens=True)
 console = Console(record=True, width=104, file=io.StringIO())
-console.print(f'$ whence trace {place.name}/index --prompt "What does json.dump do?" --top 4', markup=False)
+console.print(f'$ whence trace {place.name}/index --prompt "What does json.dump do?" --top 4 --tokens', markup=False)
 console.print()
 console.print(trace_tables(found))
 Path(__file__).with_name("trace.svg").write_text(console.export_svg(title="whence"))

@@ -67,7 +67,7 @@ def _coloured(hit: Hit) -> Text:
     most = max((abs(value) for value in influence), default=0.0)
     centre = max(range(len(influence)), key=lambda place: abs(influence[place]), default=0)
     first = max(0, min(centre - WINDOW // 2, len(influence) - WINDOW))
-    text = Text(f"{hit.rank:>4}  ", "bold")
+    text = Text().append(f"{hit.rank:>4}  ", "bold")
     for place in range(first, min(first + WINDOW, len(influence))):
         text.append(visible(tokens.train[place]).replace("\n", "\u23ce"), _shade(influence[place], most))
     return text
