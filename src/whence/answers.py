@@ -13,6 +13,9 @@ from torch import Tensor
 
 from whence.corpus import Row, layout
 
+SURE = 0.5
+"""Probability of a token from which the model is called sure of it."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -38,6 +41,14 @@ class Answer:
         if not self.probabilities:
             return math.nan
         return math.exp(sum(-math.log(max(p, 1e-30)) for p in self.probabilities) / len(self.probabilities))
+
+    @property
+    def certainty(self) -> str:
+        """In words, how sure the model is of the completion."""
+        sure = sum(probability >= SURE for probability in self.probabilities)
+        words = f"{sure} of {len(self.tokens)} tokens at p >= {SURE}; perplexity {self.perplexity:,.2f} a token"
+        guesses = ". The model guesses here: expect generic influences."
+        return words + guesses if sure < len(self.tokens) / 2 else words
 
     def query_tokens(self) -> list[str]:
         """Text of the tokens that the query is about, those of the contrast after them: rows of a `TokenMatrix`."""

@@ -23,11 +23,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.answers import Answer, Hit, Null, TokenMatrix, Trace, shown_text
+from whence.answers import Hit, Null, TokenMatrix, Trace, shown_text
 from whence.catalogue import TRACE_METHODS
 
-SURE = 0.5
-"""Probability of a token above which the model is said to be sure of it."""
 STEPS = 32767
 """int16 values on each side of 0."""
 
@@ -99,7 +97,7 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
         "contrast": _tokens(
             answer.contrast_tokens, answer.contrast_probabilities, [True] * len(answer.contrast_tokens)
         ),
-        "certainty": _certainty(answer),
+        "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
         "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
         "overlap": _number(trace.overlaps[number]) if number < len(trace.overlaps) else None,
         "helpful": [_hit(hit) for hit in trace.of(number)],
@@ -112,14 +110,6 @@ def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> 
         {"text": _visible(text), "p": _number(p), "asked": is_asked}
         for text, p, is_asked in zip(texts, probabilities, asked, strict=True)
     ]
-
-
-def _certainty(answer: Answer) -> str:
-    sure = sum(probability >= SURE for probability in answer.probabilities)
-    words = f"{sure} of {len(answer.tokens)} tokens at p ≥ {SURE}; perplexity {answer.perplexity:,.2f} a token."
-    if sure < len(answer.tokens) / 2:
-        return words + " The model guesses here: expect generic influences."
-    return words
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

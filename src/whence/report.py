@@ -15,14 +15,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whence.answers import Answer, Hit, TokenMatrix, Trace
+from whence.answers import SURE, Answer, Hit, TokenMatrix, Trace
 from whence.bench import BenchResult
 from whence.errors import SettingError, StorageError
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that change the order in which others are shown."""
-SURE, UNSURE = 0.5, 0.1
-"""Probabilities of a token above which it is shown as sure, and below which as a guess."""
+UNSURE = 0.1
+"""Probability of a token below which it is shown as a guess; from `SURE` it is shown as sure."""
 
 
 COLOURED = 3
@@ -94,7 +94,7 @@ def answer_text(answer: Answer) -> Text:
         text.append("\n").append("and not     ", "bold")
         count = len(answer.contrast_tokens)
         _append_tokens(text, answer.contrast_tokens, answer.contrast_probabilities, [True] * count)
-    text.append("\n").append("how sure    ", "bold").append(_certainty(answer)).append("\n")
+    text.append("\n").append("how sure    ", "bold").append(answer.certainty).append("\n")
     return text
 
 
@@ -103,14 +103,6 @@ def _append_tokens(text: Text, tokens: list[str], probabilities: list[float], as
     for token, probability, is_asked in zip(tokens, probabilities, asked, strict=True):
         style = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
         text.append(visible(token), style if is_asked else "dim")
-
-
-def _certainty(answer: Answer) -> str:
-    sure = sum(probability >= SURE for probability in answer.probabilities)
-    words = f"{sure} of {len(answer.tokens)} tokens at p >= {SURE}; perplexity {answer.perplexity:,.2f} a token"
-    if sure < len(answer.tokens) / 2:
-        return words + ". The model guesses here: expect generic influences."
-    return words
 
 
 def _hits_table(trace: Trace, query: int) -> Table:

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from whence import catalogue, exact, nulls
 from whence.answers import Hit, Null, TokenMatrix, Trace
+from whence.baselines import from_scorer
 from whence.corpus import Row
 from whence.errors import ManifestMismatchError, SettingError
 from whence.exact import Part
 from whence.gradients import OBJECTIVES, Sketches, inverse, sketch
 from whence.index import Index, open_index
-from whence.interfaces import QueryText
 from whence.model import LoadedModel
 from whence.queries import Asked, Query, Sampling, ask, queries_of, token_text
 from whence.scan import Ranking
@@ -151,7 +151,9 @@ def trace(
     if catalogue.trace_method(chosen.method).from_index:
         traced = _FromIndex(opened, found, chosen, controls, rankable).trace()
     else:
-        traced = _from_scorer(opened, found, chosen)
+        traced = from_scorer(
+            opened, found, method=chosen.method, top=chosen.top, objective=chosen.objective, seed=chosen.seed
+        )
     told, notes = _told(opened, chosen, sampling, controls), _notes(chosen, asked, rankable)
     if "control queries" in told and not (chosen.null or chosen.specific):
         told["control queries"] = "none, as asked"
@@ -515,84 +517,6 @@ def _overlap(side: _Side, exact_scores: dict[int, float], means: dict[int, float
     """Share of the index' best that are among the exact best of the short list."""
     best = side.rows[:top]
     return len({*best} & {*side.ordered(exact_scores, means).rows[:top]}) / len(best) if best else 1.0
-
-
-# -- baselines
-
-
-@dataclass(frozen=True)
-class _IndexView:
-    """What a scorer reads of an index."""
-
-    index: Index
-
-    @property
-    def rows(self) -> int:
-        return self.index.store.rows
-
-    @property
-    def tokens_per_batch(self) -> int:
-        return self.index.settings.tokens_per_batch
-
-    def examples(self) -> Iterator[Row]:
-        for part in range(len(self.index.store.manifest.parts)):
-            for row in self.index.store.read_part(part):
-                yield json.loads(row["row"])
-
-    def encoded(self) -> Iterator[Encoded]:
-        longest = self.index.store.manifest.settings["max_tokens"]
-        return (encode(row, self.model().tokenizer, longest) for row in self.examples())
-
-    def model(self) -> LoadedModel:
-        return self.index.model()
-
-
-def _from_scorer(index: Index, asked: list[Asked], settings: TraceSettings) -> Trace:
-    """A trace by a method that reads the corpus itself."""
-    scores = all_scores(index, asked, settings)
-    usable = torch.zeros(scores.shape[1], dtype=torch.bool)
-    usable[index.store.rankable()] = True
-    scores = scores.masked_fill(~usable | scores.isnan(), -torch.inf)
-    top = min(settings.top, int(usable.sum()))
-    out = Trace([query.answer for query in asked], [], settings.method, 0)
-    for query, row_scores in enumerate(scores):
-        order = row_scores.argsort(descending=True, stable=True)
-        order = order[row_scores[order] > -torch.inf].tolist()
-        scored = row_scores.masked_fill(row_scores == -torch.inf, torch.inf)
-        lowest = scored.argsort(stable=True)[: min(top, len(order))].tolist()
-        for sign, numbers in ((1, order[:top]), (-1, lowest)):
-            for rank, (number, row) in enumerate(zip(numbers, index.store.read_rows(numbers), strict=True), start=1):
-                score = float(row_scores[number])
-                out.hits.append(Hit(query, sign * rank, row["id"], score, row["source"], json.loads(row["row"])))
-    return out
-
-
-def all_scores(index: Index, asked: list[Asked], settings: TraceSettings) -> Float32[Tensor, "q n"]:
-    """Every row's score for every query, by any method."""
-    entry, view = catalogue.trace_method(settings.method), _IndexView(index)
-    if entry.from_index:
-        vectors = query_vectors(index, [query.parts for query in asked], objective=settings.objective)
-        weights = torch.tensor(index.weights)
-        return torch.cat([part for _, part in index.store.scores(vectors, weights, cosine=settings.cosine)], 1)
-    if entry.scorer is not None:
-        texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for q in asked]
-        return catalogue.scorer(entry.scorer)(seed=settings.seed)(view, texts)
-    rows = list(view.encoded())
-    total = torch.zeros(len(asked), len(rows))
-    space = replace(index.space, normalise="layer" if entry.normalise else "none")
-    for checkpoint in _last_first(index):
-        model = index.model(checkpoint)
-        total += index.weights[checkpoint] * exact.corpus_scores(
-            model,
-            index.layers(model),
-            [query.parts for query in asked],
-            rows,
-            space,
-            cosine=entry.cosine,
-            objective=settings.objective,
-            tokens_per_batch=view.tokens_per_batch,
-        )
-    return total
 
 
 def _told(index: Index, settings: TraceSettings, sampling: Sampling, controls: Any) -> dict[str, str]:
