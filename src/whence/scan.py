@@ -94,6 +94,20 @@ class _Scored:
     slack: Tensor | None  # [q, n]
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a query and a row of a waiting block, by query and then by row."""
+
+    query: np.ndarray
+    block: np.ndarray
+    row: np.ndarray
+    """Within the block."""
+
+    def of(self, some: np.ndarray) -> "_Pairs":
+        """Those that a mask tells."""
+        return _Pairs(self.query[some], self.block[some], self.row[some])
+
+
 def _is_enough(waiting: list[_Scored]) -> bool:
     """Few queries wait for several blocks: ranking each by itself costs more than its products."""
     scores = sum(block.scores.numel() for block in waiting)
@@ -112,16 +126,18 @@ def _merged(question: Question, queries: Tensor, waiting: list[_Scored], best: l
     out = []
     for sign, side in zip((1, -1), best, strict=True):
         query, place = _candidates(scores, slack, side.scores[:, -1].numpy(), sign, side.scores.shape[1])
-        where = np.searchsorted(ends, place, side="right")
-        exact, rows = scores[place, query], np.empty_like(place)
-        for number in np.unique(where):
-            some, block = where == number, waiting[number]
-            local = place[some] - (ends[number] - block.scores.shape[1])
-            rows[some] = block.first + local
-            if slack is not None:
-                pairs = (torch.from_numpy(query[some]), torch.from_numpy(local))
-                exact[some] = _rescored(question, queries, block.shards, pairs).numpy()
-        out.append(side.merged(*map(torch.from_numpy, (query, rows, exact * np.float32(sign)))))
+        where, signed = np.searchsorted(ends, place, side="right"), sign * scores[place, query]
+        found = _Pairs(query, where, place - (ends - [block.scores.shape[1] for block in waiting])[where])
+        if slack is not None:
+            # the best by approximate score first: their true scores raise what the others have to reach
+            furthest, exact = signed + slack[place, query], np.full_like(signed, -np.inf)
+            first = _rank_within(query, -signed) < 2 * side.scores.shape[1]
+            exact[first] = sign * _rescored(question, queries, waiting, found.of(first))
+            reached = side.merged(found.of(first), waiting, exact[first]).scores[:, -1].numpy()
+            rest = ~first & (furthest >= reached[query])
+            exact[rest] = sign * _rescored(question, queries, waiting, found.of(rest))
+            found, signed = found.of(first | rest), exact[first | rest]
+        out.append(side.merged(found, waiting, signed))
     return out
 
 
@@ -159,9 +175,10 @@ def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard])
     for weight, kernel, shard in zip(question.weights.tolist(), kernels, shards, strict=True):
         block = kernel(shard.vectors, shard.scale)
         scores, error = block.scores, block.slack
-        if block.slack_per_norm is not None:
-            per_row = block.slack_per_norm[:, None] * shard.norm
-            error = per_row if error is None else error + per_row
+        for slope, size in ((block.slack_per_norm, shard.norm), (block.slack_per_scale, shard.scale)):
+            if slope is not None:
+                per_row = slope[:, None] * size
+                error = per_row if error is None else error + per_row
         if question.cosine or weight != 1:
             factor = _row_factor(question, shard) * weight
             scores, error = scores * factor, None if error is None else error * abs(factor)
@@ -171,17 +188,26 @@ def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard])
     return total, slack
 
 
-def _rescored(question: Question, queries: Tensor, shards: list[Shard], pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The fp32 scores of (query, row of the block) pairs, from decoded rows."""
-    total, step = torch.zeros(len(pairs[0])), max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
-    for c, shard in enumerate(shards):
-        factor = _row_factor(question, shard) * question.weights[c]
-        for some in torch.arange(len(total)).split(step):
-            query, row = pairs[0][some], pairs[1][some]
-            vectors = question.codec.decode(shard.vectors[row], shard.scale[row], queries.shape[2])
-            products = torch.linalg.vecdot(vectors, queries[c, query])
-            total[some] += products * (factor[row] if factor.ndim else factor)
-    return total
+def _rescored(question: Question, queries: Tensor, waiting: list[_Scored], pairs: _Pairs) -> np.ndarray:
+    """The fp32 scores of pairs, from decoded rows."""
+    total, step = torch.zeros(len(pairs.query)), max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
+    for number in np.unique(pairs.block):
+        places = torch.from_numpy(np.flatnonzero(pairs.block == number))
+        for c, shard in enumerate(waiting[number].shards):
+            factor = _row_factor(question, shard) * question.weights[c]
+            for some in places.split(step):
+                query, row = torch.from_numpy(pairs.query)[some], torch.from_numpy(pairs.row)[some]
+                vectors = question.codec.decode(shard.vectors[row], shard.scale[row], queries.shape[2])
+                products = torch.linalg.vecdot(vectors, queries[c, query])
+                total[some] += products * (factor[row] if factor.ndim else factor)
+    return total.numpy()
+
+
+def _rank_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Place of each entry among those of its group, by ascending key. Groups come in ascending order."""
+    order, rank = np.lexsort((key, group)), np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.searchsorted(group, group)
+    return rank
 
 
 def _candidates(
@@ -241,16 +267,18 @@ class _Best:
     def empty(q: int, m: int) -> "_Best":
         return _Best(torch.full((q, m), -torch.inf), torch.full((q, m), -1, dtype=torch.int64))
 
-    def merged(self, pair_queries: Tensor, pair_rows: Tensor, pair_scores: Tensor) -> "_Best":
+    def merged(self, pairs: _Pairs, waiting: list[_Scored], pair_scores: np.ndarray) -> "_Best":
         """With more rows, all later than those seen: a stable sort then ranks ties by the lower row."""
-        if not len(pair_rows):
+        if not len(pairs.row):
             return self
+        first_rows = np.array([block.first for block in waiting])
+        pair_queries, pair_rows = torch.from_numpy(pairs.query), torch.from_numpy(first_rows[pairs.block] + pairs.row)
         (q, m), counts = self.scores.shape, torch.bincount(pair_queries, minlength=len(self.scores))
         place = m + torch.arange(len(pair_rows)) - (counts.cumsum(0) - counts)[pair_queries]
         scores = torch.full((q, m + int(counts.max())), -torch.inf)
         rows = torch.full(scores.shape, -1, dtype=torch.int64)
         scores[:, :m], rows[:, :m] = self.scores, self.rows
-        scores[pair_queries, place], rows[pair_queries, place] = pair_scores, pair_rows
+        scores[pair_queries, place], rows[pair_queries, place] = torch.from_numpy(pair_scores), pair_rows
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return _Best(scores[:, :m].contiguous(), rows.gather(1, order[:, :m]))
 
