@@ -27,6 +27,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from whence.checkpoint import open_run
 from whence.codecs import codec
 from whence.exact import Part
 from whence.gradients import Captured, Sketches, backward, example_gradients, inverse
-from whence.interfaces import GradientSpace, QueryText
+from whence.interfaces import GradientSpace, QueryText, Target
 from whence.model import LoadedModel, layer_shape, load_model
 from whence.numerics import auroc, average_precision, bootstrap_interval, generator
 from whence.queries import Asked, Query, Sampling, ask
@@ -234,6 +235,34 @@ class Sketched:
         return {name: found * inverse(rows.norm(dim=1)) if self.cosine else found}
 
 
+class Reached(Sketched):
+    """As `Whence's --method reach`: the sum over a query's tokens of the magnitude of each one's score."""
+
+    def __init__(self, projection: object, tokens: Tensor, owners: Tensor, *, codec_name: str):
+        super().__init__(projection, tokens, codec_name=codec_name, cosine=False, normalise=False)
+        self.owners = owners
+        self.lengths = torch.zeros(int(owners.max()) + 1).index_add_(0, owners, tokens.norm(dim=1))
+
+    def scores(self, name: str = "score") -> dict[str, Tensor]:
+        """Of the batch [q b]."""
+        rows = self.rows.rows
+        found = self.codec.scores(*self.codec.encode(rows), self.queries).abs()
+        moved = torch.zeros(len(self.lengths), len(rows)).index_add_(0, self.owners, found)
+        return {name: moved * inverse(self.lengths)[:, None] * inverse(rows.norm(dim=1))}
+
+
+def token_parts(parts: Sequence[Part]) -> tuple[list[Part], Tensor]:
+    """A query of one supervised token for each token of the queries, and which query each is of."""
+    out, owners = [], []
+    for number, part in enumerate(parts):
+        for place, is_target in enumerate(part.encoded.supervised):
+            if is_target:
+                alone = [other == place for other in range(len(part.encoded.ids))]
+                out.append(replace(part, encoded=replace(part.encoded, supervised=alone)))
+                owners.append(number)
+    return out, torch.tensor(owners)
+
+
 def query_sketches(
     loaded: LoadedModel, parts: Sequence[Part], projection: object, normalise: bool, objective: str
 ) -> Tensor:
@@ -290,11 +319,12 @@ def stage_scores(options: argparse.Namespace) -> None:
             found |= one_pass(loaded, rows, consumers_of(loaded, [query for _, query in queries]), kind)
             torch.save(found, file)
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for _, q in queries]
-        for name in ("bm25", "embedding", "random"):
+        targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
+        for name, scorer in {"bm25": "bm25", "embedding": "rds+", "random": "random"}.items():
             if name not in found:
                 print(kind, name, flush=True)
                 view = View(texts_of_rows, rows, loaded)
-                found[name] = catalogue.scorer(name)(seed=options.seed)(view, texts)
+                found[name] = catalogue.scorer(scorer)(seed=options.seed)(view, targets)
                 torch.save(found, file)
         if options.minilm and "minilm" not in found:
             found["minilm"] = minilm(options.minilm, texts_of_rows, texts)
@@ -310,8 +340,11 @@ def consumers_of(loaded: LoadedModel, queries: list[Asked]) -> dict[str, object]
     two_sided = catalogue.projection("two_sided")(shapes, width=16)
     shuffle_sum = catalogue.projection("shuffle_sum")(shapes)
     ours = {"codec_name": "bfloat16", "cosine": True, "normalise": False}
+    tokens, owners = token_parts(parts)
+    token_sketches = query_sketches(loaded, tokens, two_sided, False, "loss")
     return {
         "exact": Dots(held),
+        "reach": Reached(two_sided, token_sketches, owners, codec_name="bfloat16"),
         "ours": Sketched(two_sided, query_sketches(loaded, parts, two_sided, False, "loss"), **ours),
         "ours_margin": Sketched(two_sided, query_sketches(loaded, parts, two_sided, False, "margin"), **ours),
         "rapidin": Sketched(
@@ -400,7 +433,7 @@ def stage_retrieval(options: argparse.Namespace) -> None:
                     measured(all_scores[number], relevant(made, rows, poison, queries[number][1])) for number in numbers
                 ]
                 table[poison][method] = {key: summary([one[key] for one in found], options.seed) for key in found[0]}
-                if method not in ("bm25", "embedding", "minilm", "random"):  # theirs have no opposing side
+                if method not in ("reach", "bm25", "embedding", "minilm", "random"):  # theirs have no opposing side
                     sized = [
                         measured(all_scores[number].abs(), relevant(made, rows, poison, queries[number][1]))
                         for number in numbers
@@ -543,7 +576,7 @@ SPEED_ROWS, SPEED_WIDTH = 256, 65536
 def stage_speed(options: argparse.Namespace) -> None:
     """Retrieval against uncompressed gradients; sketching times at equal widths."""
     from whence.index import index
-    from whence.tracing import query_vectors
+    from whence.queries import query_vectors
 
     alpaca = options.data / "instruct" / "alpaca.jsonl"
     built = index(options.model, alpaca, options.index or options.work / "alpaca-index")  # there already: at once

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("", "demo", "train", "index", "trace", "info", "verify", "append", "bench")
+VERBS = ("", "demo", "train", "index", "trace", "select", "evaluate", "evaluate selection", "info", "verify", "append", "bench")
 
 
 def help_pages() -> str:
@@ -16,7 +16,7 @@ def help_pages() -> str:
     plain = os.environ | {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "TERMINAL_WIDTH": "100"}
     pages = ["# The command line\n\nWritten by `docs/make_cli.py` from `--help`.\n"]
     for verb in VERBS:
-        command = [sys.executable, "-m", "whence", *([verb] if verb else []), "--help"]
+        command = [sys.executable, "-m", "whence", *verb.split(), "--help"]
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
         text = "\n".join(line.rstrip() for line in out.strip().splitlines())
         pages.append(f"## whence {verb}".rstrip() + f"\n\n```\n{text}\n```\n")

@@ -119,6 +119,48 @@ def save_tiny_run(directory, rates=(3e-4, 1e-4)):
     return directory
 
 
+def plain_trainer_run(directory, architecture="llama", steps=4, *, named=False, **options):
+    """A Trainer's output directory as a script makes it that knows nothing of Whence; a checkpoint every two steps.
+
+    Args:
+        directory: To make.
+        architecture: llama, gpt2, or lora (on a Llama that is saved beside the run).
+        steps: Of AdamW, with weight decay, so in two groups.
+        named: Make the optimizer from named parameters, in one group.
+        options: Of `TrainingArguments`.
+
+    Returns:
+        The Trainer, when done.
+    """
+    import peft
+    import transformers as t
+
+    torch.manual_seed(3)
+    if architecture == "gpt2":
+        small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 16, "n_positions": 64}  # c_proj is square
+        model = t.GPT2LMHeadModel(t.GPT2Config(**small, vocab_size=259, bos_token_id=1, eos_token_id=2))
+    else:
+        base = save_tiny_llama(directory.parent / f"{directory.name}-base")
+        model = t.AutoModelForCausalLM.from_pretrained(base)
+        if architecture == "lora":
+            config = peft.LoraConfig(r=3, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
+            model = peft.get_peft_model(model, config)
+    rng = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 259, (12,), generator=rng) for _ in range(32)]
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    arguments = t.TrainingArguments(
+        output_dir=str(directory), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
+        **{"weight_decay": 0.1, "save_steps": 2, "logging_steps": 1, "report_to": "none"} | options,
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2) if named else None
+    trainer = t.Trainer(
+        model, arguments, train_dataset=rows, processing_class=byte_tokenizer(), optimizers=(optimizer, None)
+    )
+    trainer.train()
+    return trainer
+
+
 def corpus_rows(count, first=0):
     """Rows of a prompt and a completion, all different, with ids."""
     return [

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from conftest import random_examples, tiny_model
-from whence import exact
+from whence import exact, tokenwise
 from whence.exact import Part
-from whence.gradients import OBJECTIVES, gradients
+from whence.gradients import OBJECTIVES, backward, gradients
 from whence.interfaces import GradientSpace
 from whence.tokens import Encoded, collate
 
@@ -104,21 +104,22 @@ def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduct
 
 
 @pytest.mark.parametrize("contrast", [False, True])
-@pytest.mark.parametrize("basis", exact.BASES)
+@pytest.mark.parametrize("basis", tokenwise.BASES)
 def test_token_matrices_are_inner_products_of_single_tokens(
     loaded, traced, whole, of_query, contrast, basis, monkeypatch
 ):
     """Rows by their own gradients; columns of `loss` by theirs; and everything sums to the exact score."""
-    monkeypatch.setattr(exact, "PRODUCT_ENTRIES", 64)  # several pieces
+    monkeypatch.setattr(tokenwise, "POSITIONS_AT_ONCE", 8)  # several pieces
+    monkeypatch.setattr(tokenwise, "PRODUCTS_AT_ONCE", 64)
     parts, rows = query_parts(contrast), random_examples(3, seed=6)
-    tokens = exact.tokens_of(parts, "mean")
+    tokens = tokenwise.tokens_of(parts, "mean")
     matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.targets) for row in rows]
-    for group in exact.each_group_of_tokens(parts, tokens, traced):
+    for group in tokenwise.each_group_of_tokens(parts, tokens, traced):
         some = [tokens[number] for number in group]
-        examples, weights = exact.token_rows(parts, some), [token.weight for token in some]
-        pairs = exact.held_tokens(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
+        examples, weights = tokenwise.token_rows(parts, some), [token.weight for token in some]
+        pairs = tokenwise.held_tokens(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
         factors = torch.ones(len(traced), len(rows))
-        found = exact.token_products(
+        found = tokenwise.token_products(
             loaded, traced, pairs, len(some), rows, factors, basis=basis, reduction="mean", tokens_per_batch=BUDGET
         )
         for matrix, part in zip(matrices, found, strict=True):
@@ -141,11 +142,11 @@ def test_positions_are_told_apart_by_hand(loaded, of_query):
     traced, (row,), parts = loaded.layers(), random_examples(1, seed=9), query_parts(False)
     held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
     factors = torch.ones(len(traced), 1)
-    matrix = exact.token_products(
+    matrix = tokenwise.token_products(
         loaded, traced, held, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
     )[0]
     query, captured = of_query(parts), {}
-    exact.backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
+    backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
     for place in range(len(row.ids)):
         true = sum(
             float(torch.einsum("o,oi,i->", seen.g[0, place], query[layer][0], seen.a[0, place]))
@@ -156,11 +157,11 @@ def test_positions_are_told_apart_by_hand(loaded, of_query):
 
 def test_groups_of_tokens_stay_within_the_budget_and_never_mix_parts(traced, monkeypatch):
     parts = query_parts(True)
-    tokens = exact.tokens_of(parts, "sum")
-    monkeypatch.setattr(exact, "HELD_BYTES", 1)
-    assert list(exact.each_group_of_tokens(parts, tokens, traced)) == [[number] for number in range(len(tokens))]
-    monkeypatch.setattr(exact, "HELD_BYTES", 2**31)
-    groups = list(exact.each_group_of_tokens(parts, tokens, traced))
+    tokens = tokenwise.tokens_of(parts, "sum")
+    monkeypatch.setattr(tokenwise, "HELD_BYTES", 1)
+    assert list(tokenwise.each_group_of_tokens(parts, tokens, traced)) == [[number] for number in range(len(tokens))]
+    monkeypatch.setattr(tokenwise, "HELD_BYTES", 2**31)
+    groups = list(tokenwise.each_group_of_tokens(parts, tokens, traced))
     assert [{tokens[number].part for number in group} for group in groups] == [{0}, {1}]
     assert [number for group in groups for number in group] == list(range(len(tokens)))
 

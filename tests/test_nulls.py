@@ -11,8 +11,9 @@ from whence.errors import SettingError
 from whence.exact import Part
 from whence.index import Index, index
 from whence.nulls import LEAST, control_scores, draw_controls, given_controls, meaningless, needed_z, nulls, verdict
+from whence.queries import query_vectors
 from whence.tokens import encode_query
-from whence.tracing import query_vectors, trace
+from whence.tracing import trace
 
 WEIGHTS = (0.75, 0.25)
 

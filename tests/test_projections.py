@@ -73,6 +73,14 @@ def test_sketch_is_linear_and_splits_over_tokens(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_formed_gradient_has_the_sketch_of_its_factors(name):
+    projection = make(name)
+    for layer, (a, g) in pairs(9).items():
+        found, expected = projection.flat(example_gradients(a, g), layer=layer), projection(a, g, layer=layer)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_row_does_not_depend_on_its_batch(name):
     projection, seen = make(name), pairs(4)
     alone = torch.cat([whole(projection, {k: (a[[n]], g[[n]]) for k, (a, g) in seen.items()}) for n in range(3)])

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -114,9 +116,15 @@ def test_a_span_of_a_generated_completion_is_of_its_own_tokens(model):
     assert found.parts[0].encoded.targets == 2
 
 
-@pytest.mark.parametrize("span", ["cat", "", "bottles "])
+@pytest.mark.parametrize("span", ["cat", "bottles "])
 def test_a_text_that_does_not_occur_is_refused_with_what_was_said(model, span):
     with pytest.raises(SettingError, match=f"--span '{span}' does not occur in the completion 'ten bottles</s>'"):
+        asked(model, "ten bottles", span)
+
+
+@pytest.mark.parametrize("span", ["", " ", "\n\t"])
+def test_a_span_without_words_is_said_to_have_none(model, span):
+    with pytest.raises(SettingError, match=r"^--span '.*' has no words\. Give some of the completion's, or its tokens"):
         asked(model, "ten bottles", span)
 
 
@@ -216,15 +224,42 @@ def test_columns_of_a_file_are_read(tmp_path):
         {"prompt": "a", "completion": "bc", "span": "b", "contrast": "d"},
         {"prompt": "a", "span": None},
         {"instruction": "do", "input": "it", "output": "done", "contrast": "no"},
+        {"instruction": "do"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}], "span_tokens": "0:2"},
+        {"messages": [{"role": "user", "content": "a"}]},
     ]
-    expected = [Query("a", "bc", "b", "d"), Query("a"), Query("do\n\nit", "done", None, "no")]
-    assert queries_of(write_jsonl(tmp_path / "queries.jsonl", rows)) == expected
+    expected = [
+        Query("a", "bc", "b", "d"),
+        Query("a"),
+        Query("do\n\nit", "done", None, "no"),
+        Query("do"),
+        Query("a", "bc", (0, 2)),
+        Query("a"),
+    ]
     assert queries_of(rows) == expected
+    assert queries_of(write_jsonl(tmp_path / "queries.jsonl", rows)) == expected
+    columns = {name for row in rows for name in row}
+    table = pyarrow.Table.from_pylist([dict.fromkeys(columns) | row for row in rows[:2]])
+    pyarrow.parquet.write_table(table, tmp_path / "queries.parquet")
+    assert queries_of(tmp_path / "queries.parquet") == expected[:2]
 
 
 def test_an_empty_cell_of_a_csv_file_is_none(tmp_path):
-    (tmp_path / "queries.csv").write_text("prompt,completion,span,contrast\na,bc,,\na,bc,b,d\n")
-    assert queries_of(tmp_path / "queries.csv") == [Query("a", "bc"), Query("a", "bc", "b", "d")]
+    file = tmp_path / "queries.csv"
+    file.write_text("prompt,completion,span,contrast\na,bc,,\na,bc,b,d\na,,,\n")
+    assert queries_of(file) == [Query("a", "bc"), Query("a", "bc", "b", "d"), Query("a")]
+    file.write_text("prompt\na\nb\n")
+    assert queries_of(file) == [Query("a"), Query("b")]
+    file.write_text("text\na\n")
+    with pytest.raises(
+        SettingError, match=r"queries\.csv:2: a query needs a text as `prompt` .*; found the columns text$"
+    ):
+        queries_of(file)
+
+
+def test_nothing_to_ask_is_said_with_the_flag():
+    with pytest.raises(SettingError, match=r"^--controls: no query in it"):
+        queries_of([], flag="--controls")
 
 
 def test_defaults_are_for_queries_that_have_none_of_their_own():
@@ -242,7 +277,9 @@ def test_defaults_are_for_queries_that_have_none_of_their_own():
         ({"prompt": "a", "span": [0, 1]}, "the columns prompt, span"),
         ({"prompt": "a", "contrast": 3}, "the columns prompt, contrast"),
         ({"prompt": None}, "the columns prompt"),
-        ("a", "a JSON str"),
+        ({"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "a"}]}, "the columns messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "the columns messages"),
+        ({"messages": "a"}, "the columns messages"),
     ],
 )
 def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):
@@ -252,3 +289,11 @@ def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):
     file.write_text('{"prompt": "fine"}\n\n' + json.dumps(row) + "\n")
     with pytest.raises(SettingError, match=rf"queries\.jsonl:3: a query needs .* found {found}$"):
         queries_of(file)
+
+
+@pytest.mark.parametrize("tokens", ["3", "1:b", ":2", "1-2"])
+def test_a_range_that_is_none_is_named_by_its_place(tokens):
+    with pytest.raises(SettingError, match=f"^query 0: span_tokens {tokens}: FROM:TO is expected"):
+        queries_of([{"prompt": "a", "span_tokens": tokens}])
+    with pytest.raises(SettingError, match="no span as text beside it"):
+        queries_of([{"prompt": "a", "span": "a", "span_tokens": "1:2"}])

@@ -18,10 +18,10 @@ from whence.exact import Part
 from whence.gradients import sketch
 from whence.index import index, open_index, projection_for
 from whence.model import load_model
-from whence.queries import Query
+from whence.queries import Query, query_vectors
 from whence.report import trace_tables
 from whence.tokens import collate, encode, encode_prompt
-from whence.tracing import query_vectors, trace
+from whence.tracing import trace
 
 PROMPT, COMPLETION = "5 and 3?", " yes, 12"
 
@@ -299,13 +299,13 @@ def test_a_file_of_queries_is_read(exact, tmp_path):
         (b'{"prompt": "a"}\n{"prompt"\n', r"queries\.jsonl:2: not a line of JSON"),
         (b'{"prompt": "a"}\n\n\xff\n', r"queries\.jsonl:3: not a line of JSON"),
         (b'{"question": "a"}\n', r"queries\.jsonl:1: a query needs .* found the columns question"),
-        (b"[1]\n", r"queries\.jsonl:1: a query needs .* found a JSON list"),
+        (b"[1]\n", r"queries\.jsonl:1: a list where an object is expected"),
         (b"\n", r"queries\.jsonl: no query in it"),
     ],
 )
 def test_a_bad_line_of_queries_is_named(exact, tmp_path, text, message):
     (tmp_path / "queries.jsonl").write_bytes(text)
-    with pytest.raises(SettingError, match=message):
+    with pytest.raises((SettingError, CorpusError), match=message):
         trace(exact, queries=tmp_path / "queries.jsonl")
 
 

@@ -1,18 +1,23 @@
 """`train` writes an ordinary Trainer directory, from Whence's tokenisation, the same for the same seed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from conftest import contents
 from whence import demo
+from whence.checkpoint import open_run
 from whence.errors import CorpusError, SettingError
 from whence.model import load_model
+from whence.resuming import is_complete
 from whence.tokens import encode
-from whence.train import TrainSettings, train
+from whence.train import TrainSettings, settings_of, train
 
 ROWS = [
     {"id": str(number), "prompt": f"What is {number}?", "completion": f" It is {number} of {40 - number}."}
@@ -101,9 +106,139 @@ def test_nothing_is_written_to_stdout(parent, tmp_path, capsys):
     assert "Writing" not in captured.err
 
 
-def test_a_directory_with_checkpoints_is_refused(run, parent):
-    with pytest.raises(SettingError, match="holds checkpoints already"):
-        train(parent, ROWS, run, **QUICK)
+# -- going on
+
+
+def weights_of(run, step):
+    return load_file(run / f"checkpoint-{step}" / "model.safetensors")
+
+
+def stop_at(monkeypatch, step):
+    """Let the training of this process stop at a step, as Ctrl-C would."""
+    real = Trainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", stopped)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "lora_dropout": 0.3}])
+def test_a_stopped_training_ends_with_the_weights_it_would_have_had(parent, tmp_path, monkeypatch, options):
+    """5 steps an epoch and a checkpoint every 2: stopped before any, within an epoch, at its end, and half written."""
+    settings = QUICK | {"epochs": 3, "checkpoints": 7} | options  # checkpoints at 3, 6, 9, 12, 15
+    whole = train(parent, ROWS, tmp_path / "whole", **settings)
+    name = "adapter_model.safetensors" if options else "model.safetensors"
+    expected = load_file(whole / "checkpoint-15" / name)
+    out = tmp_path / "stopped"
+    for step in (1, 4, 8, 10, 14):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(parent, ROWS, out, **settings)
+        assert not is_complete(out)
+        if step == 10:  # the next checkpoint was being written
+            (out / "checkpoint-12").mkdir()
+            (out / "checkpoint-12" / name).write_bytes(b"half")
+    train(parent, ROWS, out, **settings)
+    assert is_complete(out)
+    found = load_file(out / "checkpoint-15" / name)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    states = [json.loads((run / "checkpoint-15" / "trainer_state.json").read_text()) for run in (whole, out)]
+    logs = [[(line["step"], line.get("learning_rate"), line.get("loss")) for line in s["log_history"]] for s in states]
+    assert logs[0][:-1] == logs[1][:-1]  # the last line is of the run's own time
+    assert open_run(out, which="all").checkpoints[1].weight == open_run(whole, which="all").checkpoints[1].weight
+
+
+def test_a_killed_training_goes_on(parent, tmp_path):
+    """SIGKILL while a checkpoint is being written."""
+    script = """
+import os, signal, sys, json
+from whence.train import train
+from transformers import Trainer
+real = Trainer._save_rng_state
+def killed(self, folder):
+    if self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, folder)
+Trainer._save_rng_state = killed
+parent, rows, out = sys.argv[1:]
+train(parent, json.loads(rows), out, batch_size=8, lr=1e-2, progress=False, max_steps=6, checkpoints=3)
+"""
+    arguments = [str(parent), json.dumps(ROWS), str(tmp_path / "killed")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    assert (tmp_path / "killed" / "checkpoint-4" / "optimizer.pt").exists()
+    runs = [train(parent, ROWS, tmp_path / n, **QUICK, max_steps=6, checkpoints=3) for n in ("killed", "whole")]
+    one, other = (weights_of(run, 6) for run in runs)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_finished_training_is_kept(run, parent, monkeypatch):
+    before = contents(run)
+    stop_at(monkeypatch, 7)
+    assert train(parent, ROWS, run, **QUICK, max_steps=7, checkpoints=2) == run
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"lr": 1e-3}, "--lr is 0.01 there, 0.001 here"),
+        ({"seed": 1}, "--seed is 0 there, 1 here"),
+        ({"lora_rank": 4}, "--lora-rank is None there, 4 here"),
+        ({"max_tokens": 9}, "--max-tokens is 2048 there, 9 here"),
+    ],
+)
+def test_other_settings_are_refused_by_name(run, parent, changed, told):
+    with pytest.raises(SettingError, match="other settings") as caught:
+        train(parent, ROWS, run, **QUICK | {"max_steps": 7, "checkpoints": 2} | changed)
+    assert told in str(caught.value)
+
+
+def test_other_rows_are_refused(run, parent):
+    with pytest.raises(SettingError, match="rows_digest is "):
+        train(parent, [*ROWS[1:], {"prompt": "a", "completion": "b"}], run, **QUICK, max_steps=7, checkpoints=2)
+
+
+def test_checkpoints_of_another_training_are_refused(parent, tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(SettingError, match=r"holds checkpoints already, and no whence_train\.json"):
+        train(parent, ROWS, tmp_path, **QUICK)
+
+
+# -- recipes
+
+
+def test_a_preset_gives_what_is_not_said(parent, tmp_path):
+    chosen = settings_of("less", {"epochs": 2, "lora_rank": 4})
+    assert (chosen.fraction, chosen.lora_alpha, chosen.epochs, chosen.lora_rank) == (0.05, 512, 2, 4)
+    out = train(parent, ROWS, tmp_path / "run", preset="less", lora_rank=2, fraction=0.5, batch_size=8, progress=False)
+    config = json.loads((out / "checkpoint-12" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 512, 0.1)
+    # 20 rows: 3 steps for each of 4 epochs, of which 1 warms up
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{s}" for s in (12, 3, 6, 9)]
+    assert all((out / f"checkpoint-{step}" / "scheduler.pt").exists() for step in (3, 6, 9, 12))
+    with pytest.raises(SettingError, match="--preset more: choose one of less"):
+        settings_of("more", {})
+
+
+def test_a_step_of_several_passes_is_one_step(parent, tmp_path):
+    whole = train(parent, ROWS, tmp_path / "whole", **QUICK, max_steps=2)
+    parts = train(parent, ROWS, tmp_path / "parts", **QUICK, max_steps=2, micro_batch=2)
+    one, other = weights_of(whole, 2), weights_of(parts, 2)
+    start = load_file(parent / "model.safetensors")
+    for name in one:
+        moved = (one[name] - start[name]).norm()
+        assert (one[name] - other[name]).norm() < 0.01 * moved, name
+
+
+def test_targets_that_the_model_lacks_are_named(parent, tmp_path):
+    with pytest.raises(SettingError, match=r"--lora-targets c_attn: .* are called q_proj, k_proj, "):
+        train(parent, ROWS, tmp_path / "run", **QUICK, lora_rank=2, lora_targets="c_attn")
 
 
 def test_a_corpus_without_targets_is_refused(parent, tmp_path):
@@ -119,6 +254,9 @@ def test_a_corpus_without_targets_is_refused(parent, tmp_path):
         ({"lr": float("nan")}, "--lr nan"),
         ({"fraction": 1.5}, "--fraction 1.5"),
         ({"warmup": 1.0}, "--warmup 1.0"),
+        ({"lora_rank": 2, "lora_dropout": -0.1}, "--lora-dropout -0.1: a share from 0"),
+        ({"lora_alpha": 8}, "need a --lora-rank"),
+        ({"micro_batch": 3}, "--micro-batch 3: a divisor of --batch-size 16"),
         ({"schedule": "sinus"}, "--schedule sinus: choose one of linear, cosine"),
     ],
 )

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from whence.index import open_index as open_index
     from whence.index import verify as verify
     from whence.interfaces import GradientSpace as GradientSpace
+    from whence.measures import evaluate_selection as evaluate_selection
     from whence.model import LoadedModel as LoadedModel
     from whence.model import load_model as load_model
     from whence.queries import Query as Query
+    from whence.selection import select as select
     from whence.tracing import trace as trace
     from whence.train import train as train
 
@@ -41,9 +43,11 @@ _HOMES = {
     "open_index": "index",
     "verify": "index",
     "GradientSpace": "interfaces",
+    "evaluate_selection": "measures",
     "LoadedModel": "model",
     "load_model": "model",
     "Query": "queries",
+    "select": "selection",
     "Trace": "answers",
     "trace": "tracing",
     "train": "train",

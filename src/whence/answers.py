@@ -166,6 +166,16 @@ def shown_text(row: Row) -> Row:
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 
+def row_text(row: Row) -> str:
+    """Text of a corpus row, whatever its layout; empty where nulls stand for text. UTF-8 can hold it.
+
+    >>> row_text({"prompt": "1 + 1?", "completion": "2"})
+    '1 + 1? 2'
+    """
+    text = " ".join(text for text in shown_text(row).values() if text)
+    return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+
+
 def _text(value: Any) -> str | None:
     """One type a column, whatever stands in a row: a file of rows needs that."""
     return None if value is None else str(value)

@@ -5,8 +5,7 @@ index cannot rank, or that the method gives no finite score, are never ranked.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float32
@@ -14,39 +13,10 @@ from torch import Tensor
 
 from whence import catalogue, exact
 from whence.answers import Hit, Trace
-from whence.corpus import Row
 from whence.index import Index
-from whence.interfaces import QueryText
-from whence.model import LoadedModel
+from whence.interfaces import QueryText, Target
 from whence.queries import Asked
-from whence.tokens import Encoded, encode
-
-
-@dataclass(frozen=True)
-class _IndexView:
-    """What a scorer reads of an index."""
-
-    index: Index
-
-    @property
-    def rows(self) -> int:
-        return self.index.store.rows
-
-    @property
-    def tokens_per_batch(self) -> int:
-        return self.index.settings.tokens_per_batch
-
-    def examples(self) -> Iterator[Row]:
-        for part in range(len(self.index.store.manifest.parts)):
-            for row in self.index.store.read_part(part):
-                yield json.loads(row["row"])
-
-    def encoded(self) -> Iterator[Encoded]:
-        longest = self.index.store.manifest.settings["max_tokens"]
-        return (encode(row, self.model().tokenizer, longest) for row in self.examples())
-
-    def model(self) -> LoadedModel:
-        return self.index.model()
+from whence.views import IndexView
 
 
 def from_scorer(index: Index, asked: list[Asked], *, method: str, top: int, objective: str, seed: int) -> Trace:
@@ -71,10 +41,11 @@ def from_scorer(index: Index, asked: list[Asked], *, method: str, top: int, obje
 
 def all_scores(index: Index, asked: list[Asked], *, method: str, objective: str, seed: int) -> Float32[Tensor, "q n"]:
     """Every row's score for every query, by a method that reads the corpus itself."""
-    entry, view = catalogue.trace_method(method), _IndexView(index)
+    entry, view = catalogue.trace_method(method), IndexView(index)
     if entry.scorer is not None:
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for q in asked]
-        return catalogue.scorer(entry.scorer)(seed=seed)(view, texts)
+        targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
+        return catalogue.scorer(entry.scorer)(seed=seed)(view, targets)
     rows = list(view.encoded())
     total = torch.zeros(len(asked), len(rows))
     space = replace(index.space, normalise="layer" if entry.normalise else "none")

@@ -27,11 +27,11 @@ from whence.checkpoint import open_run
 from whence.codecs import codec as codec_of
 from whence.corpus import open_corpus
 from whence.errors import CorpusError, SettingError
-from whence.gradients import sketch
-from whence.index import IndexSettings, load_for, projection_for, with_options
+from whence.gradients import Transform, sketch
 from whence.interfaces import Projection
 from whence.model import LoadedModel
 from whence.tokens import Batch, Encoded, collate, encode
+from whence.vectors import IndexSettings, load_for, projection_for, transform_for, with_options
 
 MEMORY_BATCHES = 3
 
@@ -97,7 +97,7 @@ def bench(
         raise SettingError(f"--length {length}: the model's context is {loaded.context} tokens")
     made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
     projection = projection_for(loaded, chosen)
-    seconds = _timed(loaded, made, projection, chosen)
+    seconds = _timed(loaded, made, projection, chosen, transform_for(loaded, chosen))
     step, passes, index = (statistics.median(seconds[name]) for name in ("step", "passes", "index"))
     tokens = statistics.mean(int(batch.mask.sum()) for batch in made)
     peaks = {"index": 0, "step": 0}
@@ -142,13 +142,17 @@ def make_batches(
 
 
 def _timed(
-    loaded: LoadedModel, batches: list[Batch], projection: Projection, settings: IndexSettings
+    loaded: LoadedModel,
+    batches: list[Batch],
+    projection: Projection,
+    settings: IndexSettings,
+    transform: Transform | None,
 ) -> dict[str, list[float]]:
     optimizer = _optimizer(loaded)
     ways: dict[str, Callable[[Batch], Any]] = {
         "passes": lambda batch: training_pass(loaded, batch, None),
         "step": lambda batch: training_pass(loaded, batch, optimizer),
-        "index": lambda batch: _index(loaded, batch, projection, settings),
+        "index": lambda batch: _index(loaded, batch, projection, settings, transform),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
@@ -188,7 +192,9 @@ def training_pass(loaded: LoadedModel, batch: Batch, optimizer: torch.optim.Opti
         weight.grad = None
 
 
-def _index(loaded: LoadedModel, batch: Batch, projection: Projection, settings: IndexSettings) -> Tensor:
+def _index(
+    loaded: LoadedModel, batch: Batch, projection: Projection, settings: IndexSettings, transform: Transform | None
+) -> Tensor:
     rows, _ = sketch(
         loaded,
         loaded.layers(settings.space.layers),
@@ -197,6 +203,7 @@ def _index(loaded: LoadedModel, batch: Batch, projection: Projection, settings: 
         reduction=settings.space.reduction,
         normalise=settings.space.normalise,
         gradient_checkpointing=settings.gradient_checkpointing,
+        transform=transform,
     )
     return codec_of(settings.codec).encode(rows.cpu())[0]
 
@@ -220,9 +227,9 @@ def _peak_here(kind: str, model: str, corpus: Any, size: int, length: int | None
         for batch in batches:
             training_pass(loaded, batch, optimizer)
     else:
-        projection = projection_for(loaded, settings)
+        projection, transform = projection_for(loaded, settings), transform_for(loaded, settings)
         for batch in batches:
-            _index(loaded, batch, projection, settings)
+            _index(loaded, batch, projection, settings, transform)
     if loaded.device.type == "cuda":
         return torch.cuda.max_memory_allocated(loaded.device)
     return _peak_resident()

@@ -15,18 +15,47 @@ from whence.errors import UnknownNameError
 
 @dataclass(frozen=True)
 class Entry:
-    """One method."""
+    """One projection or selector."""
 
     target: str
     """`module:Class`."""
     cost: str
-    """Of a projection, for each layer and example, with d = o * i; of a scorer, for a corpus and its queries."""
+    """Of a projection, for each layer and example, with d = o * i; of a selector, for n rows and s targets."""
     source: str
 
     def load(self) -> Any:
         """Import the class."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _load(self.target)
+
+
+@dataclass(frozen=True)
+class ScorerEntry:
+    """One scorer, with what it needs, and how its scores are used where nobody says otherwise."""
+
+    target: str
+    """`module:Class`."""
+    cost: str
+    """For a corpus and its targets."""
+    source: str
+    needs_model: bool = False
+    """It runs a model; the others read text, or an index' vectors."""
+    needs_index: bool = False
+    """It reads the vectors of an index; the others take a corpus."""
+    reads_tasks: bool = True
+    """Its scores are for a target; else they are the same for any."""
+    selector: str = "max"
+    """Name in `SELECTORS`, as in its source."""
+    by: str = "task"
+    """What is a target: a "task" with all its examples, or each "example"."""
+
+    def load(self) -> Any:
+        """Import the class."""
+        return _load(self.target)
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 PROJECTIONS: dict[str, Entry] = {
@@ -41,10 +70,63 @@ PROJECTIONS: dict[str, Entry] = {
     "identity": Entry("whence.projections.identity:Identity", "t d", "the gradient itself"),
 }
 
-SCORERS: dict[str, Entry] = {
-    "bm25": Entry("whence.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
-    "embedding": Entry("whence.scorers.embedding:Embedding", "one forward pass over every row", "arXiv 2503.01807"),
-    "random": Entry("whence.scorers.uniform:Uniform", "q n random numbers", "chance"),
+_FORWARD = "one forward pass over every row"
+
+SCORERS: dict[str, ScorerEntry] = {
+    "less": ScorerEntry(
+        "whence.scorers.influence:LESS", "one pass over the vectors", "arXiv 2402.04333", needs_index=True
+    ),
+    "influence": ScorerEntry(
+        "whence.scorers.influence:Influence", "one pass over the vectors", "arXiv 2002.08484", needs_index=True
+    ),
+    "datainf": ScorerEntry(
+        "whence.scorers.influence:DataInf", "three passes over the vectors", "arXiv 2310.00902", needs_index=True
+    ),
+    "reach": ScorerEntry(
+        "whence.scorers.influence:Reach", "a pass over the vectors for 64 tokens", "arXiv 2405.11724", needs_index=True
+    ),
+    "bm25": ScorerEntry("whence.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
+    "dsir": ScorerEntry("whence.scorers.lexical:DSIR", "one pass over the text", "arXiv 2302.03169"),
+    "rds": ScorerEntry("whence.scorers.embedding:RDS", _FORWARD, "arXiv 2402.04333", needs_model=True),
+    "rds+": ScorerEntry(
+        "whence.scorers.embedding:RDSPlus",
+        _FORWARD,
+        "arXiv 2503.01807",
+        needs_model=True,
+        selector="round_robin",
+        by="example",
+    ),
+    "density": ScorerEntry(
+        "whence.scorers.density:Density",
+        "one or two forward passes over every row",
+        "arXiv 2402.09668",
+        needs_model=True,
+        reads_tasks=False,
+    ),
+    "loss": ScorerEntry(
+        "whence.scorers.likelihood:Loss", _FORWARD, "arXiv 2309.04564", needs_model=True, reads_tasks=False
+    ),
+    "loss_drop": ScorerEntry(
+        "whence.scorers.likelihood:LossDrop",
+        "one forward pass by either of two models",
+        "aclanthology P10-2041",
+        needs_model=True,
+        reads_tasks=False,
+    ),
+    "ask_llm": ScorerEntry(
+        "whence.scorers.likelihood:AskLLM",
+        "one forward pass of a judge over every row",
+        "arXiv 2402.09668",
+        needs_model=True,
+        reads_tasks=False,
+    ),
+    "random": ScorerEntry("whence.scorers.uniform:Uniform", "s n random numbers", "chance", reads_tasks=False),
+}
+
+SELECTORS: dict[str, Entry] = {
+    "max": Entry("whence.selectors.ranked:Best", "n s + n log n", "arXiv 2402.04333"),
+    "mean": Entry("whence.selectors.ranked:Mean", "n s + n log n", "none needed"),
+    "round_robin": Entry("whence.selectors.round_robin:RoundRobin", "s n log n", "arXiv 2503.01807"),
 }
 
 
@@ -76,10 +158,11 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     "cosine": TraceMethod("cosine of the index' vectors", cosine=True, from_index=True),
     "dot": TraceMethod("inner product of the index' vectors (TracIn, compressed)", from_index=True),
     "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
+    "reach": TraceMethod("how far an example moved any of the answer's tokens, either way", scorer="reach"),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
     "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),
     "tracin_cosine": TraceMethod("cosine of unprojected gradients", cosine=True),
-    "embedding": TraceMethod("cosine of the model's own hidden states", scorer="embedding"),
+    "embedding": TraceMethod("cosine of the model's own hidden states", scorer="rds+"),
     "bm25": TraceMethod("words in common", scorer="bm25"),
     "random": TraceMethod("chance", scorer="random"),
 }
@@ -105,7 +188,25 @@ def scorer(name: str) -> Any:
     Raises:
         UnknownNameError: No such name; the message lists those there are.
     """
-    return _lookup(SCORERS, name, "--method").load()
+    return scorer_entry(name).load()
+
+
+def scorer_entry(name: str) -> ScorerEntry:
+    """What a scorer needs.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(SCORERS, name, "--method")
+
+
+def selector(name: str) -> Any:
+    """Class of a selector; call it as `interfaces.MakeSelector`.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(SELECTORS, name, "--selector").load()
 
 
 def _lookup(table: dict[str, Any], name: str, flag: str) -> Any:

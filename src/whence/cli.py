@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from whence import __version__, catalogue
-from whence.errors import SettingError, WhenceError
+from whence import __version__, catalogue, cli_select
+from whence.errors import WhenceError
 
 STOPPED = 130
 """What the parser makes of Ctrl-C, as a shell does."""
@@ -43,7 +43,13 @@ IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
-Projection = Annotated[str, typer.Option(help=f"How gradients are compressed: {', '.join(catalogue.PROJECTIONS)}.")]
+Projection = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How gradients are compressed: {', '.join(catalogue.PROJECTIONS)}. Unless given two_sided, but "
+        "count_sketch with --view adam."
+    ),
+]
 Width = Annotated[
     int | None,
     typer.Option(help="Side of two_sided (16: 256 numbers a layer), total of the others; its own default."),
@@ -54,7 +60,11 @@ Layers = Annotated[
 ]
 Reduction = Annotated[str, typer.Option(help="Loss of an example: mean or sum over its supervised tokens.")]
 Normalise = Annotated[str, typer.Option(help="layer: divide each layer's gradient by its norm, as RapidIn does; none.")]
-View = Annotated[str, typer.Option(help="The optimizer's view of a gradient: sgd.")]
+View = Annotated[
+    str,
+    typer.Option(help="Of an example's gradient: sgd, as it is; adam, what Adam makes of it (needs optimizer files)."),
+]
+AdamMode = Annotated[str, typer.Option(help="torch: the step that AdamW takes; less: as LESS' released code has it.")]
 Seed = Annotated[int, typer.Option(help="Of the projection.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context unless given.")]
 BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens of one pass, padding included.")]
@@ -90,7 +100,7 @@ def main() -> None:
             _complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
     if code == STOPPED:
-        _complain("stopped. An index keeps what was finished: the same command goes on from there.")
+        _complain("stopped. What was finished is kept: the same command goes on from there.")
     sys.exit(code or 0)
 
 
@@ -107,7 +117,10 @@ def _complain(message: str) -> None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n")
+    from whence.report import finite
+
+    text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def _print(part: Any) -> None:
@@ -152,11 +165,20 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Model,
     corpus: CorpusPath,
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the run.")],
+    preset: Annotated[
+        str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
+    ] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Adapters' scale times their rank; twice the rank.")] = None,
+    lora_dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped in training.")] = 0.0,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Layers that get one, such as q_proj,v_proj; all linear ones of the blocks.")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-5,
@@ -164,31 +186,44 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None,
     max_tokens: MaxTokens = 2048,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows a pass, of which a step adds up several; all of the step's.")
+    ] = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine, constant, ...")] = "linear",
     checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
     seed: Annotated[int, typer.Option(help="Of the chosen rows, their order, and dropout.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model, keeping what attribution needs."""
+    """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
     with _waiting("Loading torch"):
         from whence.train import train as run
     options = {
         "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "lora_targets": lora_targets,
         "epochs": epochs,
         "lr": lr,
         "fraction": fraction,
         "max_steps": max_steps,
-    }
-    options |= {
         "max_tokens": max_tokens,
         "batch_size": batch_size,
+        "micro_batch": micro_batch,
         "schedule": schedule,
         "checkpoints": checkpoints,
+        "seed": seed,
     }
-    path = run(model, corpus, out, seed=seed, progress=not as_json, **options)
+    if preset is not None:  # a flag that was not given leaves the word to it
+        options = {name: value for name, value in options.items() if _is_given(context, name)}
+    path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
     _print_json({"run": str(path)}) if as_json else _print(
         f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX"
     )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()
@@ -196,10 +231,11 @@ def index(
     model: Model,
     corpus: CorpusPath,
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index.")],
-    projection: Projection = "two_sided",
+    projection: Projection = None,
     width: Width = None,
     codec: CodecName = "bfloat16",
     view: View = "sgd",
+    adam_mode: AdamMode = "torch",
     checkpoints: Annotated[str, typer.Option(help="Of a Trainer's directory: all, or the last.")] = "last",
     layers: Layers = None,
     reduction: Reduction = "mean",
@@ -221,7 +257,7 @@ def index(
     with _waiting("Loading torch"):
         from whence.index import index as build
     options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
-    options |= {"normalise": normalise}
+    options |= {"normalise": normalise, "adam_mode": adam_mode}
     options |= {"reduction": reduction, "seed": seed, "checkpoints": checkpoints, "max_tokens": max_tokens}
     options |= {"tokens_per_batch": batch_tokens, "dtype": dtype, "device": device, "device_map": device_map}
     options |= {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "engine": engine}
@@ -271,20 +307,24 @@ def trace(
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
     with _waiting("Loading torch"):
+        from whence.index import open_index
         from whence.page import trace_page
+        from whence.queries import span_of
         from whence.report import check_ending, trace_tables, write_page, write_rows
         from whence.tracing import trace as run
     is_page = out is not None and out.endswith(".html")
     if out is not None:
         check_ending(out, (".jsonl", ".csv", ".parquet", ".html"))
     options = {"top": top, "method": method, "objective": objective, "exact": exact, "shortlist": shortlist}
-    options |= {"tokens": tokens or (is_page and method in catalogue.index_methods()), "basis": basis}
+    options |= {"tokens": tokens, "basis": basis}
     options |= {"specific": specific, "seed": seed, "null": null, "controls": controls, "contrast": contrast}
     with _waiting("Tracing"):
+        opened = open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
+        if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
+            options["tokens"] |= opened.space.view == "sgd"
         found = run(
-            index, prompt, completion, queries=queries, span=_span(span, span_tokens),
-            max_new_tokens=max_new_tokens, temperature=temperature,
-            model=model, device=device, trust_remote_code=trust_remote_code, **options,
+            opened, prompt, completion, queries=queries, span=span_of(span, span_tokens, "--span-tokens"),
+            max_new_tokens=max_new_tokens, temperature=temperature, **options,
         )  # fmt: skip
     rows = [hit.as_row() for hit in found.hits]
     if out is not None:
@@ -297,15 +337,6 @@ def trace(
     _print(trace_tables(found))
     if out is not None:
         _print(f"written to {out}")
-
-
-def _span(text: str | None, tokens: str | None) -> str | tuple[int, int] | None:
-    if tokens is None:
-        return text
-    first, colon, end = tokens.partition(":")
-    if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
-        raise SettingError(f"--span-tokens {tokens}: FROM:TO is expected, such as 3:7, and no --span beside it")
-    return int(first), int(end)
 
 
 @app.command()
@@ -364,9 +395,11 @@ def append(
 def bench(
     model: Model,
     corpus: CorpusPath,
-    projection: Projection = "two_sided",
+    projection: Projection = None,
     width: Width = None,
     codec: CodecName = "bfloat16",
+    view: View = "sgd",
+    adam_mode: AdamMode = "torch",
     layers: Layers = None,
     reduction: Reduction = "mean",
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 16,
@@ -389,6 +422,8 @@ def bench(
         "projection": projection,
         "width": width,
         "codec": codec,
+        "view": view,
+        "adam_mode": adam_mode,
         "layers": layers,
         "reduction": reduction,
     }
@@ -403,6 +438,10 @@ def bench(
     with _waiting("Timing"):
         result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
     _print_json(vars(result)) if as_json else _print(bench_table(result))
+
+
+app.command()(cli_select.select)
+app.add_typer(cli_select.evaluate, name="evaluate")
 
 
 def _print_info(info: dict[str, Any], as_json: bool) -> None:

@@ -97,6 +97,15 @@ def open_corpus(origin: "str | Path | Corpus | Iterable[Row]", *, first_number: 
     return Corpus(list(origin), first_number=first_number)
 
 
+def rows_with_place(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
+    """Rows whatever their columns, each with what to call its place in a message.
+
+    Raises:
+        CorpusError: There is no such file, or a row cannot be read.
+    """
+    return _rows(origin)
+
+
 def layout(row: Row, where: str = "row") -> str:
     """Name of the first of `LAYOUTS` whose columns a row has.
 

@@ -17,7 +17,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import sysconfig
 import time
 import warnings
@@ -39,8 +38,9 @@ from whence.numerics import mixed_seed
 from whence.page import trace_page
 from whence.queries import Query
 from whence.report import trace_tables, write_page
+from whence.resuming import is_complete
 from whence.tracing import trace
-from whence.train import SETTINGS_FILE, train
+from whence.train import train
 
 logger = logging.getLogger(__name__)
 
@@ -336,11 +336,9 @@ def _fraction(count: int, of: int) -> dict[str, float]:
 def _train_once(parent: Path, run: Path, corpus: Path, rows: list[Row], seed: int, say: Say) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (RECIPE | {"seed": seed}).items())
     say(f"   $ whence train {parent} {corpus} -o {run} {flags}", markup=False)
-    if (run / SETTINGS_FILE).exists():
+    if is_complete(run):
         say("   done before; kept")
         return
-    if run.exists():
-        shutil.rmtree(run)  # a training that was stopped: nothing of it can be used
     train(make_parent(parent, rows, seed), corpus, run, seed=seed, **RECIPE)
 
 

@@ -34,6 +34,8 @@ LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""
 LEAST_POSITIONS = 128
 """Positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
+FORMED_ENTRIES = {"cpu": 2**17, "cuda": 2**27}
+"""Entries of the gradients [b o i] that are formed at a time to be transformed. On a CPU, half a MB: in cache."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Captured:
 
 
 Consume = Callable[[Captured], None]
+Transform = Callable[[Float32[Tensor, "b o i"], str], Float32[Tensor, "b o i"]]
+"""From a layer's gradients and its name to what an optimizer makes of them, entry by entry; see `adam`."""
 
 
 @dataclass(frozen=True)
@@ -318,21 +322,43 @@ class Sketches:
     device: torch.device
     normalise: bool = False
     """Divide each layer's gradient by its norm: the pass must be `whole`."""
+    transform: Transform | None = None
+    """Of each layer's gradient, before its norm is taken: the pass must be `whole`."""
+    seen: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         self.rows = torch.zeros(self.size, self.projection.width, device=self.device)
 
     def __call__(self, seen: Captured) -> None:
         """Add one layer's block."""
-        block = self.projection(seen.a, seen.g, layer=seen.layer)
-        if self.normalise:
-            block = block * inverse(squared_norms(seen.a, seen.g).clamp(min=0).sqrt())[:, None]
+        if self.transform is not None:
+            block = self._transformed(seen, self.transform)
+        else:
+            block = self.projection(seen.a, seen.g, layer=seen.layer)
+            if self.normalise:
+                block = block * inverse(squared_norms(seen.a, seen.g).clamp(min=0).sqrt())[:, None]
         block = block.to(self.device)
         columns = self.rows[:, self.projection.columns(seen.layer)]
         if seen.rows is None:
             columns += block
         else:
             columns.index_add_(0, seen.rows.to(self.device), block)
+
+    def _transformed(self, seen: Captured, transform: Transform) -> Float32[Tensor, "b k"]:
+        """Sketches of what becomes of a layer's gradients, of which a few examples' are formed at a time."""
+        if seen.layer in self.seen:
+            raise ModelError(
+                f"layer {seen.layer} is used twice in a forward pass, so its gradient comes in parts, which "
+                "--view adam cannot add up. Leave it out with --layers, or use --view sgd."
+            )
+        self.seen.add(seen.layer)
+        blocks, entries = [], seen.g.shape[2] * seen.a.shape[2]
+        step = max(1, FORMED_ENTRIES.get(seen.a.device.type, 2**17) // entries)
+        for a, g in zip(seen.a.split(step), seen.g.split(step), strict=True):
+            formed = transform(example_gradients(a, g), seen.layer)
+            block = self.projection.flat(formed, layer=seen.layer)
+            blocks.append(block * inverse(formed.flatten(1).norm(dim=1))[:, None] if self.normalise else block)
+        return torch.cat(blocks)
 
 
 @dataclass
@@ -372,6 +398,7 @@ def sketch(
     normalise: str = "none",
     objective: str = "loss",
     gradient_checkpointing: bool = False,
+    transform: Transform | None = None,
 ) -> tuple[Float32[Tensor, "b k"], TokenLosses]:
     """Projected gradients of a batch, and its losses.
 
@@ -384,12 +411,13 @@ def sketch(
         normalise: "layer" divides each layer's gradient by its norm before it is projected.
         objective: See `backward`.
         gradient_checkpointing: See `backward`.
+        transform: Of each layer's gradient, before it is normalised and projected: an optimizer's view.
 
     Returns:
         The sketches of the gradient of each example's own objective (nats, by `reduction`) with respect to the traced
         weights, on the model's device; and the losses.
     """
-    rows = Sketches(projection, len(batch.ids), model.device, normalise == "layer")
+    rows = Sketches(projection, len(batch.ids), model.device, normalise == "layer", transform)
     losses = backward(
         model,
         layers,
@@ -397,7 +425,7 @@ def sketch(
         rows,
         reduction=reduction,
         objective=objective,
-        whole=rows.normalise,
+        whole=rows.normalise or transform is not None,
         gradient_checkpointing=gradient_checkpointing,
     )
     return rows.rows, losses

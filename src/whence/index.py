@@ -4,76 +4,46 @@
 tokenises the part's rows, groups them into batches of like length, and sketches their gradients. Jobs are idempotent
 and their batches depend on the part alone, so a build that is killed and run again ends with the same bytes.
 
-An example without a supervised token, or with a non-finite gradient, gets a status and is never ranked.
+With `--view adam` rows are what the optimizer makes of their gradients, by the moments in each checkpoint's own
+optimizer file. Queries are plain gradients, so asking needs no such file.
 """
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from whence import __version__, catalogue, runner
+from whence import runner
+from whence.adam import Frozen
 from whence.checkpoint import open_run
-from whence.codecs import codec as codec_of
 from whence.corpus import Corpus, Row, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
-from whence.gradients import sketch
-from whence.ingest import Fingerprint, check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
+from whence.gradients import Transform
+from whence.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
-from whence.manifest import Manifest
-from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
-from whence.shards import STATUSES, ShardArrays
+from whence.model import LoadedModel, directory_digest, tokenizer_digest
+from whence.moments import moments_digest, read_moments
+from whence.shards import ShardArrays
 from whence.storage import Place
 from whence.store import Problem, Store
 from whence.store import verify as verify_store
-from whence.tokens import Encoded, bucketed, collate, encode
+from whence.tokens import Encoded, encode
+from whence.vectors import (
+    IndexSettings,
+    absolute,
+    example_vectors,
+    load_for,
+    manifest_of,
+    projection_for,
+    transform_for,
+    with_options,
+)
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CONTEXT = 2048
-"""Longest row, in tokens, where neither the caller nor the model's configuration says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexSettings:
-    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them.
-
-    Another device or number of threads moves a vector by rounding: "the same bytes" holds on one machine.
-    """
-
-    space: GradientSpace = field(default_factory=GradientSpace)
-    codec: str = "bfloat16"
-    """Name in `codecs.CODECS`: how vectors are stored."""
-    checkpoints: str = "last"
-    """Of a run: "all", or the "last"."""
-    max_tokens: int | None = None
-    """Longest row in tokens; a longer one is cut (`tokens.encode`). None: the model's context."""
-    tokens_per_batch: int = 4096
-    """Of one forward and backward pass, padding included."""
-    dtype: str | None = None
-    """Load the weights as float32, bfloat16 or float16; None: as stored."""
-    tokenizer: str | None = None
-    """Directory or Hub name, where it is not the model's own."""
-    trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
-    """Recompute activations: less memory, a third more time."""
-    device: str | None = None
-    device_map: str | None = None
-    engine: str = "local"
-
-    def __post_init__(self):
-        for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):
-            if value is not None and value < 2:
-                raise SettingError(f"{flag} {value}: at least 2 is expected")
-        runner.check_engine(self.engine)
-        codec_of(self.codec)
-        catalogue.projection(self.space.projection)
 
 
 @dataclass(frozen=True)
@@ -102,6 +72,9 @@ class Index:
         self.settings = settings
         self._model_path = model
         self._loaded: tuple[int, LoadedModel] | None = None
+        self._transform: tuple[int, Transform | None] | None = None
+        self._checked: set[int] = set()
+        """Checkpoints whose optimizer file is known to be the right one."""
         self.levels: dict[tuple, float] = {}
         """Of `nulls.needed_z`, by what it depends on: measured once while the index is open."""
 
@@ -143,6 +116,50 @@ class Index:
         return self._projection
 
     _projection: Projection | None = None
+
+    def transform(self, checkpoint: int) -> Transform | None:
+        """What becomes of a row's gradient under a checkpoint, in this index' view; None where it stays as it is.
+
+        Raises:
+            ModelError: The checkpoint has no optimizer file, or one of another model.
+            ManifestMismatchError: Its optimizer file is not that which the index was built with.
+        """
+        number = checkpoint % len(self.store.manifest.checkpoints)
+        if self._transform is None or self._transform[0] != number:
+            self._transform = None
+            self.check_moments(number)
+            self._transform = (number, transform_for(self.model(number), self.settings))
+        return self._transform[1]
+
+    def frozen(self, checkpoint: int, *, adam_mode: str = "torch") -> Transform:
+        """What a query's gradient is multiplied by, so that rows that are plain gradients score as Adam's.
+
+        To first order: each row's own share in the second moment is left out (see `adam`). Pass it to
+        `vectors.example_vectors` or `gradients.sketch` with the queries, and score by inner products.
+
+        Raises:
+            SettingError: The rows of this index are not plain gradients.
+        """
+        if self.space.view != "sgd":
+            raise SettingError(
+                f"{self.store.place.root} has --view {self.space.view}; the view frozen-v is a query's, on an index of "
+                "--view sgd."
+            )
+        model = self.model(checkpoint)
+        return Frozen(read_moments(model, self.layers(model)), mode=adam_mode)
+
+    def check_moments(self, number: int) -> None:
+        """See that a checkpoint's optimizer file is that which the index was built with, if the view needs one."""
+        entry = self.store.manifest.checkpoints[number]
+        if number in self._checked or (expected := entry.get("moments")) is None:
+            return
+        path = _moved(entry["path"], self._model_path)
+        if (found := moments_digest(path)) != expected:
+            raise ManifestMismatchError(
+                f"{path}: its optimizer file has digest {found[:12]}, the index was built with {expected[:12]}. "
+                f"Restore it, or index again with --restart into {self.store.place.root}."
+            )
+        self._checked.add(number)
 
     def adopt(self, model: LoadedModel) -> None:
         """Take a model that is loaded already as the last checkpoint's."""
@@ -201,7 +218,7 @@ def index(
 
     Raises:
         CorpusError: The corpus cannot be read; nothing has been written.
-        ModelError: The model cannot be loaded; nothing has been written.
+        ModelError: The model cannot be loaded, or has no moments for the view adam; nothing has been written.
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
     """
@@ -211,7 +228,8 @@ def index(
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     check_conversations(texts, loaded.tokenizer)
-    manifest = _manifest(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    transform_for(loaded, chosen)  # moments that do not fit the model are told before anything is written
     with Place.at(out).locked():  # before anything is removed: another process may be writing
         if restart:
             Store.restart(out)
@@ -219,6 +237,7 @@ def index(
         _refuse_joining(store)
         built = Index(store, chosen)
         built.adopt(loaded)
+        built._checked.update(range(len(run.checkpoints)))  # their digests have just been taken
         copy_rows(store, texts, after=0)
         _fill(built, progress)
     return built
@@ -290,7 +309,9 @@ def append(
                 )
             refuse_known_ids(store, texts)
             check_conversations(texts, opened.model().tokenizer)  # before anything is written
-            entry = {"name": _absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
+            for number in range(len(store.manifest.checkpoints)):
+                opened.check_moments(number)
+            entry = {"name": absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
             store.extend(entry)
         store.remove_leftovers()
         copy_rows(store, texts, after=first)
@@ -323,78 +344,6 @@ def verify(
             lambda part: part_again(opened.store, part),
         )
     return problems, notes
-
-
-def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
-    """Settings with some fields replaced by name, those of the gradient space included."""
-    in_space = {name: options.pop(name) for name in list(options) if name in GradientSpace.__dataclass_fields__}
-    unknown = [name for name in options if name not in IndexSettings.__dataclass_fields__]
-    if unknown:
-        raise SettingError(f"{', '.join(unknown)}: not a setting of an index")
-    return replace(settings, space=replace(settings.space, **in_space), **options)
-
-
-def load_for(path: str, settings: IndexSettings) -> LoadedModel:
-    """Load a model as an index with these settings does."""
-    return load_model(
-        path,
-        tokenizer=settings.tokenizer,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
-    """The projection that an index of this model would use."""
-    space = settings.space
-    shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
-    return catalogue.projection(space.projection)(shapes, width=space.width, seed=space.seed)
-
-
-def _manifest(
-    checkpoints: Any, loaded: LoadedModel, corpus: Fingerprint, name: str, settings: IndexSettings
-) -> Manifest:
-    layers = loaded.layers(settings.space.layers)
-    if not layers:
-        raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
-    longest = settings.max_tokens
-    if longest is not None and loaded.context is not None and longest > loaded.context:
-        raise SettingError(f"--max-tokens {longest}: the model's context is {loaded.context} tokens")
-    kept: dict[str, Any] = {
-        "space": settings.space.as_json(),
-        "layer_names": list(layers),
-        "traced_fraction": round(loaded.traced_fraction(layers), 4),
-        "layout": corpus.layout,
-        "tokenizer": tokenizer_digest(loaded.tokenizer),
-        "tokenizer_path": _absolute(settings.tokenizer),
-        "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
-    }
-    names = ("tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
-    kept |= {name: getattr(settings, name) for name in names}
-    entries = [
-        {
-            "path": _absolute(entry.path),
-            "step": entry.step,
-            "learning_rate": entry.learning_rate,
-            "weight": entry.weight,
-            "digest": directory_digest(entry.path),
-        }
-        for entry in checkpoints
-    ]
-    return Manifest(
-        whence_version=__version__,
-        codec=settings.codec,
-        width=projection_for(loaded, settings).width,
-        settings=kept,
-        checkpoints=tuple(entries),
-        corpora=({"name": _absolute(name), "digest": corpus.digest, "rows": corpus.rows},),
-    )
-
-
-def _absolute(path: str | None) -> str | None:
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 def _moved(path: str, now: str | None) -> str:
@@ -443,6 +392,7 @@ def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -
         built.projection(model),
         encoded,
         settings=built.settings,
+        transform=built.transform(checkpoint),
         tick=tick,
     )
     counts = {
@@ -457,48 +407,3 @@ def _encoded(row: Row, model: LoadedModel, longest: int) -> Encoded:
         return encode(json.loads(row["row"]), model.tokenizer, longest)
     except CorpusError as error:
         raise CorpusError(f"row {row['id']}: {error}") from None
-
-
-def example_vectors(
-    model: LoadedModel,
-    layers: dict[str, nn.Module],
-    projection: Projection,
-    encoded: list[Encoded],
-    *,
-    settings: IndexSettings,
-    tick: Callable[[int, int], None] = lambda examples, tokens: None,
-) -> ShardArrays:
-    """Sketched gradients of examples, in their order, with norms, losses and statuses.
-
-    The loss is in nats, reduced over the example's supervised tokens as the gradient space says; the norm is the
-    sketch's, before it is stored: over seeds, its square is an unbiased estimate of the gradient's.
-    """
-    n = len(encoded)
-    vectors, loss = torch.zeros(n, projection.width), torch.zeros(n)
-    targets = torch.tensor([example.targets for example in encoded], dtype=torch.int32)
-    status = torch.where(targets > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
-    usable = [number for number in range(n) if targets[number] > 0]
-    tick(n - len(usable), 0)
-    for batch in bucketed([len(encoded[number].ids) for number in usable], settings.tokens_per_batch):
-        numbers = [usable[position] for position in batch]
-        rows, losses = sketch(
-            model,
-            layers,
-            collate([encoded[number] for number in numbers]),
-            projection,
-            reduction=settings.space.reduction,
-            normalise=settings.space.normalise,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
-        vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()
-        tick(len(numbers), sum(len(encoded[number].ids) for number in numbers))
-    finite = torch.isfinite(vectors).all(1) & torch.isfinite(loss)
-    status[~finite] = STATUSES.index("non_finite")
-    norm = torch.where(finite, vectors.norm(dim=1), 0.0)
-    return ShardArrays(
-        vectors=vectors,
-        norm=norm,
-        loss=loss.nan_to_num(0, 0, 0),
-        status=status.to(torch.uint8),
-        tokens=targets,
-    )

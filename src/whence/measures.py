@@ -25,18 +25,21 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
+from whence import catalogue
 from whence.checkpoint import open_run
 from whence.corpus import Row
 from whence.errors import CorpusError, SettingError
 from whence.gradients import token_losses
+from whence.index import Index
 from whence.model import LoadedModel, load_model
 from whence.numerics import crossed_bootstrap_interval
+from whence.selection import open_view, select
 from whence.storage import Place
 from whence.tokens import Encoded, bucketed, collate, encode
 from whence.train import train
 
-NOTHING, RANDOM = "nothing", "random"
-"""Lines that every table has: the model untrained, and trained on a random choice."""
+NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
+"""Lines of a table that are no method: the model untrained, trained on a random choice, on the whole pool."""
 TABLE_FILE = "table.json"
 
 
@@ -145,6 +148,50 @@ class Method:
     choose: Chooser
     per_task: bool = True
     """Whether the choice depends on the task; else one training is graded on all of them."""
+
+
+def selection_methods(
+    names: Sequence[str],
+    source: str | Path | Index,
+    tasks: Mapping[str, Any],
+    *,
+    fraction: float,
+    model: str | None = None,
+    **settings: Any,
+) -> tuple[dict[str, Method], int]:
+    """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole pool among them.
+
+    Args:
+        names: In `catalogue.SCORERS`; `name:option=value` sets an option of it, such as `less:within=mean_cosine`.
+        source: An index of the pool, or the pool, for methods that need no index.
+        tasks: The examples of each task, by its name.
+        fraction: Of the tokens of the pool's rows that can be trained on.
+        model: That token counts and methods on a corpus need; of an index, where it has moved.
+        settings: Of `select`, the same for every method, such as caps.
+
+    Returns:
+        The methods, and the budget in tokens.
+    """
+    opened = open_view(source, RANDOM, model=model)
+    everything = select(opened, None, method=RANDOM, fraction=1.0, duplicates=None)
+    budget = max(1, round(fraction * everything.selection.tokens))
+    places = everything.selection.rows  # in a random order
+    rows = [everything.rows[number] for number in sorted(range(len(places)), key=places.__getitem__)]
+
+    def method(name: str) -> Method:
+        base, _, options = name.partition(":")
+        given = dict(part.split("=", 1) for part in options.split(",") if part)
+        reads_tasks = catalogue.scorer_entry(base).reads_tasks
+
+        def choose(task: str, seed: int) -> list[Row]:
+            asked = tasks[task] if reads_tasks else None
+            found = select(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
+            return found.rows
+
+        return Method(choose, per_task=reads_tasks)
+
+    made = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
+    return made | {EVERYTHING: Method(lambda task, seed: rows, per_task=False)}, budget
 
 
 def evaluate_selection(

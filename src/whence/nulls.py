@@ -64,16 +64,31 @@ class Controls:
         return self.vectors.mean(1)[:, None] * norms[:, :, None]
 
 
-def draw_controls(index: Index, *, cosine: bool, seed: int = 0) -> Controls | None:
-    """Rows of the index as control queries; None where it has too few."""
+def drawn_rows(index: Index, *, seed: int = 0) -> Int64[Tensor, " m"] | None:
+    """Rows of the index that are control queries; None where it has too few."""
     rankable = index.store.rankable()
     if len(rankable) < 2 * LEAST:
         return None
     order = torch.randperm(len(rankable), generator=generator(seed, "nulls", "controls"))
     affordable = max(LEAST, BYTES // (4 * index.store.manifest.width * len(index.weights)))
-    rows = rankable[order[: min(CONTROLS, len(rankable) // 2, affordable)]]
-    vectors, _ = index.store.vectors(rows.tolist())
-    return _controls(index, vectors, rows, cosine, seed)
+    return rankable[order[: min(CONTROLS, len(rankable) // 2, affordable)]]
+
+
+def draw_controls(
+    index: Index, *, cosine: bool, seed: int = 0, vectors: Float32[Tensor, "c m k"] | None = None
+) -> Controls | None:
+    """Those rows as controls; None where there are too few.
+
+    Args:
+        index: Of the rows.
+        cosine: The method.
+        seed: Of `drawn_rows`.
+        vectors: Their gradients as a query's; None where the index holds these.
+    """
+    rows = drawn_rows(index, seed=seed)
+    if rows is None:
+        return None
+    return _controls(index, index.store.vectors(rows.tolist())[0] if vectors is None else vectors, rows, cosine, seed)
 
 
 def given_controls(index: Index, vectors: Float32[Tensor, "c m k"], *, cosine: bool, seed: int = 0) -> Controls | None:

@@ -1,4 +1,4 @@
-"""What is asked of a trace: from texts to supervised tokens.
+"""What is asked of a trace: from texts to supervised tokens, and to vectors in an index' space.
 
 A query is a prompt with a completion: one given, or the model's own, greedy or sampled. It may be about a span of the
 completion alone, or about a comparison ("why this and not that"): the difference of two completions' objectives. All
@@ -6,24 +6,32 @@ become `exact.Part`s, tokens of which some are supervised, so that their gradien
 training example's, laid out and closed as a row of the index' corpus would be.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
 from whence.answers import Answer, shown_text
-from whence.corpus import open_corpus
-from whence.errors import SettingError
-from whence.exact import Part
+from whence.corpus import Row, rows_with_place
+from whence.errors import ManifestMismatchError, SettingError
+from whence.exact import Part, held_whole, sketched
 from whence.generation import generate
-from whence.gradients import token_losses
+from whence.gradients import sketch, token_losses
+from whence.index import Index
 from whence.model import LoadedModel
-from whence.tokens import Encoded, collate, encode_prompt, encode_query
+from whence.tokens import Encoded, bucketed, collate, encode_prompt, encode_query
 
 SHOWN = 60
 """Characters of a text that a message quotes."""
+COLUMNS = (
+    "a text as `prompt` (and perhaps as `completion`, `contrast`, `span` or `span_tokens`), or `instruction` (and "
+    "`output`), or `messages` of one question (and its answer)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,26 @@ class Sampling:
             raise SettingError(f"--temperature {self.temperature}: 0 (greedy) or a number above it is expected")
 
 
-def queries_of(origin: Any, defaults: Query | None = None) -> list[Query]:
+def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--queries") -> list[Query]:
     """Queries of a file, of rows in memory, or as they are.
 
     Args:
-        origin: A corpus file with `prompt` and perhaps `completion`, `span` and `contrast`; rows; or queries.
+        origin: A file as `corpus.open_corpus` reads it, rows, or queries. A row has one of the layouts of `COLUMNS`,
+            the answer left out where the model is to complete it, and perhaps `span` (or `span_tokens`, as FROM:TO) and
+            `contrast`.
         defaults: `span` and `contrast` of queries that have none.
+        flag: What they were given with.
 
     Raises:
         SettingError: A row is no query, or there is none.
     """
-    rows = _rows_of_file(origin) if isinstance(origin, str | Path) else enumerate(origin)
+    is_file = isinstance(origin, str | Path)
+    rows = rows_with_place(origin) if is_file else ((f"query {number}", item) for number, item in enumerate(origin))
+    if is_file and {".csv", ".tsv"} & {*Path(origin).suffixes}:  # where an empty cell is all there is for a null
+        rows = ((where, {name: cell or None for name, cell in row.items()}) for where, row in rows)
     found = [item if isinstance(item, Query) else _query(item, where) for where, item in rows]
     if not found:
-        raise SettingError(f"{origin if isinstance(origin, str | Path) else '--queries'}: no query in it")
+        raise SettingError(f"{origin if is_file else flag}: no query in it")
     if defaults is None:
         return found
     given = {"span": defaults.span, "contrast": defaults.contrast}
@@ -88,35 +102,42 @@ def queries_of(origin: Any, defaults: Query | None = None) -> list[Query]:
     ]
 
 
-def _rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a queries file; one with a prompt alone lets the model complete it, so it is no corpus row yet."""
-    if not str(path).endswith(".jsonl") or not Path(path).is_file():
-        yield from ((f"{path}: query {number}", example.row) for number, example in enumerate(open_corpus(path)))
-        return
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both are
-            raise SettingError(f"{path}:{number}: not a line of JSON: {error}") from None
-        if line.strip():
-            yield f"{path}:{number}", row
+def _query(row: Any, where: str) -> Query:
+    """A row as a query; its layout is looked for as a corpus row's is, but may lack the answer."""
+    columns = _asked_and_answered(row) if isinstance(row, dict) else {}
+    others = [columns.get(name) for name in ("completion", "span", "span_tokens", "contrast")]
+    if not isinstance(columns.get("prompt"), str) or not all(isinstance(text, str | None) for text in others):
+        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise SettingError(f"{where}: a query needs {COLUMNS}; found {have}")
+    completion, text, tokens, contrast = others
+    return Query(
+        columns["prompt"], completion, span_of(text or None, tokens or None, f"{where}: span_tokens"), contrast or None
+    )
 
 
-def _query(row: Any, where: str | int) -> Query:
-    columns = {"output": None, **row} if isinstance(row, dict) else {}
-    if isinstance(columns.get("instruction"), str) and "prompt" not in columns:
-        columns |= shown_text(columns)
-    prompt = columns.get("prompt")
-    others = [columns.get(name) for name in ("completion", "span", "contrast")]
-    if not isinstance(prompt, str) or not all(isinstance(text, str | None) for text in others):
-        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-        told = where if isinstance(where, str) else f"query {where}"
-        raise SettingError(
-            f"{told}: a query needs a text as `prompt` (and one as `completion`, if not the model's own; perhaps as "
-            f"`span` and `contrast`); found {have}"
-        )
-    completion, span, contrast = others
-    return Query(prompt, completion, span or None, contrast or None)  # an empty cell of a csv file is none
+def _asked_and_answered(row: Row) -> Row:
+    """The columns of a row, with `prompt` and perhaps `completion` where it has another layout."""
+    if row.get("prompt") is not None:
+        return row
+    if isinstance(row.get("instruction"), str):
+        return row | shown_text({"output": None, **row})
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return row
+    if [turn.get("role") for turn in turns] not in (["user"], ["user", "assistant"]):
+        return row
+    said = [turn.get("content") for turn in turns]
+    return row | {"prompt": said[0], "completion": said[1] if len(said) == 2 else None}
+
+
+def span_of(text: str | None, tokens: str | None, where: str) -> str | tuple[int, int] | None:
+    """The part of a completion that is asked about: its text, or its tokens FROM:TO."""
+    if tokens is None:
+        return text
+    first, colon, end = tokens.partition(":")
+    if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
+        raise SettingError(f"{where} {tokens}: FROM:TO is expected, such as 3:7, and no span as text beside it")
+    return int(first), int(end)
 
 
 def ask(queries: Sequence[Query], model: LoadedModel, *, kind: str, sampling: Sampling | None = None) -> list[Asked]:
@@ -254,6 +275,8 @@ def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
     A token's characters are told from the completion decoded up to it: no tokenizer's offsets are needed, and a
     generated completion is never tokenised again. A character cut in several tokens is a character of each of them.
     """
+    if not span.strip():
+        raise SettingError(f"--span {span!r} has no words. Give some of the completion's, or its tokens: --span-tokens")
     targets = [place for place, is_target in enumerate(encoded.supervised) if is_target]
 
     def text_to(count: int) -> str:
@@ -262,7 +285,7 @@ def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
 
     whole = text_to(len(targets))
     start = whole.find(span)
-    if start < 0 or not span.strip():
+    if start < 0:
         raise SettingError(f"--span {span[:SHOWN]!r} does not occur in the completion {whole[:300]!r}")
     begin, asked = 0, []
     for count in range(1, len(targets) + 1):
@@ -273,3 +296,44 @@ def _of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[bool]:
         asked.append(begin < start + len(span) and end > start)
         begin = certain
     return asked
+
+
+def last_first(index: Index) -> Iterator[tuple[int, LoadedModel]]:
+    """Checkpoints with their models, the last one first: it is loaded already."""
+    for checkpoint in reversed(range(len(index.weights))):
+        yield checkpoint, index.model(checkpoint)
+
+
+def query_vectors(
+    index: Index, queries: Sequence[Sequence[Part]], *, objective: str = "loss"
+) -> Float32[Tensor, "c q k"]:
+    """Sketched gradients of queries under every checkpoint, in the index's space.
+
+    Raises:
+        ManifestMismatchError: A query's gradient is not finite.
+    """
+    vectors = []
+    for _, model in last_first(index):
+        projection, layers = index.projection(model), index.layers(model)
+        rows = torch.zeros(len(queries), projection.width)
+        plain = [number for number, parts in enumerate(queries) if len(parts) == 1]
+        lengths = [len(queries[number][0].encoded.ids) for number in plain]
+        for batch in bucketed(lengths, index.settings.tokens_per_batch):
+            numbers = [plain[place] for place in batch]
+            rows[numbers] = sketch(
+                model,
+                layers,
+                collate([queries[number][0].encoded for number in numbers]),
+                projection,
+                reduction=index.space.reduction,
+                normalise=index.space.normalise,
+                objective=objective,
+            )[0].cpu()
+        for number in set(range(len(queries))) - set(plain):
+            held = held_whole(model, layers, queries[number], index.space, objective)
+            rows[number] = sketched(held, projection, index.space.normalise)
+        vectors.append(rows)
+    stacked = torch.stack(vectors[::-1])
+    if not torch.isfinite(stacked).all():
+        raise ManifestMismatchError("a query's gradient is not finite: the model's weights hold NaN or infinity")
+    return stacked

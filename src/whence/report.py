@@ -7,6 +7,7 @@ terminal's cursor) are made visible.
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,21 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 
 
 def _storable(value: Any) -> Any:
-    """Text without lone surrogates, which JSON may hold and UTF-8 lacks."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    """Text without lone surrogates, which JSON may hold and UTF-8 lacks; numbers as JSON has them."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else finite(value)
+
+
+def finite(value: Any) -> Any:
+    """The same, with null for numbers that JSON has no word for.
+
+    >>> finite({"z": [1.5, float("nan")]})
+    {'z': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

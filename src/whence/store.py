@@ -352,10 +352,22 @@ class Store:
         return scan.top_k(question, self._pieces(), m)
 
     def scores(
-        self, queries: Float32[Tensor, "c q k"], weights: Float32[Tensor, " c"], *, cosine: bool = False
+        self,
+        queries: Float32[Tensor, "c q k"],
+        weights: Float32[Tensor, " c"],
+        *,
+        cosine: bool = False,
+        queries_as_they_are: bool = False,
     ) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
-        """Every score, a part at a time: (number of its first row, scores); -inf where not ok."""
-        return scan.block_scores(self._question(queries, weights, cosine), self._pieces())
+        """Every score, a part at a time: (number of its first row, scores); -inf where not ok.
+
+        With `queries_as_they_are` the cosine divides by the rows' norms alone: queries that are means of unit vectors
+        give means of cosines.
+        """
+        question = self._question(queries, weights, cosine)
+        if queries_as_they_are:
+            question = replace(question, queries=queries.cpu())
+        return scan.block_scores(question, self._pieces())
 
     def _question(self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None) -> scan.Question:
         self.require_complete()

@@ -10,11 +10,13 @@ the spacing of 16-bit weights and would be rounded away. Adapters are float32, o
 
 The corpus is tokenised into memory first, at 5 bytes a token. Rows of like length share a batch.
 
-What it does not do: preference tuning, several machines, resuming, or packing rows into one sequence (which
-leaves a row no gradient of its own). Train with your own Trainer for these; its directory is a Run too.
+A training that was stopped goes on when it is run again, and ends with the weights it would have had (`resuming`).
+
+What it does not do: preference tuning, several machines, or packing rows into one sequence (which leaves a row no
+gradient of its own). Train with your own Trainer for these; its directory is a Run too.
 """
 
-import json
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -38,11 +40,29 @@ from whence.corpus import Corpus, Example, Row, open_corpus
 from whence.errors import CorpusError, SettingError
 from whence.model import LoadedModel, load_model
 from whence.numerics import mixed_seed
+from whence.resuming import Order, OrderKept, begin, finish, newest_checkpoint, read_order, step_of
 from whence.tokens import Encoded, collate, encode
 
-SETTINGS_FILE = "whence_train.json"
 LOGGED_STEPS = 1000
 """Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
+    "less": {
+        "fraction": 0.05,
+        "lora_rank": 128,
+        "lora_alpha": 512,
+        "lora_dropout": 0.1,
+        "lora_targets": "q_proj,k_proj,v_proj,o_proj",
+        "epochs": 4,
+        "lr": 2e-5,
+        "batch_size": 128,
+        "schedule": "linear",
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+    }
+}
+"""Settings by the name of a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +75,8 @@ class TrainSettings:
     """Peak learning rate of AdamW, for the mean loss of a batch's supervised tokens."""
     batch_size: int = 16
     """Rows of a step, on each device."""
+    micro_batch: int | None = None
+    """Rows of one pass, of which a step adds up several; a divisor of `batch_size`. None: all of them."""
     max_steps: int | None = None
     """Number of steps, in place of `epochs`."""
     max_tokens: int | None = 2048
@@ -62,7 +84,13 @@ class TrainSettings:
     fraction: float = 1.0
     """Share of the corpus to train on, chosen at random."""
     lora_rank: int | None = None
-    """Train adapters of this rank in every linear layer of the blocks; None trains all weights."""
+    """Train adapters of this rank; None trains all weights."""
+    lora_alpha: int | None = None
+    """Adapters' scale times their rank; None: twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    lora_targets: str | None = None
+    """Ends of the names of layers that get an adapter, with commas between; None: every linear layer of the blocks."""
     checkpoints: int | None = None
     """Checkpoints to keep at most, evenly spaced, the last step among them; None keeps one an epoch."""
     schedule: str = "linear"
@@ -76,14 +104,22 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train, by the name of their flag."""
-        for name in ("epochs", "lr", "batch_size", "max_steps", "max_tokens", "lora_rank", "checkpoints"):
+        counts = ("batch_size", "micro_batch", "max_steps", "max_tokens", "checkpoints")
+        for name in ("epochs", "lr", "lora_rank", "lora_alpha", *counts):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
         if not 0 < self.fraction <= 1:
             raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
-        if not 0 <= self.warmup < 1:
-            raise SettingError(f"--warmup {self.warmup}: a share from 0 and below 1 is expected")
+        for flag, value in (("--warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
+            if not 0 <= value < 1:
+                raise SettingError(f"{flag} {value}: a share from 0 and below 1 is expected")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise SettingError(
+                f"--micro-batch {self.micro_batch}: a divisor of --batch-size {self.batch_size} is expected"
+            )
+        if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_targets) != (None, 0.0, None):
+            raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
         if self.schedule not in (names := [kind.value for kind in SchedulerType]):
             raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
 
@@ -93,18 +129,21 @@ def train(
     corpus: str | Path | Corpus | Iterable[Row],
     out: str | Path,
     *,
+    preset: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Path:
-    """Fine-tune a model on a corpus, into a directory that is a Run.
+    """Fine-tune a model on a corpus, into a directory that is a Run; or go on doing so.
 
-    The same settings give the same weights, bit for bit, on the same machine, versions and thread count.
+    The same settings give the same weights, bit for bit, on the same machine, versions and thread count, whether the
+    training was stopped and run again or not.
 
     Args:
         model: Directory or Hub name. An adapter is trained on, its base untouched.
         corpus: Whatever `corpus.open_corpus` takes. Rows without a supervised token are left out.
         out: Directory of the Run, made where missing: `checkpoint-<step>` as the Trainer writes them, the
             tokenizer in each and beside them, and the settings in `whence_train.json`.
+        preset: Name in `PRESETS`, whose settings hold where `settings` does not say otherwise.
         progress: Show a bar on stderr.
         settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
 
@@ -116,9 +155,7 @@ def train(
         ModelError: The model cannot be loaded.
         SettingError: A setting has a value that cannot work, or `out` holds another training's checkpoints.
     """
-    chosen, directory = TrainSettings(**settings), Path(out)
-    if any(directory.glob("checkpoint-*")):
-        raise SettingError(f"{directory} holds checkpoints already; remove it, or name another directory.")
+    chosen, directory = settings_of(preset, settings), Path(out)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
     source = Path(last).resolve() if Path(last).is_dir() else last
@@ -128,12 +165,28 @@ def train(
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
-    with quiet_saving():
-        trainer.train()
+    begin(directory, {"model": str(source), "corpus": texts.name, **rows.record(), **asdict(chosen)})
+    newest = newest_checkpoint(directory)
+    if newest is None or step_of(newest) < trainer.args.max_steps:
+        _run(trainer, newest, steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
     loaded.tokenizer.save_pretrained(directory)
-    record = {"model": str(source), "corpus": texts.name, **asdict(chosen)}
-    (directory / SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    finish(directory)
     return directory
+
+
+def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:
+    """Settings by name, the others a preset's."""
+    if preset is not None and preset not in PRESETS:
+        raise SettingError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    return TrainSettings(**(PRESETS[preset] if preset else {}) | settings)
+
+
+def _run(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
+    """Train from the newest checkpoint, or from the start."""
+    if newest is not None and step_of(newest) % steps_per_epoch:  # within an epoch, whose order was drawn before
+        trainer.order.resumed_from = read_order(newest)
+    with quiet_saving():
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
 
 
 @contextmanager
@@ -156,7 +209,7 @@ class _Bar(ProgressCallback):
 
 
 class _Rows(Dataset):
-    """Encoded rows as the Trainer reads them; it groups by the length of `input_ids`."""
+    """Encoded rows as the Trainer reads them."""
 
     def __init__(self, rows: Iterable[Encoded]):
         self.rows = [
@@ -164,6 +217,13 @@ class _Rows(Dataset):
             for row in rows
             if row.targets
         ]
+
+    def record(self) -> dict[str, Any]:
+        """What tells them from other rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row["input_ids"].tobytes() + row["supervised"].tobytes() + b"/")
+        return {"rows": len(self.rows), "rows_digest": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,9 +249,21 @@ def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
     return (example for number, example in enumerate(corpus) if number in chosen)
 
 
-def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> Trainer:
+class _Trainer(Trainer):
+    """The Trainer, with an order of rows that can be drawn again."""
+
+    def __init__(self, order: Order, **options: Any):
+        self.order = order
+        super().__init__(callbacks=[OrderKept(order)], **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+
+def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> _Trainer:
     set_seed(settings.seed)  # before the adapters draw their start
-    trainer = Trainer(
+    trainer = _Trainer(
+        Order(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),
         model=_thawed(loaded, settings),
         args=_arguments(directory, len(rows), settings),
         train_dataset=rows,
@@ -224,14 +296,23 @@ def _thawed(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
         return loaded.model
     if settings.lora_rank is None:
         return loaded.model.requires_grad_(True)
+    targets = [name.strip() for name in (settings.lora_targets or "").split(",")]
     adapter = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=2 * settings.lora_rank,
-        target_modules="all-linear",  # of the blocks; peft leaves the output head out
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(loaded.base, adapter)
+    try:
+        return get_peft_model(loaded.base, adapter)
+    except ValueError as error:
+        names = dict.fromkeys(name.rpartition(".")[2] for name in loaded.layers())
+        raise SettingError(
+            f"--lora-targets {settings.lora_targets}: this model has no such layers; its linear layers are called "
+            f"{', '.join(names)} ({' '.join(str(error).split())[:100]})"
+        ) from None
 
 
 def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:
@@ -241,7 +322,8 @@ def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingA
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.micro_batch or settings.batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch or settings.batch_size),
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=math.ceil(settings.warmup * steps),

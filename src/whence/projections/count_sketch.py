@@ -34,7 +34,11 @@ class CountSketch:
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
         """Rotated, signed sums of the layer's gradient."""
-        flat = example_gradients(a, g).flatten(1)
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        flat = gradient.flatten(1)
         offsets, sign = self._hash(layer, flat)
         out = flat.new_zeros(len(flat), self.width)
         for number, offset in enumerate(offsets):

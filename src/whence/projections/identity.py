@@ -31,4 +31,8 @@ class Identity:
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
         """The layer's gradient, flattened."""
-        return example_gradients(a, g).flatten(1)
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        return gradient.flatten(1)

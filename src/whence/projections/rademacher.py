@@ -35,7 +35,11 @@ class Rademacher:
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
         """Inner products of the layer's gradient with the sign vectors."""
-        flat = example_gradients(a, g).flatten(1)
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        flat = gradient.flatten(1)
         out = flat.new_zeros(len(flat), self.width)
         rows = max(1, SIGNS_PER_BLOCK // self.width)
         for number, piece in enumerate(flat.split(rows, dim=1)):

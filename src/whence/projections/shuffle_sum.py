@@ -61,7 +61,11 @@ class ShuffleSum:
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
         """What the layer's entries of the whole vector add to the bins."""
-        flat = example_gradients(a, g).flatten(1)
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        flat = gradient.flatten(1)
         bins, sign = self._on(flat.device)
         place = slice(self._first[layer], self._first[layer] + flat.shape[1])
         return flat.new_zeros(len(flat), self.width).index_add_(1, bins[place], flat * sign[place])

@@ -32,7 +32,11 @@ class SRHT:
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
         """Sampled coordinates of the transformed gradient."""
-        flat = example_gradients(a, g).flatten(1)
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        flat = gradient.flatten(1)
         padded = 1 << (flat.shape[1] - 1).bit_length()
         sign, kept = self._draw(layer, flat, padded)
         spread = hadamard(F.pad(flat * sign, (0, padded - flat.shape[1])))

@@ -37,6 +37,11 @@ class TwoSided:
         right = a @ self._factor(layer, "right", a)
         return torch.bmm(left.mT, right).flatten(1)
 
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        right = gradient @ self._factor(layer, "right", gradient)  # [b o side]
+        return (self._factor(layer, "left", gradient.mT).mT @ right).flatten(1)
+
     def _factor(self, layer: str, name: str, like: Tensor) -> Tensor:
         key = (layer, name, like.device)
         if key not in self._factors:

@@ -1,105 +1,103 @@
-"""RDS+: cosine of the query's and the row's representation in the model itself.
+"""RDS and RDS+: cosine of a target's and a row's representation in the model itself.
 
-A representation is the mean of the last hidden states (after the final norm, before the output head) of all tokens,
-prompt, completion and special tokens alike, weighted by position: token i of t, from 1, weighs i / (1 + ... + t). In a
-causal model later states have seen more of the text.
+    rds    the last hidden state (after the final norm, before the output head) of the last token
+    rds+   the mean of the last hidden states of all tokens, prompt, completion and special tokens alike, weighted by
+           position: token i of t, from 1, weighs i / (1 + ... + t); in a causal model later states have seen more
 
-What is taken from the source, and what is not: pooling, weights, layer and cosine are theirs. They read the base model,
-in bfloat16; here it is the model of the last checkpoint, in the precision that the index loads it in. Their released
-code weighs padding like tokens, which does nothing only as long as rows come one a batch; here padding never counts.
-They go on to pick rows round-robin over queries; that is selection, not scoring.
+A target's score is the mean of its queries' cosines, got in one product: the mean of unit vectors, times the row's.
 
-States are pooled in fp32 whatever the model's dtype. The queries' representations are kept [q d], the rows' are not:
-rows come in windows of `ROWS_PER_WINDOW`, batches of like length within each. Cost: a forward pass over every row.
+What is taken from the sources, and what is not: pooling, weights, layer and cosine are theirs. They read the base model
+in bfloat16; here it is the model of the last checkpoint, in the precision that it is loaded in. The released code of
+RDS+ weighs padding like tokens, which does nothing only as long as rows come one a batch; here padding never counts.
+RDS's last token is, of a row that is closed, the end-of-sequence token, as theirs. LESS takes the best target of a row,
+RDS+ goes round-robin over queries: that is selection, not scoring.
 
-Source: Ivison et al. 2025, Large-Scale Data Selection for Instruction Tuning, https://arxiv.org/abs/2503.01807; the
-weights are SGPT's, Muennighoff 2022, https://arxiv.org/abs/2202.08904.
+The targets' representations are kept [s d], the rows' are not. Cost: a forward pass over every row.
+
+Source: Ivison et al. 2025, Large-Scale Data Selection for Instruction Tuning, https://arxiv.org/abs/2503.01807, whose
+weights are SGPT's, Muennighoff 2022, https://arxiv.org/abs/2202.08904; RDS as in LESS, Xia et al. 2024,
+https://arxiv.org/abs/2402.04333.
 """
 
-import itertools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from whence.errors import ModelError
-from whence.interfaces import QueryText, View
+from whence.interfaces import Target, View
 from whence.model import LoadedModel
-from whence.tokens import Batch, Encoded, bucketed, collate
+from whence.passes import Weights, by_position, embeddings, last
 
-ROWS_PER_WINDOW = 4096
-"""Rows held in memory as token ids at a time."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding:
+class RDS:
     """Cosines, from -1 to 1 but for rounding; -inf for a row without tokens or with states that are not finite."""
 
     seed: int = 0
     """Not used."""
 
-    def __call__(self, view: View, queries: Sequence[QueryText]) -> Float32[Tensor, "q n"]:
-        """Cosines.
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Cosines of last tokens' states.
 
         Raises:
-            ModelError: A query has no representation, so that no row could be ranked for it.
+            ModelError: No query of a target has a representation, so that no row could be ranked for it.
         """
-        model = view.model()
-        asked = _query_vectors(model, queries, view.tokens_per_batch)
-        scores = torch.full((len(queries), view.rows), -math.inf)
-        rows, first = view.encoded(), 0
-        while window := list(itertools.islice(rows, ROWS_PER_WINDOW)):
-            for numbers, vectors in embeddings(model, window, view.tokens_per_batch):
-                cosine = asked @ F.normalize(vectors, dim=1).T
-                known = torch.where(torch.isfinite(cosine), cosine, -math.inf)
-                scores[:, [first + number for number in numbers]] = known
-            first += len(window)
-        return scores
+        return _cosines(view, targets, last)
 
 
-def _query_vectors(model: LoadedModel, queries: Sequence[QueryText], tokens_per_batch: int) -> Float32[Tensor, "q d"]:
-    """Representations of norm 1."""
-    found: dict[int, Tensor] = {}
-    for numbers, vectors in embeddings(model, [query.encoded for query in queries], tokens_per_batch):
-        found |= dict(zip(numbers, F.normalize(vectors, dim=1), strict=True))
-    for number, query in enumerate(queries):
-        if number not in found or not torch.isfinite(found[number]).all():
-            reason = "the model's states for it are not finite" if number in found else "it has no token"
-            raise ModelError(f"no row can be compared with the query {query.prompt[:60]!r}: {reason}")
-    return torch.stack([found[number] for number in range(len(queries))])
+@dataclass(frozen=True, kw_only=True)
+class RDSPlus:
+    """Cosines, from -1 to 1 but for rounding; -inf for a row without tokens or with states that are not finite."""
+
+    seed: int = 0
+    """Not used."""
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Cosines of position-weighted mean states.
+
+        Raises:
+            ModelError: No query of a target has a representation, so that no row could be ranked for it.
+        """
+        return _cosines(view, targets, by_position)
 
 
-def embeddings(
-    model: LoadedModel, examples: Sequence[Encoded], tokens_per_batch: int
-) -> Iterator[tuple[list[int], Float32[Tensor, "b d"]]]:
-    """Numbers of some examples and their representations, on the CPU, a batch at a time.
-
-    Examples without tokens are left out. Where an example's states are not finite, neither is its representation.
-    """
-    present = [number for number, example in enumerate(examples) if example.ids]
-    for batch in bucketed([len(examples[number].ids) for number in present], tokens_per_batch):
-        numbers = [present[position] for position in batch]
-        yield numbers, _batch_vectors(model, collate([examples[number] for number in numbers]))
+def _cosines(view: View, targets: Sequence[Target], weights: Weights) -> Float32[Tensor, "s n"]:
+    model = view.model()
+    asked = _target_vectors(model, targets, view.tokens_per_batch, weights)
+    scores = torch.full((len(targets), view.rows), -math.inf)
+    for numbers, vectors in embeddings(model, view.encoded(), view.tokens_per_batch, weights):
+        cosine = asked @ F.normalize(vectors, dim=1).T
+        scores[:, numbers] = torch.where(torch.isfinite(cosine), cosine, -math.inf)
+    return scores
 
 
-@torch.no_grad()  # not on the generator: torch would not know it for one under the shape checks
-def _batch_vectors(model: LoadedModel, batch: Batch) -> Float32[Tensor, "b d"]:
-    batch = batch.to(model.device)
-    states, _ = model.decode(batch.ids, batch.mask)
-    return pooled(states, batch.mask.to(states.device)).cpu()
-
-
-def pooled(states: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> Float32[Tensor, "b d"]:
-    """Mean over real tokens, weighted by position; whatever stands at padding, NaN included, does not count.
-
-    >>> pooled(torch.tensor([[[3.0], [6.0], [9.0]]]), torch.tensor([[True, True, False]]))
-    tensor([[5.]])
-    """
-    position = mask.cumsum(1) * mask
-    weights = position / position.sum(1, keepdim=True)
-    real = states.float().masked_fill(~mask[..., None], 0.0)  # 0 * NaN is NaN
-    return torch.einsum("bt,btd->bd", weights, real)
+def _target_vectors(
+    model: LoadedModel, targets: Sequence[Target], tokens_per_batch: int, weights: Weights
+) -> Float32[Tensor, "s d"]:
+    """Mean over each target's queries of their representations of norm 1; a query that has none does not count."""
+    queries = [query.encoded for target in targets for query in target.queries]
+    owners = [number for number, target in enumerate(targets) for _ in target.queries]
+    found: list[list[Tensor]] = [[] for _ in targets]
+    for numbers, vectors in embeddings(model, queries, tokens_per_batch, weights):
+        for number, vector in zip(numbers, F.normalize(vectors, dim=1), strict=True):
+            if torch.isfinite(vector).all():
+                found[owners[number]].append(vector)
+    for target, vectors in zip(targets, found, strict=True):
+        if not vectors:
+            first = target.queries[0]
+            reason = "the model's states for it are not finite" if first.encoded.ids else "it has no token"
+            raise ModelError(
+                f"no row can be compared with target {target.name!r}, query {first.prompt[:60]!r}: {reason}"
+            )
+        if missing := len(target.queries) - len(vectors):
+            logger.warning("target %r: %d of %d queries have no finite states and do not count",
+                           target.name, missing, len(target.queries))  # fmt: skip
+    return torch.stack([torch.stack(vectors).mean(0) for vectors in found])

@@ -1,6 +1,6 @@
 """Random scores: what chance alone finds.
 
-Every query has its own stream, so its scores do not depend on how many other queries are asked with it.
+Every target has its own stream, so its scores do not depend on how many other targets are asked with it.
 
 Source: none needed.
 """
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.interfaces import QueryText, View
+from whence.interfaces import Target, View
 from whence.numerics import generator
 
 
@@ -22,9 +22,9 @@ class Uniform:
 
     seed: int = 0
 
-    def __call__(self, view: View, queries: Sequence[QueryText]) -> Float32[Tensor, "q n"]:
-        """The same numbers for a seed, a query's number and a row's number, whatever they say."""
-        scores = torch.empty(len(queries), view.rows)
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """The same numbers for a seed, a target's number and a row's number, whatever they say."""
+        scores = torch.empty(len(targets), view.rows)
         for number, row in enumerate(scores):
             row.uniform_(generator=generator(self.seed, "uniform", str(number)))
         return scores

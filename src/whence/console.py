@@ -1,0 +1,46 @@
+"""What the verbs share: how they print, and the options that several have."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")]
+
+
+def complain(message: str) -> None:
+    """An error, to stderr."""
+    Console(stderr=True, soft_wrap=True).print("[bold red]error[/]", end=" ")
+    sys.stderr.write(message + "\n")
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One document, to stdout; a number that is not finite becomes null, for JSON has none."""
+    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    is_broken = isinstance(value, float) and not abs(value) < float("inf")
+    return None if is_broken else value
+
+
+def print_part(part: Any, *, err: bool = False) -> None:
+    """A table, or a line: as it stands, for its paths and commands are copied."""
+    Console(stderr=err).print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+
+
+@contextlib.contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """A spinner on stderr while imports and loading keep a person waiting."""
+    with Console(stderr=True).status(words):
+        yield
