@@ -76,7 +76,14 @@ def select(
     options |= {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
     with waiting("Scoring"):
-        view = open_view(source, method, model=model, device=device, trust_remote_code=trust_remote_code)
+        view = open_view(
+            source,
+            method,
+            model=model,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            brings_model="model" in options["options"],
+        )
         found = run(view, tasks, method=method, corpus=corpus, **budget, **options)
         others = {} if compare is None else compared(found, view, tasks, compare.split(","), seed=seed, **budget)
     if out is not None:

@@ -15,6 +15,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,14 +106,14 @@ def held_whole(
     """A query's gradient as the pairs of one token, 0."""
     held: Held = {name: [] for name in layers}
     for part in parts:
-        sign = torch.tensor([part.sign])
-
-        def keep(seen: Captured, sign: Tensor = sign) -> None:
-            held[seen.layer].append(pairs_of(seen.a[0], seen.g, [0], sign))
-
+        keep = partial(_keep, held, torch.tensor([part.sign]))
         batch = collate([part.encoded])
         backward(model, layers, batch, keep, reduction=space.reduction, objective=objective, whole=True)
     return held
+
+
+def _keep(held: Held, sign: Float32[Tensor, " 1"], seen: Captured) -> None:
+    held[seen.layer].append(pairs_of(seen.a[0], seen.g, [0], sign))
 
 
 def pairs_of(

@@ -18,6 +18,7 @@ Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,16 +148,15 @@ class _Pass:
 
     def hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps one layer."""
+        return partial(self._tap, name)  # a function of its own would be compiled for every layer, under shape checks
 
-        def tap(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return out
-            if not out.requires_grad:
-                out.requires_grad_()
-            owners = self.owners
-            return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners))  # type: ignore[return-value]
-
-        return tap
+    def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        if not out.requires_grad:
+            out.requires_grad_()
+        owners = self.owners
+        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners))  # type: ignore[return-value]
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:

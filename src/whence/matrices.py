@@ -7,6 +7,7 @@ score. Both come from the same backward passes of the query.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float32
@@ -17,6 +18,7 @@ from whence.answers import TokenMatrix
 from whence.exact import Held, held_whole
 from whence.gradients import Captured, Consume, Sketches, inverse
 from whence.index import Index
+from whence.interfaces import Projection
 from whence.model import LoadedModel
 from whence.queries import Asked, last_first, token_text
 from whence.tokens import Encoded
@@ -95,16 +97,6 @@ class Sharing:
         if index.space.normalise == "layer":  # by the whole query's norms, so that tokens add up to it
             scales = {name: square**-0.5 if square > 0 else 0.0 for name, square in factors.query_squares.items()}
         made: list[tuple[list[int], Sketches]] = []
-
-        def also(numbers: list[int]) -> Consume:
-            into = Sketches(projection, len(numbers), model.device)
-            made.append((numbers, into))
-
-            def consume(seen: Captured) -> None:
-                into(replace(seen, g=seen.g * scales[seen.layer]))
-
-            return consume
-
         held = tokenwise.held_tokens(
             model,
             layers,
@@ -112,7 +104,7 @@ class Sharing:
             weights,
             objective=self.objective,
             tokens_per_batch=index.settings.tokens_per_batch,
-            also=also,
+            also=partial(_sketching, made, projection, model.device, scales),
         )
         sketches = torch.zeros(len(tokens), projection.width)
         for numbers, into in made:
@@ -122,6 +114,22 @@ class Sharing:
     def by_row(self) -> dict[int, ByToken]:
         """What was found."""
         return {row: (self.shares[:, n].tolist(), self.matrices[n]) for n, row in enumerate(self.rows)}
+
+
+def _sketching(
+    made: list[tuple[list[int], Sketches]],
+    projection: Projection,
+    device: torch.device,
+    scales: dict[str, float],
+    numbers: list[int],
+) -> Consume:
+    """A consumer of one batch of tokens, and its sketches among those made."""
+    made.append((numbers, Sketches(projection, len(numbers), device)))
+    return partial(_sketch_scaled, made[-1][1], scales)
+
+
+def _sketch_scaled(into: Sketches, scales: dict[str, float], seen: Captured) -> None:
+    into(replace(seen, g=seen.g * scales[seen.layer]))
 
 
 def share_out(index: Index, sharings: Sequence[Sharing]) -> list[dict[int, ByToken]]:

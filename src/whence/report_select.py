@@ -22,11 +22,13 @@ def selection_report(chosen: Chosen, overlaps: Mapping[str, float] | None = None
     """Composition, length, the first and last rows, what was left out, and overlap with other methods' choices."""
     selection = chosen.selection
     parts: list[RenderableType] = [Text(visible(note), "yellow") for note in selection.notes]
-    head = f"{len(selection.rows):,} of {len(selection.reasons):,} rows, {selection.tokens:,} tokens, by "
+    tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""  # none are counted without a tokenizer
+    head = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}, by "
     parts += [Text(head + chosen.settings["method"] + ", " + chosen.settings["selector"], "bold"), _composition(chosen)]
     size = lengths(chosen)
     was, now = size["pool_median_tokens"], size["median_tokens"]
-    parts.append(Text(f"Median length {now:,.0f} tokens, in the pool {was:,.0f}: {_bias(now, was)}.", "dim"))
+    if selection.tokens:
+        parts.append(Text(f"Median length {now:,.0f} tokens, in the pool {was:,.0f}: {_bias(now, was)}.", "dim"))
     parts.append(_examples(chosen))
     if left := selection.tally():
         told = ", ".join(f"{count:,} {reason}" for reason, count in left.items())
@@ -89,26 +91,24 @@ def table_of_methods(table: SelectionTable) -> RenderableType:
     parts: list[RenderableType] = []
     for task in dict.fromkeys(line.task for line in table.lines):
         drawn = Table(title=visible(task), title_justify="left", box=None, pad_edge=False, header_style="bold dim")
-        drawn.add_column("method")
-        for name in ("loss", "gain over chance", "95%", "exact", "rows", "tokens", "choosing", "training"):
-            drawn.add_column(name, justify="right")
+        drawn.add_column("method", no_wrap=True)
+        for name in ("loss", "gain", "95%", "exact", "rows", "choosing"):
+            drawn.add_column(name, justify="right", no_wrap=True)
         for line in sorted((line for line in table.lines if line.task == task), key=lambda line: line.loss):
             drawn.add_row(
                 Text(visible(line.method), "bold" if line.method == RANDOM else ""),
                 f"{line.loss:.4f}",
                 "" if line.gain is None else Text(f"{line.gain:+.4f}", _colour(line)),
-                "" if line.gain_interval is None else f"{line.gain_interval[0]:+.4f} to {line.gain_interval[1]:+.4f}",
+                "" if line.gain_interval is None else f"{line.gain_interval[0]:+.3f} to {line.gain_interval[1]:+.3f}",
                 f"{line.exact:.1%}",
                 f"{line.rows:,.0f}",
-                f"{line.tokens:,.0f}",
                 f"{line.select_seconds:.1f} s",
-                "" if line.method == NOTHING else f"{line.train_seconds:.0f} s",
             )
         parts += [drawn, Text("")]
     seeds = len(table.settings.get("seeds", []))
     parts.append(
-        Text(f"Loss in nats a token on held-out rows, mean of {seeds} trainings; lower is better. Green: better than "
-             "chance by more than its interval; red: worse.", "dim")
+        Text(f"Loss in nats a token on held-out rows, mean of {seeds} trainings. Gain: how much lower it is than for "
+             "random rows. Green: its interval is above chance; red: below.", "dim")
     )  # fmt: skip
     return Group(*parts)
 
@@ -121,15 +121,16 @@ def _colour(line: Line) -> str:
 def table_plot(table: SelectionTable) -> str:
     """Gain over chance of every method, a panel a task, with intervals: one SVG, light or dark as the page is."""
     tasks = list(dict.fromkeys(line.task for line in table.lines))
-    panels, top = [], 34
+    panels: list[str] = []
+    top = 34.0
     for task in tasks:
         lines = [line for line in table.lines if line.task == task and line.gain is not None and line.method != NOTHING]
         lines.sort(key=lambda line: -(line.gain or 0.0))
         ends = [end for line in lines for end in line.gain_interval or ()] + [0.0]
         scale = _scale(min(ends), max(ends))
-        panels.append(_text(16, top, task, "title"))
+        panels.append(_text(16.0, top, task, "title"))
         for number, line in enumerate(lines):
-            panels += _bar(line, top + 24 + 22 * number, scale)
+            panels += _bar(line, top + 24.0 + 22.0 * number, scale)
         zero = scale(0.0)
         bottom = top + 24 + 22 * len(lines)
         panels.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + 8}" y2="{bottom - 8}"/>')
@@ -142,8 +143,9 @@ def table_plot(table: SelectionTable) -> str:
         "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis,.value{fill:#9aa1ab}"
         ".better{stroke:#4cc38a;fill:#4cc38a}.worse{stroke:#ff8b7e;fill:#ff8b7e}}"
     )
+    size = f'viewBox="0 0 720 {top:.0f}" width="720" height="{top:.0f}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top}" width="720" height="{top}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         f"<title>Gain in held-out loss over random selection, in nats a token</title><style>{style}</style>"
         f"{''.join(panels)}</svg>\n"
     )
@@ -158,10 +160,10 @@ def _bar(line: Line, y: float, x: Callable[[float], float]) -> list[str]:
     gain, (low, high) = line.gain or 0.0, line.gain_interval or (0.0, 0.0)
     kind = "better" if low > 0 else "worse" if high < 0 else "level"
     return [
-        _text(176, y + 4, line.method, "", "end"),
+        _text(176.0, y + 4, line.method, "", "end"),
         f'<line class="{kind}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}"/>',
         f'<circle class="{kind}" cx="{x(gain):.1f}" cy="{y}" r="4"/>',
-        _text(640, y + 4, f"{gain:+.3f}", "value"),
+        _text(640.0, y + 4, f"{gain:+.3f}", "value"),
     ]
 
 

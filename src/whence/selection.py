@@ -116,7 +116,14 @@ def select(
     chosen, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
     scorer = made_scorer(chosen.method, chosen.seed, chosen.options)
     selector = catalogue.selector(chosen.selector or "max")(temperature=chosen.temperature, seed=chosen.seed)
-    view = open_view(source, chosen.method, model=model, device=device, trust_remote_code=trust_remote_code)
+    view = open_view(
+        source,
+        chosen.method,
+        model=model,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        brings_model="model" in chosen.options,
+    )
     if tasks is None and catalogue.scorer_entry(chosen.method).reads_tasks:
         raise SettingError(f"--method {chosen.method} compares rows with a task's examples: add --tasks FILE")
     targets, notes = targets_of(tasks, view, by=chosen.by or "task")
@@ -136,8 +143,12 @@ def open_view(
     model: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    brings_model: bool = False,
 ) -> IndexView | CorpusView:
-    """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or it is named."""
+    """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or it is named.
+
+    `brings_model`: the method's own options name the one that it runs.
+    """
     entry = catalogue.scorer_entry(method)
     if isinstance(source, IndexView | CorpusView):
         return source
@@ -155,7 +166,7 @@ def open_view(
     loaded: LoadedModel | None = None
     if model is not None:
         loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    elif entry.needs_model:
+    elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")
     return CorpusView(open_corpus(source), loaded)
 
@@ -261,7 +272,7 @@ def _told(settings: SelectSettings, budget: Budget, targets: Sequence[Target], v
     told = {
         "method": settings.method,
         "options": ", ".join(f"{name}={value}" for name, value in settings.options.items()),
-        "selector": f"{settings.selector} over {len(targets)} {settings.by}s ({examples} examples)",
+        "selector": f"{settings.selector} over {_counted(len(targets), settings.by)}, {_counted(examples, 'example')}",
         "budget": str(budget),
         "caps": ", ".join(f"{name}={value}" for name, value in settings.caps.items()),
         "floors": ", ".join(f"{name}={value}" for name, value in settings.floors.items()),
@@ -275,6 +286,10 @@ def _told(settings: SelectSettings, budget: Budget, targets: Sequence[Target], v
     else:
         told["corpus"] = view.corpus.name if isinstance(view, CorpusView) else ""
     return {name: value for name, value in told.items() if value}
+
+
+def _counted(count: int, thing: str | None) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 # -- what a person should know of a selection

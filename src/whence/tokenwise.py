@@ -20,6 +20,7 @@ Source: Lin et al. 2024 (RapidIn, token-wise), https://arxiv.org/abs/2405.11724.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float32, Int64
@@ -108,27 +109,40 @@ def held_tokens(
         tokens_per_batch: Of a backward pass.
         also: Given the numbers of a batch's tokens, another consumer of the same pass.
     """
-    held: Held = {name: [] for name in layers}
-    shared: Held = {name: [] for name in layers}
+    kept = _Kept({name: [] for name in layers}, {name: [] for name in layers})
     budget = min(tokens_per_batch, TOKENS_AT_ONCE * max((len(row.ids) for row in rows), default=0))
     for numbers in bucketed([len(row.ids) for row in rows], budget):
         batch, other = collate([rows[number] for number in numbers]), also(numbers) if also else None
-        scale = torch.tensor([weights[number] for number in numbers])
-
-        def keep(seen: Captured, numbers: list[int] = numbers, scale: Tensor = scale, other: Consume | None = other):
-            if other is not None:
-                other(seen)
-            if seen.rows is None:  # the rows are prefixes of the longest one, and so are their inputs
-                shared[seen.layer].append(pairs_of(seen.a[0], seen.g, numbers, scale))
-            else:
-                held[seen.layer].append(_head_pairs(seen, numbers, scale))
-
+        keep = partial(kept.add, numbers, torch.tensor([weights[number] for number in numbers]), other)
         backward(model, layers, batch, keep, reduction="sum", objective=objective, whole=True)
-    for name, pairs in shared.items():
-        if pairs:  # the longest rows came first, and their positions are all there are
-            held[name].append(Pairs(pairs[0].a, torch.cat([p.g for p in pairs]), [s for p in pairs for s in p.spans]))
-        pairs.clear()
-    return held
+    return kept.joined()
+
+
+@dataclass
+class _Kept:
+    """Pairs of some batches of tokens."""
+
+    shared: Held
+    """Of layers that see all positions: the rows are prefixes of the longest one, and so are their inputs."""
+    of_head: Held
+
+    def add(self, numbers: list[int], weights: Float32[Tensor, " u"], also: Consume | None, seen: Captured) -> None:
+        """One layer's pairs of one batch."""
+        if also is not None:
+            also(seen)
+        if seen.rows is None:
+            self.shared[seen.layer].append(pairs_of(seen.a[0], seen.g, numbers, weights))
+        else:
+            self.of_head[seen.layer].append(_head_pairs(seen, numbers, weights))
+
+    def joined(self) -> Held:
+        """One `Pairs` a layer, by the inputs of the longest row, which came first."""
+        for name, pairs in self.shared.items():
+            if pairs:
+                slopes, spans = torch.cat([some.g for some in pairs]), [span for some in pairs for span in some.spans]
+                self.of_head[name].append(Pairs(pairs[0].a, slopes, spans))
+            pairs.clear()
+        return self.of_head
 
 
 def _head_pairs(seen: Captured, numbers: list[int], scale: Float32[Tensor, " b"]) -> Pairs:
