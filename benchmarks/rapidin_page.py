@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "rapidin.md", ROOT / "docs" / "compression.svg"
 DEPTHS = (5, 10, 50, 100, 500, 1000, "all")
 METHODS = {
+    "reach": "**Whence: `--method reach`**, two_sided 16, bfloat16",
     "ours": "Whence: cosine, two_sided 16, bfloat16",
     "ours_margin": "the same, margin of the query",
     "rapidin": "RapidIn: shuffle_sum 65,536, float16",
