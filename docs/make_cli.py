@@ -8,7 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("", "demo", "train", "index", "trace", "select", "evaluate", "evaluate selection", "info", "verify", "append", "bench")
+VERBS = (
+    "",
+    "demo",
+    "train",
+    "index",
+    "trace",
+    "select",
+    "evaluate",
+    "evaluate selection",
+    "info",
+    "verify",
+    "append",
+    "bench",
+)
 
 
 def help_pages() -> str:

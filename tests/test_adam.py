@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from conftest import contents, corpus_rows, cut_short, plain_trainer_run
 from whence import catalogue
 from whence.adam import Frozen, Gamma
 from whence.bench import bench
-from whence.errors import ManifestMismatchError, ModelError, SettingError
+from whence.errors import ManifestMismatchError, ModelError
 from whence.gradients import gradients, sketch
 from whence.index import append, index, open_index
 from whence.interfaces import GradientSpace
@@ -22,7 +21,7 @@ from whence.projections.identity import Identity
 from whence.queries import Query, ask, query_vectors
 from whence.tokens import collate, encode
 from whence.tracing import trace
-from whence.vectors import IndexSettings, example_vectors, projection_for
+from whence.vectors import IndexSettings, projection_for
 
 ADAM = {"view": "adam", "width": 64, "codec": "float32", "progress": False}
 ROWS = corpus_rows(20)
@@ -301,34 +300,6 @@ def test_queries_are_plain_gradients_under_the_view_adam(lora, tmp_path):
 def test_an_adam_index_can_be_timed(lora):
     sizes = {"batch_size": 4, "length": 16, "batches": 2, "memory": False}
     assert bench(lora, ROWS, view="adam", **sizes).width == 8192
-
-
-# -- frozen
-
-
-@pytest.mark.parametrize("mode", ["less", "torch"])
-def test_frozen_v_on_a_plain_index_ranks_as_adam_does(lora, tmp_path, mode):
-    """Rank correlation of inner products over 60 examples, mean of 8 queries, without a projection's error.
-
-    Found: 0.82 for less, 0.89 for torch.
-    """
-    options = {"projection": "identity", "codec": "float32", "progress": False}
-    rows = corpus_rows(60)
-    plain = index(lora, rows, tmp_path / "plain", **options)
-    adam = index(lora, rows, tmp_path / "adam", view="adam", adam_mode=mode, **options)
-    model = plain.model()
-    encoded = [encode(row, model.tokenizer) for row in corpus_rows(8, first=90)]
-    layers, projection = plain.layers(model), plain.projection(model)
-    frozen, true = (
-        example_vectors(model, layers, projection, encoded, settings=plain.settings, transform=transform).vectors
-        for transform in (plain.frozen(-1, adam_mode=mode), None)
-    )
-    pairs = zip(frozen @ vectors(plain).T, true @ vectors(adam).T, strict=True)
-    agreement = sum(spearmanr(one, other).statistic for one, other in pairs) / 8
-    print(mode, agreement)
-    assert agreement > {"less": 0.99, "torch": 0.5}[mode]
-    with pytest.raises(SettingError, match="the view frozen-v is a query's"):
-        adam.frozen(-1)
 
 
 def test_adam_takes_every_projection_by_name(lora, tmp_path):

@@ -193,3 +193,28 @@ def test_the_margins_slope_does_not_vanish_where_the_model_is_sure():
     logits, target, weight = torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([0]), torch.ones(1)
     assert OBJECTIVES["margin"](logits, target, weight)[1].tolist() == [[-1.0, 0.5, 0.5]]
     assert OBJECTIVES["loss"](logits, target, weight)[1].abs().max() < 1e-16
+
+
+def test_slopes_that_are_zero_are_not_held():
+    """Of two tokens one reaches positions 1 to 3 (with a 0 among them), one reaches none."""
+    a, g = torch.randn(5, 2), torch.zeros(2, 5, 3)
+    g[0, 1], g[0, 3] = 2.0, 3.0
+    pairs = exact.pairs_of(a, g, [4, 7], torch.tensor([0.5, 1.0]))
+    assert pairs.spans == [(4, 1, 4), (7, 0, 0)]
+    assert pairs.g.tolist() == [[1.0] * 3, [0.0] * 3, [1.5] * 3]
+    (own, slopes), (nothing, _) = pairs.by_token()
+    assert torch.equal(own, a[1:4])
+    assert torch.equal(slopes, pairs.g)
+    assert len(nothing) == 0
+
+
+def test_rows_share_a_pass_where_little_is_padded():
+    rows = random_examples(40, seed=2, longest=40)
+    seen = []
+    for numbers, batch in exact.batches(rows, 200):
+        lengths = [len(rows[number].ids) for number in numbers]
+        assert batch.ids.shape == (len(numbers), max(lengths))
+        assert batch.ids.numel() <= 200
+        assert min(lengths) >= 0.75 * max(lengths)
+        seen += numbers
+    assert sorted(seen) == list(range(40))

@@ -1,15 +1,17 @@
 """A null says how far a score stands above what the same example scores for other queries."""
 
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import corpus_rows, write_jsonl
+from whence import queries, retrieval
 from whence.errors import SettingError
 from whence.exact import Part
-from whence.index import Index, index
+from whence.index import Index, index, open_index
 from whence.nulls import LEAST, control_scores, draw_controls, given_controls, meaningless, needed_z, nulls, verdict
 from whence.queries import query_vectors
 from whence.tokens import encode_query
@@ -290,3 +292,38 @@ def test_a_file_gives_a_null_where_the_rows_are_too_few(tiny_index, controls):
 def test_too_few_controls_are_refused(built):
     with pytest.raises(SettingError, match=f"--controls: 3 queries; a null needs {LEAST} or more"):
         trace(built, *ASKED, controls=corpus_rows(3))
+
+
+def test_open_prompts_of_controls_are_completed_as_the_query_is(built, monkeypatch):
+    asked, real = [], queries.generate
+    monkeypatch.setattr(
+        queries, "generate", lambda *given, **how: asked.append((given[2], how["temperature"])) or real(*given, **how)
+    )
+    given = [{"prompt": row["prompt"]} for row in corpus_rows(LEAST)]
+    trace(built, "5 and 3?", controls=given, top=1, max_new_tokens=3, temperature=0.5)
+    assert asked == [(3, 0.5)] * 2, "once the query, once the controls"
+    trace(built, "5 and 3?", controls=given, top=1, max_new_tokens=3, null=False)
+    assert len(asked) == 3, "without a null nobody asks for them"
+
+
+def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkeypatch):
+    """This index' rows are plain gradients, so a trace that takes them for another view's must come to the same."""
+    sizes, real = [], retrieval.query_vectors
+    monkeypatch.setattr(
+        retrieval, "query_vectors", lambda index, parts, **how: sizes.append(len(parts)) or real(index, parts, **how)
+    )
+    other = open_index(built.store.place.root)
+    other.__dict__["space"] = replace(built.space, view="adam")
+    found, expected = trace(other, *ASKED, top=2), trace(open_index(built.store.place.root), *ASKED, top=2)
+    assert sizes == [1 + 20 + 40, 1 + 40], "the query, half of the rows, what is meaningless"
+    assert found.needed_z == pytest.approx(expected.needed_z, rel=1e-3)
+    for one, same in zip(found.hits, expected.hits, strict=True):
+        assert (one.id, one.null.z) == (same.id, pytest.approx(same.null.z, rel=1e-3, abs=1e-3))
+
+
+@pytest.mark.parametrize("closer", ["exact", "tokens"])
+def test_an_optimizers_view_is_not_looked_at_closer(built, closer):
+    other = open_index(built.store.place.root)
+    other.__dict__["space"] = replace(built.space, view="adam")
+    with pytest.raises(SettingError, match=rf"--{closer} takes gradients as they are.*\(--view adam\)\. Leave"):
+        trace(other, *ASKED, **{closer: True})

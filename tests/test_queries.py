@@ -295,5 +295,5 @@ def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):
 def test_a_range_that_is_none_is_named_by_its_place(tokens):
     with pytest.raises(SettingError, match=f"^query 0: span_tokens {tokens}: FROM:TO is expected"):
         queries_of([{"prompt": "a", "span_tokens": tokens}])
-    with pytest.raises(SettingError, match="no span as text beside it"):
+    with pytest.raises(SettingError, match="no `span` beside it"):
         queries_of([{"prompt": "a", "span": "a", "span_tokens": "1:2"}])

@@ -226,6 +226,38 @@ def test_a_preset_gives_what_is_not_said(parent, tmp_path):
         settings_of("more", {})
 
 
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (["--preset", "less", "--epochs", "4"], {"preset": "less", "epochs": 4.0}),
+        (["--fraction", "1", "--seed", "0"], {"preset": None, "fraction": 1.0, "seed": 0}),
+    ],
+)
+def test_flags_that_are_not_given_leave_the_word_to_the_preset(monkeypatch, flags, given):
+    from whence import cli
+
+    seen = {}
+    monkeypatch.setattr("whence.train.train", lambda model, corpus, out, **options: seen.update(options) or out)
+    monkeypatch.setattr(sys, "argv", ["whence", "train", "model", "corpus", "-o", "run", "--json", *flags])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert (caught.value.code, seen) == (0, given | {"progress": False})
+
+
+def test_the_help_says_the_defaults():
+    from typing import get_args
+
+    from whence import cli
+
+    annotations = cli.train.__annotations__
+    shown = {name: get_args(annotations[name])[1].show_default for name in annotations if name in vars(TrainSettings())}
+    told = {name: text for name, text in shown.items() if isinstance(text, str)}
+    assert {name: type(getattr(TrainSettings(), name))(text) for name, text in told.items()} == {
+        name: getattr(TrainSettings(), name) for name in told
+    }
+    assert set(told) == {name for name in shown if getattr(TrainSettings(), name) is not None}
+
+
 def test_a_step_of_several_passes_is_one_step(parent, tmp_path):
     whole = train(parent, ROWS, tmp_path / "whole", **QUICK, max_steps=2)
     parts = train(parent, ROWS, tmp_path / "parts", **QUICK, max_steps=2, micro_batch=2)

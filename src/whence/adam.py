@@ -11,10 +11,7 @@ Betas, eps and t are those of the checkpoint (LESS writes .9, .999 and 1e-8 for 
 moments' start at 0, and its eps in the root floors the denominator at 1e-4: where n2 is below eps, as for most weights
 of a large adapter, it is momentum, hardly scaled. `torch` is true to what training does, and the default.
 
-Frozen, g^2 is left out of n2, and f = offset + factor * g is linear in g. As <q, f> = <q, offset> + <factor * q, g>,
-the factor can move to the query, and an index of plain gradients serves both views. The offset adds the same to every
-example's inner product, so it moves no rank and is left out. What is lost: the example's own share in n2, and, in a
-cosine, the norm of f, in whose place stands that of g.
+Frozen, g^2 is left out of n2, and f = offset + factor * g is linear in g: see `frozen`.
 
 Source: Xia et al. 2024, LESS, https://arxiv.org/abs/2402.04333, section 3.1 and its code; Kingma and Ba 2015, Adam,
 https://arxiv.org/abs/1412.6980. Weight decay and the clipping of a batch's gradient have no part in either.
@@ -81,7 +78,7 @@ class Gamma:
 
 
 class Frozen:
-    """A query's gradients times what Adam would multiply an example's by, its second moment held fixed.
+    """The same with the second moment held fixed: f = offset + factor * g.
 
     Args:
         moments: Of every traced layer, under one checkpoint.
@@ -89,12 +86,14 @@ class Frozen:
     """
 
     def __init__(self, moments: Mapping[str, Moments], *, mode: str):
-        self._factors: dict[str, Tensor] = {}
+        self.offsets: dict[str, Float32[Tensor, "o i"]] = {}
+        self.factors: dict[str, Float32[Tensor, "o i"]] = {}
         for layer, held in moments.items():
             terms = _terms(held, mode)
-            self._factors[layer] = terms.share1 / (terms.base2.sqrt() + terms.eps)
+            under = terms.base2.sqrt() + terms.eps
+            self.offsets[layer], self.factors[layer] = terms.base1 / under, terms.share1 / under
 
     def __call__(self, gradient: Float32[Tensor, "b o i"], layer: str) -> Float32[Tensor, "b o i"]:
-        """`factor * q`."""
-        factor = self._factors[layer] = self._factors[layer].to(gradient.device)
+        """`factor * g`, without the offset."""
+        factor = self.factors[layer] = self.factors[layer].to(gradient.device)
         return gradient * factor

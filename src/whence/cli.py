@@ -4,13 +4,10 @@ Results go to stdout (with `--json` one document and nothing else), progress and
 a user's mistake, with one clear message; 1 for a failure. Only names are imported here: torch comes with the verb.
 """
 
-import contextlib
 import io
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from whence import __version__, catalogue, cli_select
+from whence.console import Device, Json, Trust, complain, print_json, print_part, waiting
 from whence.errors import WhenceError
 
 STOPPED = 130
@@ -40,8 +38,6 @@ CorpusPath = Annotated[
     str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
 ]
 IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Projection = Annotated[
     str | None,
@@ -72,7 +68,6 @@ Dtype = Annotated[
     str | None, typer.Option(help="Load weights as float32, bfloat16 or float16; as stored unless given.")
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")]
 
 
@@ -86,7 +81,7 @@ def main() -> None:
     try:
         code = app(prog_name="whence", standalone_mode=False)
     except WhenceError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
@@ -97,10 +92,10 @@ def main() -> None:
             raise
         if message := error.format_message():  # type: ignore[attr-defined]  # empty: the help was printed
             verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
-            _complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
+            complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
         sys.exit(error.exit_code)  # type: ignore[attr-defined]
     if code == STOPPED:
-        _complain("stopped. What was finished is kept: the same command goes on from there.")
+        complain("stopped. What was finished is kept: the same command goes on from there.")
     sys.exit(code or 0)
 
 
@@ -109,30 +104,6 @@ class _Handler(RichHandler):
 
     def __init__(self):
         super().__init__(console=Console(stderr=True), show_time=False, show_path=False, show_level=True)
-
-
-def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print("[bold red]error[/]", end=" ")
-    sys.stderr.write(message + "\n")
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    from whence.report import finite
-
-    text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
-    sys.stdout.write(text + "\n")
-
-
-def _print(part: Any) -> None:
-    """A table, or a line: as it stands, for its paths and commands are copied."""
-    Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-
-
-@contextlib.contextmanager
-def _waiting(words: str) -> Iterator[None]:
-    """A spinner on stderr while imports and loading keep a person waiting."""
-    with Console(stderr=True).status(words):
-        yield
 
 
 def _version(shown: bool) -> bool:
@@ -156,16 +127,15 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.demo import run_demo
     result = run_demo(out, seed=seed, say=Console(stderr=as_json).print)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
 def train(
-    context: typer.Context,
     model: Model,
     corpus: CorpusPath,
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the run.")],
@@ -176,54 +146,46 @@ def train(
         int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
     ] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Adapters' scale times their rank; twice the rank.")] = None,
-    lora_dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped in training.")] = 0.0,
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Share of an adapter's inputs dropped in training.", show_default="0")
+    ] = None,
     lora_targets: Annotated[
         str | None, typer.Option(help="Layers that get one, such as q_proj,v_proj; all linear ones of the blocks.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-5,
-    fraction: Annotated[float, typer.Option(help="Share of the corpus, chosen at random.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", show_default="4")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="2e-05")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of the corpus, chosen at random.", show_default="1")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None,
-    max_tokens: MaxTokens = 2048,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest row in tokens, at most the model's context.", show_default="2048")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.", show_default="16")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Rows a pass, of which a step adds up several; all of the step's.")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine, constant, ...")] = "linear",
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the learning rate: linear, cosine, constant, ...", show_default="linear")
+    ] = None,
     checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the chosen rows, their order, and dropout.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the chosen rows, their order, and dropout.", show_default="0")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.train import train as run
-    options = {
-        "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "lora_targets": lora_targets,
-        "epochs": epochs,
-        "lr": lr,
-        "fraction": fraction,
-        "max_steps": max_steps,
-        "max_tokens": max_tokens,
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "schedule": schedule,
-        "checkpoints": checkpoints,
-        "seed": seed,
-    }
-    if preset is not None:  # a flag that was not given leaves the word to it
-        options = {name: value for name, value in options.items() if _is_given(context, name)}
-    path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
-    _print_json({"run": str(path)}) if as_json else _print(
+    options = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    options |= {"lora_targets": lora_targets, "epochs": epochs, "lr": lr, "fraction": fraction, "max_steps": max_steps}
+    options |= {"max_tokens": max_tokens, "batch_size": batch_size, "micro_batch": micro_batch, "schedule": schedule}
+    options |= {"checkpoints": checkpoints, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}  # the preset has the word on others
+    path = run(model, corpus, out, preset=preset, progress=not as_json, **given)
+    print_json({"run": str(path)}) if as_json else print_part(
         f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX"
     )
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()
@@ -254,7 +216,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.index import index as build
     options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
     options |= {"normalise": normalise, "adam_mode": adam_mode}
@@ -306,7 +268,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.index import open_index
         from whence.page import trace_page
         from whence.queries import span_of
@@ -318,12 +280,13 @@ def trace(
     options = {"top": top, "method": method, "objective": objective, "exact": exact, "shortlist": shortlist}
     options |= {"tokens": tokens, "basis": basis}
     options |= {"specific": specific, "seed": seed, "null": null, "controls": controls, "contrast": contrast}
-    with _waiting("Tracing"):
+    asked = span_of(span, span_tokens, "--span-tokens")
+    with waiting("Tracing"):
         opened = open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             options["tokens"] |= opened.space.view == "sgd"
         found = run(
-            opened, prompt, completion, queries=queries, span=span_of(span, span_tokens, "--span-tokens"),
+            opened, prompt, completion, queries=queries, span=asked,
             max_new_tokens=max_new_tokens, temperature=temperature, **options,
         )  # fmt: skip
     rows = [hit.as_row() for hit in found.hits]
@@ -332,11 +295,11 @@ def trace(
     if as_json:
         answers = [vars(answer) | {"perplexity": answer.perplexity} for answer in found.answers]
         more = {"verdicts": found.verdicts, "overlaps": found.overlaps, "notes": found.notes}
-        _print_json({"answers": answers, "method": found.method, "needed_z": found.needed_z, **more, "rows": rows})
+        print_json({"answers": answers, "method": found.method, "needed_z": found.needed_z, **more, "rows": rows})
         return
-    _print(trace_tables(found))
+    print_part(trace_tables(found))
     if out is not None:
-        _print(f"written to {out}")
+        print_part(f"written to {out}")
 
 
 @app.command()
@@ -356,23 +319,23 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of an index against its checksum."""
-    with _waiting("Reading every file"):
+    with waiting("Reading every file"):
         from whence.index import verify as check
 
         problems, notes = check(index, repair=repair, model=model, trust_remote_code=trust_remote_code)
         left = check(index)[0] if notes else problems
     if as_json:
         rows = [{"file": problem.file, "what": problem.what} for problem in problems]
-        _print_json({"rows": rows, "repairs": notes, "left": [problem.file for problem in left]})
+        print_json({"rows": rows, "repairs": notes, "left": [problem.file for problem in left]})
     else:
         for problem in problems:
-            _print(f"{problem.file}: {problem.what}")
+            print_part(f"{problem.file}: {problem.what}")
         for note in notes:
-            _print(note)
+            print_part(note)
         if not problems:
-            _print("every file is as it was written")
+            print_part("every file is as it was written")
         elif not repair and problems[0].file != "manifest.json":
-            _print(f"Mend it with: whence verify {index} --repair")
+            print_part(f"Mend it with: whence verify {index} --repair")
     if left:
         raise typer.Exit(1)
 
@@ -386,7 +349,7 @@ def append(
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.index import append as run
     _print_info(run(index, corpus, model=model, trust_remote_code=trust_remote_code).store.info(), as_json)
 
@@ -415,7 +378,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time index building against a training step of the same model on the same batches."""
-    with _waiting("Loading torch"):
+    with waiting("Loading torch"):
         from whence.bench import bench as run
         from whence.report import bench_table
     options = {
@@ -435,9 +398,9 @@ def bench(
         "tokenizer": tokenizer,
     }
     options |= {"trust_remote_code": trust_remote_code, "gradient_checkpointing": gradient_checkpointing}
-    with _waiting("Timing"):
+    with waiting("Timing"):
         result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
-    _print_json(vars(result)) if as_json else _print(bench_table(result))
+    print_json(vars(result)) if as_json else print_part(bench_table(result))
 
 
 app.command()(cli_select.select)
@@ -448,8 +411,8 @@ def _print_info(info: dict[str, Any], as_json: bool) -> None:
     from whence.report import info_table
 
     if as_json:
-        _print_json(info)
+        print_json(info)
         return
-    _print(info_table(info))
+    print_part(info_table(info))
     if info["complete"]:
-        _print(f'Ask it: whence trace {info["path"]} --prompt "..."')
+        print_part(f'Ask it: whence trace {info["path"]} --prompt "..."')

@@ -22,16 +22,10 @@ def complain(message: str) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """One document, to stdout; a number that is not finite becomes null, for JSON has none."""
-    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False) + "\n")
+    from whence.report import finite
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    is_broken = isinstance(value, float) and not abs(value) < float("inf")
-    return None if is_broken else value
+    text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def print_part(part: Any, *, err: bool = False) -> None:

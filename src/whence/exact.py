@@ -15,7 +15,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -45,11 +45,6 @@ class Span(NamedTuple):
     first: int
     end: int
 
-    @property
-    def size(self) -> int:
-        """Number of positions."""
-        return self.end - self.first
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -60,10 +55,15 @@ class Pairs:
     """Slopes of each token at the positions of its span, one token after another."""
     spans: list[Span]
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Positions of each token."""
+        return [end - first for _, first, end in self.spans]
+
     def by_token(self) -> Iterator[tuple[Float32[Tensor, "r i"], Float32[Tensor, "r o"]]]:
         """Each token's own pairs."""
-        for span, slopes in zip(self.spans, self.g.split([span.size for span in self.spans]), strict=True):
-            yield self.a[span.first : span.end], slopes
+        for (_, first, end), slopes in zip(self.spans, self.g.split(self.sizes), strict=True):
+            yield self.a[first:end], slopes
 
 
 Held = dict[str, list[Pairs]]

@@ -18,7 +18,6 @@ from typing import Any
 from torch import nn
 
 from whence import runner
-from whence.adam import Frozen
 from whence.checkpoint import open_run
 from whence.corpus import Corpus, Row, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
@@ -26,7 +25,7 @@ from whence.gradients import Transform
 from whence.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
 from whence.model import LoadedModel, directory_digest, tokenizer_digest
-from whence.moments import moments_digest, read_moments
+from whence.moments import moments_digest
 from whence.shards import ShardArrays
 from whence.storage import Place
 from whence.store import Problem, Store
@@ -131,23 +130,6 @@ class Index:
             self._transform = (number, transform_for(self.model(number), self.settings))
         return self._transform[1]
 
-    def frozen(self, checkpoint: int, *, adam_mode: str = "torch") -> Transform:
-        """What a query's gradient is multiplied by, so that rows that are plain gradients score as Adam's.
-
-        To first order: each row's own share in the second moment is left out (see `adam`). Pass it to
-        `vectors.example_vectors` or `gradients.sketch` with the queries, and score by inner products.
-
-        Raises:
-            SettingError: The rows of this index are not plain gradients.
-        """
-        if self.space.view != "sgd":
-            raise SettingError(
-                f"{self.store.place.root} has --view {self.space.view}; the view frozen-v is a query's, on an index of "
-                "--view sgd."
-            )
-        model = self.model(checkpoint)
-        return Frozen(read_moments(model, self.layers(model)), mode=adam_mode)
-
     def check_moments(self, number: int) -> None:
         """See that a checkpoint's optimizer file is that which the index was built with, if the view needs one."""
         entry = self.store.manifest.checkpoints[number]
@@ -161,9 +143,11 @@ class Index:
             )
         self._checked.add(number)
 
-    def adopt(self, model: LoadedModel) -> None:
-        """Take a model that is loaded already as the last checkpoint's."""
-        self._loaded = (len(self.store.manifest.checkpoints) - 1, model)
+    def adopt(self, model: LoadedModel, transform: Transform | None) -> None:
+        """Take what is loaded already, and has just been looked at, as the last checkpoint's."""
+        number = len(self.store.manifest.checkpoints) - 1
+        self._loaded, self._transform = (number, model), (number, transform)
+        self._checked.update(range(number + 1))
 
     def _checked_model(self, number: int) -> LoadedModel:
         entry = self.store.manifest.checkpoints[number]
@@ -229,15 +213,14 @@ def index(
     loaded = load_for(run.checkpoints[-1].path, chosen)
     check_conversations(texts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
-    transform_for(loaded, chosen)  # moments that do not fit the model are told before anything is written
+    transform = transform_for(loaded, chosen)  # moments that do not fit are told before anything is written
     with Place.at(out).locked():  # before anything is removed: another process may be writing
         if restart:
             Store.restart(out)
         store = Store.resume(out, manifest)
         _refuse_joining(store)
         built = Index(store, chosen)
-        built.adopt(loaded)
-        built._checked.update(range(len(run.checkpoints)))  # their digests have just been taken
+        built.adopt(loaded, transform)
         copy_rows(store, texts, after=0)
         _fill(built, progress)
     return built

@@ -82,7 +82,7 @@ class GradientSpace:
         if self.normalise not in ("none", "layer"):
             raise SettingError(f"--normalise {self.normalise}: choose none or layer")
         if self.view not in VIEWS:
-            more = "; frozen-v is a query's view, on an index of --view sgd (`Index.frozen`)"
+            more = "; frozen-v is a query's view, on an index of --view sgd (`frozen.frozen_scores`)"
             raise SettingError(
                 f"--view {self.view}: choose one of {', '.join(VIEWS)}{more if self.view == 'frozen-v' else ''}"
             )

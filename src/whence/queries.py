@@ -136,7 +136,8 @@ def span_of(text: str | None, tokens: str | None, where: str) -> str | tuple[int
         return text
     first, colon, end = tokens.partition(":")
     if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
-        raise SettingError(f"{where} {tokens}: FROM:TO is expected, such as 3:7, and no span as text beside it")
+        flag = "--span" if where.startswith("--") else "`span`"
+        raise SettingError(f"{where} {tokens}: FROM:TO is expected, such as 3:7, and no {flag} beside it")
     return int(first), int(end)
 
 

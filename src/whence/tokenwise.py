@@ -252,29 +252,27 @@ def _token_products(pairs: Pairs, a: Float32[Tensor, "p i"], g: Float32[Tensor, 
         for row, (own, slopes) in zip(out, pairs.by_token(), strict=True):
             torch.sum((g @ (slopes.T @ own)).mul_(a), 1, out=row)
         return out
-    groups = list(_groups(pairs.spans, PRODUCTS_AT_ONCE // POSITIONS_AT_ONCE))
-    sizes = [sum(span.size for span in group) for group in groups]
-    for first in range(0, len(a), POSITIONS_AT_ONCE):
-        some = slice(first, first + POSITIONS_AT_ONCE)
-        alike, row = pairs.a @ a[some].T, iter(out[:, some])  # [r p]
-        for group, slopes in zip(groups, pairs.g.split(sizes), strict=True):
-            products = slopes @ g[some].T
-            for span, own in zip(group, products.split([span.size for span in group]), strict=True):
-                torch.sum(own.mul_(alike[span.first : span.end]), 0, out=next(row))
+    groups = list(_groups(pairs.sizes, PRODUCTS_AT_ONCE // POSITIONS_AT_ONCE))
+    positions = [sum(pairs.sizes[group]) for group in groups]
+    for begin in range(0, len(a), POSITIONS_AT_ONCE):
+        some = slice(begin, begin + POSITIONS_AT_ONCE)
+        alike, rows = pairs.a @ a[some].T, iter(out[:, some])  # [r p]
+        for group, slopes in zip(groups, pairs.g.split(positions), strict=True):
+            products = (slopes @ g[some].T).split(pairs.sizes[group])
+            for (_, first, end), own in zip(pairs.spans[group], products, strict=True):
+                torch.sum(own.mul_(alike[first:end]), 0, out=next(rows))
     return out
 
 
-def _groups(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
+def _groups(sizes: Sequence[int], most: int) -> Iterator[slice]:
     """Tokens in their order, with at most so many positions together, or one token alone."""
-    group, size = [], 0
-    for span in spans:
-        if group and size + span.size > most:
-            yield group
-            group, size = [], 0
-        group.append(span)
-        size += span.size
-    if group:
-        yield group
+    begin, together = 0, 0
+    for number, size in enumerate(sizes):
+        if number > begin and together + size > most:
+            yield slice(begin, number)
+            begin, together = number, 0
+        together += size
+    yield slice(begin, len(sizes))
 
 
 def token_products(

@@ -106,8 +106,13 @@ def _notes(settings: TraceSettings, asked: list[Query], rankable: int) -> list[s
     notes = []
     if settings.top > rankable:
         notes.append(f"--top {settings.top}: only {rankable} rows can be ranked; all are shown.")
-    is_of_text = catalogue.trace_method(settings.method).scorer is not None
-    if is_of_text and any(query.span is not None or query.contrast is not None for query in asked):
+    scorer = catalogue.trace_method(settings.method).scorer
+    if scorer is None:
+        return notes
+    if catalogue.SCORERS[scorer].needs_index:
+        if any(query.contrast is not None for query in asked):
+            notes.append(f"--method {settings.method} is of one completion: the contrast is left out of it.")
+    elif any(query.span is not None or query.contrast is not None for query in asked):
         notes.append(f"--method {settings.method} compares whole texts: the span and the contrast are left out of it.")
     return notes
 
