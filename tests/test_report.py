@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from whence.answers import Answer, Hit, Null, TokenMatrix, Trace
-from whence.cli import _print_json
+from whence.console import print_json
 from whence.errors import SettingError, StorageError
 from whence.report import WINDOW, answer_text, check_ending, info_table, trace_tables, visible, write_rows
 from whence.store import Store
@@ -228,7 +228,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
 def test_json_has_null_for_what_is_no_number(tmp_path, capsys):
     rows = [{"score": math.nan, "tokens": {"matrix": [[math.inf, 1.5]]}, "by_token": (-math.inf, 2)}]
     write_rows(rows, tmp_path / "rows.jsonl")
-    _print_json({"rows": rows})
+    print_json({"rows": rows})
     line, printed = (tmp_path / "rows.jsonl").read_text(), capsys.readouterr().out
     assert json.loads(line) == {"score": None, "tokens": {"matrix": [[None, 1.5]]}, "by_token": [None, 2]}
     assert json.loads(printed) == {"rows": [json.loads(line)]}
