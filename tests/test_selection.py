@@ -10,6 +10,7 @@ from whence import catalogue
 from whence.errors import CorpusError, SettingError
 from whence.index import index, open_index
 from whence.selection import composition, lengths, made_scorer, overlap, select
+from whence.train import train
 from whence.views import IndexView
 
 POOL = corpus_rows(24)
@@ -151,3 +152,22 @@ def test_composition_and_lengths_by_hand(built):
     assert sum(line["tokens"] for line in lines.values()) == int(tokens.sum()) == found.selection.tokens
     assert overlap([], [1]) == 0.0 and overlap([1, 2], [2, 1]) == 1.0
     assert json.dumps(found.settings)
+
+
+def test_the_whole_of_less_on_a_tiny_run(model, tmp_path):
+    """Warm-up with LoRA, an index of Adam's view at both checkpoints, a choice; against the formula in a loop."""
+    run = train(
+        model, POOL, tmp_path / "run", lora_rank=2, max_steps=4, checkpoints=2, batch_size=4, lr=1e-2, progress=False
+    )
+    index(run, POOL, tmp_path / "less", view="adam", checkpoints="all", width=64, codec="float32", progress=False)
+    found = select(tmp_path / "less", TASKS[:2], method="less", count=5)
+    assert "view adam" in found.settings["gradients"]
+    view = IndexView(open_index(tmp_path / "less"))
+    assert len(view.weights) == 2 and float(view.weights.sum()) == pytest.approx(1)
+    encoded = [next(_encoded(view, row)) for row in TASKS[:2]]
+    rows = torch.cat([vectors for vectors, _ in view.vectors()], 1)
+    targets = view.query_vectors(encoded).mean(1)
+    cosines = torch.nn.functional.cosine_similarity(targets[:, None], rows, dim=2)
+    expected = (view.weights[:, None] * cosines).sum(0)
+    assert torch.allclose(found.candidates.scores[0], expected, atol=1e-5)
+    assert found.selection.rows == expected.argsort(descending=True)[:5].tolist()
