@@ -91,14 +91,14 @@ def table_of_methods(table: SelectionTable) -> RenderableType:
     parts: list[RenderableType] = []
     for task in dict.fromkeys(line.task for line in table.lines):
         drawn = Table(title=visible(task), title_justify="left", box=None, pad_edge=False, header_style="bold dim")
-        drawn.add_column("method", no_wrap=True)
-        for name in ("loss", "gain", "95%", "exact", "rows", "choosing"):
+        drawn.add_column("method", no_wrap=True, max_width=20, overflow="ellipsis")
+        for name in ("loss", "gain", "95%", "exact", "rows", "choice"):
             drawn.add_column(name, justify="right", no_wrap=True)
         for line in sorted((line for line in table.lines if line.task == task), key=lambda line: line.loss):
             drawn.add_row(
                 Text(visible(line.method), "bold" if line.method == RANDOM else ""),
-                f"{line.loss:.4f}",
-                "" if line.gain is None else Text(f"{line.gain:+.4f}", _colour(line)),
+                f"{line.loss:.3f}",
+                "" if line.gain is None else Text(f"{line.gain:+.3f}", _colour(line)),
                 "" if line.gain_interval is None else f"{line.gain_interval[0]:+.3f} to {line.gain_interval[1]:+.3f}",
                 f"{line.exact:.1%}",
                 f"{line.rows:,.0f}",
@@ -123,14 +123,15 @@ def table_plot(table: SelectionTable) -> str:
     tasks = list(dict.fromkeys(line.task for line in table.lines))
     panels: list[str] = []
     top = 34.0
+    left = 30 + 7.6 * max(len(visible(line.method)) for line in table.lines)
     for task in tasks:
         lines = [line for line in table.lines if line.task == task and line.gain is not None and line.method != NOTHING]
         lines.sort(key=lambda line: -(line.gain or 0.0))
         ends = [end for line in lines for end in line.gain_interval or ()] + [0.0]
-        scale = _scale(min(ends), max(ends))
+        scale = _scale(min(ends), max(ends), left)
         panels.append(_text(16.0, top, task, "title"))
         for number, line in enumerate(lines):
-            panels += _bar(line, top + 24.0 + 22.0 * number, scale)
+            panels += _bar(line, top + 24.0 + 22.0 * number, scale, left)
         zero = scale(0.0)
         bottom = top + 24 + 22 * len(lines)
         panels.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + 8}" y2="{bottom - 8}"/>')
@@ -143,7 +144,8 @@ def table_plot(table: SelectionTable) -> str:
         "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis,.value{fill:#9aa1ab}"
         ".better{stroke:#4cc38a;fill:#4cc38a}.worse{stroke:#ff8b7e;fill:#ff8b7e}}"
     )
-    size = f'viewBox="0 0 720 {top:.0f}" width="720" height="{top:.0f}"'
+    panels.append(_text(16.0, top - 6, "gain in held-out loss over random rows, nats a token; 95% intervals", "axis"))
+    size = f'viewBox="0 0 {left + 530:.0f} {top + 8:.0f}" width="{left + 530:.0f}" height="{top + 8:.0f}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         f"<title>Gain in held-out loss over random selection, in nats a token</title><style>{style}</style>"
@@ -151,19 +153,19 @@ def table_plot(table: SelectionTable) -> str:
     )
 
 
-def _scale(low: float, high: float) -> Callable[[float], float]:
+def _scale(low: float, high: float, left: float) -> Callable[[float], float]:
     """From a gain to its place across."""
-    return lambda value: 190 + 430 * (value - low) / ((high - low) or 1.0)
+    return lambda value: left + 14 + 430 * (value - low) / ((high - low) or 1.0)
 
 
-def _bar(line: Line, y: float, x: Callable[[float], float]) -> list[str]:
+def _bar(line: Line, y: float, x: Callable[[float], float], left: float) -> list[str]:
     gain, (low, high) = line.gain or 0.0, line.gain_interval or (0.0, 0.0)
     kind = "better" if low > 0 else "worse" if high < 0 else "level"
     return [
-        _text(176.0, y + 4, line.method, "", "end"),
+        _text(left, y + 4, line.method, "", "end"),
         f'<line class="{kind}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}"/>',
         f'<circle class="{kind}" cx="{x(gain):.1f}" cy="{y}" r="4"/>',
-        _text(640.0, y + 4, f"{gain:+.3f}", "value"),
+        _text(left + 464, y + 4, f"{gain:+.3f}", "value"),
     ]
 
 
