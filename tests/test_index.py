@@ -427,3 +427,19 @@ def test_settings_are_read_back_from_the_manifest(tiny_index):
     opened = open_index(tiny_index)
     assert opened.settings == IndexSettings(space=opened.space, max_tokens=96)
     assert (opened.space.width, opened.layout) == (8, "prompt")
+
+
+def test_lambda_of_shuffle_sum_is_a_setting(tiny_llama, tiny_corpus, tmp_path):
+    built = {
+        rounds: index(tiny_llama, tiny_corpus, tmp_path / str(rounds), projection="shuffle_sum",
+                      shuffle_rounds=rounds, **QUIET)
+        for rounds in (None, 20, 3)
+    }  # fmt: skip
+    vectors = {rounds: one.store.vectors(range(5))[0] for rounds, one in built.items()}
+    assert torch.equal(vectors[None], vectors[20]) and not torch.equal(vectors[None], vectors[3])
+    assert "shuffle_rounds" not in built[None].store.manifest.settings["space"]
+    assert open_index(tmp_path / "3").projection(built[3].model()).rounds == 3
+    with pytest.raises(ManifestMismatchError, match="shuffle_rounds"):
+        index(tiny_llama, tiny_corpus, tmp_path / "3", projection="shuffle_sum", shuffle_rounds=4, **QUIET)
+    with pytest.raises(SettingError, match="belongs to --projection shuffle_sum"):
+        index(tiny_llama, tiny_corpus, tmp_path / "other", shuffle_rounds=4, **QUIET)

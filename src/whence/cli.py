@@ -202,6 +202,9 @@ def index(
     layers: Layers = None,
     reduction: Reduction = "mean",
     normalise: Normalise = "none",
+    shuffle_rounds: Annotated[
+        int | None, typer.Option(help="RapidIn's lambda, of shuffle_sum; 20 unless given.")
+    ] = None,
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = 4096,
     seed: Seed = 0,
@@ -219,7 +222,7 @@ def index(
     with waiting("Loading torch"):
         from whence.index import index as build
     options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
-    options |= {"normalise": normalise, "adam_mode": adam_mode}
+    options |= {"normalise": normalise, "adam_mode": adam_mode, "shuffle_rounds": shuffle_rounds}
     options |= {"reduction": reduction, "seed": seed, "checkpoints": checkpoints, "max_tokens": max_tokens}
     options |= {"tokens_per_batch": batch_tokens, "dtype": dtype, "device": device, "device_map": device_map}
     options |= {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "engine": engine}

@@ -75,8 +75,14 @@ class GradientSpace:
     width: int | None = None
     """Of the projection: a side of `two_sided` (16 gives 16 x 16 a layer), the total of the others; None: its own."""
     seed: int = 0
+    shuffle_rounds: int | None = None
+    """RapidIn's lambda, of the projection `shuffle_sum`: rounds of two shuffles each; None for its own 20."""
 
     def __post_init__(self):
+        if self.shuffle_rounds is not None and self.projection != "shuffle_sum":
+            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: it belongs to --projection shuffle_sum alone")
+        if self.shuffle_rounds is not None and self.shuffle_rounds < 1:
+            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: a positive number is expected")
         if self.reduction not in ("mean", "sum"):
             raise SettingError(f"--reduction {self.reduction}: choose mean or sum")
         if self.normalise not in ("none", "layer"):
@@ -101,11 +107,12 @@ class GradientSpace:
     def as_json(self) -> dict[str, Any]:
         """The fields by name, for a manifest.
 
-        `normalise` is left out where it is "none", and `adam_mode` where the view is another, as in an index that was
-        built before there was a choice.
+        `normalise` is left out where it is "none", `adam_mode` where the view is another, and `shuffle_rounds` where it
+        is not set, as in an index that was built before there was a choice.
         """
         unused = {"normalise"} if self.normalise == "none" else set()
         unused |= {"adam_mode"} if self.view != "adam" else set()
+        unused |= {"shuffle_rounds"} if self.shuffle_rounds is None else set()
         return {name: value for name, value in asdict(self).items() if name not in unused} | {"projection": self.sketch}
 
 

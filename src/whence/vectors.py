@@ -91,7 +91,8 @@ def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
     """The projection that an index of this model would use."""
     space = settings.space
     shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
-    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed)
+    own = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
+    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **own)
 
 
 def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | None:

@@ -37,9 +37,8 @@ PADDING = 2**24
 class ShuffleSum:
     """`width` numbers in all, 65,536 unless told; it must divide the padded length."""
 
-    rounds = 20  # lambda
-
-    def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
+    def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0, rounds: int = 20):
+        self.rounds = rounds  # lambda
         self.width = 65536 if width is None else width
         self.seed = seed
         self._first: dict[str, int] = {}
