@@ -18,20 +18,12 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.interfaces import Pick
-from whence.selectors.sampling import check_temperature, known, order
+from whence.selectors.sampling import Sampled, known, order
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class Best(Sampled):
     """By the best over targets, which is the target that a row is taken for; of equal ones, the first."""
-
-    temperature: float = 0.0
-    """In the scores' unit; the noise is added to the best score."""
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self):
-        check_temperature(self.temperature)
 
     def __call__(self, scores: Float32[Tensor, "s n"]) -> Generator[Pick, bool, None]:
         """Rows by their best score."""
@@ -43,16 +35,8 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
+class Mean(Sampled):
     """By the mean over those targets for which a row has a score; it is taken for no single one."""
-
-    temperature: float = 0.0
-    """In the scores' unit; the noise is added to the mean."""
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self):
-        check_temperature(self.temperature)
 
     def __call__(self, scores: Float32[Tensor, "s n"]) -> Generator[Pick, bool, None]:
         """Rows by their mean score."""

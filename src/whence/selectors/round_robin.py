@@ -18,20 +18,12 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.interfaces import Pick
-from whence.selectors.sampling import check_temperature, known, order
+from whence.selectors.sampling import Sampled, known, order
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRobin:
+class RoundRobin(Sampled):
     """By turns; a row's score is that for the target that took it."""
-
-    temperature: float = 0.0
-    """In the scores' unit; each target's scores have noise of their own."""
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self):
-        check_temperature(self.temperature)
 
     def __call__(self, scores: Float32[Tensor, "s n"]) -> Generator[Pick, bool, None]:
         """Rows by turns."""

@@ -9,6 +9,7 @@ Source: Kool et al. 2019, Stochastic Beams and Where to Find Them, https://arxiv
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -18,10 +19,18 @@ from whence.errors import SettingError
 from whence.numerics import generator
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse what is no temperature."""
-    if not 0 <= temperature < math.inf:
-        raise SettingError(f"--temperature {temperature}: 0 (the best rows) or a number above it is expected")
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What every selector can be told of its noise."""
+
+    temperature: float = 0.0
+    """In the scores' unit; the noise is added to what rows are ordered by, a target's own where targets take turns."""
+    seed: int = 0
+    """Of the noise."""
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise SettingError(f"--temperature {self.temperature}: 0 (the best rows) or a number above it is expected")
 
 
 def known(scores: Float[Tensor, "*any"]) -> Float64[Tensor, "*any"]:
