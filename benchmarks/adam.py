@@ -14,12 +14,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from whence.frozen import frozen_scores
-from whence.index import Index, index
+from whence.frozen import FrozenView
+from whence.index import index
 from whence.interfaces import ADAM_MODES as MODES
 from whence.tokens import Encoded, encode
 from whence.train import train
@@ -67,21 +66,20 @@ def compared(checkpoint: Path, pool: list[dict], queries: list[dict], place: Pat
     asked = [encode(row, plain.model().tokenizer, 256) for row in queries]
     out = {}
     for kind, cosine in (("dot", False), ("cosine", True)):
-        sgd = scores(plain, asked, cosine)
-        true = {mode: scores(adam[mode], asked, cosine) for mode in MODES}
+        sgd = scores(IndexView(plain), asked, cosine)
+        true = {mode: scores(IndexView(adam[mode]), asked, cosine) for mode in MODES}
         out[f"{kind}: less, torch"] = agreement(true["less"], true["torch"])
         for mode in MODES:
-            frozen = frozen_scores(plain, asked, adam_mode=mode, cosine=cosine)
+            frozen = scores(FrozenView(plain, adam_mode=mode), asked, cosine)
             out[f"{kind}: frozen-v, {mode}"] = agreement(frozen, true[mode])
             out[f"{kind}: sgd, {mode}"] = agreement(sgd, true[mode])
     return out
 
 
-def scores(built: Index, asked: list[Encoded], cosine: bool) -> Tensor:
-    """[q n], by the index' own vectors."""
-    view = IndexView(built)
+def scores(view: IndexView, asked: list[Encoded], cosine: bool) -> Tensor:
+    """[q n], by the vectors that the view has."""
     queries = view.query_vectors(asked)
-    return view.scores(torch.nn.functional.normalize(queries, dim=2) if cosine else queries, cosine=cosine)
+    return view.scores(queries / view.norms(queries)[:, :, None] if cosine else queries, cosine=cosine)
 
 
 def agreement(one: Tensor, other: Tensor) -> dict[str, float]:

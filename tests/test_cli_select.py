@@ -52,6 +52,16 @@ def test_rows_are_chosen_written_and_told(run, files, tmp_path):
         assert words in said
 
 
+def test_the_report_is_one_page(run, files, tmp_path):
+    page = tmp_path / "chosen.html"
+    words = ["select", files / "pool.jsonl", "--method", "random", "--count", 2, "--report"]
+    code, said, _ = run(*words, page)
+    assert code == 0 and f"report written to {page}" in said
+    assert page.read_text().startswith("<!doctype html>")
+    code, said, complaint = run(*words, tmp_path / "chosen.pdf")
+    assert code == 2 and "--report" in complaint and "is written to .html" in complaint and not said
+
+
 def test_json_is_one_document(run, files):
     code, said, _ = run("select", files / "pool.jsonl", "--method", "random", "--fraction", 0.5, "--json")
     found = json.loads(said)
@@ -77,6 +87,7 @@ def test_json_is_one_document(run, files):
         (["--method", "random", "--count", 2, "--temperature", -1], "--temperature"),
         (["--method", "random", "--count", 2, "-o", "chosen.txt"], ".jsonl"),
         (["--method", "loss", "--count", 2], "add --model MODEL"),
+        (["--method", "random", "--count", 2, "--view", "adam"], "frozen-v is expected"),
     ],
 )
 def test_mistakes_are_one_clear_line(run, files, words, told):

@@ -6,8 +6,9 @@ from scipy.stats import spearmanr
 
 from conftest import corpus_rows, plain_trainer_run
 from whence.errors import ModelError, SettingError
-from whence.frozen import frozen_scores
+from whence.frozen import FrozenView
 from whence.index import index
+from whence.selection import select
 from whence.tokens import encode
 from whence.vectors import example_vectors
 
@@ -25,6 +26,13 @@ def run(tmp_path_factory):
 
 def queries_for(built, count=8):
     return [encode(row, built.model().tokenizer) for row in corpus_rows(count, first=90)]
+
+
+def frozen_scores(built, queries, *, adam_mode="torch", cosine=True):
+    """Of every query alone."""
+    view = FrozenView(built, adam_mode=adam_mode)
+    vectors = view.query_vectors(queries)
+    return view.scores(vectors / view.norms(vectors)[:, :, None] if cosine else vectors, cosine=cosine)
 
 
 def true_scores(adam, queries, cosine):
@@ -97,3 +105,29 @@ def test_it_works_on_sketches_and_refuses_other_rows(run, tmp_path, tiny_llama):
             frozen_scores(built, queries)
     with pytest.raises(ModelError, match=r"no optimizer\.pt"):
         frozen_scores(index(tiny_llama, ROWS, tmp_path / "bare", progress=False), queries)
+
+
+@pytest.mark.parametrize("method", ["less", "influence", "reach"])
+def test_methods_choose_by_it(run, tmp_path, method):
+    """By the index alone `less` would give other scores; the mean of several examples is the mean of their vectors."""
+    plain = index(run, ROWS, tmp_path / "plain", checkpoints="all", **PLAIN)
+    tasks = corpus_rows(3, first=90)
+    found = select(plain, tasks, method=method, view="frozen-v", adam_mode="less", count=5)
+    assert found.settings["view"] == "frozen-v, mode less"
+    assert len(found.rows) == 5
+    scores = found.candidates.scores[0]
+    assert not torch.allclose(scores[:-1], select(plain, tasks, method=method, count=5).candidates.scores[0][:-1])
+    assert scores[-1] == -torch.inf
+    if method == "influence":
+        expected = frozen_scores(plain, queries_for(plain, 3), adam_mode="less", cosine=False).mean(0)
+        torch.testing.assert_close(scores[:-1], expected[:-1], rtol=1e-4, atol=1e-5 * float(expected[:-1].abs().max()))
+
+
+def test_methods_that_read_features_are_refused(run, tmp_path):
+    plain = index(run, ROWS, tmp_path / "plain", **PLAIN)
+    with pytest.raises(SettingError, match="--view frozen-v makes inner products"):
+        select(plain, corpus_rows(3), method="datainf", view="frozen-v", count=5)
+    with pytest.raises(SettingError, match="--view adam: frozen-v is expected"):
+        select(plain, corpus_rows(3), method="less", view="adam", count=5)
+    with pytest.raises(SettingError, match="is of an index"):
+        select(ROWS, corpus_rows(3), method="bm25", view="frozen-v", count=5)

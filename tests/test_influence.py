@@ -44,6 +44,10 @@ class Given:
         """The first ones."""
         return self._queries[:, : len(queries)]
 
+    def norms(self, vectors):
+        """L2."""
+        return vectors.norm(dim=2)
+
     def scores(self, vectors, *, cosine):
         """In one product."""
         rows = self._rows / self._rows.norm(dim=2, keepdim=True) if cosine else self._rows

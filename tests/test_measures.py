@@ -8,7 +8,7 @@ import torch
 from conftest import corpus_rows, random_examples, save_tiny_llama, tiny_model
 from whence import measures
 from whence.errors import CorpusError, SettingError
-from whence.measures import Cell, Method, Recipe, evaluate_selection, grade
+from whence.measures import Cell, Choice, Method, Recipe, evaluate_selection, grade
 from whence.numerics import crossed_bootstrap_interval
 
 QUICK = Recipe(steps=2, batch_size=2, lr=1e-2)
@@ -23,8 +23,8 @@ def parent(tmp_path_factory):
 
 def methods():
     return {
-        "first": Method(lambda task, seed: POOL[:4] if task == "yes" else POOL[4:8]),
-        "random": Method(lambda task, seed: POOL[seed::3], per_task=False),
+        "first": Method(lambda task, seed: Choice(POOL[:4] if task == "yes" else POOL[4:8])),
+        "random": Method(lambda task, seed: Choice(POOL[seed::3]), per_task=False),
     }
 
 

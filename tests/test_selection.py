@@ -9,7 +9,10 @@ from conftest import corpus_rows, save_tiny_llama, write_jsonl
 from whence import catalogue
 from whence.errors import CorpusError, SettingError
 from whence.index import index, open_index
-from whence.selection import composition, lengths, made_scorer, overlap, select
+from whence.model import load_model
+from whence.page_select import selection_page
+from whence.selection import composition, lengths, made_scorer, open_view, overlap, select, select_each
+from whence.tokens import encode
 from whence.train import train
 from whence.views import IndexView
 
@@ -171,3 +174,81 @@ def test_the_whole_of_less_on_a_tiny_run(model, tmp_path):
     expected = (view.weights[:, None] * cosines).sum(0)
     assert torch.allclose(found.candidates.scores[0], expected, atol=1e-5)
     assert found.selection.rows == expected.argsort(descending=True)[:5].tolist()
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """An index of a model with a word that makes the loss NaN, and rows with that word."""
+    folder = tmp_path_factory.mktemp("broken")
+    save_tiny_llama(folder / "model")
+    loaded = load_model(folder / "model")
+    word = encode(POOL[0], loaded.tokenizer).ids[-2]
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[word] = torch.nan
+    loaded.model.save_pretrained(folder / "model")
+    index(folder / "model", POOL, folder / "index", width=8, progress=False)
+    return str(folder / "index")
+
+
+@pytest.mark.parametrize("method", [name for name, entry in catalogue.SCORERS.items() if entry.needs_index])
+def test_nan_rows_of_the_pool_and_of_tasks_are_left_out(broken, method):
+    """In LESS' released code one NaN example makes every score NaN, and NaN rows are chosen first (its bug 6)."""
+    source = broken
+    spoilt = sorted({*range(len(POOL))} - {*open_index(source).store.rankable().tolist()})
+    assert spoilt and 0 in spoilt
+    fine = next(row for number, row in enumerate(POOL) if number not in spoilt)
+    nan = POOL[0] | {"task": "sums"}
+    found = select(source, [nan, fine | {"task": "sums"}], method=method, count=99)
+    assert not {*found.selection.rows} & {*spoilt}
+    assert found.selection.tally()["no finite score"] == len(spoilt)
+    alone = select(source, [fine | {"task": "sums"}], method=method, count=99)
+    assert found.selection.rows == alone.selection.rows
+    with pytest.raises(SettingError, match="none of its 1 examples has a finite gradient"):
+        select(source, [nan], method=method, count=2)
+
+
+def test_a_task_in_another_language_shares_no_word_and_that_is_told(model):
+    other = [{"prompt": "\u306f\u3044\u3001\u305d\u3046\u3067\u3059\u304b", "completion": "\u3044\u3044\u3048"}]
+    found = select(POOL, other, method="bm25", count=3)
+    assert found.selection.rows == [0, 1, 2]
+    assert any("21 more rows score 0 as the last one chosen does" in note for note in found.selection.notes)
+    by_model = select(POOL, other, method="rds", count=3, model=model)
+    assert len(by_model.rows) == 3 and not by_model.selection.notes
+
+
+def test_a_task_of_one_example_and_a_budget_above_the_pool(built):
+    found = select(built, TASKS[2:], count=99)
+    assert len(found.rows) == 24 and "1 example" in found.settings["selector"]
+    assert any("24 of 99 rows are chosen" in note for note in found.selection.notes)
+
+
+def test_several_tasks_share_one_scoring(built, monkeypatch):
+    view, calls = open_view(built, "less"), []
+    scores = IndexView.scores
+    monkeypatch.setattr(IndexView, "scores", lambda *given, **more: calls.append(1) or scores(*given, **more))
+    both = select_each(view, {"a": TASKS[:2], "b": TASKS[2:]}, method="less", count=4)
+    assert len(calls) == 1
+    for name, rows in (("a", TASKS[:2]), ("b", TASKS[2:])):
+        alone = select(view, rows, method="less", count=4)
+        assert alone.selection.rows == both[name].selection.rows and alone.settings == both[name].settings
+        assert both[name].selection.scores == pytest.approx(alone.selection.scores, rel=1e-4)
+
+
+def test_the_page_escapes_what_the_corpus_says(built):
+    pool = [row | {"prompt": f"<script>alert({n})</script>&amp;", "source": "<b>"} for n, row in enumerate(POOL)]
+    found = select(pool, TASKS, method="bm25", count=6)
+    page = selection_page(found, {"random": 0.25, "<i>": 0.5})
+    assert "<script" not in page and "<b>&" not in page and "<i>&" not in page
+    assert "&lt;script&gt;alert(" in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page
+    assert "script-src 'none'" in page and " style=" not in page, "the policy would not apply it"
+    for words in ("6 of 24 rows", "Where the rows come from", "Chosen first", "Best of those below", "Left out", "25%"):
+        assert words in page
+    of_index = selection_page(select(built, TASKS, count=6))
+    for words in ("Length in tokens", "What the rows were taken for", "gradients"):
+        assert words in of_index
+
+
+def test_a_page_of_equal_scores_and_lone_surrogates_can_be_written():
+    pool = [{"text": f"a\ud800b {n}"} for n in range(3)]
+    page = selection_page(select(pool, [{"text": "zebra"}], method="bm25", count=2))
+    assert page.encode() and "All are 0." in page

@@ -43,6 +43,8 @@ class ScorerEntry:
     """It reads the vectors of an index; the others take a corpus."""
     reads_tasks: bool = True
     """Its scores are for a target; else they are the same for any."""
+    draws: bool = False
+    """Its seed decides the choice; else it moves an estimate at most."""
     selector: str = "max"
     """Name in `SELECTORS`, as in its source."""
     by: str = "task"
@@ -120,7 +122,9 @@ SCORERS: dict[str, ScorerEntry] = {
         needs_model=True,
         reads_tasks=False,
     ),
-    "random": ScorerEntry("whence.scorers.uniform:Uniform", "s n random numbers", "chance", reads_tasks=False),
+    "random": ScorerEntry(
+        "whence.scorers.uniform:Uniform", "s n random numbers", "chance", reads_tasks=False, draws=True
+    ),
 }
 
 SELECTORS: dict[str, Entry] = {

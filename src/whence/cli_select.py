@@ -56,21 +56,34 @@ def select(
     compare: Annotated[
         str | None, typer.Option(help="Methods, with commas between, whose choices are compared with this one.")
     ] = None,
+    report: Annotated[
+        str | None, typer.Option(help="Write what was chosen, and what was not, as one .html page.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="What scores of a corpus read; of an index, where its model has moved.")
     ] = None,
+    gradients: Annotated[
+        str | None,
+        typer.Option("--view", help="frozen-v: read an index of plain gradients as Adam would use them."),
+    ] = None,
+    adam_mode: Annotated[
+        str, typer.Option(help="Of --view frozen-v: torch, or less for LESS's released code.")
+    ] = "torch",
     device: Device = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Which training examples should be trained on for a task?"""
     with waiting("Loading torch"):
-        from whence.report import check_ending, write_rows
+        from whence.page_select import selection_page
+        from whence.report import check_ending, write_page, write_rows
         from whence.report_select import selection_report
         from whence.selection import compared, composition, open_view
         from whence.selection import select as run
     if out is not None:
         check_ending(out)
+    if report is not None:
+        check_ending(report, (".html",), flag="--report")
     options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
     options |= {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
     options |= {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
@@ -83,16 +96,22 @@ def select(
             device=device,
             trust_remote_code=trust_remote_code,
             brings_model="model" in options["options"],
+            view=gradients,
+            adam_mode=adam_mode,
         )
         found = run(view, tasks, method=method, corpus=corpus, **budget, **options)
         others = {} if compare is None else compared(found, view, tasks, compare.split(","), seed=seed, **budget)
     if out is not None:
         write_rows(found.rows, out)
+    if report is not None:
+        write_page(selection_page(found, others), report)
     if as_json:
         more = {"composition": composition(found), "left_out": found.selection.tally(), "overlap": others}
         print_json({"settings": found.settings, "notes": found.selection.notes, **more, "rows": found.rows})
         return
     print_part(selection_report(found, others))
+    if report is not None:
+        print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}. Next: whence train MODEL {out} -o RUN")
 

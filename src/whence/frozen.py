@@ -6,9 +6,10 @@ the moments (`adam.Frozen`), the same for every example. So an index of plain gr
     <q, f>   = <q, a> + <D * q, g>
     |f|^2    = |a|^2 + 2 <D * a, g> + |D * g|^2
 
-Vectors of D * q and D * a are taken as any gradient's are. Of |D * g|, which a plain index does not hold, it is |g|
-times the median of |D * g| / |g| in a sample of rows. For inner products the offset <q, a> moves no rank; in a cosine
-it matters more than anything else, for a is about as long as D * g, and shares most of its direction with the query.
+`FrozenView` shows this to the scorers: a query's vector holds D * q and q side by side. Vectors of D * q and D * a are
+taken as any gradient's are. |D * g|, which a plain index does not hold, is |g| times the median of |D * g| / |g| in a
+sample of rows. For inner products the offset <q, a> moves no rank; in a cosine it matters more than anything else, for
+a is about as long as D * g, and shares most of its direction with the query.
 
 What is lost is each example's own share in its second moment, and that is no trifle early in a training, where one
 example's g^2 is thousands of times the moment (a batch averages, and the moment begins at 0). Measured against the view
@@ -22,11 +23,12 @@ Source: none; LESS' features are those of `adam`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from whence.adam import Frozen
@@ -38,91 +40,113 @@ from whence.moments import read_moments
 from whence.numerics import generator
 from whence.tokens import Encoded, bucketed, collate, encode
 from whence.vectors import example_vectors
+from whence.views import IndexView
 
 SAMPLE = 64
 """Rows whose gradients are formed to see how far D stretches them."""
+NAME = "frozen-v"
 
 
 @dataclass(frozen=True)
-class _Side:
-    """All that does not depend on the row, under one checkpoint."""
+class _Offset:
+    """What all rows have in common under one checkpoint."""
 
-    queries: Float32[Tensor, "q k"]
-    """D * q."""
-    constants: Float32[Tensor, " q"]
-    """<q, a>."""
-    norms: Float32[Tensor, " q"]
-    offset_norm: float
+    vector: Float32[Tensor, " k"]
+    """a."""
+    norm: float
     """|a|."""
     pull: Float32[Tensor, " k"]
     """D * a."""
     stretch: float
     """|D * g| / |g|."""
 
-    def scores(self, rows: Float32[Tensor, "n k"], norms: Float32[Tensor, " n"], cosine: bool) -> Tensor:
-        """[q n], from rows' vectors and their norms before these were stored."""
-        products = self.queries @ rows.T + self.constants[:, None]
-        if not cosine:
-            return products
+    def row_norms(self, rows: Float32[Tensor, "n k"], norms: Float32[Tensor, " n"]) -> Float32[Tensor, " n"]:
+        """|f|, from rows' vectors and their norms before these were stored."""
         stretched = self.stretch * norms
-        squares = self.offset_norm**2 + 2 * rows @ self.pull + stretched**2
-        least = (self.offset_norm - stretched).square()  # by Cauchy and Schwarz; the vectors are estimates
-        return products * inverse(squares.maximum(least).sqrt()) * inverse(self.norms)[:, None]
+        squares = self.norm**2 + 2 * rows @ self.pull + stretched**2
+        least = (self.norm - stretched).square()  # by Cauchy and Schwarz; the vectors are estimates
+        return squares.maximum(least).sqrt()
 
 
-def frozen_scores(
-    index: Index, queries: Sequence[Encoded], *, adam_mode: str = "torch", cosine: bool = True, seed: int = 0
-) -> Float32[Tensor, "q n"]:
-    """Scores of every row for every query, as by `--view adam` to first order, from an index of plain gradients.
-
-    Args:
-        index: Of `--view sgd`, of a run whose checkpoints have their optimizer files.
-        queries: Each with a supervised token.
-        adam_mode: "torch" or "less"; see `adam`.
-        cosine: Both sides are divided by their norms.
-        seed: Of the sample of rows.
-
-    Returns:
-        Summed over checkpoints by their weights; larger is more helpful. -inf where a row cannot be ranked.
+@dataclass(frozen=True)
+class FrozenView(IndexView):
+    """A plain index as if it held Adam's features.
 
     Raises:
         SettingError: The index is of another view, or its layers are divided by their norms.
-        ModelError: A checkpoint has no moments.
+        ModelError: When it is read, a checkpoint has no moments.
     """
-    if (index.space.view, index.space.normalise) != ("sgd", "none"):
+
+    adam_mode: str = "torch"
+    """"torch" or "less"; see `adam`."""
+    seed: int = 0
+    """Of the sample of rows."""
+
+    def __post_init__(self):
+        space = self.index.space
+        if (space.view, space.normalise) != ("sgd", "none"):
+            raise SettingError(
+                f"{self.index.store.place.root} has --view {space.view} --normalise {space.normalise}; the view {NAME} "
+                "is a query's, on an index of --view sgd --normalise none."
+            )
+
+    def vectors(self) -> Iterator[tuple[Float32[Tensor, "c n k"], Bool[Tensor, " n"]]]:
+        """Features that are never formed."""
         raise SettingError(
-            f"{index.store.place.root} has --view {index.space.view} --normalise {index.space.normalise}; the view "
-            "frozen-v is a query's, on an index of --view sgd --normalise none."
+            f"--view {NAME} makes inner products and cosines (--method less, influence, reach), not the features "
+            "themselves, which this method reads. Index with --view adam, or leave --view out."
         )
-    out = torch.zeros(len(queries), index.store.rows)
-    for checkpoint in reversed(range(len(index.weights))):  # the last one is loaded already
-        side = _side(index, checkpoint, queries, adam_mode, seed)
-        for part, entry in enumerate(index.store.manifest.parts):
-            shard, place = index.store.shard(checkpoint, part), slice(entry.first_row, entry.first_row + entry.rows)
-            rows = shard.decoded(index.store.codec, index.store.manifest.width)
-            scores = index.weights[checkpoint] * side.scores(rows, shard.norm, cosine)
-            out[:, place] += torch.where(shard.status == 0, scores, -torch.inf)
-    return out
 
+    def query_vectors(self, queries: Sequence[Encoded]) -> Float32[Tensor, "c q k2"]:
+        """D * q, and q itself: k2 = 2 k. Not finite where a query has no gradient."""
+        width = self.index.store.manifest.width
+        out = torch.zeros(len(self.index.weights), len(queries), 2 * width)
+        for checkpoint in reversed(range(len(self.index.weights))):  # the last one is loaded already
+            model = self.index.model(checkpoint)
+            layers, projection = self.index.layers(model), self.index.projection(model)
+            frozen = Frozen(read_moments(model, layers), mode=self.adam_mode)
+            for half, transform in enumerate((frozen, None)):
+                found = example_vectors(
+                    model, layers, projection, list(queries), settings=self.index.settings, transform=transform
+                )
+                out[checkpoint, :, half * width : (half + 1) * width] = found.vectors
+        return out
 
-def _side(index: Index, checkpoint: int, queries: Sequence[Encoded], mode: str, seed: int) -> _Side:
-    model = index.model(checkpoint)
-    layers, projection = index.layers(model), index.projection(model)
-    frozen = Frozen(read_moments(model, layers), mode=mode)
-    plain, scaled = (
-        example_vectors(model, layers, projection, list(queries), settings=index.settings, transform=transform).vectors
-        for transform in (None, frozen)
-    )
-    offset = _sketched(frozen.offsets, projection)
-    pulled = {layer: frozen.factors[layer].cpu() * found for layer, found in frozen.offsets.items()}
-    return _Side(
-        queries=scaled,
-        constants=plain @ offset,
-        norms=plain.norm(dim=1),
-        offset_norm=float(torch.stack([found.norm() for found in frozen.offsets.values()]).norm()),
-        pull=_sketched(pulled, projection),
-        stretch=_stretch(index, checkpoint, frozen, seed),
-    )
+    def norms(self, vectors: Float32[Tensor, "c s k2"]) -> Float32[Tensor, "c s"]:
+        """|q|."""
+        return vectors[:, :, self.index.store.manifest.width :].norm(dim=2)
+
+    def scores(self, vectors: Float32[Tensor, "c s k2"], *, cosine: bool) -> Float32[Tensor, "s n"]:
+        """<D * q, g> + <q, a>, by |f| where `cosine`."""
+        store, weights = self.index.store, self.index.weights
+        scaled, plain = vectors.split(store.manifest.width, dim=2)
+        out = torch.zeros(vectors.shape[1], store.rows)
+        for checkpoint, offset in enumerate(self._offsets):
+            for part, entry in enumerate(store.manifest.parts):
+                shard, place = store.shard(checkpoint, part), slice(entry.first_row, entry.first_row + entry.rows)
+                rows = shard.decoded(store.codec, store.manifest.width)
+                products = scaled[checkpoint] @ rows.T + (plain[checkpoint] @ offset.vector)[:, None]
+                if cosine:
+                    products *= inverse(offset.row_norms(rows, shard.norm))
+                out[:, place] += torch.where(shard.status == 0, weights[checkpoint] * products, -torch.inf)
+        return out
+
+    @cached_property
+    def _offsets(self) -> list[_Offset]:
+        found = [self._offset(checkpoint) for checkpoint in reversed(range(len(self.index.weights)))]
+        return found[::-1]  # the last one is loaded already
+
+    def _offset(self, checkpoint: int) -> _Offset:
+        model = self.index.model(checkpoint)
+        layers, projection = self.index.layers(model), self.index.projection(model)
+        frozen = Frozen(read_moments(model, layers), mode=self.adam_mode)
+        pulled = {layer: frozen.factors[layer] * found for layer, found in frozen.offsets.items()}
+        return _Offset(
+            vector=_sketched(frozen.offsets, projection),
+            norm=float(torch.stack([found.norm() for found in frozen.offsets.values()]).norm()),
+            pull=_sketched(pulled, projection),
+            stretch=_stretch(self.index, checkpoint, frozen, self.seed),
+        )
 
 
 def _sketched(arrays: dict[str, Tensor], projection: Projection) -> Float32[Tensor, " k"]:

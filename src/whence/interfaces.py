@@ -88,7 +88,7 @@ class GradientSpace:
         if self.normalise not in ("none", "layer"):
             raise SettingError(f"--normalise {self.normalise}: choose none or layer")
         if self.view not in VIEWS:
-            more = "; frozen-v is a query's view, on an index of --view sgd (`frozen.frozen_scores`)"
+            more = "; frozen-v is a view of `whence select`, on an index of --view sgd"
             raise SettingError(
                 f"--view {self.view}: choose one of {', '.join(VIEWS)}{more if self.view == 'frozen-v' else ''}"
             )
@@ -185,6 +185,10 @@ class GradientView(View, Protocol):
 
     def query_vectors(self, queries: Sequence[Encoded]) -> Float32[Tensor, "c q k"]:
         """Plain gradients of queries, whatever the rows' view is; not finite where a query has none."""
+        ...
+
+    def norms(self, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s"]:
+        """Of query vectors, or of means of them: what a cosine divides its query's side by."""
         ...
 
     def scores(self, vectors: Float32[Tensor, "c s k"], *, cosine: bool) -> Float32[Tensor, "s n"]:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from whence.gradients import token_losses
 from whence.index import Index
 from whence.model import LoadedModel, load_model
 from whence.numerics import crossed_bootstrap_interval
-from whence.selection import open_view, select
+from whence.selection import open_view, select, select_each
 from whence.storage import Place
 from whence.tokens import Encoded, bucketed, collate, encode
 from whence.train import train
@@ -117,7 +118,7 @@ class Line:
     train_seconds: float
     """Wall time of one training."""
     select_seconds: float
-    """Wall time of one choice, the index that it needs not counted."""
+    """Wall time of one choice, the index that it needs not counted; one scoring serves all tasks, and counts whole."""
     gain: float | None = None
     """Loss of random selection minus this: positive is better than chance; None for random itself."""
     gain_interval: tuple[float, float] | None = None
@@ -137,8 +138,16 @@ class SelectionTable:
         return [asdict(line) for line in self.lines]
 
 
-Chooser = Callable[[str, int], Sequence[Row]]
-"""`(task, seed)` to the rows that a method chooses for it; a method without chance ignores the seed."""
+@dataclass(frozen=True)
+class Choice:
+    """The rows that a method chose, and the wall time that it took."""
+
+    rows: Sequence[Row]
+    seconds: float = 0.0
+
+
+Chooser = Callable[[str, int], Choice]
+"""`(task, seed)` to what a method chooses for it; a method without chance ignores the seed."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,9 @@ def selection_methods(
 ) -> tuple[dict[str, Method], int]:
     """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole pool among them.
 
+    Each scores the pool once for all tasks when its first choice is asked for, and keeps the choices; a method that
+    draws does so for each seed.
+
     Args:
         names: In `catalogue.SCORERS`; `name:option=value` sets an option of it, such as `less:within=mean_cosine`.
         source: An index of the pool, or the pool, for methods that need no index.
@@ -181,17 +193,24 @@ def selection_methods(
     def method(name: str) -> Method:
         base, _, options = name.partition(":")
         given = dict(part.split("=", 1) for part in options.split(",") if part)
-        reads_tasks = catalogue.scorer_entry(base).reads_tasks
+        entry = catalogue.scorer_entry(base)
+        asked = tasks if entry.reads_tasks else {"": None}
+        draws = entry.draws or settings.get("temperature", 0.0) > 0
 
-        def choose(task: str, seed: int) -> list[Row]:
-            asked = tasks[task] if reads_tasks else None
-            found = select(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
-            return found.rows
+        @cache
+        def choices(seed: int) -> dict[str, Choice]:
+            start = time.perf_counter()
+            found = select_each(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
+            seconds = time.perf_counter() - start
+            return {task: Choice(chosen.rows, seconds) for task, chosen in found.items()}
 
-        return Method(choose, per_task=reads_tasks)
+        def choose(task: str, seed: int) -> Choice:
+            return choices(seed if draws else 0)[task if entry.reads_tasks else ""]
+
+        return Method(choose, per_task=entry.reads_tasks)
 
     made = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
-    return made | {EVERYTHING: Method(lambda task, seed: rows, per_task=False)}, budget
+    return made | {EVERYTHING: Method(lambda task, seed: Choice(rows), per_task=False)}, budget
 
 
 def evaluate_selection(
@@ -313,9 +332,8 @@ def _cells(
     kept = [_kept(directory, name, task, seed) for task in tasks]
     if all(cell is not None for cell in kept):
         return [cell for cell in kept if cell is not None]
-    start = time.perf_counter()
-    rows = list(method.choose(next(iter(tasks)), seed))
-    chosen_in = time.perf_counter() - start
+    chosen = method.choose(next(iter(tasks)), seed)
+    rows = list(chosen.rows)
     with tempfile.TemporaryDirectory(dir=directory, prefix="training-") as folder:
         start = time.perf_counter()
         run = train(
@@ -336,7 +354,7 @@ def _cells(
         trained = load_model(open_run(run).checkpoints[-1].path)
         tokens = sum(len(row.ids) for row in _encoded(trained, rows, recipe))
         cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
-    cells = [replace(cell, select_seconds=chosen_in) for cell in cells]
+    cells = [replace(cell, select_seconds=chosen.seconds) for cell in cells]
     for cell in cells:
         _write(Place.at(directory), _name(name, cell.task, seed), asdict(cell))
     return cells

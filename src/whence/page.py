@@ -39,10 +39,10 @@ def trace_page(trace: Trace) -> str:
     Args:
         trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
     """
-    style, script = _part("page.css"), _part("page_example.js") + _part("page.js")
+    style, script = packaged("page.css"), packaged("page_example.js") + packaged("page.js")
     asked = trace.answers[0].prompt if trace.answers else ""
-    return Template(_part("page.html")).substitute(
-        policy=_policy(style, script),
+    return Template(packaged("page.html")).substitute(
+        policy=content_policy(style, script),
         title=html.escape(f"Whence: {' '.join(_visible(asked[:200]).split())[:80]}"),
         style=style,
         script=script,
@@ -50,14 +50,16 @@ def trace_page(trace: Trace) -> str:
     )
 
 
-def _part(name: str) -> str:
+def packaged(name: str) -> str:
+    """A text file of the package."""
     return files("whence").joinpath(name).read_text("utf-8")
 
 
-def _policy(style: str, script: str) -> str:
+def content_policy(style: str, script: str | None = None) -> str:
     """No address, no inline handler, and no way from a string to markup (trusted types) even for our own script."""
+    allowed = "'none'" if script is None else _hash(script)
     return (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 

@@ -264,12 +264,15 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()}
 
 
-def check_ending(path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet")) -> None:
+def check_ending(
+    path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet"), *, flag: str = "-o"
+) -> None:
     """Refuse, before any work is done, a file name that nothing can be written to."""
     if Path(path).suffix not in endings:
-        raise SettingError(f"-o {path}: what is found is written to {', '.join(endings[:-1])} or {endings[-1]}")
+        listed = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise SettingError(f"{flag} {path}: what is found is written to {listed}")
     if not Path(path).parent.is_dir():
-        raise SettingError(f"-o {path}: there is no directory {Path(path).parent}")
+        raise SettingError(f"{flag} {path}: there is no directory {Path(path).parent}")
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -50,7 +50,8 @@ def _bias(now: float, was: float) -> str:
 def _composition(chosen: Chosen) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold dim")
     table.add_column("source")
-    for name in ("rows", "share", "of the pool", "lift", "tokens"):
+    counted = ["tokens"] if chosen.selection.tokens else []  # none are without a tokenizer
+    for name in ("rows", "share", "of the pool", "lift", *counted):
         table.add_column(name, justify="right")
     total = len(chosen.selection.reasons)
     for line in composition(chosen):
@@ -60,7 +61,7 @@ def _composition(chosen: Chosen) -> Table:
             f"{line['share']:.1%}",
             f"{line['pool_rows'] / total:.1%}",
             Text(f"{line['lift']:.2f}", "green" if line["lift"] > 1 else "red" if line["lift"] < 1 else ""),
-            f"{line['tokens']:,}",
+            *(f"{line['tokens']:,}" for _ in counted),
         )
     return table
 

@@ -17,12 +17,12 @@ from typing import Any
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence import catalogue
+from whence import catalogue, frozen
 from whence.answers import shown_text
 from whence.corpus import Corpus, Row, open_corpus
 from whence.errors import CorpusError, SettingError
 from whence.index import Index, open_index
-from whence.interfaces import QueryText, Target, View
+from whence.interfaces import QueryText, Scorer, Target, View
 from whence.manifest import MANIFEST
 from whence.model import LoadedModel, load_model
 from whence.selectors.budget import Amount, Budget, Limits
@@ -89,6 +89,8 @@ def select(
     model: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    view: str | None = None,
+    adam_mode: str = "torch",
     **settings: Any,
 ) -> Chosen:
     """Choose the training rows that should help most with a task.
@@ -104,6 +106,8 @@ def select(
         model: For a corpus: what its scores read. For an index: the model's directory, where it has moved.
         device: Where to load the model.
         trust_remote_code: Let the model's repository run its own code.
+        view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
+        adam_mode: "torch" or "less", of that view.
         settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`.
 
     Returns:
@@ -115,25 +119,65 @@ def select(
     """
     chosen, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
     scorer = made_scorer(chosen.method, chosen.seed, chosen.options)
-    selector = catalogue.selector(chosen.selector or "max")(temperature=chosen.temperature, seed=chosen.seed)
-    view = open_view(
+    opened = open_view(
         source,
         chosen.method,
         model=model,
         device=device,
         trust_remote_code=trust_remote_code,
         brings_model="model" in chosen.options,
+        view=view,
+        adam_mode=adam_mode,
     )
-    if tasks is None and catalogue.scorer_entry(chosen.method).reads_tasks:
-        raise SettingError(f"--method {chosen.method} compares rows with a task's examples: add --tasks FILE")
-    targets, notes = targets_of(tasks, view, by=chosen.by or "task")
-    scores = scorer(view, targets)
-    candidates = _candidates(view, targets, scores, budget)
-    limits = Limits(caps=chosen.caps, floors=chosen.floors)
-    selection = choose(candidates, selector, budget, limits=limits, duplicates=chosen.duplicates)
-    selection.notes[:0] = notes
-    rows = _rows(view, selection, None if corpus is None else open_corpus(corpus))
-    return Chosen(selection, rows, candidates, _told(chosen, budget, targets, view))
+    named = None if corpus is None else open_corpus(corpus)
+    return _select_each(opened, {"": tasks}, scorer, chosen, budget, named)[""]
+
+
+def select_each(
+    view: IndexView | CorpusView,
+    tasks: Mapping[str, Any],
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    tokens_budget: int | None = None,
+    **settings: Any,
+) -> dict[str, Chosen]:
+    """Choose for several task files apart, each with the whole budget, by one pass of scoring; else as `select`.
+
+    Args:
+        view: Of `open_view`.
+        tasks: Task files by name.
+        fraction: Share of the rows that can be chosen, for each file.
+        count: Or a number of rows.
+        tokens_budget: Or a number of tokens.
+        settings: Fields of `SelectSettings` by name.
+    """
+    chosen, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
+    return _select_each(view, tasks, made_scorer(chosen.method, chosen.seed, chosen.options), chosen, budget, None)
+
+
+def _select_each(
+    view: IndexView | CorpusView,
+    tasks: Mapping[str, Any],
+    scorer: Scorer,
+    settings: SelectSettings,
+    budget: Budget,
+    corpus: Corpus | None,
+) -> dict[str, Chosen]:
+    if None in tasks.values() and catalogue.scorer_entry(settings.method).reads_tasks:
+        raise SettingError(f"--method {settings.method} compares rows with a task's examples: add --tasks FILE")
+    asked = {name: targets_of(task, view, by=settings.by or "task") for name, task in tasks.items()}
+    every = [target for targets, _ in asked.values() for target in targets]
+    candidates = _candidates(view, every, scorer(view, every), budget)
+    limits, first, out = Limits(caps=settings.caps, floors=settings.floors), 0, {}
+    for name, (targets, notes) in asked.items():
+        own = candidates.of_targets(slice(first, first + len(targets)))
+        first += len(targets)
+        selector = catalogue.selector(settings.selector or "max")(temperature=settings.temperature, seed=settings.seed)
+        selection = choose(own, selector, budget, limits=limits, duplicates=settings.duplicates)
+        selection.notes[:0] = notes
+        out[name] = Chosen(selection, _rows(view, selection, corpus), own, _told(settings, budget, targets, view))
+    return out
 
 
 def open_view(
@@ -144,20 +188,25 @@ def open_view(
     device: str | None = None,
     trust_remote_code: bool = False,
     brings_model: bool = False,
+    view: str | None = None,
+    adam_mode: str = "torch",
 ) -> IndexView | CorpusView:
     """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or it is named.
 
-    `brings_model`: the method's own options name the one that it runs.
+    `brings_model`: the method's own options name the one that it runs. `view`: see `select`.
     """
     entry = catalogue.scorer_entry(method)
+    if view not in (None, frozen.NAME):
+        raise SettingError(f"--view {view}: {frozen.NAME} is expected; without it the index is read as it was made")
     if isinstance(source, IndexView | CorpusView):
         return source
-    if isinstance(source, Index):
-        return IndexView(source)
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
-        opened = open_index(source, model=model, device=device, trust_remote_code=trust_remote_code)
-        opened.store.require_complete()
-        return IndexView(opened)
+        source = open_index(source, model=model, device=device, trust_remote_code=trust_remote_code)
+        source.store.require_complete()
+    if isinstance(source, Index):
+        return IndexView(source) if view is None else frozen.FrozenView(source, adam_mode=adam_mode)
+    if view is not None:
+        raise SettingError(f"--view {view} is of an index, and this is a corpus")
     if entry.needs_index:
         named = source if isinstance(source, str | Path) else "the rows"
         raise SettingError(
@@ -282,6 +331,8 @@ def _told(settings: SelectSettings, budget: Budget, targets: Sequence[Target], v
     if isinstance(view, IndexView):
         space = view.index.space.as_json()
         told["index"] = str(view.index.store.place.root)
+        if isinstance(view, frozen.FrozenView):
+            told["view"] = f"{frozen.NAME}, mode {view.adam_mode}"
         told["gradients"] = ", ".join(f"{name} {value}" for name, value in space.items() if value is not None)
     else:
         told["corpus"] = view.corpus.name if isinstance(view, CorpusView) else ""

@@ -86,6 +86,10 @@ class IndexView(GradientView):
             out[checkpoint] = found.vectors
         return out
 
+    def norms(self, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s"]:
+        """L2."""
+        return vectors.norm(dim=2)
+
     def scores(self, vectors: Float32[Tensor, "c s k"], *, cosine: bool) -> Float32[Tensor, "s n"]:
         """Of every row."""
         out = torch.empty(vectors.shape[1], self.rows)

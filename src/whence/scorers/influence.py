@@ -73,7 +73,7 @@ class LESS:
         indexed = _indexed(view, "less")
         vectors = _by_target(indexed, targets, normalised=self.within == "mean_cosine")
         if self.within == "mean_gradient":
-            vectors = _unit(vectors)
+            vectors = _unit(indexed, vectors)
         return indexed.scores(vectors, cosine=True)
 
 
@@ -180,7 +180,7 @@ class Reach:
         for first in range(0, len(tokens), _TOKENS):
             vectors = view.query_vectors(tokens[first : first + _TOKENS])
             vectors = vectors[:, vectors.isfinite().all(-1).all(0)]
-            length += float((view.weights[:, None] * vectors.norm(dim=2)).sum())
+            length += float((view.weights[:, None] * view.norms(vectors)).sum())
             total += view.scores(vectors, cosine=True).abs().sum(0)
         if not length:
             return None
@@ -195,8 +195,8 @@ def _indexed(view: View, name: str) -> GradientView:
     return view
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors * _inverse(vectors.norm(dim=-1, keepdim=True))
+def _unit(view: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
+    return vectors * _inverse(view.norms(vectors))[:, :, None]
 
 
 def _inverse(values: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _by_target(view: GradientView, targets: Sequence[Target], *, normalised: boo
     vectors = view.query_vectors(queries)
     is_finite = vectors.isfinite().all(-1).all(0) & torch.tensor([query.targets > 0 for query in queries])
     if normalised:
-        vectors = _unit(vectors)
+        vectors = _unit(view, vectors)
     out, first = vectors.new_zeros(len(vectors), len(targets), vectors.shape[2]), 0
     for number, target in enumerate(targets):
         usable = torch.arange(first, first + len(target.queries))[is_finite[first : first + len(target.queries)]]

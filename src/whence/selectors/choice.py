@@ -67,6 +67,10 @@ class Candidates:
         names = [target.name for target in targets]
         return cls(scores, names, torch.zeros(len(texts), dtype=torch.int64), sources, texts, empty)
 
+    def of_targets(self, some: slice) -> "Candidates":
+        """The same rows, scored for some of the targets alone."""
+        return replace(self, scores=self.scores[some], targets=self.targets[some])
+
     def rankable(self) -> Bool[Tensor, " n"]:
         """Rows that are not refused and have a finite score for some target."""
         able = torch.isfinite(self.scores).any(0)
@@ -135,6 +139,7 @@ def choose(
     if ledger.spent < ledger.size and not desk.is_stopped:
         unit = "tokens" if ledger.is_in_tokens else "rows"
         notes.append(f"{budget}: {ledger.spent:,} of {ledger.size:,} {unit} are chosen, for no more rows may be.")
+    notes += _ties(candidates, picks[-1], reasons)
     return Selection(
         rows=[pick.row for pick in picks],
         scores=[pick.score for pick in picks],
@@ -204,6 +209,17 @@ def _offer(order: Generator[Pick, bool, None], desk: _Desk) -> None:
                 break
             desk.consider(place, pick)
     desk.is_stopped = desk.ledger.is_full
+
+
+def _ties(candidates: Candidates, last: Pick, reasons: Sequence[str | None]) -> list[str]:
+    """What a person should know where the budget ends among equals, as all rows are that share no word with a task."""
+    below = [row for row, reason in enumerate(reasons) if reason == BELOW]
+    scores = candidates.scores if last.target is None else candidates.scores[last.target]
+    tied = int((scores[..., below] == last.score).sum()) if last.target is not None or len(scores) == 1 else 0
+    if not tied:
+        return []
+    same = f"{tied:,} more rows score {last.score:.4g} as the last one chosen does"
+    return [f"{same}: of equals the first in the pool are taken."]
 
 
 def _tally(reasons: Sequence[str | None]) -> dict[str, int]:
