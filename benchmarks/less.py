@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,11 +32,12 @@ from whence import open_index, select
 from whence.codecs import codec
 from whence.measures import Recipe, evaluate_selection, selection_methods
 from whence.selection import overlap
+from whence.tokens import Encoded as Tokens
 from whence.views import IndexView
 
 FRACTION = 0.05
 METHODS = ("less", "influence", "datainf", "rds", "rds+", "bm25", "dsir", "density", "loss", "loss_drop")
-RECIPE = Recipe(steps=150, batch_size=16, lr=5e-4, max_tokens=256, schedule="linear")
+RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
 INDEX = ["--view", "adam", "--checkpoints", "all", "--width", "8192", "--max-tokens", "256"]
 RESULTS = Path(__file__).parent / "results" / "less.json"
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/less-0"))
     parser.add_argument("--seed", type=int, default=0, help="of the pool and the warm-up")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each cell")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="trainings of each cell")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     options = parser.parse_args()
@@ -130,9 +132,17 @@ class Encoded(IndexView):
 
     def __init__(self, index: object):
         object.__setattr__(self, "index", index)
+        self.asked = {}
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def query_vectors(self, queries: Sequence[Tokens]) -> torch.Tensor:
+        """Made once for each task."""
+        key = tuple(tuple(query.ids) for query in queries)
+        if key not in self.asked:
+            self.asked[key] = super().query_vectors(queries)
+        return self.asked[key]
 
     def scores(self, vectors: torch.Tensor, *, cosine: bool) -> torch.Tensor:
         """From rows encoded anew."""
@@ -155,14 +165,15 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
     methods = [f"loss_drop:base={base}" if name == "loss_drop" else name for name in options.methods]
     examples = {task: work / f"{task}-examples.jsonl" for task in options.tasks}
     graded = {task: [json.loads(line) for line in (work / f"{task}-graded.jsonl").open()] for task in options.tasks}
-    made, budget = selection_methods(methods, index, examples, fraction=fraction)
+    cells = work / f"cells-{fraction:g}-{'-'.join(options.tasks)}"
+    made, budget = selection_methods(methods, index, examples, fraction=fraction, work=cells)
     table = evaluate_selection(
         base,
         made,
         graded,
-        work=work / f"cells-{fraction:g}-{'-'.join(options.tasks)}",
+        work=cells,
         recipe=RECIPE,
-        seeds=range(options.seeds),
+        seeds=options.seeds,
         progress=lambda line: print(line, flush=True),
     )
     keep(options, f"table {fraction:g}", {"tokens_budget": budget, "recipe": asdict(RECIPE), "lines": table.rows()})

@@ -157,7 +157,7 @@ def selection(
     rows = {name: [example.row for example in open_corpus(file)] for name, file in marked.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
     with waiting("Scoring"):
-        made, budget = selection_methods(methods.split(","), source, asked, fraction=fraction, model=model)
+        made, budget = selection_methods(methods.split(","), source, asked, fraction=fraction, model=model, work=work)
     table = evaluate_selection(
         model,
         made,

@@ -166,6 +166,7 @@ def selection_methods(
     *,
     fraction: float,
     model: str | None = None,
+    work: str | Path | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Method], int]:
     """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole pool among them.
@@ -179,6 +180,7 @@ def selection_methods(
         tasks: The examples of each task, by its name.
         fraction: Of the tokens of the pool's rows that can be trained on.
         model: That token counts and methods on a corpus need; of an index, where it has moved.
+        work: Directory that keeps the choices, which may take longer than the trainings; None: they are not kept.
         settings: Of `select`, the same for every method, such as caps.
 
     Returns:
@@ -187,6 +189,7 @@ def selection_methods(
     opened = open_view(source, RANDOM, model=model)
     everything = select(opened, None, method=RANDOM, fraction=1.0, duplicates=None)
     budget = max(1, round(fraction * everything.selection.tokens))
+    kept = None if work is None else _Choices(Place.at(work), {"budget": budget, **settings, **_pools(source, tasks)})
     places = everything.selection.rows  # in a random order
     rows = [everything.rows[number] for number in sorted(range(len(places)), key=places.__getitem__)]
 
@@ -199,10 +202,15 @@ def selection_methods(
 
         @cache
         def choices(seed: int) -> dict[str, Choice]:
+            if kept is not None and (found := kept.read(name, seed)) is not None:
+                return found
             start = time.perf_counter()
-            found = select_each(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
+            made = select_each(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
             seconds = time.perf_counter() - start
-            return {task: Choice(chosen.rows, seconds) for task, chosen in found.items()}
+            found = {task: Choice(chosen.rows, seconds) for task, chosen in made.items()}
+            if kept is not None:
+                kept.write(name, seed, found)
+            return found
 
         def choose(task: str, seed: int) -> Choice:
             return choices(seed if draws else 0)[task if entry.reads_tasks else ""]
@@ -211,6 +219,36 @@ def selection_methods(
 
     made = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
     return made | {EVERYTHING: Method(lambda task, seed: Choice(rows), per_task=False)}, budget
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Choices as files, for a table that is stopped and goes on."""
+
+    place: Place
+    of: dict[str, Any]
+    """What else decides them."""
+
+    def _name(self, method: str, seed: int) -> str:
+        told = json.dumps([method, seed, self.of], sort_keys=True, default=str)
+        return f"choice-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+
+    def read(self, method: str, seed: int) -> dict[str, Choice] | None:
+        """Of each task; None where it has not been made."""
+        name = self._name(method, seed)
+        if not self.place.exists(name):
+            return None
+        return {task: Choice(**choice) for task, choice in json.loads(self.place.read(name)).items()}
+
+    def write(self, method: str, seed: int, found: dict[str, Choice]) -> None:
+        """Whole or not at all."""
+        _write(self.place, self._name(method, seed), {task: asdict(choice) for task, choice in found.items()})
+
+
+def _pools(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the pool and the tasks come from, by name."""
+    named = source.store.place.root if isinstance(source, Index) else source
+    return {"source": str(named), "tasks": {name: str(task) for name, task in tasks.items()}}
 
 
 def evaluate_selection(
