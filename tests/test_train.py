@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from conftest import contents
 from whence import demo
 from whence.checkpoint import open_run
+from whence.difference import weight_difference
 from whence.errors import CorpusError, SettingError
 from whence.model import load_model
 from whence.resuming import is_complete
@@ -295,3 +296,13 @@ def test_a_corpus_without_targets_is_refused(parent, tmp_path):
 def test_a_setting_that_cannot_train_is_named(setting, message):
     with pytest.raises(SettingError, match=message):
         TrainSettings(**setting)
+
+
+def test_plain_sgd_moves_weights_by_the_gradient(parent, tmp_path):
+    """One step at a rate of 1 from the first row: theta_0 - theta_f is its gradient, of which the norm is cut to 1."""
+    run = train(parent, ROWS[:1], tmp_path / "run", max_steps=1, lr=1.0, warmup=0.0, schedule="constant",
+                optimizer="sgd", progress=False)  # fmt: skip
+    difference = weight_difference(parent, run)
+    assert difference.norm() == pytest.approx(1, rel=1e-3)
+    with pytest.raises(SettingError, match="--optimizer adam: choose one of adamw, sgd"):
+        TrainSettings(optimizer="adam")

@@ -153,7 +153,7 @@ def train(
         str | None, typer.Option(help="Layers that get one, such as q_proj,v_proj; all linear ones of the blocks.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", show_default="4")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="2e-05")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="2e-05")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Share of the corpus, chosen at random.", show_default="1")
     ] = None,
@@ -168,6 +168,7 @@ def train(
     schedule: Annotated[
         str | None, typer.Option(help="Of the learning rate: linear, cosine, constant, ...", show_default="linear")
     ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None,
     checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the chosen rows, their order, and dropout.", show_default="0")
@@ -180,7 +181,7 @@ def train(
     options = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     options |= {"lora_targets": lora_targets, "epochs": epochs, "lr": lr, "fraction": fraction, "max_steps": max_steps}
     options |= {"max_tokens": max_tokens, "batch_size": batch_size, "micro_batch": micro_batch, "schedule": schedule}
-    options |= {"checkpoints": checkpoints, "seed": seed}
+    options |= {"checkpoints": checkpoints, "seed": seed, "optimizer": optimizer}
     given = {name: value for name, value in options.items() if value is not None}  # the preset has the word on others
     path = run(model, corpus, out, preset=preset, progress=not as_json, **given)
     print_json({"run": str(path)}) if as_json else print_part(

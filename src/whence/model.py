@@ -179,8 +179,8 @@ def load_model(
 
     if dtype is not None and dtype not in DTYPES:
         raise SettingError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    where = _located(path)
-    adapter = _adapter_config(where)
+    where = located(path)
+    adapter = adapter_config(where)
     source = adapter["base_model_name_or_path"] if adapter else where
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -193,7 +193,7 @@ def load_model(
     _refuse_missing(report, source)
     if adapter:
         model = _adapted(model, where)
-    words = _load_tokenizer(tokenizer or where, source, trust_remote_code)
+    words = load_tokenizer(tokenizer or where, source, trust_remote_code)
     _check_tokenizer(words, model, str(tokenizer or where), source)
     if not device_map:
         model = model.to(_device(device))
@@ -208,7 +208,7 @@ def directory_digest(path: str | Path) -> str:
 
     Of the configurations, what each says counts, not how it is written, nor which version of a library wrote it.
     """
-    where = _located(path)
+    where = located(path)
     digest = hashlib.sha256()
     for file in sorted(Path(where).glob("*.safetensors")):
         digest.update(file.name.encode())
@@ -216,7 +216,7 @@ def directory_digest(path: str | Path) -> str:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     for name in ("config.json", "adapter_config.json"):
         digest.update(_meaning(Path(where) / name))
-    if adapter := _adapter_config(where):
+    if adapter := adapter_config(where):
         digest.update(directory_digest(adapter["base_model_name_or_path"]).encode())
     return digest.hexdigest()
 
@@ -240,7 +240,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _located(path: str | Path) -> str:
+def located(path: str | Path) -> str:
     """Local directory of a model: the path itself, or where the Hub's files are kept."""
     if Path(path).is_dir():
         return str(path)
@@ -259,7 +259,8 @@ def _located(path: str | Path) -> str:
         ) from None
 
 
-def _adapter_config(directory: str) -> dict[str, Any] | None:
+def adapter_config(directory: str) -> dict[str, Any] | None:
+    """An adapter's configuration; None where the directory holds none."""
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
         return None
@@ -342,7 +343,8 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
         logger.warning("%s: the model has no place for %d weights, %s first", path, len(unknown), unknown[0])
 
 
-def _load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
+    """A directory's own tokenizer, or the fallback's where it has none."""
     import transformers
 
     has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))

@@ -46,6 +46,9 @@ from whence.tokens import Encoded, collate, encode
 LOGGED_STEPS = 1000
 """Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
 
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+"""By Whence's name, the Trainer's."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
     "less": {
@@ -72,7 +75,7 @@ class TrainSettings:
     epochs: int | float = 4
     """Passes over the corpus."""
     lr: float = 2e-5
-    """Peak learning rate of AdamW, for the mean loss of a batch's supervised tokens."""
+    """Peak learning rate, for the mean loss of a batch's supervised tokens."""
     batch_size: int = 16
     """Rows of a step, on each device."""
     micro_batch: int | None = None
@@ -98,7 +101,9 @@ class TrainSettings:
     warmup: float = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """AdamW's, for each step and unit of learning rate."""
+    """For each step and unit of learning rate."""
+    optimizer: str = "adamw"
+    """"adamw", or "sgd", plain, without momentum."""
     seed: int = 0
     """Seed of the chosen rows, their order, dropout and the adapters' start."""
 
@@ -120,6 +125,8 @@ class TrainSettings:
             )
         if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_targets) != (None, 0.0, None):
             raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
+        if self.optimizer not in OPTIMIZERS:
+            raise SettingError(f"--optimizer {self.optimizer}: choose one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in (names := [kind.value for kind in SchedulerType]):
             raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
 
@@ -328,6 +335,7 @@ def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingA
         lr_scheduler_type=settings.schedule,
         warmup_steps=math.ceil(settings.warmup * steps),
         weight_decay=settings.weight_decay,
+        optim=OPTIMIZERS[settings.optimizer],
         train_sampling_strategy="group_by_length",
         logging_steps=math.ceil(steps / LOGGED_STEPS),
         save_strategy="steps",

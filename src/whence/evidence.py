@@ -1,0 +1,275 @@
+"""What every row of a corpus says of a weight difference, at one point between two models: the stream under `recover`.
+
+With g a row's loss gradient at a point theta, and T a target in weight space (the weight difference theta_0 - theta_f,
+as it is or with an optimizer's scaling undone), each row has
+
+    loss     of the row at theta, in nats, the mean over its supervised tokens
+    norm     |g|, exact, over the traced layers
+    dot      <g, T> by traced layer, exact, with no gradient formed (`ghost`)
+    vector   a sketch of g, in which T has a sketch too: what several rows are matched by together
+
+all from one forward and backward pass over the row. Positive dots are evidence of membership: descent takes gradients
+away, so T = theta_0 - theta_f is a positive sum of those of the rows trained on.
+
+Rows stream in parts. A part is one file, whole or not there, so that a gathering that was stopped goes on where it was;
+memory holds one part, and the vectors of rows that are asked for, whatever the corpus' length.
+
+Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, with the gradient exact and of any layers; ghost
+products: Wang et al. 2024, https://arxiv.org/abs/2406.11011.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor, nn
+
+from whence.corpus import Corpus, Example
+from whence.errors import ManifestMismatchError, SettingError
+from whence.ghost import position_dots
+from whence.gradients import Captured, backward, squared_norms
+from whence.interfaces import Projection
+from whence.model import LoadedModel
+from whence.runner import Tick
+from whence.storage import Place
+from whence.tokens import Encoded, bucketed, collate, encode
+from whence.vectors import IndexSettings, projection_for
+
+ROWS_PER_PART = 512
+"""Rows of a file: what a stop loses at most."""
+MANIFEST = "evidence.json"
+
+Target = Mapping[str, Float32[Tensor, "o i"]]
+"""By traced layer, laid out as the layer's gradient."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of every row that has been gathered, in the corpus' order."""
+
+    place: Place
+    parts: tuple[str, ...]
+    layers: tuple[str, ...]
+    targets: Mapping[str, Float32[Tensor, " k"]]
+    """Sketch of each target."""
+    lengths: Mapping[str, float]
+    """|T| of each, over the traced layers."""
+    loss: Float32[Tensor, " n"]
+    norm: Float32[Tensor, " n"]
+    tokens: Int64[Tensor, " n"]
+    """Supervised."""
+    dots: Mapping[str, Float32[Tensor, "l n"]]
+    """By target and layer."""
+
+    @property
+    def usable(self) -> Bool[Tensor, " n"]:
+        """Rows with a supervised token, and finite all through."""
+        found = torch.stack([dots.isfinite().all(0) for dots in self.dots.values()]).all(0)
+        return (self.tokens > 0) & self.loss.isfinite() & self.norm.isfinite() & found
+
+    def total(self, target: str) -> Float32[Tensor, " n"]:
+        """<g, T>."""
+        return self.dots[target].sum(0)
+
+    def cosine(self, target: str) -> Float32[Tensor, " n"]:
+        """Of g and T; 0 for a row without a gradient."""
+        scale = self.norm * self.lengths[target]
+        return torch.where(scale > 0, self.total(target) / scale.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+    def vectors(self, rows: Int64[Tensor, " m"]) -> Float32[Tensor, "m k"]:
+        """Sketches of some rows, in the order asked."""
+        width = len(next(iter(self.targets.values())))
+        out = torch.zeros(len(rows), width)
+        for number, part in enumerate(self.parts):
+            inside = (rows // ROWS_PER_PART == number).nonzero()[:, 0]
+            if len(inside):
+                held = _read(self.place, part)["vectors"]
+                out[inside] = held[rows[inside] % ROWS_PER_PART].float()
+        return out
+
+
+def gather(
+    model: LoadedModel,
+    corpus: Corpus,
+    targets: Mapping[str, Target],
+    *,
+    work: Place,
+    settings: IndexSettings,
+    told: Mapping[str, Any],
+    tick: Tick = lambda examples, tokens: None,
+) -> Evidence:
+    """Gather a corpus' evidence at one point, or go on doing so.
+
+    Args:
+        model: At theta; frozen.
+        corpus: Its rows, in order.
+        targets: By name; each has a part for every traced layer.
+        work: Directory of this point's parts.
+        settings: Layers, reduction, sketch, longest row and batches, as of an index.
+        told: What else decides the evidence, such as digests of the models: a directory with another is refused.
+        tick: Told of rows and tokens done.
+
+    Raises:
+        ManifestMismatchError: The directory holds other evidence.
+        SettingError: A target lacks a layer.
+    """
+    layers = model.layers(settings.space.layers)
+    for name, target in targets.items():
+        if missing := layers.keys() - target.keys():
+            raise SettingError(f"the target {name} has no part for the layer {min(missing)}")
+    projection = projection_for(model, settings)
+    sketches = {name: _sketched(target, layers, projection) for name, target in targets.items()}
+    norms = {
+        name: float(torch.stack([target[layer].norm() for layer in layers]).norm()) for name, target in targets.items()
+    }
+    kept = {**told, "space": settings.space.as_json(), "max_tokens": settings.max_tokens, "layers": list(layers),
+            "targets": {name: round(norm, 6) for name, norm in norms.items()}}  # fmt: skip
+    claim(work, kept)
+    pass_over = _Pass(model, layers, targets, projection, settings)
+    names = []
+    for number, rows in enumerate(_parts(corpus)):
+        name = f"part-{number:05d}.safetensors"
+        names.append(name)
+        if not work.exists(name):
+            arrays = pass_over.rows([encode(row.row, model.tokenizer, pass_over.longest) for row in rows], tick)
+            data = safetensors.torch.save(arrays)
+            work.write(name, [data], total=len(data))
+        else:
+            tick(len(rows), 0)
+    columns = [_read(work, name, but="vectors") for name in names]
+    joined = {name: torch.cat([part[name] for part in columns], -1) for name in columns[0]} if columns else {}
+    return Evidence(
+        place=work,
+        parts=tuple(names),
+        layers=tuple(layers),
+        targets=sketches,
+        lengths=norms,
+        loss=joined["loss"],
+        norm=joined["norm"],
+        tokens=joined["tokens"].long(),
+        dots={name: joined[f"dot {name}"] for name in targets},
+    )
+
+
+def claim(work: Place, kept: Mapping[str, Any]) -> None:
+    """Mark a new directory as of these settings; refuse one of others.
+
+    Raises:
+        ManifestMismatchError: It holds evidence of others.
+    """
+    document = json.loads(json.dumps(kept, sort_keys=True, default=str))
+    if not work.exists(MANIFEST):
+        data = json.dumps(document).encode()
+        work.write(MANIFEST, [data], total=len(data))
+        return
+    before = json.loads(work.read(MANIFEST))
+    for name in sorted({*document, *before}):
+        if before.get(name) != document.get(name):
+            raise ManifestMismatchError(
+                f"{work.root}: its evidence is of another {name} (there {_short(before.get(name))}, here "
+                f"{_short(document.get(name))}). Name another --work directory, or remove that one."
+            )
+
+
+def targets_by_layer(
+    model: LoadedModel, layers: Mapping[str, nn.Module], difference: Mapping[str, Tensor]
+) -> dict[str, Float32[Tensor, "o i"]]:
+    """A direction by parameter's name as one by traced layer, laid out as gradients are; zeros where it has no part."""
+    names = {id(weight): name for name, weight in model.model.named_parameters()}
+    out = {}
+    for layer, module in layers.items():
+        weight = module.get_parameter("weight")
+        name = names[id(weight)]
+        part = difference[name] if name in difference else torch.zeros_like(weight, dtype=torch.float32)
+        out[layer] = (part if isinstance(module, nn.Linear) else part.T).contiguous()
+    return out
+
+
+@dataclass
+class _Pass:
+    """Passes over rows, a batch at a time."""
+
+    model: LoadedModel
+    layers: Mapping[str, nn.Module]
+    targets: Mapping[str, Target]
+    projection: Projection
+    settings: IndexSettings
+
+    def __post_init__(self):
+        device = self.model.device
+        self.placed = {
+            name: {layer: target[layer].to(device) for layer in self.layers} for name, target in self.targets.items()
+        }
+        self.numbers = {layer: number for number, layer in enumerate(self.layers)}
+
+    @property
+    def longest(self) -> int | None:
+        """In tokens."""
+        return min((limit for limit in (self.settings.max_tokens, self.model.context) if limit), default=None)
+
+    def rows(self, encoded: Sequence[Encoded], tick: Tick) -> dict[str, Tensor]:
+        """A part's file."""
+        n = len(encoded)
+        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(n),
+                      "vectors": torch.zeros(n, self.projection.width)}  # fmt: skip
+        self.found |= {f"dot {name}": torch.zeros(len(self.layers), n) for name in self.targets}
+        usable = [number for number in range(n) if encoded[number].targets]
+        tick(n - len(usable), 0)
+        for batch in bucketed([len(encoded[number].ids) for number in usable], self.settings.tokens_per_batch):
+            self.now = torch.tensor([usable[place] for place in batch])
+            losses = backward(
+                self.model,
+                self.layers,
+                collate([encoded[number] for number in self.now.tolist()]),
+                self._take,
+                reduction=self.settings.space.reduction,
+                whole=True,
+            )
+            self.found["loss"][self.now] = losses.loss.cpu()
+            tick(len(batch), sum(len(encoded[number].ids) for number in self.now.tolist()))
+        out = dict(self.found)
+        out["norm"] = out.pop("square").clamp(min=0).sqrt()  # a sum of Gram products can round below zero
+        out["tokens"] = torch.tensor([row.targets for row in encoded], dtype=torch.int32)
+        out["vectors"] = out["vectors"].to(torch.bfloat16)
+        return {name: tensor.contiguous() for name, tensor in out.items()}
+
+    def _take(self, seen: Captured) -> None:
+        """One layer's share of a batch."""
+        rows = self.now if seen.rows is None else self.now[seen.rows.cpu()]
+        self.found["square"].index_add_(0, rows, squared_norms(seen.a, seen.g).cpu())
+        for name, target in self.placed.items():
+            dots = position_dots(seen.a, seen.g, target[seen.layer]).sum(1).cpu()
+            self.found[f"dot {name}"][self.numbers[seen.layer]].index_add_(0, rows, dots)
+        block = self.projection(seen.a, seen.g, layer=seen.layer).cpu()
+        self.found["vectors"][:, self.projection.columns(seen.layer)].index_add_(0, rows, block)
+
+
+def _sketched(target: Target, layers: Mapping[str, nn.Module], projection: Projection) -> Float32[Tensor, " k"]:
+    row = torch.zeros(projection.width)
+    for layer in layers:
+        row[projection.columns(layer)] += projection.flat(target[layer][None], layer=layer)[0]
+    return row
+
+
+def _parts(corpus: Corpus) -> Iterator[list[Example]]:
+    stream = iter(corpus)
+    while rows := list(itertools.islice(stream, ROWS_PER_PART)):
+        yield rows
+
+
+def _read(place: Place, name: str, *, but: str | None = None) -> dict[str, Tensor]:
+    """A part's arrays; what is left out of a local file is not read from the disk."""
+    if place.is_local:
+        with safetensors.safe_open(place.path(name), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key != but}  # noqa: SIM118
+    return {key: tensor for key, tensor in safetensors.torch.load(place.read(name)).items() if key != but}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,102 @@
+"""Weights as files: safetensors, or torch's own read as tensors alone, in one file or in several with an index.
+
+A tensor is read when it is asked for; nothing is unpickled.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from whence.errors import ModelError
+
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+"""Constants that older files hold beside the parameters."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a directory by their names in its files; each is read when asked for."""
+
+    path: str
+    files: Mapping[str, Path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read."""
+        with _opened(self.files[name]) as opened:
+            return tuple(opened.get_slice(name).get_shape() if hasattr(opened, "get_slice") else opened[name].shape)
+
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        """A tensor as stored.
+
+        Raises:
+            ModelError: It is quantised, or its file is broken.
+        """
+        with _opened(self.files[name]) as opened:
+            tensor = opened.get_tensor(name) if hasattr(opened, "get_tensor") else opened[name].detach()
+        if tensor.dtype not in FORMATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.files[name]}: {name} is stored as {kind}, so it is quantised. Give the models in 16 or 32 bits."
+            )
+        return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file's handle, or the mapping that a torch file holds; nothing is unpickled but tensors."""
+    known = (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError)
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                yield opened
+        else:
+            yield torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except known as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{file}: not a readable file of tensors ({reason}). Copy it again, or save safetensors."
+        ) from None
+
+
+def weights_of(directory: str, *stems: str) -> Weights:
+    """The weights of a directory, from the file that transformers and peft would take.
+
+    Args:
+        directory: Of a saved model or adapter.
+        stems: Names of files without their endings, in the order to look for them.
+
+    Raises:
+        ModelError: There is no such file, or a part of it is missing.
+    """
+    for kind in (f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "bin")):
+        file, index = Path(directory) / kind, Path(directory) / f"{kind}.index.json"
+        if file.is_file():
+            with _opened(file) as opened:
+                return Weights(directory, {name: file for name in [*opened.keys()] if not BUFFERS.search(name)})
+        if index.is_file():
+            stored = read_json(index).get("weight_map", {})
+            lacking = [part for part in dict.fromkeys(stored.values()) if not (index.parent / part).is_file()]
+            if lacking:
+                raise ModelError(f"{index}: it names {lacking[0]}, which is not there. Copy the model again.")
+            files = {name: index.parent / part for name, part in stored.items() if not BUFFERS.search(name)}
+            return Weights(directory, files)
+    raise ModelError(f"{directory}: there is no {stems[0]}.safetensors in it. Give the directory of a saved model.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration or an index."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not readable ({error}). Copy the model again.") from None
