@@ -122,7 +122,7 @@ def whence_way(loaded: LoadedModel, settings: IndexSettings) -> Callable[[Batch]
 
 def less_features(loaded: LoadedModel, weights: list[torch.nn.Parameter]) -> Callable[[Batch], Tensor]:
     """[16, d]: what LESS multiplies with its matrix."""
-    moments = read_moments(loaded, loaded.layers("*"))
+    moments = read_moments(loaded, loaded.layers())
     held = list(moments.values())
     assert sum(each.m1.numel() for each in held) == sum(weight.numel() for weight in weights)
     m1, m2 = (torch.cat([getattr(each, name).flatten() for each in held]) for name in ("m1", "m2"))

@@ -6,7 +6,7 @@ import torch
 from conftest import byte_tokenizer, corpus_rows
 from whence.corpus import open_corpus
 from whence.errors import ManifestMismatchError, SettingError
-from whence.evidence import ROWS_PER_PART, gather, targets_by_layer
+from whence.evidence import ROWS_PER_PART, gather, length_of, sketch_of, targets_by_layer
 from whence.interfaces import GradientSpace
 from whence.model import LoadedModel
 from whence.storage import Place
@@ -14,7 +14,7 @@ from whence.tokens import encode
 from whence.vectors import IndexSettings, projection_for
 
 ROWS = [*corpus_rows(9), {"id": "nothing", "prompt": "a", "completion": None}]
-SETTINGS = IndexSettings(space=GradientSpace(projection="two_sided", width=4), tokens_per_batch=64)
+SETTINGS = IndexSettings(space=GradientSpace(projection="count_sketch", width=64), tokens_per_batch=64)
 
 
 def worded(architecture):
@@ -77,7 +77,7 @@ def test_evidence_is_that_of_single_gradients(architecture, tmp_path):
         sketch = torch.zeros(projection.width)
         for layer, module in layers.items():
             laid = own[layer] if isinstance(module, torch.nn.Linear) else own[layer].T
-            sketch[projection.columns(layer)] = projection.flat(laid[None], layer=layer)[0]
+            sketch[projection.columns(layer)] += projection.flat(laid[None], layer=layer)[0]
         held = found.vectors(torch.tensor([number]))[0]
         torch.testing.assert_close(held, sketch, rtol=0.01, atol=0.01 * float(sketch.abs().max()))
 
@@ -86,12 +86,14 @@ def test_cosines_and_what_cannot_be_used(tmp_path):
     model = worded("llama")
     found = gathered(model, tmp_path)
     assert found.usable.tolist() == [True] * 9 + [False]
-    assert torch.allclose(found.cosine("t0")[:9], found.total("t0")[:9] / found.norm[:9] / found.lengths["t0"])
-    assert found.cosine("t0")[9] == 0
-    other = projection_for(model, SETTINGS)
     target = targets_by_layer(model, model.layers(), drawn(model))
-    by_hand = torch.cat([other.flat(target[layer][None], layer=layer)[0] for layer in target])
-    torch.testing.assert_close(found.targets["t0"], by_hand)
+    length = length_of(target, target)
+    assert length == pytest.approx(float(torch.cat([part.flatten() for part in target.values()]).norm()), rel=1e-5)
+    expected = found.dots["t0"].sum(0)[:9] / found.norm[:9] / length
+    assert torch.allclose(found.cosine("t0", length)[:9], expected) and found.cosine("t0", length)[9] == 0
+    other = projection_for(model, SETTINGS)
+    by_hand = torch.stack([other.flat(target[layer][None], layer=layer)[0] for layer in target]).sum(0)
+    torch.testing.assert_close(sketch_of(target, model, SETTINGS), by_hand)
 
 
 def test_parts_that_are_there_are_not_made_again(tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def test_parts_that_are_there_are_not_made_again(tmp_path, monkeypatch):
 def test_a_directory_of_other_evidence_is_refused(tmp_path):
     model = worded("llama")
     gathered(model, tmp_path)
-    other = IndexSettings(space=GradientSpace(projection="two_sided", width=2))
+    other = IndexSettings(space=GradientSpace(projection="count_sketch", width=32))
     with pytest.raises(ManifestMismatchError, match="evidence is of another space"):
         gathered(model, tmp_path, settings=other)
     with pytest.raises(ManifestMismatchError, match="another targets"):

@@ -4,23 +4,24 @@ With g a row's loss gradient at a point theta, and T a target in weight space (t
 as it is or with an optimizer's scaling undone), each row has
 
     loss     of the row at theta, in nats, the mean over its supervised tokens
-    norm     |g|, exact, over the traced layers
-    dot      <g, T> by traced layer, exact, with no gradient formed (`ghost`)
-    vector   a sketch of g, in which T has a sketch too: what several rows are matched by together
+    norm     |g|, exact, by traced layer
+    dot      <g, T>, exact, by traced layer, for each target that is given
+    vector   a sketch of g, in which a target has a sketch too: what several rows are matched by together
 
-all from one forward and backward pass over the row. Positive dots are evidence of membership: descent takes gradients
-away, so T = theta_0 - theta_f is a positive sum of those of the rows trained on.
+all from one forward and backward pass over the row, in which a layer's gradient is formed for a few rows at a time.
+Positive dots are evidence of membership: descent takes gradients away, so T = theta_0 - theta_f is a positive sum of
+those of the rows trained on.
 
 Rows stream in parts. A part is one file, whole or not there, so that a gathering that was stopped goes on where it was;
 memory holds one part, and the vectors of rows that are asked for, whatever the corpus' length.
 
-Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, with the gradient exact and of any layers; ghost
-products: Wang et al. 2024, https://arxiv.org/abs/2406.11011.
+Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, with the gradient exact, of any layers, and of all
+supervised tokens.
 """
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,7 @@ from torch import Tensor, nn
 
 from whence.corpus import Corpus, Example
 from whence.errors import ManifestMismatchError, SettingError
-from whence.ghost import position_dots
-from whence.gradients import Captured, backward, squared_norms
+from whence.gradients import FORMED_ENTRIES, Captured, backward, example_gradients, inverse
 from whence.interfaces import Projection
 from whence.model import LoadedModel
 from whence.runner import Tick
@@ -55,36 +55,36 @@ class Evidence:
     place: Place
     parts: tuple[str, ...]
     layers: tuple[str, ...]
-    targets: Mapping[str, Float32[Tensor, " k"]]
-    """Sketch of each target."""
-    lengths: Mapping[str, float]
-    """|T| of each, over the traced layers."""
+    width: int
+    """`k`."""
     loss: Float32[Tensor, " n"]
-    norm: Float32[Tensor, " n"]
+    norms: Float32[Tensor, "l n"]
+    """By layer."""
     tokens: Int64[Tensor, " n"]
     """Supervised."""
     dots: Mapping[str, Float32[Tensor, "l n"]]
     """By target and layer."""
 
     @property
+    def norm(self) -> Float32[Tensor, " n"]:
+        """|g| over the traced layers."""
+        return self.norms.norm(dim=0)
+
+    @property
     def usable(self) -> Bool[Tensor, " n"]:
         """Rows with a supervised token, and finite all through."""
-        found = torch.stack([dots.isfinite().all(0) for dots in self.dots.values()]).all(0)
-        return (self.tokens > 0) & self.loss.isfinite() & self.norm.isfinite() & found
+        found = (self.tokens > 0) & self.loss.isfinite() & self.norm.isfinite()
+        for dots in self.dots.values():
+            found &= dots.isfinite().all(0)
+        return found
 
-    def total(self, target: str) -> Float32[Tensor, " n"]:
-        """<g, T>."""
-        return self.dots[target].sum(0)
-
-    def cosine(self, target: str) -> Float32[Tensor, " n"]:
-        """Of g and T; 0 for a row without a gradient."""
-        scale = self.norm * self.lengths[target]
-        return torch.where(scale > 0, self.total(target) / scale.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    def cosine(self, target: str, length: float) -> Float32[Tensor, " n"]:
+        """Of g and a target of this length over the traced layers, exact; 0 for a row without a gradient."""
+        return self.dots[target].sum(0) * inverse(self.norm * length)
 
     def vectors(self, rows: Int64[Tensor, " m"]) -> Float32[Tensor, "m k"]:
         """Sketches of some rows, in the order asked."""
-        width = len(next(iter(self.targets.values())))
-        out = torch.zeros(len(rows), width)
+        out = torch.zeros(len(rows), self.width)
         for number, part in enumerate(self.parts):
             inside = (rows // ROWS_PER_PART == number).nonzero()[:, 0]
             if len(inside):
@@ -122,14 +122,15 @@ def gather(
     for name, target in targets.items():
         if missing := layers.keys() - target.keys():
             raise SettingError(f"the target {name} has no part for the layer {min(missing)}")
-    projection = projection_for(model, settings)
-    sketches = {name: _sketched(target, layers, projection) for name, target in targets.items()}
-    norms = {
-        name: float(torch.stack([target[layer].norm() for layer in layers]).norm()) for name, target in targets.items()
+    kept = {
+        **told,
+        "space": settings.space.as_json(),
+        "max_tokens": settings.max_tokens,
+        "layers": list(layers),
+        "targets": {name: round(length_of(target, layers), 6) for name, target in targets.items()},
     }
-    kept = {**told, "space": settings.space.as_json(), "max_tokens": settings.max_tokens, "layers": list(layers),
-            "targets": {name: round(norm, 6) for name, norm in norms.items()}}  # fmt: skip
     claim(work, kept)
+    projection = projection_for(model, settings)
     pass_over = _Pass(model, layers, targets, projection, settings)
     names = []
     for number, rows in enumerate(_parts(corpus)):
@@ -147,10 +148,9 @@ def gather(
         place=work,
         parts=tuple(names),
         layers=tuple(layers),
-        targets=sketches,
-        lengths=norms,
+        width=projection.width,
         loss=joined["loss"],
-        norm=joined["norm"],
+        norms=joined["norm"],
         tokens=joined["tokens"].long(),
         dots={name: joined[f"dot {name}"] for name in targets},
     )
@@ -174,6 +174,20 @@ def claim(work: Place, kept: Mapping[str, Any]) -> None:
                 f"{work.root}: its evidence is of another {name} (there {_short(before.get(name))}, here "
                 f"{_short(document.get(name))}). Name another --work directory, or remove that one."
             )
+
+
+def length_of(target: Target, layers: Iterable[str]) -> float:
+    """|T| over some layers."""
+    return float(torch.stack([target[layer].norm() for layer in layers]).norm())
+
+
+def sketch_of(target: Target, model: LoadedModel, settings: IndexSettings) -> Float32[Tensor, " k"]:
+    """A target as rows' gradients are sketched."""
+    projection = projection_for(model, settings)
+    row = torch.zeros(projection.width)
+    for layer in model.layers(settings.space.layers):
+        row[projection.columns(layer)] += projection.flat(target[layer][None], layer=layer)[0]
+    return row
 
 
 def targets_by_layer(
@@ -215,7 +229,7 @@ class _Pass:
     def rows(self, encoded: Sequence[Encoded], tick: Tick) -> dict[str, Tensor]:
         """A part's file."""
         n = len(encoded)
-        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(n),
+        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(len(self.layers), n),
                       "vectors": torch.zeros(n, self.projection.width)}  # fmt: skip
         self.found |= {f"dot {name}": torch.zeros(len(self.layers), n) for name in self.targets}
         usable = [number for number in range(n) if encoded[number].targets]
@@ -233,27 +247,24 @@ class _Pass:
             self.found["loss"][self.now] = losses.loss.cpu()
             tick(len(batch), sum(len(encoded[number].ids) for number in self.now.tolist()))
         out = dict(self.found)
-        out["norm"] = out.pop("square").clamp(min=0).sqrt()  # a sum of Gram products can round below zero
+        out["norm"] = out.pop("square").sqrt()
         out["tokens"] = torch.tensor([row.targets for row in encoded], dtype=torch.int32)
         out["vectors"] = out["vectors"].to(torch.bfloat16)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
     def _take(self, seen: Captured) -> None:
-        """One layer's share of a batch."""
-        rows = self.now if seen.rows is None else self.now[seen.rows.cpu()]
-        self.found["square"].index_add_(0, rows, squared_norms(seen.a, seen.g).cpu())
-        for name, target in self.placed.items():
-            dots = position_dots(seen.a, seen.g, target[seen.layer]).sum(1).cpu()
-            self.found[f"dot {name}"][self.numbers[seen.layer]].index_add_(0, rows, dots)
-        block = self.projection(seen.a, seen.g, layer=seen.layer).cpu()
-        self.found["vectors"][:, self.projection.columns(seen.layer)].index_add_(0, rows, block)
-
-
-def _sketched(target: Target, layers: Mapping[str, nn.Module], projection: Projection) -> Float32[Tensor, " k"]:
-    row = torch.zeros(projection.width)
-    for layer in layers:
-        row[projection.columns(layer)] += projection.flat(target[layer][None], layer=layer)[0]
-    return row
+        """One layer's share of a batch: gradients are formed a few examples at a time, read for all, and freed."""
+        rows, number = self.now if seen.rows is None else self.now[seen.rows.cpu()], self.numbers[seen.layer]
+        columns, entries = self.projection.columns(seen.layer), seen.g.shape[2] * seen.a.shape[2]
+        step = max(1, FORMED_ENTRIES.get(seen.a.device.type, 2**17) // entries)
+        for some, a, g in zip(rows.split(step), seen.a.split(step), seen.g.split(step), strict=True):
+            formed = example_gradients(a, g)
+            self.found["square"][number].index_add_(0, some, formed.square().sum((1, 2)).cpu())
+            for name, target in self.placed.items():
+                dots = formed.flatten(1) @ target[seen.layer].flatten()
+                self.found[f"dot {name}"][number].index_add_(0, some, dots.cpu())
+            block = self.projection.flat(formed, layer=seen.layer)
+            self.found["vectors"][:, columns].index_add_(0, some, block.cpu())
 
 
 def _parts(corpus: Corpus) -> Iterator[list[Example]]:
