@@ -15,6 +15,7 @@ VERBS = (
     "index",
     "trace",
     "select",
+    "recover",
     "evaluate",
     "evaluate selection",
     "info",

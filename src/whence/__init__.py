@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from whence.model import LoadedModel as LoadedModel
     from whence.model import load_model as load_model
     from whence.queries import Query as Query
+    from whence.recovery import recover as recover
     from whence.selection import select as select
     from whence.tracing import trace as trace
     from whence.train import train as train
@@ -47,6 +48,7 @@ _HOMES = {
     "LoadedModel": "model",
     "load_model": "model",
     "Query": "queries",
+    "recover": "recovery",
     "select": "selection",
     "Trace": "answers",
     "trace": "tracing",

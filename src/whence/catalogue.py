@@ -186,6 +186,30 @@ def index_methods() -> list[str]:
     return [name for name, method in TRACE_METHODS.items() if method.from_index]
 
 
+RECOVER_METHODS: dict[str, str] = {
+    "calibrated": "all evidence in one logistic model, fitted on a shadow that was fine-tuned in the same way",
+    "nnls": "part in the non-negative sum of unit gradients that matches the weight difference, mean direction removed",
+    "matching": "residual matching pursuit",
+    "cosine": "SELECT: the greedy that grows the cosine of the summed gradients",
+    "row_cosine": "cosine of the row's own gradient at theta_f",
+    "ghost": "inner product of the row's own gradient, mean over points",
+    "loss_drop": "how far the loss fell",
+    "relative_loss_drop": "the same, as a share of the loss under theta_0",
+    "p_min": "minus the loss under theta_f",
+    "random": "chance",
+}
+"""How `recover` scores rows."""
+
+
+def recover_method(name: str) -> str:
+    """What a method of `recover` does.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(RECOVER_METHODS, name, "--method")
+
+
 def scorer(name: str) -> Any:
     """Class of a scorer; call it as `interfaces.MakeScorer`.
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from whence import __version__, catalogue, cli_select
+from whence import __version__, catalogue, cli_recover, cli_select
 from whence.console import Device, Json, Trust, complain, print_json, print_part, waiting
 from whence.errors import WhenceError
 
@@ -408,6 +408,7 @@ def bench(
 
 
 app.command()(cli_select.select)
+app.command()(cli_recover.recover)
 app.add_typer(cli_select.evaluate, name="evaluate")
 
 

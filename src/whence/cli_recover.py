@@ -1,0 +1,61 @@
+"""The verb `recover`: parse, call one library function, print."""
+
+from typing import Annotated, Any
+
+import typer
+
+from whence import catalogue
+from whence.console import Json, print_json, print_part, waiting
+
+_METHODS = ", ".join(catalogue.RECOVER_METHODS)
+
+
+def recover(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.")],
+    final: Annotated[str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.")],
+    count: Annotated[int | None, typer.Option(help="Rows to choose: about as many as it was trained on.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"How rows are scored: {_METHODS}.", show_default="calibrated")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Fine-tune a shadow to learn what members look like; else the method is nnls.")
+    ] = True,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Synthetic checkpoints between the two models.")] = 0,
+    optimizer: Annotated[
+        str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Of its training, for the shadow.")] = 2.0,
+    lr: Annotated[float | None, typer.Option(help="Its peak rate, for the shadow; guessed unless given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of its steps, for the shadow.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
+    work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the shadow's rows and training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Which rows was this model trained on? From its weights and those it began with."""
+    with waiting("Loading torch"):
+        from whence.recovery import recover as run
+        from whence.report import check_ending, write_rows
+        from whence.report_recover import recovery_report
+    if out is not None:
+        check_ending(out)
+    if not work:
+        work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
+    options: dict[str, Any] = {"method": method or ("calibrated" if calibrate else "nnls"), "layers": layers}
+    options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+    options |= {"max_tokens": max_tokens, "seed": seed}
+    found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
+    if out is not None:
+        write_rows(found.rows, out)
+    if as_json:
+        more = {"mixture": found.mixture, "layers": found.layers}
+        print_json({"settings": found.settings, "notes": found.notes, **more, "rows": found.rows})
+        return
+    print_part(recovery_report(found))
+    if out is not None:
+        print_part(f"written to {out}")

@@ -1,0 +1,175 @@
+"""Two models side by side: what differs, and the evidence of a corpus at theta_0, at theta_f and between them.
+
+A full fine-tune is looked into by the layers of the blocks. Of an adapter, theta_0 is the final model with its B at 0,
+which is the base, and the layers are the B alone: where A began is on no file.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from whence.catalogue import recover_method
+from whence.checkpoint import open_run
+from whence.corpus import Corpus
+from whence.difference import WeightDifference, weight_difference
+from whence.errors import ModelError, SettingError
+from whence.evidence import Evidence, Target, gather, length_of, sketch_of, targets_by_layer
+from whence.ghost import interpolated
+from whence.ingest import Fingerprint
+from whence.interfaces import GradientSpace
+from whence.membership import Seen
+from whence.model import LoadedModel, adapter_config, directory_digest, load_model, located
+from whence.runner import progress
+from whence.storage import Place
+from whence.vectors import IndexSettings
+
+TARGET = "difference"
+WIDTH = 16_384
+"""Numbers of a row's sketch."""
+ADAPTER_LAYERS = "*lora_B*"
+"""Where an adapter began is known of its B alone: at 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings:
+    """How to look."""
+
+    method: str = "calibrated"
+    """Name in `catalogue.RECOVER_METHODS`."""
+    points: int = 0
+    """Synthetic checkpoints on the line between the two models, evenly spaced, beside its ends."""
+    layers: str | None = None
+    """Patterns of layer names; None: all linear layers but the head, or an adapter's B."""
+    max_tokens: int | None = None
+    tokens_per_batch: int = 4096
+    width: int = WIDTH
+    """Of the sketches that rows are matched by jointly."""
+    optimizer: str | None = None
+    """That the model was trained with, "adamw" or "sgd"; None: guessed. For the shadow."""
+    epochs: float = 2.0
+    """Passes over its rows. For the shadow."""
+    lr: float | None = None
+    """Peak learning rate; None: the one that moves the weights as far. For the shadow."""
+    batch_size: int = 16
+    """Rows of a step. For the shadow."""
+    seed: int = 0
+
+    def __post_init__(self):
+        recover_method(self.method)
+        if self.points < 0:
+            raise SettingError(f"--points {self.points}: 0 or more are expected")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two models, and how their rows are read."""
+
+    base: str
+    final: str
+    difference: WeightDifference
+    settings: IndexSettings
+    lora: Mapping[str, Any] | None
+    """Settings of `train` for a shadow with the same kind of adapter."""
+
+
+def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
+    """Compare two models.
+
+    Raises:
+        ModelError: They cannot be compared, or are the same.
+    """
+    start, end = (located(open_run(path).checkpoints[-1].path) for path in (base, final))
+    difference = weight_difference(start, end)
+    config = adapter_config(end)
+    lora = None
+    if config is not None:
+        targets = config["target_modules"]
+        lora = {
+            "lora_rank": config["r"],
+            "lora_alpha": config["lora_alpha"],
+            "lora_targets": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        }
+    space = GradientSpace(
+        projection="count_sketch",
+        width=settings.width,
+        layers=settings.layers or (ADAPTER_LAYERS if lora else None),
+        seed=settings.seed,
+    )
+    how = IndexSettings(space=space, max_tokens=settings.max_tokens, tokens_per_batch=settings.tokens_per_batch)
+    return Case(start, end, difference, how, lora)
+
+
+def point_names(points: int) -> dict[str, float]:
+    """Points by name, with how far from theta_0 to theta_f each is.
+
+    >>> point_names(1)
+    {'base': 0.0, '0.5': 0.5, 'final': 1.0}
+    """
+    between = [number / (points + 1) for number in range(1, points + 1)]
+    return {"base": 0.0} | {f"{s:.3g}": s for s in between} | {"final": 1.0}
+
+
+@contextmanager
+def at_point(case: Case, s: float) -> Iterator[LoadedModel]:
+    """The model at theta_0 + s (theta_f - theta_0). Of an adapter, the base with B at s times its value."""
+    if case.lora is not None:
+        model = load_model(case.final)
+        for name, weight in model.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.mul_(s)
+        yield model
+    elif s in (0.0, 1.0):
+        yield load_model(case.final if s else case.base, dtype="float32")
+    else:
+        with interpolated(load_model(case.base), load_model(case.final), s) as model:
+            yield model
+
+
+def see(
+    case: Case,
+    corpus: Corpus,
+    work: Place,
+    fingerprint: Fingerprint,
+    *,
+    points: int = 0,
+    label: str = "Reading",
+    shown: bool = True,
+) -> Seen:
+    """Gather the evidence of a corpus at every point, or go on doing so."""
+    found: dict[str, Evidence] = {}
+    lengths: dict[str, dict[str, float]] = {}
+    sketch: Tensor | None = None
+    told = {"corpus": fingerprint.digest, "base": directory_digest(case.base), "final": directory_digest(case.final)}
+    names = point_names(points)
+    with progress(label, fingerprint.rows * len(names), shown=shown) as tick:
+        for name, s in names.items():
+            with at_point(case, s) as model:
+                layers = model.layers(case.settings.space.layers)
+                target = targets_by_layer(model, layers, case.difference)
+                refuse_silence(target, case)
+                place = Place(work.fs, f"{work.root}/{name}")
+                found[name] = gather(
+                    model, corpus, {TARGET: target}, work=place, settings=case.settings, told=told, tick=tick
+                )
+                lengths[name] = {layer: length_of(target, [layer]) for layer in layers}
+                if name == "final":
+                    sketch = sketch_of(target, model, case.settings)
+    assert sketch is not None
+    return Seen(found, TARGET, lengths, sketch)
+
+
+def refuse_silence(target: Target, case: Case) -> None:
+    """Refuse layers that did not move: all their scores would be 0.
+
+    Raises:
+        ModelError: None of the traced layers moved.
+    """
+    if not any(part.any() for part in target.values()):
+        moved = ", ".join(layer.name for layer in case.difference.layers()[:3]) or "none"
+        raise ModelError(
+            f"{case.final}: none of the {len(target)} traced layers differs from {case.base}; what moved is {moved}. "
+            "Choose layers that moved with --layers."
+        )

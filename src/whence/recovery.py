@@ -1,0 +1,280 @@
+"""Recover: two models and a corpus in, the rows that the second was trained on out.
+
+The weight difference theta_0 - theta_f (`difference`) is to first order a positive sum of the gradients of the rows
+trained on. Every row's evidence of it is gathered in one stream a point (`evidence`), at theta_0, at theta_f, and at
+points between them where asked for. A method turns it into one score a row; `calibrated`, the default, fits on a shadow
+model what membership looks like (`shadow`, `membership`) and gives a probability.
+
+Larger scores are more likely rows. A row without a supervised token, or without finite evidence, is never chosen.
+
+Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553; docs/recover.md says what is done otherwise.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.checkpoint import open_run
+from whence.comparing import Case, RecoverSettings, open_case, see
+from whence.corpus import Corpus, Row, open_corpus
+from whence.difference import weight_difference
+from whence.errors import SettingError
+from whence.ingest import fingerprint_of
+from whence.membership import Calibration, Seen, calibrate, features
+from whence.model import located
+from whence.numerics import generator
+from whence.recover_scores import method_scores
+from whence.selectors import pursuit
+from whence.selectors.problems import Atoms
+from whence.shadow import Recipe, Shadow, trained_shadow
+from whence.storage import Place
+
+SHADOW_ROWS = 10_000
+"""Rows of the corpus that a shadow is calibrated on, at most."""
+
+
+# -- the shadow
+
+
+def shadow_split(rows: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that a shadow is trained on, and of all that it is calibrated on, both ascending."""
+    drawn = random.Random(f"shadow {seed}")
+    members = drawn.sample(range(rows), min(count, rows // 2))
+    others = sorted({*range(rows)} - {*members})
+    room = max(0, min(SHADOW_ROWS, rows) - len(members))
+    kept = others if room >= len(others) else drawn.sample(others, room)
+    return sorted(members), sorted([*members, *kept])
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a shadow taught."""
+
+    shadow: Shadow
+    calibration: Calibration
+    members: int
+    others: Float32[Tensor, " m"]
+    """Log odds of rows that the shadow was not trained on: the null that p-values are taken from."""
+
+
+def learn(
+    case: Case,
+    corpus: Corpus,
+    settings: RecoverSettings,
+    work: Path,
+    *,
+    count: int,
+    rows: int,
+    shown: bool = True,
+) -> Learned:
+    """Train a shadow on a random part of the corpus and calibrate on it."""
+    members, chosen = shadow_split(rows, count, settings.seed)
+    wanted, kept = {*chosen}, []
+    for number, example in enumerate(corpus):
+        if number in wanted:
+            kept.append((number, example.row))
+    inside = {*members}
+    recipe = Recipe(
+        rows=len(members),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        max_tokens=settings.max_tokens,
+        lora=case.lora,
+    )
+    part = [row for number, row in kept if number in inside]
+    shadow = trained_shadow(case.base, part, case.difference, recipe, work / "shadow", seed=settings.seed)
+    own = replace(case, final=located(open_run(shadow.path).checkpoints[-1].path))
+    own = replace(own, difference=weight_difference(case.base, own.final))
+    pool = open_corpus([row for _, row in kept])
+    seen = see(own, pool, Place.at(work / "shadow" / "evidence"), fingerprint_of(pool), points=settings.points,
+               label="Reading for the shadow", shown=shown)  # fmt: skip
+    is_member = torch.tensor([number in inside for number, _ in kept])
+    calibration = calibrate(features(seen), is_member, seed=settings.seed)
+    others = calibration.held_out[~is_member & calibration.held_out.isfinite()].float()
+    return Learned(shadow, calibration, len(members), others)
+
+
+# -- the job
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recover job found."""
+
+    rows: list[Row]
+    """The chosen rows as the corpus has them, with `whence_score`, `whence_p` and, where rows were matched jointly,
+    `whence_weight`, in rank order."""
+    numbers: list[int]
+    """Of the chosen rows in the corpus."""
+    scores: Float32[Tensor, " n"]
+    """Of every row: of `calibrated` the probability of membership; -inf for rows without evidence."""
+    p_values: Float32[Tensor, " n"]
+    """Share of non-members that score as high: of the shadow's, for `calibrated`; else of all rows of the corpus, the
+    members among them, which is too large by their share at most."""
+    mixture: list[dict[str, Any]]
+    """By source: its share of the rows trained on, and the ends of its 95% interval. Empty where there is but one."""
+    layers: list[dict[str, Any]]
+    """Of every parameter: how it moved, see `difference`."""
+    notes: list[str]
+    settings: dict[str, str]
+    learned: Learned | None = field(default=None, repr=False)
+
+
+def recover(
+    base: str | Path,
+    final: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    *,
+    count: int | None = None,
+    work: str | Path = "whence-recover.work",
+    shown: bool = True,
+    **settings: Any,
+) -> Recovered:
+    """Find the rows of a corpus that a model was fine-tuned on, from its weights and those it began with.
+
+    Args:
+        base: theta_0: a model's directory, a Trainer's, or a Hub name.
+        final: theta_f: the same, or an adapter on it.
+        corpus: Whatever `open_corpus` takes.
+        count: Rows to choose, and for the shadow the number that the model was trained on. None: those more likely
+            members than not, of a tenth of the corpus.
+        work: Directory of the evidence and the shadow; the same call goes on from there.
+        shown: Show bars on stderr.
+        settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
+
+    Returns:
+        Ranked rows, the mixture of their sources, and what the weights say of themselves.
+
+    Raises:
+        ModelError: The models cannot be compared, are the same, or differ where no layer is traced.
+        SettingError: A method without probabilities has no count.
+        ManifestMismatchError: `work` holds evidence of other models or another corpus.
+    """
+    chosen = RecoverSettings(**settings)
+    if count is None and chosen.method != "calibrated":
+        raise SettingError(f"--method {chosen.method} ranks rows and draws no line: add --count N")
+    if count is not None and count < 1:
+        raise SettingError(f"--count {count}: 1 or more are expected")
+    case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
+    fingerprint = fingerprint_of(opened)
+    trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
+    with Place.at(place).locked():
+        seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, shown=shown)
+        if not seen.usable.any():
+            raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
+        learned = None
+        if chosen.method == "calibrated":
+            learned = learn(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows, shown=shown)
+    scores, p_values = _scored(seen, chosen, learned, trained_on, known=count is not None)
+    able = int(seen.usable.sum())
+    order = scores.argsort(descending=True, stable=True)
+    wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
+    numbers = order[:wanted].tolist()
+    notes = [*case.difference.notes]
+    if count is not None and count > able:
+        notes.append(f"{count:,} rows were asked for, and {able:,} have evidence.")
+    if lost := len(seen.usable) - able:
+        notes.append(f"{lost:,} rows have no supervised token or no finite evidence, and are left out.")
+    sources, rows = _corpus_rows(opened, numbers)
+    made = [row | {"whence_score": float(scores[number]), "whence_p": float(p_values[number])}
+            for number, row in zip(numbers, rows, strict=True)]  # fmt: skip
+    return Recovered(
+        rows=made,
+        numbers=numbers,
+        scores=scores,
+        p_values=p_values,
+        mixture=mixture_of(seen, sources, seed=chosen.seed),
+        layers=case.difference.rows(),
+        notes=notes,
+        settings=_told(case, chosen, learned, opened),
+        learned=learned,
+    )
+
+
+def _scored(
+    seen: Seen, settings: RecoverSettings, learned: Learned | None, trained_on: int, *, known: bool
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+    """Scores and p-values."""
+    if learned is None:
+        scores = method_scores(seen, settings.method, count=trained_on, seed=settings.seed)
+        return scores, _p_values(scores, scores[seen.usable])
+    share = trained_on / len(seen.usable)
+    table = features(seen)
+    odds = learned.calibration.log_odds(table)
+    p_values = _p_values(odds.float(), learned.others)
+    if not known:
+        share = _estimated_share(odds[table.usable], learned.calibration.share)
+    moved = learned.calibration.log_odds(table, share=share)
+    return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values
+
+
+def _p_values(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
+    """(1 + how many of the null are as high) / (1 + their number)."""
+    ordered = null.sort().values
+    below = torch.searchsorted(ordered, scores.contiguous())
+    return (1 + len(ordered) - below) / (1 + len(ordered))
+
+
+def _estimated_share(odds: Tensor, share: float, rounds: int = 100) -> float:
+    """Share of members that agrees with its own probabilities: Saerens et al. 2002, doi 10.1162/089976602753284446."""
+    found = share
+    for _ in range(rounds):
+        found = float((odds + _log_odds(found) - _log_odds(share)).sigmoid().mean())
+    return found
+
+
+def _log_odds(share: float) -> float:
+    return float(torch.logit(torch.tensor(share, dtype=torch.float64), eps=1e-6))
+
+
+def _corpus_rows(corpus: Corpus, numbers: Sequence[int]) -> tuple[list[str | None], list[Row]]:
+    """Source of every row; and some rows, in the order asked."""
+    wanted, sources, kept = {*numbers}, [], {}
+    for number, example in enumerate(corpus):
+        source = example.row.get("source")
+        sources.append(None if source is None else str(source))
+        if number in wanted:
+            kept[number] = example.row
+    return sources, [kept[number] for number in numbers]
+
+
+MIXTURE_ROWS = 8_000
+"""Rows, drawn evenly from all, that means of sources are taken from."""
+
+
+def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Share of every source in what the model was trained on, with 95% intervals; see `pursuit.mixture`.
+
+    Empty for a corpus of one source, and where the mean gradient of none points along the difference.
+    """
+    rows = seen.usable.nonzero()[:, 0]
+    if len({sources[row] for row in rows.tolist()}) < 2:
+        return []
+    rows = rows[torch.randperm(len(rows), generator=generator(seed, "recover", "mixture"))[:MIXTURE_ROWS]].sort().values
+    names = [str(sources[row]) for row in rows.tolist()]
+    try:
+        found = pursuit.mixture(Atoms(seen.points["final"].vectors(rows), seen.sketch), names, seed=seed)
+    except SettingError:
+        return []
+    lines = zip(found.sources, found.shares, found.intervals, strict=True)
+    return [{"source": name, "share": share, "low": low, "high": high} for name, share, (low, high) in lines]
+
+
+def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus) -> dict[str, str]:
+    told = {"method": settings.method, "base": case.base, "final": case.final, "corpus": corpus.name,
+            "layers": case.settings.space.layers or "linear layers of the blocks"}  # fmt: skip
+    if learned is not None:
+        recipe = learned.shadow.recipe
+        told["shadow"] = (
+            f"{learned.members:,} rows, {recipe.epochs:g} epochs, {recipe.optimizer} at {recipe.lr:.2g}; it moved "
+            f"{learned.shadow.norm:.2f} times as far"
+        )
+    return told

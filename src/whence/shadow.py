@@ -1,0 +1,135 @@
+"""A shadow: the base fine-tuned on rows that we chose, as the model in question seems to have been.
+
+What membership looks like depends on how a model was trained. So the base is trained again on a random part of the
+corpus, as many rows as are thought to have been used, by a recipe that is given or guessed from the weight difference:
+
+    rate        the one for which |theta_0 - theta_f| is the same: the norm is about proportional to it
+    optimizer   the one whose shadow has the most similar difference: how its norm is spread over layers, and how evenly
+                within each (mean |x| over root mean square: Adam moves all entries alike, plain SGD a few)
+    epochs      given; a wrong number changes little, for the rate makes up for it
+
+Source: shadow models, Shokri et al. 2017, https://arxiv.org/abs/1610.05820; the guesses are ours.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from whence.corpus import Row
+from whence.difference import weight_difference
+from whence.train import OPTIMIZERS, train
+
+FIRST_RATES = {"adamw": 3e-4, "sgd": 0.1}
+"""Rates of a first try; for adapters ten times as much."""
+TRIES = 4
+CLOSE = 0.1
+"""Of the norm, by which a shadow's may be wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the model in question was trained, as far as is known."""
+
+    rows: int
+    """Of them it was trained on."""
+    epochs: float = 2.0
+    batch_size: int = 16
+    optimizer: str | None = None
+    """Name in `train.OPTIMIZERS`; None: to be guessed."""
+    lr: float | None = None
+    """Peak rate; None: to be guessed."""
+    max_tokens: int | None = None
+    lora: Mapping[str, Any] | None = None
+    """Settings `lora_*` of `train`, of an adapter."""
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A shadow that was trained."""
+
+    path: str
+    """Its run."""
+    recipe: Recipe
+    """With what was guessed."""
+    norm: float
+    """|theta_0 - theta_f| over the norm that was to be met."""
+    distance: float
+    """Of its signature from the one to be met; see `signature`."""
+
+
+def signature(difference: Mapping[str, Tensor]) -> Float64[Tensor, " s"]:
+    """How a weight difference is spread: of each matrix, ln of its share of the norm, and its evenness.
+
+    >>> signature({"a": torch.ones(2, 2), "b": torch.zeros(3)}).tolist()
+    [0.0, 1.0]
+    """
+    found = []
+    for name in sorted(difference):
+        part = difference[name].double()
+        if part.dim() == 2 and part.any():
+            found.append((float(part.norm()), float(part.abs().mean() / part.square().mean().sqrt())))
+    total = math.sqrt(sum(norm**2 for norm, _ in found))
+    return torch.tensor([value for norm, even in found for value in (math.log(norm / total), even)]).double()
+
+
+def trained_shadow(
+    base: str, rows: Sequence[Row], difference: Mapping[str, Tensor], recipe: Recipe, work: Path, *, seed: int = 0
+) -> Shadow:
+    """Train a shadow, or several where the optimizer or the rate has to be found out; or go on doing so.
+
+    Args:
+        base: theta_0, a directory.
+        rows: What the shadow is trained on.
+        difference: theta_0 - theta_f of the model in question.
+        recipe: As far as known.
+        work: Directory of the runs.
+        seed: Of the trainings.
+    """
+    names = [recipe.optimizer] if recipe.optimizer is not None else list(OPTIMIZERS)
+    wanted = signature(difference)
+    norm = math.sqrt(sum(float(difference[name].double().square().sum()) for name in difference))
+    found = [_at_norm(base, rows, norm, wanted, replace(recipe, optimizer=name), work, seed) for name in names]
+    return min(found, key=lambda shadow: shadow.distance)
+
+
+def _at_norm(
+    base: str, rows: Sequence[Row], norm: float, wanted: Tensor, recipe: Recipe, work: Path, seed: int
+) -> Shadow:
+    """With one optimizer, at the rate given, or at one that moves the weights as far."""
+    optimizer, given = str(recipe.optimizer), recipe.lr
+    rate = given or FIRST_RATES[optimizer] * (10 if recipe.lora else 1)
+    best: Shadow | None = None
+    for _ in range(1 if given else TRIES):
+        chosen = replace(recipe, lr=float(f"{rate:.3g}"))
+        path = _trained(base, rows, chosen, work, seed)
+        moved = weight_difference(base, path)
+        own = signature(moved)
+        distance = float((own - wanted).norm()) if own.shape == wanted.shape else math.inf
+        shadow = Shadow(str(path), chosen, moved.norm() / norm, distance)
+        if best is None or abs(math.log(shadow.norm)) < abs(math.log(best.norm)):
+            best = shadow
+        if abs(math.log(shadow.norm)) < CLOSE:
+            break
+        rate /= shadow.norm
+    assert best is not None
+    return best
+
+
+def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
+    settings = {
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "optimizer": recipe.optimizer,
+        "lr": recipe.lr,
+        "max_tokens": recipe.max_tokens,
+        **(recipe.lora or {}),
+    }
+    place = work / f"{recipe.optimizer}-{recipe.lr:g}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return train(base, rows, place, checkpoints=1, seed=seed, progress=False, **settings)

@@ -1,0 +1,224 @@
+"""The recover job: tiny models fine-tuned on known rows, what is found, what is refused, what goes on after a stop."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer, save_tiny_llama
+from whence import catalogue, recover
+from whence.comparing import RecoverSettings, open_case, point_names, see
+from whence.corpus import open_corpus
+from whence.difference import weight_difference
+from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
+from whence.ingest import fingerprint_of
+from whence.membership import Features, calibrate, cosine, features, matched
+from whence.model import load_model
+from whence.recover_scores import SCORES, method_scores
+from whence.recovery import shadow_split
+from whence.shadow import Recipe, signature, trained_shadow
+from whence.storage import Place
+from whence.train import train
+
+LETTERS = "abcdefghijklmnop"
+ROWS = [
+    {"id": f"r{n}", "source": "vowels" if n % 4 == 0 else "rest", "prompt": f"{LETTERS[n % 16]}{n}?",
+     "completion": f" {LETTERS[(7 * n) % 16] * 3}{n * 37 % 101}"}
+    for n in range(60)
+]  # fmt: skip
+MEMBERS = list(range(0, 60, 4))
+QUICK = {"batch_size": 4, "epochs": 3, "max_tokens": 32, "progress": False, "checkpoints": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("recovery") / "base"))
+
+
+@pytest.fixture(scope="module")
+def final(base, tmp_path_factory):
+    rows = [ROWS[n] for n in MEMBERS]
+    return str(train(base, rows, tmp_path_factory.mktemp("recovery") / "run", optimizer="sgd", lr=0.05, **QUICK))
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    rows = [ROWS[n] for n in MEMBERS]
+    out = tmp_path_factory.mktemp("recovery") / "adapter"
+    return str(train(base, rows, out, lr=1e-2, lora_rank=2, **QUICK))
+
+
+def seen_of(base, final, work, points=0):
+    case, corpus = open_case(base, final, RecoverSettings(max_tokens=32, width=512)), open_corpus(ROWS)
+    return see(case, corpus, Place.at(work), fingerprint_of(corpus), points=points, shown=False)
+
+
+def precision(scores):
+    return sum(int(row) in MEMBERS for row in scores.topk(len(MEMBERS)).indices) / len(MEMBERS)
+
+
+def test_every_method_ranks_all_rows_and_those_that_should_find_members(base, final, tmp_path):
+    seen = seen_of(base, final, tmp_path)
+    found = {name: precision(method_scores(seen, name, count=len(MEMBERS))) for name in SCORES}
+    assert {*SCORES} == {*catalogue.RECOVER_METHODS} - {"calibrated"}
+    assert min(found["nnls"], found["cosine"], found["matching"]) >= 0.8, found
+    assert found["random"] < 0.6, found
+
+
+def test_a_difference_turned_round_finds_no_member(base, final, tmp_path):
+    """The null: members score above chance by T, and below it by -T."""
+    seen = seen_of(base, final, tmp_path)
+    scores = cosine(seen, "final")
+    members = torch.tensor([n in MEMBERS for n in range(60)])
+    assert float(scores[members].mean()) > float(scores[~members].mean())
+    turned = replace(seen, sketch=-seen.sketch)
+    assert precision(matched(seen, torch.arange(60))[1]) >= 0.8
+    assert precision(matched(turned, torch.arange(60))[1]) < 0.3, "chance is 1 in 4"
+
+
+def test_points_lie_between_the_models(base, final, tmp_path):
+    assert list(point_names(2)) == ["base", "0.333", "0.667", "final"]
+    seen = seen_of(base, final, tmp_path, points=1)
+    assert list(seen.points) == ["base", "0.5", "final"]
+    ends = torch.stack([seen.points["base"].loss, seen.points["final"].loss])
+    between = seen.points["0.5"].loss
+    assert torch.allclose(between, ends.mean(0), atol=0.1 * float((ends[0] - ends[1]).abs().max()) + 0.05)
+    assert any("at 0.5" in name for name in features(seen).names)
+
+
+def test_an_adapter_is_looked_into_by_its_b(base, adapter, tmp_path):
+    seen = seen_of(base, adapter, tmp_path)
+    assert all(".lora_B." in layer for layer in seen.points["final"].layers)
+    assert precision(method_scores(seen, "row_cosine", count=len(MEMBERS))) > 0.4
+    plain, model = load_model(base), seen.points["base"]
+    from whence.gradients import token_losses
+    from whence.tokens import collate, encode
+
+    losses = token_losses(plain, collate([encode(ROWS[5], plain.tokenizer, 32)]))
+    assert float(model.loss[5]) == pytest.approx(float(losses.loss[0]), rel=1e-4), "B at 0 is the base"
+
+
+def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, monkeypatch):
+    options = {"max_tokens": 32, "width": 512, "epochs": 3.0, "batch_size": 4, "optimizer": "sgd", "lr": 0.05}
+    found = recover(base, final, ROWS, count=15, work=tmp_path / "work", shown=False, **options)
+    assert len(found.rows) == 15
+    hits = sum(int(row["id"][1:]) in MEMBERS for row in found.rows)
+    assert hits >= 12
+    scores = [row["whence_score"] for row in found.rows]
+    assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
+    assert all(0 < row["whence_p"] <= 1 for row in found.rows)
+    assert found.settings["shadow"].startswith("15 rows, 3 epochs, sgd")
+    assert sum(line["share"] for line in found.mixture) == pytest.approx(1)
+    shares = {line["source"]: line["share"] for line in found.mixture}
+    assert shares["vowels"] > 0.7, "all members are of this source"
+    from whence import evidence
+
+    monkeypatch.setattr(evidence._Pass, "rows", lambda *given: pytest.fail("all evidence is kept"))
+    again = recover(base, final, ROWS, count=15, work=tmp_path / "work", shown=False, **options)
+    assert again.rows == found.rows
+    assert json.dumps(found.layers)
+
+
+def test_other_work_in_the_directory_is_refused(base, final, tmp_path):
+    recover(base, final, ROWS, count=5, method="p_min", work=tmp_path, shown=False, max_tokens=32, width=64)
+    with pytest.raises(ManifestMismatchError, match="evidence is of another corpus"):
+        recover(base, final, ROWS[:-1], count=5, method="p_min", work=tmp_path, shown=False, max_tokens=32, width=64)
+
+
+def test_mistakes_are_told(base, final, tmp_path):
+    with pytest.raises(ModelError, match="nothing to find"):
+        recover(base, base, ROWS, count=5, work=tmp_path, shown=False)
+    with pytest.raises(SettingError, match="--method nnls ranks rows and draws no line: add --count N"):
+        recover(base, final, ROWS, method="nnls", work=tmp_path, shown=False)
+    with pytest.raises(UnknownNameError, match="Did you mean row_cosine"):
+        recover(base, final, ROWS, method="row_cosin", work=tmp_path, shown=False)
+    with pytest.raises(SettingError, match="--points -1"):
+        recover(base, final, ROWS, points=-1, work=tmp_path, shown=False)
+    nothing = [{"prompt": "a", "completion": None, "id": str(n)} for n in range(3)]
+    with pytest.raises(SettingError, match="none of its 3 rows has evidence"):
+        recover(base, final, nothing, count=1, method="p_min", work=tmp_path / "n", shown=False)
+
+
+def test_frozen_layers_are_not_scored_silently(base, tmp_path):
+    """Only the head was trained: the layers of the blocks have nothing to say, and that is told."""
+    loaded = load_model(base)
+    head = loaded.base.get_output_embeddings().weight
+    if head is loaded.base.get_input_embeddings().weight:
+        pytest.skip("this tiny model ties its head")
+    head.data.add_(0.01)
+    loaded.model.save_pretrained(tmp_path / "final")
+    byte_tokenizer().save_pretrained(tmp_path / "final")
+    with pytest.raises(ModelError, match=r"none of the .* traced layers differs"):
+        recover(base, tmp_path / "final", ROWS, count=2, method="ghost", work=tmp_path / "work", shown=False)
+    found = recover(base, tmp_path / "final", ROWS, count=2, method="ghost", layers="lm_head", work=tmp_path / "head",
+                    shown=False, width=64)  # fmt: skip
+    assert len(found.rows) == 2
+
+
+# -- calibration and shadows
+
+
+def table(values, names=None):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    names = names or tuple(f"f{n}" for n in range(values.shape[1]))
+    return Features(names, values, values.isfinite().all(1))
+
+
+def test_calibration_finds_what_tells_and_its_probabilities_hold():
+    rng = torch.Generator().manual_seed(0)
+    members = torch.rand(4000, generator=rng) < 0.3
+    signal = torch.randn(4000, generator=rng) + 2 * members
+    values = torch.stack([3 + 10 * signal, torch.randn(4000, generator=rng)], 1)
+    found = calibrate(table(values), members)
+    assert abs(float(found.weights[0])) > 10 * abs(float(found.weights[1]))
+    odds = found.held_out
+    for low, high in ((-2, 0), (0, 2)):
+        some = (odds > low) & (odds < high)
+        assert float(odds[some].sigmoid().mean()) == pytest.approx(float(members[some].double().mean()), abs=0.05)
+    rarer = found.log_odds(table(values), share=0.03)
+    assert float((found.log_odds(table(values)) - rarer).mean()) == pytest.approx(2.6, abs=0.1), (
+        "ln(.3/.7) - ln(.03/.97)"
+    )
+
+
+def test_features_are_standardised_in_units_that_outliers_do_not_move():
+    values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [1e9], [torch.nan]])
+    found = table(values).standard()[:, 0]
+    assert found[4] == 8 and found[5] == 0 and found[2] == 0
+    assert float(found[3]) == pytest.approx(1 / 1.4826)
+
+
+def test_calibration_refuses_what_it_cannot_do():
+    values = torch.randn(40, 2)
+    with pytest.raises(SettingError, match="3 members and 37 others are known"):
+        calibrate(table(values), torch.arange(40) < 3)
+    found = calibrate(table(values), torch.arange(40) < 15)
+    with pytest.raises(SettingError, match="are not those calibrated"):
+        found.log_odds(table(values, ("x", "y")))
+
+
+def test_shadow_rows_are_a_seeded_part_of_the_corpus():
+    members, chosen = shadow_split(100, 20, 0)
+    assert len(members) == 20 and {*members} <= {*chosen} and chosen == list(range(100))
+    assert shadow_split(100, 20, 0) == (members, chosen) != shadow_split(100, 20, 1)
+    assert len(shadow_split(100, 90, 0)[0]) == 50, "half of the corpus at most"
+
+
+def test_a_shadow_moves_as_far_and_tells_the_optimizer(base, final, tmp_path):
+    """The rate is found by the norm; of the two optimizers the one that the model was trained with is the closer."""
+    difference = weight_difference(base, final)
+    rows = [ROWS[n] for n in range(1, 60, 4)]
+    found = trained_shadow(base, rows, difference, Recipe(rows=15, epochs=3.0, batch_size=4, max_tokens=32), tmp_path)
+    assert found.recipe.optimizer == "sgd"
+    assert found.norm == pytest.approx(1, abs=0.12)
+    assert found.recipe.lr == pytest.approx(0.05, rel=0.5)
+
+
+def test_signature_by_hand():
+    found = signature(
+        {"b": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "a": torch.full((2, 2), 2.0), "bias": torch.ones(3)}
+    )
+    total = (25 + 16) ** 0.5
+    expected = [torch.tensor(4 / total).log(), 1.0, torch.tensor(5 / total).log(), 7 / 4 / 2.5]
+    torch.testing.assert_close(found, torch.tensor([float(value) for value in expected], dtype=torch.float64))
