@@ -36,7 +36,10 @@ from whence.tokens import Encoded as Tokens
 from whence.views import IndexView
 
 FRACTION = 0.05
-METHODS = ("less", "influence", "datainf", "rds", "rds+", "bm25", "dsir", "density", "loss", "loss_drop")
+METHODS = (
+    *("less", "influence", "datainf", "rds", "rds+", "bm25", "dsir", "dsir:length_normalised=true", "density"),
+    *("loss", "loss_drop"),
+)
 RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
 INDEX = ["--view", "adam", "--checkpoints", "all", "--width", "8192", "--max-tokens", "256"]

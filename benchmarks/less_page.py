@@ -44,7 +44,7 @@ def table(found: dict, name: str) -> str:
         cells = [part for task in tasks for part in shown(by[method, task])]
         own = [by[method, task].select_seconds for task in tasks]
         seconds = "-" if method in (NOTHING, EVERYTHING) else f"{max(own):,.0f} s"
-        label = method.split(":")[0]
+        label = "dsir, by length" if "length_normalised" in method else method.split(":")[0]
         out.append(f"| {'**' + label + '**' if method == RANDOM else label} | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(out) + "\n"
 

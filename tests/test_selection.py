@@ -1,9 +1,11 @@
 """The select job on a tiny index and on corpora: what is chosen, what is left out, what is refused."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
 from whence import catalogue
@@ -11,7 +13,9 @@ from whence.errors import CorpusError, SettingError
 from whence.index import index, open_index
 from whence.model import load_model
 from whence.page_select import selection_page
-from whence.selection import composition, lengths, made_scorer, open_view, overlap, select, select_each
+from whence.report_select import selection_report
+from whence.scorers.lexical import kl_reduction
+from whence.selection import composition, lengths, made_scorer, nearness, open_view, overlap, select, select_each
 from whence.tokens import encode
 from whence.train import train
 from whence.views import IndexView
@@ -220,6 +224,19 @@ def test_a_task_of_one_example_and_a_budget_above_the_pool(built):
     found = select(built, TASKS[2:], count=99)
     assert len(found.rows) == 24 and "1 example" in found.settings["selector"]
     assert any("24 of 99 rows are chosen" in note for note in found.selection.notes)
+
+
+def test_nearness_is_dsirs_kl_reduction_and_is_told(model):
+    pool = [{"text": "red green blue"}] * 3 + [{"text": "one two three four"}] * 3
+    found = select(
+        pool, [{"text": "one two three"}], method="dsir", options={"least_words": 1}, count=3, duplicates=None
+    )
+    texts = [row["text"] for row in pool]
+    assert nearness(found) == kl_reduction([texts[row] for row in found.selection.rows], ["one two three"], texts) > 0
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(selection_report(found))
+    assert "nats nearer to the task's than the pool's are" in console.export_text()
+    assert nearness(select(pool, method="random", count=3)) is None
 
 
 def test_several_tasks_share_one_scoring(built, monkeypatch):

@@ -18,7 +18,8 @@ from whence.answers import shown_text
 from whence.corpus import Row
 from whence.page import content_policy, packaged
 from whence.report import visible
-from whence.selection import Chosen, composition, lengths
+from whence.report_select import told_nearness
+from whence.selection import Chosen, composition, lengths, nearness
 from whence.selectors.choice import BELOW
 
 FIRST, LAST, NEAREST = 10, 5, 5
@@ -124,6 +125,8 @@ def _distributions(chosen: Chosen) -> str:
     several = "each row's best over the targets" if len(chosen.candidates.targets) > 1 else "of the target"
     drawn = _histogram(scores[able], scores[rows], lambda value: f"{value:.3g}")
     told = f"Score, {several}; larger is more helpful. Bars are shares of each side."
+    if (nearer := nearness(chosen)) is not None:
+        told += f" {told_nearness(nearer)}."
     parts.append(_section("Score", f'{drawn}<p class="say">{told}</p>', _KEY))
     return f'<div class="pair">{"".join(parts)}</div>'
 

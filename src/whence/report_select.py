@@ -10,7 +10,7 @@ from rich.text import Text
 from whence.answers import shown_text
 from whence.measures import NOTHING, RANDOM, Line, SelectionTable
 from whence.report import visible
-from whence.selection import Chosen, composition, lengths
+from whence.selection import Chosen, composition, lengths, nearness
 
 SHOWN = 3
 """Examples from either end of a selection."""
@@ -29,6 +29,8 @@ def selection_report(chosen: Chosen, overlaps: Mapping[str, float] | None = None
     was, now = size["pool_median_tokens"], size["median_tokens"]
     if selection.tokens:
         parts.append(Text(f"Median length {now:,.0f} tokens, in the pool {was:,.0f}: {_bias(now, was)}.", "dim"))
+    if chosen.settings["method"] == "dsir" and (nearer := nearness(chosen)) is not None:
+        parts.append(Text(f"{told_nearness(nearer)}.", "dim"))
     parts.append(_examples(chosen))
     if left := selection.tally():
         told = ", ".join(f"{count:,} {reason}" for reason, count in left.items())
@@ -37,6 +39,12 @@ def selection_report(chosen: Chosen, overlaps: Mapping[str, float] | None = None
         told = ", ".join(f"{name} {share:.0%}" for name, share in overlaps.items())
         parts.append(Text(f"Rows in common with: {told}.", "dim"))
     return Group(*parts)
+
+
+def told_nearness(nats: float) -> str:
+    """DSIR's KL reduction in words."""
+    way = "nearer to" if nats >= 0 else "farther from"
+    return f"Words are {abs(nats):.2f} nats {way} the task's than the pool's are (KL reduction of hashed n-grams)"
 
 
 def _bias(now: float, was: float) -> str:

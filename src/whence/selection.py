@@ -25,6 +25,7 @@ from whence.index import Index, open_index
 from whence.interfaces import QueryText, Scorer, Target, View
 from whence.manifest import MANIFEST
 from whence.model import LoadedModel, load_model
+from whence.scorers.lexical import kl_reduction
 from whence.selectors.budget import Amount, Budget, Limits
 from whence.selectors.choice import Candidates, Selection, choose
 from whence.storage import Place
@@ -76,6 +77,8 @@ class Chosen:
     candidates: Candidates
     settings: dict[str, str]
     """How, for a person."""
+    asked: list[str] = field(default_factory=list)
+    """Texts of the tasks' examples."""
 
 
 def select(
@@ -176,7 +179,9 @@ def _select_each(
         selector = catalogue.selector(settings.selector or "max")(temperature=settings.temperature, seed=settings.seed)
         selection = choose(own, selector, budget, limits=limits, duplicates=settings.duplicates)
         selection.notes[:0] = notes
-        out[name] = Chosen(selection, _rows(view, selection, corpus), own, _told(settings, budget, targets, view))
+        texts = [f"{query.prompt} {query.completion}".strip() for target in targets for query in target.queries]
+        told = _told(settings, budget, targets, view)
+        out[name] = Chosen(selection, _rows(view, selection, corpus), own, told, texts)
     return out
 
 
@@ -383,6 +388,18 @@ def lengths(chosen: Chosen) -> dict[str, float]:
         "pool_median_tokens": float(tokens[able].median()),
         "median_tokens": float(tokens[chosen.selection.rows].median()),
     }
+
+
+def nearness(chosen: Chosen) -> float | None:
+    """How much nearer the chosen rows' n-grams are to the tasks' than the pool's: see `lexical.kl_reduction`, in nats.
+
+    None where the tasks, or the rows, have no word. One pass over the pool's text.
+    """
+    texts = chosen.candidates.texts
+    try:
+        return kl_reduction([texts[row] for row in chosen.selection.rows], chosen.asked, texts)
+    except SettingError:
+        return None
 
 
 def compared(
