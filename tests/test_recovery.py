@@ -13,7 +13,7 @@ from whence.corpus import open_corpus
 from whence.difference import weight_difference
 from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
 from whence.ingest import fingerprint_of
-from whence.membership import Features, calibrate, cosine, features, matched
+from whence.membership import Features, calibrate, cosine, features, matched, with_short_list
 from whence.model import load_model
 from whence.recover_scores import SCORES, method_scores
 from whence.recovery import shadow_split
@@ -73,8 +73,25 @@ def test_a_difference_turned_round_finds_no_member(base, final, tmp_path):
     members = torch.tensor([n in MEMBERS for n in range(60)])
     assert float(scores[members].mean()) > float(scores[~members].mean())
     turned = replace(seen, sketch=-seen.sketch)
-    assert precision(matched(seen, torch.arange(60))[1]) >= 0.8
-    assert precision(matched(turned, torch.arange(60))[1]) < 0.3, "chance is 1 in 4"
+    assert precision(matched(seen)[1]) >= 0.8
+    assert precision(matched(turned)[1]) < 0.3, "chance is 1 in 4"
+
+
+def test_a_short_list_takes_its_share_of_every_length_and_source(base, final, tmp_path):
+    seen = seen_of(base, final, tmp_path)
+    groups = [row["source"] for row in ROWS]
+    listed = with_short_list(seen, 20, groups=groups)
+    assert 18 <= len(listed.short) <= 24
+    assert listed.short.tolist() == sorted({*listed.short.tolist()})
+    share = sum(groups[row] == "vowels" for row in listed.short.tolist()) / len(listed.short)
+    assert share == pytest.approx(0.25, abs=0.1)
+    assert with_short_list(seen, 60).short.tolist() == list(range(60))
+    scores = method_scores(listed, "nnls", count=15)
+    outside = [row for row in range(60) if row not in listed.short.tolist()]
+    assert float(scores[outside].max()) < float(scores[listed.short].min()), "others stand below the list"
+    assert torch.isfinite(scores).all()
+    parts = features(listed)
+    assert not parts.values[outside, parts.names.index("part")].any()
 
 
 def test_points_lie_between_the_models(base, final, tmp_path):
@@ -118,6 +135,14 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     again = recover(base, final, ROWS, count=15, work=tmp_path / "work", shown=False, **options)
     assert again.rows == found.rows
     assert json.dumps(found.layers)
+
+
+def test_what_a_short_list_loses_is_told_by_the_shadows_members(base, final, tmp_path):
+    options = {"max_tokens": 32, "width": 512, "epochs": 3.0, "batch_size": 4, "optimizer": "sgd", "lr": 0.05}
+    found = recover(base, final, ROWS, count=15, work=tmp_path, shown=False, short_list=30, **options)
+    note = next(note for note in found.notes if "matched jointly" in note)
+    assert note.startswith("Of 60 rows ") and "of the shadow's members such a list held" in note
+    assert found.learned.kept > 0.5
 
 
 def test_other_work_in_the_directory_is_refused(base, final, tmp_path):

@@ -26,6 +26,7 @@ def recover(
         str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
     ] = None,
     points: Annotated[int, typer.Option(help="Synthetic checkpoints between the two models.")] = 0,
+    short_list: Annotated[int, typer.Option(help="Rows that are matched jointly, at most.")] = 12_000,
     optimizer: Annotated[
         str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
     ] = None,
@@ -48,7 +49,7 @@ def recover(
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
     options: dict[str, Any] = {"method": method or ("calibrated" if calibrate else "nnls"), "layers": layers}
     options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
-    options |= {"max_tokens": max_tokens, "seed": seed}
+    options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list}
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whence.catalogue import recover_method
@@ -20,7 +21,7 @@ from whence.evidence import Evidence, Target, gather, length_of, sketch_of, targ
 from whence.ghost import interpolated
 from whence.ingest import Fingerprint
 from whence.interfaces import GradientSpace
-from whence.membership import Seen
+from whence.membership import Seen, with_short_list
 from whence.model import LoadedModel, adapter_config, directory_digest, load_model, located
 from whence.runner import progress
 from whence.storage import Place
@@ -47,6 +48,9 @@ class RecoverSettings:
     tokens_per_batch: int = 4096
     width: int = WIDTH
     """Of the sketches that rows are matched by jointly."""
+    short_list: int = 12_000
+    """Rows that are matched jointly, at most: their inner products with each other are held, 576 MB. Others are judged
+    by their own evidence alone."""
     optimizer: str | None = None
     """That the model was trained with, "adamw" or "sgd"; None: guessed. For the shadow."""
     epochs: float = 2.0
@@ -59,6 +63,8 @@ class RecoverSettings:
 
     def __post_init__(self):
         recover_method(self.method)
+        if self.short_list < 2:
+            raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
         if self.points < 0:
             raise SettingError(f"--points {self.points}: 0 or more are expected")
 
@@ -71,6 +77,8 @@ class Case:
     final: str
     difference: WeightDifference
     settings: IndexSettings
+    short_list: int
+    """Rows that are matched jointly, at most."""
     lora: Mapping[str, Any] | None
     """Settings of `train` for a shadow with the same kind of adapter."""
 
@@ -99,7 +107,7 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
         seed=settings.seed,
     )
     how = IndexSettings(space=space, max_tokens=settings.max_tokens, tokens_per_batch=settings.tokens_per_batch)
-    return Case(start, end, difference, how, lora)
+    return Case(start, end, difference, how, settings.short_list, lora)
 
 
 def point_names(points: int) -> dict[str, float]:
@@ -158,7 +166,9 @@ def see(
                 if name == "final":
                     sketch = sketch_of(target, model, case.settings)
     assert sketch is not None
-    return Seen(found, TARGET, lengths, sketch)
+    seen = Seen(found, TARGET, lengths, sketch, torch.zeros(0, dtype=torch.int64))
+    groups = [str(example.row.get("source")) for example in corpus] if fingerprint.rows > case.short_list else None
+    return with_short_list(seen, case.short_list, groups=groups)
 
 
 def refuse_silence(target: Target, case: Case) -> None:

@@ -27,7 +27,7 @@ from whence.errors import SettingError
 from whence.evidence import Evidence
 from whence.gradients import inverse
 from whence.numerics import generator
-from whence.selectors.problems import Atoms, gram
+from whence.selectors.problems import gram
 from whence.selectors.pursuit import nnls
 
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -35,8 +35,6 @@ RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)
 FOLDS = 5
 FARTHEST = 8.0
 """Robust standard deviations beyond which a feature says no more."""
-GRAM_ROWS = 12_000
-"""Up to so many rows all inner products are held: 576 MB."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class Seen:
     """|T| by point and traced layer; the layers of an adapter's points are the same."""
     sketch: Float32[Tensor, " k"]
     """Of T, as the vectors at "final" are."""
+    short: Int64[Tensor, " m"]
+    """Rows that are matched jointly: see `with_short_list`."""
 
     @property
     def usable(self) -> Bool[Tensor, " n"]:
@@ -88,32 +88,64 @@ def cosine(seen: Seen, point: str) -> Float32[Tensor, " n"]:
     return seen.points[point].cosine(seen.target, total)
 
 
-def matched(
-    seen: Seen, rows: Int64[Tensor, " m"], *, without_mean: bool = True
-) -> tuple[Float32[Tensor, " m"], Float32[Tensor, " m"]]:
-    """Part of each row in the non-negative sum of the rows' unit gradients that matches T; and a ranking of all.
+def matched(seen: Seen, *, without_mean: bool = True) -> tuple[Float32[Tensor, " m"], Float32[Tensor, " m"]]:
+    """Part of each row of the short list in the non-negative sum of unit gradients that matches T; and a ranking.
 
     Args:
         seen: Vectors at "final" are used.
-        rows: Candidates.
         without_mean: Project the mean of the unit gradients, which any row of the corpus' kind has, off all.
 
     Returns:
         Parts, 0 for rows that are not in the sum; scores in which rows without a part have their cosine with the rest.
     """
-    units = torch.nn.functional.normalize(seen.points["final"].vectors(rows))
-    problem = gram(units, seen.sketch) if len(rows) <= GRAM_ROWS else Atoms(units, seen.sketch)
-    found = nnls(problem.without(problem.mean()) if without_mean else problem)  # type: ignore[arg-type]
+    units = torch.nn.functional.normalize(seen.points["final"].vectors(seen.short))
+    problem = gram(units, seen.sketch)
+    found = nnls(problem.without(problem.mean()) if without_mean else problem)
     return found.weights, found.scores
 
 
-def features(seen: Seen, candidates: Int64[Tensor, " m"] | None = None) -> Features:
-    """All evidence of every row.
+STRATA = 5
+"""Classes of length, of equal numbers of rows, from each of which a short list takes its share."""
+
+
+def with_short_list(seen: Seen, size: int, *, groups: Sequence[str] | None = None) -> Seen:
+    """The same with the rows that are worth matching jointly, where there are more than can be.
+
+    Of every class of length and every group as large a share as of all: its best rows by each of three signs of
+    membership in turn, cosine at "final", cosine at "base" and relative loss drop, for no one of them serves under all
+    optimizers.
 
     Args:
         seen: Against one target.
-        candidates: Rows that are matched jointly, the others having no part; None for all usable ones.
+        size: Rows to keep, about; all usable ones if there are no more.
+        groups: Of each row, such as its source; None: all are one.
     """
+    rows = seen.usable.nonzero()[:, 0]
+    if len(rows) <= size:
+        return replace(seen, short=rows)
+    before, after = seen.points["base"].loss, seen.points["final"].loss
+    signs = [cosine(seen, "final"), cosine(seen, "base"), (before - after) * inverse(before)]
+    tokens = seen.points["final"].tokens[rows].double()
+    edges = tokens.quantile(torch.linspace(0, 1, STRATA + 1, dtype=torch.float64)[1:-1])
+    names = groups or [""] * len(seen.usable)
+    strata: dict[tuple[int, str], list[int]] = {}
+    for row, length in zip(rows.tolist(), torch.bucketize(tokens, edges).tolist(), strict=True):
+        strata.setdefault((length, names[row]), []).append(row)
+    kept: set[int] = set()
+    for members in strata.values():
+        own, wanted = torch.tensor(members), max(1, round(size * len(members) / len(rows)))
+        orders = [own[sign[own].argsort(descending=True, stable=True)].tolist() for sign in signs]
+        taken: dict[int, None] = {}
+        for places in zip(*orders, strict=True):
+            taken |= dict.fromkeys(places)
+            if len(taken) >= wanted:
+                break
+        kept |= {*list(taken)[:wanted]}
+    return replace(seen, short=torch.tensor(sorted(kept)))
+
+
+def features(seen: Seen) -> Features:
+    """All evidence of every row; those that are not in the short list have no part."""
     base, final, usable = seen.points["base"], seen.points["final"], seen.usable
     table: dict[str, Tensor] = {}
     for name, point in seen.points.items():
@@ -126,9 +158,8 @@ def features(seen: Seen, candidates: Int64[Tensor, " m"] | None = None) -> Featu
     table["relative loss drop"] = (base.loss - final.loss) * inverse(base.loss)
     table["ln |g| ratio"] = table["ln |g| at final"] - table["ln |g| at base"]
     table["ln tokens"] = final.tokens.clamp_min(1).log()
-    rows = usable.nonzero()[:, 0] if candidates is None else candidates
     for name, without_mean in (("part", True), ("part with the mean", False)):
-        table[name] = torch.zeros(len(usable)).index_copy_(0, rows, matched(seen, rows, without_mean=without_mean)[0])
+        table[name] = torch.zeros(len(usable)).index_copy_(0, seen.short, matched(seen, without_mean=without_mean)[0])
     values = torch.stack([column.double() for column in table.values()], 1)
     return Features(tuple(table), values, usable & values.isfinite().all(1))
 

@@ -7,7 +7,6 @@ with sketched gradients of the head); the rest is named where it stands.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -16,7 +15,7 @@ from torch import Tensor
 from whence.membership import Seen, cosine, matched
 from whence.numerics import generator
 from whence.selectors import pursuit
-from whence.selectors.problems import Atoms, gram
+from whence.selectors.problems import Gram, gram
 
 
 def random_scores(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
@@ -52,29 +51,28 @@ def row_cosine(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
 
 def greedy_cosine(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """SELECT: the greedy that grows the cosine of the chosen rows' summed gradients at theta_f with T."""
-    return _jointly(seen, lambda problem: pursuit.cosine(problem, count=count).scores)
+    return _jointly(seen, pursuit.cosine(_problem(seen), count=count).scores)
 
 
 def matching(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """Residual matching pursuit on the same."""
-    return _jointly(seen, lambda problem: pursuit.matching(problem, count=count).scores)
+    return _jointly(seen, pursuit.matching(_problem(seen), count=count).scores)
 
 
 def nnls(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """Part of a row in the non-negative sum of unit gradients that matches T, their mean direction removed."""
-    rows = seen.usable.nonzero()[:, 0]
-    out = torch.full((len(seen.usable),), -torch.inf)
-    out[rows] = matched(seen, rows)[1]
-    return out
+    return _jointly(seen, matched(seen)[1])
 
 
-def _jointly(seen: Seen, method: Callable[[Any], Float32[Tensor, " m"]]) -> Float32[Tensor, " n"]:
-    rows = seen.usable.nonzero()[:, 0]
-    vectors = seen.points["final"].vectors(rows)
-    problem = gram(vectors, seen.sketch) if len(rows) <= 12_000 else Atoms(vectors, seen.sketch)
-    out = torch.full((len(seen.usable),), -torch.inf)
-    out[rows] = method(problem)
-    return out
+def _problem(seen: Seen) -> Gram:
+    return gram(seen.points["final"].vectors(seen.short), seen.sketch)
+
+
+def _jointly(seen: Seen, scores: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
+    """Scores of the short list; all others stand below them, by their cosine."""
+    known = scores[scores.isfinite()]
+    lowest = float(known.min()) if len(known) else 0.0
+    return (cosine(seen, "final") + (lowest - 2)).index_copy(0, seen.short, scores)
 
 
 SCORES: dict[str, Callable[[Seen, int, int], Float32[Tensor, " n"]]] = {

@@ -59,6 +59,8 @@ class Learned:
     shadow: Shadow
     calibration: Calibration
     members: int
+    kept: float
+    """Share of them that the shadow's short list held; 1 where all rows were matched jointly."""
     others: Float32[Tensor, " m"]
     """Log odds of rows that the shadow was not trained on: the null that p-values are taken from."""
 
@@ -91,15 +93,19 @@ def learn(
     )
     part = [row for number, row in kept if number in inside]
     shadow = trained_shadow(case.base, part, case.difference, recipe, work / "shadow", seed=settings.seed)
-    own = replace(case, final=located(open_run(shadow.path).checkpoints[-1].path))
+    # as many rows of the sample as of the corpus: the shadow's members are canaries, which tell what the list loses
+    size = max(2, round(case.short_list * len(kept) / rows)) if rows > case.short_list else case.short_list
+    own = replace(case, short_list=size, final=located(open_run(shadow.path).checkpoints[-1].path))
     own = replace(own, difference=weight_difference(case.base, own.final))
     pool = open_corpus([row for _, row in kept])
     seen = see(own, pool, Place.at(work / "shadow" / "evidence"), fingerprint_of(pool), points=settings.points,
                label="Reading for the shadow", shown=shown)  # fmt: skip
     is_member = torch.tensor([number in inside for number, _ in kept])
     calibration = calibrate(features(seen), is_member, seed=settings.seed)
+    inside_list = torch.zeros(len(kept), dtype=torch.bool).index_fill_(0, seen.short, True)
+    survived = float(inside_list[is_member].float().mean())
     others = calibration.held_out[~is_member & calibration.held_out.isfinite()].float()
-    return Learned(shadow, calibration, len(members), others)
+    return Learned(shadow, calibration, len(members), survived, others)
 
 
 # -- the job
@@ -183,6 +189,9 @@ def recover(
         notes.append(f"{count:,} rows were asked for, and {able:,} have evidence.")
     if lost := len(seen.usable) - able:
         notes.append(f"{lost:,} rows have no supervised token or no finite evidence, and are left out.")
+    if able > case.short_list:
+        told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
+        notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
     sources, rows = _corpus_rows(opened, numbers)
     made = [row | {"whence_score": float(scores[number]), "whence_p": float(p_values[number])}
             for number, row in zip(numbers, rows, strict=True)]  # fmt: skip
