@@ -127,9 +127,9 @@ def with_short_list(seen: Seen, size: int, *, groups: Sequence[str] | None = Non
     signs = [cosine(seen, "final"), cosine(seen, "base"), (before - after) * inverse(before)]
     tokens = seen.points["final"].tokens[rows].double()
     edges = tokens.quantile(torch.linspace(0, 1, STRATA + 1, dtype=torch.float64)[1:-1])
-    names = groups or [""] * len(seen.usable)
+    names, numbers = groups or [""] * len(seen.usable), list(map(int, rows))
     strata: dict[tuple[int, str], list[int]] = {}
-    for row, length in zip(rows.tolist(), torch.bucketize(tokens, edges).tolist(), strict=True):
+    for row, length in zip(numbers, map(int, torch.bucketize(tokens, edges)), strict=True):
         strata.setdefault((length, names[row]), []).append(row)
     kept: set[int] = set()
     for members in strata.values():
