@@ -125,6 +125,7 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     scores = [row["whence_score"] for row in found.rows]
     assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
     assert all(0 < row["whence_p"] <= 1 for row in found.rows)
+    assert sum(row["whence_weight"] > 0 for row in found.rows) >= 12
     assert found.settings["shadow"].startswith("15 rows, 3 epochs, sgd")
     assert sum(line["share"] for line in found.mixture) == pytest.approx(1)
     shares = {line["source"]: line["share"] for line in found.mixture}

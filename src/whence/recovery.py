@@ -26,7 +26,7 @@ from whence.corpus import Corpus, Row, open_corpus
 from whence.difference import weight_difference
 from whence.errors import SettingError
 from whence.ingest import fingerprint_of
-from whence.membership import Calibration, Seen, calibrate, features
+from whence.membership import Calibration, Seen, calibrate, features, matched
 from whence.model import located
 from whence.numerics import generator
 from whence.recover_scores import method_scores
@@ -116,8 +116,8 @@ class Recovered:
     """What a recover job found."""
 
     rows: list[Row]
-    """The chosen rows as the corpus has them, with `whence_score`, `whence_p` and, where rows were matched jointly,
-    `whence_weight`, in rank order."""
+    """The chosen rows as the corpus has them, in rank order, with `whence_score`, `whence_p`, and of `calibrated` and
+    `nnls` `whence_weight`: the row's part in the sum of unit gradients that matches the difference."""
     numbers: list[int]
     """Of the chosen rows in the corpus."""
     scores: Float32[Tensor, " n"]
@@ -179,7 +179,7 @@ def recover(
         learned = None
         if chosen.method == "calibrated":
             learned = learn(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows, shown=shown)
-    scores, p_values = _scored(seen, chosen, learned, trained_on, known=count is not None)
+    scores, p_values, weights = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
@@ -193,8 +193,11 @@ def recover(
         told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
         notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
     sources, rows = _corpus_rows(opened, numbers)
-    made = [row | {"whence_score": float(scores[number]), "whence_p": float(p_values[number])}
-            for number, row in zip(numbers, rows, strict=True)]  # fmt: skip
+    columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
+    made = [
+        row | {name: float(column[number]) for name, column in columns.items()}
+        for number, row in zip(numbers, rows, strict=True)
+    ]
     return Recovered(
         rows=made,
         numbers=numbers,
@@ -210,11 +213,14 @@ def recover(
 
 def _scored(
     seen: Seen, settings: RecoverSettings, learned: Learned | None, trained_on: int, *, known: bool
-) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
-    """Scores and p-values."""
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"] | None]:
+    """Scores, p-values, and parts in the sum that matches the difference."""
     if learned is None:
         scores = method_scores(seen, settings.method, count=trained_on, seed=settings.seed)
-        return scores, _p_values(scores, scores[seen.usable])
+        parts = None
+        if settings.method == "nnls":
+            parts = torch.zeros(len(scores)).index_copy_(0, seen.short, matched(seen)[0])
+        return scores, _p_values(scores, scores[seen.usable]), parts
     share = trained_on / len(seen.usable)
     table = features(seen)
     odds = learned.calibration.log_odds(table)
@@ -222,7 +228,8 @@ def _scored(
     if not known:
         share = _estimated_share(odds[table.usable], learned.calibration.share)
     moved = learned.calibration.log_odds(table, share=share)
-    return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values
+    parts = table.values[:, table.names.index("part")].float()
+    return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values, parts
 
 
 def _p_values(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
