@@ -19,7 +19,7 @@ def main() -> None:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + "\n".join(parts) + END + after)
-    lines = [line_of(row) for row in found["table 0.05"]["lines"]]
+    lines = [line_of(row | {"method": label(row["method"])}) for row in found["table 0.05"]["lines"]]
     PLOT.write_text(table_plot(SelectionTable(lines, {})))
 
 
@@ -44,9 +44,14 @@ def table(found: dict, name: str) -> str:
         cells = [part for task in tasks for part in shown(by[method, task])]
         own = [by[method, task].select_seconds for task in tasks]
         seconds = "-" if method in (NOTHING, EVERYTHING) else f"{max(own):,.0f} s"
-        label = "dsir, by length" if "length_normalised" in method else method.split(":")[0]
-        out.append(f"| {'**' + label + '**' if method == RANDOM else label} | " + " | ".join(cells) + f" | {seconds} |")
+        named = f"**{RANDOM}**" if method == RANDOM else label(method)
+        out.append(f"| {named} | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(out) + "\n"
+
+
+def label(method: str) -> str:
+    """Without its options."""
+    return "dsir, by length" if "length_normalised" in method else method.split(":")[0]
 
 
 def shown(line: Line) -> list[str]:
