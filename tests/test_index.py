@@ -58,7 +58,7 @@ def flip(file, where=-1):
         ({"width": 0}, "--width 0"),
         ({"dtype": "float8"}, "--dtype float8: choose one of"),
         ({"view": "fisher"}, "--view fisher: choose one of sgd, adam"),
-        ({"view": "frozen-v"}, "frozen-v is a query's view, on an index of --view sgd"),
+        ({"view": "frozen-v"}, "frozen-v is a view of `whence select`, on an index of --view sgd"),
         ({"adam_mode": "jax"}, "--adam-mode jax: choose one of torch, less"),
         ({"colour": "red"}, "colour: not a setting of an index"),
         ({"projection": "identity", "width": 4}, "--width 4: identity keeps every number"),

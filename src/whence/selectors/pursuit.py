@@ -74,6 +74,7 @@ def cosine(problem: Problem, *, count: int | None = None) -> Pursuit:
     Returns:
         Weights are equal: the one that fits the sum to the target.
 
+    >>> from whence.selectors.problems import gram
     >>> cosine(gram(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.tensor([2.0, 1.0])), count=2).rows
     [1, 0]
     """
