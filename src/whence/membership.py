@@ -191,7 +191,7 @@ class Calibration:
             raise SettingError(f"features {', '.join(table.names)} are not those calibrated: {', '.join(self.names)}")
         odds = table.standard() @ self.weights + self.intercept
         if share is not None:
-            odds = odds + _logit(share) - _logit(self.share)
+            odds = odds + logit(share) - logit(self.share)
         return torch.where(table.usable, odds, -torch.inf)
 
 
@@ -216,12 +216,6 @@ def calibrate(table: Features, members: Bool[Tensor, " n"], *, seed: int = 0) ->
     held_out = torch.full((len(usable),), torch.nan, dtype=torch.float64)
     held_out[usable] = tried[ridge]
     return Calibration(table.names, fitted[:-1], float(fitted[-1]), float(y.mean()), ridge, held_out)
-
-
-def without(table: Features, names: Sequence[str]) -> Features:
-    """The table without some of its features."""
-    kept = [number for number, name in enumerate(table.names) if name not in names]
-    return replace(table, names=tuple(table.names[number] for number in kept), values=table.values[:, kept])
 
 
 def _cross_validated(x: Tensor, y: Tensor, folds: Tensor, ridge: float) -> Float64[Tensor, " n"]:
@@ -250,6 +244,7 @@ def _fit(x: Float64[Tensor, "n f"], y: Float64[Tensor, " n"], ridge: float) -> F
     return torch.from_numpy(minimize(objective, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x)
 
 
-def _logit(share: float) -> float:
+def logit(share: float) -> float:
+    """ln(share / (1 - share)), of shares held between 1e-6 and 1 - 1e-6."""
     inside = min(max(share, 1e-6), 1 - 1e-6)
     return float(np.log(inside / (1 - inside)))

@@ -26,7 +26,7 @@ from whence.corpus import Corpus, Row, open_corpus
 from whence.difference import weight_difference
 from whence.errors import SettingError
 from whence.ingest import fingerprint_of
-from whence.membership import Calibration, Seen, calibrate, features, matched
+from whence.membership import Calibration, Seen, calibrate, features, logit, matched
 from whence.model import located
 from whence.numerics import generator
 from whence.recover_scores import method_scores
@@ -243,12 +243,8 @@ def _estimated_share(odds: Tensor, share: float, rounds: int = 100) -> float:
     """Share of members that agrees with its own probabilities: Saerens et al. 2002, doi 10.1162/089976602753284446."""
     found = share
     for _ in range(rounds):
-        found = float((odds + _log_odds(found) - _log_odds(share)).sigmoid().mean())
+        found = float((odds + logit(found) - logit(share)).sigmoid().mean())
     return found
-
-
-def _log_odds(share: float) -> float:
-    return float(torch.logit(torch.tensor(share, dtype=torch.float64), eps=1e-6))
 
 
 def _corpus_rows(corpus: Corpus, numbers: Sequence[int]) -> tuple[list[str | None], list[Row]]:
