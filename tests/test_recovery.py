@@ -248,3 +248,21 @@ def test_signature_by_hand():
     total = (25 + 16) ** 0.5
     expected = [torch.tensor(4 / total).log(), 1.0, torch.tensor(5 / total).log(), 7 / 4 / 2.5]
     torch.testing.assert_close(found, torch.tensor([float(value) for value in expected], dtype=torch.float64))
+
+
+# -- models that classify
+
+
+def test_rows_are_labelled_by_the_final_model(base, tmp_path):
+    rows = [{"id": row["id"], "text": row["prompt"]} for row in ROWS]
+    asked = {"choices": ("a", "b"), "template": "{text}:"}
+    part = [{"prompt": f"{row['text']}:", "completion": " a" if n % 2 else " b"} for n, row in enumerate(rows[::4])]
+    final = train(base, part, tmp_path / "run", optimizer="sgd", lr=0.05, **QUICK)
+    found = recover(base, final, rows, count=15, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
+                    width=256, **asked)  # fmt: skip
+    assert len(found.rows) == 15
+    for row in found.rows:
+        assert row["completion"] in (" a", " b") and row["prompt"] == f"{row['prompt'][:-1]}:"
+        assert 0.5 <= row["whence_label_p"] <= 1
+    with pytest.raises(SettingError, match="--template and --labels need --choices"):
+        recover(base, final, rows, count=15, method="nnls", work=tmp_path / "other", template="{text}:")

@@ -21,6 +21,7 @@ from whence.evidence import Evidence, Target, gather, length_of, sketch_of, targ
 from whence.ghost import interpolated
 from whence.ingest import Fingerprint
 from whence.interfaces import GradientSpace
+from whence.labelling import Labels, label_corpus
 from whence.membership import Seen, with_short_list
 from whence.model import LoadedModel, adapter_config, directory_digest, load_model, located
 from whence.runner import progress
@@ -59,14 +60,28 @@ class RecoverSettings:
     """Peak learning rate; None: the one that moves the weights as far. For the shadow."""
     batch_size: int = 16
     """Rows of a step. For the shadow."""
+    choices: tuple[str, ...] = ()
+    """Labels by which theta_f labels the rows, for a model that was trained to classify; none: rows as they are."""
+    template: str = "{text}"
+    """Prompt that a row's text is put into, where there are choices."""
+    labels: str = "hard"
+    """Which choice a row gets, see `labelling`."""
     seed: int = 0
 
     def __post_init__(self):
         recover_method(self.method)
+        if self.choices:
+            self.labelling()
+        elif (self.template, self.labels) != ("{text}", "hard"):
+            raise SettingError("--template and --labels need --choices, the labels that the model answers with")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
         if self.points < 0:
             raise SettingError(f"--points {self.points}: 0 or more are expected")
+
+    def labelling(self) -> Labels:
+        """How rows are labelled."""
+        return Labels(choices=tuple(self.choices), template=self.template, how=self.labels)
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,26 @@ def at_point(case: Case, s: float) -> Iterator[LoadedModel]:
             yield model
 
 
+def labelled(
+    case: Case, corpus: Corpus, work: Place, fingerprint: Fingerprint, settings: RecoverSettings, *, shown: bool = True
+) -> Corpus:
+    """A corpus with the labels that theta_f gives, or as it is where there are no choices."""
+    if not settings.choices:
+        return corpus
+    with progress("Labelling", fingerprint.rows, shown=shown) as tick, at_point(case, 1.0) as model:
+        return label_corpus(
+            model,
+            corpus,
+            settings.labelling(),
+            work,
+            digest=fingerprint.digest,
+            max_tokens=settings.max_tokens,
+            tokens_per_batch=settings.tokens_per_batch,
+            seed=settings.seed,
+            tick=tick,
+        )
+
+
 def see(
     case: Case,
     corpus: Corpus,
@@ -143,32 +178,66 @@ def see(
     fingerprint: Fingerprint,
     *,
     points: int = 0,
+    others: Mapping[str, WeightDifference] | None = None,
+    base: Evidence | None = None,
     label: str = "Reading",
     shown: bool = True,
 ) -> Seen:
-    """Gather the evidence of a corpus at every point, or go on doing so."""
+    """Gather the evidence of a corpus at every point, or go on doing so.
+
+    Args:
+        case: Two models.
+        corpus: Its rows, in order.
+        work: Directory of the evidence.
+        fingerprint: Of the corpus.
+        points: Between theta_0 and theta_f.
+        others: Differences of other models from the same base, by name: inner products with them are taken too at
+            theta_0, where they cost next to nothing. Not of adapters, whose gradients depend on where their A began.
+        base: Evidence at theta_0, where it is known; None: gathered.
+        label: Of the bar.
+        shown: Show it.
+    """
     found: dict[str, Evidence] = {}
     lengths: dict[str, dict[str, float]] = {}
     sketch: Tensor | None = None
     told = {"corpus": fingerprint.digest, "base": directory_digest(case.base), "final": directory_digest(case.final)}
-    names = point_names(points)
-    with progress(label, fingerprint.rows * len(names), shown=shown) as tick:
+    names, known = point_names(points), {} if base is None else {"base": base}
+    with progress(label, fingerprint.rows * (len(names) - len(known)), shown=shown) as tick:
         for name, s in names.items():
             with at_point(case, s) as model:
                 layers = model.layers(case.settings.space.layers)
                 target = targets_by_layer(model, layers, case.difference)
-                refuse_silence(target, case)
-                place = Place(work.fs, f"{work.root}/{name}")
-                found[name] = gather(
-                    model, corpus, {TARGET: target}, work=place, settings=case.settings, told=told, tick=tick
-                )
                 lengths[name] = {layer: length_of(target, [layer]) for layer in layers}
                 if name == "final":
                     sketch = sketch_of(target, model, case.settings)
+                if name in known:
+                    found[name] = known[name]
+                    continue
+                refuse_silence(target, case)
+                targets, place = {TARGET: target}, name
+                if name == "base" and others:
+                    targets |= {other: targets_by_layer(model, layers, moved) for other, moved in others.items()}
+                    place = f"base-and-{'-'.join(others)}"
+                found[name] = gather(
+                    model,
+                    corpus,
+                    targets,
+                    work=Place(work.fs, f"{work.root}/{place}"),
+                    settings=case.settings,
+                    told=told,
+                    sketched=name == "final",
+                    tick=tick,
+                )
     assert sketch is not None
     seen = Seen(found, TARGET, lengths, sketch, torch.zeros(0, dtype=torch.int64))
     groups = [str(example.row.get("source")) for example in corpus] if fingerprint.rows > case.short_list else None
     return with_short_list(seen, case.short_list, groups=groups)
+
+
+def refuse_silent_layers(case: Case) -> None:
+    """The same before anything is gathered."""
+    with at_point(case, 1.0) as model:
+        refuse_silence(targets_by_layer(model, model.layers(case.settings.space.layers), case.difference), case)
 
 
 def refuse_silence(target: Target, case: Case) -> None:

@@ -6,7 +6,7 @@ as it is or with an optimizer's scaling undone), each row has
     loss     of the row at theta, in nats, the mean over its supervised tokens
     norm     |g|, exact, by traced layer
     dot      <g, T>, exact, by traced layer, for each target that is given
-    vector   a sketch of g, in which a target has a sketch too: what several rows are matched by together
+    vector   where asked for a sketch of g, in which a target has a sketch too: what several rows are matched by
 
 all from one forward and backward pass over the row, in which a layer's gradient is formed for a few rows at a time.
 Positive dots are evidence of membership: descent takes gradients away, so T = theta_0 - theta_f is a positive sum of
@@ -22,7 +22,7 @@ supervised tokens.
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -56,7 +56,7 @@ class Evidence:
     parts: tuple[str, ...]
     layers: tuple[str, ...]
     width: int
-    """`k`."""
+    """`k`; 0 where no vectors were made."""
     loss: Float32[Tensor, " n"]
     norms: Float32[Tensor, "l n"]
     """By layer."""
@@ -82,8 +82,26 @@ class Evidence:
         """Of g and a target of this length over the traced layers, exact; 0 for a row without a gradient."""
         return self.dots[target].sum(0) * inverse(self.norm * length)
 
+    def some(self, rows: Int64[Tensor, " m"], dots: Mapping[str, str]) -> "Evidence":
+        """Of some rows, without vectors, and with these targets: names as they shall be, and as they are."""
+        return replace(
+            self,
+            parts=(),
+            width=0,
+            loss=self.loss[rows],
+            norms=self.norms[:, rows],
+            tokens=self.tokens[rows],
+            dots={new: self.dots[old][:, rows] for new, old in dots.items()},
+        )
+
     def vectors(self, rows: Int64[Tensor, " m"]) -> Float32[Tensor, "m k"]:
-        """Sketches of some rows, in the order asked."""
+        """Sketches of some rows, in the order asked.
+
+        Raises:
+            SettingError: None were made here.
+        """
+        if not self.width:
+            raise SettingError(f"{self.place.root}: no vectors were made of rows at this point")
         out = torch.zeros(len(rows), self.width)
         for number, part in enumerate(self.parts):
             inside = (rows // ROWS_PER_PART == number).nonzero()[:, 0]
@@ -101,6 +119,7 @@ def gather(
     work: Place,
     settings: IndexSettings,
     told: Mapping[str, Any],
+    sketched: bool = True,
     tick: Tick = lambda examples, tokens: None,
 ) -> Evidence:
     """Gather a corpus' evidence at one point, or go on doing so.
@@ -112,6 +131,7 @@ def gather(
         work: Directory of this point's parts.
         settings: Layers, reduction, sketch, longest row and batches, as of an index.
         told: What else decides the evidence, such as digests of the models: a directory with another is refused.
+        sketched: Make vectors.
         tick: Told of rows and tokens done.
 
     Raises:
@@ -128,12 +148,13 @@ def gather(
         "max_tokens": settings.max_tokens,
         "layers": list(layers),
         "targets": {name: round(length_of(target, layers), 6) for name, target in targets.items()},
+        "sketched": sketched,
     }
     claim(work, kept)
-    projection = projection_for(model, settings)
+    projection = projection_for(model, settings) if sketched else None
     pass_over = _Pass(model, layers, targets, projection, settings)
     names = []
-    for number, rows in enumerate(_parts(corpus)):
+    for number, rows in enumerate(parts_of(corpus)):
         name = f"part-{number:05d}.safetensors"
         names.append(name)
         if not work.exists(name):
@@ -148,7 +169,7 @@ def gather(
         place=work,
         parts=tuple(names),
         layers=tuple(layers),
-        width=projection.width,
+        width=projection.width if projection else 0,
         loss=joined["loss"],
         norms=joined["norm"],
         tokens=joined["tokens"].long(),
@@ -211,7 +232,7 @@ class _Pass:
     model: LoadedModel
     layers: Mapping[str, nn.Module]
     targets: Mapping[str, Target]
-    projection: Projection
+    projection: Projection | None
     settings: IndexSettings
 
     def __post_init__(self):
@@ -229,8 +250,9 @@ class _Pass:
     def rows(self, encoded: Sequence[Encoded], tick: Tick) -> dict[str, Tensor]:
         """A part's file."""
         n = len(encoded)
-        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(len(self.layers), n),
-                      "vectors": torch.zeros(n, self.projection.width)}  # fmt: skip
+        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(len(self.layers), n)}
+        if self.projection is not None:
+            self.found["vectors"] = torch.zeros(n, self.projection.width)
         self.found |= {f"dot {name}": torch.zeros(len(self.layers), n) for name in self.targets}
         usable = [number for number in range(n) if encoded[number].targets]
         tick(n - len(usable), 0)
@@ -249,13 +271,14 @@ class _Pass:
         out = dict(self.found)
         out["norm"] = out.pop("square").sqrt()
         out["tokens"] = torch.tensor([row.targets for row in encoded], dtype=torch.int32)
-        out["vectors"] = out["vectors"].to(torch.bfloat16)
+        if "vectors" in out:
+            out["vectors"] = out["vectors"].to(torch.bfloat16)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
     def _take(self, seen: Captured) -> None:
         """One layer's share of a batch: gradients are formed a few examples at a time, read for all, and freed."""
         rows, number = self.now if seen.rows is None else self.now[seen.rows.cpu()], self.numbers[seen.layer]
-        columns, entries = self.projection.columns(seen.layer), seen.g.shape[2] * seen.a.shape[2]
+        entries = seen.g.shape[2] * seen.a.shape[2]
         step = max(1, FORMED_ENTRIES.get(seen.a.device.type, 2**17) // entries)
         for some, a, g in zip(rows.split(step), seen.a.split(step), seen.g.split(step), strict=True):
             formed = example_gradients(a, g)
@@ -263,11 +286,13 @@ class _Pass:
             for name, target in self.placed.items():
                 dots = formed.flatten(1) @ target[seen.layer].flatten()
                 self.found[f"dot {name}"][number].index_add_(0, some, dots.cpu())
-            block = self.projection.flat(formed, layer=seen.layer)
-            self.found["vectors"][:, columns].index_add_(0, some, block.cpu())
+            if self.projection is not None:
+                columns, block = self.projection.columns(seen.layer), self.projection.flat(formed, layer=seen.layer)
+                self.found["vectors"][:, columns].index_add_(0, some, block.cpu())
 
 
-def _parts(corpus: Corpus) -> Iterator[list[Example]]:
+def parts_of(corpus: Corpus) -> Iterator[list[Example]]:
+    """Rows in files' worth."""
     stream = iter(corpus)
     while rows := list(itertools.islice(stream, ROWS_PER_PART)):
         yield rows

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from whence.checkpoint import open_run
-from whence.comparing import Case, RecoverSettings, open_case, see
+from whence.comparing import TARGET, Case, RecoverSettings, labelled, open_case, refuse_silent_layers, see
 from whence.corpus import Corpus, Row, open_corpus
 from whence.difference import weight_difference
 from whence.errors import SettingError
+from whence.evidence import Evidence
 from whence.ingest import fingerprint_of
 from whence.membership import Calibration, Seen, calibrate, features, logit, matched
 from whence.model import located
@@ -35,6 +36,8 @@ from whence.selectors.problems import Atoms
 from whence.shadow import Recipe, Shadow, trained_shadow
 from whence.storage import Place
 
+SHADOW = "shadow"
+"""Name of its difference in the evidence at theta_0."""
 SHADOW_ROWS = 10_000
 """Rows of the corpus that a shadow is calibrated on, at most."""
 
@@ -65,17 +68,22 @@ class Learned:
     """Log odds of rows that the shadow was not trained on: the null that p-values are taken from."""
 
 
-def learn(
-    case: Case,
-    corpus: Corpus,
-    settings: RecoverSettings,
-    work: Path,
-    *,
-    count: int,
-    rows: int,
-    shown: bool = True,
-) -> Learned:
-    """Train a shadow on a random part of the corpus and calibrate on it."""
+@dataclass(frozen=True)
+class Cast:
+    """A shadow, and what it is to be calibrated on."""
+
+    shadow: Shadow
+    case: Case
+    """It and its base."""
+    pool: Corpus
+    numbers: Int64[Tensor, " m"]
+    """Of the pool's rows in the corpus."""
+    is_member: Bool[Tensor, " m"]
+    """Whether the shadow was trained on them."""
+
+
+def cast_shadow(case: Case, corpus: Corpus, settings: RecoverSettings, work: Path, *, count: int, rows: int) -> Cast:
+    """Train a shadow on a random part of the corpus, or go on doing so."""
     members, chosen = shadow_split(rows, count, settings.seed)
     wanted, kept = {*chosen}, []
     for number, example in enumerate(corpus):
@@ -97,15 +105,30 @@ def learn(
     size = max(2, round(case.short_list * len(kept) / rows)) if rows > case.short_list else case.short_list
     own = replace(case, short_list=size, final=located(open_run(shadow.path).checkpoints[-1].path))
     own = replace(own, difference=weight_difference(case.base, own.final))
-    pool = open_corpus([row for _, row in kept])
-    seen = see(own, pool, Place.at(work / "shadow" / "evidence"), fingerprint_of(pool), points=settings.points,
-               label="Reading for the shadow", shown=shown)  # fmt: skip
     is_member = torch.tensor([number in inside for number, _ in kept])
-    calibration = calibrate(features(seen), is_member, seed=settings.seed)
-    inside_list = torch.zeros(len(kept), dtype=torch.bool).index_fill_(0, seen.short, True)
-    survived = float(inside_list[is_member].float().mean())
-    others = calibration.held_out[~is_member & calibration.held_out.isfinite()].float()
-    return Learned(shadow, calibration, len(members), survived, others)
+    return Cast(shadow, own, open_corpus([row for _, row in kept]), torch.tensor([n for n, _ in kept]), is_member)
+
+
+def learn(
+    cast: Cast, settings: RecoverSettings, work: Path, *, base: Evidence | None = None, shown: bool = True
+) -> Learned:
+    """Calibrate on a shadow.
+
+    Args:
+        cast: The shadow.
+        settings: Points and seed.
+        work: Directory of its evidence.
+        base: Evidence of the pool at theta_0 against the shadow's difference, where known.
+        shown: Show a bar.
+    """
+    fingerprint, place = fingerprint_of(cast.pool), Place.at(work / "shadow" / "evidence")
+    seen = see(cast.case, cast.pool, place, fingerprint, points=settings.points, base=base,
+               label="Reading for the shadow", shown=shown)  # fmt: skip
+    calibration = calibrate(features(seen), cast.is_member, seed=settings.seed)
+    inside_list = torch.zeros(fingerprint.rows, dtype=torch.bool).index_fill_(0, seen.short, True)
+    survived = float(inside_list[cast.is_member].float().mean())
+    others = calibration.held_out[~cast.is_member & calibration.held_out.isfinite()].float()
+    return Learned(cast.shadow, calibration, int(cast.is_member.sum()), survived, others)
 
 
 # -- the job
@@ -171,14 +194,23 @@ def recover(
         raise SettingError(f"--count {count}: 1 or more are expected")
     case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
     fingerprint = fingerprint_of(opened)
-    trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
+    refuse_silent_layers(case)
     with Place.at(place).locked():
-        seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, shown=shown)
+        if chosen.choices:
+            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
+            fingerprint = fingerprint_of(opened)
+        trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
+        cast, others, learned = None, {}, None
+        if chosen.method == "calibrated":
+            cast = cast_shadow(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows)
+            others = {} if case.lora else {SHADOW: cast.case.difference}
+        seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, others=others,
+                   shown=shown)  # fmt: skip
         if not seen.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
-        learned = None
-        if chosen.method == "calibrated":
-            learned = learn(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows, shown=shown)
+        if cast is not None:
+            base_seen = seen.points["base"].some(cast.numbers, {TARGET: SHADOW}) if others else None
+            learned = learn(cast, chosen, place, base=base_seen, shown=shown)
     scores, p_values, weights = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)

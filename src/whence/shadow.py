@@ -4,8 +4,9 @@ What membership looks like depends on how a model was trained. So the base is tr
 corpus, as many rows as are thought to have been used, by a recipe that is given or guessed from the weight difference:
 
     rate        the one for which |theta_0 - theta_f| is the same: the norm is about proportional to it
-    optimizer   the one whose shadow has the most similar difference: how its norm is spread over layers, and how evenly
-                within each (mean |x| over root mean square: Adam moves all entries alike, plain SGD a few)
+    optimizer   the one whose first shadow, at a usual rate, has the most similar difference: how its norm is spread
+                over layers, and how evenly within each (mean |x| over root mean square: Adam moves all entries alike,
+                plain SGD a few); neither depends much on the rate, which is found for that optimizer alone
     epochs      given; a wrong number changes little, for the rate makes up for it
 
 Source: shadow models, Shokri et al. 2017, https://arxiv.org/abs/1610.05820; the guesses are ours.
@@ -91,34 +92,39 @@ def trained_shadow(
         work: Directory of the runs.
         seed: Of the trainings.
     """
-    names = [recipe.optimizer] if recipe.optimizer is not None else list(OPTIMIZERS)
     wanted = signature(difference)
     norm = math.sqrt(sum(float(difference[name].double().square().sum()) for name in difference))
-    found = [_at_norm(base, rows, norm, wanted, replace(recipe, optimizer=name), work, seed) for name in names]
-    return min(found, key=lambda shadow: shadow.distance)
+    names = [recipe.optimizer] if recipe.optimizer is not None else list(OPTIMIZERS)
+    first = [_tried(base, rows, norm, wanted, replace(recipe, optimizer=name), work, seed) for name in names]
+    likely = min(first, key=lambda shadow: shadow.distance)
+    return _at_norm(base, rows, norm, wanted, likely, work, seed, tries=1 if recipe.lr else TRIES)
 
 
 def _at_norm(
+    base: str, rows: Sequence[Row], norm: float, wanted: Tensor, best: Shadow, work: Path, seed: int, *, tries: int
+) -> Shadow:
+    """From a first try on, at rates that move the weights as far; the best that was found."""
+    last = best
+    for _ in range(tries - 1):
+        if abs(math.log(last.norm)) < CLOSE:
+            break
+        rate = (last.recipe.lr or 0.0) / last.norm
+        last = _tried(base, rows, norm, wanted, replace(last.recipe, lr=float(f"{rate:.3g}")), work, seed)
+        best = min(best, last, key=lambda shadow: abs(math.log(shadow.norm)))
+    return best
+
+
+def _tried(
     base: str, rows: Sequence[Row], norm: float, wanted: Tensor, recipe: Recipe, work: Path, seed: int
 ) -> Shadow:
-    """With one optimizer, at the rate given, or at one that moves the weights as far."""
-    optimizer, given = str(recipe.optimizer), recipe.lr
-    rate = given or FIRST_RATES[optimizer] * (10 if recipe.lora else 1)
-    best: Shadow | None = None
-    for _ in range(1 if given else TRIES):
-        chosen = replace(recipe, lr=float(f"{rate:.3g}"))
-        path = _trained(base, rows, chosen, work, seed)
-        moved = weight_difference(base, path)
-        own = signature(moved)
-        distance = float((own - wanted).norm()) if own.shape == wanted.shape else math.inf
-        shadow = Shadow(str(path), chosen, moved.norm() / norm, distance)
-        if best is None or abs(math.log(shadow.norm)) < abs(math.log(best.norm)):
-            best = shadow
-        if abs(math.log(shadow.norm)) < CLOSE:
-            break
-        rate /= shadow.norm
-    assert best is not None
-    return best
+    """One training, at the recipe's rate or a usual one."""
+    rate = recipe.lr or FIRST_RATES[str(recipe.optimizer)] * (10 if recipe.lora else 1)
+    chosen = replace(recipe, lr=rate)
+    path = _trained(base, rows, chosen, work, seed)
+    moved = weight_difference(base, path)
+    own = signature(moved)
+    distance = float((own - wanted).norm()) if own.shape == wanted.shape else math.inf
+    return Shadow(str(path), chosen, moved.norm() / norm, distance)
 
 
 def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
