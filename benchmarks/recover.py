@@ -10,6 +10,8 @@ Stages; each goes on where it was stopped, and leaves out the cells that have re
     planted     fine-tune on PLANTED rows of alpaca (2 epochs, batch 16), hide them among ROWS, and rank all by every
                 method: precision at PLANTED, auROC, true positives at a false positive rate of 1e-3
     mixture     fine-tune on a known mixture of four sources and estimate it: shares with intervals
+    scale       100,000 rows by the command: seconds, memory as it goes, a kill and going on
+    distribution  choose other text in place of what a model was trained on, and train anew: see that file
 
 Results go to benchmarks/results/recover.json.
 """
@@ -18,8 +20,10 @@ import argparse
 import json
 from pathlib import Path
 
+import recover_distribution
 import recover_mixture
 import recover_planted
+import recover_scale
 
 RESULTS = Path(__file__).parent / "results" / "recover.json"
 
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=list(recover_planted.KINDS), choices=recover_planted.KINDS)
+    parser.add_argument("--tasks", nargs="+", default=["classes", "answers", "classes+"])
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if "all" in options.stages else options.stages:
@@ -59,6 +64,8 @@ def keep(name: str, cell: str, found: object) -> None:
 STAGES = {
     "planted": (recover_planted, "planted {planted} of {rows}"),
     "mixture": (recover_mixture, "mixture"),
+    "scale": (recover_scale, "scale"),
+    "distribution": (recover_distribution, "distribution"),
 }
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whence.comparing import ADAPTER_LAYERS, TARGET, Case, RecoverSettings, at_point, open_case, see
 from whence.corpus import Corpus, open_corpus
-from whence.evidence import Evidence, gather, targets_by_layer
+from whence.evidence import Evidence, gather
 from whence.ingest import fingerprint_of
 from whence.membership import features
 from whence.numerics import auroc
@@ -89,11 +89,11 @@ def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> E
     """Evidence at theta_0 against all models and shadows at once."""
     if not cells:
         return None
-    names = {f"{cell.name}, {part}": case.difference for cell in cells
+    names = {f"{cell.name}, {part}": case for cell in cells
              for part, case in (("model", cell.case), ("shadow", cell.cast.case))}  # fmt: skip
     with at_point(cells[0].case, 0.0) as model:
         layers = model.layers(None)
-        targets = {name: targets_by_layer(model, layers, difference) for name, difference in names.items()}
+        targets = {name: case.target(model, layers) for name, case in names.items()}
         work = Place.at(options.work / f"planted-{options.planted}-of-{options.rows}" / "-".join(
             ["base", *(cell.name.replace(", seed ", "") for cell in cells)]))  # fmt: skip
         return gather(model, corpus, targets, work=work, settings=cells[0].case.settings, told={}, sketched=False)

@@ -266,3 +266,34 @@ def test_rows_are_labelled_by_the_final_model(base, tmp_path):
         assert 0.5 <= row["whence_label_p"] <= 1
     with pytest.raises(SettingError, match="--template and --labels need --choices"):
         recover(base, final, rows, count=15, method="nnls", work=tmp_path / "other", template="{text}:")
+
+
+# -- the optimizer's doing, undone
+
+
+def test_moments_rows_and_decay_change_the_target_and_still_find(base, tmp_path):
+    """Adam, with decay: every view of the target finds members, and tells the directory that it is another."""
+    part = [ROWS[n] for n in MEMBERS]
+    final = train(base, part, tmp_path / "run", lr=3e-3, weight_decay=0.1, **QUICK)
+    options = {"count": 15, "method": "row_cosine", "max_tokens": 32, "width": 64, "shown": False}
+    scores = {}
+    for undo in ("none", "moments", "rows"):
+        found = recover(base, final, ROWS, work=tmp_path / undo, undo=undo, **options)
+        scores[undo] = found.scores
+        assert precision(found.scores) > 0.45, undo
+    assert not torch.allclose(scores["none"], scores["moments"], atol=1e-3)
+    assert not torch.allclose(scores["rows"], scores["moments"], atol=1e-3)
+    removed = recover(base, final, ROWS, work=tmp_path / "decay", remove_decay=True, **options)
+    assert not torch.equal(removed.scores, scores["none"]) and precision(removed.scores) > 0.45
+    with pytest.raises(ManifestMismatchError, match="another targets"):
+        recover(base, final, ROWS, work=tmp_path / "none", undo="rows", **options)
+
+
+def test_undoing_needs_what_it_undoes_by(base, final, adapter, tmp_path):
+    options = {"count": 5, "method": "row_cosine", "work": tmp_path, "shown": False}
+    with pytest.raises(SettingError, match="--undo adam: choose one of none, moments, rows"):
+        recover(base, final, ROWS, undo="adam", **options)
+    with pytest.raises(ModelError, match="optimizer"):
+        recover(base, final, ROWS, undo="moments", **options)
+    with pytest.raises(SettingError, match="--remove-decay: an adapter's B begins at 0"):
+        recover(base, adapter, ROWS, remove_decay=True, **options)

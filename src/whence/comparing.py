@@ -4,13 +4,14 @@ A full fine-tune is looked into by the layers of the blocks. Of an adapter, thet
 which is the base, and the layers are the B alone: where A began is on no file.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.catalogue import recover_method
 from whence.checkpoint import open_run
@@ -26,6 +27,8 @@ from whence.membership import Seen, with_short_list
 from whence.model import LoadedModel, adapter_config, directory_digest, load_model, located
 from whence.runner import progress
 from whence.storage import Place
+from whence.targets import SAMPLE, UNDO, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
+from whence.tokens import encode
 from whence.vectors import IndexSettings
 
 TARGET = "difference"
@@ -60,6 +63,11 @@ class RecoverSettings:
     """Peak learning rate; None: the one that moves the weights as far. For the shadow."""
     batch_size: int = 16
     """Rows of a step. For the shadow."""
+    undo: str = "none"
+    """What of an optimizer is undone on the target: "none", "moments" by the final's own optimizer file, or "rows" by
+    an estimate from the corpus; see `targets`."""
+    remove_decay: bool = False
+    """Take off the target what weight decay took off the weights."""
     choices: tuple[str, ...] = ()
     """Labels by which theta_f labels the rows, for a model that was trained to classify; none: rows as they are."""
     template: str = "{text}"
@@ -76,6 +84,8 @@ class RecoverSettings:
             raise SettingError("--template and --labels need --choices, the labels that the model answers with")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
+        if self.undo not in UNDO:
+            raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
         if self.points < 0:
             raise SettingError(f"--points {self.points}: 0 or more are expected")
 
@@ -96,6 +106,17 @@ class Case:
     """Rows that are matched jointly, at most."""
     lora: Mapping[str, Any] | None
     """Settings of `train` for a shadow with the same kind of adapter."""
+    removes_decay: bool = False
+    scale: Scale | None = None
+    """That undoes an optimizer's; None: none is undone."""
+
+    def target(self, model: LoadedModel, layers: Mapping[str, nn.Module]) -> Target:
+        """T of some layers, as the optimizer's doing is undone on it."""
+        target = targets_by_layer(model, layers, self.difference)
+        if self.removes_decay:
+            start = {name: self.difference.base_weight(name) for name in self.difference}
+            target, _ = without_decay(target, targets_by_layer(model, layers, start))
+        return target if self.scale is None else scaled(target, self.scale)
 
 
 def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
@@ -122,7 +143,35 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
         seed=settings.seed,
     )
     how = IndexSettings(space=space, max_tokens=settings.max_tokens, tokens_per_batch=settings.tokens_per_batch)
-    return Case(start, end, difference, how, settings.short_list, lora)
+    if lora and settings.remove_decay:
+        raise SettingError("--remove-decay: an adapter's B begins at 0: decay cannot be told from its gradients")
+    return Case(start, end, difference, how, settings.short_list, lora, settings.remove_decay)
+
+
+def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
+    """The same with an optimizer's scaling undone on its target.
+
+    Args:
+        case: Two models.
+        undo: Of `targets.UNDO`.
+        corpus: Whose rows the estimate is from.
+        rows: Their number.
+
+    Raises:
+        ModelError: The final has no optimizer file, for "moments".
+        SettingError: No row is supervised, for "rows".
+    """
+    if undo == "none":
+        return case
+    with at_point(case, 1.0) as model:
+        layers = model.layers(case.settings.space.layers)
+        if undo == "moments":
+            return replace(case, scale=scale_of_moments(model, layers))
+        every = max(1, rows // SAMPLE)
+        some = itertools.islice((example.row for example in corpus), 0, every * SAMPLE, every)
+        encoded = [encode(row, model.tokenizer, case.settings.max_tokens) for row in some]
+        scale = scale_of_rows(model, layers, encoded, tokens_per_batch=case.settings.tokens_per_batch)
+        return replace(case, scale=scale)
 
 
 def point_names(points: int) -> dict[str, float]:
@@ -178,7 +227,7 @@ def see(
     fingerprint: Fingerprint,
     *,
     points: int = 0,
-    others: Mapping[str, WeightDifference] | None = None,
+    others: Mapping[str, Case] | None = None,
     base: Evidence | None = None,
     label: str = "Reading",
     shown: bool = True,
@@ -191,8 +240,8 @@ def see(
         work: Directory of the evidence.
         fingerprint: Of the corpus.
         points: Between theta_0 and theta_f.
-        others: Differences of other models from the same base, by name: inner products with them are taken too at
-            theta_0, where they cost next to nothing. Not of adapters, whose gradients depend on where their A began.
+        others: Other models from the same base, by name: inner products with their targets are taken too at theta_0,
+            where they cost next to nothing. Not of adapters, whose gradients depend on where their A began.
         base: Evidence at theta_0, where it is known; None: gathered.
         label: Of the bar.
         shown: Show it.
@@ -206,7 +255,7 @@ def see(
         for name, s in names.items():
             with at_point(case, s) as model:
                 layers = model.layers(case.settings.space.layers)
-                target = targets_by_layer(model, layers, case.difference)
+                target = case.target(model, layers)
                 lengths[name] = {layer: length_of(target, [layer]) for layer in layers}
                 if name == "final":
                     sketch = sketch_of(target, model, case.settings)
@@ -216,7 +265,7 @@ def see(
                 refuse_silence(target, case)
                 targets, place = {TARGET: target}, name
                 if name == "base" and others:
-                    targets |= {other: targets_by_layer(model, layers, moved) for other, moved in others.items()}
+                    targets |= {other: own.target(model, layers) for other, own in others.items()}
                     place = f"base-and-{'-'.join(others)}"
                 found[name] = gather(
                     model,

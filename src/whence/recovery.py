@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from whence.checkpoint import open_run
-from whence.comparing import TARGET, Case, RecoverSettings, labelled, open_case, refuse_silent_layers, see
+from whence.comparing import TARGET, Case, RecoverSettings, labelled, open_case, refuse_silent_layers, see, with_scale
 from whence.corpus import Corpus, Row, open_corpus
 from whence.difference import weight_difference
 from whence.errors import SettingError
@@ -105,6 +105,8 @@ def cast_shadow(case: Case, corpus: Corpus, settings: RecoverSettings, work: Pat
     size = max(2, round(case.short_list * len(kept) / rows)) if rows > case.short_list else case.short_list
     own = replace(case, short_list=size, final=located(open_run(shadow.path).checkpoints[-1].path))
     own = replace(own, difference=weight_difference(case.base, own.final))
+    if settings.undo == "moments":
+        own = with_scale(own, settings.undo, corpus, rows)
     is_member = torch.tensor([number in inside for number, _ in kept])
     return Cast(shadow, own, open_corpus([row for _, row in kept]), torch.tensor([n for n, _ in kept]), is_member)
 
@@ -199,11 +201,12 @@ def recover(
         if chosen.choices:
             opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
             fingerprint = fingerprint_of(opened)
+        case = with_scale(case, chosen.undo, opened, fingerprint.rows)
         trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
         cast, others, learned = None, {}, None
         if chosen.method == "calibrated":
             cast = cast_shadow(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows)
-            others = {} if case.lora else {SHADOW: cast.case.difference}
+            others = {} if case.lora else {SHADOW: cast.case}
         seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, others=others,
                    shown=shown)  # fmt: skip
         if not seen.usable.any():
@@ -315,6 +318,12 @@ def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> l
 def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus) -> dict[str, str]:
     told = {"method": settings.method, "base": case.base, "final": case.final, "corpus": corpus.name,
             "layers": case.settings.space.layers or "linear layers of the blocks"}  # fmt: skip
+    if settings.undo != "none":
+        told["undone on the target"] = f"AdamW's scaling, by {settings.undo}"
+    if settings.remove_decay:
+        told["removed from the target"] = "weight decay"
+    if settings.choices:
+        told["labels"] = f"{settings.labels}, of {', '.join(settings.choices)}"
     if learned is not None:
         recipe = learned.shadow.recipe
         told["shadow"] = (
