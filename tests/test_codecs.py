@@ -1,13 +1,10 @@
-"""Every codec keeps its stated error, and its kernel agrees with decoding and multiplying in fp32."""
-
-import time
+"""Every codec keeps its stated error, and its scores are those of the decoded rows."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whence import codecs
 from whence.codecs import CODECS, codec
 from whence.errors import UnknownNameError
 
@@ -50,54 +47,6 @@ def test_scores_are_those_of_the_decoded_rows(name, shape):
     assert ((CODECS[name].scores(stored, scale, queries) - true).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("has_matrix_units", [codecs._has_matrix_units(), False])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("n, k, q", [(1, 1, 1), (2, 1, 5), (33, 57, 3), (300, 257, 1), (300, 256, 8), (17, 512, 64)])
-@pytest.mark.parametrize("heavy_tailed", [False, True])
-def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy_tailed, monkeypatch):
-    monkeypatch.setattr(codecs, "_has_matrix_units", lambda: has_matrix_units)
-    vectors, queries = (rows(n, k, seed=k) if heavy_tailed else torch.randn(n, k)), torch.randn(q, k)
-    stored, scale = CODECS[name].encode(vectors)
-    decoded = CODECS[name].decode(stored, scale, k)
-    true = (queries.double() @ decoded.double().T).float()
-    made = [kernel for make in CODECS[name].kernels if (kernel := make(CODECS[name], queries))]
-    assert made, "at least one kernel for any queries"
-    for kernel in made:
-        block = kernel(stored, scale)
-        slack = queries.norm(dim=1)[:, None] * decoded.norm(dim=1) * 1e-5 + 1e-35  # fp32 sums, where none is stated
-        if block.slack is not None:
-            slack = slack + block.slack
-        if block.slack_per_norm is not None:
-            slack = slack + block.slack_per_norm[:, None] * vectors.norm(dim=1)
-        if block.slack_per_scale is not None:
-            slack = slack + block.slack_per_scale[:, None] * scale
-        assert ((block.scores - true).abs() <= slack).all(), kernel.__qualname__
-
-
-def test_the_first_large_block_chooses_the_fastest_kernel(monkeypatch):
-    monkeypatch.setattr(codecs._Fastest, "_chosen", {})
-    calls = []
-
-    def kernel(name, seconds):
-        def score(stored, scale):
-            calls.append((name, len(stored)))
-            time.sleep(seconds)
-            return codecs.Block(torch.zeros(1, len(stored)))
-
-        return score
-
-    kernels = [kernel("slow", 0.02), kernel("fast", 0.001), kernel("near", 0.002)]
-    fastest = codecs._Fastest("int8", torch.zeros(1, 4), kernels)
-    fastest(torch.zeros(10, 4), torch.ones(10))
-    assert calls == [("slow", 10)], "a small block is no trial"
-    fastest(torch.zeros(3000, 4), torch.ones(3000))
-    assert calls[-1] == ("fast", 3000)
-    assert ("slow", 2048) not in calls, "what is far slower is not tried again"
-    calls.clear()
-    fastest(torch.zeros(10, 4), torch.ones(10))
-    assert calls == [("fast", 10)], "the choice is kept"
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-8, 1e6, 1e30, 3.4e38])
 def test_tiny_and_huge_rows_survive(name, size):
@@ -131,14 +80,13 @@ def test_bfloat16_rounds_to_nearest():
     assert stored.tolist() == [[1 + 2**-7, 1.0]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4", "onebit"])
-def test_integer_sums_do_not_overflow_in_long_rows(name):
-    vectors, queries = torch.ones(20, 300_001), torch.ones(2, 300_001)
-    scores = CODECS[name].scores(*CODECS[name].encode(vectors), queries)
-    assert (scores / 300_001 - 1).abs().max() < 1e-4
-
-
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(UnknownNameError, match=r"'int7'.*float32.*onebit"):
         codec("int7")
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_no_rows_are_no_rows(name):
+    own = CODECS[name]
+    stored, scale = own.encode(torch.zeros(0, 24))
+    assert own.decode(stored, scale, 24).shape == (0, 24)

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from whence.codecs import Codec, Kernel
+from whence.codecs import Codec
+from whence.kernels import Kernel
 from whence.shards import Shard
 
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call

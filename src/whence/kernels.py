@@ -1,0 +1,322 @@
+"""Inner products of queries with rows of few bits, and how far off each of them can be: numbers in, numbers out.
+
+A kernel is made once for its queries, and then scores one block of stored rows after another,
+
+    score[q, n] = scale[n] * <query_q, x_n>
+
+where x_n are the values that row n's codes stand for. Its unit is that of a query's entry times a row's. On a CPU
+there are several kernels, each within a slack that it states, so that a scan can recompute what could reach the
+top and return the same from each:
+
+    |score - fp32's| <= slack[q, n] + slack_per_norm[q] * |v_n| + slack_per_scale[q] * scale[n]
+
+    integer    8-bit products, exact in integers, with the query written as a sum of 8-bit vectors
+    widened    8-bit rows widened to fp32 in registers, times a query in bfloat16 terms; the result is rounded
+    bfloat16   bfloat16 products, which sum in fp32 but round the result
+    float32    fp32 products of the rows as they are
+    decoded    rows decoded a few at a time and multiplied in fp32: the only one for other devices
+
+where |v_n| is the row's norm before it was encoded. CPUs differ more than a rule could say: with matrix units (AMX)
+integer products reach the memory's bandwidth, on AVX2 they take fifteen times as long as widening. So the first
+large block of a process is a trial of all kernels that can score it (see `Fastest`).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int8, UInt8
+from torch import Tensor
+
+TINY = 2.0**-119
+"""Scales below fp32's normal range lose bits: an absolute error no gradient can notice."""
+
+_INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit products could overflow
+_LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
+_FEW = 16  # queries that matrix units score in the time of one, two parts each
+_ONE_PART = 0.02  # of a query's norm may be lost by writing it as one 8-bit vector, and for so few queries:
+_ONE_PART_QUERIES = 4  # else rescoring takes longer than a second vector
+_DECODED_ROWS = 256  # at a time on a CPU: 4 MB at 4,096 columns, which stays in cache
+_DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
+_WIDENED_COLUMNS = 64  # torch's widening product reads whole registers: other widths would be read past their end
+_WIDENED_QUERIES = 8  # past so many the widening is done again for each few of them
+_TRIAL_ROWS = (256, 2048)  # of the first trial of every kernel, and of the second of those that came near
+_TRIAL_NEAR = 3.0
+_BF16_ROUND = 2.0**-8 * 1.01
+_FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
+
+Queries = Float32[Tensor, "q k"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Inner products of every query with a block of rows; the true ones are within `slack` of them."""
+
+    scores: Float[Tensor, "q n"]
+    slack: Float[Tensor, "q n"] | None = None
+    """How far a product was rounded; None: it was not."""
+
+    slack_per_norm: Float[Tensor, " q"] | None = None
+    """More slack, for each unit of the row's norm. No slack of any kind: the products are those of fp32 arithmetic."""
+
+    slack_per_scale: Float[Tensor, " q"] | None = None
+    """More slack, for each unit of the row's stored scale."""
+
+
+Kernel = Callable[[Tensor, Tensor], Block]
+"""Scores a block: (stored rows, their scales) -> Block."""
+
+
+class Fastest:
+    """Kernel that is the fastest of several on this CPU, found by timing them on the first large block.
+
+    The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries.
+    """
+
+    _chosen: ClassVar[dict[tuple[str, int, int, int], int]] = {}
+
+    def __init__(self, kind: str, queries: Queries, kernels: Sequence[Kernel]):
+        many = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
+        self._key = (kind, queries.shape[1], many, torch.get_num_threads())
+        self._kernels = kernels
+
+    def __call__(self, stored: Tensor, scale: Tensor) -> Block:
+        """The block as the chosen kernel scores it; before there is a choice, the first."""
+        if self._key not in self._chosen and len(stored) >= _TRIAL_ROWS[0]:
+            self._chosen[self._key] = self._trial(stored, scale)
+        return self._kernels[self._chosen.get(self._key, 0)](stored, scale)
+
+    def _trial(self, stored: Tensor, scale: Tensor) -> int:
+        """Number of the fastest."""
+        near, seconds = list(range(len(self._kernels))), []
+        for rows in _TRIAL_ROWS:
+            seconds = [self._seconds(self._kernels[number], stored[:rows], scale[:rows]) for number in near]
+            best = min(seconds)
+            if rows != _TRIAL_ROWS[-1]:
+                near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
+        return near[seconds.index(min(seconds))]
+
+    def _seconds(self, kernel: Kernel, stored: Tensor, scale: Tensor) -> float:
+        """The better of two runs, after one that warms up."""
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            kernel(stored, scale)
+            took.append(time.perf_counter() - start)
+        return min(took[1:])
+
+
+def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
+    """Decode a few rows at a time and multiply in fp32: right anywhere, and as slow as decoding is.
+
+    `decoder` tells, from stored rows and their width, what the codes stand for before the rows' scales.
+    """
+    k = queries.shape[1]
+    step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        out = queries.new_empty(len(stored), len(queries))
+        for first in range(0, len(stored), step):
+            torch.mm(decoder(stored[first : first + step], k), queries.T, out=out[first : first + step])
+        return Block(out.mul_(scale[:, None]).T)
+
+    return score
+
+
+def float32_kernel(queries: Queries) -> Kernel:
+    """The plain product with rows stored as they are, whose scales are 1."""
+    return lambda stored, scale: Block((stored @ queries.T).T)
+
+
+def bfloat16_kernel(queries: Queries) -> Kernel:
+    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack."""
+    both, per_norm = _bfloat16_terms(queries)
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        return _rounded_block((stored @ both.T).float(), per_norm)
+
+    return score
+
+
+def bfloat16_queries_first_kernel(queries: Queries) -> Kernel | None:
+    """As `bfloat16_kernel`, with the product the other way round: for few queries some CPUs take half the time."""
+    if len(queries) > _FEW:
+        return None
+    both, per_norm = _bfloat16_terms(queries)
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        return _rounded_block(torch.nn.functional.linear(both, stored).T.float(), per_norm)
+
+    return score
+
+
+def bfloat16_one_term_kernel(queries: Queries) -> Kernel | None:
+    """The first bfloat16 term alone: a matrix times one vector, which every CPU does at its memory's speed.
+
+    What the term misses of the query, at most 2^-9 of each entry, is slack for each unit of the row's norm.
+    """
+    if len(queries) > 1:
+        return None
+    term = queries.bfloat16()
+    per_norm = (queries - term.float()).norm(dim=1) + queries.norm(dim=1) * _FP32_SUM
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        return _rounded_block((stored @ term.T).float(), per_norm)
+
+    return score
+
+
+def _bfloat16_terms(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries as two bfloat16 vectors to be added [2q k], and slack for each unit of a row's norm [q].
+
+    What the two miss of the query is below 2^-16 of it, and counted with the error of the sums.
+    """
+    high = queries.bfloat16()
+    return torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
+
+
+def _rounded_block(parts: Tensor, per_norm: Tensor, scale: Tensor | None = None) -> Block:
+    """Sums [n, parts * q], each rounded to bfloat16, as a block; times the rows' scales."""
+    out, slack = torch.empty(2, len(parts), len(per_norm))
+    _sum_parts(parts, out=out)
+    _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=slack)
+    if scale is not None:
+        for sums in (out.numpy(), slack.numpy()):
+            np.multiply(sums, scale.numpy()[:, None], out=sums)
+    return Block(out.T, slack.T, per_norm)
+
+
+def widened_kernel(queries: Queries) -> Kernel | None:
+    """8-bit rows widened to fp32 in registers, times two bfloat16 terms of the query; results are rounded."""
+    if queries.shape[1] % _WIDENED_COLUMNS or len(queries) > _WIDENED_QUERIES or not queries.shape[1]:
+        return None
+    both, per_norm = _bfloat16_terms(queries)
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        ones = torch.ones(len(stored), dtype=torch.bfloat16)  # the rows' own scales would be rounded
+        sums = torch._weight_int8pack_mm(both, stored.contiguous(), ones)  # pyright: ignore[reportPrivateImportUsage]
+        return _rounded_block(sums.T.float(), 2 * per_norm, scale)
+
+    return score
+
+
+def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
+    """Add the columns of each part of the queries: [n, parts * q] -> [n, q].
+
+    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
+    milliseconds where another process has their core.
+    """
+    columns, total, q = np.asarray(sums), out.numpy(), out.shape[1]
+    total[:] = columns[:, :q]
+    for first in range(q, columns.shape[1], q):
+        total += columns[:, first : first + q]
+
+
+def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 0) -> Kernel:
+    """8-bit products: x = slope * u + shift for the stored code u, the query as a sum of 8-bit vectors.
+
+    Codes of fewer than 8 bits lie in bytes as `planes` takes them out.
+
+    >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
+    >>> kernel(torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8), torch.tensor([0.5, 1.0])).scores
+    tensor([[ 127., -508.]])
+    """
+    per_byte = 8 // bits
+    width = -(-queries.shape[1] // per_byte) * per_byte
+    padded = torch.nn.functional.pad(queries, (0, width - queries.shape[1]))
+    parts, part_scale, missed = _query_parts(torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1))
+    products = _byte_products(parts.flatten(0, 1), part_scale.flatten())
+    shifts = (shift * parts.sum(2, dtype=torch.int64) * part_scale.double()).sum(0).float()
+    step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
+    # |<missed, row>| <= |missed| |row|, where the decoded row's norm is at most the row's own, plus half a scale for
+    # each entry; one bit is decoded to a norm of at most the row's
+    missed = missed + queries.norm(dim=1) * _FP32_SUM
+    per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
+
+    def score(stored: Tensor, scale: Tensor) -> Block:
+        out = torch.empty(len(stored), len(queries))
+        for first in range(0, len(stored), step):
+            rows = stored[first : first + step]
+            sums = products(rows if per_byte == 1 else planes(rows, bits))
+            _sum_parts(sums, out=out[first : first + step])
+        if (slope, shift) != (1, 0):
+            out.mul_(slope).add_(shifts)
+        np.multiply(out.numpy(), scale.numpy()[:, None], out=out.numpy())
+        return Block(out.T, slack_per_norm=missed, slack_per_scale=per_scale)
+
+    return score
+
+
+def planes(stored: UInt8[Tensor, "n stored"], bits: int) -> Int8[Tensor, "n codes"]:
+    """The codes of packed bytes as int8, all first ones, then all second ones and so on: no interleaving."""
+    per_byte, width = 8 // bits, stored.shape[1]
+    out = stored.new_empty(len(stored), per_byte * width)
+    for place in range(per_byte):
+        plane = out[:, place * width : (place + 1) * width]
+        torch.bitwise_right_shift(stored, bits * place, out=plane)
+    return out.bitwise_and_(2**bits - 1).view(torch.int8)
+
+
+def _query_parts(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as sums of int8 vectors [parts, q, k] times scales [parts, q], and the norm of what they miss [q].
+
+    A second vector holds what the first one's rounding left: together 16 bits. It is left out for few queries,
+    where a scan waits for memory, if the first one is near enough; not where matrix units make it free.
+    """
+    rest, parts, scales = queries.numpy().astype(np.float64), [], []
+    scale = np.maximum(np.abs(rest).max(1, initial=0.0), TINY) / 127
+    most = np.linalg.norm(rest, axis=1) * (len(rest) <= _ONE_PART_QUERIES and not _has_matrix_units()) * _ONE_PART
+    while not parts or (len(parts) < 2 and (np.linalg.norm(rest, axis=1) > most).any()):
+        parts.append(np.rint(rest / scale[:, None]))
+        scales.append(scale)
+        rest = rest - parts[-1] * scale[:, None]
+        scale = scale / 254
+    missed = np.linalg.norm(rest, axis=1).astype(np.float32)
+    whole, scales = np.stack(parts).astype(np.int8), np.stack(scales).astype(np.float32)
+    return torch.from_numpy(whole), torch.from_numpy(scales), torch.from_numpy(missed)
+
+
+def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Function from int8 rows [n, k] to their products [n, q] with int8 queries times scales.
+
+    The integer sums are exact.
+    """
+    r, k = queries.shape
+    if k > _INT32_COLUMNS:
+        blocks = [_byte_products(part, scale) for part in queries.split(_INT32_COLUMNS, 1)]
+        return lambda x: sum(
+            (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
+        )
+    if k == 1:  # torch 2.13's _int_mm gives wrong numbers for rows of one
+        return lambda x: x.float() @ queries.float().T * scale
+    if not _has_matrix_units():
+        return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
+    # with matrix units _int_mm stays at half of the memory's bandwidth, and long rows times few queries too: there,
+    # each half of a row is multiplied by both halves of the queries, and two of the four products are used
+    if r > _FEW or k % 2:
+        filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - r)))
+        product = _matrix_unit_products(filled, torch.nn.functional.pad(scale, (0, len(filled) - r)))
+        return lambda x: product(x.contiguous())[:, :r]
+    halves = _matrix_unit_products(queries.view(r, 2, k // 2).transpose(0, 1).reshape(2 * r, k // 2), scale.repeat(2))
+
+    def products(x: Tensor) -> Tensor:
+        both = halves(x.reshape(-1, k // 2)).view(len(x), 2, 2, r).numpy()
+        return torch.from_numpy(both[:, 0, 0] + both[:, 1, 1])
+
+    return products
+
+
+def _matrix_unit_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    packed, zeros = torch.ops.onednn.qlinear_prepack(queries, None), torch.zeros(len(queries), dtype=torch.int64)
+    linear = torch.ops.onednn.qlinear_pointwise
+    return lambda x: linear(x, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "none")
+
+
+@cache
+def _has_matrix_units() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported() and hasattr(torch.ops.onednn, "qlinear_pointwise"))
