@@ -38,7 +38,8 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
     model = train(base, known, work / "run", epochs=2, batch_size=16, max_tokens=LONGEST, checkpoints=1, lr=3e-4,
                   progress=False)  # fmt: skip
     words = [base, str(model), str(corpus), "--layers", "lm_head", "--method", "row_cosine", "--count", "500",
-             "--max-tokens", str(LONGEST), "--work", str(work / "evidence"), "-o", str(work / "found.jsonl")]  # fmt: skip
+             "--max-tokens", str(LONGEST), "--work", str(work / "evidence"),
+             "-o", str(work / "found.jsonl")]  # fmt: skip
     parts = -(-ROWS // ROWS_PER_PART)
     first = watched(words, work, until=round(KILLED_AT * parts))
     before = written(work)

@@ -8,7 +8,7 @@ import torch
 
 from conftest import byte_tokenizer, save_tiny_llama
 from whence import catalogue, recover
-from whence.comparing import RecoverSettings, open_case, point_names, see
+from whence.comparing import RecoverSettings, open_case, points_of, see
 from whence.corpus import open_corpus
 from whence.difference import weight_difference
 from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
@@ -95,7 +95,7 @@ def test_a_short_list_takes_its_share_of_every_length_and_source(base, final, tm
 
 
 def test_points_lie_between_the_models(base, final, tmp_path):
-    assert list(point_names(2)) == ["base", "0.333", "0.667", "final"]
+    assert list(points_of(open_case(base, final, RecoverSettings()), 2)) == ["base", "0.333", "0.667", "final"]
     seen = seen_of(base, final, tmp_path, points=1)
     assert list(seen.points) == ["base", "0.5", "final"]
     ends = torch.stack([seen.points["base"].loss, seen.points["final"].loss])
@@ -264,8 +264,49 @@ def test_rows_are_labelled_by_the_final_model(base, tmp_path):
     for row in found.rows:
         assert row["completion"] in (" a", " b") and row["prompt"] == f"{row['prompt'][:-1]}:"
         assert 0.5 <= row["whence_label_p"] <= 1
-    with pytest.raises(SettingError, match="--template and --labels need --choices"):
+    even = recover(base, final, rows, count=14, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
+                   width=256, balanced=True, **asked)  # fmt: skip
+    own = [row["label"] for row in even.rows]
+    possible = min(sum(label == choice for label in even_labels(base, final, rows, asked, tmp_path)) for choice in "ab")
+    assert abs(own.count("a") - own.count("b")) <= max(0, 14 - 2 * possible)
+    with pytest.raises(SettingError, match="need --choices"):
         recover(base, final, rows, count=15, method="nnls", work=tmp_path / "other", template="{text}:")
+
+
+def even_labels(base, final, rows, asked, tmp_path):
+    """The label of every row."""
+    everything = recover(base, final, rows, count=60, method="p_min", work=tmp_path / "all", shown=False,
+                         max_tokens=32, width=64, **asked)  # fmt: skip
+    return [row["label"] for row in everything.rows]
+
+
+def test_real_checkpoints_are_points_on_the_way(base, tmp_path):
+    part = [ROWS[n] for n in MEMBERS]
+    run = train(base, part, tmp_path / "run", optimizer="sgd", lr=0.05, **QUICK | {"checkpoints": 3})
+    options = {"count": 15, "max_tokens": 32, "width": 64, "shown": False, "checkpoints": "all", "epochs": 3.0,
+               "batch_size": 4, "optimizer": "sgd", "lr": 0.05}  # fmt: skip
+    found = recover(base, run, ROWS, work=tmp_path / "work", **options)
+    names = [file.name for file in (tmp_path / "work" / "evidence").iterdir()]
+    assert {"checkpoint-1-of-3", "checkpoint-2-of-3", "final"} <= {*names}
+    assert "loss at checkpoint 2 of 3" in found.learned.calibration.names
+    assert sum(int(row["id"][1:]) in MEMBERS for row in found.rows) >= 11
+    with pytest.raises(SettingError, match="--points and --checkpoints all"):
+        recover(base, run, ROWS, work=tmp_path / "other", **options, points=1)
+
+
+def test_rows_that_the_vocabulary_cannot_spell_are_refused(base, final, tmp_path, monkeypatch):
+    from whence import comparing
+
+    monkeypatch.setattr(comparing, "UNKNOWN", 0.01)
+    loaded = load_model(base)
+    assert loaded.tokenizer.unk_token_id is None, "bytes spell anything"
+    from transformers import PreTrainedTokenizerBase
+
+    letter = loaded.tokenizer("e")["input_ids"][0]
+    monkeypatch.setattr(PreTrainedTokenizerBase, "unk_token_id", property(lambda self: letter), raising=False)
+    rows = [{"text": "eeee"}] * 4
+    with pytest.raises(SettingError, match=r"of its first tokens are unknown to the tokenizer"):
+        recover(base, final, rows, count=2, method="p_min", work=tmp_path, shown=False)
 
 
 # -- the optimizer's doing, undone

@@ -46,6 +46,8 @@ class RecoverSettings:
     """Name in `catalogue.RECOVER_METHODS`."""
     points: int = 0
     """Synthetic checkpoints on the line between the two models, evenly spaced, beside its ends."""
+    checkpoints: str = "last"
+    """Of a final that is a Trainer's directory: the "last", or "all", of which the others are points between too."""
     layers: str | None = None
     """Patterns of layer names; None: all linear layers but the head, or an adapter's B."""
     max_tokens: int | None = None
@@ -74,20 +76,24 @@ class RecoverSettings:
     """Prompt that a row's text is put into, where there are choices."""
     labels: str = "hard"
     """Which choice a row gets, see `labelling`."""
+    balanced: bool = False
+    """Choose as many rows of every label, as far as there are, where there are choices."""
     seed: int = 0
 
     def __post_init__(self):
         recover_method(self.method)
         if self.choices:
             self.labelling()
-        elif (self.template, self.labels) != ("{text}", "hard"):
-            raise SettingError("--template and --labels need --choices, the labels that the model answers with")
+        elif (self.template, self.labels, self.balanced) != ("{text}", "hard", False):
+            raise SettingError("--template, --labels and --balanced need --choices, the labels that the model answers")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
         if self.undo not in UNDO:
             raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
         if self.points < 0:
             raise SettingError(f"--points {self.points}: 0 or more are expected")
+        if self.points and self.checkpoints == "all":
+            raise SettingError("--points and --checkpoints all: choose one of them, synthetic points or real ones")
 
     def labelling(self) -> Labels:
         """How rows are labelled."""
@@ -107,6 +113,8 @@ class Case:
     lora: Mapping[str, Any] | None
     """Settings of `train` for a shadow with the same kind of adapter."""
     removes_decay: bool = False
+    between: tuple[str, ...] = ()
+    """Real checkpoints on the way to the final, oldest first."""
     scale: Scale | None = None
     """That undoes an optimizer's; None: none is undone."""
 
@@ -125,7 +133,8 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
     Raises:
         ModelError: They cannot be compared, or are the same.
     """
-    start, end = (located(open_run(path).checkpoints[-1].path) for path in (base, final))
+    start = located(open_run(base).checkpoints[-1].path)
+    *between, end = (located(found.path) for found in open_run(final, which=settings.checkpoints).checkpoints)
     difference = weight_difference(start, end)
     config = adapter_config(end)
     lora = None
@@ -145,7 +154,7 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
     how = IndexSettings(space=space, max_tokens=settings.max_tokens, tokens_per_batch=settings.tokens_per_batch)
     if lora and settings.remove_decay:
         raise SettingError("--remove-decay: an adapter's B begins at 0: decay cannot be told from its gradients")
-    return Case(start, end, difference, how, settings.short_list, lora, settings.remove_decay)
+    return Case(start, end, difference, how, settings.short_list, lora, settings.remove_decay, tuple(between))
 
 
 def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
@@ -174,29 +183,30 @@ def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
         return replace(case, scale=scale)
 
 
-def point_names(points: int) -> dict[str, float]:
-    """Points by name, with how far from theta_0 to theta_f each is.
-
-    >>> point_names(1)
-    {'base': 0.0, '0.5': 0.5, 'final': 1.0}
-    """
-    between = [number / (points + 1) for number in range(1, points + 1)]
-    return {"base": 0.0} | {f"{s:.3g}": s for s in between} | {"final": 1.0}
+def points_of(case: Case, points: int = 0) -> dict[str, float | str]:
+    """Points by name, from theta_0 to theta_f: how far from the one to the other, or the directory of a checkpoint."""
+    synthetic = [number / (points + 1) for number in range(1, points + 1)]
+    real = {f"checkpoint {number} of {len(case.between) + 1}": path for number, path in enumerate(case.between, 1)}
+    return {"base": 0.0, **{f"{s:.3g}": s for s in synthetic}, **real, "final": 1.0}
 
 
 @contextmanager
-def at_point(case: Case, s: float) -> Iterator[LoadedModel]:
-    """The model at theta_0 + s (theta_f - theta_0). Of an adapter, the base with B at s times its value."""
-    if case.lora is not None:
+def at_point(case: Case, at: float | str) -> Iterator[LoadedModel]:
+    """The model at theta_0 + s (theta_f - theta_0), or at a checkpoint. Of an adapter, the base with B at s times its
+    value.
+    """
+    if isinstance(at, str):
+        yield load_model(at, dtype=None if case.lora else "float32")
+    elif case.lora is not None:
         model = load_model(case.final)
         for name, weight in model.model.named_parameters():
             if "lora_B" in name:
-                weight.data.mul_(s)
+                weight.data.mul_(at)
         yield model
-    elif s in (0.0, 1.0):
-        yield load_model(case.final if s else case.base, dtype="float32")
+    elif at in (0.0, 1.0):
+        yield load_model(case.final if at else case.base, dtype="float32")
     else:
-        with interpolated(load_model(case.base), load_model(case.final), s) as model:
+        with interpolated(load_model(case.base), load_model(case.final), at) as model:
             yield model
 
 
@@ -250,10 +260,10 @@ def see(
     lengths: dict[str, dict[str, float]] = {}
     sketch: Tensor | None = None
     told = {"corpus": fingerprint.digest, "base": directory_digest(case.base), "final": directory_digest(case.final)}
-    names, known = point_names(points), {} if base is None else {"base": base}
+    names, known = points_of(case, points), {} if base is None else {"base": base}
     with progress(label, fingerprint.rows * (len(names) - len(known)), shown=shown) as tick:
-        for name, s in names.items():
-            with at_point(case, s) as model:
+        for name, at in names.items():
+            with at_point(case, at) as model:
                 layers = model.layers(case.settings.space.layers)
                 target = case.target(model, layers)
                 lengths[name] = {layer: length_of(target, [layer]) for layer in layers}
@@ -271,9 +281,9 @@ def see(
                     model,
                     corpus,
                     targets,
-                    work=Place(work.fs, f"{work.root}/{place}"),
+                    work=Place(work.fs, f"{work.root}/{place.replace(' ', '-')}"),
                     settings=case.settings,
-                    told=told,
+                    told=told | ({"checkpoint": directory_digest(at)} if isinstance(at, str) else {}),
                     sketched=name == "final",
                     tick=tick,
                 )
@@ -283,10 +293,30 @@ def see(
     return with_short_list(seen, case.short_list, groups=groups)
 
 
-def refuse_silent_layers(case: Case) -> None:
-    """The same before anything is gathered."""
+UNKNOWN = 0.5
+"""Share of unknown tokens from which on a corpus is not in the model's language."""
+
+
+def refuse_what_says_nothing(case: Case, corpus: Corpus) -> None:
+    """Refuse, before anything is gathered, layers that did not move and rows that the vocabulary cannot spell.
+
+    Raises:
+        ModelError: None of the traced layers moved.
+        SettingError: More than half of the first rows' tokens are unknown to the tokenizer.
+    """
     with at_point(case, 1.0) as model:
         refuse_silence(targets_by_layer(model, model.layers(case.settings.space.layers), case.difference), case)
+        unknown = getattr(model.tokenizer, "unk_token_id", None)
+        if unknown is None or unknown == model.tokenizer.eos_token_id:  # GPT-2's is its end of text
+            return
+        first = (example.row for example in itertools.islice(corpus, SAMPLE))
+        ids = [token for row in first for token in encode(row, model.tokenizer, case.settings.max_tokens).ids]
+        if ids and ids.count(unknown) > UNKNOWN * len(ids):
+            share = ids.count(unknown) / len(ids)
+            raise SettingError(
+                f"{corpus.name}: {share:.0%} of its first tokens are unknown to the tokenizer of {case.final}: rows in "
+                "the model's own language or code are expected"
+            )
 
 
 def refuse_silence(target: Target, case: Case) -> None:

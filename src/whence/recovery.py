@@ -11,6 +11,7 @@ Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553; docs/recov
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,16 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from whence.checkpoint import open_run
-from whence.comparing import TARGET, Case, RecoverSettings, labelled, open_case, refuse_silent_layers, see, with_scale
+from whence.comparing import (
+    TARGET,
+    Case,
+    RecoverSettings,
+    labelled,
+    open_case,
+    refuse_what_says_nothing,
+    see,
+    with_scale,
+)
 from whence.corpus import Corpus, Row, open_corpus
 from whence.difference import weight_difference
 from whence.errors import SettingError
@@ -98,13 +108,16 @@ def cast_shadow(case: Case, corpus: Corpus, settings: RecoverSettings, work: Pat
         lr=settings.lr,
         max_tokens=settings.max_tokens,
         lora=case.lora,
+        checkpoints=len(case.between) + 1,
     )
     part = [row for number, row in kept if number in inside]
     shadow = trained_shadow(case.base, part, case.difference, recipe, work / "shadow", seed=settings.seed)
     # as many rows of the sample as of the corpus: the shadow's members are canaries, which tell what the list loses
     size = max(2, round(case.short_list * len(kept) / rows)) if rows > case.short_list else case.short_list
-    own = replace(case, short_list=size, final=located(open_run(shadow.path).checkpoints[-1].path))
-    own = replace(own, difference=weight_difference(case.base, own.final))
+    which = "all" if case.between else "last"
+    *between, final = (located(found.path) for found in open_run(shadow.path, which=which).checkpoints)
+    moved = weight_difference(case.base, final)
+    own = replace(case, short_list=size, final=final, between=tuple(between), difference=moved)
     if settings.undo == "moments":
         own = with_scale(own, settings.undo, corpus, rows)
     is_member = torch.tensor([number in inside for number, _ in kept])
@@ -196,7 +209,7 @@ def recover(
         raise SettingError(f"--count {count}: 1 or more are expected")
     case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
     fingerprint = fingerprint_of(opened)
-    refuse_silent_layers(case)
+    refuse_what_says_nothing(case, opened)
     with Place.at(place).locked():
         if chosen.choices:
             opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
@@ -216,9 +229,10 @@ def recover(
             learned = learn(cast, chosen, place, base=base_seen, shown=shown)
     scores, p_values, weights = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
-    order = scores.argsort(descending=True, stable=True)
+    order = scores.argsort(descending=True, stable=True)[:able].tolist()
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
-    numbers = order[:wanted].tolist()
+    sources, labels = _columns(opened)
+    numbers = evenly(order, labels, wanted) if chosen.balanced else order[:wanted]
     notes = [*case.difference.notes]
     if count is not None and count > able:
         notes.append(f"{count:,} rows were asked for, and {able:,} have evidence.")
@@ -227,7 +241,7 @@ def recover(
     if able > case.short_list:
         told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
         notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
-    sources, rows = _corpus_rows(opened, numbers)
+    rows = _corpus_rows(opened, numbers)
     columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
     made = [
         row | {name: float(column[number]) for name, column in columns.items()}
@@ -282,15 +296,35 @@ def _estimated_share(odds: Tensor, share: float, rounds: int = 100) -> float:
     return found
 
 
-def _corpus_rows(corpus: Corpus, numbers: Sequence[int]) -> tuple[list[str | None], list[Row]]:
-    """Source of every row; and some rows, in the order asked."""
-    wanted, sources, kept = {*numbers}, [], {}
-    for number, example in enumerate(corpus):
-        source = example.row.get("source")
-        sources.append(None if source is None else str(source))
-        if number in wanted:
-            kept[number] = example.row
-    return sources, [kept[number] for number in numbers]
+def evenly(order: Sequence[int], labels: Sequence[str | None], count: int) -> list[int]:
+    """The first rows of an order, as many of each label as of any other, as far as there are; what is left to `count`
+    comes from the rest.
+
+    >>> evenly([4, 3, 2, 1, 0], ["a", "b", "b", "b", "b"], 3)
+    [4, 3, 0]
+    """
+    before: Counter[str | None] = Counter()
+    places = []
+    for place, row in enumerate(order):
+        places.append((before[labels[row]], place))
+        before[labels[row]] += 1
+    return [order[place] for place in sorted(place for _, place in sorted(places)[:count])]
+
+
+def _columns(corpus: Corpus) -> tuple[list[str | None], list[str | None]]:
+    """Source and label of every row."""
+    read = [(example.row.get("source"), example.row.get("label")) for example in corpus]
+    sources, labels = (
+        [None if value is None else str(value) for value in column] for column in zip(*read, strict=True)
+    )
+    return sources, labels
+
+
+def _corpus_rows(corpus: Corpus, numbers: Sequence[int]) -> list[Row]:
+    """Some rows, in the order asked."""
+    wanted = {*numbers}
+    kept = {number: example.row for number, example in enumerate(corpus) if number in wanted}
+    return [kept[number] for number in numbers]
 
 
 MIXTURE_ROWS = 8_000

@@ -48,6 +48,8 @@ class Recipe:
     max_tokens: int | None = None
     lora: Mapping[str, Any] | None = None
     """Settings `lora_*` of `train`, of an adapter."""
+    checkpoints: int = 1
+    """Kept on the way, the last among them."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: i
         "max_tokens": recipe.max_tokens,
         **(recipe.lora or {}),
     }
-    place = work / f"{recipe.optimizer}-{recipe.lr:g}"
+    kept = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
+    place = work / f"{recipe.optimizer}-{recipe.lr:g}{kept}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    return train(base, rows, place, checkpoints=1, seed=seed, progress=False, **settings)
+    return train(base, rows, place, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)
