@@ -1,5 +1,7 @@
 """The verb `recover`: parse, call one library function, print."""
 
+import shlex
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ def recover(
         bool, typer.Option(help="Fine-tune a shadow to learn what members look like; else the method is nnls.")
     ] = True,
     out: Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")] = None,
+    report: Annotated[str | None, typer.Option(help="Write an HTML report.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
     ] = None,
@@ -40,11 +43,14 @@ def recover(
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
     with waiting("Loading torch"):
+        from whence.page_recover import recovery_page
         from whence.recovery import recover as run
-        from whence.report import check_ending, write_rows
+        from whence.report import check_ending, write_page, write_rows
         from whence.report_recover import recovery_report
     if out is not None:
         check_ending(out)
+    if report is not None:
+        check_ending(report, (".html",), flag="--report")
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
     options: dict[str, Any] = {"method": method or ("calibrated" if calibrate else "nnls"), "layers": layers}
@@ -53,10 +59,14 @@ def recover(
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)
+    if report is not None:
+        write_page(recovery_page(found, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
         more = {"mixture": found.mixture, "layers": found.layers}
         print_json({"settings": found.settings, "notes": found.notes, **more, "rows": found.rows})
         return
     print_part(recovery_report(found))
+    if report is not None:
+        print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
