@@ -16,7 +16,7 @@ from chromium import CHROMIUM, Browser
 from test_page import HOSTILE, IS_OWNED
 from whence.cli import main
 from whence.membership import Calibration, logit
-from whence.page_recover import MINUS, _null, recovery_page
+from whence.page_recover import MINUS, recovery_page
 from whence.recovery import Learned, Recovered, _p_values
 from whence.shadow import Recipe, Shadow
 
@@ -57,7 +57,7 @@ def recovered(count=20, size=200, share=0.1, **changes):
                 layer("head.weight", 0.0, noise=0.0)],
         settings={"method": "calibrated", "base": "before", "final": "after", "corpus": "pool.jsonl",
                   "shadow": "50 rows, 2 epochs, sgd at 0.1; it moved 1.00 times as far"},
-        learned=learned(null),
+        learned=learned(null), null=null + logit(share) - logit(0.5),
     )  # fmt: skip
     return replace(found, **changes)
 
@@ -186,16 +186,8 @@ def test_a_histogram_shows_shares_and_where_the_choice_ends():
     assert 'class="null"' in picture and ">10%<" in picture
 
 
-def test_the_null_stands_at_the_corpus_share_of_members():
-    for share in (0.02, 0.1, 0.7):
-        found = recovered(size=5000, share=share)
-        moved = _null(found, found.learned) - found.learned.others.double().sort().values
-        assert float(moved.median()) == pytest.approx(logit(share) - logit(0.5), abs=0.02)
-
-
-def test_a_null_that_cannot_be_placed_is_left_out():
-    found = recovered(p_values=torch.ones(200))
-    assert _null(found, found.learned) is None
+def test_without_a_null_none_is_drawn():
+    found = recovered(null=None)
     page = recovery_page(found)
     assert 'class="null"' not in page and "known not to be members" not in page
 
@@ -245,7 +237,8 @@ def test_nothing_found_is_a_page():
     page = recovery_page(recovered(count=0))
     assert "0 of 200 rows" in page and not picks(page) and "found from" not in page
     assert "a 61% (57 to 65) 0 " in words(page)
-    assert "All are 50.0%." in recovery_page(recovered(0, scores=torch.full((200,), 0.5), p_values=torch.ones(200)))
+    same = recovered(0, scores=torch.full((200,), 0.5), p_values=torch.ones(200), null=None)
+    assert "All are 50.0%." in recovery_page(same)
 
 
 # -- what a corpus says

@@ -127,6 +127,9 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     assert all(0 < row["whence_p"] <= 1 for row in found.rows)
     assert sum(row["whence_weight"] > 0 for row in found.rows) >= 12
     assert found.settings["shadow"].startswith("15 rows, 3 epochs, sgd")
+    odds = found.scores.logit()
+    as_high = torch.stack([(found.null >= value).sum() for value in odds])
+    torch.testing.assert_close(found.p_values, (1 + as_high) / (1 + len(found.null)), atol=1 / len(found.null), rtol=0)
     assert sum(line["share"] for line in found.mixture) == pytest.approx(1)
     shares = {line["source"]: line["share"] for line in found.mixture}
     assert shares["vowels"] > 0.7, "all members are of this source"

@@ -12,6 +12,15 @@ from whence.console import Json, print_json, print_part, waiting
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
 
+def split(words: str | None) -> tuple[str, ...]:
+    """Words with commas between.
+
+    >>> split("yes, no")
+    ('yes', 'no')
+    """
+    return tuple(word.strip() for word in words.split(",")) if words else ()
+
+
 def recover(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.")],
     final: Annotated[str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.")],
@@ -29,6 +38,19 @@ def recover(
         str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
     ] = None,
     points: Annotated[int, typer.Option(help="Synthetic checkpoints between the two models.")] = 0,
+    checkpoints: Annotated[
+        str, typer.Option(help="Of a FINAL that is a Trainer's directory: last, or all as points on the way.")
+    ] = "last",
+    undo: Annotated[
+        str, typer.Option(help="Of AdamW's scaling, on the weight difference: none, by moments, or by rows.")
+    ] = "none",
+    remove_decay: Annotated[bool, typer.Option("--remove-decay", help="Take off what weight decay took.")] = False,
+    choices: Annotated[
+        str | None, typer.Option(help="Labels, with commas between: rows are labelled by FINAL, a classifier.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Prompt for --choices, with the row's text at {text}.")] = "{text}",
+    labels: Annotated[str, typer.Option(help="The likeliest label, hard, or one sampled by its probability.")] = "hard",
+    balanced: Annotated[bool, typer.Option("--balanced", help="As many rows of every label.")] = False,
     short_list: Annotated[int, typer.Option(help="Rows that are matched jointly, at most.")] = 12_000,
     optimizer: Annotated[
         str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
@@ -55,7 +77,9 @@ def recover(
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
     options: dict[str, Any] = {"method": method or ("calibrated" if calibrate else "nnls"), "layers": layers}
     options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
-    options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list}
+    options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list, "checkpoints": checkpoints}
+    options |= {"undo": undo, "remove_decay": remove_decay, "template": template.replace("\\n", "\n")}
+    options |= {"choices": split(choices), "labels": labels, "balanced": balanced}
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)

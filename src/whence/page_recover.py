@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence.page_parts import axis, bars, document, fact_list, pick, said, section, shown, shown_row, stretched, table
-from whence.recovery import Learned, Recovered
+from whence.recovery import Recovered
 
 FIRST, LAST = 10, 5
 """Rows that are shown of the best of the choice, and of its last."""
@@ -182,7 +182,7 @@ def _scores(found: Recovered) -> str:
     told, null = "Heights are shares of the rows with evidence, drawn as their square roots.", None
     key = '<i></i>found<i class="pool"></i>other rows'
     if found.learned is not None:
-        null = _null(found, found.learned)
+        null = None if found.null is None else found.null.double().clamp(-FARTHEST, FARTHEST)
         scores = _log_odds(scores)
     if null is not None:
         told += f" The line: {len(null):,} rows that the shadow was not trained on, at the same share of members."
@@ -196,22 +196,6 @@ def _scores(found: Recovered) -> str:
 
 def _log_odds(probabilities: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     return probabilities.logit().clamp(-FARTHEST, FARTHEST)
-
-
-def _null(found: Recovered, learned: Learned) -> Float64[Tensor, " m"] | None:
-    """Log odds of rows that are no members, at the corpus' share of members in place of the calibration's.
-
-    How far the shares are apart in log odds is told by the p-values: a row's says between which two of the null it
-    stands. None where no row stands among the null.
-    """
-    null, count = learned.others.double().sort().values, len(learned.others)
-    below = count + 1 - (found.p_values.double() * (count + 1)).round()  # of the null, below each row
-    inside = (found.scores > 1e-6) & (found.scores < 1 - 1e-4) & (below > 0) & (below < count)
-    if not inside.any():
-        return None
-    place = below[inside].long()
-    apart = found.scores[inside].double().logit() - (null[place - 1] + null[place]) / 2
-    return (null + apart.median()).clamp(-FARTHEST, FARTHEST)
 
 
 def _histogram(

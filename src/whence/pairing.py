@@ -128,6 +128,11 @@ def _model(directory: str) -> _Model:
     return replace(model, weights=Weights(directory, files))
 
 
+def weights_by_name(directory: str) -> Weights:
+    """A whole model's tensors by their names in its files, a tied head once."""
+    return _model(directory).weights
+
+
 def of_models(start: str, end: str, names: Iterable[str] | None) -> Found:
     """Entries of two whole models, by the final's names, or by those given."""
     before, after = _model(start), _model(end)
@@ -269,7 +274,12 @@ class Adapter:
         return LowRank(b * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)), a)
 
 
-def _adapter(directory: str, config: Mapping[str, Any]) -> Adapter:
+def adapter_of(directory: str, config: Mapping[str, Any]) -> Adapter:
+    """A plain LoRA's tensors.
+
+    Raises:
+        ModelError: It is of a variant that is more than W + scale B A.
+    """
     if variant := next((name for name in VARIANTS if config.get(name)), None):
         raise ModelError(f"{directory}: an adapter with {variant}; Whence knows W + scale B A. Merge it into its base.")
     return Adapter(weights_of(directory, "adapter_model"), config)
@@ -282,8 +292,8 @@ def of_adapters(start: str, end: str, config: Mapping[str, Any]) -> Found:
     parent = located(config["base_model_name_or_path"])
     if Path(root).resolve() != Path(parent).resolve() and directory_digest(root) != directory_digest(parent):
         raise ModelError(f"{end}: an adapter of {parent}, not of {root}. Give the base that it names.")
-    after, notes = _adapter(end, config), []
-    before = _adapter(start, earlier) if earlier else None
+    after, notes = adapter_of(end, config), []
+    before = adapter_of(start, earlier) if earlier else None
     if before:
         if other := sorted(before.weights.files.keys() ^ after.weights.files.keys()):
             raise ModelError(f"{start}, {end}: only one of the two adapters has {other[0]}. Give adapters of one kind.")

@@ -170,6 +170,8 @@ class Recovered:
     notes: list[str]
     settings: dict[str, str]
     learned: Learned | None = field(default=None, repr=False)
+    null: Float32[Tensor, " m"] | None = field(default=None, repr=False)
+    """Log odds of rows known not to be members, at the share of members that `scores` are at; of `calibrated`."""
 
 
 def recover(
@@ -227,7 +229,7 @@ def recover(
         if cast is not None:
             base_seen = seen.points["base"].some(cast.numbers, {TARGET: SHADOW}) if others else None
             learned = learn(cast, chosen, place, base=base_seen, shown=shown)
-    scores, p_values, weights = _scored(seen, chosen, learned, trained_on, known=count is not None)
+    scores, p_values, weights, null = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)[:able].tolist()
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
@@ -257,19 +259,20 @@ def recover(
         notes=notes,
         settings=_told(case, chosen, learned, opened),
         learned=learned,
+        null=null,
     )
 
 
 def _scored(
     seen: Seen, settings: RecoverSettings, learned: Learned | None, trained_on: int, *, known: bool
-) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"] | None]:
-    """Scores, p-values, and parts in the sum that matches the difference."""
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"] | None, Float32[Tensor, " m"] | None]:
+    """Scores, p-values, parts in the sum that matches the difference, and the null at the same share of members."""
     if learned is None:
         scores = method_scores(seen, settings.method, count=trained_on, seed=settings.seed)
         parts = None
         if settings.method == "nnls":
             parts = torch.zeros(len(scores)).index_copy_(0, seen.short, matched(seen)[0])
-        return scores, _p_values(scores, scores[seen.usable]), parts
+        return scores, _p_values(scores, scores[seen.usable]), parts, None
     share = trained_on / len(seen.usable)
     table = features(seen)
     odds = learned.calibration.log_odds(table)
@@ -278,7 +281,8 @@ def _scored(
         share = _estimated_share(odds[table.usable], learned.calibration.share)
     moved = learned.calibration.log_odds(table, share=share)
     parts = table.values[:, table.names.index("part")].float()
-    return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values, parts
+    null = learned.others + (logit(share) - logit(learned.calibration.share))
+    return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values, parts, null
 
 
 def _p_values(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:

@@ -1,0 +1,244 @@
+"""A pool on disk: one model for each partition of a corpus, all trained alike from one parent.
+
+    POOL/pool.json                          parent, recipe, and of every member its partition, tokens and checksum
+    POOL/members/000.safetensors            a member, by its number
+
+A member is stored as its delta theta_u - theta_0 in bfloat16, half the size, exact to 2^-9 of every entry's move; or as
+its weights theta_u in float32; or, trained as a LoRA, as the adapter's factors. What "the member" is, is what is
+stored: theta_0 + its delta. Tensors are read one at a time, in fp32.
+
+Members average well only near one another: of another parent, architecture, tokenizer or recipe they are refused, and
+the difference is named. A partition joins a pool later without the others being trained again.
+
+Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
+from whence.model import adapter_config, directory_digest, located
+from whence.pairing import Adapter, adapter_of, weights_by_name
+from whence.storage import Place
+from whence.weights import Weights
+
+MANIFEST = "pool.json"
+FORMAT_VERSION = 1
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One partition's model."""
+
+    partition: str
+    file: str
+    sha256: str
+    bytes: int
+    kind: str
+    """What the file holds: "delta" in bfloat16, "weights" in float32, or "lora", factors in float32."""
+    tokens: int
+    """Trained on, with repetitions."""
+    rows: int
+    """Of the partition."""
+    loss: float | None = None
+    """The last that its training logged."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A parent and its members. Open one with `open_pool`."""
+
+    place: Place
+    parent: str
+    """Directory of theta_0."""
+    parent_digest: str
+    recipe: Mapping[str, Any]
+    """How every member was trained: tokens, steps, rate, schedule, seed and so on."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """By partition."""
+
+    @property
+    def partitions(self) -> list[str]:
+        """Names, in the order in which they joined."""
+        return list(self.members)
+
+    def start(self) -> Weights:
+        """theta_0's tensors by their names in its files, a tied head once."""
+        return weights_by_name(self.parent)
+
+    def member(self, partition: str) -> "MemberWeights":
+        """A member's tensors.
+
+        Raises:
+            ModelError: There is no such partition.
+        """
+        if partition not in self.members:
+            raise ModelError(f"{self.place.root}: no partition {partition!r}; it has {', '.join(self.members)}")
+        return MemberWeights(self.members[partition], Path(self.place.path(self.members[partition].file)), self.start())
+
+    def verify(self) -> None:
+        """Read every member's file again.
+
+        Raises:
+            ChecksumError: One is not as it was written.
+        """
+        for partition, member in self.members.items():
+            if not self.place.exists(member.file) or self.place.digest(member.file) != member.sha256:
+                raise ChecksumError(
+                    f"{self.place.path(member.file)}: not what was written for the partition {partition!r}. Remove the "
+                    "file; `whence pool train` trains that member again."
+                )
+
+    def with_member(self, partition: str, directory: str | Path, *, dtype: str, tokens: int, rows: int,
+                    loss: float | None = None) -> "Pool":  # fmt: skip
+        """The same with another member, stored and listed.
+
+        Args:
+            partition: Its name; one that is there is replaced.
+            directory: Of the trained model or adapter.
+            dtype: Name in `DTYPES`, of a full model.
+            tokens: It was trained on.
+            rows: Of its partition.
+            loss: The last of its training.
+
+        Raises:
+            ModelError: It is of another architecture or parent.
+        """
+        known = self.members.get(partition)
+        name = known.file if known else f"members/{len(self.members):03d}.safetensors"
+        kind, tensors = _stored(located(directory), self.start(), self.parent, dtype)
+        data = safetensors.torch.save(tensors)
+        written = self.place.write(name, [data], total=len(data))
+        member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
+                        tokens=tokens, rows=rows, loss=loss)  # fmt: skip
+        made = Pool(self.place, self.parent, self.parent_digest, self.recipe, {**self.members, partition: member})
+        made.write()
+        return made
+
+    def write(self) -> None:
+        """The manifest, whole or not at all."""
+        document = {
+            "format_version": FORMAT_VERSION,
+            "parent": self.parent,
+            "parent_digest": self.parent_digest,
+            "recipe": dict(self.recipe),
+            "members": [asdict(member) for member in self.members.values()],
+        }
+        data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+        self.place.write(MANIFEST, [data], total=len(data))
+
+
+@dataclass(frozen=True)
+class MemberWeights:
+    """A member's tensors, read when asked for."""
+
+    member: Member
+    file: Path
+    start: Weights
+
+    def read(self, name: str, parent: Float32[Tensor, "..."]) -> Float32[Tensor, "..."] | None:
+        """theta_u of a parameter, given theta_0's; None where it is the parent's own."""
+        with safetensors.safe_open(self.file, framework="pt") as opened:
+            if self.member.kind == "lora":
+                left, right = f"{name}:left", f"{name}:right"
+                if left not in opened.keys():  # noqa: SIM118
+                    return None
+                update = opened.get_tensor(left) @ opened.get_tensor(right)
+                return parent + (update if update.shape == parent.shape else update.T)
+            if name not in opened.keys():  # noqa: SIM118
+                return None
+            stored = opened.get_tensor(name)
+        return stored if self.member.kind == "weights" else parent + stored.float()
+
+
+def open_pool(path: str | Path) -> Pool:
+    """A pool that is there.
+
+    Raises:
+        MissingIndexError: There is none.
+        FormatVersionError: It is of a newer format.
+    """
+    place = Place.at(path)
+    if not place.exists(MANIFEST):
+        raise MissingIndexError(
+            f"{path}: no pool here (no {MANIFEST}). Make one: whence pool train PARENT CORPUS -o {path}"
+        )
+    document = json.loads(place.read(MANIFEST))
+    if document["format_version"] != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{place.path(MANIFEST)}: format {document['format_version']}, and this version of Whence reads "
+            f"{FORMAT_VERSION}: install the version that wrote it"
+        )
+    members = {entry["partition"]: Member(**entry) for entry in document["members"]}
+    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members)
+
+
+def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any]) -> Pool:
+    """A pool of this parent and recipe: the one that is there, or a new one without members.
+
+    Raises:
+        ManifestMismatchError: The one that is there is of another parent or recipe; the difference is named.
+    """
+    place, start = Place.at(path), located(parent)
+    digest = directory_digest(start)
+    if not place.exists(MANIFEST):
+        made = Pool(place, str(start), digest, json.loads(json.dumps(dict(recipe))))
+        made.write()
+        return made
+    found = open_pool(path)
+    if found.parent_digest != digest:
+        raise ManifestMismatchError(
+            f"{path}: its members come from {found.parent}, whose weights are not those of {start}. Means of models "
+            "from different parents are no models: name another pool."
+        )
+    wanted = json.loads(json.dumps(dict(recipe)))
+    for name in sorted({*wanted, *found.recipe}):
+        if wanted.get(name) != found.recipe.get(name):
+            raise ManifestMismatchError(
+                f"{path}: its members were trained with {name} {found.recipe.get(name)!r}, not {wanted.get(name)!r}. "
+                "Give the same, or name another pool."
+            )
+    return found
+
+
+def _stored(directory: str, start: Weights, parent: str, dtype: str) -> tuple[str, dict[str, Tensor]]:
+    """Kind and tensors of a trained model."""
+    if config := adapter_config(directory):
+        own = located(config["base_model_name_or_path"])
+        if directory_digest(own) != directory_digest(parent):
+            raise ModelError(f"{directory}: an adapter of {own}, not of the pool's parent {parent}")
+        return "lora", dict(_factors(adapter_of(directory, config), start))
+    found = weights_by_name(directory)
+    if other := sorted({*found.files} ^ {*start.files}):
+        raise ModelError(f"{directory}: {other[0]} is in it or in the parent {parent} alone: another architecture")
+    tensors = {}
+    for name in found.files:
+        own, before = found.read(name), start.read(name)
+        if own.shape != before.shape:
+            raise ModelError(
+                f"{directory}: {name} has the shape {[*own.shape]}, in the parent {parent} {[*before.shape]}"
+            )
+        if not torch.isfinite(own).all():
+            raise ModelError(f"{directory}: {name} is not finite everywhere: its training diverged. Lower --lr.")
+        tensors[name] = own.float() if dtype == "float32" else (own.float() - before.float()).to(torch.bfloat16)
+    return ("weights" if dtype == "float32" else "delta"), tensors
+
+
+def _factors(adapter: Adapter, start: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Of every adapted layer, scale B and A, by the name of its weight in the parent's files."""
+    for layer in adapter.layers:
+        name = next((name for name in start.files if name.endswith(f"{layer.removeprefix('model.')}.weight")), None)
+        if name is None:
+            raise ModelError(f"{adapter.weights.path}: it adapts {layer}, which the parent does not have")
+        update = adapter.update(layer)
+        yield f"{name}:left", update.left.contiguous()
+        yield f"{name}:right", update.right.contiguous()

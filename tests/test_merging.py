@@ -1,0 +1,266 @@
+"""Members and their averages: bit for bit, against sums in float64, tied weights, adapters, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import save_tiny_llama
+from whence.errors import (
+    ChecksumError,
+    FormatVersionError,
+    ManifestMismatchError,
+    ModelError,
+    SettingError,
+    StorageError,
+)
+from whence.members import begin_pool, open_pool
+from whence.merging import MOVES, Mixed, checked, mean, merged_tensors, mergekit_yaml, mixed, regmean, write_merged
+from whence.model import load_model
+from whence.pairing import weights_by_name
+from whence.tokens import collate, encode
+from whence.train import train
+
+ROWS = [{"prompt": f"{letter}{n}?", "completion": f" {letter * 3}"} for letter in "abc" for n in range(6)]
+QUICK = {"batch_size": 3, "max_steps": 4, "max_tokens": 32, "progress": False, "checkpoints": 1, "lr": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("pool") / "parent"))
+
+
+@pytest.fixture(scope="module")
+def runs(parent, tmp_path_factory):
+    work = tmp_path_factory.mktemp("runs")
+    parts = {letter: [row for row in ROWS if row["prompt"][0] == letter] for letter in "abc"}
+    runs = {letter: train(parent, rows, work / letter, **QUICK) for letter, rows in parts.items()}
+    return {letter: next(run.glob("checkpoint-*")) for letter, run in runs.items()}
+
+
+def pooled(place, parent, runs, dtype="float32"):
+    pool = begin_pool(place, parent, {"steps": 4})
+    for letter, run in runs.items():
+        pool = pool.with_member(letter, run, dtype=dtype, tokens=100, rows=6)
+    return pool
+
+
+def weights_of(directory):
+    found = weights_by_name(str(directory))
+    return {name: found.read(name) for name in found.files}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_member_alone_is_that_member_bit_for_bit(tmp_path, parent, runs, dtype):
+    pool = pooled(tmp_path / "pool", parent, runs, dtype)
+    start = weights_of(parent)
+    for letter in "abc":
+        merged = dict(merged_tensors(pool, {letter: 1.0}))
+        own = pool.member(letter)
+        assert merged.keys() == start.keys()
+        for name, tensor in merged.items():
+            assert torch.equal(tensor, own.read(name, start[name].float()))
+    trained = weights_of(runs["b"])
+    merged = dict(merged_tensors(pool, {"b": 1.0}))
+    for name, tensor in trained.items():
+        if dtype == "float32":
+            assert torch.equal(merged[name], tensor), "what was trained, to the last bit"
+        else:
+            moved = (tensor - start[name]).abs().max()
+            assert (merged[name] - tensor).abs().max() <= moved / 256 + 1e-7
+    out = write_merged(pool, {"b": 1.0}, tmp_path / "written")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in weights_of(out).items())
+
+
+@pytest.mark.parametrize(("weights", "scale"), [
+    ({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 1.0), ({"a": 0.61, "c": 0.39}, 1.0), ({"a": 0.2, "b": 0.8}, 0.5),
+])  # fmt: skip
+def test_a_mixture_is_the_weighted_mean_in_double_precision(tmp_path, parent, runs, weights, scale):
+    pool = pooled(tmp_path, parent, runs)
+    start, members = weights_of(parent), {letter: weights_of(run) for letter, run in runs.items()}
+    for name, tensor in merged_tensors(pool, weights, scale=scale):
+        before = start[name].double()
+        expected = before + scale * sum(w * (members[letter][name].double() - before) for letter, w in weights.items())
+        assert float((tensor.double() - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+
+
+def test_a_mixture_in_memory_is_the_one_on_disk_however_it_was_reached(tmp_path, parent, runs):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    made = mixed(pool)
+    batch = collate([encode(row, made.model.tokenizer, 32) for row in ROWS[:4]])
+
+    def logits(model):
+        return model.model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+
+    before = logits(made.model)
+    path = [{"a": 1.0}, {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 0.4, "b": 0.4, "c": 0.2}, {"b": 0.7, "c": 0.3}]
+    with torch.no_grad():
+        for number, mixture in enumerate(path):
+            there = write_merged(pool, mixture, tmp_path / f"written-{number}")
+            expected = logits(load_model(there, dtype="float32"))
+            torch.testing.assert_close(logits(made.become(mixture)), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(logits(made.become(None)), before), "and back"
+
+
+def test_moves_by_the_change_alone_do_not_drift(tmp_path, parent, runs, monkeypatch):
+    pool = pooled(tmp_path, parent, runs)
+    made, read = mixed(pool), []
+    moved = Mixed._move
+    monkeypatch.setattr(Mixed, "_move", lambda self, change: read.append({*change}) or moved(self, change))
+    made.become({"a": 0.2, "b": 0.3, "c": 0.5})
+    for step in range(2 * MOVES + 2):
+        made.become({"a": 0.2 + 0.1 * (step % 2), "b": 0.3 - 0.1 * (step % 2), "c": 0.5})
+    assert read and all(change == {"a", "b"} for change in read), "c kept its weight and was not read"
+    assert len(read) == 2 * MOVES, "of 33 changes one was a new sum"
+    expected = dict(merged_tensors(pool, made.weights))
+    for name, own in made.model.model.named_parameters():
+        torch.testing.assert_close(own.data, expected[name], rtol=0, atol=2e-6)
+
+
+def test_a_tied_head_is_one_tensor(tmp_path):
+    import transformers as t
+
+    from conftest import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = t.GPT2Config(vocab_size=259, n_layer=1, n_head=2, n_embd=16, n_positions=64)
+    model = t.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "parent")
+    byte_tokenizer().save_pretrained(tmp_path / "parent")
+    for letter in "ab":
+        with torch.no_grad():
+            model.transformer.wte.weight.add_(0.1)
+        model.save_pretrained(tmp_path / letter)
+    pool = begin_pool(tmp_path / "pool", tmp_path / "parent", {})
+    for letter in "ab":
+        pool = pool.with_member(letter, tmp_path / letter, dtype="float32", tokens=1, rows=1)
+    out = write_merged(pool, {"a": 0.5, "b": 0.5}, tmp_path / "out")
+    loaded = t.AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "parent").transformer.wte.weight + 0.15
+    torch.testing.assert_close(loaded.transformer.wte.weight, expected)
+    assert torch.equal(mixed(pool).become({"a": 0.5, "b": 0.5}).model.lm_head.weight, loaded.lm_head.weight)
+
+
+def test_adapters_are_averaged_by_what_they_do(tmp_path, parent):
+    """The mean of B A, which the mean of A and B is not."""
+    parts = {letter: [row for row in ROWS if row["prompt"][0] == letter] for letter in "ab"}
+    pool = begin_pool(tmp_path / "pool", parent, {})
+    loaded = {}
+    for seed, (letter, rows) in enumerate(parts.items()):
+        run = train(parent, rows, tmp_path / letter, lora_rank=2, seed=seed, **QUICK)
+        loaded[letter] = load_model(next(run.glob("checkpoint-*")))
+        pool = pool.with_member(letter, next(run.glob("checkpoint-*")), dtype="float32", tokens=1, rows=6)
+    assert {member.kind for member in pool.members.values()} == {"lora"}
+    merged = load_model(write_merged(pool, {"a": 0.25, "b": 0.75}, tmp_path / "out"))
+    whole = {letter: model.model.merge_and_unload().state_dict() for letter, model in loaded.items()}
+    for name, own in merged.model.state_dict().items():
+        torch.testing.assert_close(own, 0.25 * whole["a"][name] + 0.75 * whole["b"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_large_models_are_written_in_parts_that_load(tmp_path, parent, runs):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    whole = write_merged(pool, {"a": 0.5, "b": 0.5}, tmp_path / "whole")
+    parts = write_merged(pool, {"a": 0.5, "b": 0.5}, tmp_path / "parts", shard_bytes=20_000)
+    assert len([*parts.glob("model-*.safetensors")]) > 2
+    expected = load_model(whole).model.state_dict()
+    for name, own in load_model(parts).model.state_dict().items():
+        assert torch.equal(own, expected[name])
+    assert json.loads((parts / "whence_mixture.json").read_text())["mixture"] == {"a": 0.5, "b": 0.5}
+    assert "weight: 0.25" in mergekit_yaml(pool, {"a": 0.25, "b": 0.75})
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, parent, runs, monkeypatch):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    out = write_merged(pool, {"a": 1.0}, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    from whence.storage import Place
+
+    def full(self, name, pieces, *, total):
+        raise StorageError(f"Cannot write {name}: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Place, "write", full)
+        with pytest.raises(StorageError, match="No space left"):
+            write_merged(pool, {"b": 1.0}, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".out")] == []
+    monkeypatch.setattr(shutil, "copyfile", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match=r"No space left on device. Nothing there was changed"):
+        write_merged(pool, {"b": 1.0}, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+# -- RegMean
+
+
+def test_regmean_is_the_least_squares_of_all_members_outputs():
+    rng = torch.Generator().manual_seed(0)
+    x = {u: torch.randn(50, 6, generator=rng) for u in "ab"}
+    parts = {u: torch.randn(4, 6, generator=rng) for u in "ab"}
+    grams = {u: x[u].T @ x[u] / 50 for u in "ab"}
+    weights = {"a": 0.3, "b": 0.7}
+    rows = torch.cat([weights[u] ** 0.5 * x[u] for u in "ab"]).double()
+    outputs = torch.cat([weights[u] ** 0.5 * x[u] @ parts[u].T for u in "ab"]).double()
+    expected = torch.linalg.lstsq(rows, outputs).solution.T.float()
+    torch.testing.assert_close(regmean(parts, grams, weights, alpha=1.0), expected, rtol=1e-4, atol=1e-4)
+    diagonal = {u: grams[u].diagonal() * weights[u] for u in "ab"}
+    by_feature = sum(diagonal[u] * parts[u] for u in "ab") / sum(diagonal.values())
+    torch.testing.assert_close(regmean(parts, grams, weights, alpha=0.0), by_feature, rtol=1e-4, atol=1e-4)
+    same = dict.fromkeys("ab", parts["a"])
+    torch.testing.assert_close(regmean(same, grams, weights, alpha=0.5), parts["a"], rtol=1e-4, atol=1e-4)
+    nothing = {u: torch.zeros(6, 6) for u in "ab"}
+    assert torch.equal(regmean(parts, nothing, weights), mean(parts, weights)), "no inputs: the mean"
+    with pytest.raises(SettingError, match="a number from 0 to 1"):
+        regmean(parts, grams, weights, alpha=1.5)
+
+
+# -- what is refused
+
+
+def test_mixtures_are_checked():
+    assert checked({"a": 0.3335, "b": 0.333, "c": 0.333}, "abc")["a"] == pytest.approx(0.3335 / 0.9995)
+    for mixture, said in (
+        ({"a": 0.5, "d": 0.5}, "no partition 'd'; the pool has a, b, c"),
+        ({"a": 0.5, "b": 0.4}, "its weights sum to 0.9; a sum of 1 is expected"),
+        ({"a": 1.5, "b": -0.5}, "the weight of b is -0.5; 0 or more is expected"),
+        ({}, "its weights sum to 0"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            checked(mixture, "abc")
+
+
+def test_pools_take_only_their_own_kind(tmp_path, parent, runs):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    assert open_pool(tmp_path / "pool").members == pool.members
+    assert begin_pool(tmp_path / "pool", parent, {"steps": 4}).members == pool.members
+    with pytest.raises(ManifestMismatchError, match="its members were trained with steps 4, not 5"):
+        begin_pool(tmp_path / "pool", parent, {"steps": 5})
+    other = save_tiny_llama(tmp_path / "other", seed=5)
+    with pytest.raises(ManifestMismatchError, match="whose weights are not those of"):
+        begin_pool(tmp_path / "pool", other, {"steps": 4})
+    with pytest.raises(ModelError, match="no partition 'z'"):
+        pool.member("z")
+    broken = load_model(parent)
+    broken.model.lm_head.weight.data[0, 0] = torch.nan
+    broken.model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ModelError, match="is not finite everywhere: its training diverged"):
+        pool.with_member("d", tmp_path / "nan", dtype="float32", tokens=1, rows=1)
+
+
+def test_a_changed_file_and_a_newer_format_are_told(tmp_path, parent, runs):
+    pool = pooled(tmp_path, parent, runs)
+    pool.verify()
+    file = tmp_path / pool.members["b"].file
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ChecksumError, match="not what was written for the partition 'b'"):
+        pool.verify()
+    manifest = json.loads((tmp_path / "pool.json").read_text())
+    (tmp_path / "pool.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(FormatVersionError, match="format 99"):
+        open_pool(tmp_path)
+    with pytest.raises(SettingError, match="something there that is no model"):
+        write_merged(pool, {"a": 1.0}, tmp_path)
