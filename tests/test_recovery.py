@@ -312,6 +312,37 @@ def test_rows_that_the_vocabulary_cannot_spell_are_refused(base, final, tmp_path
         recover(base, final, rows, count=2, method="p_min", work=tmp_path, shown=False)
 
 
+def test_rounds_come_nearer_to_the_final_and_take_off_what_is_no_gradient(base, final, tmp_path):
+    options = {"count": 15, "max_tokens": 32, "width": 512, "shown": False, "epochs": 3.0, "batch_size": 4,
+               "method": "nnls", "work": tmp_path, "optimizer": "sgd", "lr": 0.05}  # fmt: skip
+    plain = recover(base, final, ROWS, **options)
+    found = recover(base, final, ROWS, rounds=2, **options)
+    told = [note for note in found.notes if note.startswith("Round ")]
+    left = [float(note.split("comes to ")[1].split()[0]) for note in told]
+    assert told and left == sorted(left, reverse=True) and left[0] < 1
+    assert precision(found.scores) >= precision(plain.scores) - 0.07
+    assert not torch.equal(found.scores, plain.scores)
+    with pytest.raises(SettingError, match="--rounds 1: 0 or more are expected, with --method nnls"):
+        recover(base, final, ROWS, rounds=1, **options | {"method": "p_min"})
+
+
+def test_the_misfit_of_known_rows_is_what_is_taken_off(base, final, tmp_path):
+    """With the members known and the same training, T' is the sum of their gradients to the last digit."""
+    seen = seen_of(base, final, tmp_path)
+    case = open_case(base, final, RecoverSettings(max_tokens=32, width=512))
+    from whence.relinearising import _moved
+    from whence.selectors.problems import gram
+    from whence.selectors.pursuit import nnls as fitted
+    from whence.shadow import Shadow
+
+    shadow = Shadow(case.final, Recipe(rows=15), 1.0, 0.0)
+    units = torch.nn.functional.normalize(seen.points["final"].vectors(seen.short))
+    made, target = _moved(case, shadow, seen, units, torch.tensor(MEMBERS))
+    assert made.left < 1e-6 and made.cosine == pytest.approx(1, abs=1e-5)
+    weights = fitted(gram(units[MEMBERS], seen.sketch)).weights
+    torch.testing.assert_close(target, weights @ units[MEMBERS], rtol=1e-3, atol=1e-4 * float(target.abs().max()))
+
+
 # -- the optimizer's doing, undone
 
 

@@ -51,6 +51,9 @@ def recover(
     template: Annotated[str, typer.Option(help="Prompt for --choices, with the row's text at {text}.")] = "{text}",
     labels: Annotated[str, typer.Option(help="The likeliest label, hard, or one sampled by its probability.")] = "hard",
     balanced: Annotated[bool, typer.Option("--balanced", help="As many rows of every label.")] = False,
+    rounds: Annotated[
+        int, typer.Option(help="Train on what was chosen and match what that leaves: nnls, matching, cosine.")
+    ] = 0,
     short_list: Annotated[int, typer.Option(help="Rows that are matched jointly, at most.")] = 12_000,
     optimizer: Annotated[
         str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
@@ -79,7 +82,7 @@ def recover(
     options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list, "checkpoints": checkpoints}
     options |= {"undo": undo, "remove_decay": remove_decay, "template": template.replace("\\n", "\n")}
-    options |= {"choices": split(choices), "labels": labels, "balanced": balanced}
+    options |= {"choices": split(choices), "labels": labels, "balanced": balanced, "rounds": rounds}
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)

@@ -31,6 +31,8 @@ from whence.targets import SAMPLE, UNDO, Scale, scale_of_moments, scale_of_rows,
 from whence.tokens import encode
 from whence.vectors import IndexSettings
 
+ROUNDED = ("nnls", "matching", "cosine")
+"""Methods that match a target, which re-linearising changes."""
 TARGET = "difference"
 WIDTH = 16_384
 """Numbers of a row's sketch."""
@@ -78,6 +80,8 @@ class RecoverSettings:
     """Which choice a row gets, see `labelling`."""
     balanced: bool = False
     """Choose as many rows of every label, as far as there are, where there are choices."""
+    rounds: int = 0
+    """Of re-linearising, at most, for the methods of `ROUNDED`."""
     seed: int = 0
 
     def __post_init__(self):
@@ -92,6 +96,11 @@ class RecoverSettings:
             raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
         if self.points < 0:
             raise SettingError(f"--points {self.points}: 0 or more are expected")
+        if self.rounds < 0 or (self.rounds and self.method not in ROUNDED):
+            raise SettingError(
+                f"--rounds {self.rounds}: 0 or more are expected, with --method {' or '.join(ROUNDED)}, which match "
+                "rows jointly"
+            )
         if self.points and self.checkpoints == "all":
             raise SettingError("--points and --checkpoints all: choose one of them, synthetic points or real ones")
 

@@ -41,6 +41,7 @@ from whence.membership import Calibration, Seen, calibrate, features, logit, mat
 from whence.model import located
 from whence.numerics import generator
 from whence.recover_scores import method_scores
+from whence.relinearising import Round, relinearised
 from whence.selectors import pursuit
 from whence.selectors.problems import Atoms
 from whence.shadow import Recipe, Shadow, trained_shadow
@@ -78,6 +79,19 @@ class Learned:
     """Log odds of rows that the shadow was not trained on: the null that p-values are taken from."""
 
 
+def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
+    """What is known of how the model was trained on so many rows."""
+    return Recipe(
+        rows=rows,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        max_tokens=settings.max_tokens,
+        lora=case.lora,
+    )
+
+
 @dataclass(frozen=True)
 class Cast:
     """A shadow, and what it is to be calibrated on."""
@@ -100,16 +114,7 @@ def cast_shadow(case: Case, corpus: Corpus, settings: RecoverSettings, work: Pat
         if number in wanted:
             kept.append((number, example.row))
     inside = {*members}
-    recipe = Recipe(
-        rows=len(members),
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        max_tokens=settings.max_tokens,
-        lora=case.lora,
-        checkpoints=len(case.between) + 1,
-    )
+    recipe = replace(recipe_of(case, settings, len(members)), checkpoints=len(case.between) + 1)
     part = [row for number, row in kept if number in inside]
     shadow = trained_shadow(case.base, part, case.difference, recipe, work / "shadow", seed=settings.seed)
     # as many rows of the sample as of the corpus: the shadow's members are canaries, which tell what the list loses
@@ -229,6 +234,11 @@ def recover(
         if cast is not None:
             base_seen = seen.points["base"].some(cast.numbers, {TARGET: SHADOW}) if others else None
             learned = learn(cast, chosen, place, base=base_seen, shown=shown)
+        rounds: list[Round] = []
+        if chosen.rounds:
+            listed = _corpus_rows(opened, seen.short.tolist())
+            recipe = recipe_of(case, chosen, trained_on)
+            seen, rounds = relinearised(case, seen, listed, recipe, place, rounds=chosen.rounds, seed=chosen.seed)
     scores, p_values, weights, null = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)[:able].tolist()
@@ -243,6 +253,11 @@ def recover(
     if able > case.short_list:
         told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
         notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
+    for number, made in enumerate(rounds, 1):
+        notes.append(
+            f"Round {number}: trained on what was chosen, the base comes to {made.left:.2f} of its way to the final "
+            f"(cosine {made.cosine:.2f})."
+        )
     rows = _corpus_rows(opened, numbers)
     columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
     made = [
