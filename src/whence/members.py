@@ -15,7 +15,7 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Pool:
     """How every member was trained: tokens, steps, rate, schedule, seed and so on."""
     members: Mapping[str, Member] = field(default_factory=dict)
     """By partition."""
+    corpus: str | None = None
+    """That the last members were trained on, where it has an address."""
 
     @property
     def partitions(self) -> list[str]:
@@ -120,7 +122,9 @@ class Pool:
         written = self.place.write(name, [data], total=len(data))
         member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
                         tokens=tokens, rows=rows, loss=loss)  # fmt: skip
-        made = Pool(self.place, self.parent, self.parent_digest, self.recipe, {**self.members, partition: member})
+        made = Pool(
+            self.place, self.parent, self.parent_digest, self.recipe, {**self.members, partition: member}, self.corpus
+        )
         made.write()
         return made
 
@@ -131,6 +135,7 @@ class Pool:
             "parent": self.parent,
             "parent_digest": self.parent_digest,
             "recipe": dict(self.recipe),
+            "corpus": self.corpus,
             "members": [asdict(member) for member in self.members.values()],
         }
         data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
@@ -179,10 +184,10 @@ def open_pool(path: str | Path) -> Pool:
             f"{FORMAT_VERSION}: install the version that wrote it"
         )
     members = {entry["partition"]: Member(**entry) for entry in document["members"]}
-    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members)
+    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members, document["corpus"])
 
 
-def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any]) -> Pool:
+def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any], *, corpus: str | None = None) -> Pool:
     """A pool of this parent and recipe: the one that is there, or a new one without members.
 
     Raises:
@@ -191,7 +196,7 @@ def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any]) 
     place, start = Place.at(path), located(parent)
     digest = directory_digest(start)
     if not place.exists(MANIFEST):
-        made = Pool(place, str(start), digest, json.loads(json.dumps(dict(recipe))))
+        made = Pool(place, str(start), digest, json.loads(json.dumps(dict(recipe))), {}, corpus)
         made.write()
         return made
     found = open_pool(path)
@@ -207,7 +212,7 @@ def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any]) 
                 f"{path}: its members were trained with {name} {found.recipe.get(name)!r}, not {wanted.get(name)!r}. "
                 "Give the same, or name another pool."
             )
-    return found
+    return replace(found, corpus=corpus or found.corpus)
 
 
 def _stored(directory: str, start: Weights, parent: str, dtype: str) -> tuple[str, dict[str, Tensor]]:

@@ -128,9 +128,10 @@ def pieces_of(row: Row, tokenizer: Any, max_tokens: int | None) -> Iterator[Row]
 def draw_mixture(
     partitions: Mapping[str, Partition], weights: Mapping[str, float], budget: int, *, seed: int
 ) -> list[Row]:
-    """Rows of a mixture: of every partition its share of the token budget, in random order."""
+    """Rows of a mixture: of each partition its share of the budget, in random order; of one alone, as it is drawn."""
     rows = [row for name, weight in weights.items() for row in partitions[name].draw(round(weight * budget), seed=seed)]
-    random.Random(f"mixture {seed}").shuffle(rows)
+    if len(weights) > 1:
+        random.Random(f"mixture {seed}").shuffle(rows)
     return rows
 
 

@@ -106,6 +106,18 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     return Rendered(text, ((0, len(text)),), special=True, closed=True)
 
 
+def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
+    """Bytes of a row's supervised text in UTF-8, whatever a tokenizer closes it with.
+
+    Raises:
+        CorpusError: As `encode`.
+    """
+    rendered = render(row, tokenizer)
+    if rendered is None:
+        return 0
+    return sum(len(rendered.text[start:end].encode("utf-8", "replace")) for start, end in rendered.spans)
+
+
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
     """Ids that a model is given to continue: `prompt` as it stands, or as the user's turn of a conversation."""
     prompt = _string(prompt)

@@ -27,7 +27,7 @@ import itertools
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,3 +205,22 @@ def _probabilities(counts: np.ndarray, pseudo_count: float) -> np.ndarray:
     """Of each bucket; all 0 where nothing was counted."""
     counts = counts + pseudo_count
     return counts / max(counts.sum(), 1)
+
+
+def gram_divergence(
+    target: Iterable[str], sources: Mapping[str, Iterable[str]], *, buckets: int = 10_000, hash: str = "crc32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of hashed n-grams: of the target [buckets], and of each source [sources, buckets], as DSIR's.
+
+    KL(target || sum of w_s source_s) of a mixture w is then `mixture_divergence`.
+    """
+    asked = _probabilities(_counted(target, buckets, hash)[0].sum(0), 0.0)
+    return asked, np.stack(
+        [_probabilities(_counted(texts, buckets, hash)[0].sum(0), 0.0) for texts in sources.values()]
+    )
+
+
+def mixture_divergence(target: np.ndarray, sources: np.ndarray, weights: Sequence[float]) -> float:
+    """KL(target || mixture) in nats, 1e-8 added to each bucket: smaller, the mixture reads more like the target."""
+    mixture = np.asarray(weights) @ sources
+    return float((target * (np.log(target + SMALLEST) - np.log(mixture + SMALLEST))).sum())

@@ -1,0 +1,427 @@
+"""The ablate job: what any mixture of a pool's partitions would have given, without training it.
+
+For every candidate mixture and evaluation set, proxies of the loss that a model trained on the mixture would have:
+
+    merged      of the members' weighted mean, `merging`; what is claimed to rank candidates
+    mean        weighted mean of the members' own losses, in nats (the log of a geometric mean of perplexities)
+    mean_ppl    log of the weighted mean of their perplexities
+    best        smallest of the members' losses
+    ngram       KL of the set's hashed n-grams from the mixture's: no model at all
+    parent      of theta_0: the same for all, it ranks nothing
+
+and with `truth` the loss of the model that is really trained on it, and how well each proxy ranked (`agreement`).
+A merged loss ranks candidates; its level is off, for a mean of K members has moved 1 / sqrt(K) as far as one, where the
+real model has taken K times the steps.
+
+What is measured is kept in the pool by content, so that the same candidates are never measured twice.
+
+Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
+"""
+
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whence import runner
+from whence.agreement import Agreement, agreement, centred, groups
+from whence.answers import row_text
+from whence.corpus import Corpus, Row, open_corpus, rows_with_place
+from whence.errors import SettingError
+from whence.heldout import EvalSet, Losses, kept, measure, read_sets
+from whence.members import Pool, open_pool
+from whence.merging import checked, mixed
+from whence.model import load_model
+from whence.partitions import Partition
+from whence.pool import PoolSettings, pool_place, read_partitions, slug, true_model
+from whence.scorers.lexical import gram_divergence, mixture_divergence
+
+PROXIES = ("merged", "mean", "mean_ppl", "best", "ngram", "parent")
+MOST_DEFAULT = 200
+"""Candidates that are made up where none are given."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mixture to be judged."""
+
+    name: str
+    weights: Mapping[str, float]
+    """By partition, summing to 1."""
+    budgets: float
+    """Token budget of its real training, in members': the number of its partitions, unless given."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A candidate on an evaluation set, in nats a token."""
+
+    mixture: str
+    set: str
+    contained: bool
+    """The set's own partition is in the mixture."""
+    merged: float
+    low: float
+    """95% of `merged`, over the set's rows."""
+    high: float
+    bits_per_byte: float
+    """Of the merged model."""
+    mean: float
+    mean_ppl: float
+    best: float
+    ngram: float | None
+    parent: float
+    truth: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As plain values, with the merged model's perplexity."""
+        return dict(self.__dict__) | {"perplexity": math.exp(min(self.merged, 700.0))}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What an ablate job found."""
+
+    cells: list[Cell]
+    candidates: list[Candidate]
+    agreements: dict[str, dict[str, dict[str, Agreement]]] = field(default_factory=dict)
+    """With truth: by evaluation set (and "all sets", centred), group of candidates, and proxy."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Tokens trained for the pool and for the truth, seconds of both, and the number of candidates from which on the
+    pool is the cheaper way."""
+    notes: list[str] = field(default_factory=list)
+
+    def best(self) -> dict[str, str]:
+        """Of every set, the mixture with the smallest merged loss."""
+        sets = dict.fromkeys(cell.set for cell in self.cells)
+        return {name: min((cell for cell in self.cells if cell.set == name), key=lambda cell: cell.merged).mixture
+                for name in sets}  # fmt: skip
+
+
+def ablate(
+    pool: str | Path | Pool,
+    evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet],
+    *,
+    mixtures: str | Path | Sequence[Mapping[str, Any]] | None = None,
+    truth: bool = False,
+    corpus: str | Path | Corpus | Iterable[Row] | None = None,
+    scale: float = 1.0,
+    max_tokens: int | None = None,
+    tokens_per_batch: int = 4096,
+    seed: int = 0,
+    shown: bool = True,
+) -> Ablation:
+    """Losses of mixtures on evaluation sets.
+
+    Args:
+        pool: Of `train_pool`.
+        evaluated: Files or directories of held-out rows, one set each.
+        mixtures: A file or rows, each with partitions as columns or with `weights`, and where given a `name` and
+            `budgets`. None: every partition alone, all pairs, and all together.
+        truth: Train every candidate for real too.
+        corpus: That the pool was trained on, for `truth` and n-grams; None: where the pool remembers it.
+        scale: Of the members' moves; see `merging`.
+        max_tokens: Windows that evaluation texts are read in; None: those that members were trained on.
+        tokens_per_batch: Of evaluation.
+        seed: Of intervals.
+        shown: Show bars on stderr.
+
+    Raises:
+        SettingError: A mixture names what is not there or does not sum to 1; `truth` without the corpus.
+        CorpusError: An evaluation set without text.
+    """
+    own = pool if isinstance(pool, Pool) else open_pool(pool)
+    if len(own.members) < 2:
+        raise SettingError(f"{own.place.root}: {len(own.members)} member; two or more are expected, to be mixed")
+    sets = _sets(evaluated)
+    candidates = read_candidates(own, mixtures)
+    settings = PoolSettings(**own.recipe)
+    reader = _Reader(own, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale)
+    start = time.perf_counter()
+    measured = reader.merged(candidates, shown=shown)
+    seconds = time.perf_counter() - start
+    parts = _partitions(own, corpus, settings)
+    if truth and parts is None:
+        raise SettingError(f"--truth: {own.place.root} does not know its corpus any more; give it with --corpus")
+    real: dict[str, dict[str, Losses]] = {}
+    if truth and parts is not None:
+        start = time.perf_counter()
+        real = reader.truths(candidates, parts, shown=shown)
+    spent = time.perf_counter() - start if truth else 0.0
+    cells = [
+        cell for evaluated_set in sets for cell in _cells(own, evaluated_set, candidates, measured, real, parts, seed)
+    ]
+    found = Ablation(
+        cells=cells,
+        candidates=candidates,
+        agreements=_agreements(cells, seed) if truth else {},
+        cost=_cost(own, settings, candidates, seconds, spent, truth=truth),
+        notes=_notes(cells, candidates, own),
+    )
+    return found
+
+
+# -- candidates
+
+
+def read_candidates(pool: Pool, mixtures: str | Path | Sequence[Mapping[str, Any]] | None) -> list[Candidate]:
+    """Candidates from a file, from rows, or the usual ones.
+
+    Raises:
+        SettingError: See `merging.checked`; also two of one name.
+    """
+    if mixtures is None:
+        return usual_candidates(pool.partitions)
+    rows = rows_with_place(str(mixtures)) if isinstance(mixtures, str | Path) else (
+        (f"mixture {number}", dict(row)) for number, row in enumerate(mixtures, 1))  # fmt: skip
+    found: list[Candidate] = []
+    for where, row in rows:
+        given = row.get("weights")
+        others = {name: value for name, value in row.items() if name not in ("name", "budgets")}
+        columns = given if isinstance(given, dict) else others
+        try:
+            shares = {str(name): float(str(value or 0.0)) for name, value in columns.items()}
+        except (TypeError, ValueError):
+            raise SettingError(f"{where}: a weight is not a number: {columns!r}") from None
+        weights = checked(shares, pool.members, name=where)
+        name = str(row.get("name") or " + ".join(f"{weight:.3g} {part}" for part, weight in weights.items()))
+        found.append(Candidate(name, weights, float(row.get("budgets") or len(weights))))
+    _refuse_twins(found)
+    return found
+
+
+def usual_candidates(partitions: Sequence[str]) -> list[Candidate]:
+    """Every partition alone, all pairs (as many as there is room for), all together."""
+    singles = [Candidate(name, {name: 1.0}, 1.0) for name in partitions]
+    pairs = [Candidate(f"{a} + {b}", {a: 0.5, b: 0.5}, 2.0) for a, b in itertools.combinations(partitions, 2)]
+    everything = Candidate("all", {name: 1 / len(partitions) for name in partitions}, float(len(partitions)))
+    return [*singles, *pairs[: max(0, MOST_DEFAULT - len(singles))], *([everything] if len(partitions) > 2 else [])]
+
+
+def _refuse_twins(candidates: Iterable[Candidate]) -> None:
+    names: set[str] = set()
+    for candidate in candidates:
+        if candidate.name in names:
+            raise SettingError(f"--mixtures: two mixtures are called {candidate.name!r}")
+        names.add(candidate.name)
+    if not names:
+        raise SettingError("--mixtures: one mixture or more is expected")
+
+
+# -- losses
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Measures models on all sets, each model once."""
+
+    pool: Pool
+    sets: Sequence[EvalSet]
+    max_tokens: int
+    tokens_per_batch: int
+    scale: float
+
+    def merged(self, candidates: Sequence[Candidate], *, shown: bool) -> dict[str, dict[str, Losses]]:
+        """By candidate and set; members alone and the parent, called "", among them."""
+        own = mixed(self.pool, scale=self.scale)
+        wanted: dict[str, Mapping[str, float] | None] = {"": None}
+        wanted |= {_alone(name): {name: 1.0} for name in self.pool.members}
+        wanted |= {candidate.name: candidate.weights for candidate in candidates}
+        found: dict[str, dict[str, Losses]] = {}
+        with runner.progress("Reading mixtures", len(wanted), shown=shown) as tick:
+            for name, weights in wanted.items():
+                key = None if weights is None else {part: [self.pool.members[part].sha256, weight]
+                                                    for part, weight in weights.items()}  # fmt: skip
+                found[name] = {
+                    evaluated.name: kept(
+                        pool_place(self.pool, "losses"),
+                        ["merged", self.pool.parent_digest, key, self.scale, evaluated.digest, self.max_tokens],
+                        lambda evaluated=evaluated, weights=weights: measure(
+                            own.become(weights), evaluated, max_tokens=self.max_tokens,
+                            tokens_per_batch=self.tokens_per_batch),
+                    )
+                    for evaluated in self.sets
+                }  # fmt: skip
+                tick(1, sum(int(losses.tokens.sum()) for losses in found[name].values()))
+        return found
+
+    def truths(
+        self, candidates: Sequence[Candidate], parts: Mapping[str, Partition], *, shown: bool
+    ) -> dict[str, dict[str, Losses]]:
+        """The same of models that are really trained; one that was interrupted is trained again."""
+        found: dict[str, dict[str, Losses]] = {}
+        with runner.progress("Training the truth", len(candidates), shown=shown) as tick:
+
+            def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
+                made = _Once(self.pool, parts, candidate)
+                key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),
+                       candidate.budgets, {name: [parts[name].tokens, len(parts[name].pieces)]
+                                           for name in candidate.weights}]  # fmt: skip
+                place = pool_place(self.pool, "losses")
+                losses = {
+                    evaluated.name: kept(
+                        place,
+                        [*key, evaluated.digest, self.max_tokens],
+                        lambda evaluated=evaluated: measure(
+                            load_model(made.model(), dtype="float32"), evaluated, max_tokens=self.max_tokens,
+                            tokens_per_batch=self.tokens_per_batch),
+                    )
+                    for evaluated in self.sets
+                }  # fmt: skip
+                made.forget()
+                report(1, 0)
+                return losses
+
+            for candidate, losses in runner.map(work, candidates, on_tick=tick):
+                found[candidate.name] = losses
+        return found
+
+
+@dataclass
+class _Once:
+    """A real model that is trained when it is first asked for."""
+
+    pool: Pool
+    parts: Mapping[str, Partition]
+    candidate: Candidate
+    path: Path | None = None
+
+    def model(self) -> Path:
+        """Its directory."""
+        if self.path is None:
+            place = Path(self.pool.place.root) / "truth" / slug(self.candidate.name)
+            self.path = true_model(self.pool, self.parts, self.candidate.weights, place, budgets=self.candidate.budgets)
+        return self.path
+
+    def forget(self) -> None:
+        """Remove its weights: the losses are what is kept."""
+        if self.path is not None:
+            shutil.rmtree(Path(self.pool.place.root) / "truth" / slug(self.candidate.name), ignore_errors=True)
+
+
+def _alone(name: str) -> str:
+    """What a member alone is called among the models; no candidate can be called so."""
+    return f"\0{name}"
+
+
+def _cells(
+    pool: Pool,
+    evaluated: EvalSet,
+    candidates: Sequence[Candidate],
+    measured: Mapping[str, Mapping[str, Losses]],
+    real: Mapping[str, Mapping[str, Losses]],
+    parts: Mapping[str, Partition] | None,
+    seed: int,
+) -> Iterable[Cell]:
+    own = own_partitions(pool, evaluated)
+    alone = {name: measured[_alone(name)][evaluated.name].loss for name in pool.members}
+    grams = None
+    if parts is not None and all(name in parts for name in pool.members):
+        texts = {name: (row_text(piece.row) for piece in parts[name].pieces) for name in pool.members}
+        grams = gram_divergence((row_text(row) for row in evaluated.rows), texts)
+    for candidate in candidates:
+        losses = measured[candidate.name][evaluated.name]
+        low, high = losses.interval(seed=seed)
+        weights = candidate.weights
+        shares = [weights.get(name, 0.0) for name in pool.members]
+        yield Cell(
+            mixture=candidate.name,
+            set=evaluated.name,
+            contained=any(weights.get(name) for name in own),
+            merged=losses.loss,
+            low=low,
+            high=high,
+            bits_per_byte=losses.bits_per_byte,
+            mean=math.fsum(weight * alone[name] for name, weight in weights.items()),
+            mean_ppl=math.log(math.fsum(weight * math.exp(alone[name]) for name, weight in weights.items())),
+            best=min(alone[name] for name in weights),
+            ngram=None if grams is None else mixture_divergence(*grams, shares),
+            parent=measured[""][evaluated.name].loss,
+            truth=real[candidate.name][evaluated.name].loss if real else None,
+        )
+
+
+def own_partitions(pool: Pool, evaluated: EvalSet) -> list[str]:
+    """Members of the set's own kind: of its name, of its units, or of its rows' value in the partitioning column."""
+    column = str(pool.recipe.get("by", "source"))
+    values = {str(row.get(column)) for row in evaluated.rows}
+    names = {evaluated.name} | (values if len(values) == 1 else set())
+    return [name for name in pool.members if name in names or name.rpartition("/")[0] in names]
+
+
+def _agreements(cells: Sequence[Cell], seed: int) -> dict[str, dict[str, dict[str, Agreement]]]:
+    """By set, group of candidates, and proxy."""
+    found: dict[str, dict[str, dict[str, Agreement]]] = {}
+    sets = list(dict.fromkeys(cell.set for cell in cells))
+    for name in sets:
+        own = [cell for cell in cells if cell.set == name]
+        inside = {cell.mixture for cell in own if cell.contained}
+        for group, places in groups([cell.mixture for cell in own], inside.__contains__).items():
+            some = [own[place] for place in places]
+            for proxy in PROXIES:
+                values = [getattr(cell, proxy) for cell in some]
+                if None in values:
+                    continue
+                made = agreement(values, [cell.truth for cell in some if cell.truth is not None], seed=seed)
+                if made is not None:
+                    found.setdefault(name, {}).setdefault(group, {})[proxy] = made
+    for proxy in PROXIES:
+        by_set = {name: [cell for cell in cells if cell.set == name] for name in sets}
+        if any(getattr(cell, proxy) is None for cell in cells):
+            continue
+        pooled = centred({name: [getattr(cell, proxy) for cell in own] for name, own in by_set.items()})
+        true = centred({name: [cell.truth for cell in own if cell.truth is not None] for name, own in by_set.items()})
+        made = agreement(pooled, true, seed=seed)
+        if made is not None:
+            found.setdefault("all sets", {}).setdefault("all", {})[proxy] = made
+    return found
+
+
+def _cost(
+    pool: Pool, settings: PoolSettings, candidates: Sequence[Candidate], reading: float, training: float, *, truth: bool
+) -> dict[str, float]:
+    """Both routes."""
+    each = math.fsum(candidate.budgets for candidate in candidates) / len(candidates)
+    found = {
+        "pool tokens": float(sum(member.tokens for member in pool.members.values())),
+        "candidates": float(len(candidates)),
+        "tokens of training every candidate": each * len(candidates) * settings.tokens,
+        "break-even candidates": len(pool.members) / each,
+        "reading seconds": reading,
+    }
+    return found | ({"truth seconds": training} if truth else {})
+
+
+def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool) -> list[str]:
+    notes = ["Merged losses rank mixtures; their level is not that of a model trained on the mixture."]
+    if any(len({*candidate.weights.values()}) > 1 for candidate in candidates):
+        notes.append("Weights that are not uniform are Whence's extension of the method: docs/ablate.md measures it.")
+    worse = [name for name in dict.fromkeys(cell.set for cell in cells)
+             if all(cell.merged > cell.parent for cell in cells if cell.set == name)]  # fmt: skip
+    if worse:
+        notes.append(f"On {', '.join(worse)} every mixture is worse than the parent: training only forgets it.")
+    if any(member.kind == "delta" for member in pool.members.values()):
+        notes.append("Members are stored in bfloat16: to 2^-9 of each weight's move.")
+    return notes
+
+
+def _sets(evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet]) -> list[EvalSet]:
+    if isinstance(evaluated, str | Path):
+        return read_sets([evaluated])
+    given = list(evaluated)
+    sets = [one for one in given if isinstance(one, EvalSet)]
+    return sets if sets else read_sets(str(one) for one in given)
+
+
+def _partitions(
+    pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, settings: PoolSettings
+) -> dict[str, Partition] | None:
+    """Of the corpus given, or of the one that the pool remembers if it is still there."""
+    origin = corpus if corpus is not None else pool.corpus
+    if origin is None or (corpus is None and not Path(str(origin)).exists()):
+        return None
+    return read_partitions(pool.parent, open_corpus(origin), settings)

@@ -1,0 +1,138 @@
+"""The verbs `pool` and `ablate`: parse, call one library function, print."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whence.console import Json, print_json, print_part, waiting
+from whence.errors import SettingError
+
+pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
+Mixtures = Annotated[
+    str | None, typer.Option(help="File of mixtures, partitions as columns; each alone, all pairs and all together.")
+]
+Scale = Annotated[float, typer.Option(help="Of the members' moves away from the parent (task arithmetic).")]
+
+
+@pool.command()
+def train(
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
+    by: Annotated[str, typer.Option(help="Column that partitions the corpus.")] = "source",
+    unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
+    tokens: Annotated[int, typer.Option(help="Budget of a member; small partitions are read again.")] = 100_000,
+    steps: Annotated[int, typer.Option(help="Of a member's training.")] = 48,
+    lr: Annotated[float, typer.Option(help="Constant after the warm-up.")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Over which the rate rises.")] = 10,
+    max_tokens: Annotated[int, typer.Option(help="Longest row; longer texts are cut into several.")] = 128,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored delta: bfloat16, or float32, exact.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of rows, order and adapters.")] = 0,
+    engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local",
+    as_json: Json = False,
+) -> None:
+    """Train a model for each partition that has none in the pool yet."""
+    with waiting("Loading torch"):
+        from whence.pool import train_pool
+    made = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
+                      tokens=tokens, steps=steps, lr=lr, warmup_steps=warmup_steps, max_tokens=max_tokens,
+                      lora_rank=lora_rank, dtype=dtype, seed=seed)  # fmt: skip
+    members = [dict(member.__dict__) for member in made.members.values()]
+    if as_json:
+        print_json({"pool": out, "parent": made.parent, "recipe": dict(made.recipe), "rows": members})
+        return
+    for member in members:
+        loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
+        print_part(f"{member['partition']}: {member['rows']:,} rows, {member['tokens']:,} tokens{loss}")
+    print_part(f"{len(members)} members in {out}. Next: whence ablate {out} --eval HELDOUT.jsonl")
+
+
+@pool.command()
+def merge(
+    path: Annotated[str, typer.Argument(metavar="POOL")],
+    mixture: Annotated[str, typer.Option(help="Weights that sum to 1, as a=0.5,b=0.5.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the merged model.")],
+    scale: Scale = 1.0,
+    yaml: Annotated[str | None, typer.Option(help="Write the mixture as a mergekit recipe, too.")] = None,
+) -> None:
+    """Write a mixture's average as a model that `from_pretrained` loads."""
+    weights = parsed_mixture(mixture)
+    with waiting("Loading torch"):
+        from whence.members import open_pool
+        from whence.merging import mergekit_yaml, write_merged
+    found = open_pool(path)
+    made = write_merged(found, weights, out, scale=scale)
+    if yaml is not None:
+        Path(yaml).write_text(mergekit_yaml(found, weights, scale=scale))
+        print_part(f"recipe written to {yaml}")
+    print_part(f"written to {made}")
+
+
+@pool.command()
+def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
+    """Read every member's file again and compare its checksum."""
+    with waiting("Loading torch"):
+        from whence.members import open_pool
+    found = open_pool(path)
+    found.verify()
+    print_part(f"{len(found.members)} members are as they were written")
+
+
+def ablate(
+    path: Annotated[str, typer.Argument(metavar="POOL")],
+    evaluated: Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")],
+    mixtures: Mixtures = None,
+    truth: Annotated[
+        bool, typer.Option("--truth", help="Train every mixture for real, and tell how proxies rank.")
+    ] = False,
+    corpus: Annotated[str | None, typer.Option(help="Of the pool, if it is not where it was.")] = None,
+    scale: Scale = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Windows of evaluation; the members' longest row.")] = None,
+    bits: Annotated[bool, typer.Option("--bits", help="Show bits per byte.")] = False,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write a row each mixture and set.")] = None,
+    seed: Annotated[int, typer.Option(help="Of intervals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """What would another mixture of data have given? Losses of averages, none of them trained."""
+    with waiting("Loading torch"):
+        from whence.ablation import ablate as run
+        from whence.report import check_ending, write_rows
+        from whence.report_ablate import ablation_report
+    if out is not None:
+        check_ending(out)
+    found = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, max_tokens=max_tokens,
+                seed=seed, shown=not as_json)  # fmt: skip
+    rows = [cell.row() for cell in found.cells]
+    if out is not None:
+        write_rows(rows, out)
+    if as_json:
+        agreements = {name: {group: {proxy: made.row() for proxy, made in by.items()} for group, by in groups.items()}
+                      for name, groups in found.agreements.items()}  # fmt: skip
+        print_json({"rows": rows, "agreements": agreements, "cost": found.cost, "notes": found.notes})
+        return
+    print_part(ablation_report(found, bits=bits))
+    if out is not None:
+        print_part(f"written to {out}")
+
+
+def parsed_mixture(text: str) -> dict[str, float]:
+    """Weights from the command line.
+
+    >>> parsed_mixture("a=0.5, b=0.5")
+    {'a': 0.5, 'b': 0.5}
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, sign, value = part.strip().rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not sign or not name or not math.isfinite(weight) or name in found:
+            raise SettingError(f"--mixture {json.dumps(text)}: {part.strip()!r} is not NAME=WEIGHT, each name once")
+        found[name] = weight
+    return found

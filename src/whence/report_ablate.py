@@ -1,0 +1,96 @@
+"""What a person reads of an ablation: mixtures on every evaluation set, the best of each, how well proxies rank."""
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from whence.ablation import PROXIES, Ablation
+from whence.agreement import Agreement
+from whence.report import visible
+
+SHOWN = 24
+"""Mixtures."""
+
+
+def ablation_report(found: Ablation, *, bits: bool = False) -> RenderableType:
+    """Notes, losses, agreement, cost.
+
+    Args:
+        found: To be shown.
+        bits: Bits per byte in place of perplexities.
+    """
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
+    parts.append(_losses(found, bits=bits))
+    if found.agreements:
+        parts += [Text(""), _agreements(found)]
+    each = found.cost["break-even candidates"]
+    cost = found.cost
+    parts.append(Text(
+        f"\n{cost['candidates']:,.0f} mixtures read in {cost['reading seconds']:,.0f} s; the pool took "
+        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would have taken "
+        f"{cost['tokens of training every candidate']:,.0f}: cheaper from {math.ceil(each)} on.", "dim"))  # fmt: skip
+    return Group(*parts)
+
+
+def _losses(found: Ablation, *, bits: bool) -> Table:
+    """A row each mixture; the best of a set in green, truth beside where there is one."""
+    sets, best = list(dict.fromkeys(cell.set for cell in found.cells)), found.best()
+    by = {(cell.mixture, cell.set): cell for cell in found.cells}
+    title = f"{'Bits per byte' if bits else 'Perplexity'} of the merged model, which ranks mixtures"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold dim")
+    table.add_column("mixture", overflow="ellipsis", max_width=34)
+    for name in sets:
+        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    mean = {
+        c.name: math.fsum(by[c.name, name].merged - by[c.name, name].parent for name in sets) for c in found.candidates
+    }
+    order = sorted(found.candidates, key=lambda candidate: mean[candidate.name])
+    for candidate in order[:SHOWN]:
+        cells = [by[candidate.name, name] for name in sets]
+        shown = [Text(_value(cell.merged, cell.bits_per_byte, bits=bits),
+                      "bold green" if best[cell.set] == candidate.name else "") for cell in cells]  # fmt: skip
+        for text, cell in zip(shown, cells, strict=True):
+            if cell.truth is not None and not bits:
+                text.append(f" ({math.exp(min(cell.truth, 700)):.1f})", "dim")
+        table.add_row(Text(visible(candidate.name)), *shown)
+    if len(order) > SHOWN:
+        table.add_row(Text(f"... {len(order) - SHOWN} more: -o FILE", "dim"), *[""] * len(sets))
+    first = next(iter(found.candidates)).name
+    table.add_row(
+        Text("the parent", "dim"), *(Text(_value(by[first, name].parent, None, bits=bits), "dim") for name in sets)
+    )
+    return table
+
+
+def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
+    if bits:
+        return "-" if bits_per_byte is None else f"{bits_per_byte:.3f}"
+    return f"{math.exp(min(loss, 700.0)):.1f}"
+
+
+def _agreements(found: Ablation) -> Table:
+    """Spearman's correlation with the truth, by set and group of candidates, and the regret of choosing by it."""
+    table = Table(title="Rank correlation with really trained models (regret in nats)", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold dim")  # fmt: skip
+    table.add_column("evaluation set")
+    table.add_column("mixtures", justify="right")
+    shown = [
+        name for name in PROXIES if any(name in by for groups in found.agreements.values() for by in groups.values())
+    ]
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for evaluated, by_group in found.agreements.items():
+        for group, by_proxy in by_group.items():
+            label = evaluated if group == "all" else f"  {group}"
+            count = next(iter(by_proxy.values())).candidates
+            table.add_row(Text(visible(label)), f"{count}", *(_agreement(by_proxy.get(name)) for name in shown))
+    return table
+
+
+def _agreement(found: Agreement | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found.spearman_interval
+    return f"{found.spearman:.2f} ({low:.2f} to {high:.2f}) {found.regret:.3f}"

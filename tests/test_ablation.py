@@ -1,0 +1,253 @@
+"""The ablate job on a tiny pool: losses against single sequences, truth, agreement by hand, what goes on, mistakes."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import save_tiny_llama
+from whence.ablation import Candidate, ablate, own_partitions, read_candidates, usual_candidates
+from whence.agreement import agreement, centred, groups, kendall
+from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.heldout import EvalSet, measure, read_sets
+from whence.members import open_pool
+from whence.merging import write_merged
+from whence.model import load_model
+from whence.numerics import spearman
+from whence.pool import PoolSettings, slug, train_pool
+
+ROWS = [{"id": f"{s}{n}", "source": s, "text": f"{s * 3} {n * 7 % 11} " * (2 + n % 3)} for s in "abc" for n in range(9)]
+HELD = {s: [{"source": s, "text": f"{s * 3} {n * 5 % 7} {s}"} for n in range(4)] for s in "ab"}
+QUICK = {"tokens": 200, "steps": 4, "warmup_steps": 1, "max_tokens": 32, "lr": 5e-3, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("ablation") / "parent"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("ablation") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    place = tmp_path_factory.mktemp("held")
+    for name, rows in HELD.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture(scope="module")
+def pool(parent, corpus, tmp_path_factory):
+    return train_pool(parent, corpus, tmp_path_factory.mktemp("ablation") / "pool", shown=False, **QUICK)
+
+
+def test_a_pool_has_a_member_for_each_partition_trained_on_equal_budgets(pool, parent):
+    assert pool.partitions == ["a", "b", "c"]
+    assert {member.tokens for member in pool.members.values()} == {200}
+    assert open_pool(pool.place.root).members == pool.members
+    assert not (Path(pool.place.root) / "work").exists() or not any((Path(pool.place.root) / "work").iterdir())
+    for member in pool.members.values():
+        assert math.isfinite(member.loss)
+
+
+def test_a_stopped_pool_goes_on_and_new_partitions_join(parent, corpus, tmp_path, monkeypatch):
+    from whence import pool as job
+
+    trained, made = job.trained, []
+
+    def stop(*given, **more):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(given[2].name)
+        return trained(*given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "trained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK)
+    half = open_pool(tmp_path / "pool")
+    assert half.partitions == ["a", "b"]
+    monkeypatch.setattr(job, "trained", lambda *given, **more: made.append(given[2].name) or trained(*given, **more))
+    more = [*ROWS, *({"id": f"d{n}", "source": "d", "text": f"ddd {n} ddd"} for n in range(8))]
+    whole = train_pool(parent, more, tmp_path / "pool", shown=False, **QUICK)
+    assert whole.partitions == ["a", "b", "c", "d"]
+    assert made == [slug(name) for name in "abcd"], "each was trained once"
+    assert all(whole.members[name] == half.members[name] for name in "ab")
+    with pytest.raises(ManifestMismatchError, match=r"trained with lr 0\.005, not 0\.001"):
+        train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK | {"lr": 1e-3})
+
+
+def test_a_resumed_pool_is_the_same_pool(pool, parent, corpus, tmp_path):
+    again = train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK)
+    assert {name: member.sha256 for name, member in again.members.items()} == {
+        name: member.sha256 for name, member in pool.members.items()
+    }
+
+
+def by_hand(model, rows, longest=32):
+    """Nats and tokens of whole texts, which fit."""
+    nats, tokens = 0.0, 0
+    for row in rows:
+        ids = [*model.tokenizer(row["text"])["input_ids"], model.tokenizer.eos_token_id]
+        assert len(ids) <= longest
+        logp = model.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(1)
+        nats -= sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)))
+        tokens += len(ids) - 1
+    return nats, tokens
+
+
+def test_losses_are_those_of_written_models(pool, held, tmp_path):
+    found = ablate(pool, held, shown=False)
+    cells = {(cell.mixture, cell.set): cell for cell in found.cells}
+    for name, weights in (("a", {"a": 1.0}), ("a + c", {"a": 0.5, "c": 0.5}), ("all", dict.fromkeys("abc", 1 / 3))):
+        model = load_model(write_merged(pool, weights, tmp_path / name.replace(" ", "")), dtype="float32")
+        for evaluated, rows in HELD.items():
+            nats, tokens = by_hand(model, rows)
+            cell = cells[name, evaluated]
+            assert cell.merged == pytest.approx(nats / tokens, rel=1e-4)
+            size = sum(len(row["text"].encode()) for row in rows)
+            assert cell.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+            assert cell.low <= cell.merged <= cell.high
+    pair = cells["a + c", "b"]
+    alone = [cells[name, "b"].merged for name in "ac"]
+    assert pair.mean == pytest.approx(sum(alone) / 2) and pair.best == pytest.approx(min(alone))
+    assert pair.mean_ppl == pytest.approx(math.log(sum(map(math.exp, alone)) / 2))
+    parent_nats, parent_tokens = by_hand(load_model(pool.parent, dtype="float32"), HELD["b"])
+    assert pair.parent == pytest.approx(parent_nats / parent_tokens, rel=1e-4)
+    assert [cells[name, "a"].contained for name in ("a", "b", "a + c", "b + c", "all")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert cells["a", "a"].merged < cells["c", "a"].merged and found.best()["a"] in ("a", "a + b", "a + c")
+    assert cells["a", "a"].ngram < cells["c", "a"].ngram
+
+
+def test_what_was_measured_is_not_measured_again(pool, held, monkeypatch):
+    first = ablate(pool, held, shown=False)
+    from whence import ablation
+
+    monkeypatch.setattr(ablation, "measure", lambda *given, **more: pytest.fail("it is kept"))
+    assert [cell.merged for cell in ablate(pool, held, shown=False).cells] == [cell.merged for cell in first.cells]
+
+
+def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, monkeypatch):
+    mixtures = [{"name": "both", "weights": {"a": 0.5, "b": 0.5}}, {"a": 1.0}, {"b": 1.0}, {"c": 1.0},
+                {"a": 0.25, "c": 0.75, "budgets": 2}]  # fmt: skip
+    found = ablate(pool, held, mixtures=mixtures, truth=True, shown=False)
+    cells = {(cell.mixture, cell.set): cell for cell in found.cells}
+    for name in "ab":
+        alone = cells[f"1 {name}", name]
+        assert alone.truth == pytest.approx(alone.merged, rel=1e-5), "a member is its own truth: same rows, same seed"
+    assert cells["both", "a"].truth != pytest.approx(cells["both", "a"].merged, rel=1e-3)
+    assert not any((Path(pool.place.root) / "truth").iterdir()), "weights are not kept"
+    scores = found.agreements["a"]["all"]["merged"]
+    own = [cell for cell in found.cells if cell.set == "a"]
+    expected = spearman(torch.tensor([c.merged for c in own]), torch.tensor([c.truth for c in own]))
+    assert scores.spearman == pytest.approx(expected) and scores.candidates == 5
+    assert "parent" not in found.agreements["a"]["all"], "what is the same for all ranks nothing"
+    assert found.cost["break-even candidates"] == pytest.approx(3 / ((2 + 1 + 1 + 1 + 2) / 5))
+    from whence import ablation
+
+    monkeypatch.setattr(ablation, "true_model", lambda *given, **more: pytest.fail("its losses are kept"))
+    again = ablate(pool, held, mixtures=mixtures, truth=True, shown=False)
+    assert [cell.truth for cell in again.cells] == [cell.truth for cell in found.cells]
+
+
+def test_agreement_by_hand():
+    proxy, truth = [1.0, 2.0, 3.0, 4.0, 5.0], [1.1, 1.0, 3.0, 2.0, 9.0]
+    found = agreement(proxy, truth)
+    assert found.spearman == pytest.approx(0.8) and found.kendall == pytest.approx(0.6)
+    assert found.regret == pytest.approx(0.1) and found.spread == pytest.approx(8.0)
+    x, y = torch.tensor(proxy), torch.tensor(truth)
+    expected = float(((x - 3) * (y - y.mean())).sum() / ((x - 3).norm() * (y - y.mean()).norm()))
+    assert found.pearson == pytest.approx(expected, rel=1e-5)
+    low, high = found.spearman_interval
+    assert low <= found.spearman <= high
+    assert agreement(proxy[:3], truth[:3]) is None and agreement([1.0] * 5, truth) is None
+    assert centred({"s": [1.0, 3.0], "t": [10.0, 20.0]}) == [-1.0, 1.0, -5.0, 5.0]
+    assert groups(["x", "y"], lambda name: name == "y") == {"all": [0, 1], "contained": [1], "not contained": [0]}
+    assert kendall(torch.tensor([1.0, 2.0]).double(), torch.tensor([2.0, 1.0]).double()) == -1.0
+    with pytest.raises(SettingError, match="3 losses of a proxy and 5 true ones"):
+        agreement(proxy[:3], truth)
+
+
+def test_long_texts_are_read_in_windows_that_do_not_overlap(parent):
+    model = load_model(parent, dtype="float32")
+    text = "".join(chr(97 + n * 7 % 26) for n in range(70))
+    found = measure(model, EvalSet("s", ({"text": text},)), max_tokens=32)
+    parts = [text[:30], text[30:60], text[60:]]
+    nats, tokens = by_hand(model, [{"text": part} for part in parts])
+    for part in parts[:2]:  # only the last window is closed
+        ids = [*model.tokenizer(part)["input_ids"], model.tokenizer.eos_token_id]
+        logp = model.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(1)
+        nats, tokens = nats + float(logp[len(ids) - 2, ids[-1]]), tokens - 1
+    assert int(found.tokens.sum()) == tokens and found.loss == pytest.approx(nats / tokens, rel=1e-4)
+    assert int(found.bytes.sum()) == 70
+
+
+def test_adapters_make_a_pool_too(parent, corpus, held, tmp_path):
+    pool = train_pool(parent, corpus, tmp_path / "pool", shown=False, lora_rank=2, **QUICK)
+    found = ablate(pool, held, shown=False)
+    alone = {cell.mixture: cell.merged for cell in found.cells if cell.set == "a"}
+    assert alone["a"] < min(alone["b"], alone["c"])
+
+
+# -- candidates and mistakes
+
+
+def test_candidates_come_from_files_of_either_form(pool, tmp_path):
+    table = tmp_path / "mixtures.csv"
+    table.write_text("name,a,b,c\nhalf,0.5,0.5,\nthree,0.2,0.3,0.5\n")
+    found = read_candidates(pool, table)
+    assert found == [
+        Candidate("half", {"a": 0.5, "b": 0.5}, 2.0),
+        Candidate("three", {"a": 0.2, "b": 0.3, "c": 0.5}, 3.0),
+    ]
+    assert [c.name for c in read_candidates(pool, [{"a": 0.25, "b": 0.75}])] == ["0.25 a + 0.75 b"]
+    usual = usual_candidates(["a", "b", "c"])
+    assert [c.name for c in usual] == ["a", "b", "c", "a + b", "a + c", "b + c", "all"]
+    assert len(usual_candidates(["a", "b"])) == 3
+    rows = ({"source": "b", "text": "x"},)
+    assert own_partitions(pool, EvalSet("other", rows)) == ["b"] and own_partitions(pool, EvalSet("c", rows)) == [
+        "b",
+        "c",
+    ]
+
+
+def test_mistakes_are_told(pool, parent, corpus, held, tmp_path):
+    for mixtures, said in (
+        ([{"a": 0.5, "z": 0.5}], "mixture 1: no partition 'z'; the pool has a, b, c"),
+        ([{"a": 0.5, "b": 0.1}], "its weights sum to 0.6"),
+        ([{"a": "much"}], "a weight is not a number"),
+        ([{"name": "x", "a": 1.0}, {"name": "x", "b": 1.0}], "two mixtures are called 'x'"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            ablate(pool, held, mixtures=mixtures, shown=False)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": null}\n')
+    with pytest.raises(CorpusError, match="the evaluation set empty has no text"):
+        ablate(pool, empty, shown=False)
+    with pytest.raises(SettingError, match="there is a set a already"):
+        read_sets([held, held / "a.jsonl"])
+    with pytest.raises(MissingIndexError, match="no pool here"):
+        ablate(tmp_path / "none", held, shown=False)
+    with pytest.raises(CorpusError, match="has no 'topic' to partition by"):
+        train_pool(parent, corpus, tmp_path / "other", by="topic", shown=False)
+    with pytest.raises(SettingError, match="two or more are expected, to be mixed"):
+        train_pool(parent, [row for row in ROWS if row["source"] == "a"], tmp_path / "one", shown=False, **QUICK)
+    lost = replace(pool, corpus=None)
+    with pytest.raises(SettingError, match="does not know its corpus any more"):
+        ablate(lost, held, truth=True, shown=False)
+    with pytest.raises(SettingError, match="--warmup-steps 48"):
+        PoolSettings(warmup_steps=48)
