@@ -1,0 +1,200 @@
+"""The best mixture of a pool for an evaluation loss, by descent through the averages themselves.
+
+With theta(w) = theta_0 + sum over u of w_u (theta_u - theta_0) and L the mean over evaluation sets of their losses,
+
+    dL / dw_u = <grad L(theta(w)), theta_u - theta_0>
+
+one backward pass a step for all partitions, and exponentiated gradient on the simplex:
+
+    w_u <- w_u exp(-rate * dL/dw_u / largest |dL/dw|) / sum,     then held under the caps
+
+Each step reads a seeded part of every set's rows. What is minimised is the loss of averages, which ranks mixtures and
+is not the loss of a model trained on them: confirm the mixture by a real training (`whence ablate --truth`).
+
+Sources: exponentiated gradient, Kivinen and Warmuth 1997, https://doi.org/10.1006/inco.1996.2612; through merged
+models, ours.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whence.errors import SettingError
+from whence.heldout import EvalSet, measure, read_sets
+from whence.members import Pool, open_pool
+from whence.merging import Mixed, mixed, parameters
+from whence.model import LoadedModel
+from whence.pool import PoolSettings
+from whence.runner import progress
+from whence.simplex import cap_vector, capped
+from whence.tokens import Encoded, bucketed, collate, encode
+
+SMALLEST = 1e-4
+"""Weight below which a partition is left out of what is suggested."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A mixture, and what the averages say of it."""
+
+    mixture: dict[str, float]
+    losses: dict[str, float]
+    """By evaluation set, of the average at the mixture, all rows, in nats a token."""
+    uniform: dict[str, float]
+    """The same of all partitions alike."""
+    best_alone: dict[str, float]
+    """Of the single partition with the smallest mean loss."""
+    alone: str
+    """That one's name."""
+    parent: dict[str, float]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Mixture and loss of the rows read, at each step."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row each partition."""
+        return [{"partition": name, "weight": weight} for name, weight in self.mixture.items()]
+
+
+def suggest(
+    pool: str | Path | Pool,
+    evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet],
+    *,
+    steps: int = 20,
+    rate: float = 0.5,
+    rows: int = 64,
+    caps: Mapping[str, float] | None = None,
+    targets: Mapping[str, float] | None = None,
+    max_tokens: int | None = None,
+    tokens_per_batch: int = 4096,
+    seed: int = 0,
+    shown: bool = True,
+) -> Suggestion:
+    """Descend from the uniform mixture.
+
+    Args:
+        pool: Of `train_pool`.
+        evaluated: Files or directories of held-out rows, one set each.
+        steps: Of the descent; where the loss rises, the rate is halved.
+        rate: Largest change of a weight's logarithm in the first step.
+        rows: Of every set, that a step reads.
+        caps: Most of a partition by name, as a share.
+        targets: Weights of the sets; None: all alike.
+        max_tokens: Longest row; None: as members were trained.
+        tokens_per_batch: Of a pass.
+        seed: Of the rows.
+        shown: Show a bar.
+
+    Raises:
+        SettingError: A number that cannot be, caps that leave less than a whole mixture, an unknown name.
+        CorpusError: An evaluation set without text.
+    """
+    if steps < 1 or rows < 1 or rate <= 0:
+        raise SettingError(f"--steps {steps}, --rows {rows}, --rate {rate}: numbers above 0 are expected")
+    own = pool if isinstance(pool, Pool) else open_pool(pool)
+    given = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
+    sets = [one for one in given if isinstance(one, EvalSet)] or read_sets(str(one) for one in given)
+    names, most = own.partitions, cap_vector(tuple(own.partitions), dict(caps or {}))
+    weights_of_sets = _targets(sets, targets)
+    longest = max_tokens or PoolSettings(**own.recipe).max_tokens
+    made, drawn = mixed(own), random.Random(f"suggest {seed}")
+    encoded = [[encode(row, made.model.tokenizer, longest) for row in one.rows] for one in sets]
+    weights = capped(np.full((1, len(names)), 1 / len(names)), most)[0]
+    trail: list[dict[str, Any]] = []
+    with progress("Descending", steps, shown=shown) as tick:
+        for _ in range(steps):
+            some = [drawn.sample(one, min(rows, len(one))) for one in encoded]
+            loss, slopes = _slopes(made, _named(names, weights), some, weights_of_sets, tokens_per_batch)
+            if trail and loss > trail[-1]["loss"]:
+                rate /= 2
+            trail.append({"loss": loss, "mixture": _named(names, weights)})
+            weights = weights * np.exp(-rate * slopes / max(np.abs(slopes).max(), 1e-30))
+            weights = capped((weights / weights.sum())[None], most)[0]
+            tick(1, 0)
+    weights = np.where(weights < SMALLEST, 0.0, weights)
+    found = _named(names, weights / weights.sum())
+
+    def losses(mixture: Mapping[str, float] | None) -> dict[str, float]:
+        model = made.become(mixture)
+        return {one.name: measure(model, one, max_tokens=longest, tokens_per_batch=tokens_per_batch).loss
+                for one in sets}  # fmt: skip
+
+    def overall(by_set: Mapping[str, float]) -> float:
+        return sum(weight * by_set[one.name] for weight, one in zip(weights_of_sets, sets, strict=True))
+
+    single = {name: losses({name: 1.0}) for name in names}
+    alone = min(single, key=lambda name: overall(single[name]))
+    uniform = losses(dict.fromkeys(names, 1 / len(names)))
+    return Suggestion(found, losses(found), uniform, single[alone], alone, losses(None), trail)
+
+
+def _named(names: Sequence[str], weights: np.ndarray) -> dict[str, float]:
+    return {name: float(weight) for name, weight in zip(names, weights, strict=True) if weight > 0}
+
+
+def _targets(sets: Sequence[EvalSet], targets: Mapping[str, float] | None) -> list[float]:
+    if not targets:
+        return [1 / len(sets)] * len(sets)
+    names = [one.name for one in sets]
+    if unknown := [name for name in targets if name not in names]:
+        raise SettingError(f"--target {unknown[0]}: no such evaluation set; there are {', '.join(names)}")
+    total = sum(targets.values())
+    if min(targets.values()) < 0 or total <= 0:
+        raise SettingError("--target: weights of 0 or more are expected, one of them above 0")
+    return [targets.get(name, 0.0) / total for name in names]
+
+
+def _slopes(
+    made: Mixed, mixture: Mapping[str, float], rows: Sequence[Sequence[Encoded]], weights: Sequence[float], size: int
+) -> tuple[float, np.ndarray]:
+    """Loss, and its slope by each partition's weight, on some rows of every set."""
+    model = made.become(mixture)
+    loss = 0.0
+    model.model.requires_grad_(True)
+    try:
+        for some, weight in zip(rows, weights, strict=True):
+            usable = [row for row in some if row.targets]
+            count = sum(row.targets for row in usable)
+            for batch in bucketed([len(row.ids) for row in usable], size):
+                nats = _nats(model, [usable[place] for place in batch])
+                part = nats * (weight / max(count, 1))
+                part.backward()
+                loss += float(part.detach())
+        return loss, _along(made.pool, model)
+    finally:
+        model.model.requires_grad_(False)
+        for parameter in model.model.parameters():
+            parameter.grad = None
+
+
+def _nats(model: LoadedModel, rows: Sequence[Encoded]) -> Tensor:
+    """Summed over supervised tokens, with a graph."""
+    batch = collate(rows).to(model.device)
+    logits = model.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits[:, :-1].float()
+    targets = batch.ids[:, 1:].masked_fill(~batch.supervised[:, 1:], -100)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+    )
+
+
+def _along(pool: Pool, model: LoadedModel) -> np.ndarray:
+    """<gradient, theta_u - theta_0> of every member, one tensor at a time."""
+    own = parameters(model)
+    start, members = pool.start(), [pool.member(name) for name in pool.partitions]
+    by_pointer = {parameter.data_ptr(): parameter.grad for parameter in model.model.parameters()}
+    slopes = np.zeros(len(members))
+    for name in start.files:
+        gradient = by_pointer.get(own(name).data_ptr())
+        if gradient is None:
+            continue
+        parent = start.read(name).float()
+        for place, member in enumerate(members):
+            part = member.read(name, parent)
+            if part is not None:
+                slopes[place] += float((gradient.cpu().double() * (part - parent).double()).sum())
+    return slopes
