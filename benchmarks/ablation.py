@@ -1,0 +1,161 @@
+"""Averages of models in place of models trained on mixtures: how well do they rank?
+
+    python benchmarks/ablation.py STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+                                  [--tokens 98304] [--steps 48] [--seed 0]
+
+Stages, in order (`all` runs them all); each goes on where it was stopped:
+
+    data        a tenth of each of the 8 sets of domains (30 rows at most) is held out; gsm8k_test and BBH as text
+    pool        a member for each set, equal tokens
+    pairs       all 28 pairs and 12 triples: averages, proxies and real runs; agreement by evaluation set
+    dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
+    cost        100 mixtures in memory against their evaluation alone; memory of a merge
+
+Results go to benchmarks/results/ablation.json.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+from whence.ablation import Ablation, ablate
+from whence.heldout import measure, read_sets
+from whence.members import open_pool
+from whence.merging import Mixed, mixed, write_merged
+from whence.pool import train_pool
+
+RESULTS = Path(__file__).parent / "results" / "ablation.json"
+HELD_OUT, MOST = 0.1, 30
+"""Share of a set's rows that is held out, and the most of them."""
+TRIPLES, RANDOM, CONCENTRATION = 12, 12, 1.0
+MEASURED = 100
+"""Mixtures of `cost`."""
+
+
+def main() -> None:
+    """Run stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--model", default="../shared/models/base-6m")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/ablation"))
+    parser.add_argument("--tokens", type=int, default=98_304)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if "all" in options.stages else options.stages:
+        STAGES[stage](options)
+
+
+def keep(options: argparse.Namespace, name: str, found: object) -> None:
+    """Put a result into the committed file."""
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document.setdefault(f"seed {options.seed}, lr {options.lr:g}", {})[name] = found
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def stage_data(options: argparse.Namespace) -> None:
+    """Training rows in one file; held-out rows in a file each."""
+    held = options.work / "held"
+    held.mkdir(exist_ok=True)
+    with (options.work / "train.jsonl").open("w") as train:
+        for file in sorted((options.data / "domains").glob("*.jsonl")):
+            lines = file.read_text().splitlines()
+            random.Random(f"{file.stem} {options.seed}").shuffle(lines)
+            count = round(HELD_OUT * len(lines))
+            (held / file.name).write_text("".join(f"{line}\n" for line in lines[: min(count, MOST)]))
+            train.writelines(f"{line}\n" for line in lines[count:])
+    for name, source in (("gsm8k", "instruct/gsm8k_test"), ("bbh", "tasks/bbh")):
+        rows = [json.loads(line) for line in (options.data / f"{source}.jsonl").read_text().splitlines()]
+        drawn = random.Random(f"{name} {options.seed}").sample(rows, 2 * MOST)
+        texts = [{"id": row["id"], "source": name, "text": f"{row['prompt']} {row['completion']}"} for row in drawn]
+        (held / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts))
+
+
+def stage_pool(options: argparse.Namespace) -> None:
+    """Members."""
+    start = time.perf_counter()
+    made = train_pool(options.model, options.work / "train.jsonl", options.work / "pool", tokens=options.tokens,
+                      steps=options.steps, lr=options.lr, seed=options.seed)  # fmt: skip
+    members = {name: {"rows": member.rows, "tokens": member.tokens, "loss": member.loss, "bytes": member.bytes}
+               for name, member in made.members.items()}  # fmt: skip
+    keep(options, "pool", {"seconds": time.perf_counter() - start, "members": members, "recipe": dict(made.recipe)})
+
+
+def stage_pairs(options: argparse.Namespace) -> None:
+    """All pairs, and triples drawn without preference."""
+    names = open_pool(options.work / "pool").partitions
+    triples = random.Random(f"triples {options.seed}").sample([*itertools.combinations(names, 3)], TRIPLES)
+    chosen = [*itertools.combinations(names, 2), *triples]
+    rows = [{"name": " + ".join(some), "weights": dict.fromkeys(some, 1 / len(some))} for some in chosen]
+    kept(options, "pairs", graded(options, rows))
+
+
+def stage_dirichlet(options: argparse.Namespace) -> None:
+    """Real-valued weights."""
+    names = open_pool(options.work / "pool").partitions
+    drawn = np.random.default_rng(options.seed).dirichlet([CONCENTRATION] * len(names), RANDOM)
+    rows = [{"name": f"random {number}", "budgets": 3, "weights": dict(zip(names, map(float, weights), strict=True))}
+            for number, weights in enumerate(drawn)]  # fmt: skip
+    kept(options, "dirichlet", graded(options, rows))
+
+
+def graded(options: argparse.Namespace, rows: list[dict]) -> Ablation:
+    """With truth."""
+    return ablate(options.work / "pool", options.work / "held", mixtures=rows, truth=True,
+                  corpus=options.work / "train.jsonl", seed=options.seed)  # fmt: skip
+
+
+def kept(options: argparse.Namespace, name: str, found: Ablation) -> None:
+    """Cells and agreement."""
+    agreements = {one: {group: {proxy: made.row() for proxy, made in by.items()} for group, by in groups.items()}
+                  for one, groups in found.agreements.items()}  # fmt: skip
+    keep(options, name, {"cells": [cell.row() for cell in found.cells], "agreements": agreements, "cost": found.cost})
+    for one, groups in agreements.items():
+        print(
+            one,
+            {group: {proxy: round(made["spearman"], 2) for proxy, made in by.items()} for group, by in groups.items()},
+        )
+
+
+def stage_cost(options: argparse.Namespace) -> None:
+    """Time of becoming a mixture against that of being read, and memory of a merge to disk."""
+    pool, sets = open_pool(options.work / "pool"), read_sets([options.work / "held"])
+    drawn = np.random.default_rng(1).dirichlet([1.0] * len(pool.members), MEASURED)
+    made: Mixed = mixed(pool)
+    becoming = reading = 0.0
+    for weights in drawn:
+        start = time.perf_counter()
+        model = made.become(dict(zip(pool.partitions, map(float, weights), strict=True)))
+        middle = time.perf_counter()
+        for one in sets:
+            measure(model, one, max_tokens=128)
+        becoming, reading = becoming + middle - start, reading + time.perf_counter() - middle
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_merged(pool, dict.fromkeys(pool.partitions, 1 / len(pool.members)), options.work / "merged")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"mixtures": MEASURED, "becoming seconds": becoming, "reading seconds": reading,
+             "ratio": (becoming + reading) / reading, "peak kB before a merge": before, "after": after}  # fmt: skip
+    keep(options, "cost", found)
+    print(found)
+
+
+STAGES = {
+    "data": stage_data,
+    "pool": stage_pool,
+    "pairs": stage_pairs,
+    "dirichlet": stage_dirichlet,
+    "cost": stage_cost,
+}
+
+if __name__ == "__main__":
+    main()
