@@ -372,3 +372,15 @@ def test_undoing_needs_what_it_undoes_by(base, final, adapter, tmp_path):
         recover(base, final, ROWS, undo="moments", **options)
     with pytest.raises(SettingError, match="--remove-decay: an adapter's B begins at 0"):
         recover(base, adapter, ROWS, remove_decay=True, **options)
+
+
+def test_products_of_vectors_are_made_once_and_scaled(base, final, tmp_path):
+    from whence.selectors.problems import gram
+
+    seen = seen_of(base, final, tmp_path)
+    vectors = seen.points["final"].vectors(seen.short)
+    expected, found = gram(vectors, seen.sketch), seen.gradients()
+    scale = float(expected.gram.abs().max())
+    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(found.linear, expected.linear, rtol=1e-4, atol=1e-6)
+    assert found.square == expected.square and seen.units is seen.units

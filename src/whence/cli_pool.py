@@ -136,3 +136,35 @@ def parsed_mixture(text: str) -> dict[str, float]:
             raise SettingError(f"--mixture {json.dumps(text)}: {part.strip()!r} is not NAME=WEIGHT, each name once")
         found[name] = weight
     return found
+
+
+def joined(
+    source: Annotated[str, typer.Argument(metavar="INDEX", help="Of the pool's corpus.")],
+    path: Annotated[str, typer.Argument(metavar="POOL")],
+    evaluated: Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")],
+    methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
+    queries: Annotated[int, typer.Option(help="Rows of each set that are asked for.")] = 16,
+    model: Annotated[str | None, typer.Option(help="Of the index, where it has moved.")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of scorers and intervals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Do scores of examples, summed by partition, say what leaving that partition out does?"""
+    with waiting("Loading torch"):
+        from whence.joining import join
+        from whence.report import check_ending, write_page, write_rows
+        from whence.report_join import join_plot, join_report
+    if out is not None:
+        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
+    found = join(source, path, evaluated, methods=[name.strip() for name in methods.split(",")], queries=queries,
+                 model=model, seed=seed, shown=not as_json)  # fmt: skip
+    if out is not None:
+        write_page(join_plot(found), out) if out.endswith(".svg") else write_rows(found.points, out)
+    if as_json:
+        print_json({"rows": found.points, "correlations": found.correlations})
+        return
+    print_part(join_report(found))
+    if out is not None:
+        print_part(f"written to {out}")

@@ -16,6 +16,7 @@ model Carlini et al. 2022, https://arxiv.org/abs/2112.03570; with the weight dif
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from whence.errors import SettingError
 from whence.evidence import Evidence
 from whence.gradients import inverse
 from whence.numerics import generator
-from whence.selectors.problems import gram
+from whence.selectors.problems import Gram, gram
 from whence.selectors.pursuit import nnls
 
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -56,6 +57,22 @@ class Seen:
     def usable(self) -> Bool[Tensor, " n"]:
         """Rows with evidence at every point."""
         return torch.stack([point.usable for point in self.points.values()]).all(0)
+
+    @cached_property
+    def lengths_of_vectors(self) -> Float32[Tensor, " m"]:
+        """Norms of the short list's vectors at "final"."""
+        return self.points["final"].vectors(self.short).norm(dim=1)
+
+    @cached_property
+    def units(self) -> Gram:
+        """Unit vectors at "final" of the short list, and T: made once, for it takes m^2 k products."""
+        return gram(torch.nn.functional.normalize(self.points["final"].vectors(self.short)), self.sketch)
+
+    def gradients(self) -> Gram:
+        """The same of the vectors as they are."""
+        lengths = self.lengths_of_vectors
+        products = self.units.gram * lengths[:, None] * lengths
+        return Gram(products, self.units.linear * lengths.double(), self.units.square)
 
 
 @dataclass(frozen=True)
@@ -98,8 +115,7 @@ def matched(seen: Seen, *, without_mean: bool = True) -> tuple[Float32[Tensor, "
     Returns:
         Parts, 0 for rows that are not in the sum; scores in which rows without a part have their cosine with the rest.
     """
-    units = torch.nn.functional.normalize(seen.points["final"].vectors(seen.short))
-    problem = gram(units, seen.sketch)
+    problem = seen.units
     found = nnls(problem.without(problem.mean()) if without_mean else problem)
     return found.weights, found.scores
 

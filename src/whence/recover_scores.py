@@ -15,7 +15,6 @@ from torch import Tensor
 from whence.membership import Seen, cosine, matched
 from whence.numerics import generator
 from whence.selectors import pursuit
-from whence.selectors.problems import Gram, gram
 
 
 def random_scores(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
@@ -51,21 +50,17 @@ def row_cosine(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
 
 def greedy_cosine(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """SELECT: the greedy that grows the cosine of the chosen rows' summed gradients at theta_f with T."""
-    return _jointly(seen, pursuit.cosine(_problem(seen), count=count).scores)
+    return _jointly(seen, pursuit.cosine(seen.gradients(), count=count).scores)
 
 
 def matching(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """Residual matching pursuit on the same."""
-    return _jointly(seen, pursuit.matching(_problem(seen), count=count).scores)
+    return _jointly(seen, pursuit.matching(seen.gradients(), count=count).scores)
 
 
 def nnls(seen: Seen, count: int, seed: int) -> Float32[Tensor, " n"]:
     """Part of a row in the non-negative sum of unit gradients that matches T, their mean direction removed."""
     return _jointly(seen, matched(seen)[1])
-
-
-def _problem(seen: Seen) -> Gram:
-    return gram(seen.points["final"].vectors(seen.short), seen.sketch)
 
 
 def _jointly(seen: Seen, scores: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:

@@ -1,0 +1,157 @@
+"""The join: do scores of examples, summed by partition, say what leaving that partition out does?
+
+For a partition u and an evaluation set e, over the rows x of u and the first rows q of e,
+
+    score     mean over q of the sum over x of visits(u) * score(q, x), visits(u) = budget / tokens of u: how often the
+              member's training read each of its rows
+    change    L_e(merge of all members but u) - L_e(merge of all), in nats: above 0, u was needed
+
+and their rank correlation: over all pairs with each set's own means taken off both, and within each set. Attribution
+sees single rows and no training; the pool sees trainings and no rows. Where both agree, each vouches for the other.
+
+Source: section 12 of the project's notes on ablation; ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from whence.ablation import ablate
+from whence.agreement import centred
+from whence.errors import SettingError
+from whence.heldout import EvalSet, read_sets
+from whence.index import Index
+from whence.members import Pool, open_pool
+from whence.numerics import bootstrap_interval, spearman
+from whence.selection import made_scorer, open_view, targets_of
+
+METHODS = ("influence", "bm25", "rds+")
+
+
+@dataclass(frozen=True)
+class Join:
+    """Scores beside changes."""
+
+    points: list[dict[str, Any]]
+    """A row each method, partition and evaluation set: `score` and `change`."""
+    correlations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By method: Spearman over all pairs with its 95% interval, and by evaluation set."""
+    notes: list[str] = field(default_factory=list)
+
+
+def join(
+    source: str | Path | Index,
+    pool: str | Path | Pool,
+    evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet],
+    *,
+    methods: Sequence[str] = METHODS,
+    queries: int = 16,
+    model: str | None = None,
+    seed: int = 0,
+    shown: bool = True,
+) -> Join:
+    """Compare scores of an index with a pool's leave-one-partition-out changes.
+
+    Args:
+        source: Index of the pool's corpus, whose rows have the partitioning column; under the pool's parent, as a rule.
+        pool: Of `train_pool`.
+        evaluated: Files or directories of held-out rows, one set each.
+        methods: Names of scorers.
+        queries: Rows of each set that are asked for, the first ones.
+        model: Of the index, where it has moved.
+        seed: Of scorers and intervals.
+        shown: Show bars.
+
+    Raises:
+        SettingError: Fewer than three members, no partition of the pool in the index, or no row of one.
+    """
+    own = pool if isinstance(pool, Pool) else open_pool(pool)
+    if len(own.members) < 3:
+        raise SettingError(
+            f"{own.place.root}: {len(own.members)} members; to leave one out, three or more are expected"
+        )
+    given = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
+    sets = [one for one in given if isinstance(one, EvalSet)] or read_sets(str(one) for one in given)
+    changes = _changes(own, sets, shown=shown)
+    points: list[dict[str, Any]] = []
+    for method in methods:
+        summed = _scores(source, own, sets, method, queries, model, seed)
+        points += [{"method": method, "partition": name, "set": one.name, "score": summed[one.name][name],
+                    "change": changes[one.name][name]} for one in sets for name in own.partitions]  # fmt: skip
+    found = {method: _correlation([row for row in points if row["method"] == method], seed) for method in methods}
+    return Join(points, found)
+
+
+def _changes(pool: Pool, sets: Sequence[EvalSet], *, shown: bool) -> dict[str, dict[str, float]]:
+    """By set and partition."""
+    names = pool.partitions
+    rows: list[dict[str, Any]] = [{"name": "all", "weights": dict.fromkeys(names, 1 / len(names))}]
+    for left in names:
+        rest = [name for name in names if name != left]
+        rows.append({"name": f"without {left}", "weights": dict.fromkeys(rest, 1 / len(rest))})
+    found = {(cell.mixture, cell.set): cell.merged for cell in ablate(pool, sets, mixtures=rows, shown=shown).cells}
+    return {one.name: {name: found[f"without {name}", one.name] - found["all", one.name] for name in names}
+            for one in sets}  # fmt: skip
+
+
+def _scores(
+    source: str | Path | Index,
+    pool: Pool,
+    sets: Sequence[EvalSet],
+    method: str,
+    queries: int,
+    model: str | None,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Summed by set and partition."""
+    view = open_view(source, method, model=model)
+    column = str(pool.recipe.get("by", "source"))
+    owners = [str(row.get(column)) for row in view.examples()]
+    lengths = torch.tensor([len(encoded.ids) for encoded in view.encoded()], dtype=torch.float64)
+    scorer, out = made_scorer(method, seed, {}), {}
+    members = {name: torch.tensor([_is_in(owner, name) for owner in owners]) for name in pool.partitions}
+    if empty := [name for name, rows in members.items() if not rows.any()]:
+        raise SettingError(
+            f"the index has no row of the partition {empty[0]} (column {column!r}): index the pool's corpus"
+        )
+    for one in sets:
+        targets, _ = targets_of(list(one.rows[:queries]), view)
+        scores = scorer(view, targets).double().mean(0)
+        scores = torch.where(scores.isfinite(), scores, 0.0)
+        out[one.name] = {
+            name: float(scores[rows].sum() * pool.members[name].tokens / lengths[rows].sum())
+            for name, rows in members.items()
+        }
+    return out
+
+
+def _is_in(owner: str, partition: str) -> bool:
+    """A row's value is the partition's, or that of which the partition is a unit."""
+    return owner == partition or owner == partition.rpartition("/")[0]
+
+
+def _correlation(points: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    sets = list(dict.fromkeys(row["set"] for row in points))
+    by_set = {name: [row for row in points if row["set"] == name] for name in sets}
+    ranks = {name: standard([row["score"] for row in rows]) for name, rows in by_set.items()}
+    changes = {name: standard([row["change"] for row in rows]) for name, rows in by_set.items()}
+    pairs = torch.tensor([centred(ranks), centred(changes)], dtype=torch.float64).T
+    low, high = bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=_spearman)
+    own = {name: _spearman(torch.tensor([ranks[name], changes[name]], dtype=torch.float64).T) for name in sets}
+    return {"spearman": _spearman(pairs), "low": low, "high": high, "by set": own, "pairs": len(pairs)}
+
+
+def standard(values: Sequence[float]) -> list[float]:
+    """Over their standard deviation, so that sets of large losses do not decide alone."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return ((tensor - tensor.mean()) / tensor.std().clamp_min(1e-30)).tolist()
+
+
+def _spearman(pairs: Float64[Tensor, "n 2"]) -> float:
+    x, y = pairs.T
+    return 0.0 if (x == x[0]).all() or (y == y[0]).all() else spearman(x, y)

@@ -1,0 +1,88 @@
+"""What a person sees of a join: correlations in the terminal, and a scatter of scores against changes."""
+
+from html import escape
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from whence.joining import Join, standard
+from whence.report import visible
+
+SIZE, LEFT, TOP = 260.0, 64.0, 44.0
+COLOURS = ("#2563eb", "#b45309", "#1a7f4b", "#9333ea", "#c0392b", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#64748b")
+"""Of evaluation sets."""
+
+
+def join_report(found: Join) -> RenderableType:
+    """Correlations by method, then the partitions that were needed most and least by each set."""
+    table = Table(title="Do summed scores say what leaving a partition out does?", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold dim")  # fmt: skip
+    sets = list(dict.fromkeys(row["set"] for row in found.points))
+    table.add_column("method")
+    for name in ("Spearman", "95%", *sets):
+        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    for method, told in found.correlations.items():
+        own = [f"{told['by set'][name]:.2f}" for name in sets]
+        table.add_row(method, f"{told['spearman']:.2f}", f"{told['low']:.2f} to {told['high']:.2f}", *own)
+    lines: list[RenderableType] = [table, Text("")]
+    first = next(iter(found.correlations))
+    for name in sets:
+        own = sorted((row for row in found.points if row["set"] == name and row["method"] == first),
+                     key=lambda row: -row["change"])  # fmt: skip
+        said = f"{name}: most missed {own[0]['partition']} ({own[0]['change']:+.3f} nats without it), least "
+        lines.append(Text(visible(f"{said}{own[-1]['partition']} ({own[-1]['change']:+.3f})"), "dim"))
+    return Group(*lines)
+
+
+def join_plot(found: Join) -> str:
+    """A panel each method: summed score across, change upward, both standardised in each set; light or dark."""
+    methods = list(found.correlations)
+    sets = list(dict.fromkeys(row["set"] for row in found.points))
+    width, height = LEFT + len(methods) * (SIZE + 40), TOP + SIZE + 60 + 18 * ((len(sets) + 3) // 4)
+    parts = []
+    for number, method in enumerate(methods):
+        x0 = LEFT + number * (SIZE + 40)
+        told = found.correlations[method]
+        parts.append(_text(x0, TOP - 18, method, "title"))
+        parts.append(
+            _text(x0, TOP - 4, f"Spearman {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f})", "axis")
+        )
+        parts.append(f'<rect class="frame" x="{x0}" y="{TOP}" width="{SIZE}" height="{SIZE}"/>')
+        for place, name in enumerate(sets):
+            own = [row for row in found.points if row["method"] == method and row["set"] == name]
+            across, upward = (standard([row[key] for row in own]) for key in ("score", "change"))
+            for row, x, y in zip(own, across, upward, strict=True):
+                cx, cy = (SIZE / 2 * (1 + max(-1.0, min(1.0, value / 3))) for value in (x, -y))
+                said = escape(visible(f"{row['partition']} for {name}: {row['change']:+.3f} nats without it"))
+                parts.append(_dot(x0 + cx, TOP + cy, place, said))
+    for place, name in enumerate(sets):
+        x, y = LEFT + 160.0 * (place % 4), TOP + SIZE + 44.0 + 18.0 * (place // 4)
+        parts.append(_dot(x, y - 4, place))
+        parts.append(_text(x + 10, y, name, "axis"))
+    parts.append(
+        _text(LEFT, TOP + SIZE + 20, "score, summed over a partition's rows, standardised in each set", "axis")
+    )
+    upward = _text(0.0, 0.0, "loss without it", "axis", "middle")
+    parts.append(f'<g transform="translate(20 {TOP + SIZE / 2}) rotate(-90)">{upward}</g>')
+    style = (
+        "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#1c2024}.title{font-weight:600;font-size:15px}"
+        ".axis{fill:#6b7280;font-size:11px}.frame{fill:none;stroke:#d5d9de}circle{fill-opacity:.75}"
+        "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis{fill:#9aa1ab}"
+        ".frame{stroke:#3a4048}}"
+    )
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+        f"<title>Scores summed by partition against the loss without that partition</title><style>{style}</style>"
+        f"{''.join(parts)}</svg>\n"
+    )
+
+
+def _dot(x: float, y: float, kind: int, said: str = "") -> str:
+    inner = f"<title>{said}</title>" if said else ""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[kind % len(COLOURS)]}">{inner}</circle>'
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(visible(text))}</text>'
