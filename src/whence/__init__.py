@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from whence.ablation import ablate as ablate
     from whence.answers import Trace as Trace
     from whence.bench import bench as bench
     from whence.corpus import Corpus as Corpus
@@ -22,16 +23,25 @@ if TYPE_CHECKING:
     from whence.index import open_index as open_index
     from whence.index import verify as verify
     from whence.interfaces import GradientSpace as GradientSpace
+    from whence.joining import join as join
     from whence.measures import evaluate_selection as evaluate_selection
+    from whence.members import open_pool as open_pool
     from whence.model import LoadedModel as LoadedModel
     from whence.model import load_model as load_model
+    from whence.pool import train_pool as train_pool
     from whence.queries import Query as Query
     from whence.recovery import recover as recover
     from whence.selection import select as select
+    from whence.suggesting import suggest as suggest
     from whence.tracing import trace as trace
     from whence.train import train as train
 
 _HOMES = {
+    "ablate": "ablation",
+    "join": "joining",
+    "open_pool": "members",
+    "train_pool": "pool",
+    "suggest": "suggesting",
     "bench": "bench",
     "Corpus": "corpus",
     "Example": "corpus",
