@@ -6,8 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whence.ablation import PROXIES, Ablation
-from whence.agreement import Agreement
+from whence.ablation import Ablation
 from whence.report import visible
 
 SHOWN = 24
@@ -70,27 +69,27 @@ def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
     return f"{math.exp(min(loss, 700.0)):.1f}"
 
 
+SHOWN_PROXIES = ("mean", "best", "ngram")
+"""Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
+
+
 def _agreements(found: Ablation) -> Table:
-    """Spearman's correlation with the truth, by set and group of candidates, and the regret of choosing by it."""
-    table = Table(title="Rank correlation with really trained models (regret in nats)", title_justify="left", box=None,
+    """Spearman's correlation with the truth by set and group of candidates; the regret of choosing by the merge."""
+    table = Table(title="Rank correlation with really trained models", title_justify="left", box=None,
                   pad_edge=False, header_style="bold dim")  # fmt: skip
-    table.add_column("evaluation set")
-    table.add_column("mixtures", justify="right")
-    shown = [
-        name for name in PROXIES if any(name in by for groups in found.agreements.values() for by in groups.values())
-    ]
-    for name in shown:
+    table.add_column("evaluation set", no_wrap=True)
+    for name in ("n", "merged", "95%", "regret", *SHOWN_PROXIES):
         table.add_column(name, justify="right", no_wrap=True)
     for evaluated, by_group in found.agreements.items():
         for group, by_proxy in by_group.items():
+            merged = by_proxy.get("merged")
+            if merged is None:
+                continue
+            low, high = merged.spearman_interval
+            others = [f"{by_proxy[name].spearman:.2f}" if name in by_proxy else "-" for name in SHOWN_PROXIES]
             label = evaluated if group == "all" else f"  {group}"
-            count = next(iter(by_proxy.values())).candidates
-            table.add_row(Text(visible(label)), f"{count}", *(_agreement(by_proxy.get(name)) for name in shown))
+            table.add_row(Text(visible(label)), f"{merged.candidates}", f"{merged.spearman:.2f}",
+                          f"{low:.2f} to {high:.2f}", f"{merged.regret:.3f}", *others)  # fmt: skip
+    table.caption = "regret: nats lost by choosing the mixture that the merge ranks first"
+    table.caption_justify = "left"
     return table
-
-
-def _agreement(found: Agreement | None) -> str:
-    if found is None:
-        return "-"
-    low, high = found.spearman_interval
-    return f"{found.spearman:.2f} ({low:.2f} to {high:.2f}) {found.regret:.3f}"
