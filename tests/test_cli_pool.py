@@ -80,6 +80,16 @@ def test_a_mixture_is_written_as_a_model(run, pool, tmp_path):
     assert run("pool", "verify", pool)[0] == 0
 
 
+def test_a_mixture_is_suggested(run, files, pool, tmp_path):
+    out = tmp_path / "mixture.jsonl"
+    words = ["mix", "suggest", pool, "--eval", files / "held", "--steps", 3, "--cap", "a=0.3"]
+    code, said, _ = run(*words, "-o", out)
+    assert code == 0 and "all alike" in said and "whence ablate" in said
+    rows = {row["partition"]: row["weight"] for row in map(json.loads, out.read_text().splitlines())}
+    assert rows["a"] <= 0.3 + 1e-9 and sum(rows.values()) == pytest.approx(1)
+    assert run("mix", "suggest", pool, "--eval", files / "held", "--cap", "z=0.3")[0] == 2
+
+
 def test_the_join_is_one_command(run, files, pool, tmp_path):
     index = tmp_path / "index"
     assert run("index", files / "model", files / "rows.jsonl", "-o", index, "--max-tokens", 32)[0] == 0

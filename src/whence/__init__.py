@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from whence.joining import join as join
     from whence.measures import evaluate_selection as evaluate_selection
     from whence.members import open_pool as open_pool
+    from whence.mixing import mix_law as mix_law
     from whence.model import LoadedModel as LoadedModel
     from whence.model import load_model as load_model
+    from whence.online import MixOptions as MixOptions
+    from whence.online import OnlineMixer as OnlineMixer
     from whence.pool import train_pool as train_pool
     from whence.queries import Query as Query
     from whence.recovery import recover as recover
@@ -55,8 +58,11 @@ _HOMES = {
     "verify": "index",
     "GradientSpace": "interfaces",
     "evaluate_selection": "measures",
+    "mix_law": "mixing",
     "LoadedModel": "model",
     "load_model": "model",
+    "MixOptions": "online",
+    "OnlineMixer": "online",
     "Query": "queries",
     "recover": "recovery",
     "select": "selection",

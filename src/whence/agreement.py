@@ -86,8 +86,8 @@ def kendall(x: Float64[Tensor, " n"], y: Float64[Tensor, " n"]) -> float:
     """Kendall's tau b."""
     from scipy.stats import kendalltau
 
-    found, _ = kendalltau(x.numpy(), y.numpy())
-    return float(found)
+    found: Any = kendalltau(x.numpy(), y.numpy())
+    return float(found[0])
 
 
 def _spearman(pairs: Float64[Tensor, "n 2"]) -> float:

@@ -210,6 +210,47 @@ def recover_method(name: str) -> str:
     return _lookup(RECOVER_METHODS, name, "--method")
 
 
+@dataclass(frozen=True)
+class LawEntry:
+    """One mixing law."""
+
+    target: str
+    """`module:Class`."""
+    about: str
+    cost: str
+    """Of a fit to n mixtures of K domains, for each evaluation set."""
+    source: str
+
+    def load(self) -> Any:
+        """Import the class."""
+        return _load(self.target)
+
+
+MIXING_LAWS: dict[str, LawEntry] = {
+    "exp": LawEntry(
+        "whence.laws.exponential:ExpLaw",
+        "c + exp(b + t . r)",
+        "4 starts of about 25 steps of n K^2",
+        "arXiv 2403.16952",
+    ),
+    "ridge": LawEntry(
+        "whence.laws.ridge:RidgeLaw", "linear in r and ln(r + eps)", "n K^2", "doi 10.1080/00401706.1970.10488634"
+    ),
+    "lightgbm": LawEntry(
+        "whence.laws.boosted:BoostedLaw", "boosted trees (extra: laws)", "hundreds of trees a fold", "arXiv 2407.01492"
+    ),
+}
+
+
+def mixing_law(name: str) -> Any:
+    """Class of a mixing law; `mixtures.FitMixingLaw` says what it does.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(MIXING_LAWS, name, "--law").load()
+
+
 def scorer(name: str) -> Any:
     """Class of a scorer; call it as `interfaces.MakeScorer`.
 

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from whence import __version__, catalogue, cli_recover, cli_select
+from whence import __version__, catalogue, cli_mix, cli_pool, cli_recover, cli_select
+from whence.cli_train import CorpusPath, Model, train
 from whence.console import Device, Json, Trust, complain, print_json, print_part, waiting
 from whence.errors import WhenceError
 
@@ -31,12 +32,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
-]
-CorpusPath = Annotated[
-    str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
-]
 IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Projection = Annotated[
@@ -134,59 +129,7 @@ def demo(
         print_json(result)
 
 
-@app.command()
-def train(
-    model: Model,
-    corpus: CorpusPath,
-    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the run.")],
-    preset: Annotated[
-        str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
-    ] = None,
-    lora_alpha: Annotated[int | None, typer.Option(help="Adapters' scale times their rank; twice the rank.")] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(help="Share of an adapter's inputs dropped in training.", show_default="0")
-    ] = None,
-    lora_targets: Annotated[
-        str | None, typer.Option(help="Layers that get one, such as q_proj,v_proj; all linear ones of the blocks.")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", show_default="4")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="2e-05")] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="Share of the corpus, chosen at random.", show_default="1")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest row in tokens, at most the model's context.", show_default="2048")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step.", show_default="16")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Rows a pass, of which a step adds up several; all of the step's.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Of the learning rate: linear, cosine, constant, ...", show_default="linear")
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None,
-    checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the chosen rows, their order, and dropout.", show_default="0")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
-    with waiting("Loading torch"):
-        from whence.train import train as run
-    options = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    options |= {"lora_targets": lora_targets, "epochs": epochs, "lr": lr, "fraction": fraction, "max_steps": max_steps}
-    options |= {"max_tokens": max_tokens, "batch_size": batch_size, "micro_batch": micro_batch, "schedule": schedule}
-    options |= {"checkpoints": checkpoints, "seed": seed, "optimizer": optimizer}
-    given = {name: value for name, value in options.items() if value is not None}  # the preset has the word on others
-    path = run(model, corpus, out, preset=preset, progress=not as_json, **given)
-    print_json({"run": str(path)}) if as_json else print_part(
-        f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX"
-    )
+app.command()(train)
 
 
 @app.command()
@@ -409,7 +352,11 @@ def bench(
 
 app.command()(cli_select.select)
 app.command()(cli_recover.recover)
+cli_select.evaluate.command("join")(cli_pool.joined)
 app.add_typer(cli_select.evaluate, name="evaluate")
+app.add_typer(cli_mix.mix, name="mix")
+app.add_typer(cli_pool.pool, name="pool")
+app.command()(cli_pool.ablate)
 
 
 def _print_info(info: dict[str, Any], as_json: bool) -> None:

@@ -119,7 +119,7 @@ def per_example_dot(
             example; with `norms`, also if it is used twice in a pass, except for a tied embedding.
     """
     batch = batch.to(model.device)
-    ghost = _Ghost(_owners(model, direction), batch, direction, norms)
+    ghost = Ghost(owners_of(model, direction), batch, direction, norms)
     linear = {where: owner.module for where, owner in ghost.owners.items() if owner.kind == "linear"}
     hooks = list(ghost.hooks())
     try:
@@ -231,7 +231,7 @@ def interpolated(base: LoadedModel, final: LoadedModel, s: float) -> Iterator[Lo
 
 
 @dataclass(frozen=True)
-class _Owner:
+class Owner:
     """A module that owns some of the direction's parameters."""
 
     kind: str
@@ -241,7 +241,7 @@ class _Owner:
     """From the module's own name of a parameter (weight, bias) to the direction's."""
 
 
-def _owners(model: LoadedModel, direction: Direction) -> dict[str, _Owner]:
+def owners_of(model: LoadedModel, direction: Direction) -> dict[str, Owner]:
     """Every module that owns a parameter of the direction, by the module's name; a tied weight has several."""
     names = {id(weight): name for name, weight in model.model.named_parameters()}
     if not direction:
@@ -253,7 +253,7 @@ def _owners(model: LoadedModel, direction: Direction) -> dict[str, _Owner]:
     for where, module in model.model.named_modules():
         mine = {local: names[id(weight)] for local, weight in module.named_parameters(recurse=False)}
         if owned := {local: name for local, name in mine.items() if name in direction}:
-            owners[where] = _Owner(_kind(module, owned, id(module) in linear), module, owned)
+            owners[where] = Owner(_kind(module, owned, id(module) in linear), module, owned)
             for local, name in owned.items():
                 _check(name, direction[name], module, module.get_parameter(local))
     return owners
@@ -293,10 +293,10 @@ def _placed(part: Part, module: nn.Module, device: torch.device) -> Part:
 
 
 @dataclass
-class _Ghost:
+class Ghost:
     """Consumes one backward pass into inner products, and squared norms."""
 
-    owners: dict[str, _Owner]
+    owners: dict[str, Owner]
     batch: Batch
     direction: Direction
     norms: bool
@@ -319,7 +319,7 @@ class _Ghost:
             return args[0].expand(len(self.batch.ids), -1), *args[1:]
         return args
 
-    def _tap(self, owner: _Owner, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> Tensor:
+    def _tap(self, owner: Owner, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return out
         if len(args) != 1 or kwargs:
@@ -327,7 +327,7 @@ class _Ghost:
             raise ModelError(f"the module of {name} reads more than its input: leave it out of the direction")
         if not out.requires_grad:
             out.requires_grad_()
-        take = self._embedding if owner.kind == "embedding" else self._norm
+        take = self.embedding if owner.kind == "embedding" else self.norm
         return Tap.apply(out, args[0].detach(), partial(take, owner))  # type: ignore[return-value]
 
     def linear(self, seen: Captured) -> None:
@@ -348,7 +348,7 @@ class _Ghost:
         self._add(name, dots, squares, seen.rows, is_second=is_tied)
 
     @torch.no_grad()
-    def _embedding(self, owner: _Owner, ids: Int64[Tensor, "b t"], g: Float[Tensor, "b t d"]) -> None:
+    def embedding(self, owner: Owner, ids: Int64[Tensor, "b t"], g: Float[Tensor, "b t d"]) -> None:
         """Add an embedding's rows: of each example, those of its own tokens."""
         weight, name = owner.module.get_parameter("weight"), owner.owned["weight"]
         if ids.shape != self.batch.ids.shape:
@@ -366,7 +366,7 @@ class _Ghost:
         self._add(name, (g * rows).sum((1, 2)), squares)
 
     @torch.no_grad()
-    def _norm(self, owner: _Owner, x: Float[Tensor, "..."], g: Float[Tensor, "..."]) -> None:
+    def norm(self, owner: Owner, x: Float[Tensor, "..."], g: Float[Tensor, "..."]) -> None:
         """Add a norm's gain and bias, each of which touches its own channel alone."""
         zeros = {local: torch.zeros_like(weight).float() for local, weight in owner.module.named_parameters()}
         b, at_zero = len(self.batch.ids), functional_call(owner.module, zeros, (x.float(),))

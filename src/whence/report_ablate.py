@@ -8,6 +8,7 @@ from rich.text import Text
 
 from whence.ablation import Ablation
 from whence.report import visible
+from whence.suggesting import Suggestion
 
 SHOWN = 24
 """Mixtures."""
@@ -31,6 +32,26 @@ def ablation_report(found: Ablation, *, bits: bool = False) -> RenderableType:
         f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would have taken "
         f"{cost['tokens of training every candidate']:,.0f}: cheaper from {math.ceil(each)} on.", "dim"))  # fmt: skip
     return Group(*parts)
+
+
+def suggestion_report(found: Suggestion) -> RenderableType:
+    """The mixture, and losses of its average beside those of all alike, the best alone, and the parent."""
+    mixture = Table(box=None, pad_edge=False, header_style="bold dim")
+    mixture.add_column("partition")
+    mixture.add_column("share", justify="right")
+    for name, weight in sorted(found.mixture.items(), key=lambda pair: -pair[1]):
+        mixture.add_row(Text(visible(name)), f"{weight:.1%}")
+    table = Table(title="Loss of the average, nats a token", title_justify="left", box=None, pad_edge=False,
+                  header_style="bold dim")  # fmt: skip
+    table.add_column("")
+    for name in found.losses:
+        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    lines = (("suggested", found.losses), ("all alike", found.uniform), (f"{found.alone} alone", found.best_alone),
+             ("the parent", found.parent))  # fmt: skip
+    for label, losses in lines:
+        table.add_row(Text(visible(label)), *(f"{loss:.3f}" for loss in losses.values()))
+    said = "Losses of averages rank mixtures; they are not those of a model trained on one."
+    return Group(mixture, Text(""), table, Text(said, "yellow"))
 
 
 def _losses(found: Ablation, *, bits: bool) -> Table:

@@ -26,6 +26,8 @@ from whence.errors import SettingError
 
 RECORD = "whence_train.json"
 IS_COMPLETE = "is_complete"
+NOT_FLAGS = ("model", "corpus", "rows", "rows_digest", "in_run_digest")
+"""Entries of the record that no flag sets as they stand."""
 
 
 class Order(LengthGroupedSampler):
@@ -128,9 +130,9 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     except ValueError as error:
         raise SettingError(f"{file}: not a record of a training ({error}). Name another directory.") from None
     now = json.loads(json.dumps(record))
-    names = [name for name in now if before.get(name) != now[name]]
+    names = [name for name in before | now if name != IS_COMPLETE and before.get(name) != now.get(name)]
     if names:
-        told = "; ".join(f"{_told(name)} is {before.get(name)!r} there, {now[name]!r} here" for name in names)
+        told = "; ".join(f"{_told(name)} is {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
         raise SettingError(
             f"{file.parent} holds a training with other settings: {told}. Use the same settings to go on with it, or "
             "name another directory."
@@ -138,4 +140,4 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
 
 
 def _told(name: str) -> str:
-    return name if name in ("model", "corpus", "rows", "rows_digest") else f"--{name.replace('_', '-')}"
+    return name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"

@@ -12,6 +12,9 @@ The corpus is tokenised into memory first, at 5 bytes a token. Rows of like leng
 
 A training that was stopped goes on when it is run again, and ends with the weights it would have had (`resuming`).
 
+Two things can go along: what each row does to a validation loss (`inrun`, which changes no weight), and a choice of the
+domain that each step's rows come from (`online`). Their states are kept with every checkpoint.
+
 What it does not do: preference tuning, several machines, or packing rows into one sequence (which leaves a row no
 gradient of its own). Train with your own Trainer for these; its directory is a Run too.
 """
@@ -20,8 +23,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,104 +33,23 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from whence.checkpoint import open_run
 from whence.corpus import Corpus, Example, Row, open_corpus
 from whence.errors import CorpusError, SettingError
+from whence.inrun import HEURISTIC, InRun, InRunPlan
 from whence.model import LoadedModel, load_model
 from whence.numerics import mixed_seed
+from whence.online import OnlineBatches, domains_of, read_options
+from whence.recipe import OPTIMIZERS, TrainSettings, settings_of
 from whence.resuming import Order, OrderKept, begin, finish, newest_checkpoint, read_order, step_of
 from whence.tokens import Encoded, collate, encode
 
 LOGGED_STEPS = 1000
 """Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
-
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
-"""By Whence's name, the Trainer's."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
-    "less": {
-        "fraction": 0.05,
-        "lora_rank": 128,
-        "lora_alpha": 512,
-        "lora_dropout": 0.1,
-        "lora_targets": "q_proj,k_proj,v_proj,o_proj",
-        "epochs": 4,
-        "lr": 2e-5,
-        "batch_size": 128,
-        "schedule": "linear",
-        "warmup": 0.03,
-        "weight_decay": 0.0,
-    }
-}
-"""Settings by the name of a recipe."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train. Epochs, learning rate, warm-up and length default to those of LESS (arXiv 2402.04333)."""
-
-    epochs: int | float = 4
-    """Passes over the corpus."""
-    lr: float = 2e-5
-    """Peak learning rate, for the mean loss of a batch's supervised tokens."""
-    batch_size: int = 16
-    """Rows of a step, on each device."""
-    micro_batch: int | None = None
-    """Rows of one pass, of which a step adds up several; a divisor of `batch_size`. None: all of them."""
-    max_steps: int | None = None
-    """Number of steps, in place of `epochs`."""
-    max_tokens: int | None = 2048
-    """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
-    fraction: float = 1.0
-    """Share of the corpus to train on, chosen at random."""
-    lora_rank: int | None = None
-    """Train adapters of this rank; None trains all weights."""
-    lora_alpha: int | None = None
-    """Adapters' scale times their rank; None: twice the rank."""
-    lora_dropout: float = 0.0
-    """Share of an adapter's inputs that are dropped in training."""
-    lora_targets: str | None = None
-    """Ends of the names of layers that get an adapter, with commas between; None: every linear layer of the blocks."""
-    checkpoints: int | None = None
-    """Checkpoints to keep at most, evenly spaced, the last step among them; None keeps one an epoch."""
-    schedule: str = "linear"
-    """How the learning rate falls after its warm-up: a schedule's name in transformers, such as `cosine`."""
-    warmup: float = 0.03
-    """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """For each step and unit of learning rate."""
-    optimizer: str = "adamw"
-    """"adamw", or "sgd", plain, without momentum."""
-    seed: int = 0
-    """Seed of the chosen rows, their order, dropout and the adapters' start."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot train, by the name of their flag."""
-        counts = ("batch_size", "micro_batch", "max_steps", "max_tokens", "checkpoints")
-        for name in ("epochs", "lr", "lora_rank", "lora_alpha", *counts):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
-        if not 0 < self.fraction <= 1:
-            raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
-        for flag, value in (("--warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
-            if not 0 <= value < 1:
-                raise SettingError(f"{flag} {value}: a share from 0 and below 1 is expected")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise SettingError(
-                f"--micro-batch {self.micro_batch}: a divisor of --batch-size {self.batch_size} is expected"
-            )
-        if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_targets) != (None, 0.0, None):
-            raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
-        if self.optimizer not in OPTIMIZERS:
-            raise SettingError(f"--optimizer {self.optimizer}: choose one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in (names := [kind.value for kind in SchedulerType]):
-            raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
 
 
 def train(
@@ -149,7 +70,8 @@ def train(
         model: Directory or Hub name. An adapter is trained on, its base untouched.
         corpus: Whatever `corpus.open_corpus` takes. Rows without a supervised token are left out.
         out: Directory of the Run, made where missing: `checkpoint-<step>` as the Trainer writes them, the
-            tokenizer in each and beside them, and the settings in `whence_train.json`.
+            tokenizer in each and beside them, and the settings in `whence_train.json`; with `in_run` also
+            `in_run_scores.parquet` and what belongs to it, with `mix` the log `online_mixing.jsonl`.
         preset: Name in `PRESETS`, whose settings hold where `settings` does not say otherwise.
         progress: Show a bar on stderr.
         settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
@@ -158,8 +80,9 @@ def train(
         The directory.
 
     Raises:
-        CorpusError: The corpus cannot be read, or no row has a supervised token.
-        ModelError: The model cannot be loaded.
+        CorpusError: The corpus or the validation rows cannot be read, no row has a supervised token, or rows have no
+            domain.
+        ModelError: The model cannot be loaded, or `in_run` cannot follow its training.
         SettingError: A setting has a value that cannot work, or `out` holds another training's checkpoints.
     """
     chosen, directory = settings_of(preset, settings), Path(out)
@@ -172,28 +95,62 @@ def train(
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
-    begin(directory, {"model": str(source), "corpus": texts.name, **rows.record(), **asdict(chosen)})
-    newest = newest_checkpoint(directory)
-    if newest is None or step_of(newest) < trainer.args.max_steps:
-        _run(trainer, newest, steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+    record = {"model": str(source), "corpus": texts.name, **rows.record(), **chosen.record()}
+    if chosen.in_run is not None:
+        trainer.in_run, told = _in_run(loaded, trainer, rows, chosen)
+        record |= told
+    if chosen.mix is not None:
+        domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
+        trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
+    begin(directory, record)
+    _run(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+    if trainer.in_run is not None:
+        heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
+        more = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
+        trainer.in_run.write(directory, rows.ids, rows.sources, more)
     loaded.tokenizer.save_pretrained(directory)
     finish(directory)
     return directory
 
 
-def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:
-    """Settings by name, the others a preset's."""
-    if preset is not None and preset not in PRESETS:
-        raise SettingError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    return TrainSettings(**(PRESETS[preset] if preset else {}) | settings)
-
-
 def _run(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
-    """Train from the newest checkpoint, or from the start."""
-    if newest is not None and step_of(newest) % steps_per_epoch:  # within an epoch, whose order was drawn before
-        trainer.order.resumed_from = read_order(newest)
+    """Train from the newest checkpoint, or from the start, what is not trained yet."""
+    for follower in trainer.followers():
+        follower.load(newest)
+    if newest is not None and step_of(newest) >= trainer.args.max_steps:
+        return
+    if newest is not None and step_of(newest) % steps_per_epoch and trainer.mixing is None:
+        trainer.order.resumed_from = read_order(newest)  # within an epoch, whose order was drawn before
     with quiet_saving():
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+
+def _in_run(
+    loaded: LoadedModel, trainer: "_Trainer", rows: "_Rows", settings: TrainSettings
+) -> tuple[InRun, dict[str, Any]]:
+    """What measures contributions, and what the run's record says of the validation rows."""
+    if trainer.args.n_gpu > 1:
+        raise SettingError(f"--in-run follows a training on one device, of {trainer.args.n_gpu} here: hide the others")
+    if len(set(rows.ids)) < len(rows.ids):
+        twice = next(name for number, name in enumerate(rows.ids) if name in rows.ids[:number])
+        raise CorpusError(f"the id {twice!r} is given twice, and --in-run scores rows by their ids: make them unique")
+    corpus = open_corpus(settings.in_run)
+    found = _encoded(corpus, loaded, settings)
+    if not len(found):
+        raise CorpusError(f"--in-run {corpus.name}: no row has a supervised token, so there is no loss to follow.")
+    plan = InRunPlan(
+        order=settings.in_run_order,
+        every=settings.in_run_every,
+        rows=settings.in_run_rows,
+        rows_of_pass=settings.micro_batch or settings.batch_size,
+        seed=settings.seed,
+        save_steps=int(trainer.args.save_steps),
+    )
+    net: Any = trainer.model
+    model = LoadedModel(net, loaded.tokenizer, loaded.path, loaded.has_adapter or settings.lora_rank is not None)
+    validation = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in found.rows]
+    digest = found.record()["rows_digest"]
+    return InRun(model, validation, len(rows), plan), {"in_run": corpus.name, "in_run_digest": digest}
 
 
 @contextmanager
@@ -216,14 +173,19 @@ class _Bar(ProgressCallback):
 
 
 class _Rows(Dataset):
-    """Encoded rows as the Trainer reads them."""
+    """Encoded rows as the Trainer reads them, each with its number; those without a supervised token are left out."""
 
-    def __init__(self, rows: Iterable[Encoded]):
-        self.rows = [
-            {"input_ids": np.array(row.ids, dtype=np.int32), "supervised": np.array(row.supervised)}
-            for row in rows
-            if row.targets
-        ]
+    def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
+        self.rows: list[dict[str, np.ndarray]] = []
+        self.ids: list[str] = []
+        self.sources: list[str | None] = []
+        self.domains: list[Any] = []
+        for example, row in rows:
+            if row.targets:
+                self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
+                self.ids.append(example.id)
+                self.sources.append(example.source)
+                self.domains.append(None if by is None else example.row.get(by))
 
     def record(self) -> dict[str, Any]:
         """What tells them from other rows."""
@@ -235,16 +197,24 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return self.rows[number]
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number] | {"row": number}
 
 
 def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
-    longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
-    rows = _Rows(encode(example.row, loaded.tokenizer, longest) for example in _sampled(corpus, settings))
+    rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
         raise CorpusError(f"{corpus.name}: no row has a supervised token, so there is nothing to train on.")
     return rows
+
+
+def _encoded(
+    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
+) -> _Rows:
+    longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+    by = None if settings.mix is None else settings.by or "source"
+    found = corpus if chosen is None else chosen
+    return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in found), by)
 
 
 def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
@@ -257,14 +227,65 @@ def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
 
 
 class _Trainer(Trainer):
-    """The Trainer, with an order of rows that can be drawn again."""
+    """The Trainer, with an order of rows that can be drawn again, and with what follows or steers the training."""
+
+    in_run: InRun | None = None
+    mixing: OnlineBatches | None = None
 
     def __init__(self, order: Order, **options: Any):
         self.order = order
-        super().__init__(callbacks=[OrderKept(order)], **options)
+        super().__init__(callbacks=[OrderKept(order), _Steps(self)], **options)
+
+    def followers(self) -> list[InRun | OnlineBatches]:
+        """Whatever keeps a state with each checkpoint."""
+        return [follower for follower in (self.in_run, self.mixing) if follower is not None]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Batches of a step: the epoch's next, or rows of the domain that is drawn."""
+        if self.mixing is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        size, dataset = self.args.per_device_train_batch_size, self.train_dataset
+        rows = self.mixing.draw(self.state.global_step, size * num_batches)
+        batches = [
+            self.data_collator([dataset[row] for row in rows[start : start + size]])  # type: ignore[index]
+            for start in range(0, len(rows), size)
+        ]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """A pass over a batch, whose row numbers are no input of the model."""
+        rows = inputs.pop("rows")
+        with nullcontext() if self.in_run is None else self.in_run.watching(inputs, rows):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.mixing is not None:
+            self.mixing.add(float(loss))
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights, and what goes with a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        for follower in self.followers():
+            follower.save(Path(output_dir or str(self.args.output_dir)))
+
+
+class _Steps(TrainerCallback):
+    """Tells what follows a training of its steps."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The gradient is clipped, and not yet taken."""
+        if self.trainer.in_run is not None:
+            self.trainer.in_run.step(self.trainer.optimizer, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """It is taken, and counted."""
+        if self.trainer.mixing is not None:
+            self.trainer.mixing.close(state.global_step - 1)
 
 
 def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> _Trainer:
@@ -282,13 +303,14 @@ def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainS
     return trainer
 
 
-def _collator(pad_id: int) -> Callable[[list[dict[str, np.ndarray]]], dict[str, Tensor]]:
-    def collated(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+def _collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         encoded = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in rows]
         batch = collate(encoded, pad_id)
         # Not shifted here: the model's own loss compares its logits at t - 1 with the label at t.
         labels = batch.ids.masked_fill(~batch.supervised, -100)
-        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "labels": labels}
+        numbers = torch.tensor([row["row"] for row in rows])
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "labels": labels, "rows": numbers}
 
     return collated
 
