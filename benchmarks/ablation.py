@@ -69,13 +69,13 @@ def stage_data(options: argparse.Namespace) -> None:
     held.mkdir(exist_ok=True)
     with (options.work / "train.jsonl").open("w") as train:
         for file in sorted((options.data / "domains").glob("*.jsonl")):
-            lines = file.read_text().splitlines()
+            lines = file.read_text().strip().split("\n")
             random.Random(f"{file.stem} {options.seed}").shuffle(lines)
             count = round(HELD_OUT * len(lines))
             (held / file.name).write_text("".join(f"{line}\n" for line in lines[: min(count, MOST)]))
             train.writelines(f"{line}\n" for line in lines[count:])
     for name, source in (("gsm8k", "instruct/gsm8k_test"), ("bbh", "tasks/bbh")):
-        rows = [json.loads(line) for line in (options.data / f"{source}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (options.data / f"{source}.jsonl").read_text().strip().split("\n")]
         drawn = random.Random(f"{name} {options.seed}").sample(rows, 2 * MOST)
         texts = [{"id": row["id"], "source": name, "text": f"{row['prompt']} {row['completion']}"} for row in drawn]
         (held / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts))

@@ -4,7 +4,7 @@
 
 **speed**: real trainings (AdamW, batches of 16 rows x 128 tokens) of which every other step is `plain`, with nothing
 measured, and the steps between are `reused`, first order with a validation gradient that is kept; `fresh`, first order
-with a new one of 32 rows; or `second`, second order. A step is timed from where its pass begins to where the next one's
+with a new one of 16 rows; or `second`, second order. A step is timed from where its pass begins to where the next one's
 does, so the optimizer, the clipping and the collating are in it. Ratios are medians of a step's time to the mean of the
 plain steps on both sides of it, by the wall clock and by the process' own time (which a busy machine disturbs less).
 `default` is a step's average cost with a new gradient every 10 steps: reused + (fresh - reused) / 10. Bar: 1.6.

@@ -151,7 +151,7 @@ def read(options: argparse.Namespace, name: str) -> list[dict]:
     """Rows of a file, or of a directory's."""
     path = options.data / name
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path.with_suffix(".jsonl")]
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in file.read_text().strip().split("\n")]
 
 
 Test = Callable[[LoadedModel], float]

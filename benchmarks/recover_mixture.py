@@ -9,8 +9,6 @@ import json
 import random
 from pathlib import Path
 
-import torch
-
 from whence.comparing import RecoverSettings, open_case, see
 from whence.corpus import open_corpus
 from whence.ingest import fingerprint_of
@@ -41,8 +39,9 @@ def drawn_rows(options: argparse.Namespace, seed: int) -> tuple[dict[str, float]
     shares = dict(zip(rng.sample(list(FILES), len(FILES)), SHARES, strict=True))
     trained, pool = [], []
     for source, share in shares.items():
-        lines = (options.data / f"{FILES[source]}.jsonl").read_text().splitlines()
+        lines = (options.data / f"{FILES[source]}.jsonl").read_text().strip().split("\n")
         rows = [json.loads(line) | {"source": source} for line in rng.sample(lines, EACH)]
+        rows = [{name: value for name, value in row.items() if name != "id"} for row in rows]
         trained += rows[: round(share * TRAINED)]
         pool += rows
     rng.shuffle(pool)
@@ -58,11 +57,12 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     case, corpus = open_case(base, str(model), RecoverSettings(max_tokens=LONGEST, seed=seed)), open_corpus(pool)
     seen = see(case, corpus, Place.at(work / "evidence"), fingerprint_of(corpus), shown=False)
     sources = [row["source"] for row in pool]
-    tokens = seen.points["final"].tokens.double()
-    means = {name: float(tokens[torch.tensor([own == name for own in sources])].mean()) for name in shares}
-    total = sum(shares[name] * means[name] for name in shares)
+    numbers, tokens = {json.dumps(row, sort_keys=True) for row in trained}, dict.fromkeys(shares, 0)
+    for row, count in zip(pool, seen.points["final"].tokens.tolist(), strict=True):
+        own = {name: value for name, value in row.items() if name != "id"}
+        tokens[row["source"]] += count * (json.dumps(own, sort_keys=True) in numbers)
     return {
         "rows": shares,
-        "tokens": {name: shares[name] * means[name] / total for name in shares},
+        "tokens": {name: count / sum(tokens.values()) for name, count in tokens.items()},
         "found": mixture_of(seen, sources, seed=seed),
     }

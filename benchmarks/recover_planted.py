@@ -51,7 +51,7 @@ class Cell:
 
 def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
     """All cells that have no result yet."""
-    lines = (options.data / "instruct" / "alpaca.jsonl").read_text().splitlines()
+    lines = (options.data / "instruct" / "alpaca.jsonl").read_text().strip().split("\n")
     drawn = random.Random("planted").sample(lines, options.rows)
     rows = [json.loads(line) | {"id": f"row-{number}"} for number, line in enumerate(drawn)]
     corpus = open_corpus(rows)

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     corpus, base = work / "corpus.jsonl", str(Path(options.model).resolve())
     files = sorted((options.data / "instruct").glob("*.jsonl")) + sorted((options.data / "domains").glob("*.jsonl"))
-    lines = [line for file in files for line in file.read_text().splitlines()]
+    lines = [line for file in files for line in file.read_text().strip().split("\n")]
     random.Random(0).shuffle(lines)
     with corpus.open("w") as out:
         for number, line in enumerate(itertools.islice(itertools.cycle(lines), ROWS)):
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
         "rows": ROWS, "longest": LONGEST, "killed": first, "went on": second,
         "parts kept": sum(after.get(name) == when for name, when in before.items()), "parts before": len(before),
         "parts": len(after), "evidence bytes": sum(file.stat().st_size for file in work.rglob("part-*")),
-        "found": len((work / "found.jsonl").read_text().splitlines()),
+        "found": len((work / "found.jsonl").read_text().strip().split("\n")),
     })  # fmt: skip
 
 

@@ -452,7 +452,7 @@ def test_a_model_without_second_derivatives_is_told(models, monkeypatch):
     InRun(loaded, rows, 3, InRunPlan())
     with pytest.raises(ModelError, match=r"second derivatives are \d+% off a finite difference.* Use --in-run-order 1"):
         InRun(loaded, rows, 3, InRunPlan(order=2))
-    monkeypatch.setattr("whence.inrun.SDPBackend.MATH", SDPBackend.FLASH_ATTENTION)
+    monkeypatch.setattr("whence.slopes.SDPBackend.MATH", SDPBackend.FLASH_ATTENTION)
     with pytest.raises(ModelError, match=r"has no second derivative \(derivative for .* Use --in-run-order 1"):
         InRun(load(), rows, 3, InRunPlan(order=2))
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from whence.cli import main
 from whence.errors import CorpusError, MissingExtraError, SettingError, UnknownNameError
 from whence.laws.exponential import ExpLaw
 from whence.laws.ridge import EPS, PENALTIES, RidgeLaw
-from whence.mixing import _codes, _mean_spearman, cross_validated, mix_law
+from whence.mixing import _codes, _mean_spearman, _notes, cross_validated, mix_law
 from whence.mixtures import MixtureTable, read_mixture_table
 from whence.numerics import spearman
 from whence.simplex import availability_caps, capped, critical_ratio, optimum, share_outside
@@ -580,7 +581,19 @@ def test_notes_say_what_should_not_be_believed():
     near = MixtureTable(domains=law.domains, sets=law.sets, mixtures=mixtures, losses=losses)
     notes = " ".join(mix_law(near, folds=5, law="ridge").notes)
     assert "10 mixtures for 4 domains are few" in notes
-    assert "within the law's own held-out error" in notes or "outside what was tried" in notes
+    assert "outside what was tried" in notes
+    steep = ExpLaw(domains=("a", "b"), sets=("x",), c=np.ones(1), b=np.zeros(1), t=np.array([[-1.0, 1.0]]))
+    table = table_of(steep, 20)
+    lucky = table.losses.copy()
+    lucky[0] = 0.5
+    seen = MixtureTable(domains=steep.domains, sets=("x",), mixtures=table.mixtures, losses=lucky)
+    assert "it knows of none better than those tried" in " ".join(mix_law(seen, folds=5).notes)
+    found = mix_law(table_of(steep, 20, noise=0.2), folds=5)
+    tried, error = found.table.losses[found.best_row, 0], found.held_out.overall.error
+    near = replace(found, best=replace(found.best, objective=tried - 0.9 * error))
+    assert "within the law's own held-out error" in " ".join(_notes(near))
+    far = replace(found, best=replace(found.best, objective=tried - 1.1 * error))
+    assert "one of the table had" not in " ".join(_notes(far))
 
 
 @pytest.fixture
@@ -640,6 +653,7 @@ def test_mix_law_gives_one_json_document(run, file, name):
         (["--law", "expo"], "--law expo: no such method. Did you mean exp? There are exp, ridge, lightgbm."),
         (["--cap", "d0"], "--cap d0: NAME=NUMBER is expected"),
         (["--cap", "d0=much"], "--cap d0=much: NAME=NUMBER is expected"),
+        (["--cap", "d0=0.1", "--cap", "d0=0.2"], "--cap d0=0.2: d0 is given twice"),
         (["--cap", "x=0.1"], "--cap x: the table has no domain of this name. There are d0, d1, d2."),
         (["--cap", "d0=.1", "--cap", "d1=.1", "--cap", "d2=.1"], "sum to 0.3, and shares must sum to 1"),
         (["--target", "s=1"], "--target s: the table has no evaluation set of this name"),

@@ -133,6 +133,14 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     assert sum(line["share"] for line in found.mixture) == pytest.approx(1)
     shares = {line["source"]: line["share"] for line in found.mixture}
     assert shares["vowels"] > 0.7, "all members are of this source"
+    from whence.tokens import encode
+
+    tokens = {name: [encode(row, byte_tokenizer()).targets for row in ROWS if row["source"] == name] for name in shares}
+    each = {name: sum(own) / len(own) for name, own in tokens.items()}
+    rows = {line["source"]: line["tokens"] / each[line["source"]] for line in found.mixture}
+    for line in found.mixture:
+        assert line["share"] == pytest.approx(rows[line["source"]] / sum(rows.values()), rel=1e-4)
+        assert line["tokens_low"] <= line["tokens"] + 1e-9 and line["low"] <= line["high"]
     from whence import evidence
 
     monkeypatch.setattr(evidence._Pass, "rows", lambda *given: pytest.fail("all evidence is kept"))

@@ -119,6 +119,8 @@ def numbers(flag: str, given: list[str] | None) -> dict[str, float]:
     out: dict[str, float] = {}
     for text in given or []:
         name, equals, value = text.rpartition("=")
+        if name in out:
+            raise SettingError(f"{flag} {text}: {name} is given twice")
         try:
             out[name] = float(value)
         except ValueError:

@@ -66,7 +66,7 @@ def train(
     in_run_order: Annotated[
         int | None, typer.Option(help="Of the expansion: 1, or 2 at several times the cost.", show_default="1")
     ] = None,
-    in_run_rows: Annotated[int | None, typer.Option(help="Rows of a draw.", show_default="32")] = None,
+    in_run_rows: Annotated[int | None, typer.Option(help="Rows of a draw.", show_default="16")] = None,
     mix: Annotated[
         str | None, typer.Option(help="online: each step's rows are of one domain, drawn by the losses so far.")
     ] = None,

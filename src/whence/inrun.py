@@ -17,8 +17,8 @@ the very step divides by. That is a heuristic, and outputs say so: v_hat depends
 example's gradient in over the steps that follow, which is counted here at its own step. Weight decay is no example's.
 
 Nothing is computed twice: g_z comes from the training's own backward pass (`overheard`), which multiplies by D in about
-the time of a forward pass. H s is one double backward pass over the validation rows, exact; attention then runs in
-torch's plain kernel, for the fused ones have no second derivative. Weights and random numbers are left as they were.
+the time of a forward pass. grad L and H s are passes over the validation rows (`slopes`). Weights, and the random
+numbers of the training, are left as they were.
 
 Source: Wang et al. 2025, Data Shapley in One Training Run, https://arxiv.org/abs/2406.11011.
 """
@@ -26,7 +26,7 @@ Source: Wang et al. 2025, Data Shapley in One Training Run, https://arxiv.org/ab
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import get_total_norm
 
 from whence.errors import ModelError, SettingError
 from whence.ghost import owners_of
 from whence.model import LoadedModel
 from whence.numerics import generator
 from whence.overheard import Overheard
+from whence.slopes import Gradient, Slopes, evaluating, gradient, norm
 from whence.storage import Place
 from whence.tokens import Batch, Encoded, collate
 
@@ -59,11 +58,6 @@ COLUMNS = ("step", "learning_rate", "clip", "relative_step", "predicted_fall", "
 """Of the table of steps."""
 AGREEMENT = 1e-3
 """Relative error of what the hooks see of a gradient's square, above which they miss some of it."""
-SECOND_AGREEMENT, SMALL = 0.2, 1e-5
-"""Of a second derivative with a finite difference over so small a part of the weights' length, in fp32."""
-
-Gradient = dict[str, Tensor]
-"""By parameter, of its shape, fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +69,7 @@ class InRunPlan:
     every: int = 10
     """Validation rows are drawn anew after so many steps, and after every checkpoint; with order 1 their gradient is
     kept in between."""
-    rows: int = 32
+    rows: int = 16
     """Validation rows of a draw, without replacement; all of them where there are fewer."""
     rows_of_pass: int = 16
     """Of them, in one pass."""
@@ -116,6 +110,7 @@ class InRun:
             reason = str(error).partition(":")[0]
             raise ModelError(f"--in-run: {reason}. Adapters (--lora-rank) leave it frozen.") from None
         self._passes: list[tuple[np.ndarray, Overheard]] = []
+        self.slopes = Slopes(self.model, self.weights, self.plan.rows_of_pass)
         self._norm, self._drawn_at = 0.0, 0
         self._slope: Gradient | None = None
         self._rehearse()
@@ -158,7 +153,7 @@ class InRun:
             np.add.at(self.seen, rows, 1)
             predicted += float(found.sum())
         self._passes.clear()
-        length = _norm(list(taken.values())) / _norm([w.detach() for w in self.weights.values()])
+        length = norm(list(taken.values())) / norm([w.detach() for w in self.weights.values()])
         rate = float(optimizer.param_groups[0]["lr"])
         self.steps.append((number + 1, rate, clip, length, predicted, loss))
 
@@ -252,7 +247,9 @@ class InRun:
             self._drawn_at, self._slope = number, None
         if self._slope is not None:
             return self._slope, None
-        slope, product, loss = self._measured(self._drawn(self._drawn_at), taken if self.plan.order == 2 else None)
+        slope, product, loss = self.slopes.measured(
+            self._drawn(self._drawn_at), taken if self.plan.order == 2 else None
+        )
         if product is None:
             self._slope = slope
             return slope, loss
@@ -260,55 +257,20 @@ class InRun:
 
     def _drawn(self, number: int) -> list[Encoded]:
         """The validation rows that are drawn at a step: the same for the same seed and step."""
-        order = torch.randperm(len(self.validation), generator=generator(self.plan.seed, "in-run", str(number)))
+        rng = generator(self.plan.seed, "in-run", str(number))
+        order = torch.randperm(len(self.validation), generator=rng)
         return [self.validation[n] for n in sorted(order[: self.plan.rows].tolist())]
 
-    def _measured(self, rows: Sequence[Encoded], along: Gradient | None) -> tuple[Gradient, Gradient | None, float]:
-        """Gradient of the mean loss over rows' supervised tokens; the Hessian's product with `along`; the loss."""
-        names, weights = list(self.weights), list(self.weights.values())
-        slope = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        product, total, tokens = [part.clone() for part in slope], 0.0, sum(row.targets for row in rows)
-        for start in range(0, len(rows), self.plan.rows_of_pass):
-            with self._evaluating(), sdpa_kernel(SDPBackend.MATH) if along is not None else nullcontext():
-                loss = self._loss(rows[start : start + self.plan.rows_of_pass], tokens)
-                found = _gradient(loss, weights, twice=along is not None)
-                if along is not None:
-                    _add(product, _products(found, weights, [along[name] for name in names]))
-            _add(slope, found)
-            total += float(loss.detach())
-        named = dict(zip(names, slope, strict=True))
-        return named, None if along is None else dict(zip(names, product, strict=True)), total
-
-    def _loss(self, rows: Sequence[Encoded], tokens: int) -> Tensor:
-        """Sum of rows' losses over a number of tokens."""
-        batch = collate(rows).to(self.model.device)
-        states, head = self.model.decode(batch.ids, batch.mask)
-        owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
-        logits = head(states[owners.to(states.device), positions.to(states.device)])
-        targets = batch.ids[owners, positions + 1].to(logits.device)
-        return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout, which would also use up the training's random numbers; and with gradients."""
-        net, was_training = self.model.model, self.model.model.training
-        net.eval()
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            net.train(was_training)
-
     def _gradient_norm(self) -> float:
-        return _norm([weight.grad for weight in self.weights.values() if weight.grad is not None])
+        return norm([weight.grad for weight in self.weights.values() if weight.grad is not None])
 
     def _rehearse(self) -> None:
         """See on two validation rows whether the hooks miss nothing: dots with the gradient add up to its square."""
         rows = self.validation[:2]
         heard = Overheard(self.owners, collate(rows).to(self.model.device))
-        with self._evaluating(), heard.listening():
+        with evaluating(self.model.model), heard.listening():
             loss = F.cross_entropy(*self._all_logits(heard.batch), ignore_index=-100)
-            slope = dict(zip(self.weights, _gradient(loss, list(self.weights.values())), strict=True))
+            slope = dict(zip(self.weights, gradient(loss, list(self.weights.values())), strict=True))
         square = sum(float(part.double().square().sum()) for part in slope.values())
         seen = float(heard.dots(slope).double().sum())
         if not abs(seen - square) <= AGREEMENT * square:
@@ -317,7 +279,7 @@ class InRun:
                 "is used in a way that it cannot follow. Adapters (--lora-rank) may leave that weight frozen."
             )
         if self.plan.order == 2:
-            self._try_second_order(rows, slope)
+            self.slopes.check_second_order(rows, slope)
 
     def _all_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits of all positions but the last, as training computes them, and what they should have been."""
@@ -325,77 +287,19 @@ class InRun:
         labels = batch.ids.masked_fill(~batch.supervised, -100)[:, 1:]
         return logits[:, :-1].float().flatten(0, 1), labels.flatten().to(logits.device)
 
-    def _try_second_order(self, rows: Sequence[Encoded], slope: Gradient) -> None:
-        """See whether the Hessian's product with a gradient is that of a finite difference.
 
-        A function whose backward pass cannot be differentiated is left out of a second one without a word.
-        """
-        try:
-            product = self._measured(rows, slope)[1] or {}
-        except RuntimeError as error:
-            if "derivative" not in str(error) and "differentiable" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"{self.model.path} has no second derivative ({reason}). Use --in-run-order 1.") from None
-        if any(weight.dtype != torch.float32 for weight in self.model.model.parameters()):
-            return  # what 16 bits round is larger than such a difference
-        expected = self._difference(rows, slope)
-        error = _norm([product[name] - part for name, part in expected.items()]) / (_norm([*expected.values()]) or 1.0)
-        if not error <= SECOND_AGREEMENT:
-            raise ModelError(
-                f"{self.model.path}: second derivatives are {error:.0%} off a finite difference, so some part of the "
-                "model cannot be differentiated twice. Use --in-run-order 1."
-            )
-
-    @torch.no_grad()
-    def _difference(self, rows: Sequence[Encoded], along: Gradient) -> Gradient:
-        """The Hessian's product with `along`, nearly: how the gradient changes on a short way, there and back."""
-        before = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        h = SMALL * _norm(list(before.values())) / (_norm(list(along.values())) or 1.0)
-        ends = []
-        try:
-            for sign in (1, -1):
-                for name, weight in self.weights.items():
-                    weight.copy_(before[name] + (sign * h) * along[name])
-                ends.append(self._measured(rows, None)[0])
-        finally:
-            for name, weight in self.weights.items():
-                weight.copy_(before[name])
-        return {name: (ends[0][name] - ends[1][name]) / (2 * h) for name in along}
-
-
-def _denominator(gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def _denominator(slope: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """sqrt(v_hat) + eps, as AdamW is about to divide by it: its moments with this gradient taken in."""
     beta = float(group["betas"][1])
     before = state["exp_avg_sq"].float() * beta if state else 0.0
     done = int(state["step"]) if state else 0
-    corrected = (before + (1 - beta) * gradient.square()) / (1 - beta ** (done + 1))
+    corrected = (before + (1 - beta) * slope.square()) / (1 - beta ** (done + 1))
     return corrected.sqrt_().add_(float(group["eps"]))
 
 
-def _filled(gradient: Tensor | None, weight: Tensor) -> Tensor:
+def _filled(slope: Tensor | None, weight: Tensor) -> Tensor:
     """A gradient in fp32; zeros where there is none."""
-    return torch.zeros_like(weight, dtype=torch.float32) if gradient is None else gradient.float()
-
-
-def _gradient(loss: Tensor, weights: Sequence[Tensor], *, twice: bool = False) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, weights, create_graph=twice, materialize_grads=True))
-
-
-def _products(found: Sequence[Tensor], weights: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
-    """The Hessian's product with `along`, from a gradient that can be differentiated again."""
-    pairs = [(part, other.to(part)) for part, other in zip(found, along, strict=True) if part.requires_grad]
-    parts, others = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(parts, weights, others, materialize_grads=True))
-
-
-def _add(into: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    for part, other in zip(into, found, strict=True):
-        part.add_(other.detach())
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(get_total_norm(tensors)) if tensors else 0.0
+    return torch.zeros_like(weight, dtype=torch.float32) if slope is None else slope.float()
 
 
 def _parquet(columns: Mapping[str, Any]) -> bytes:

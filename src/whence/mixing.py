@@ -296,10 +296,15 @@ def _notes(found: MixLaw) -> list[str]:
         )
     tried = found.table.losses[found.best_row] @ found.weights
     error = float(np.abs((found.held_out.predicted - table.losses) @ found.weights).mean())
-    if tried - best.objective < error:
+    if best.objective >= tried:
         notes.append(
-            f"predicted is {best.objective:.4g}, and the best mixture of the table had {tried:.4g}: the difference is "
-            f"within the law's own held-out error of {error:.2g}"
+            f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: it knows "
+            "of none better than those tried"
+        )
+    elif tried - best.objective < error:
+        notes.append(
+            f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: the "
+            f"difference is within the law's own held-out error of {error:.2g}"
         )
     if best.gap is not None and best.gap > CLOSED:
         notes.append(f"the search stopped early: a mixture within the caps may be better by up to {best.gap:.2g}")

@@ -79,7 +79,7 @@ class TrainSettings:
     """Steps for which one draw of validation rows serves."""
     in_run_order: int = 1
     """Of the expansion of a step's effect: 1, or 2 at several times the cost."""
-    in_run_rows: int = 32
+    in_run_rows: int = 16
     """Validation rows of a draw."""
     mix: str | None = None
     """"online": every step's rows come from one domain, drawn by the losses so far; see `online`."""

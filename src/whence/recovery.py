@@ -169,7 +169,8 @@ class Recovered:
     """Share of non-members that score as high: of the shadow's, for `calibrated`; else of all rows of the corpus, the
     members among them, which is too large by their share at most."""
     mixture: list[dict[str, Any]]
-    """By source: its share of the rows trained on, and the ends of its 95% interval. Empty where there is but one."""
+    """By source: its share of the rows trained on and of their supervised tokens, with the ends of 95% intervals; see
+    `mixture_of`. Empty where there is but one."""
     layers: list[dict[str, Any]]
     """Of every parameter: how it moved, see `difference`."""
     notes: list[str]
@@ -353,19 +354,30 @@ MIXTURE_ROWS = 8_000
 def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> list[dict[str, Any]]:
     """Share of every source in what the model was trained on, with 95% intervals; see `pursuit.mixture`.
 
+    Of supervised tokens, `tokens`, and of rows, `share`. The loss is taken for a mean over a batch's tokens, as a
+    Trainer's, so that a row counts by its tokens, and the fit's shares are of tokens; over a source's mean number of
+    them they are of rows. Where that number varies much, as of answers of a word or a page, so do shares of rows.
+
     Empty for a corpus of one source, and where the mean gradient of none points along the difference.
     """
     rows = seen.usable.nonzero()[:, 0]
     if len({sources[row] for row in rows.tolist()}) < 2:
         return []
     rows = rows[torch.randperm(len(rows), generator=generator(seed, "recover", "mixture"))[:MIXTURE_ROWS]].sort().values
-    names = [str(sources[row]) for row in rows.tolist()]
+    names, tokens = [str(sources[row]) for row in rows.tolist()], seen.points["final"].tokens[rows].double()
     try:
         found = pursuit.mixture(Atoms(seen.points["final"].vectors(rows), seen.sketch), names, seed=seed)
     except SettingError:
         return []
-    lines = zip(found.sources, found.shares, found.intervals, strict=True)
-    return [{"source": name, "share": share, "low": low, "high": high} for name, share, (low, high) in lines]
+    each = torch.stack([tokens[torch.tensor([own == name for own in names])].mean() for name in found.sources])
+    counted = torch.cat([torch.tensor([found.shares], dtype=torch.float64), found.draws]) / each
+    counted = counted / counted.sum(1, keepdim=True).clamp_min(1e-300)
+    low, high = counted[1:].quantile(counted.new_tensor([0.025, 0.975]), 0).tolist()
+    return [
+        {"source": name, "share": counted[0, place].item(), "low": low[place], "high": high[place],
+         "tokens": found.shares[place], "tokens_low": ends[0], "tokens_high": ends[1]}
+        for place, (name, ends) in enumerate(zip(found.sources, found.intervals, strict=True))
+    ]  # fmt: skip
 
 
 def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus) -> dict[str, str]:

@@ -37,11 +37,12 @@ def _mixture(found: Recovered) -> Table:
     table = Table(title="What it was trained on, by source", title_justify="left", box=None, pad_edge=False,
                   header_style="bold dim")  # fmt: skip
     table.add_column("source")
-    for name in ("share", "95%"):
+    for name in ("of rows", "95%", "of tokens", "95%"):
         table.add_column(name, justify="right")
     for line in sorted(found.mixture, key=lambda line: -line["share"]):
-        interval = f"{line['low']:.0%} to {line['high']:.0%}"
-        table.add_row(Text(visible(line["source"])), f"{line['share']:.0%}", interval)
+        rows, tokens = (f"{line[low]:.0%} to {line[high]:.0%}" for low, high in
+                        (("low", "high"), ("tokens_low", "tokens_high")))  # fmt: skip
+        table.add_row(Text(visible(line["source"])), f"{line['share']:.0%}", rows, f"{line['tokens']:.0%}", tokens)
     return table
 
 

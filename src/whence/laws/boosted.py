@@ -3,8 +3,8 @@
 The rows of the table are dealt to `FOLDS` folds; for each, trees are grown on the other rows until the fold's error has
 not fallen for `PATIENCE` trees, and the law is the mean of the folds' sums. So every row takes part, and what stops the
 growth is never a row that anything is graded by. Leaves may hold as few as `LEAST_IN_LEAF` rows: with LightGBM's own
-20, some dozens of mixtures cannot be split at all. Leaves and their size were chosen by cross-validation within RegMix's
-training mixtures (docs/mix.md).
+20, some dozens of mixtures cannot be split at all. Their number and size were chosen by cross-validation within
+RegMix's training mixtures (docs/mix.md).
 
 Trees know no trend: beyond what the table holds they predict what it held last, and their optimum is searched for, not
 descended to.

@@ -29,7 +29,7 @@ Letters: `r` further directions, `s` sources; otherwise those of docs/numbers.md
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
@@ -169,6 +169,8 @@ class Mixture:
     """How many different rows of equal step size would leave as much as is left; low where the pool is small."""
     residual: float
     """|R| / |T|."""
+    draws: Float64[Tensor, "r s"] = field(compare=False, repr=False)
+    """Shares of the resamples that the intervals are of."""
 
 
 def mixture(problem: Problem, sources: Sequence[str], *, seed: int = 0, resamples: int = 400) -> Mixture:
@@ -176,9 +178,9 @@ def mixture(problem: Problem, sources: Sequence[str], *, seed: int = 0, resample
 
     T = sum over sources of v_s (mean gradient of s) + R is fitted with v >= 0. If training took steps of the same size
     on all its rows, v_s is that step times the visits of rows of s: shares v_s / sum of v are shares of visited rows,
-    whatever the number of rows of each source in the pool. Assumed: equal step sizes (a mean over a batch's tokens
-    gives long rows larger ones), rows in the pool like those trained on, and no source that is missing. A source that
-    is missing goes to its likes and into R.
+    whatever the number of rows of each source in the pool. Assumed: equal step sizes (where a batch's loss is the mean
+    over its tokens, a row's step is as long as its tokens, and shares are of tokens), rows in the pool like those
+    trained on, and no source that is missing. A source that is missing goes to its likes and into R.
 
     Intervals are of the bootstrap, over rows within sources: each time the pool's rows are drawn anew, and so are those
     trained on, of which there are as many as R betrays: what single rows have beside their source's mean adds up to
@@ -208,7 +210,8 @@ def mixture(problem: Problem, sources: Sequence[str], *, seed: int = 0, resample
     shares = torch.cat([_resampled(problem, pools, trained, rng, part) for part in parts])
     low, high = shares.quantile(shares.new_tensor([0.025, 0.975]), 0).tolist()
     intervals = list(zip(low, high, strict=True))
-    return Mixture(names, (v / v.sum()).tolist(), intervals, float(visits.sum()), (rest / small.square) ** 0.5)
+    left = (rest / small.square) ** 0.5
+    return Mixture(names, (v / v.sum()).tolist(), intervals, float(visits.sum()), left, shares)
 
 
 def _resampled(
