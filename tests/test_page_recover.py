@@ -51,8 +51,10 @@ def recovered(count=20, size=200, share=0.1, **changes):
     ]  # fmt: skip
     found = Recovered(
         rows=chosen, numbers=numbers, scores=scores, p_values=p_values, notes=["The head did not move."],
-        mixture=[{"source": "b", "share": 0.39, "low": 0.35, "high": 0.43},
-                 {"source": "a", "share": 0.61, "low": 0.57, "high": 0.65}],
+        mixture=[{"source": "b", "share": 0.39, "low": 0.35, "high": 0.43, "tokens": 0.5, "tokens_low": 0.4,
+                  "tokens_high": 0.6},
+                 {"source": "a", "share": 0.61, "low": 0.57, "high": 0.65, "tokens": 0.5, "tokens_low": 0.4,
+                  "tokens_high": 0.6}],
         layers=[layer("h.0.up.weight", 0.125), layer("h.1.up.weight", 0.5), layer("norm.weight", 0.001),
                 layer("head.weight", 0.0, noise=0.0)],
         settings={"method": "calibrated", "base": "before", "final": "after", "corpus": "pool.jsonl",
