@@ -9,7 +9,7 @@ does, so the optimizer, the clipping and the collating are in it. Ratios are med
 plain steps on both sides of it, by the wall clock and by the process' own time (which a busy machine disturbs less).
 `default` is a step's average cost with a new gradient every 10 steps: reused + (fresh - reused) / 10. Bar: 1.6.
 
-**scores**: 640 rows of four domains, two passes, validation rows of one of them. By source, the mean score; AUROC of
+**scores**: 384 rows of four domains, two passes, validation rows of one of them. By source, the mean score; AUROC of
 the validation's domain against the others; what all scores add up to, and the real fall of the validation loss.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=20, help="of a plain step and another; a half and a fifth of other ways"
     )
-    parser.add_argument("--rows", type=int, default=160, help="of each domain")
+    parser.add_argument("--rows", type=int, default=96, help="of each domain")
     parser.add_argument("--parts", default="speed,scores")
     parser.add_argument("-o", "--out", default="benchmarks/results/inrun.json")
     arguments = parser.parse_args()
