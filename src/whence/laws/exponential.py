@@ -11,7 +11,7 @@ solves the rest, which is then linear: ln(L - c) = b + t . r. A weak penalty `PE
 table hardly has where the others are; without it, a fit to few mixtures can predict losses of hundreds.
 
 `HUBER` and `PENALTY` were chosen by cross-validation within the first 32, 64 and 128 of RegMix's training mixtures
-(docs/mix.md); starts differ by under 1% in what they reach but for very few rows.
+(docs/mix.md); but for very few rows, starts differ by under 1% in the objective that they reach.
 
 What it cannot do: domains that only help together, or that help up to some share and harm beyond it, for along any line
 the exponential rises or falls throughout.
