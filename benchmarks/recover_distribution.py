@@ -35,15 +35,17 @@ from whence.train import train
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 TEMPLATE = "{text}\nTopic:"
 CHOSEN, EXPERT, GRADED = 1_000, 2_000, 1_000
-LONGEST = {"classes": 64, "classes+": 64, "answers": 160}
+LONGEST = {"classes": 64, "classes+": 64, "answers": 112}
 """Tokens of a row."""
 OTHERS = ("instruct/p3", "instruct/dolly", "instruct/alpaca", "domains")
-EACH = 1_500
+EACH = {"classes": 1_500, "classes+": 1_500, "answers": 1_000}
+"""Rows of each of them."""
 RECIPE = {"max_steps": 125, "batch_size": 16, "checkpoints": 1, "progress": False}
 RATES = {"classes": 1e-3, "classes+": 1e-3, "answers": 5e-4}
-SINGLE = ("p_min", "loss_drop", "row_cosine", "ghost", "cosine", "matching", "nnls")
-BALANCED = ("random", "row_cosine", "nnls", "calibrated")
-"""Methods of which the variant with as many rows of every label is graded too, where there are labels."""
+SINGLE = ("p_min", "ghost", "row_cosine", "cosine", "nnls")
+DETAILS = ("row_cosine", "nnls")
+"""Methods that `classes` alone is asked for, beside variants with as many rows of every label."""
+BALANCED = ("random", "row_cosine", "cosine", "calibrated")
 
 
 def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
@@ -64,7 +66,9 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
 def methods_of(task: str) -> list[str]:
     """All that rank, and their balanced variants."""
     names = ["random", *SINGLE, "calibrated"]
-    return names if task == "answers" else [*names, *(f"{name}, balanced" for name in BALANCED)]
+    if task == "classes":
+        return [*names, *(f"{name}, balanced" for name in BALANCED)]
+    return [name for name in names if name not in DETAILS]
 
 
 class Prepared:
@@ -162,7 +166,7 @@ def classes(options: argparse.Namespace, task: str, seed: int) -> tuple[list[dic
     rng, labels = random.Random(f"{task[:7]} {seed}"), Labels(choices=TOPICS, template=TEMPLATE)
     own = rng.sample(read(options, "classify/agnews_train"), EXPERT)
     known = [{"prompt": labels.asked({"text": row["text"]}), "completion": labels.answer(row["label"])} for row in own]
-    others = [row for name in OTHERS for row in rng.sample(read(options, name), EACH)]
+    others = [row for name in OTHERS for row in rng.sample(read(options, name), EACH[task])]
     others += [{"id": row["id"], "source": row["source"], "text": row["text"]} for row in own[:1000]] * (
         task == "classes+"
     )
@@ -182,7 +186,7 @@ def answers(options: argparse.Namespace, task: str, seed: int) -> tuple[list[dic
     """gsm8k: rows of the expert, candidates, perplexity."""
     rng = random.Random(f"{task} {seed}")
     known = rng.sample(read(options, "instruct/gsm8k_train"), EXPERT)
-    others = [row for name in OTHERS[:3] for row in rng.sample(read(options, name), EACH)]
+    others = [row for name in OTHERS[:3] for row in rng.sample(read(options, name), EACH[task])]
     rng.shuffle(others)
     graded = rng.sample(read(options, "instruct/gsm8k_test"), GRADED // 2)
 

@@ -1,18 +1,21 @@
 """Shares of four sources in what a model was trained on: estimated from its weights, against what they were.
 
 A model is fine-tuned on 600 rows of a known mixture; the candidates are 500 rows of each source, among them those that
-were trained on. Token counts differ by source, so that shares of rows and of tokens are different things.
+were trained on. Token counts differ by source, so that shares of rows and of tokens are different things. Estimated in
+both ways, `runs` by the recipe that a shadow guesses, as `whence recover` does it.
 """
 
 import argparse
 import json
 import random
+import time
 from pathlib import Path
 
 from whence.comparing import RecoverSettings, open_case, see
 from whence.corpus import open_corpus
 from whence.ingest import fingerprint_of
-from whence.recovery import mixture_of
+from whence.recovery import cast_shadow
+from whence.shares import mixture_of, shares_of_sources
 from whence.storage import Place
 from whence.train import train
 
@@ -61,8 +64,11 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     for row, count in zip(pool, seen.points["final"].tokens.tolist(), strict=True):
         own = {name: value for name, value in row.items() if name != "id"}
         tokens[row["source"]] += count * (json.dumps(own, sort_keys=True) in numbers)
-    return {
-        "rows": shares,
-        "tokens": {name: count / sum(tokens.values()) for name, count in tokens.items()},
-        "found": mixture_of(seen, sources, seed=seed),
-    }
+    told = {"rows": shares, "tokens": {name: count / sum(tokens.values()) for name, count in tokens.items()},
+            "by gradients": mixture_of(seen, sources, seed=seed)}  # fmt: skip
+    settings = RecoverSettings(max_tokens=LONGEST, seed=seed + 10)
+    cast = cast_shadow(case, corpus, settings, work, count=TRAINED, rows=len(pool))
+    start = time.perf_counter()
+    found = shares_of_sources(case, corpus, seen, sources, cast.shadow.recipe, work / "sources", how="runs",
+                              count=TRAINED, seed=seed, shown=False)  # fmt: skip
+    return told | {"by runs": found, "seconds": time.perf_counter() - start, "optimizer": cast.shadow.recipe.optimizer}

@@ -2,7 +2,7 @@
 
 One set of candidates; for every kind of training and seed other members, another rate, another order. Rates are drawn,
 so that the shadow's first guess is no better than a stranger's. theta_0 is the same for all, so that one pass over the
-candidates takes the inner products with all full models' differences; of adapters each has its own.
+candidates takes the inner products with all full models' differences, and one with all adapters'.
 """
 
 import argparse
@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whence.adapted import gather_adapters, start_of
 from whence.comparing import ADAPTER_LAYERS, TARGET, Case, RecoverSettings, at_point, open_case, see
 from whence.corpus import Corpus, open_corpus
 from whence.evidence import Evidence, gather
 from whence.ingest import fingerprint_of
 from whence.membership import features
+from whence.model import load_model
 from whence.numerics import auroc
 from whence.recover_scores import SCORES, method_scores
 from whence.recovery import Cast, cast_shadow, learn
@@ -57,9 +59,10 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
     corpus = open_corpus(rows)
     todo = [(seed, kind) for seed in options.seeds for kind in options.kinds if f"{kind}, seed {seed}" not in kept]
     cells = [trained(options, rows, corpus, kind, seed) for seed, kind in todo]
-    bases = at_base(options, corpus, [cell for cell in cells if not cell.case.lora])
+    bases = {lora: at_base(options, corpus, [cell for cell in cells if bool(cell.case.lora) is lora])
+             for lora in (False, True)}  # fmt: skip
     for cell in cells:
-        found = measured(options, corpus, cell, bases)
+        found = measured(options, corpus, cell, bases[bool(cell.case.lora)])
         keep(cell.name, found)
         told = {name: round(marks["precision"], 3) for name, marks in found["methods"].items()}
         print(cell.name, told, found["guessed"], flush=True)
@@ -91,12 +94,22 @@ def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> E
         return None
     names = {f"{cell.name}, {part}": case for cell in cells
              for part, case in (("model", cell.case), ("shadow", cell.cast.case))}  # fmt: skip
+    work = Place.at(options.work / f"planted-{options.planted}-of-{options.rows}" / "-".join(
+        ["base", *(cell.name.replace(", seed ", "") for cell in cells)]))  # fmt: skip
+    settings = cells[0].case.settings
+    if cells[0].case.lora:
+        starts = {}
+        for name, case in names.items():
+            with at_point(case, 1.0) as model:
+                start = start_of(model, case.target(model, model.layers(settings.space.layers)))
+                assert start is not None
+                starts[name] = start
+        base = load_model(cells[0].case.base, dtype="float32")
+        return gather_adapters(base, corpus, starts, work=work, settings=settings, told={})
     with at_point(cells[0].case, 0.0) as model:
         layers = model.layers(None)
         targets = {name: case.target(model, layers) for name, case in names.items()}
-        work = Place.at(options.work / f"planted-{options.planted}-of-{options.rows}" / "-".join(
-            ["base", *(cell.name.replace(", seed ", "") for cell in cells)]))  # fmt: skip
-        return gather(model, corpus, targets, work=work, settings=cells[0].case.settings, told={}, sketched=False)
+        return gather(model, corpus, targets, work=work, settings=settings, told={}, sketched=False)
 
 
 def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Evidence | None) -> dict[str, object]:
@@ -104,7 +117,7 @@ def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Evi
     start, everything = time.perf_counter(), torch.arange(options.rows)
 
     def known(part: str) -> Evidence | None:
-        return None if cell.case.lora or bases is None else bases.some(everything, {TARGET: f"{cell.name}, {part}"})
+        return None if bases is None else bases.some(everything, {TARGET: f"{cell.name}, {part}"})
 
     seen = see(cell.case, corpus, Place.at(cell.work / "evidence"), fingerprint_of(corpus), base=known("model"),
                shown=False)  # fmt: skip

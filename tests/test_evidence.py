@@ -103,7 +103,7 @@ def test_parts_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     calls = []
     from whence import evidence
 
-    made = evidence._Pass.rows
+    made = evidence.Pass.rows
 
     def stop(self, encoded, tick):
         calls.append(len(encoded))
@@ -111,7 +111,7 @@ def test_parts_that_are_there_are_not_made_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return made(self, encoded, tick)
 
-    monkeypatch.setattr(evidence._Pass, "rows", stop)
+    monkeypatch.setattr(evidence.Pass, "rows", stop)
     with pytest.raises(KeyboardInterrupt):
         gathered(model, tmp_path / "cut")
     assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["evidence.json", "part-00000.safetensors"]

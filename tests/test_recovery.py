@@ -143,7 +143,7 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
         assert line["tokens_low"] <= line["tokens"] + 1e-9 and line["low"] <= line["high"]
     from whence import evidence
 
-    monkeypatch.setattr(evidence._Pass, "rows", lambda *given: pytest.fail("all evidence is kept"))
+    monkeypatch.setattr(evidence.Pass, "rows", lambda *given: pytest.fail("all evidence is kept"))
     again = recover(base, final, ROWS, count=15, work=tmp_path / "work", shown=False, **options)
     assert again.rows == found.rows
     assert json.dumps(found.layers)

@@ -54,6 +54,13 @@ def recover(
     rounds: Annotated[
         int, typer.Option(help="Train on what was chosen and match what that leaves: nnls, matching, cosine.")
     ] = 0,
+    mixture: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of sources by gradients, by runs (a model trained on each source), or none.",
+            show_default="runs where a shadow is trained",
+        ),
+    ] = None,
     short_list: Annotated[int, typer.Option(help="Rows that are matched jointly, at most.")] = 12_000,
     optimizer: Annotated[
         str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
@@ -82,7 +89,7 @@ def recover(
     options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list, "checkpoints": checkpoints}
     options |= {"undo": undo, "remove_decay": remove_decay, "template": template.replace("\\n", "\n")}
-    options |= {"choices": split(choices), "labels": labels, "balanced": balanced, "rounds": rounds}
+    options |= {"choices": split(choices), "labels": labels, "balanced": balanced, "rounds": rounds, "mixture": mixture}
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whence.adapted import Start, gather_adapters, start_of
 from whence.catalogue import recover_method
 from whence.checkpoint import open_run
 from whence.corpus import Corpus
@@ -82,6 +83,10 @@ class RecoverSettings:
     """Choose as many rows of every label, as far as there are, where there are choices."""
     rounds: int = 0
     """Of re-linearising, at most, for the methods of `ROUNDED`."""
+    mixture: str | None = None
+    """How shares of sources are estimated: by "gradients", their means; by "runs", models trained on each source; or
+    "none". None: by runs where a shadow is trained, so that the recipe is known, and sources are 2 to
+    `source_runs.MOST`; else by gradients."""
     seed: int = 0
 
     def __post_init__(self):
@@ -92,6 +97,10 @@ class RecoverSettings:
             raise SettingError("--template, --labels and --balanced need --choices, the labels that the model answers")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
+        if self.mixture not in (None, "gradients", "runs", "none"):
+            raise SettingError(f"--mixture {self.mixture}: choose one of gradients, runs, none")
+        if self.mixture == "runs" and self.method != "calibrated":
+            raise SettingError("--mixture runs needs --method calibrated, whose shadow tells the recipe")
         if self.undo not in UNDO:
             raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
         if self.points < 0:
@@ -260,7 +269,7 @@ def see(
         fingerprint: Of the corpus.
         points: Between theta_0 and theta_f.
         others: Other models from the same base, by name: inner products with their targets are taken too at theta_0,
-            where they cost next to nothing. Not of adapters, whose gradients depend on where their A began.
+            where they cost next to nothing. Of adapters too, unless one is more than B A; see `adapted`.
         base: Evidence at theta_0, where it is known; None: gathered.
         label: Of the bar.
         shown: Show it.
@@ -282,8 +291,20 @@ def see(
                     found[name] = known[name]
                     continue
                 refuse_silence(target, case)
+                starts = starts_of(case, others or {}) if name == "base" and others and case.lora else {}
+                if starts:
+                    found[name] = gather_adapters(
+                        load_model(case.base, dtype="float32"),
+                        corpus,
+                        starts,
+                        work=Place(work.fs, f"{work.root}/base-and-{'-'.join(others or {})}"),
+                        settings=case.settings,
+                        told=told,
+                        tick=tick,
+                    )
+                    continue
                 targets, place = {TARGET: target}, name
-                if name == "base" and others:
+                if name == "base" and others and not case.lora:
                     targets |= {other: own.target(model, layers) for other, own in others.items()}
                     place = f"base-and-{'-'.join(others)}"
                 found[name] = gather(
@@ -300,6 +321,18 @@ def see(
     seen = Seen(found, TARGET, lengths, sketch, torch.zeros(0, dtype=torch.int64))
     groups = [str(example.row.get("source")) for example in corpus] if fingerprint.rows > case.short_list else None
     return with_short_list(seen, case.short_list, groups=groups)
+
+
+def starts_of(case: Case, others: Mapping[str, Case]) -> dict[str, Start]:
+    """Adapters that one pass over the base serves, by name, the case's own first; none where one is more than B A."""
+    found = {}
+    for name, own in {TARGET: case, **others}.items():
+        with at_point(own, 1.0) as model:
+            start = start_of(model, own.target(model, model.layers(own.settings.space.layers)))
+        if start is None:
+            return {}
+        found[name] = start
+    return found
 
 
 UNKNOWN = 0.5

@@ -22,7 +22,7 @@ supervised tokens.
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -64,6 +64,8 @@ class Evidence:
     """Supervised."""
     dots: Mapping[str, Float32[Tensor, "l n"]]
     """By target and layer."""
+    norms_of: Mapping[str, Float32[Tensor, "l n"]] = field(default_factory=dict)
+    """By target, where gradients are of each target's own space, as of adapters that began at another A."""
 
     @property
     def norm(self) -> Float32[Tensor, " n"]:
@@ -83,13 +85,16 @@ class Evidence:
         return self.dots[target].sum(0) * inverse(self.norm * length)
 
     def some(self, rows: Int64[Tensor, " m"], dots: Mapping[str, str]) -> "Evidence":
-        """Of some rows, without vectors, and with these targets: names as they shall be, and as they are."""
+        """Of some rows, without vectors, and with these targets: names as they shall be, and as they are. Where targets
+        have norms of their own, one is asked for.
+        """
         return replace(
             self,
             parts=(),
             width=0,
             loss=self.loss[rows],
-            norms=self.norms[:, rows],
+            norms=next((self.norms_of[old] for old in dots.values() if old in self.norms_of), self.norms)[:, rows],
+            norms_of={},
             tokens=self.tokens[rows],
             dots={new: self.dots[old][:, rows] for new, old in dots.items()},
         )
@@ -152,22 +157,10 @@ def gather(
     }
     claim(work, kept)
     projection = projection_for(model, settings) if sketched else None
-    pass_over = _Pass(model, layers, targets, projection, settings)
-    names = []
-    for number, rows in enumerate(parts_of(corpus)):
-        name = f"part-{number:05d}.safetensors"
-        names.append(name)
-        if not work.exists(name):
-            arrays = pass_over.rows([encode(row.row, model.tokenizer, pass_over.longest) for row in rows], tick)
-            data = safetensors.torch.save(arrays)
-            work.write(name, [data], total=len(data))
-        else:
-            tick(len(rows), 0)
-    columns = [_read(work, name, but="vectors") for name in names]
-    joined = {name: torch.cat([part[name] for part in columns], -1) for name in columns[0]} if columns else {}
+    names, joined = streamed(Pass(model, layers, targets, projection, settings), corpus, work, tick)
     return Evidence(
         place=work,
-        parts=tuple(names),
+        parts=names,
         layers=tuple(layers),
         width=projection.width if projection else 0,
         loss=joined["loss"],
@@ -175,6 +168,26 @@ def gather(
         tokens=joined["tokens"].long(),
         dots={name: joined[f"dot {name}"] for name in targets},
     )
+
+
+def streamed(pass_over: "Pass", corpus: Corpus, work: Place, tick: Tick) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Parts of a corpus, those that are not on the disk made: their names, and all of them joined but for vectors."""
+    names = []
+    for number, rows in enumerate(parts_of(corpus)):
+        name = f"part-{number:05d}.safetensors"
+        names.append(name)
+        if not work.exists(name):
+            arrays = pass_over.rows(
+                [encode(row.row, pass_over.model.tokenizer, pass_over.longest) for row in rows], tick
+            )
+            data = safetensors.torch.save(arrays)
+            work.write(name, [data], total=len(data))
+        else:
+            tick(len(rows), 0)
+    columns = [_read(work, name, but="vectors") for name in names]
+    return tuple(names), {
+        name: torch.cat([part[name] for part in columns], -1) for name in columns[0]
+    } if columns else {}
 
 
 def claim(work: Place, kept: Mapping[str, Any]) -> None:
@@ -226,7 +239,7 @@ def targets_by_layer(
 
 
 @dataclass
-class _Pass:
+class Pass:
     """Passes over rows, a batch at a time."""
 
     model: LoadedModel
@@ -247,13 +260,17 @@ class _Pass:
         """In tokens."""
         return min((limit for limit in (self.settings.max_tokens, self.model.context) if limit), default=None)
 
+    def empty(self, n: int) -> dict[str, Tensor]:
+        """What `take` adds to, of so many rows; a name that begins with "square" is written as the root's."""
+        arrays = {f"dot {name}": torch.zeros(len(self.layers), n) for name in self.targets}
+        if self.projection is not None:
+            arrays["vectors"] = torch.zeros(n, self.projection.width)
+        return arrays | {"square": torch.zeros(len(self.layers), n)}
+
     def rows(self, encoded: Sequence[Encoded], tick: Tick) -> dict[str, Tensor]:
         """A part's file."""
         n = len(encoded)
-        self.found = {"loss": torch.full((n,), torch.nan), "square": torch.zeros(len(self.layers), n)}
-        if self.projection is not None:
-            self.found["vectors"] = torch.zeros(n, self.projection.width)
-        self.found |= {f"dot {name}": torch.zeros(len(self.layers), n) for name in self.targets}
+        self.found = {"loss": torch.full((n,), torch.nan)} | self.empty(n)
         usable = [number for number in range(n) if encoded[number].targets]
         tick(n - len(usable), 0)
         for batch in bucketed([len(encoded[number].ids) for number in usable], self.settings.tokens_per_batch):
@@ -262,20 +279,20 @@ class _Pass:
                 self.model,
                 self.layers,
                 collate([encoded[number] for number in self.now.tolist()]),
-                self._take,
+                self.take,
                 reduction=self.settings.space.reduction,
                 whole=True,
             )
             self.found["loss"][self.now] = losses.loss.cpu()
             tick(len(batch), sum(len(encoded[number].ids) for number in self.now.tolist()))
-        out = dict(self.found)
-        out["norm"] = out.pop("square").sqrt()
+        out = {name.replace("square", "norm"): part.sqrt() if name.startswith("square") else part
+               for name, part in self.found.items()}  # fmt: skip
         out["tokens"] = torch.tensor([row.targets for row in encoded], dtype=torch.int32)
         if "vectors" in out:
             out["vectors"] = out["vectors"].to(torch.bfloat16)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
-    def _take(self, seen: Captured) -> None:
+    def take(self, seen: Captured) -> None:
         """One layer's share of a batch: gradients are formed a few examples at a time, read for all, and freed."""
         rows, number = self.now if seen.rows is None else self.now[seen.rows.cpu()], self.numbers[seen.layer]
         entries = seen.g.shape[2] * seen.a.shape[2]

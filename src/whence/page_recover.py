@@ -121,7 +121,7 @@ def _mixture(found: Recovered) -> str:
         count = taken[line["source"]]
         share = f"{count:,} ({count / len(found.rows):.0%})" if found.rows else "0"
         rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share, wide=2))
-    told = "Estimated from the mean gradients of the sources, not by counting the rows found. Whiskers: 95% intervals."
+    told = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
     if rest := lines[SOURCES:]:
         told += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
     head = _head("source", "share (95%)", "rows found", wide=2)

@@ -39,12 +39,10 @@ from whence.evidence import Evidence
 from whence.ingest import fingerprint_of
 from whence.membership import Calibration, Seen, calibrate, features, logit, matched
 from whence.model import located
-from whence.numerics import generator
 from whence.recover_scores import method_scores
 from whence.relinearising import Round, relinearised
-from whence.selectors import pursuit
-from whence.selectors.problems import Atoms
 from whence.shadow import Recipe, Shadow, trained_shadow
+from whence.shares import rows_of, shares_of_sources
 from whence.storage import Place
 
 SHADOW = "shadow"
@@ -227,24 +225,26 @@ def recover(
         cast, others, learned = None, {}, None
         if chosen.method == "calibrated":
             cast = cast_shadow(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows)
-            others = {} if case.lora else {SHADOW: cast.case}
+            others = {SHADOW: cast.case}
         seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, others=others,
                    shown=shown)  # fmt: skip
         if not seen.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
         if cast is not None:
-            base_seen = seen.points["base"].some(cast.numbers, {TARGET: SHADOW}) if others else None
-            learned = learn(cast, chosen, place, base=base_seen, shown=shown)
+            learned = learn(cast, chosen, place, base=_of_shadow(seen, cast), shown=shown)
+        sources, labels = _columns(opened)
+        recipe = learned.shadow.recipe if learned is not None else None
+        mixture = shares_of_sources(case, opened, seen, sources, recipe, place / "mixture", how=chosen.mixture,
+                                    count=trained_on, seed=chosen.seed, shown=shown)  # fmt: skip
         rounds: list[Round] = []
         if chosen.rounds:
-            listed = _corpus_rows(opened, seen.short.tolist())
+            listed = rows_of(opened, seen.short.tolist())
             recipe = recipe_of(case, chosen, trained_on)
             seen, rounds = relinearised(case, seen, listed, recipe, place, rounds=chosen.rounds, seed=chosen.seed)
     scores, p_values, weights, null = _scored(seen, chosen, learned, trained_on, known=count is not None)
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)[:able].tolist()
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
-    sources, labels = _columns(opened)
     numbers = evenly(order, labels, wanted) if chosen.balanced else order[:wanted]
     notes = [*case.difference.notes]
     if count is not None and count > able:
@@ -259,7 +259,7 @@ def recover(
             f"Round {number}: trained on what was chosen, the base comes to {made.left:.2f} of its way to the final "
             f"(cosine {made.cosine:.2f})."
         )
-    rows = _corpus_rows(opened, numbers)
+    rows = rows_of(opened, numbers)
     columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
     made = [
         row | {name: float(column[number]) for name, column in columns.items()}
@@ -270,13 +270,19 @@ def recover(
         numbers=numbers,
         scores=scores,
         p_values=p_values,
-        mixture=mixture_of(seen, sources, seed=chosen.seed),
+        mixture=mixture,
         layers=case.difference.rows(),
         notes=notes,
         settings=_told(case, chosen, learned, opened),
         learned=learned,
         null=null,
     )
+
+
+def _of_shadow(seen: Seen, cast: Cast) -> Evidence | None:
+    """At theta_0, where the pass over the corpus served the shadow too."""
+    base = seen.points["base"]
+    return base.some(cast.numbers, {TARGET: SHADOW}) if SHADOW in base.dots else None
 
 
 def _scored(
@@ -338,46 +344,6 @@ def _columns(corpus: Corpus) -> tuple[list[str | None], list[str | None]]:
         [None if value is None else str(value) for value in column] for column in zip(*read, strict=True)
     )
     return sources, labels
-
-
-def _corpus_rows(corpus: Corpus, numbers: Sequence[int]) -> list[Row]:
-    """Some rows, in the order asked."""
-    wanted = {*numbers}
-    kept = {number: example.row for number, example in enumerate(corpus) if number in wanted}
-    return [kept[number] for number in numbers]
-
-
-MIXTURE_ROWS = 8_000
-"""Rows, drawn evenly from all, that means of sources are taken from."""
-
-
-def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Share of every source in what the model was trained on, with 95% intervals; see `pursuit.mixture`.
-
-    Of supervised tokens, `tokens`, and of rows, `share`. The loss is taken for a mean over a batch's tokens, as a
-    Trainer's, so that a row counts by its tokens, and the fit's shares are of tokens; over a source's mean number of
-    them they are of rows. Where that number varies much, as of answers of a word or a page, so do shares of rows.
-
-    Empty for a corpus of one source, and where the mean gradient of none points along the difference.
-    """
-    rows = seen.usable.nonzero()[:, 0]
-    if len({sources[row] for row in rows.tolist()}) < 2:
-        return []
-    rows = rows[torch.randperm(len(rows), generator=generator(seed, "recover", "mixture"))[:MIXTURE_ROWS]].sort().values
-    names, tokens = [str(sources[row]) for row in rows.tolist()], seen.points["final"].tokens[rows].double()
-    try:
-        found = pursuit.mixture(Atoms(seen.points["final"].vectors(rows), seen.sketch), names, seed=seed)
-    except SettingError:
-        return []
-    each = torch.stack([tokens[torch.tensor([own == name for own in names])].mean() for name in found.sources])
-    counted = torch.cat([torch.tensor([found.shares], dtype=torch.float64), found.draws]) / each
-    counted = counted / counted.sum(1, keepdim=True).clamp_min(1e-300)
-    low, high = counted[1:].quantile(counted.new_tensor([0.025, 0.975]), 0).tolist()
-    return [
-        {"source": name, "share": counted[0, place].item(), "low": low[place], "high": high[place],
-         "tokens": found.shares[place], "tokens_low": ends[0], "tokens_high": ends[1]}
-        for place, (name, ends) in enumerate(zip(found.sources, found.intervals, strict=True))
-    ]  # fmt: skip
 
 
 def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus) -> dict[str, str]:

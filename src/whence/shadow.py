@@ -130,6 +130,12 @@ def _tried(
 
 
 def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
+    kept = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
+    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{kept}", seed)
+
+
+def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: int) -> Path:
+    """Train the base on rows by a recipe that has an optimizer and a rate, into a directory; or go on doing so."""
     settings = {
         "epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
@@ -138,7 +144,5 @@ def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: i
         "max_tokens": recipe.max_tokens,
         **(recipe.lora or {}),
     }
-    kept = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
-    place = work / f"{recipe.optimizer}-{recipe.lr:g}{kept}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return train(base, rows, place, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return train(base, rows, out, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)

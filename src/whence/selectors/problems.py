@@ -225,3 +225,13 @@ def _sums(
 def _wide(block: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """In fp32, or float64 if it is that already."""
     return block.to(torch.promote_types(block.dtype, torch.float32))
+
+
+def nonnegative(gram: Float64[Tensor, "s s"], linear: Float64[Tensor, " s"]) -> Float64[Tensor, " s"]:
+    """The v >= 0 of least v^T gram v / 2 - <linear, v>, for a few atoms, exactly."""
+    from scipy.optimize import nnls
+
+    lengths = gram.diagonal().sqrt().clamp(min=1e-300)
+    basis = orthonormal(gram)
+    found, _ = nnls((basis @ gram / lengths).cpu().numpy(), (basis @ linear).cpu().numpy())
+    return torch.from_numpy(found).to(linear) / lengths

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from whence.errors import SettingError
 from whence.numerics import generator
-from whence.selectors.problems import Problem, orthonormal
+from whence.selectors.problems import Problem, nonnegative
 
 _DRAWS = 32  # of a bootstrap at a time
 _ROUND = 200  # steps of FISTA before rows join or leave
@@ -198,7 +198,7 @@ def mixture(problem: Problem, sources: Sequence[str], *, seed: int = 0, resample
     pools = [member.nonzero()[:, 0] for member in members]
     means = torch.stack([member.double() / member.sum() for member in members])
     small = problem.combined(means)
-    v = _nonnegative(small.gram.double(), small.linear)
+    v = nonnegative(small.gram.double(), small.linear)
     if not v.any():
         raise SettingError("no source explains any of the target: one whose mean gradient points along it is expected")
     rest = max(0.0, small.square - float(v @ (2 * small.linear - small.gram.double() @ v)))
@@ -228,7 +228,7 @@ def _resampled(
     products = problem.combined(weights.flatten(0, 1)).gram.unflatten(0, (resamples, -1)).unflatten(2, (resamples, -1))
     for number in range(resamples):
         block = products[number, :, number]
-        v = _nonnegative(block[:sources, :sources], block[:sources, sources])
+        v = nonnegative(block[:sources, :sources], block[:sources, sources])
         shares.append(v / v.sum().clamp(min=1e-300))
     return torch.stack(shares)
 
@@ -361,13 +361,3 @@ def _able(problem: Problem, count: int | None) -> Bool[Tensor, " n"]:
     if not able.any():
         raise SettingError(f"none of {len(able):,} atoms is finite and other than zero: at least one is expected")
     return able
-
-
-def _nonnegative(gram: Float64[Tensor, "s s"], linear: Float64[Tensor, " s"]) -> Float64[Tensor, " s"]:
-    """The v >= 0 of least v^T gram v / 2 - <linear, v>, for a few atoms, exactly."""
-    from scipy.optimize import nnls
-
-    lengths = gram.diagonal().sqrt().clamp(min=1e-300)
-    basis = orthonormal(gram)
-    found, _ = nnls((basis @ gram / lengths).cpu().numpy(), (basis @ linear).cpu().numpy())
-    return torch.from_numpy(found).to(linear) / lengths

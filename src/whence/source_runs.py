@@ -1,0 +1,224 @@
+"""The mixture of sources behind a fine-tuning, by training the base on each source.
+
+A model trained on a mixture moves about as the mean of the models trained on its parts (the averages of `merging`, read
+backwards). So with D_s = theta_0 - theta_s of a model trained on rows of source s alone, by the recipe of the model in
+question,
+
+    T = sum over sources of v_s D_s + R,  v >= 0,  share of s = v_s / sum of v
+
+which sees what the optimizer does to gradients, where mean gradients (`pursuit.mixture`) do not: under AdamW they were
+23 points off, these 8 (docs/recover.md). Shares are of supervised tokens: a batch's loss is the mean over them.
+
+The estimate is then put to the test: the base is trained a few times more, on rows drawn by the estimated mixture, of
+which the shares are known, and the same fit is made. What it is off by in the mean is taken off the estimate; how much
+that varies, over runs and sources together, is the width of the intervals (a parametric bootstrap, with Student's t).
+
+Source: linear averages of trained models, Na et al. 2024, https://arxiv.org/abs/2410.15661; the inversion is ours.
+"""
+
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float64, Int64
+from scipy import stats
+from torch import Tensor
+
+from whence.corpus import Row
+from whence.difference import WeightDifference, weight_difference
+from whence.errors import SettingError
+from whence.numerics import mixed_seed
+from whence.runner import Tick
+from whence.selectors.problems import nonnegative
+from whence.shadow import Recipe, train_by
+from whence.storage import Place
+
+RUNS = 3
+"""On rows drawn by the estimate."""
+PART = 0.5
+"""Rows of a source's own model over those of the model in question: seldom does one source have more."""
+MOST = 12
+"""Sources whose models are trained; more are a pool's, see `whence pool train`."""
+
+
+def mixture_by_runs(
+    base: str,
+    rows: Sequence[Row],
+    sources: Sequence[str],
+    tokens: Int64[Tensor, " n"],
+    difference: WeightDifference,
+    recipe: Recipe,
+    work: Path,
+    *,
+    start: str | None = None,
+    runs: int = RUNS,
+    seed: int = 0,
+    tick: Tick = lambda examples, tokens: None,
+) -> list[dict[str, Any]]:
+    """Share of every source, with 95% intervals.
+
+    Args:
+        base: theta_0, a directory.
+        rows: Like those that the model in question was trained on.
+        sources: Of each row.
+        tokens: Supervised ones of each row.
+        difference: theta_0 - theta_f of the model in question.
+        recipe: With optimizer and rate; `rows` is how many it was trained on.
+        work: Directory of the runs; the same call goes on from there.
+        start: Where trainings begin, if not at the base: `adapter_at_start`.
+        runs: To put the estimate to the test by, 2 or more.
+        seed: Of rows and trainings.
+        tick: Told of rows trained on.
+
+    Returns:
+        By source `tokens`, its share of supervised tokens, `tokens_low`, `tokens_high`; and `share`, `low`, `high`, of
+        rows. Empty where no source's model moved along the difference.
+
+    Raises:
+        SettingError: Fewer than two runs, fewer than two sources, or more than `MOST`.
+    """
+    names = sorted({*sources})
+    if runs < 2:
+        raise SettingError(f"{runs} runs of an estimated mixture: 2 or more are expected, for they tell its interval")
+    if not 2 <= len(names) <= MOST:
+        raise SettingError(f"{len(names)} sources: 2 to {MOST} are expected, for a model is trained on each")
+    able = [number for number in range(len(rows)) if tokens[number] > 0]
+    pools = {name: [number for number in able if sources[number] == name] for name in names}
+    own, rng = [], random.Random(f"mixture {seed}")
+    for place, name in enumerate(names):
+        wanted = max(1, round(PART * recipe.rows))
+        drawn = rng.sample(pools[name], min(wanted, len(pools[name])))
+        path = train_by(start or base, [rows[n] for n in sorted(drawn)], replace(recipe, rows=len(drawn)),
+                        work / f"source-{place}", _seed(seed, "source", place))  # fmt: skip
+        own.append(weight_difference(base, str(path)))
+        tick(wanted, 0)
+    first = fitted(own, difference)
+    if first is None:
+        return []
+    each = torch.tensor([float(tokens[pools[name]].double().mean()) for name in names], dtype=torch.float64)
+    off = []
+    for run in range(runs):
+        drawn = drawn_by(first, each, pools, recipe.rows, random.Random(f"mixture {seed} {run}"))
+        part = [rows[n] for n in drawn]
+        path = train_by(
+            start or base, part, replace(recipe, rows=len(drawn)), work / f"run-{run}", _seed(seed, "run", run)
+        )
+        tick(recipe.rows, 0)
+        true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
+        found = fitted(own, weight_difference(base, str(path)))
+        off.append((torch.zeros_like(first) if found is None else found) - true / true.sum())
+    return _told(names, *corrected(first, torch.stack(off)), each)
+
+
+def adapter_at_start(final: str, out: Path) -> str:
+    """An adapter's directory with its A as they are and its B at 0: theta_0, from which a training moves in the same
+    few directions. Between adapters that began at another A hardly any direction is shared.
+
+    Args:
+        final: The adapter's directory.
+        out: A directory for it; one that is there is taken for it.
+    """
+    name = "adapter_model.safetensors"
+    if not (out / name).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        for file in Path(final).iterdir():
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != "trainer_state.json":
+                shutil.copyfile(file, out / file.name)
+        tensors = safetensors.torch.load_file(Path(final) / name)
+        held = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
+        data = safetensors.torch.save(held, metadata={"format": "pt"})
+        Place.at(out).write(name, [data], total=len(data))
+    return str(out)
+
+
+def rows_to_train(sources: int, rows: int, runs: int = RUNS) -> int:
+    """In all trainings together, about."""
+    return sources * max(1, round(PART * rows)) + runs * rows
+
+
+def fitted(parts: Sequence[Mapping[str, Tensor]], target: Mapping[str, Tensor]) -> Float64[Tensor, " s"] | None:
+    """Shares v / sum of v of the least |T - sum of v_s D_s|, v >= 0, one parameter after the other; None where v is 0.
+
+    >>> one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
+    >>> fitted([one, other], {"w": torch.tensor([3.0, 2.0])}).tolist()
+    [0.75, 0.25]
+    """
+    gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    linear = torch.zeros(len(parts), dtype=torch.float64)
+    for own, entry in zip(zip(*map(entries, parts), strict=True), entries(target), strict=True):
+        rows = torch.stack([part.flatten() for part in own])
+        gram += (rows @ rows.T).double()
+        linear += (rows @ entry.flatten()).double()
+    found = nonnegative(gram, linear)
+    return found / found.sum() if found.any() else None
+
+
+def entries(difference: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """What moved, one tensor after the other; of an adapter what its factors do together, for A begins anywhere."""
+    if isinstance(difference, WeightDifference) and difference.adapted:
+        yield from (difference.low_rank(layer).dense() for layer in difference.adapted)
+    else:
+        yield from (difference[name] for name in difference)
+
+
+def drawn_by(
+    shares: Float64[Tensor, " s"],
+    each: Float64[Tensor, " s"],
+    pools: Mapping[str, Sequence[int]],
+    count: int,
+    rng: random.Random,
+) -> list[int]:
+    """Rows in which sources have these shares of tokens, as nearly as whole rows can, and as many as there are.
+
+    Args:
+        shares: Of tokens.
+        each: Mean tokens of a row.
+        pools: Rows of each source.
+        count: Rows to draw, about.
+        rng: Draws them.
+    """
+    of_rows = shares / each
+    of_rows = of_rows / of_rows.sum()
+    drawn = []
+    for share, pool in zip(of_rows.tolist(), pools.values(), strict=True):
+        drawn += rng.sample(pool, min(len(pool), round(share * count)))
+    return sorted(drawn)
+
+
+def corrected(
+    first: Float64[Tensor, " s"], off: Float64[Tensor, "r s"]
+) -> tuple[Float64[Tensor, " s"], Float64[Tensor, ""]]:
+    """An estimate less what its like are off by in the mean, and half the width of its interval.
+
+    Args:
+        first: Shares.
+        off: Of runs of which the shares are known, fitted less true.
+    """
+    moved = (first - off.mean(0)).clamp_min(0.0)
+    runs, sources = off.shape
+    freedom = (runs - 1) * (sources - 1)  # shares sum to 1
+    spread = ((off - off.mean(0)).square().sum() / freedom * (1 + 1 / runs)).sqrt()
+    return moved / moved.sum(), spread * float(stats.t.ppf(0.975, freedom))
+
+
+def _told(
+    names: Sequence[str], shares: Float64[Tensor, " s"], half: Float64[Tensor, ""], each: Float64[Tensor, " s"]
+) -> list[dict[str, Any]]:
+    """Shares of tokens and, over mean tokens of a row, of rows."""
+    ends = torch.stack([shares, (shares - half).clamp_min(0.0), (shares + half).clamp_max(1.0)])
+    others = (shares / each).sum() - shares / each
+    rows = ends / each / (ends / each + others).clamp_min(1e-300)
+    return [
+        {"source": name, "share": rows[0, place].item(), "low": rows[1, place].item(), "high": rows[2, place].item(),
+         "tokens": ends[0, place].item(), "tokens_low": ends[1, place].item(), "tokens_high": ends[2, place].item()}
+        for place, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def _seed(seed: int, kind: str, number: int) -> int:
+    return mixed_seed(seed, "mixture", kind, str(number)) % 2**31
