@@ -71,12 +71,26 @@ def test_truth_is_told_beside(run, files, pool, tmp_path):
     assert "regret: nats lost by choosing" in said and "ngram" in said
 
 
-def test_a_mixture_is_written_as_a_model(run, pool, tmp_path):
+def test_a_mixture_is_written_as_a_model(run, files, pool, tmp_path):
     code, said, _ = run("pool", "merge", pool, "--mixture", "a=0.25,b=0.75", "-o", tmp_path / "out", "--yaml",
                         tmp_path / "recipe.yaml")  # fmt: skip
     assert code == 0 and f"written to {tmp_path / 'out'}" in said
     assert load_model(tmp_path / "out").tokenizer is not None
     assert "task_arithmetic" in (tmp_path / "recipe.yaml").read_text()
+    words = ["pool", "merge", pool, "--mixture", "a=0.25,b=0.75", "--method", "regmean", "--alpha", 0.5]
+    assert run(*words, "-o", tmp_path / "other")[0] == 0
+    one, other = (load_model(tmp_path / name).model.state_dict() for name in ("out", "other"))
+    assert any(not one[name].equal(other[name]) for name in one)
+    code, said, _ = run("pool", "grams", pool, "--tokens", 50)
+    assert code == 0 and f"inputs of 3 members in {pool}/grams" in said
+    table = tmp_path / "mixtures.csv"
+    table.write_text("name,a,b,c\none,0.5,0.5,0\n")
+    found = {}
+    for method in ("mean", "regmean"):
+        words = ["ablate", pool, "--eval", files / "held", "--mixtures", table, "--method", method, "--json"]
+        found[method] = json.loads(run(*words)[1])
+    assert found["mean"]["rows"][0]["merged"] != found["regmean"]["rows"][0]["merged"]
+    assert "RegMean" in found["regmean"]["notes"][-1]
     assert run("pool", "verify", pool)[0] == 0
 
 
@@ -106,6 +120,9 @@ def test_the_join_is_one_command(run, files, pool, tmp_path):
     (["pool", "merge", "POOL", "--mixture", "a=0.5,b=0.4", "-o", "x"], "sum to 0.9"),
     (["pool", "merge", "POOL", "--mixture", "a=0.5,d=0.5", "-o", "x"], "no partition 'd'"),
     (["pool", "merge", "POOL", "--mixture", "a", "-o", "x"], "'a' is not NAME=WEIGHT"),
+    (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--method", "ties"], "--method ties: choose one of"),
+    (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--method", "regmean", "--alpha", "3"], "from 0 to 1"),
+    (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--method", "regmean", "--yaml", "y"], "no regmean"),
     (["pool", "train", "MODEL", "ROWS", "-o", "POOL"], "were trained with"),
     (["pool", "train", "MODEL", "ROWS", "-o", "other", "--by", "topic"], "has no 'topic' to partition by"),
     (["recover", "MODEL", "MODEL", "LETTERS", "--count", "5"], "nothing to find"),

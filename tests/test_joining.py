@@ -9,15 +9,17 @@ import torch
 from conftest import save_tiny_llama
 from test_ablation import HELD, QUICK, ROWS
 from whence.ablation import ablate
+from whence.corpus import open_corpus
 from whence.errors import SettingError
 from whence.heldout import EvalSet
 from whence.index import index as build_index
 from whence.index import open_index
-from whence.joining import join
+from whence.joining import _members, join
 from whence.numerics import spearman
-from whence.pool import train_pool
+from whence.pool import pool_partitions, train_pool
 from whence.report_join import join_plot
 from whence.selection import made_scorer, open_view, targets_of
+from whence.views import CorpusView
 
 SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
 
@@ -70,6 +72,46 @@ def test_the_plot_is_one_picture_of_all_points(made):
     picture = join_plot(found)
     assert picture.count("<circle") == len(found.points) + len(SETS) and "http" not in picture.split(">", 1)[1]
     assert "Spearman" in picture and picture.endswith("</svg>\n")
+
+
+def test_every_unit_has_its_own_rows(tmp_path):
+    """Units of two, and a text that was cut between them: each has its share of it."""
+    long = {"id": "long", "source": "a", "text": "aaa " * 60}
+    rows = [*ROWS[:4], long, *ROWS[4:]]
+    parent = str(save_tiny_llama(tmp_path / "parent"))
+    pool = train_pool(parent, rows, tmp_path / "pool", shown=False, unit_tokens=200, **QUICK)
+    assert pool.partitions == ["a/0", "a/1", "b", "c"]
+    build_index(parent, rows, tmp_path / "index", max_tokens=96, progress=False)
+    with pytest.raises(SettingError, match="does not know its corpus any more; give it with --corpus"):
+        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], shown=False)
+    with pytest.raises(SettingError, match="rows of the partition a/0, where its member was trained on"):
+        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], shown=False)
+    found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, shown=False)
+    view = open_view(str(tmp_path / "index"), "bm25")
+    scores = made_scorer("bm25", 0, {})(view, targets_of(list(SETS[0].rows), view)[0])[0].double()
+    lengths = [len(encoded.ids) for encoded in view.encoded()]
+    parts = pool_partitions(pool, rows, pool.partitions)
+    told = {row["partition"]: row["score"] for row in found.points}
+    shares = {}
+    for name, part in parts.items():
+        own = [sum(piece.tokens for piece in part.pieces if piece.row["id"].split("#")[0] == row["id"]) for row in rows]
+        total = [sum(piece.tokens for each in parts.values() for piece in each.pieces
+                     if piece.row["id"].split("#")[0] == row["id"]) for row in rows]  # fmt: skip
+        shares[name] = torch.tensor(own) / torch.tensor(total).double()
+        expected = float((scores * shares[name]).sum()) * 200 / float((torch.tensor(lengths) * shares[name]).sum())
+        assert told[name] == pytest.approx(expected)
+    assert 0 < float(shares["a/0"][4]) < 1 and float(shares["a/0"][4] + shares["a/1"][4]) == pytest.approx(1)
+    assert not (shares["a/0"][:4] * shares["a/1"][:4]).any() and told["a/0"] != told["a/1"]
+
+
+def test_a_partition_with_a_slash_in_its_name_is_no_unit(tmp_path):
+    """Rows of `a` are not those of `a/b`."""
+    rows = [row | {"source": {"a": "a", "b": "a/b", "c": "c"}[row["source"]]} for row in ROWS]
+    parent = str(save_tiny_llama(tmp_path / "parent"))
+    pool = train_pool(parent, rows, tmp_path / "pool", shown=False, **QUICK)
+    members = _members(pool, CorpusView(open_corpus(rows)), None)
+    for name, share in members.items():
+        assert share.tolist() == [float(row["source"] == name) for row in rows]
 
 
 def test_mistakes_are_told(made, tmp_path):

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
-from conftest import save_tiny_llama
+from conftest import contents, save_tiny_llama
 from whence.errors import (
     ChecksumError,
     FormatVersionError,
@@ -21,6 +22,7 @@ from whence.model import load_model
 from whence.pairing import weights_by_name
 from whence.tokens import collate, encode
 from whence.train import train
+from whence.weights import in_pieces
 
 ROWS = [{"prompt": f"{letter}{n}?", "completion": f" {letter * 3}"} for letter in "abc" for n in range(6)]
 QUICK = {"batch_size": 3, "max_steps": 4, "max_tokens": 32, "progress": False, "checkpoints": 1, "lr": 5e-3}
@@ -190,6 +192,41 @@ def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, parent, runs, mon
     with pytest.raises(StorageError, match=r"No space left on device. Nothing there was changed"):
         write_merged(pool, {"b": 1.0}, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_within_a_file_leaves_the_model_that_was_there(tmp_path, parent, runs, monkeypatch):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    out = write_merged(pool, {"a": 1.0}, tmp_path / "out")
+    before = contents(out)
+    from whence import storage
+
+    def cut(pieces, file):
+        for number, piece in enumerate(pieces):
+            if number == 5:
+                raise OSError(28, "No space left on device")
+            file.write(piece)
+
+    monkeypatch.setattr(storage, "_copied", cut)
+    with pytest.raises(StorageError, match=r"No space left on device\. It takes"):
+        write_merged(pool, {"b": 1.0}, out)
+    assert contents(out) == before and sorted(place.name for place in tmp_path.iterdir()) == ["out", "pool"]
+    members = contents(tmp_path / "pool")
+    with pytest.raises(StorageError, match="No space left on device"):
+        pool.with_member("d", runs["a"], dtype="float32", tokens=1, rows=1)
+    assert contents(tmp_path / "pool") == members
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_in_pieces_is_the_one_that_safetensors_writes(metadata):
+    tensors = {
+        "é": torch.arange(3.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "a": torch.zeros(0, 4),
+        "c": torch.tensor(2.5, dtype=torch.float64), "d": torch.randn(5, 7).T, "h": torch.ones(3, dtype=torch.float16),
+    }  # fmt: skip
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    pieces, total = in_pieces(described, tensors.__getitem__, metadata=metadata)
+    whole = b"".join(map(bytes, pieces))
+    same = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert whole == safetensors.torch.save(same, metadata=metadata) and len(whole) == total
 
 
 # -- RegMean

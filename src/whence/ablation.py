@@ -32,9 +32,10 @@ from whence.agreement import Agreement, agreement, centred, groups
 from whence.answers import row_text
 from whence.corpus import Corpus, Row, open_corpus, rows_with_place
 from whence.errors import SettingError
+from whence.grams import averaging
 from whence.heldout import EvalSet, Losses, kept, measure, read_sets
 from whence.members import Pool, open_pool
-from whence.merging import checked, mixed
+from whence.merging import ALPHA, RegMean, checked, mixed
 from whence.model import load_model
 from whence.partitions import Partition
 from whence.pool import PoolSettings, pool_place, read_partitions, slug, true_model
@@ -101,6 +102,13 @@ class Ablation:
         return {name: min((cell for cell in self.cells if cell.set == name), key=lambda cell: cell.merged).mixture
                 for name in sets}  # fmt: skip
 
+    def rows(self) -> list[Row]:
+        """Cells as plain values, each with its mixture's shares as `mixture/NAME`: a table that `mix law` reads."""
+        names = list(dict.fromkeys(name for candidate in self.candidates for name in candidate.weights))
+        shares = {one.name: {f"mixture/{name}": one.weights.get(name, 0.0) for name in names}
+                  for one in self.candidates}  # fmt: skip
+        return [cell.row() | shares[cell.mixture] for cell in self.cells]
+
 
 def ablate(
     pool: str | Path | Pool,
@@ -110,6 +118,8 @@ def ablate(
     truth: bool = False,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     scale: float = 1.0,
+    method: str = "mean",
+    alpha: float = ALPHA,
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
@@ -123,8 +133,10 @@ def ablate(
         mixtures: A file or rows, each with partitions as columns or with `weights`, and where given a `name` and
             `budgets`. None: every partition alone, all pairs, and all together.
         truth: Train every candidate for real too.
-        corpus: That the pool was trained on, for `truth` and n-grams; None: where the pool remembers it.
+        corpus: That the pool was trained on, for `truth`, n-grams and RegMean; None: where the pool remembers it.
         scale: Of the members' moves; see `merging`.
+        method: How members are averaged: "mean" or "regmean", for which inputs are collected once; see `grams`.
+        alpha: Of RegMean.
         max_tokens: Windows that evaluation texts are read in; None: those that members were trained on.
         tokens_per_batch: Of evaluation.
         seed: Of intervals.
@@ -140,7 +152,9 @@ def ablate(
     sets = _sets(evaluated)
     candidates = read_candidates(own, mixtures)
     settings = PoolSettings(**own.recipe)
-    reader = _Reader(own, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale)
+    corpus = None if corpus is None else open_corpus(corpus)  # rows that come once are read twice
+    regmean = averaging(own, method, alpha=alpha, corpus=corpus, shown=shown)
+    reader = _Reader(own, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale, regmean)
     start = time.perf_counter()
     measured = reader.merged(candidates, shown=shown)
     seconds = time.perf_counter() - start
@@ -160,7 +174,7 @@ def ablate(
         candidates=candidates,
         agreements=_agreements(cells, seed) if truth else {},
         cost=_cost(own, settings, candidates, seconds, spent, truth=truth),
-        notes=_notes(cells, candidates, own),
+        notes=[*_notes(cells, candidates, own), *_averaged(regmean)],
     )
     return found
 
@@ -224,10 +238,11 @@ class _Reader:
     max_tokens: int
     tokens_per_batch: int
     scale: float
+    regmean: RegMean | None = None
 
     def merged(self, candidates: Sequence[Candidate], *, shown: bool) -> dict[str, dict[str, Losses]]:
         """By candidate and set; members alone and the parent, called "", among them."""
-        own = mixed(self.pool, scale=self.scale)
+        own = mixed(self.pool, scale=self.scale, regmean=self.regmean)
         wanted: dict[str, Mapping[str, float] | None] = {"": None}
         wanted |= {_alone(name): {name: 1.0} for name in self.pool.members}
         wanted |= {candidate.name: candidate.weights for candidate in candidates}
@@ -239,7 +254,8 @@ class _Reader:
                 found[name] = {
                     evaluated.name: kept(
                         pool_place(self.pool, "losses"),
-                        ["merged", self.pool.parent_digest, key, self.scale, evaluated.digest, self.max_tokens],
+                        ["merged", self.pool.parent_digest, key, self.scale, evaluated.digest, self.max_tokens,
+                         *self._method(weights)],
                         lambda evaluated=evaluated, weights=weights: measure(
                             own.become(weights), evaluated, max_tokens=self.max_tokens,
                             tokens_per_batch=self.tokens_per_batch),
@@ -248,6 +264,12 @@ class _Reader:
                 }  # fmt: skip
                 tick(1, sum(int(losses.tokens.sum()) for losses in found[name].values()))
         return found
+
+    def _method(self, weights: Mapping[str, float] | None) -> list[Any]:
+        """What a merged loss depends on beside the mean's; nothing where a mixture is one member alone."""
+        if self.regmean is None or weights is None or len(weights) == 1:
+            return []
+        return ["regmean", self.regmean.alpha, {name: self.regmean.digests[name] for name in weights}]
 
     def truths(
         self, candidates: Sequence[Candidate], parts: Mapping[str, Partition], *, shown: bool
@@ -407,6 +429,10 @@ def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool) -
     if any(member.kind == "delta" for member in pool.members.values()):
         notes.append("Members are stored in bfloat16: to 2^-9 of each weight's move.")
     return notes
+
+
+def _averaged(regmean: RegMean | None) -> list[str]:
+    return [] if regmean is None else [f"Linear layers are averaged by RegMean, alpha {regmean.alpha:g}."]
 
 
 def _sets(evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet]) -> list[EvalSet]:

@@ -1,5 +1,7 @@
 """The verbs of `mix`: parse, call one library function, print."""
 
+import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -17,7 +19,10 @@ mix = typer.Typer(
 def law(
     table: Annotated[
         str,
-        typer.Argument(metavar="TABLE", help="Mixtures, and with columns metric/NAME their losses: csv, jsonl, ..."),
+        typer.Argument(
+            metavar="TABLE",
+            help="Mixtures with losses as columns metric/NAME, or what `ablate -o` wrote: csv, jsonl, ...",
+        ),
     ],
     losses: Annotated[str | None, typer.Option(help="File of the losses, if they are not in TABLE.")] = None,
     law: Annotated[str, typer.Option(help=f"What predicts: {', '.join(catalogue.MIXING_LAWS)}.")] = "exp",
@@ -46,15 +51,19 @@ def law(
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the mixture, a row a domain, to .jsonl, .csv or .parquet.")
     ] = None,
+    report: Annotated[str | None, typer.Option(help="Write an HTML report.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a mixing law to a table of mixtures and losses: what is it worth, and which mixture is best?"""
     with waiting("Loading"):
         from whence.mixing import mix_law
-        from whence.report import check_ending, write_rows
+        from whence.page_mix import law_page
+        from whence.report import check_ending, write_page, write_rows
         from whence.report_mix import mix_report
     if out is not None:
         check_ending(out)
+    if report is not None:
+        check_ending(report, (".html",), flag="--report")
     targets, caps, parent = numbers("--target", target), numbers("--cap", cap), numbers("--before", before)
     with waiting("Fitting"):
         found = mix_law(
@@ -63,10 +72,14 @@ def law(
         )  # fmt: skip
     if out is not None:
         write_rows(found.rows, out)
+    if report is not None:
+        write_page(law_page(found, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
         print_json(found.document())
         return
     print_part(mix_report(found))
+    if report is not None:
+        print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,9 @@ Mixtures = Annotated[
     str | None, typer.Option(help="File of mixtures, partitions as columns; each alone, all pairs and all together.")
 ]
 Scale = Annotated[float, typer.Option(help="Of the members' moves away from the parent (task arithmetic).")]
+Method = Annotated[str, typer.Option(help="Of averaging: mean, or regmean, by what goes into linear layers.")]
+Alpha = Annotated[float, typer.Option(help="Of RegMean, from 0 (by single features) to 1 (by all pairs).")]
+PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="Of the pool, if it is not where it was.")]
 
 
 @pool.command()
@@ -57,15 +62,23 @@ def merge(
     mixture: Annotated[str, typer.Option(help="Weights that sum to 1, as a=0.5,b=0.5.")],
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the merged model.")],
     scale: Scale = 1.0,
+    method: Method = "mean",
+    alpha: Alpha = 0.1,
+    corpus: PoolCorpus = None,
     yaml: Annotated[str | None, typer.Option(help="Write the mixture as a mergekit recipe, too.")] = None,
 ) -> None:
     """Write a mixture's average as a model that `from_pretrained` loads."""
     weights = parsed_mixture(mixture)
+    if yaml is not None and method != "mean":
+        raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
     with waiting("Loading torch"):
+        from whence.grams import averaging
         from whence.members import open_pool
-        from whence.merging import mergekit_yaml, write_merged
+        from whence.merging import checked, mergekit_yaml, write_merged
     found = open_pool(path)
-    made = write_merged(found, weights, out, scale=scale)
+    weights = checked(weights, found.members)
+    regmean = averaging(found, method, alpha=alpha, corpus=corpus)
+    made = write_merged(found, weights, out, scale=scale, regmean=regmean)
     if yaml is not None:
         Path(yaml).write_text(mergekit_yaml(found, weights, scale=scale))
         print_part(f"recipe written to {yaml}")
@@ -73,12 +86,29 @@ def merge(
 
 
 @pool.command()
-def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
-    """Read every member's file again and compare its checksum."""
+def grams(
+    path: Annotated[str, typer.Argument(metavar="POOL")],
+    tokens: Annotated[int | None, typer.Option(help="To read of each member; 16,384, or as many as before.")] = None,
+    corpus: PoolCorpus = None,
+) -> None:
+    """Collect what goes into members' linear layers, for --method regmean, which else does it when first used."""
     with waiting("Loading torch"):
+        from whence.grams import collect, open_grams
+        from whence.members import open_pool
+    found = open_pool(path)
+    collect(found, corpus, tokens=tokens)
+    print_part(f"inputs of {len(open_grams(found).grams)} members in {path}/grams")
+
+
+@pool.command()
+def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
+    """Read every member's file again and compare its checksum; its inputs' too, where they were collected."""
+    with waiting("Loading torch"):
+        from whence.grams import verify_grams
         from whence.members import open_pool
     found = open_pool(path)
     found.verify()
+    verify_grams(found)
     print_part(f"{len(found.members)} members are as they were written")
 
 
@@ -89,32 +119,44 @@ def ablate(
     truth: Annotated[
         bool, typer.Option("--truth", help="Train every mixture for real, and tell how proxies rank.")
     ] = False,
-    corpus: Annotated[str | None, typer.Option(help="Of the pool, if it is not where it was.")] = None,
+    corpus: PoolCorpus = None,
     scale: Scale = 1.0,
+    method: Method = "mean",
+    alpha: Alpha = 0.1,
     max_tokens: Annotated[int | None, typer.Option(help="Windows of evaluation; the members' longest row.")] = None,
     bits: Annotated[bool, typer.Option("--bits", help="Show bits per byte.")] = False,
-    out: Annotated[str | None, typer.Option("-o", "--out", help="Write a row each mixture and set.")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write a row each mixture and set, which `mix law` reads.")
+    ] = None,
+    report: Annotated[str | None, typer.Option(help="Write an HTML report.")] = None,
     seed: Annotated[int, typer.Option(help="Of intervals.")] = 0,
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
     with waiting("Loading torch"):
         from whence.ablation import ablate as run
-        from whence.report import check_ending, write_rows
+        from whence.page_ablate import ablation_page
+        from whence.report import check_ending, write_page, write_rows
         from whence.report_ablate import ablation_report
     if out is not None:
         check_ending(out)
-    found = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, max_tokens=max_tokens,
-                seed=seed, shown=not as_json)  # fmt: skip
-    rows = [cell.row() for cell in found.cells]
+    if report is not None:
+        check_ending(report, (".html",), flag="--report")
+    found = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
+                alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
+    rows = found.rows()
     if out is not None:
         write_rows(rows, out)
+    if report is not None:
+        write_page(ablation_page(found, shlex.join(["whence", *sys.argv[1:]]), bits=bits), report)
     if as_json:
         agreements = {name: {group: {proxy: made.row() for proxy, made in by.items()} for group, by in groups.items()}
                       for name, groups in found.agreements.items()}  # fmt: skip
         print_json({"rows": rows, "agreements": agreements, "cost": found.cost, "notes": found.notes})
         return
     print_part(ablation_report(found, bits=bits))
+    if report is not None:
+        print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
 
@@ -145,6 +187,7 @@ def joined(
     methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
     queries: Annotated[int, typer.Option(help="Rows of each set that are asked for.")] = 16,
     model: Annotated[str | None, typer.Option(help="Of the index, where it has moved.")] = None,
+    corpus: PoolCorpus = None,
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
     ] = None,
@@ -159,7 +202,7 @@ def joined(
     if out is not None:
         check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
     found = join(source, path, evaluated, methods=[name.strip() for name in methods.split(",")], queries=queries,
-                 model=model, seed=seed, shown=not as_json)  # fmt: skip
+                 model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
     if out is not None:
         write_page(join_plot(found), out) if out.endswith(".svg") else write_rows(found.points, out)
     if as_json:

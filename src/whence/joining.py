@@ -3,7 +3,7 @@
 For a partition u and an evaluation set e, over the rows x of u and the first rows q of e,
 
     score     mean over q of the sum over x of visits(u) * score(q, x), visits(u) = budget / tokens of u: how often the
-              member's training read each of its rows
+              member's training read each of its rows; of a row that was cut between two units, the share of its tokens
     change    L_e(merge of all members but u) - L_e(merge of all), in nats: above 0, u was needed
 
 and their rank correlation: over all pairs with each set's own means taken off both, and within each set. Attribution
@@ -12,7 +12,8 @@ sees single rows and no training; the pool sees trainings and no rows. Where bot
 Source: section 12 of the project's notes on ablation; ours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,19 @@ from torch import Tensor
 
 from whence.ablation import ablate
 from whence.agreement import centred
+from whence.corpus import Corpus, Row
 from whence.errors import SettingError
 from whence.heldout import EvalSet, read_sets
 from whence.index import Index
 from whence.members import Pool, open_pool
 from whence.numerics import bootstrap_interval, spearman
+from whence.pool import pool_partitions
 from whence.selection import made_scorer, open_view, targets_of
+from whence.views import CorpusView, IndexView
 
 METHODS = ("influence", "bm25", "rds+")
+Units = Mapping[str, Mapping[str, float]]
+"""By partition and a row's id, the share of the row's tokens that is in it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ def join(
     methods: Sequence[str] = METHODS,
     queries: int = 16,
     model: str | None = None,
+    corpus: str | Path | Corpus | Iterable[Row] | None = None,
     seed: int = 0,
     shown: bool = True,
 ) -> Join:
@@ -64,11 +71,13 @@ def join(
         methods: Names of scorers.
         queries: Rows of each set that are asked for, the first ones.
         model: Of the index, where it has moved.
+        corpus: That the pool was trained on, of which its units are counted off; None: where the pool remembers it.
         seed: Of scorers and intervals.
         shown: Show bars.
 
     Raises:
-        SettingError: Fewer than three members, no partition of the pool in the index, or no row of one.
+        SettingError: Fewer than three members, no partition of the pool in the index, or no row of one; of a pool of
+            units, no corpus that says which rows went into each.
     """
     own = pool if isinstance(pool, Pool) else open_pool(pool)
     if len(own.members) < 3:
@@ -77,10 +86,11 @@ def join(
         )
     given = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
     sets = [one for one in given if isinstance(one, EvalSet)] or read_sets(str(one) for one in given)
+    units = _shares_of_units(own, corpus)
     changes = _changes(own, sets, shown=shown)
     points: list[dict[str, Any]] = []
     for method in methods:
-        summed = _scores(source, own, sets, method, queries, model, seed)
+        summed = _scores(source, own, sets, method, queries, model, seed, units)
         points += [{"method": method, "partition": name, "set": one.name, "score": summed[one.name][name],
                     "change": changes[one.name][name]} for one in sets for name in own.partitions]  # fmt: skip
     found = {method: _correlation([row for row in points if row["method"] == method], seed) for method in methods}
@@ -107,32 +117,51 @@ def _scores(
     queries: int,
     model: str | None,
     seed: int,
+    units: Units | None,
 ) -> dict[str, dict[str, float]]:
     """Summed by set and partition."""
     view = open_view(source, method, model=model)
-    column = str(pool.recipe.get("by", "source"))
-    owners = [str(row.get(column)) for row in view.examples()]
     lengths = torch.tensor([len(encoded.ids) for encoded in view.encoded()], dtype=torch.float64)
     scorer, out = made_scorer(method, seed, {}), {}
-    members = {name: torch.tensor([_is_in(owner, name) for owner in owners]) for name in pool.partitions}
-    if empty := [name for name, rows in members.items() if not rows.any()]:
-        raise SettingError(
-            f"the index has no row of the partition {empty[0]} (column {column!r}): index the pool's corpus"
-        )
+    members = _members(pool, view, units)
     for one in sets:
         targets, _ = targets_of(list(one.rows[:queries]), view)
         scores = scorer(view, targets).double().mean(0)
         scores = torch.where(scores.isfinite(), scores, 0.0)
         out[one.name] = {
-            name: float(scores[rows].sum() * pool.members[name].tokens / lengths[rows].sum())
-            for name, rows in members.items()
+            name: float((scores * share).sum() * pool.members[name].tokens / (lengths * share).sum())
+            for name, share in members.items()
         }
     return out
 
 
-def _is_in(owner: str, partition: str) -> bool:
-    """A row's value is the partition's, or that of which the partition is a unit."""
-    return owner == partition or owner == partition.rpartition("/")[0]
+def _members(pool: Pool, view: IndexView | CorpusView, units: Units | None) -> dict[str, Float64[Tensor, " n"]]:
+    """By partition, how much of every row went into it: all or nothing, but for rows that were cut into units."""
+    column = str(pool.recipe.get("by", "source"))
+    if units is None:
+        owners = [str(row.get(column)) for row in view.examples()]
+        found = {name: torch.tensor([float(owner == name) for owner in owners]) for name in pool.partitions}
+    else:
+        ids = list(view.ids())
+        found = {name: torch.tensor([units[name].get(id, 0.0) for id in ids]) for name in pool.partitions}
+    if empty := [name for name, share in found.items() if not share.any()]:
+        raise SettingError(
+            f"the index has no row of the partition {empty[0]} (column {column!r}): index the pool's corpus"
+        )
+    return {name: share.double() for name, share in found.items()}
+
+
+def _shares_of_units(pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None) -> Units | None:
+    """Of a pool that was cut into units, the share of each row's tokens in every unit; None of any other pool."""
+    if pool.recipe.get("unit_tokens") is None:
+        return None
+    parts = pool_partitions(pool, corpus, pool.partitions)
+    counts = {name: Counter[str]() for name in parts}
+    for name, part in parts.items():
+        for piece in part.pieces:
+            counts[name][str(piece.row["id"]).rpartition("#")[0]] += piece.tokens
+    whole = sum(counts.values(), Counter[str]())
+    return {name: {id: tokens / whole[id] for id, tokens in own.items()} for name, own in counts.items()}
 
 
 def _correlation(points: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

@@ -14,21 +14,22 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
 from whence.model import adapter_config, directory_digest, located
 from whence.pairing import Adapter, adapter_of, weights_by_name
 from whence.storage import Place
-from whence.weights import Weights
+from whence.weights import Described, Weights, in_pieces
 
 MANIFEST = "pool.json"
 FORMAT_VERSION = 1
@@ -73,6 +74,10 @@ class Pool:
         """Names, in the order in which they joined."""
         return list(self.members)
 
+    def has(self, partition: str) -> bool:
+        """There is such a member, and its file."""
+        return partition in self.members and self.place.exists(self.members[partition].file)
+
     def start(self) -> Weights:
         """theta_0's tensors by their names in its files, a tied head once."""
         return weights_by_name(self.parent)
@@ -87,13 +92,14 @@ class Pool:
             raise ModelError(f"{self.place.root}: no partition {partition!r}; it has {', '.join(self.members)}")
         return MemberWeights(self.members[partition], Path(self.place.path(self.members[partition].file)), self.start())
 
-    def verify(self) -> None:
-        """Read every member's file again.
+    def verify(self, partitions: Iterable[str] | None = None) -> None:
+        """Read members' files again: all, or those of some partitions.
 
         Raises:
             ChecksumError: One is not as it was written.
         """
-        for partition, member in self.members.items():
+        for partition in self.members if partitions is None else partitions:
+            member = self.members[partition]
             if not self.place.exists(member.file) or self.place.digest(member.file) != member.sha256:
                 raise ChecksumError(
                     f"{self.place.path(member.file)}: not what was written for the partition {partition!r}. Remove the "
@@ -117,9 +123,9 @@ class Pool:
         """
         known = self.members.get(partition)
         name = known.file if known else f"members/{len(self.members):03d}.safetensors"
-        kind, tensors = _stored(located(directory), self.start(), self.parent, dtype)
-        data = safetensors.torch.save(tensors)
-        written = self.place.write(name, [data], total=len(data))
+        kind, described, read = _stored(located(directory), self.start(), self.parent, dtype)
+        pieces, total = in_pieces(described, read)
+        written = self.place.write(name, pieces, total=total)
         member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
                         tokens=tokens, rows=rows, loss=loss)  # fmt: skip
         made = Pool(
@@ -215,27 +221,34 @@ def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any], 
     return replace(found, corpus=corpus or found.corpus)
 
 
-def _stored(directory: str, start: Weights, parent: str, dtype: str) -> tuple[str, dict[str, Tensor]]:
-    """Kind and tensors of a trained model."""
+def _stored(
+    directory: str, start: Weights, parent: str, dtype: str
+) -> tuple[str, Described, Callable[[str], Float[Tensor, "..."]]]:
+    """Kind of a trained model, what is kept of it, and how to read that, a tensor at a time."""
     if config := adapter_config(directory):
         own = located(config["base_model_name_or_path"])
         if directory_digest(own) != directory_digest(parent):
             raise ModelError(f"{directory}: an adapter of {own}, not of the pool's parent {parent}")
-        return "lora", dict(_factors(adapter_of(directory, config), start))
+        factors = dict(_factors(adapter_of(directory, config), start))
+        described = {name: (factor.dtype, tuple(factor.shape)) for name, factor in factors.items()}
+        return "lora", described, factors.__getitem__
     found = weights_by_name(directory)
     if other := sorted({*found.files} ^ {*start.files}):
         raise ModelError(f"{directory}: {other[0]} is in it or in the parent {parent} alone: another architecture")
-    tensors = {}
     for name in found.files:
-        own, before = found.read(name), start.read(name)
-        if own.shape != before.shape:
-            raise ModelError(
-                f"{directory}: {name} has the shape {[*own.shape]}, in the parent {parent} {[*before.shape]}"
-            )
-        if not torch.isfinite(own).all():
-            raise ModelError(f"{directory}: {name} is not finite everywhere: its training diverged. Lower --lr.")
-        tensors[name] = own.float() if dtype == "float32" else (own.float() - before.float()).to(torch.bfloat16)
-    return ("weights" if dtype == "float32" else "delta"), tensors
+        shape, before = found.shape(name), start.shape(name)
+        if shape != before:
+            raise ModelError(f"{directory}: {name} has the shape {[*shape]}, in the parent {parent} {[*before]}")
+    described = {name: (DTYPES[dtype], found.shape(name)) for name in found.files}
+    return ("weights" if dtype == "float32" else "delta"), described, partial(_read_member, found, start, dtype)
+
+
+def _read_member(found: Weights, start: Weights, dtype: str, name: str) -> Float[Tensor, "..."]:
+    """What is kept of a parameter."""
+    own = found.read(name)
+    if not torch.isfinite(own).all():
+        raise ModelError(f"{found.path}: {name} is not finite everywhere: its training diverged. Lower --lr.")
+    return own.float() if dtype == "float32" else (own.float() - start.read(name).float()).to(torch.bfloat16)
 
 
 def _factors(adapter: Adapter, start: Weights) -> Iterator[tuple[str, Tensor]]:

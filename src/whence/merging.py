@@ -11,7 +11,11 @@ weighs alike (the paper's micro), with equal pi every partition does (macro).
 Sums are in fp32, one tensor at a time, in the order of the members. One member at weight 1 is that member bit for bit.
 
     RegMean   of a linear layer with inputs X_u, G_u = X_u^T X_u over the real tokens of u, off-diagonals times alpha:
-              W^T = (sum of w_u G_u)^-1 sum of w_u G_u W_u^T, damped by `DAMPING` of the mean diagonal; else the mean
+              W^T = (sum of w_u G_u)^-1 sum of w_u G_u W_u^T, damped by `DAMPING` of the mean diagonal
+
+which at alpha 1 is the layer with the smallest sum of w_u |X_u W^T - X_u W_u^T|^2. It is of weights of linear layers
+alone: embeddings, a head tied to one, norms, biases, and layers whose inputs `grams` could not tell, are averaged. Of
+adapters it takes the layer with B A added.
 
 Sources: Na et al. 2024, https://arxiv.org/abs/2410.15661 (uniform means); task arithmetic, Ilharco et al. 2023,
 https://arxiv.org/abs/2212.04089; RegMean, Jin et al. 2023, https://arxiv.org/abs/2212.09849. Other weights than uniform
@@ -21,23 +25,25 @@ are an extension of ours, measured in docs/ablate.md.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from whence.errors import SettingError, StorageError
-from whence.members import Pool
+from whence.members import MemberWeights, Pool
 from whence.model import LoadedModel, load_model
 from whence.storage import Place
+from whence.weights import Described, Weights, in_pieces
 
 SUM_TOLERANCE = 1e-3
 """By which weights may miss a sum of 1: what rounding to three digits does."""
 DAMPING = 1e-6
+ALPHA = 0.1
+"""Of RegMean, in the configurations of its released code."""
 SHARD_BYTES = 4_000_000_000
 """Of a merged model's file."""
 
@@ -45,6 +51,38 @@ Mixture = Mapping[str, float]
 """Weights by partition."""
 Grams = Mapping[str, Mapping[str, Float32[Tensor, "i i"]]]
 """By partition and parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegMean:
+    """Averages of linear layers by what goes into them."""
+
+    grams: Grams
+    """Of members' inputs; a parameter that is not in all of a mixture's is averaged. One may be read when asked for."""
+    transposed: Collection[str] = ()
+    """Parameters that are kept as [i o], as GPT-2's are."""
+    alpha: float = ALPHA
+    """Factor of off-diagonals, from 0 (a mean by input feature) to 1."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of each member's matrices, for what is kept by content."""
+
+    def __post_init__(self):
+        _check_alpha(self.alpha)
+
+    def merged(self, name: str, parts: Mapping[str, Tensor], weights: Mixture) -> Tensor | None:
+        """A parameter of a mixture; None where it has no matrices, or the mixture is one member's alone."""
+        if len(weights) == 1 or not all(name in self.grams[partition] for partition in weights):
+            return None
+        grams = {partition: self.grams[partition][name] for partition in weights}
+        if name not in self.transposed:
+            return regmean(parts, grams, weights, alpha=self.alpha)
+        turned = {partition: part.T for partition, part in parts.items()}
+        return regmean(turned, grams, weights, alpha=self.alpha).T.contiguous()
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise SettingError(f"--alpha {alpha} of RegMean: a number from 0 to 1 is expected")
 
 
 def checked(mixture: Mixture, partitions: Iterable[str], *, name: str = "mixture") -> dict[str, float]:
@@ -69,7 +107,7 @@ def checked(mixture: Mixture, partitions: Iterable[str], *, name: str = "mixture
 
 
 def merged_tensors(
-    pool: Pool, mixture: Mixture, *, scale: float = 1.0, grams: Grams | None = None, alpha: float = 0.0
+    pool: Pool, mixture: Mixture, *, scale: float = 1.0, regmean: RegMean | None = None
 ) -> Iterator[tuple[str, Float32[Tensor, "..."]]]:
     """A mixture's parameters, one at a time, by their names in the parent's files.
 
@@ -77,21 +115,39 @@ def merged_tensors(
         pool: Parent and members.
         mixture: Weights that sum to 1.
         scale: Of the move away from the parent.
-        grams: For RegMean: of members' inputs; parameters that have none are averaged.
-        alpha: RegMean's factor of off-diagonals, from 0 (a mean by input feature) to 1.
+        regmean: How to average linear layers; None: by the mean.
     """
-    weights, start = checked(mixture, pool.members), pool.start()
-    members = {partition: pool.member(partition) for partition in weights}
-    for name in start.files:
-        parent = start.read(name).float()
-        own = {partition: member.read(name, parent) for partition, member in members.items()}
+    made = _Merge.of(pool, mixture, scale, regmean)
+    for name in made.start.files:
+        yield name, made.tensor(name)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """A mixture of which each parameter is made when it is asked for."""
+
+    start: Weights
+    members: Mapping[str, MemberWeights]
+    weights: Mixture
+    scale: float
+    regmean: RegMean | None
+
+    @staticmethod
+    def of(pool: Pool, mixture: Mixture, scale: float, regmean: RegMean | None) -> "_Merge":
+        weights = checked(mixture, pool.members)
+        members = {partition: pool.member(partition) for partition in weights}
+        return _Merge(pool.start(), members, weights, scale, regmean)
+
+    def tensor(self, name: str) -> Float32[Tensor, "..."]:
+        """One tensor a member is held meanwhile."""
+        parent = self.start.read(name).float()
+        own = {partition: member.read(name, parent) for partition, member in self.members.items()}
         parts = {partition: parent if part is None else part for partition, part in own.items()}
-        if grams and all(name in grams[partition] for partition in weights):
-            gram = {partition: grams[partition][name] for partition in weights}
-            merged = regmean(parts, gram, weights, alpha=alpha)
-        else:
-            merged = mean(parts, weights)
-        yield name, merged if scale == 1.0 else parent + scale * (merged - parent)
+        moved = any(part is not None for part in own.values())
+        merged = self.regmean.merged(name, parts, self.weights) if self.regmean and moved else None
+        if merged is None:
+            merged = mean(parts, self.weights)
+        return merged if self.scale == 1.0 else parent + self.scale * (merged - parent)
 
 
 def mean(parts: Mapping[str, Float32[Tensor, "*s"]], weights: Mixture) -> Float32[Tensor, "*s"]:
@@ -112,7 +168,7 @@ def regmean(
     grams: Mapping[str, Float32[Tensor, "i i"]],
     weights: Mixture,
     *,
-    alpha: float = 0.0,
+    alpha: float = ALPHA,
 ) -> Float32[Tensor, "o i"]:
     """The linear layer that is nearest to every member's on that member's own inputs; the mean where that is singular.
 
@@ -122,12 +178,12 @@ def regmean(
         weights: Of the members.
         alpha: Factor of the grams' off-diagonals.
     """
-    if not 0 <= alpha <= 1:
-        raise SettingError(f"alpha {alpha} of RegMean: a number from 0 to 1 is expected")
-    shrunk = {partition: shrunk_gram(grams[partition], alpha) * weights[partition] for partition in weights}
-    total = torch.stack(list(shrunk.values())).sum(0)
+    _check_alpha(alpha)
+    total, right = torch.zeros(()), torch.zeros(())
+    for partition, weight in weights.items():  # not stacked: inputs of i squared numbers each
+        shrunk = weight * shrunk_gram(grams[partition], alpha)
+        total, right = total + shrunk, right + shrunk @ parts[partition].double().T
     damping = DAMPING * total.diagonal().mean()
-    right = torch.stack([shrunk[partition] @ parts[partition].double().T for partition in weights]).sum(0)
     right = right + damping * mean(parts, weights).double().T
     factor, info = torch.linalg.cholesky_ex(total + damping * torch.eye(len(total), dtype=torch.float64))
     if int(info) or not float(damping) > 0:
@@ -152,12 +208,14 @@ MOVES = 16
 class Mixed:
     """A model whose weights are those of any mixture of a pool, one after the other.
 
-    Where fewer members change their weight than the new mixture has, only those are read and their change is added.
+    Where fewer members change their weight than the new mixture has, only those are read and their change is added;
+    RegMean, which is no sum, is solved anew.
     """
 
     pool: Pool
     model: LoadedModel
     scale: float = 1.0
+    regmean: RegMean | None = None
     weights: dict[str, float] | None = field(default=None, init=False)
     """That it has now; None: the parent's."""
     moves: int = field(default=0, init=False)
@@ -169,15 +227,17 @@ class Mixed:
         if wanted == self.weights:
             return self.model
         change = {} if wanted is None or self.weights is None else _change(self.weights, wanted)
-        if wanted and change and len(change) < len(wanted) and self.moves < MOVES:
+        if wanted and change and not self.regmean and len(change) < len(wanted) and self.moves < MOVES:
             self._move(change)
             self.moves += 1
         else:
-            tensors = self._parent() if wanted is None else merged_tensors(self.pool, wanted, scale=self.scale)
-            fill(self.model, tensors)
+            fill(self.model, self._parent() if wanted is None else self._sum(wanted))
             self.moves = 0
         self.weights = wanted
         return self.model
+
+    def _sum(self, mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
+        return merged_tensors(self.pool, mixture, scale=self.scale, regmean=self.regmean)
 
     def _parent(self) -> Iterator[tuple[str, Tensor]]:
         start = self.pool.start()
@@ -199,9 +259,9 @@ def _change(before: Mixture, after: Mixture) -> dict[str, float]:
     return {name: value for name, value in by.items() if value}
 
 
-def mixed(pool: Pool, *, scale: float = 1.0) -> Mixed:
+def mixed(pool: Pool, *, scale: float = 1.0, regmean: RegMean | None = None) -> Mixed:
     """The parent, loaded in fp32, to become mixtures."""
-    return Mixed(pool, load_model(pool.parent, dtype="float32"), scale)
+    return Mixed(pool, load_model(pool.parent, dtype="float32"), scale, regmean)
 
 
 def fill(model: LoadedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -244,13 +304,13 @@ def write_merged(
     out: str | Path,
     *,
     scale: float = 1.0,
-    grams: Grams | None = None,
-    alpha: float = 0.0,
+    regmean: RegMean | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """A mixture as a model directory that `from_pretrained` loads, in the parent's own dtypes.
 
-    Written beside its place and moved there whole, so that a model that was there before stays until then.
+    Written beside its place and moved there whole, so that a model that was there before stays until then. What is
+    held meanwhile is one tensor a member, never the model.
 
     Raises:
         SettingError: The mixture, or `out` is something else than a model or nothing.
@@ -267,8 +327,9 @@ def write_merged(
         for file in sorted(Path(pool.parent).iterdir()):
             if file.is_file() and not _is_weights(file.name):
                 shutil.copyfile(file, making / file.name)
-        _write_shards(pool, merged_tensors(pool, weights, scale=scale, grams=grams, alpha=alpha), making, shard_bytes)
+        _write_shards(_Merge.of(pool, weights, scale, regmean), making, shard_bytes)
         told = {"mixture": weights, "scale": scale, "parent": pool.parent_digest, "pool": pool.place.root}
+        told |= {"method": "regmean", "alpha": regmean.alpha} if regmean else {}
         (making / "whence_mixture.json").write_text(json.dumps(told, indent=1))
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
@@ -289,33 +350,35 @@ def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json"))
 
 
-def _write_shards(pool: Pool, tensors: Iterable[tuple[str, Tensor]], out: Path, shard_bytes: int) -> None:
-    """One file, or several with an index; no more than one is held."""
-    place, start = Place.at(out), pool.start()
-    held: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
+def _write_shards(merge: _Merge, out: Path, shard_bytes: int) -> None:
+    """One file, or several with an index."""
+    place, described = Place.at(out), merge.start.described()
+    shards = _shards(described, shard_bytes)
 
-    def write() -> None:
-        data = safetensors.torch.save(held, metadata={"format": "pt"})
-        place.write(f"{len(shards)}.safetensors", [data], total=len(data))
-        shards.append(list(held))
-        held.clear()
+    def stored(name: str) -> Tensor:
+        return merge.tensor(name).to(described[name][0])
 
-    for name, tensor in tensors:
-        stored = tensor.to(start.read(name).dtype).contiguous()
-        if held and sum(own.nbytes for own in held.values()) + stored.nbytes > shard_bytes:
-            write()
-        held[name] = stored
-    write()
-    if len(shards) == 1:
-        (out / "0.safetensors").rename(out / "model.safetensors")
-        return
-    names = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"{number}.safetensors").rename(out / file)
-        names |= dict.fromkeys(shard, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}, indent=1))
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        whole = "model.safetensors"
+        file = whole if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        pieces, total = in_pieces(shard, stored, metadata={"format": "pt"})
+        place.write(file, pieces, total=total)
+        files |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+
+
+def _shards(described: Described, most: int) -> list[Described]:
+    """Tensors in their order, as many to a file as there is room for."""
+    shards, held = [dict[str, tuple[torch.dtype, tuple[int, ...]]]()], 0
+    for name, (dtype, shape) in described.items():
+        size = math.prod(shape) * dtype.itemsize
+        if held and held + size > most:
+            shards, held = [*shards, {}], 0
+        shards[-1][name] = (dtype, shape)
+        held += size
+    return list(shards)
 
 
 def mergekit_yaml(pool: Pool, mixture: Mixture, *, scale: float = 1.0) -> str:

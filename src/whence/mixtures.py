@@ -9,8 +9,8 @@ of three layouts:
 - one file with both, told apart by how a column's name begins: `train_NAME` or `mixture/NAME` is the share of a
   domain, `metric/NAME` or `loss/NAME` the loss on a set. In jsonl, `{"mixture": {...}, "loss": {...}}` is the same, and
   a domain that an object does not name has no share;
-- losses in the long layout that `whence ablate -o` writes, a row for each `mixture` and `set`, with the loss as `loss`,
-  `truth` or `merged` (the first that every row has); shares are in another file, with a column `name`, or in every row.
+- the long layout that `whence ablate -o` writes, a row for each `mixture` and `set`, with the loss as `loss`, `truth`
+  or `merged` (the first that every row has), and the shares as `mixture/NAME`, or in another file with a column `name`.
 
 What is wrong with a table is told here, by row and column, so that laws see clean numbers only.
 """

@@ -1,10 +1,11 @@
-"""Parts of the pages without a script: those of a selection and of a recovery.
+"""Parts of the pages without a script: those of a selection, of a recovery, of an ablation and of a mixing law.
 
 Corpus text is untrusted: whatever comes from a row, a source or a file's name goes through `shown` or `cut`, which
 escape it, and the page's policy allows no script and no address at all. The policy forbids inline styles too, so widths
 come as attributes of SVG.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
@@ -12,10 +13,12 @@ from string import Template
 from whence.answers import shown_text
 from whence.corpus import Row
 from whence.page import content_policy, packaged
-from whence.report import visible
+from whence.svg import number, shown
 
 LONGEST = 600
 """Characters of a row that are shown."""
+STRENGTHS = 10
+"""Of a heat map's colours, on either side of none."""
 
 
 def document(name: str, title: str, body: Iterable[str], *styles: str) -> str:
@@ -31,11 +34,6 @@ def document(name: str, title: str, body: Iterable[str], *styles: str) -> str:
     return Template(packaged(name)).substitute(
         policy=content_policy(style), title=shown(title), style=style, body="\n".join(part for part in body if part)
     )
-
-
-def shown(text: str) -> str:
-    """Text as HTML that shows it: escaped, its control characters visible, lone surrogates replaced."""
-    return escape(visible(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")))
 
 
 def cut(text: str | None, longest: int = LONGEST) -> str:
@@ -89,6 +87,70 @@ def axis(width: float, height: float, ticks: Mapping[float, str]) -> str:
         for place, name in ticks.items()
     )
     return f'<line x1="0" x2="{width:.0f}" y1="{height:.0f}" y2="{height:.0f}"/>{named}'
+
+
+# -- heat maps
+
+
+def heat_head(names: Iterable[str], *first: str) -> str:
+    """Names of a heat map's columns, as text; those upright in `first`, the others on end, for they are many."""
+    upright = "".join(f"<th>{shown(name)}</th>" for name in first)
+    return upright + "".join(f'<th class="end"><span>{shown(name)}</span></th>' for name in names)
+
+
+def heat_cell(value: float, largest: float, text: str, said: str, *, is_best: bool = False) -> str:
+    """A cell in blue below 0 and in orange above, as strong as the square root of the value's share of the largest.
+
+    Args:
+        value: What the colour tells.
+        largest: Magnitude of full strength.
+        text: In the cell.
+        said: On hovering.
+        is_best: Of its column.
+    """
+    best = " best" if is_best else ""
+    return f'<td class="{_heat(value, largest)}{best}" title="{shown(said)}">{shown(text)}</td>'
+
+
+def _heat(value: float, largest: float) -> str:
+    """Classes of a colour."""
+    if not (math.isfinite(value) and largest > 0):
+        return "n"
+    strength = round(STRENGTHS * math.sqrt(min(1.0, abs(value) / largest)))
+    return f"n {'below' if value < 0 else 'above'} s{strength}" if strength else "n"
+
+
+def ramp(largest: float, unit: str) -> str:
+    """What colours of a heat map mean."""
+    strengths = [step / STRENGTHS for step in range(-STRENGTHS, STRENGTHS + 1)]
+    drawn = "".join(
+        f'<rect class="{_heat(strength * abs(strength), 1.0)}" x="{10 * place}" y="0" width="10" height="10"/>'
+        for place, strength in enumerate(strengths)
+    )
+    form = "+.2g" if largest < 10 else "+.3g"
+    ends = [number(share * largest, form) for share in (-1.0, -0.25, 0.25, 1.0)]
+    names = "".join(
+        f'<text x="{x}" y="23" text-anchor="middle">{name}</text>'
+        for x, name in zip((5, 55, 155, 205), ends, strict=True)
+    )
+    middle = '<text x="105" y="23" text-anchor="middle">0</text>'
+    said = f"<title>Colours, from {ends[0]} to {ends[-1]} {shown(unit)}</title>"
+    size = 'viewBox="-16 0 242 26"'
+    return f'<svg class="ramp-of" {size} role="img">{said}{drawn}{names}{middle}</svg>'
+
+
+def panel(name: str, facts: Iterable[str], drawn: str) -> str:
+    """One of small multiples: a name and facts as text, over a picture."""
+    told = "".join(f"<span>{shown(fact)}</span>" for fact in facts)
+    return f"<figure><figcaption><b>{shown(name)}</b>{told}</figcaption>{drawn}</figure>"
+
+
+def panels(drawn: Iterable[str]) -> str:
+    """Small multiples."""
+    return f'<div class="panels">{"".join(drawn)}</div>'
+
+
+# -- rows of a corpus
 
 
 def shown_row(row: Row) -> str:

@@ -109,7 +109,7 @@ def train_pool(
             f"--by {chosen.by}: {len(parts)} partition in the corpus; two or more are expected, to be mixed"
         )
     with pool.place.locked():
-        todo = [part for name, part in parts.items() if name not in pool.members]
+        todo = [part for name, part in parts.items() if not pool.has(name)]
         with runner.progress("Training members", len(parts), done=len(parts) - len(todo), shown=shown) as tick:
 
             def work(part: Partition, report: runner.Tick) -> tuple[Path, float | None]:
@@ -122,8 +122,18 @@ def train_pool(
             for part, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(part.name, run, dtype=chosen.dtype, tokens=chosen.tokens,
                                         rows=len(part.pieces), loss=loss)  # fmt: skip
-                shutil.rmtree(Path(pool.place.root) / "work" / slug(part.name), ignore_errors=True)
+                _forget_work(pool)
+        _forget_work(pool)  # of a process that was killed right after its member was listed
     return pool
+
+
+def _forget_work(pool: Pool) -> None:
+    """Remove trainings whose members are there."""
+    work = Path(pool.place.root) / "work"
+    for name in pool.members:
+        shutil.rmtree(work / slug(name), ignore_errors=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
 
 
 def true_model(
@@ -154,6 +164,29 @@ def read_partitions(parent: str, corpus: Corpus, settings: PoolSettings) -> dict
     return partitions_of(
         corpus, tokenizer, by=settings.by, max_tokens=settings.max_tokens, unit_tokens=settings.unit_tokens
     )
+
+
+def pool_partitions(
+    pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, names: Iterable[str]
+) -> dict[str, Partition]:
+    """The rows that some members were trained on, from the corpus given or from where the pool remembers it.
+
+    Raises:
+        SettingError: There is no corpus, or it is not the members' own: a partition is missing, or has other rows.
+    """
+    origin = corpus if corpus is not None else pool.corpus
+    if origin is None or (corpus is None and not Path(str(origin)).exists()):
+        raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
+    opened = open_corpus(origin)
+    found = read_partitions(pool.parent, opened, PoolSettings(**pool.recipe))
+    for name in names:
+        rows, wanted = len(found[name].pieces) if name in found else 0, pool.members[name].rows
+        if rows != wanted:
+            raise SettingError(
+                f"{opened.name}: {rows} rows of the partition {name}, where its member was trained on {wanted}. Give "
+                "the pool's own corpus with --corpus."
+            )
+    return {name: found[name] for name in names}
 
 
 def trained(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *, tokens: int) -> Path:

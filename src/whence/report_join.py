@@ -1,6 +1,6 @@
 """What a person sees of a join: correlations in the terminal, and a scatter of scores against changes."""
 
-from html import escape
+import itertools
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -8,10 +8,9 @@ from rich.text import Text
 
 from whence.joining import Join, standard
 from whence.report import visible
+from whence.svg import COLOURS, dot, text
 
 SIZE, LEFT, TOP = 260.0, 64.0, 44.0
-COLOURS = ("#2563eb", "#b45309", "#1a7f4b", "#9333ea", "#c0392b", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#64748b")
-"""Of evaluation sets."""
 
 
 def join_report(found: Join) -> RenderableType:
@@ -40,30 +39,29 @@ def join_plot(found: Join) -> str:
     methods = list(found.correlations)
     sets = list(dict.fromkeys(row["set"] for row in found.points))
     width, height = LEFT + len(methods) * (SIZE + 40), TOP + SIZE + 60 + 18 * ((len(sets) + 3) // 4)
+    colours = dict(zip(sets, itertools.cycle(COLOURS), strict=False))
     parts = []
     for number, method in enumerate(methods):
         x0 = LEFT + number * (SIZE + 40)
         told = found.correlations[method]
-        parts.append(_text(x0, TOP - 18, method, "title"))
-        parts.append(
-            _text(x0, TOP - 4, f"Spearman {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f})", "axis")
-        )
+        parts.append(text(x0, TOP - 18, method, "title"))
+        said = f"Spearman {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f})"
+        parts.append(text(x0, TOP - 4, said, "axis"))
         parts.append(f'<rect class="frame" x="{x0}" y="{TOP}" width="{SIZE}" height="{SIZE}"/>')
-        for place, name in enumerate(sets):
+        for name in sets:
             own = [row for row in found.points if row["method"] == method and row["set"] == name]
             across, upward = (standard([row[key] for row in own]) for key in ("score", "change"))
             for row, x, y in zip(own, across, upward, strict=True):
                 cx, cy = (SIZE / 2 * (1 + max(-1.0, min(1.0, value / 3))) for value in (x, -y))
-                said = escape(visible(f"{row['partition']} for {name}: {row['change']:+.3f} nats without it"))
-                parts.append(_dot(x0 + cx, TOP + cy, place, said))
+                said = f"{row['partition']} for {name}: {row['change']:+.3f} nats without it"
+                parts.append(dot(x0 + cx, TOP + cy, said, fill=colours[name]))
     for place, name in enumerate(sets):
         x, y = LEFT + 160.0 * (place % 4), TOP + SIZE + 44.0 + 18.0 * (place // 4)
-        parts.append(_dot(x, y - 4, place))
-        parts.append(_text(x + 10, y, name, "axis"))
-    parts.append(
-        _text(LEFT, TOP + SIZE + 20, "score, summed over a partition's rows, standardised in each set", "axis")
-    )
-    upward = _text(0.0, 0.0, "loss without it", "axis", "middle")
+        parts.append(dot(x, y - 4, fill=colours[name]))
+        parts.append(text(x + 10, y, name, "axis"))
+    said = "score, summed over a partition's rows, standardised in each set"
+    parts.append(text(LEFT, TOP + SIZE + 20, said, "axis"))
+    upward = text(0.0, 0.0, "loss without it", "axis", "middle")
     parts.append(f'<g transform="translate(20 {TOP + SIZE / 2}) rotate(-90)">{upward}</g>')
     style = (
         "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#1c2024}.title{font-weight:600;font-size:15px}"
@@ -77,12 +75,3 @@ def join_plot(found: Join) -> str:
         f"<title>Scores summed by partition against the loss without that partition</title><style>{style}</style>"
         f"{''.join(parts)}</svg>\n"
     )
-
-
-def _dot(x: float, y: float, kind: int, said: str = "") -> str:
-    inner = f"<title>{said}</title>" if said else ""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[kind % len(COLOURS)]}">{inner}</circle>'
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(visible(text))}</text>'

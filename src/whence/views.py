@@ -36,6 +36,11 @@ class IndexView(GradientView):
         """Of one pass."""
         return self.index.settings.tokens_per_batch
 
+    def ids(self) -> Iterator[str]:
+        """Of every row."""
+        for part in range(len(self.index.store.manifest.parts)):
+            yield from (row["id"] for row in self.index.store.read_part(part))
+
     def examples(self) -> Iterator[Row]:
         """Every row."""
         for part in range(len(self.index.store.manifest.parts)):
@@ -117,6 +122,10 @@ class CorpusView:
     @cached_property
     def _count(self) -> int:
         return sum(1 for _ in self.corpus)
+
+    def ids(self) -> Iterator[str]:
+        """Of every row."""
+        return (example.id for example in self.corpus)
 
     def examples(self) -> Iterator[Row]:
         """Every row."""

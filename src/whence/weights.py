@@ -4,9 +4,10 @@ A tensor is read when it is asked for; nothing is unpickled.
 """
 
 import json
+import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from whence.errors import ModelError
 
-FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Their names in safetensors, in the order in which it stores them."""
+Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Types and shapes of tensors by their names."""
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constants that older files hold beside the parameters."""
 
@@ -50,6 +54,45 @@ class Weights:
                 f"{self.files[name]}: {name} is stored as {kind}, so it is quantised. Give the models in 16 or 32 bits."
             )
         return tensor
+
+    def described(self) -> Described:
+        """Types and shapes of all, one after the other."""
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name in self.files for tensor in (self.read(name),)}
+
+
+def in_pieces(
+    described: Described, read: Callable[[str], Float[Tensor, "..."]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[Iterator[bytes | memoryview], int]:
+    """A safetensors file in pieces, and how many bytes they are: those that `safetensors.torch.save` gives.
+
+    That function holds every tensor and then the whole file beside them; here one tensor is held at a time.
+
+    Args:
+        described: Of what is to be stored.
+        read: Called once for each name, when its turn comes, for a tensor on the CPU as it was described.
+        metadata: Words for the header.
+    """
+    order = sorted(described, key=lambda name: (list(FORMATS).index(described[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = described[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": FORMATS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return _pieces(text, order, described, read), 8 + len(text) + end
+
+
+def _pieces(
+    text: bytes, order: list[str], described: Described, read: Callable[[str], Tensor]
+) -> Iterator[bytes | memoryview]:
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        tensor = read(name).contiguous()
+        assert (tensor.dtype, tuple(tensor.shape)) == described[name], name
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
