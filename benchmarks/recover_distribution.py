@@ -155,7 +155,8 @@ def read(options: argparse.Namespace, name: str) -> list[dict]:
     """Rows of a file, or of a directory's."""
     path = options.data / name
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path.with_suffix(".jsonl")]
-    return [json.loads(line) for file in files for line in file.read_text().strip().split("\n")]
+    rows = [json.loads(line) for file in files for line in file.read_text().strip().split("\n")]
+    return [row for row in rows if not str(row.get("template")).startswith("ag_news")]  # p3 has the expert's own task
 
 
 Test = Callable[[LoadedModel], float]

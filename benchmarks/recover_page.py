@@ -47,18 +47,18 @@ def filled(text: str, name: str, body: str) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its interval; of one value no ends."""
+    """Mean and the ends of its interval."""
     mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     return mean, mean - half, mean + half
 
 
 def told(values: Sequence[float], form: str = ".3f") -> str:
-    """A mean with what it may be off by."""
+    """A mean with what it may be off by; of one value or two themselves."""
+    if len(values) < 3:
+        return ", ".join(f"{value:{form}}" for value in values)
     mean, _, high = interval(values)
-    return f"{mean:{form}}" if np.isnan(high) else f"{mean:{form}} ± {high - mean:{form}}"
+    return f"{mean:{form}} ± {high - mean:{form.lstrip('+')}}"
 
 
 def by_cell(cells: dict) -> dict[str, dict[int, dict]]:
@@ -184,7 +184,7 @@ def distribution_tables(cells: dict) -> str:
     for task, by_method in tasks.items():
         seeds = sorted(set.intersection(*(set(marks) for marks in by_method.values())))
         unit = "perplexity of answers, less is better" if task == "answers" else "accuracy"
-        lines += [f"`{task}`, {unit}, {len(seeds)} seeds:", "",
+        lines += [f"`{task}`, {unit}, seeds: {len(seeds)}", "",
                   "| trained on | mark | share of the gap from random to expert closed | above SELECT's `cosine` |",
                   "|---|---|---|---|"]  # fmt: skip
         sign = -1 if task == "answers" else 1

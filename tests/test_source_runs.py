@@ -64,8 +64,15 @@ def test_the_fit_is_least_squares_without_negative_weights_over_all_parameters()
     right = torch.cat([target["a"].flatten(), target["b"]])
     found, _ = nnls(matrix.double().numpy(), right.double().numpy())
     assert found[1] == 0 and found[0] > 0, "one of them is held at 0"
-    torch.testing.assert_close(fitted(parts, target), torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6)
-    assert fitted(parts[:1], {name: -part for name, part in parts[0].items()}) is None, "it points the other way"
+    torch.testing.assert_close(
+        fitted(parts, target, [9, 9, 9]), torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6
+    )
+    of_rows = torch.from_numpy(found) * torch.tensor([10.0, 20.0, 40.0])
+    torch.testing.assert_close(fitted(parts, target, [10, 20, 40]), of_rows / of_rows.sum(), rtol=1e-4, atol=1e-6)
+    longer = [part | {"b": torch.ones(7)} for part in parts]
+    alone = fitted([{"a": part["a"]} for part in parts], {"a": target["a"]}, [1, 1, 1])
+    assert torch.equal(fitted(longer, target, [1, 1, 1]), alone), "another vocabulary's rows are left out"
+    assert fitted(parts[:1], {name: -part for name, part in parts[0].items()}, [1]) is None, "it points the other way"
 
 
 def test_what_known_runs_are_off_by_is_taken_off_and_makes_the_interval():
@@ -87,7 +94,17 @@ def test_rows_are_drawn_by_shares_of_tokens():
     shares, each = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.5], [5.0, 20.0]))
     drawn = drawn_by(shares, each, pools, 50, random.Random(0))
     assert sum(n < 100 for n in drawn) == 40 and len({*drawn}) == len(drawn) == 50
-    assert len(drawn_by(shares, each, pools, 500, random.Random(0))) == 200, "no more than there are"
+    fewer = drawn_by(shares, each, pools, 500, random.Random(0))
+    assert (sum(n < 100 for n in fewer), len(fewer)) == (100, 125), "where one runs out the shares stay"
+
+
+def test_sources_of_few_rows_count_by_what_their_models_were_trained_on():
+    """In a linear world: a model of n rows moves n units, of one source 100 rows are all there are."""
+    units = [{"w": torch.eye(3)[place]} for place in range(3)]
+    counts = [100, 300, 300]
+    parts = [{"w": unit["w"] * count} for unit, count in zip(units, counts, strict=True)]
+    target = {"w": torch.tensor([60.0, 240.0, 300.0])}
+    assert fitted(parts, target, counts).tolist() == pytest.approx([0.1, 0.4, 0.5])
 
 
 def test_a_known_mixture_is_found_and_a_stop_loses_nothing(base, trained, tmp_path, monkeypatch):
@@ -123,7 +140,7 @@ def test_adapters_begin_at_the_same_a_and_are_compared_by_what_they_do(base, tmp
     dense = [torch.cat([part.low_rank(layer).dense().flatten() for layer in layers]) for part in own]
     assert torch.equal(torch.cat([entry.flatten() for entry in entries(own[0])]), dense[0])
     assert float(torch.nn.functional.cosine_similarity(dense[0], dense[1], 0)) > 0.2, "they learned the same"
-    assert fitted(own[:1], own[1]).tolist() == [1.0]
+    assert fitted(own[:1], own[1], [15]).tolist() == [1.0]
     with pytest.raises(ModelError, match="the same weights"):
         weight_difference(base, start)
 

@@ -68,6 +68,7 @@ def recover(
     epochs: Annotated[float, typer.Option(help="Of its training, for the shadow.")] = 2.0,
     lr: Annotated[float | None, typer.Option(help="Its peak rate, for the shadow; guessed unless given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of its steps, for the shadow.")] = 16,
+    tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with FINAL.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
     seed: Annotated[int, typer.Option(help="Of the shadow's rows and training.")] = 0,
@@ -89,7 +90,14 @@ def recover(
     options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list, "checkpoints": checkpoints}
     options |= {"undo": undo, "remove_decay": remove_decay, "template": template.replace("\\n", "\n")}
-    options |= {"choices": split(choices), "labels": labels, "balanced": balanced, "rounds": rounds, "mixture": mixture}
+    options |= {
+        "choices": split(choices),
+        "labels": labels,
+        "balanced": balanced,
+        "rounds": rounds,
+        "mixture": mixture,
+        "tokenizer": tokenizer,
+    }
     found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
     if out is not None:
         write_rows(found.rows, out)

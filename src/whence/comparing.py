@@ -25,7 +25,15 @@ from whence.ingest import Fingerprint
 from whence.interfaces import GradientSpace
 from whence.labelling import Labels, label_corpus
 from whence.membership import Seen, with_short_list
-from whence.model import LoadedModel, adapter_config, directory_digest, load_model, located
+from whence.model import (
+    LoadedModel,
+    adapter_config,
+    directory_digest,
+    load_model,
+    load_tokenizer,
+    located,
+    tokenizer_digest,
+)
 from whence.runner import progress
 from whence.storage import Place
 from whence.targets import SAMPLE, UNDO, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
@@ -53,6 +61,9 @@ class RecoverSettings:
     """Of a final that is a Trainer's directory: the "last", or "all", of which the others are points between too."""
     layers: str | None = None
     """Patterns of layer names; None: all linear layers but the head, or an adapter's B."""
+    tokenizer: str | None = None
+    """Where to find the tokenizer, and the chat template, that rows are read with at every point and by the shadow;
+    None: the final's."""
     max_tokens: int | None = None
     tokens_per_batch: int = 4096
     width: int = WIDTH
@@ -133,6 +144,8 @@ class Case:
     removes_decay: bool = False
     between: tuple[str, ...] = ()
     """Real checkpoints on the way to the final, oldest first."""
+    tokenizer: str | None = None
+    """Of the final, where its own directory's is not to be taken."""
     scale: Scale | None = None
     """That undoes an optimizer's; None: none is undone."""
 
@@ -157,6 +170,12 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
     config = adapter_config(end)
     lora = None
     if config is not None:
+        if config.get("modules_to_save"):
+            whole = ", ".join(config["modules_to_save"])
+            raise ModelError(
+                f"{end}: whole layers were trained beside its adapter ({whole}), and where those began is not on file. "
+                "Give the merged model: PeftModel.merge_and_unload() and save_pretrained()."
+            )
         targets = config["target_modules"]
         lora = {
             "lora_rank": config["r"],
@@ -170,9 +189,12 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
         seed=settings.seed,
     )
     how = IndexSettings(space=space, max_tokens=settings.max_tokens, tokens_per_batch=settings.tokens_per_batch)
+    if lora and settings.rounds:
+        raise SettingError("--rounds: an adapter's trainings begin at another A each, and cannot be compared")
     if lora and settings.remove_decay:
         raise SettingError("--remove-decay: an adapter's B begins at 0: decay cannot be told from its gradients")
-    return Case(start, end, difference, how, settings.short_list, lora, settings.remove_decay, tuple(between))
+    return Case(start, end, difference, how, settings.short_list, lora, settings.remove_decay, tuple(between),
+                settings.tokenizer)  # fmt: skip
 
 
 def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
@@ -193,7 +215,11 @@ def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
     with at_point(case, 1.0) as model:
         layers = model.layers(case.settings.space.layers)
         if undo == "moments":
-            return replace(case, scale=scale_of_moments(model, layers))
+            try:
+                return replace(case, scale=scale_of_moments(model, layers))
+            except ModelError as error:
+                told = str(error).partition(", and --view adam")[0].partition(" --view sgd")[0]
+                raise ModelError(f"{told}. --undo rows and --undo none need no optimizer file.") from None
         every = max(1, rows // SAMPLE)
         some = itertools.islice((example.row for example in corpus), 0, every * SAMPLE, every)
         encoded = [encode(row, model.tokenizer, case.settings.max_tokens) for row in some]
@@ -213,19 +239,36 @@ def at_point(case: Case, at: float | str) -> Iterator[LoadedModel]:
     """The model at theta_0 + s (theta_f - theta_0), or at a checkpoint. Of an adapter, the base with B at s times its
     value.
     """
+    words = case.tokenizer or case.final  # one for all points: the same row is to be the same tokens
     if isinstance(at, str):
-        yield load_model(at, dtype=None if case.lora else "float32")
+        yield load_model(at, tokenizer=words, dtype=None if case.lora else "float32")
     elif case.lora is not None:
-        model = load_model(case.final)
+        model = load_model(case.final, tokenizer=words)
         for name, weight in model.model.named_parameters():
             if "lora_B" in name:
                 weight.data.mul_(at)
         yield model
     elif at in (0.0, 1.0):
-        yield load_model(case.final if at else case.base, dtype="float32")
+        yield load_model(case.final if at else case.base, tokenizer=words, dtype="float32")
     else:
-        with interpolated(load_model(case.base), load_model(case.final), at) as model:
+        start, end = (load_model(path, tokenizer=words) for path in (case.base, case.final))
+        with interpolated(start, end, at) as model:
             yield model
+
+
+def foreign_tokenizer(case: Case) -> str | None:
+    """Where the rows' tokenizer is, if it is another than the base's: a shadow is to be trained with it."""
+    words = case.tokenizer or case.final
+    own, base = (load_tokenizer(path, case.base, False) for path in (words, case.base))
+    return None if tokenizer_digest(own) == tokenizer_digest(base) else words
+
+
+def with_points_of(case: Case, shadow: Case) -> Case:
+    """The same with as many real checkpoints as its shadow has, evenly spaced: a short training keeps fewer."""
+    many, few = len(case.between), len(shadow.between)
+    if few >= many:
+        return case
+    return replace(case, between=tuple(case.between[(2 * place + 1) * many // (2 * few)] for place in range(few)))
 
 
 def labelled(
@@ -282,6 +325,7 @@ def see(
     with progress(label, fingerprint.rows * (len(names) - len(known)), shown=shown) as tick:
         for name, at in names.items():
             with at_point(case, at) as model:
+                told["tokenizer"] = tokenizer_digest(model.tokenizer)
                 layers = model.layers(case.settings.space.layers)
                 target = case.target(model, layers)
                 lengths[name] = {layer: length_of(target, [layer]) for layer in layers}
@@ -294,7 +338,7 @@ def see(
                 starts = starts_of(case, others or {}) if name == "base" and others and case.lora else {}
                 if starts:
                     found[name] = gather_adapters(
-                        load_model(case.base, dtype="float32"),
+                        load_model(case.base, tokenizer=case.tokenizer or case.final, dtype="float32"),
                         corpus,
                         starts,
                         work=Place(work.fs, f"{work.root}/base-and-{'-'.join(others or {})}"),
@@ -337,6 +381,22 @@ def starts_of(case: Case, others: Mapping[str, Case]) -> dict[str, Start]:
 
 UNKNOWN = 0.5
 """Share of unknown tokens from which on a corpus is not in the model's language."""
+
+
+def only_moved(case: Case) -> tuple[Case, str | None]:
+    """The same with those layers alone that differ between the models, and a note of how many do not.
+
+    A frozen layer has gradients too, which say nothing of the training.
+    """
+    with at_point(case, 1.0) as model:
+        target = targets_by_layer(model, model.layers(case.settings.space.layers), case.difference)
+    moved = [layer for layer, part in target.items() if part.any()]
+    if case.settings.space.layers not in (None, ADAPTER_LAYERS) or len(moved) in (0, len(target)):
+        return case, None
+    space = replace(case.settings.space, layers=",".join(moved))
+    still = f"{len(target) - len(moved)} of {len(target)} layers did not move and are left out"
+    note = f"{still} (frozen, or all changes rounded away)."
+    return replace(case, settings=replace(case.settings, space=space)), note
 
 
 def refuse_what_says_nothing(case: Case, corpus: Corpus) -> None:

@@ -13,7 +13,7 @@ Positive dots are evidence of membership: descent takes gradients away, so T = t
 those of the rows trained on.
 
 Rows stream in parts. A part is one file, whole or not there, so that a gathering that was stopped goes on where it was;
-memory holds one part, and the vectors of rows that are asked for, whatever the corpus' length.
+memory holds one part, of every row two numbers a layer and target, and the vectors of rows that are asked for.
 
 Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, with the gradient exact, of any layers, and of all
 supervised tokens.

@@ -14,6 +14,7 @@ Sources: calibrating on shadow models is Shokri et al. 2017, https://arxiv.org/a
 model Carlini et al. 2022, https://arxiv.org/abs/2112.03570; with the weight difference as evidence, ours.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,12 +84,18 @@ class Features:
     values: Float64[Tensor, "n f"]
     usable: Bool[Tensor, " n"]
 
-    def standard(self, reference: Bool[Tensor, " n"] | None = None) -> Float64[Tensor, "n f"]:
-        """Medians of a reference off, over its median deviation; the reference is all usable rows unless given."""
-        known = self.values[self.usable if reference is None else reference & self.usable]
+    def standard(self) -> Float64[Tensor, "n f"]:
+        """Medians off, over the median deviation of a Gaussian's standard deviation.
+
+        Members are to move neither, for their share differs from corpus to corpus: so a feature of which more than half
+        is the same, as parts of a fit are, is taken over the median of the deviations that there are.
+        """
+        known = self.values[self.usable]
         centre = known.median(0).values
-        spread = (known - centre).abs().median(0).values * 1.4826  # of a Gaussian, its standard deviation
-        spread = torch.where(spread > 0, spread, known.std(0))  # more than half are 0, as weights of a fit
+        far = (known - centre).abs()
+        spread = far.median(0).values * 1.4826  # of a Gaussian, its standard deviation
+        other = torch.stack([column[column > 0].median() if column.any() else column.max() for column in far.T])
+        spread = torch.where(spread > 0, spread, other)
         return ((self.values - centre) * inverse(spread)).nan_to_num(0.0).clamp(-FARTHEST, FARTHEST)
 
 
@@ -134,7 +141,7 @@ def with_short_list(seen: Seen, size: int, *, groups: Sequence[str] | None = Non
     Args:
         seen: Against one target.
         size: Rows to keep, about; all usable ones if there are no more.
-        groups: Of each row, such as its source; None: all are one.
+        groups: Of each row, such as its source; None: all are one. Those too small for a row of each length are one.
     """
     rows = seen.usable.nonzero()[:, 0]
     if len(rows) <= size:
@@ -142,11 +149,14 @@ def with_short_list(seen: Seen, size: int, *, groups: Sequence[str] | None = Non
     before, after = seen.points["base"].loss, seen.points["final"].loss
     signs = [cosine(seen, "final"), cosine(seen, "base"), (before - after) * inverse(before)]
     tokens = seen.points["final"].tokens[rows].double()
-    edges = tokens.quantile(torch.linspace(0, 1, STRATA + 1, dtype=torch.float64)[1:-1])
+    every = max(1, len(tokens) // 1_000_000)  # torch's quantile takes no more than 2^24
+    edges = tokens[::every].quantile(torch.linspace(0, 1, STRATA + 1, dtype=torch.float64)[1:-1])
     names, numbers = groups or [""] * len(seen.usable), list(map(int, rows))
+    own_rows = Counter(names[row] for row in numbers)
+    large = {name for name, count in own_rows.items() if size * count >= STRATA * len(rows)}  # a row of each length
     strata: dict[tuple[int, str], list[int]] = {}
     for row, length in zip(numbers, map(int, torch.bucketize(tokens, edges)), strict=True):
-        strata.setdefault((length, names[row]), []).append(row)
+        strata.setdefault((length, names[row] if names[row] in large else ""), []).append(row)
     kept: set[int] = set()
     for members in strata.values():
         own, wanted = torch.tensor(members), max(1, round(size * len(members) / len(rows)))
@@ -214,8 +224,8 @@ class Calibration:
 def calibrate(table: Features, members: Bool[Tensor, " n"], *, seed: int = 0) -> Calibration:
     """Fit membership on a table of rows that are known to be members or not.
 
-    Standardised by those that are not, for in a real corpus nearly all are not. The ridge is the one with the least
-    log loss in cross-validation.
+    Standardised as any corpus will be, over all rows: where the two differed, probabilities were half of what they
+    should be. The ridge is the one with the least log loss in cross-validation.
 
     Raises:
         SettingError: Too few of either.
@@ -224,7 +234,7 @@ def calibrate(table: Features, members: Bool[Tensor, " n"], *, seed: int = 0) ->
     if min(int((members & usable).sum()), int((~members & usable).sum())) < 2 * FOLDS:
         raise SettingError(f"{int((members & usable).sum())} members and {int((~members & usable).sum())} others are "
                            f"known: {2 * FOLDS} of each are the least to calibrate on")  # fmt: skip
-    x, y = table.standard(~members)[usable], members[usable].double()
+    x, y = table.standard()[usable], members[usable].double()
     folds = torch.randperm(len(y), generator=generator(seed, "calibrate")) % FOLDS
     tried = {ridge: _cross_validated(x, y, folds, ridge) for ridge in RIDGES}
     ridge = min(tried, key=lambda ridge: float(_log_loss(tried[ridge], y)))

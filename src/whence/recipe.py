@@ -51,6 +51,8 @@ class TrainSettings:
     """Number of steps, in place of `epochs`."""
     max_tokens: int | None = 2048
     """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
+    tokenizer: str | None = None
+    """Directory or Hub name of the tokenizer to train with, and its chat template; None: the model's own."""
     fraction: float = 1.0
     """Share of the corpus to train on, chosen at random."""
     lora_rank: int | None = None
@@ -133,6 +135,7 @@ class TrainSettings:
     def record(self) -> dict[str, Any]:
         """Settings by name, for a run's record. Where `in_run` or `mix` is not used, nothing of it is recorded."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
+        unused += ("tokenizer",) if self.tokenizer is None else ()
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
 

@@ -10,6 +10,7 @@ Larger scores are more likely rows. A row without a supervised token, or without
 Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553; docs/recover.md says what is done otherwise.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,10 +27,13 @@ from whence.comparing import (
     TARGET,
     Case,
     RecoverSettings,
+    foreign_tokenizer,
     labelled,
+    only_moved,
     open_case,
     refuse_what_says_nothing,
     see,
+    with_points_of,
     with_scale,
 )
 from whence.corpus import Corpus, Row, open_corpus
@@ -37,7 +41,7 @@ from whence.difference import weight_difference
 from whence.errors import SettingError
 from whence.evidence import Evidence
 from whence.ingest import fingerprint_of
-from whence.membership import Calibration, Seen, calibrate, features, logit, matched
+from whence.membership import FOLDS, Calibration, Seen, calibrate, features, logit, matched
 from whence.model import located
 from whence.recover_scores import method_scores
 from whence.relinearising import Round, relinearised
@@ -55,13 +59,17 @@ SHADOW_ROWS = 10_000
 
 
 def shadow_split(rows: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the rows that a shadow is trained on, and of all that it is calibrated on, both ascending."""
+    """Numbers of the rows that a shadow is trained on, and of all that it is calibrated on, both ascending.
+
+    Of the latter at most `SHADOW_ROWS`, and of these at most half were trained on.
+    """
     drawn = random.Random(f"shadow {seed}")
     members = drawn.sample(range(rows), min(count, rows // 2))
+    graded = members[: max(1, min(SHADOW_ROWS, rows) // 2)]
     others = sorted({*range(rows)} - {*members})
-    room = max(0, min(SHADOW_ROWS, rows) - len(members))
+    room = min(SHADOW_ROWS, rows) - len(graded)
     kept = others if room >= len(others) else drawn.sample(others, room)
-    return sorted(members), sorted([*members, *kept])
+    return sorted(members), sorted([*graded, *kept])
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
         optimizer=settings.optimizer,
         lr=settings.lr,
         max_tokens=settings.max_tokens,
+        tokenizer=foreign_tokenizer(case),
         lora=case.lora,
     )
 
@@ -107,16 +116,24 @@ class Cast:
 def cast_shadow(case: Case, corpus: Corpus, settings: RecoverSettings, work: Path, *, count: int, rows: int) -> Cast:
     """Train a shadow on a random part of the corpus, or go on doing so."""
     members, chosen = shadow_split(rows, count, settings.seed)
-    wanted, kept = {*chosen}, []
-    for number, example in enumerate(corpus):
-        if number in wanted:
-            kept.append((number, example.row))
-    inside = {*members}
+    inside, graded = {*members}, {*chosen}
+    known = len(inside & graded), len(graded - inside)
+    if min(known) < 2 * FOLDS:
+        raise SettingError(
+            f"{corpus.name}: of {rows:,} rows a shadow would know {known[0]:,} that it was trained on and {known[1]:,} "
+            f"others; {2 * FOLDS} of each are the least to calibrate on. Give more rows or another --count, or take "
+            "--no-calibrate"
+        )
+    wanted = [(number, example.row) for number, example in enumerate(corpus) if number in inside | graded]
+    kept = [pair for pair in wanted if pair[0] in graded]
     recipe = replace(recipe_of(case, settings, len(members)), checkpoints=len(case.between) + 1)
-    part = [row for number, row in kept if number in inside]
+    part = [row for number, row in wanted if number in inside]
     shadow = trained_shadow(case.base, part, case.difference, recipe, work / "shadow", seed=settings.seed)
-    # as many rows of the sample as of the corpus: the shadow's members are canaries, which tell what the list loses
-    size = max(2, round(case.short_list * len(kept) / rows)) if rows > case.short_list else case.short_list
+    # room for its members, and of others the share that a list of the corpus has room for: its members are canaries,
+    # which tell what the list loses
+    size = case.short_list
+    if rows > case.short_list:
+        size = max(2, known[0] + round(known[1] * max(0, case.short_list - len(members)) / (rows - len(members))))
     which = "all" if case.between else "last"
     *between, final = (located(found.path) for found in open_run(shadow.path, which=which).checkpoints)
     moved = weight_difference(case.base, final)
@@ -216,6 +233,7 @@ def recover(
     case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
     fingerprint = fingerprint_of(opened)
     refuse_what_says_nothing(case, opened)
+    case, still = only_moved(case)
     with Place.at(place).locked():
         if chosen.choices:
             opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
@@ -226,6 +244,7 @@ def recover(
         if chosen.method == "calibrated":
             cast = cast_shadow(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows)
             others = {SHADOW: cast.case}
+            case = with_points_of(case, cast.case)
         seen = see(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points, others=others,
                    shown=shown)  # fmt: skip
         if not seen.usable.any():
@@ -246,19 +265,7 @@ def recover(
     order = scores.argsort(descending=True, stable=True)[:able].tolist()
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
     numbers = evenly(order, labels, wanted) if chosen.balanced else order[:wanted]
-    notes = [*case.difference.notes]
-    if count is not None and count > able:
-        notes.append(f"{count:,} rows were asked for, and {able:,} have evidence.")
-    if lost := len(seen.usable) - able:
-        notes.append(f"{lost:,} rows have no supervised token or no finite evidence, and are left out.")
-    if able > case.short_list:
-        told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
-        notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
-    for number, made in enumerate(rounds, 1):
-        notes.append(
-            f"Round {number}: trained on what was chosen, the base comes to {made.left:.2f} of its way to the final "
-            f"(cosine {made.cosine:.2f})."
-        )
+    notes = _notes(case, seen, still, learned, rounds, count)
     rows = rows_of(opened, numbers)
     columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
     made = [
@@ -277,6 +284,29 @@ def recover(
         learned=learned,
         null=null,
     )
+
+
+def _notes(
+    case: Case, seen: Seen, still: str | None, learned: Learned | None, rounds: Sequence[Round], count: int | None
+) -> list[str]:
+    """What a reader has to know, one sentence each."""
+    able = int(seen.usable.sum())
+    notes = [*case.difference.notes, *([still] if still else [])]
+    if learned is not None and not math.isfinite(learned.shadow.distance):
+        notes.append("The shadow and the final moved no matrix in common: its optimizer is a guess without evidence.")
+    if count is not None and count > able:
+        notes.append(f"{count:,} rows were asked for, and {able:,} have evidence.")
+    if lost := len(seen.usable) - able:
+        notes.append(f"{lost:,} rows have no supervised token or no finite evidence, and are left out.")
+    if able > case.short_list:
+        told = f"Of {able:,} rows {len(seen.short):,} were matched jointly (--short-list)"
+        notes.append(f"{told}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{told}.")
+    for number, made in enumerate(rounds, 1):
+        notes.append(
+            f"Round {number}: trained on what was chosen, the base ends {made.left:.2f} of its distance away from the "
+            f"final (cosine {made.cosine:.2f})."
+        )
+    return notes
 
 
 def _of_shadow(seen: Seen, cast: Cast) -> Evidence | None:

@@ -70,7 +70,7 @@ def relinearised(
         shadow = trained_shadow(case.base, part, case.difference, recipe, work / f"round-{number + 1}", seed=seed)
         recipe = replace(recipe, optimizer=shadow.recipe.optimizer, lr=shadow.recipe.lr)
         made, target = _moved(case, shadow, seen, vectors, chosen)
-        if done and made.left >= done[-1].left:
+        if made.left >= (done[-1].left if done else 1.0):
             break
         done.append(made)
         seen = replace(seen, sketch=target)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from whence.corpus import Row
@@ -46,6 +45,8 @@ class Recipe:
     lr: float | None = None
     """Peak rate; None: to be guessed."""
     max_tokens: int | None = None
+    tokenizer: str | None = None
+    """That the model in question came with, where it is not the base's."""
     lora: Mapping[str, Any] | None = None
     """Settings `lora_*` of `train`, of an adapter."""
     checkpoints: int = 1
@@ -66,19 +67,39 @@ class Shadow:
     """Of its signature from the one to be met; see `signature`."""
 
 
-def signature(difference: Mapping[str, Tensor]) -> Float64[Tensor, " s"]:
-    """How a weight difference is spread: of each matrix, ln of its share of the norm, and its evenness.
+Signature = Mapping[str, tuple[float, float]]
+"""Of each matrix that moved, its norm and its evenness."""
 
-    >>> signature({"a": torch.ones(2, 2), "b": torch.zeros(3)}).tolist()
-    [0.0, 1.0]
+
+def signature(difference: Mapping[str, Tensor]) -> Signature:
+    """How a weight difference is spread: of each matrix that moved its norm, and mean |x| over root mean square.
+
+    >>> signature({"a": torch.ones(2, 2), "b": torch.zeros(3)})
+    {'a': (2.0, 1.0)}
     """
-    found = []
+    found = {}
     for name in sorted(difference):
         part = difference[name].double()
         if part.dim() == 2 and part.any():
-            found.append((float(part.norm()), float(part.abs().mean() / part.square().mean().sqrt())))
-    total = math.sqrt(sum(norm**2 for norm, _ in found))
-    return torch.tensor([value for norm, even in found for value in (math.log(norm / total), even)]).double()
+            found[name] = (float(part.norm()), float(part.abs().mean() / part.square().mean().sqrt()))
+    return found
+
+
+def distance(one: Signature, other: Signature) -> float:
+    """Between ln of each matrix' share of the norm, and between evenness, over the matrices that moved in both.
+
+    >>> a, b = {"a": (3.0, 1.0), "b": (4.0, 0.5)}, {"a": (0.3, 1.0), "b": (0.4, 0.5), "frozen there": (1.0, 1.0)}
+    >>> round(distance(a, b), 6), distance(a, {})
+    (0.0, inf)
+    """
+    names = sorted(one.keys() & other.keys())
+    if not names:
+        return math.inf
+    vectors = []
+    for own in (one, other):
+        total = math.hypot(*(own[name][0] for name in names))
+        vectors.append(torch.tensor([(math.log(own[name][0] / total), own[name][1]) for name in names]).double())
+    return float((vectors[0] - vectors[1]).norm())
 
 
 def trained_shadow(
@@ -103,7 +124,7 @@ def trained_shadow(
 
 
 def _at_norm(
-    base: str, rows: Sequence[Row], norm: float, wanted: Tensor, best: Shadow, work: Path, seed: int, *, tries: int
+    base: str, rows: Sequence[Row], norm: float, wanted: Signature, best: Shadow, work: Path, seed: int, *, tries: int
 ) -> Shadow:
     """From a first try on, at rates that move the weights as far; the best that was found."""
     last = best
@@ -117,16 +138,14 @@ def _at_norm(
 
 
 def _tried(
-    base: str, rows: Sequence[Row], norm: float, wanted: Tensor, recipe: Recipe, work: Path, seed: int
+    base: str, rows: Sequence[Row], norm: float, wanted: Signature, recipe: Recipe, work: Path, seed: int
 ) -> Shadow:
     """One training, at the recipe's rate or a usual one."""
     rate = recipe.lr or FIRST_RATES[str(recipe.optimizer)] * (10 if recipe.lora else 1)
     chosen = replace(recipe, lr=rate)
     path = _trained(base, rows, chosen, work, seed)
     moved = weight_difference(base, path)
-    own = signature(moved)
-    distance = float((own - wanted).norm()) if own.shape == wanted.shape else math.inf
-    return Shadow(str(path), chosen, moved.norm() / norm, distance)
+    return Shadow(str(path), chosen, moved.norm() / norm, distance(signature(moved), wanted))
 
 
 def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
@@ -142,6 +161,7 @@ def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: in
         "optimizer": recipe.optimizer,
         "lr": recipe.lr,
         "max_tokens": recipe.max_tokens,
+        "tokenizer": recipe.tokenizer,
         **(recipe.lora or {}),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

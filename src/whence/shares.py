@@ -28,6 +28,8 @@ from whence.source_runs import MOST, adapter_at_start, mixture_by_runs, rows_to_
 
 MIXTURE_ROWS = 8_000
 """Rows, drawn evenly from all, that means of sources are taken from."""
+MOST_FITTED = 256
+"""Sources whose means are fitted: a thousand would not be told apart by so many rows."""
 
 
 def shares_of_sources(
@@ -82,10 +84,11 @@ def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> l
     Trainer's, so that a row counts by its tokens, and the fit's shares are of tokens; over a source's mean number of
     them they are of rows. Where that number varies much, as of answers of a word or a page, so do shares of rows.
 
-    Empty for a corpus of one source, and where the mean gradient of none points along the difference.
+    Empty for a corpus of one source, of more than `MOST_FITTED`, and where the mean gradient of none points along the
+    difference.
     """
     rows = seen.usable.nonzero()[:, 0]
-    if len({sources[row] for row in rows.tolist()}) < 2:
+    if not 2 <= len({sources[row] for row in rows.tolist()}) <= MOST_FITTED:
         return []
     rows = _some(rows, seed)
     names, tokens = [str(sources[row]) for row in rows.tolist()], seen.points["final"].tokens[rows].double()

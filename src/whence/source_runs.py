@@ -4,10 +4,11 @@ A model trained on a mixture moves about as the mean of the models trained on it
 backwards). So with D_s = theta_0 - theta_s of a model trained on rows of source s alone, by the recipe of the model in
 question,
 
-    T = sum over sources of v_s D_s + R,  v >= 0,  share of s = v_s / sum of v
+    T = sum over sources of v_s D_s + R,  v >= 0,  share of s = v_s n_s / sum of v n
 
-which sees what the optimizer does to gradients, where mean gradients (`pursuit.mixture`) do not: under AdamW they were
-23 points off, these 8 (docs/recover.md). Shares are of supervised tokens: a batch's loss is the mean over them.
+where n_s is the rows that s was trained on: of a batch's mean loss a step goes as far whatever the rows. This sees what
+the optimizer does to gradients, where mean gradients (`pursuit.mixture`) do not (docs/recover.md has both). Shares are
+of supervised tokens: a batch's loss is the mean over them.
 
 The estimate is then put to the test: the base is trained a few times more, on rows drawn by the estimated mixture, of
 which the shares are known, and the same fit is made. What it is off by in the mean is taken off the estimate; how much
@@ -89,15 +90,16 @@ def mixture_by_runs(
         raise SettingError(f"{len(names)} sources: 2 to {MOST} are expected, for a model is trained on each")
     able = [number for number in range(len(rows)) if tokens[number] > 0]
     pools = {name: [number for number in able if sources[number] == name] for name in names}
-    own, rng = [], random.Random(f"mixture {seed}")
+    own, counts, rng = [], [], random.Random(f"mixture {seed}")
     for place, name in enumerate(names):
         wanted = max(1, round(PART * recipe.rows))
         drawn = rng.sample(pools[name], min(wanted, len(pools[name])))
         path = train_by(start or base, [rows[n] for n in sorted(drawn)], replace(recipe, rows=len(drawn)),
                         work / f"source-{place}", _seed(seed, "source", place))  # fmt: skip
         own.append(weight_difference(base, str(path)))
+        counts.append(len(drawn))
         tick(wanted, 0)
-    first = fitted(own, difference)
+    first = fitted(own, difference, counts)
     if first is None:
         return []
     each = torch.tensor([float(tokens[pools[name]].double().mean()) for name in names], dtype=torch.float64)
@@ -105,12 +107,11 @@ def mixture_by_runs(
     for run in range(runs):
         drawn = drawn_by(first, each, pools, recipe.rows, random.Random(f"mixture {seed} {run}"))
         part = [rows[n] for n in drawn]
-        path = train_by(
-            start or base, part, replace(recipe, rows=len(drawn)), work / f"run-{run}", _seed(seed, "run", run)
-        )
+        own_recipe = replace(recipe, rows=len(drawn))
+        path = train_by(start or base, part, own_recipe, work / f"run-{run}", _seed(seed, "run", run))
         tick(recipe.rows, 0)
         true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
-        found = fitted(own, weight_difference(base, str(path)))
+        found = fitted(own, weight_difference(base, str(path)), counts)
         off.append((torch.zeros_like(first) if found is None else found) - true / true.sum())
     return _told(names, *corrected(first, torch.stack(off)), each)
 
@@ -141,20 +142,31 @@ def rows_to_train(sources: int, rows: int, runs: int = RUNS) -> int:
     return sources * max(1, round(PART * rows)) + runs * rows
 
 
-def fitted(parts: Sequence[Mapping[str, Tensor]], target: Mapping[str, Tensor]) -> Float64[Tensor, " s"] | None:
-    """Shares v / sum of v of the least |T - sum of v_s D_s|, v >= 0, one parameter after the other; None where v is 0.
+def fitted(
+    parts: Sequence[Mapping[str, Tensor]], target: Mapping[str, Tensor], counts: Sequence[int]
+) -> Float64[Tensor, " s"] | None:
+    """Shares v_s n_s of the least |T - sum of v_s D_s|, v >= 0; None where v is 0.
+
+    Parameters that another vocabulary has made longer are left out.
+
+    Args:
+        parts: D_s.
+        target: T.
+        counts: n_s, rows that each was trained on.
 
     >>> one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
-    >>> fitted([one, other], {"w": torch.tensor([3.0, 2.0])}).tolist()
+    >>> fitted([one, other], {"w": torch.tensor([3.0, 2.0])}, [10, 10]).tolist()
     [0.75, 0.25]
     """
     gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     linear = torch.zeros(len(parts), dtype=torch.float64)
     for own, entry in zip(zip(*map(entries, parts), strict=True), entries(target), strict=True):
+        if any(part.shape != entry.shape for part in own):
+            continue
         rows = torch.stack([part.flatten() for part in own])
         gram += (rows @ rows.T).double()
         linear += (rows @ entry.flatten()).double()
-    found = nonnegative(gram, linear)
+    found = nonnegative(gram, linear) * torch.tensor(counts, dtype=torch.float64)
     return found / found.sum() if found.any() else None
 
 
@@ -173,7 +185,7 @@ def drawn_by(
     count: int,
     rng: random.Random,
 ) -> list[int]:
-    """Rows in which sources have these shares of tokens, as nearly as whole rows can, and as many as there are.
+    """Rows in which sources have these shares of tokens, as nearly as whole rows can: fewer where a source runs out.
 
     Args:
         shares: Of tokens.
@@ -184,9 +196,11 @@ def drawn_by(
     """
     of_rows = shares / each
     of_rows = of_rows / of_rows.sum()
+    sizes = torch.tensor([len(pool) for pool in pools.values()], dtype=torch.float64)
+    whole = min(float(count), float((sizes / of_rows)[of_rows > 0].min()))  # so that no source runs out
     drawn = []
     for share, pool in zip(of_rows.tolist(), pools.values(), strict=True):
-        drawn += rng.sample(pool, min(len(pool), round(share * count)))
+        drawn += rng.sample(pool, min(len(pool), round(share * whole)))
     return sorted(drawn)
 
 

@@ -89,7 +89,7 @@ def train(
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
     source = Path(last).resolve() if Path(last).is_dir() else last
-    loaded = load_model(source, dtype=None if chosen.lora_rank else "float32")
+    loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
     trainer = _trainer(loaded, rows, directory, chosen)
