@@ -104,8 +104,10 @@ def planted_tables(cells: dict) -> str:
     lines.append(f"| all {len(every['best'])} | {told(every['best'], '+.3f')} | {told(every[SELECT], '+.3f')} |")
     right = [cell["guessed"]["optimizer"] == kind.partition("-")[0] for kind in kinds for cell in kinds[kind].values()]
     expected = [cell["expected members"] for kind in kinds for cell in kinds[kind].values()]
+    rare = [cell["others with p at most 0.01"] for kind in kinds for cell in kinds[kind].values()]
     lines += ["", f"The shadow's optimizer was guessed right in {sum(right)} of {len(right)}. Members expected by the "
-              f"probabilities: {min(expected):.0f} to {max(expected):.0f}, where there are 500."]  # fmt: skip
+              f"probabilities: {min(expected):.0f} to {max(expected):.0f}, where there are 500. Others with a p-value "
+              f"of at most .01: {min(rare):.1%} to {max(rare):.1%}."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from whence.membership import features
 from whence.model import load_model
 from whence.numerics import auroc
 from whence.recover_scores import SCORES, method_scores
-from whence.recovery import Cast, cast_shadow, learn
+from whence.recovery import Cast, cast_shadow, learn, p_values_of
 from whence.storage import Place
 from whence.train import train
 
@@ -126,7 +126,9 @@ def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Evi
              for name in SCORES}  # fmt: skip
     start = time.perf_counter()
     learned = learn(cell.cast, cell.settings, cell.work, base=known("shadow"), shown=False)
-    odds = learned.calibration.log_odds(features(seen), share=options.planted / options.rows)
+    table = features(seen)
+    odds = learned.calibration.log_odds(table, share=options.planted / options.rows)
+    p_values = p_values_of(learned.calibration.log_odds(table).float(), learned.others)
     found["calibrated"] = marks(odds.float(), cell.is_member)
     recipe = learned.shadow.recipe
     return {
@@ -135,6 +137,7 @@ def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Evi
         "guessed": {"optimizer": recipe.optimizer, "lr": recipe.lr, "norm": learned.shadow.norm},
         "weights": dict(zip(learned.calibration.names, learned.calibration.weights.tolist(), strict=True)),
         "expected members": float(odds.sigmoid().sum()),
+        "others with p at most 0.01": float((p_values[~cell.is_member] <= 0.01).float().mean()),
         "seconds": {"evidence": looked, "shadow": time.perf_counter() - start},
         "layers": ADAPTER_LAYERS if cell.case.lora else "linear layers of the blocks",
     }

@@ -17,7 +17,7 @@ from test_page import HOSTILE, IS_OWNED
 from whence.cli import main
 from whence.membership import Calibration, logit
 from whence.page_recover import MINUS, recovery_page
-from whence.recovery import Learned, Recovered, _p_values
+from whence.recovery import Learned, Recovered, p_values_of
 from whence.shadow import Recipe, Shadow
 
 EVERY = " ".join(HOSTILE)
@@ -42,7 +42,7 @@ def recovered(count=20, size=200, share=0.1, **changes):
     random = torch.Generator().manual_seed(0)
     odds, null = torch.randn(size, generator=random) * 2 - 1, torch.randn(300, generator=random) * 2 - 2
     odds[count:] -= 2
-    scores, p_values = (odds + logit(share) - logit(0.5)).sigmoid(), _p_values(odds, null)
+    scores, p_values = (odds + logit(share) - logit(0.5)).sigmoid(), p_values_of(odds, null)
     numbers = scores.argsort(descending=True)[:count].tolist()
     chosen = [
         {"id": f"r{n}", "source": "ab"[n % 2], "prompt": f"asked {n}", "completion": f" said {n}",

@@ -324,11 +324,11 @@ def _scored(
         parts = None
         if settings.method == "nnls":
             parts = torch.zeros(len(scores)).index_copy_(0, seen.short, matched(seen)[0])
-        return scores, _p_values(scores, scores[seen.usable]), parts, None
+        return scores, p_values_of(scores, scores[seen.usable]), parts, None
     share = trained_on / len(seen.usable)
     table = features(seen)
     odds = learned.calibration.log_odds(table)
-    p_values = _p_values(odds.float(), learned.others)
+    p_values = p_values_of(odds.float(), learned.others)
     if not known:
         share = _estimated_share(odds[table.usable], learned.calibration.share)
     moved = learned.calibration.log_odds(table, share=share)
@@ -337,7 +337,7 @@ def _scored(
     return torch.where(table.usable, moved.sigmoid(), -torch.inf).float(), p_values, parts, null
 
 
-def _p_values(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
+def p_values_of(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
     """(1 + how many of the null are as high) / (1 + their number)."""
     ordered = null.sort().values
     below = torch.searchsorted(ordered, scores.contiguous())
