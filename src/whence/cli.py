@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.exceptions import TyperException
 
 from whence import __version__, catalogue, cli_mix, cli_pool, cli_recover, cli_select
 from whence.cli_train import CorpusPath, Model, train
@@ -81,14 +82,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         sys.exit(0)
-    except Exception as error:
-        # The parser's own complaints: a missing argument, an unknown flag.
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            raise
-        if message := error.format_message():  # type: ignore[attr-defined]  # empty: the help was printed
+    except TyperException as error:  # a missing argument, an unknown flag
+        if message := error.format_message():  # empty: the help was printed
             verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
             complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
-        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+        sys.exit(error.exit_code)
     if code == STOPPED:
         complain("stopped. What was finished is kept: the same command goes on from there.")
     sys.exit(code or 0)

@@ -320,30 +320,42 @@ def write_merged(
     if directory.exists() and not (directory / "config.json").is_file():
         raise SettingError(f"-o {out}: there is something there that is no model; name another directory")
     weights = checked(mixture, pool.members)
-    making = directory.with_name(f".{directory.name}.making")
+    making, before = (directory.with_name(f".{directory.name}.{word}") for word in ("making", "before"))
     shutil.rmtree(making, ignore_errors=True)
+    try:
+        _write_beside(pool, weights, making, scale, regmean, shard_bytes, asked=out)
+        shutil.rmtree(before, ignore_errors=True)
+        if directory.exists():
+            directory.rename(before)
+        making.rename(directory)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return directory
+
+
+def _write_beside(
+    pool: Pool,
+    weights: Mixture,
+    making: Path,
+    scale: float,
+    regmean: RegMean | None,
+    shard_bytes: int,
+    *,
+    asked: str | Path,
+) -> None:
+    """The whole model, where nobody looks yet."""
+    told = {"mixture": weights, "scale": scale, "parent": pool.parent_digest, "pool": pool.place.root}
+    told |= {"method": "regmean", "alpha": regmean.alpha} if regmean else {}
     try:
         making.mkdir(parents=True)
         for file in sorted(Path(pool.parent).iterdir()):
             if file.is_file() and not _is_weights(file.name):
                 shutil.copyfile(file, making / file.name)
         _write_shards(_Merge.of(pool, weights, scale, regmean), making, shard_bytes)
-        told = {"mixture": weights, "scale": scale, "parent": pool.parent_digest, "pool": pool.place.root}
-        told |= {"method": "regmean", "alpha": regmean.alpha} if regmean else {}
         (making / "whence_mixture.json").write_text(json.dumps(told, indent=1))
     except OSError as error:
-        shutil.rmtree(making, ignore_errors=True)
-        raise StorageError(f"Cannot write {out}: {error.strerror or error}. Nothing there was changed.") from error
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
-    before = directory.with_name(f".{directory.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if directory.exists():
-        directory.rename(before)
-    making.rename(directory)
-    shutil.rmtree(before, ignore_errors=True)
-    return directory
+        raise StorageError(f"Cannot write {asked}: {error.strerror or error}. Nothing there was changed.") from error
 
 
 def _is_weights(name: str) -> bool:

@@ -55,7 +55,9 @@ def ablation_page(found: Ablation, command: str | None = None, *, bits: bool = F
         _agreements(found),
         section("How this was made", fact_list(_facts(grid, command))),
     ]
-    return document("page_ablate.html", f"Whence: {lead}", body, "page_plots.css", "page_ablate.css")
+    return document(
+        "what another mixture would have given", f"Whence: {lead}", body, "page_plots.css", "page_ablate.css"
+    )
 
 
 @dataclass(frozen=True)

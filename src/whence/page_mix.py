@@ -58,7 +58,7 @@ def law_page(found: MixLaw, command: str | None = None) -> str:
         *_critical(found),
         section("How this was made", fact_list(_facts(found, command))),
     ]
-    return document("page_mix.html", f"Whence: {lead}", body, "page_plots.css", "page_mix.css")
+    return document("which mixture to train on", f"Whence: {lead}", body, "page_plots.css", "page_mix.css")
 
 
 def _facts(found: MixLaw, command: str | None) -> dict[str, str]:

@@ -21,18 +21,22 @@ STRENGTHS = 10
 """Of a heat map's colours, on either side of none."""
 
 
-def document(name: str, title: str, body: Iterable[str], *styles: str) -> str:
+def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
     """A whole page.
 
     Args:
-        name: Of its template in the package.
-        title: Not escaped yet.
+        about: What such pages tell, beside the project's name at the top; not escaped yet.
+        title: The same.
         body: Sections; empty ones are left out.
         styles: Files of the package beside page.css and page_parts.css.
     """
     style = "".join(packaged(file) for file in ("page.css", "page_parts.css", *styles))
-    return Template(packaged(name)).substitute(
-        policy=content_policy(style), title=shown(title), style=style, body="\n".join(part for part in body if part)
+    return Template(packaged("page_parts.html")).substitute(
+        policy=content_policy(style),
+        about=shown(about),
+        title=shown(title),
+        style=style,
+        body="\n".join(part for part in body if part),
     )
 
 

@@ -54,7 +54,7 @@ def recovery_page(found: Recovered, command: str | None = None) -> str:
         section("How this was made", fact_list(_facts(found, command))),
     ]
     title = f"Whence: {lead}, by {found.settings['method']}"
-    return document("page_recover.html", title, body, "page_recover.css")
+    return document("what this model was trained on", title, body, "page_recover.css")
 
 
 def _how(found: Recovered) -> list[str]:

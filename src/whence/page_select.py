@@ -48,7 +48,7 @@ def selection_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) 
         _left_out(chosen),
         section("How this was made", fact_list(settings)),
     ]
-    return document("page_select.html", f"Whence: {lead}, by {settings['method']}", body)
+    return document("the rows to train on", f"Whence: {lead}, by {settings['method']}", body)
 
 
 _KEY = '<span class="key"><i></i>chosen<i class="pool"></i>the pool</span>'

@@ -144,9 +144,8 @@ class Place:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(final)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         _sync_directory(final.parent)
         return written
 

@@ -195,13 +195,11 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Rende
 
 def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str:
     """Messages as the tokenizer's chat template writes them; `opened` for the assistant to go on."""
+    from jinja2 import TemplateError  # of a template that raises on roles it does not take
+
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-    except Exception as error:
-        # jinja2's errors: a template that raises on roles it does not take. jinja2 is not a dependency of ours.
-        known = isinstance(error, LookupError | TypeError | ValueError)
-        if not known and type(error).__module__.partition(".")[0] != "jinja2":
-            raise
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
 
 
