@@ -3,10 +3,12 @@
 import functools
 import importlib
 import json
+import sys
 
 import pytest
 import torch
 
+from chromium import CHROMIUM, Browser
 from whence.model import LoadedModel
 from whence.tokens import Encoded
 
@@ -232,3 +234,29 @@ def cut_short(monkeypatch, name, calls):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(Store, name, stop)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command: its exit code, stdout, and stderr without line breaks."""
+
+    def call(*words):
+        from whence.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr()
+        return left.value.code, said.out, " ".join(said.err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium, where there is one."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium, chromium-browser or google-chrome to look at a report with")
+    opened = Browser(tmp_path_factory.mktemp("chromium"))
+    yield opened
+    opened.close()

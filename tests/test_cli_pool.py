@@ -1,29 +1,24 @@
 """The verbs `pool`, `ablate`, `evaluate join` and `recover` as a user types them, and the mistakes they answer."""
 
 import json
-import sys
 
 import pytest
 
 from conftest import save_tiny_llama, write_jsonl
 from test_ablation import HELD, ROWS
 from test_recovery import ROWS as LETTERS
-from whence.cli import main
 from whence.model import load_model
 
 TRAIN = ["--tokens", 200, "--steps", 4, "--warmup-steps", 1, "--max-tokens", 32, "--lr", 5e-3]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     """Run a command; its exit code, stdout and stderr, each without line breaks."""
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, " ".join(said.out.split()), " ".join(said.err.split())
+        code, said, complaint = command(*words)
+        return code, " ".join(said.split()), complaint
 
     return call
 

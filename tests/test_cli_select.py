@@ -1,30 +1,14 @@
 """The verbs `select` and `evaluate selection` as a user types them."""
 
 import json
-import sys
 
 import pytest
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
-from whence.cli import main
 from whence.measures import NOTHING, Line, SelectionTable
 from whence.report_select import table_plot
 
 TASK = [{"prompt": "3 and 4?", "completion": " yes, 7"}, {"prompt": "What?", "completion": " it is so"}]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command; its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, " ".join(said.err.split())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +22,9 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_rows_are_chosen_written_and_told(run, files, tmp_path):
+def test_rows_are_chosen_written_and_told(command, files, tmp_path):
     out = tmp_path / "chosen.jsonl"
-    code, said, _ = run(
+    code, said, _ = command(
         "select", files / "pool.jsonl", "--tasks", files / "task.jsonl", "--method", "bm25", "--count", 4, "-o", out,
         "--cap", "s0=2", "--compare", "random",
     )  # fmt: skip
@@ -52,18 +36,18 @@ def test_rows_are_chosen_written_and_told(run, files, tmp_path):
         assert words in said
 
 
-def test_the_report_is_one_page(run, files, tmp_path):
+def test_the_report_is_one_page(command, files, tmp_path):
     page = tmp_path / "chosen.html"
     words = ["select", files / "pool.jsonl", "--method", "random", "--count", 2, "--report"]
-    code, said, _ = run(*words, page)
+    code, said, _ = command(*words, page)
     assert code == 0 and f"report written to {page}" in said
     assert page.read_text().startswith("<!doctype html>")
-    code, said, complaint = run(*words, tmp_path / "chosen.pdf")
+    code, said, complaint = command(*words, tmp_path / "chosen.pdf")
     assert code == 2 and "--report" in complaint and "is written to .html" in complaint and not said
 
 
-def test_json_is_one_document(run, files):
-    code, said, _ = run("select", files / "pool.jsonl", "--method", "random", "--fraction", 0.5, "--json")
+def test_json_is_one_document(command, files):
+    code, said, _ = command("select", files / "pool.jsonl", "--method", "random", "--fraction", 0.5, "--json")
     found = json.loads(said)
     assert code == 0 and len(found["rows"]) == 8
     assert sum(line["rows"] for line in found["composition"]) == 8
@@ -90,35 +74,35 @@ def test_json_is_one_document(run, files):
         (["--method", "random", "--count", 2, "--view", "adam"], "frozen-v is expected"),
     ],
 )
-def test_mistakes_are_one_clear_line(run, files, words, told):
-    code, said, complaint = run("select", files / "pool.jsonl", *words)
+def test_mistakes_are_one_clear_line(command, files, words, told):
+    code, said, complaint = command("select", files / "pool.jsonl", *words)
     assert code == 2 and not said
     assert told in complaint and "Traceback" not in complaint
 
 
-def test_an_empty_task_file_is_told(run, files, tmp_path):
+def test_an_empty_task_file_is_told(command, files, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    code, _, complaint = run("select", files / "pool.jsonl", "--tasks", empty, "--method", "bm25", "--count", 2)
+    code, _, complaint = command("select", files / "pool.jsonl", "--tasks", empty, "--method", "bm25", "--count", 2)
     assert code == 2 and "no rows" in complaint
 
 
-def test_the_closed_loop_is_one_command(run, files, tmp_path):
+def test_the_closed_loop_is_one_command(command, files, tmp_path):
     out = tmp_path / "table.svg"
     words = ["evaluate", "selection", files / "model", files / "pool.jsonl", "--tasks", f"sums={files / 'task.jsonl'}",
              "--graded", f"sums={files / 'graded.jsonl'}", "--methods", "bm25,dsir:least_words=1", "--fraction", 0.4,
              "--seeds", 2, "--steps", 2, "-o", out]  # fmt: skip
-    code, said, complaint = run(*words)
+    code, said, complaint = command(*words)
     assert code == 0, complaint
     for name in ("nothing", "random", "full pool", "bm25", "dsir:least_words=1"):
         assert name in said
     assert out.read_text().startswith("<svg") and (tmp_path / "table.work").is_dir()
-    code, said, complaint = run(*words[:-2], "--work", tmp_path / "table.work", "--json")
+    code, said, complaint = command(*words[:-2], "--work", tmp_path / "table.work", "--json")
     assert code == 0 and len(json.loads(said)["rows"]) == 5, "from the kept cells"
 
 
-def test_tasks_and_graded_rows_must_be_of_the_same_tasks(run, files):
-    code, _, complaint = run("evaluate", "selection", files / "model", files / "pool.jsonl", "--tasks",
+def test_tasks_and_graded_rows_must_be_of_the_same_tasks(command, files):
+    code, _, complaint = command("evaluate", "selection", files / "model", files / "pool.jsonl", "--tasks",
                              files / "task.jsonl", "--graded", f"other={files / 'graded.jsonl'}")  # fmt: skip
     assert code == 2 and "other, task is in one of them alone" in complaint
 

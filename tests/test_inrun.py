@@ -471,28 +471,17 @@ def test_a_setting_that_cannot_be_is_named(setting, message):
         TrainSettings(**setting)
 
 
-def test_the_command_line_says_where_scores_are(models, tmp_path, monkeypatch, capsys):
-    import sys
-
-    from whence.cli import main
-
+def test_the_command_line_says_where_scores_are(models, tmp_path, command):
     corpus, validation = write_jsonl(tmp_path / "c.jsonl", ROWS), write_jsonl(tmp_path / "v.jsonl", VALIDATION)
-    command = ["whence", "train", str(models["llama"]), str(corpus), "--in-run", str(validation), "--max-steps", "2"]
-
-    def ran(*more):
-        monkeypatch.setattr(sys, "argv", [*command, *more])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, capsys.readouterr()
-
-    code, captured = ran("-o", str(tmp_path / "a"), "--json", "--in-run-every", "1")
-    found = json.loads(captured.out)
+    words = ["train", models["llama"], corpus, "--in-run", validation, "--max-steps", "2"]
+    code, said, _ = command(*words, "-o", tmp_path / "a", "--json", "--in-run-every", "1")
+    found = json.loads(said)
     assert code == 0
     assert found["in_run"]["scores"] == str(tmp_path / "a" / SCORES)
     assert found["in_run"]["every"] == 1
-    code, captured = ran("-o", str(tmp_path / "b"), "--mix", "online", "--mix-set", "smoothing=none")
+    code, said, _ = command(*words, "-o", tmp_path / "b", "--mix", "online", "--mix-set", "smoothing=none")
     assert code == 0
-    assert "In-run scores of 20 rows are in" in captured.out
+    assert "In-run scores of 20 rows are in" in said
     assert (tmp_path / "b" / "online_mixing.jsonl").read_text().count("\n") == 2
-    code, captured = ran("-o", str(tmp_path / "c"), "--mix", "online", "--by", "topic")
-    assert (code, "has no `topic`" in captured.err) == (2, True)
+    code, _, complaint = command(*words, "-o", tmp_path / "c", "--mix", "online", "--by", "topic")
+    assert (code, "has no `topic`" in complaint) == (2, True)

@@ -17,7 +17,6 @@ import torch
 
 from conftest import write_jsonl
 from whence import catalogue
-from whence.cli import main
 from whence.errors import CorpusError, MissingExtraError, SettingError, UnknownNameError
 from whence.laws.exponential import ExpLaw
 from whence.laws.ridge import EPS, PENALTIES, RidgeLaw
@@ -597,27 +596,13 @@ def test_notes_say_what_should_not_be_believed():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command; its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, " ".join(said.err.split())
-
-    return call
-
-
-@pytest.fixture
 def file(small, tmp_path):
     return write_csv(tmp_path / "table.csv", rows_of(small))
 
 
-def test_mix_law_prints_and_writes(run, file, tmp_path):
+def test_mix_law_prints_and_writes(command, file, tmp_path):
     out = tmp_path / "best.jsonl"
-    code, said, _ = run(
+    code, said, _ = command(
         "mix", "law", file, "--target", "s0=2", "--target", "s1=1", "--cap", "d0=0.3", "--folds", 4, "--before", "s0=3",
         "-o", out,
     )  # fmt: skip
@@ -632,9 +617,9 @@ def test_mix_law_prints_and_writes(run, file, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exp", "ridge"])
-def test_mix_law_gives_one_json_document(run, file, name):
+def test_mix_law_gives_one_json_document(command, file, name):
     words = ["mix", "law", file, "--law", name, "--folds", 3, "--within", "--before", "s0=3", "--json"]
-    code, said, _ = run(*words)
+    code, said, _ = command(*words)
     found = json.loads(said)
     assert code == 0 and found["settings"]["law"] == name
     assert [row["set"] for row in found["sets"]] == ["s0", "s1"]
@@ -642,7 +627,7 @@ def test_mix_law_gives_one_json_document(run, file, name):
     assert {*found["critical"]["s0"]["d0"]} == {"share", "side", "reason"}
     assert (found["gap"] is None) == (name == "ridge")
     again = json.loads(
-        run("mix", "law", file, "--law", name, "--folds", 3, "--within", "--before", "s0=3", "--json")[1]
+        command("mix", "law", file, "--law", name, "--folds", 3, "--within", "--before", "s0=3", "--json")[1]
     )
     assert again == found, "the same seed gives the same document"
 
@@ -664,8 +649,8 @@ def test_mix_law_gives_one_json_document(run, file, name):
         (["--losses", "none.csv"], "none.csv: no such file or directory"),
     ],
 )
-def test_mistakes_are_one_clear_line(run, file, words, told):
-    code, said, complaint = run("mix", "law", file, *words)
+def test_mistakes_are_one_clear_line(command, file, words, told):
+    code, said, complaint = command("mix", "law", file, *words)
     assert code == 2 and not said
     assert told in complaint and "Traceback" not in complaint
 

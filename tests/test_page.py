@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from chromium import CHROMIUM, Browser
 from whence.answers import Answer, Hit, Null, TokenMatrix, Trace
 from whence.page import trace_page
 
@@ -219,15 +218,6 @@ def luminance(colour):
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome to look at a report with")
-    opened = Browser(tmp_path_factory.mktemp("chromium"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

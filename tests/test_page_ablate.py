@@ -5,17 +5,14 @@ import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 
-from chromium import CHROMIUM, Browser
 from test_page import HOSTILE, IS_OWNED
 from test_page_recover import words
 from whence.ablation import Ablation, Candidate, Cell
 from whence.agreement import Agreement
-from whence.cli import main
 from whence.page_ablate import ROWS, ablation_page
 from whence.svg import COLOURS, MINUS, REST
 
@@ -265,19 +262,12 @@ def test_text_is_writable_and_hides_nothing():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, command):
     """Run a command, in which an ablation takes no time; its exit code, stdout, stderr, and what was asked."""
     asked = []
     monkeypatch.setattr("whence.ablation.ablate", lambda *given, **more: asked.append(given) or ablated())
 
-    def call(*given):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, given)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, " ".join(said.err.split()), asked
-
-    return call
+    return lambda *words: (*command(*words), asked)
 
 
 def test_the_report_is_one_page(run, tmp_path):
@@ -318,15 +308,6 @@ def test_without_truth_the_law_is_of_merged_losses():
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome to look at a report with")
-    opened = Browser(tmp_path_factory.mktemp("chromium"))
-    yield opened
-    opened.close()
 
 
 def test_nothing_runs_and_a_telephone_needs_no_sideways_scrolling(browser, tmp_path):

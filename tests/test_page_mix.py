@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from test_mixtures import planted, table_of
 from test_page import HOSTILE
 from test_page_ablate import section
 from test_page_recover import words
-from whence.cli import main
 from whence.mixing import mix_law
 from whence.page_mix import POINTS, law_page
 from whence.svg import MINUS, number
@@ -152,7 +150,7 @@ def test_no_name_leaves_its_place():
     assert words(page).count(" ".join(EVERY.split())) >= 6
 
 
-def test_the_report_is_one_page(monkeypatch, capsys, tmp_path):
+def test_the_report_is_one_page(command, tmp_path):
     page, table = tmp_path / "law.html", table_of(planted(seed=5), 24, noise=0.01)
     rows = [
         {f"mixture/{name}": share for name, share in zip(table.domains, shares, strict=True)}
@@ -162,15 +160,9 @@ def test_the_report_is_one_page(monkeypatch, capsys, tmp_path):
     file = tmp_path / "table.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
-    def call(*given):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, given)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, capsys.readouterr()
-
-    code, said = call("mix", "law", file, "--folds", 4, "--report", page)
-    assert code == 0 and "report written to" in said.out
+    code, said, _ = command("mix", "law", file, "--folds", 4, "--report", page)
+    assert code == 0 and "report written to" in said
     told = words(page.read_text())
     assert "exp law of 24 mixtures of 3 domains" in told and f"command whence mix law {file} --folds 4" in told
-    code, said = call("mix", "law", file, "--report", tmp_path / "law.txt")
-    assert code == 2 and "--report" in said.err
+    code, _, complaint = command("mix", "law", file, "--report", tmp_path / "law.txt")
+    assert code == 2 and "--report" in complaint

@@ -6,19 +6,17 @@ import html
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from chromium import CHROMIUM, Browser
 from test_page import HOSTILE, IS_OWNED
-from whence.cli import main
 from whence.membership import Calibration, logit
-from whence.page_recover import MINUS, recovery_page
+from whence.page_recover import recovery_page
 from whence.recovery import Learned, Recovered, p_values_of
 from whence.shadow import Recipe, Shadow
+from whence.svg import MINUS
 
 EVERY = " ".join(HOSTILE)
 
@@ -310,19 +308,12 @@ def test_long_rows_are_cut():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, command):
     """Run a command, in which recovering takes no time; its exit code, stdout and stderr."""
     asked = []
     monkeypatch.setattr("whence.recovery.recover", lambda *given, **more: asked.append(given) or recovered())
 
-    def call(*given):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, given)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, " ".join(said.err.split()), asked
-
-    return call
+    return lambda *words: (*command(*words), asked)
 
 
 def test_the_report_is_one_page(run, tmp_path):
@@ -344,15 +335,6 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(run, tmp_pat
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome to look at a report with")
-    opened = Browser(tmp_path_factory.mktemp("chromium"))
-    yield opened
-    opened.close()
 
 
 def test_nothing_runs_and_nothing_is_asked_for(browser, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, contents, save_tiny_llama, write_jsonl
+from forks import forked
 from test_ablation import QUICK, ROWS
 from whence.members import MemberWeights, begin_pool, open_pool
 from whence.merging import write_merged
@@ -44,30 +45,15 @@ def drive(home):
     """
     torch.set_num_threads(1)
     home, dice = Path(home), random.Random(4)
-    calls = _forked(home, home / "whole")
+    calls = forked(_counted, home, home / "whole")
     seen, built = [], [home / "pool-0"]
     while len(seen) < KILLS:
-        if _forked(home, built[-1], dice.randrange(1, calls // 2)) is None:
+        if forked(_counted, home, built[-1], dice.randrange(1, calls // 2)) is None:
             seen.append([built[-1].name, *_left(built[-1])])
         else:
             built.append(home / f"pool-{len(built)}")
-    _forked(home, built[-1])
+    forked(_counted, home, built[-1])
     print(json.dumps({"seen": seen, "built": [place.name for place in built]}))  # noqa: T201
-
-
-def _forked(*arguments):
-    """`_counted` in a fork: its count, None if it was killed."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(reader)
-        os.write(writer, json.dumps(_counted(*arguments)).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        text = stream.read()
-    status = os.waitpid(child, 0)[1]
-    assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), status
-    return json.loads(text) if status == 0 else None
 
 
 def _counted(home, out, kill_after=None):

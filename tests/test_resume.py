@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
+from forks import forked
 from whence import ingest
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.index import index, open_index, verify
@@ -40,32 +41,17 @@ def drive(model, corpus, home):
     load_model(f"{model}/checkpoint-2")  # what transformers imports when first used is then in every child
     home, dice = Path(home), random.Random(0)
     arguments = (model, corpus)
-    calls = _forked(*arguments, home / "whole")
+    calls = forked(_counted_build, *arguments, home / "whole")
     seen, built = [], [home / "build-0"]
     while len(seen) < KILLS:
         kind = STORAGE if len(seen) % 3 == 2 else ""
         limit = calls["copying" + kind] if len(seen) < KILLED_COPYING else calls[kind] // 5
-        if _forked(*arguments, built[-1], dice.randrange(1, limit), kind) is None:
+        if forked(_counted_build, *arguments, built[-1], dice.randrange(1, limit), kind) is None:
             seen.append(_progress(built[-1]))
         else:
             built.append(home / f"build-{len(built)}")
-    _forked(*arguments, built[-1])
+    forked(_counted_build, *arguments, built[-1])
     sys.stdout.write(json.dumps({"calls": calls, "seen": seen, "built": [path.name for path in built]}))
-
-
-def _forked(*arguments):
-    """`_counted_build` in a fork: what it returns, None if it was killed."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(reader)
-        os.write(writer, json.dumps(_counted_build(*arguments)).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        text = stream.read()
-    status = os.waitpid(child, 0)[1]
-    assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), status
-    return json.loads(text) if status == 0 else None
 
 
 def _counted_build(model, corpus, out, kill_after=None, kind=""):

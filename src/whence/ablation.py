@@ -102,6 +102,14 @@ class Ablation:
         return {name: min((cell for cell in self.cells if cell.set == name), key=lambda cell: cell.merged).mixture
                 for name in sets}  # fmt: skip
 
+    def gained(self) -> dict[str, float]:
+        """Of every mixture, the best first, its merged loss less the parent's, in nats: the mean over sets."""
+        of: dict[str, list[float]] = {}
+        for cell in self.cells:
+            of.setdefault(cell.mixture, []).append(cell.merged - cell.parent)
+        means = {name: math.fsum(differences) / len(differences) for name, differences in of.items()}
+        return dict(sorted(means.items(), key=lambda pair: pair[1]))
+
     def rows(self) -> list[Row]:
         """Cells as plain values, each with its mixture's shares as `mixture/NAME`: a table that `mix law` reads."""
         names = list(dict.fromkeys(name for candidate in self.candidates for name in candidate.weights))

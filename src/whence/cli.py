@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from typer.exceptions import TyperException
 
 from whence import __version__, catalogue, cli_mix, cli_pool, cli_recover, cli_select
-from whence.cli_train import CorpusPath, Model, train
+from whence.cli_train import CorpusPath, Model, Tokenizer, train
 from whence.console import Device, Json, Trust, complain, print_json, print_part, waiting
 from whence.errors import WhenceError
 
@@ -63,7 +63,6 @@ BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens of one 
 Dtype = Annotated[
     str | None, typer.Option(help="Load weights as float32, bfloat16 or float16; as stored unless given.")
 ]
-Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")]
 
 

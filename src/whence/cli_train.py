@@ -13,6 +13,7 @@ from whence.console import Json, print_json, print_part, waiting
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
 ]
+Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 CorpusPath = Annotated[
     str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
 ]
@@ -53,6 +54,7 @@ def train(
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None,
     checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
+    tokenizer: Tokenizer = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the chosen rows, their order, and dropout.", show_default="0")
     ] = None,
@@ -82,7 +84,7 @@ def train(
     options = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     options |= {"lora_targets": lora_targets, "epochs": epochs, "lr": lr, "fraction": fraction, "max_steps": max_steps}
     options |= {"max_tokens": max_tokens, "batch_size": batch_size, "micro_batch": micro_batch, "schedule": schedule}
-    options |= {"checkpoints": checkpoints, "seed": seed, "optimizer": optimizer}
+    options |= {"checkpoints": checkpoints, "seed": seed, "optimizer": optimizer, "tokenizer": tokenizer}
     options |= {"in_run": in_run, "in_run_every": in_run_every, "in_run_order": in_run_order}
     options |= {"in_run_rows": in_run_rows, "mix": mix, "by": by, "mix_set": pairs("--mix-set", mix_set) or None}
     given = {name: value for name, value in options.items() if value is not None}  # the preset has the word on others

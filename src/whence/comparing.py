@@ -215,11 +215,7 @@ def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
     with at_point(case, 1.0) as model:
         layers = model.layers(case.settings.space.layers)
         if undo == "moments":
-            try:
-                return replace(case, scale=scale_of_moments(model, layers))
-            except ModelError as error:
-                told = str(error).partition(", and --view adam")[0].partition(" --view sgd")[0]
-                raise ModelError(f"{told}. --undo rows and --undo none need no optimizer file.") from None
+            return replace(case, scale=scale_of_moments(model, layers))
         every = max(1, rows // SAMPLE)
         some = itertools.islice((example.row for example in corpus), 0, every * SAMPLE, every)
         encoded = [encode(row, model.tokenizer, case.settings.max_tokens) for row in some]

@@ -19,6 +19,7 @@ import itertools
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 """What FSDP, activation checkpointing and torch.compile put into a name."""
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 REMEDY = "--view sgd needs no optimizer file."
+"""What an index is told that has none; other readers say their own."""
 
 
 @dataclass(frozen=True)
@@ -78,32 +80,41 @@ def optimizer_file(directory: str | Path) -> Path:
         what = "a Trainer writes it into every checkpoint unless save_only_model is set. Train without that"
     else:
         what = "it is no local directory, and models on the Hub come without. Index a training's own directory"
-    raise ModelError(
-        f"{directory}: there is no {' or '.join(FILES)} in it, and --view adam needs one; {what}. {REMEDY}"
-    )
+    raise ModelError(f"{directory}: there is no {' or '.join(FILES)} in it, where Adam's moments are kept; {what}.")
 
 
 def moments_digest(directory: str | Path) -> str:
     """sha256 of a checkpoint's optimizer file."""
-    with optimizer_file(directory).open("rb") as stream:
+    with _else(REMEDY), optimizer_file(directory).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_moments(model: LoadedModel, layers: Mapping[str, nn.Module]) -> dict[str, Moments]:
+def read_moments(model: LoadedModel, layers: Mapping[str, nn.Module], *, remedy: str = REMEDY) -> dict[str, Moments]:
     """Moments of a checkpoint's layers.
 
     Args:
         model: Of the checkpoint, loaded from its directory.
         layers: Traced layers by name; the weight of each was trained.
+        remedy: How to do without, for the message where there is no file or it cannot be read.
 
     Raises:
         ModelError: No file, one that holds other things than Adam's moments, or that of another model; the parameter
             is named.
     """
-    file = optimizer_file(model.path)
-    entries = _by_name(_read(file), model, file)
-    names = _names(model)
-    return {layer: _moments(layer, module, names[id(module.weight)], entries, file) for layer, module in layers.items()}
+    with _else(remedy):
+        file = optimizer_file(model.path)
+        entries = _by_name(_read(file), model, file)
+        names = _names(model)
+        return {name: _moments(name, layer, names[id(layer.weight)], entries, file) for name, layer in layers.items()}
+
+
+@contextmanager
+def _else(remedy: str) -> Iterator[None]:
+    """Errors that say how to do without."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error} {remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -120,16 +131,16 @@ def _read(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{file}: it holds more than tensors and numbers, and Whence never unpickles such ({reason}). {REMEDY}"
+            f"{file}: it holds more than tensors and numbers, and Whence never unpickles such ({reason})."
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{file}: not a readable optimizer file ({reason}). Copy it again. {REMEDY}") from None
+        raise ModelError(f"{file}: not a readable optimizer file ({reason}). Copy it again.") from None
     if not isinstance(content, dict) or not {"state", "param_groups"} <= content.keys():
         kind = (
             f"the entries {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else type(content).__name__
         )
-        raise ModelError(f"{file}: an optimizer's `state` and `param_groups` are expected, found {kind}. {REMEDY}")
+        raise ModelError(f"{file}: an optimizer's `state` and `param_groups` are expected, found {kind}.")
     return content
 
 
@@ -142,11 +153,11 @@ def _can_be_mapped(file: Path) -> bool:
 def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mapping[str, _Entry], file: Path) -> Moments:
     found = next((entries[name] for name in names if name in entries), None)
     if not entries:
-        raise ModelError(f"{file}: it holds nothing of any parameter, where Adam and AdamW keep moments. {REMEDY}")
+        raise ModelError(f"{file}: it holds nothing of any parameter, where Adam and AdamW keep moments.")
     if found is None:
         raise ModelError(
             f"{file}: it has no moments of {names[0]}, so that weight was not trained. Leave the layer out with "
-            f"--layers: {layer}. {REMEDY}"
+            f"--layers: {layer}."
         )
     weight = module.weight
     assert isinstance(weight, Tensor), "layers are chosen by their weight"
@@ -155,21 +166,21 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
         kept = ", ".join(map(str, found.state)) or "nothing"
         raise ModelError(
             f"{file}: of {names[0]} it holds {kept}; --view adam needs step, exp_avg and exp_avg_sq, as Adam and AdamW "
-            f"keep them. {REMEDY}"
+            f"keep them."
         )
     pair = [found.state[key] for key in keys]
     if any(moment.dtype == torch.uint8 for moment in pair):
         raise ModelError(
             f"{file}: the moments of {names[0]} are in 8 bits (bitsandbytes), which Whence does not read. Train with "
-            f"a 32-bit AdamW, such as --optim adamw_torch. {REMEDY}"
+            f"a 32-bit AdamW, such as --optim adamw_torch."
         )
     if found.group.get("amsgrad") or found.group.get("maximize"):
-        raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's. {REMEDY}")
+        raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
     for key, moment in zip(keys, pair, strict=True):
         if moment.shape != weight.shape:
             raise ModelError(
                 f"{file}: {key} of {names[0]} has the shape {[*moment.shape]}, the model's weight {[*weight.shape]}: "
-                f"they are of different models. {REMEDY}"
+                f"they are of different models."
             )
     # Conv1D keeps its weight as [i o], and so does its optimizer; the shape cannot tell where i = o
     m1, m2 = (moment.float() if isinstance(module, nn.Linear) else moment.float().T for moment in pair)
@@ -237,12 +248,12 @@ def _names_by_order(
             return [[plain_name(name) for name in group] for group in filled]
         problem = problem or wrong
     if problem:
-        raise ModelError(f"{file}: {problem}: the optimizer's order of parameters is not this model's. {REMEDY}")
+        raise ModelError(f"{file}: {problem}: the optimizer's order of parameters is not this model's.")
     raise ModelError(
         f"{file}: its groups hold {' + '.join(map(str, counts))} parameters; of this model "
         f"{' or '.join(dict.fromkeys(tried))} are expected, by what a Trainer trains. Whose they are cannot be told "
         "where other parameters were trained or grouped: make the optimizer from named_parameters(), whose names "
-        f"torch then writes beside them. {REMEDY}"
+        f"torch then writes beside them."
     )
 
 

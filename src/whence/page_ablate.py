@@ -27,12 +27,11 @@ from whence.page_parts import (
     stretched,
     table,
 )
+from whence.report_ablate import PROXIES, cost_told
 from whence.svg import COLOURS, REST, dot, inside_triangle, number, scales, scatter, stack, swatch, triangle
 
 ROWS = 40
 """Mixtures of the heat map, beside those that are the best of some set."""
-PROXIES = ("mean", "best", "ngram")
-"""In the table beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
 
 
 def ablation_page(found: Ablation, command: str | None = None, *, bits: bool = False) -> str:
@@ -83,7 +82,12 @@ class _Grid:
     @cached_property
     def order(self) -> list[Candidate]:
         """The best first, by the mean over sets."""
-        return sorted(self.found.candidates, key=lambda candidate: self.gained(candidate.name))
+        return sorted(self.found.candidates, key=lambda candidate: self.gained[candidate.name])
+
+    @cached_property
+    def gained(self) -> Mapping[str, float]:
+        """Of every mixture, the mean over sets of the merged loss less the parent's."""
+        return self.found.gained()
 
     @cached_property
     def colours(self) -> dict[str, str]:
@@ -105,11 +109,6 @@ class _Grid:
     def has_truth(self) -> bool:
         return any(cell.truth is not None for cell in self.found.cells)
 
-    def gained(self, name: str) -> float:
-        """Mean over sets of the merged loss less the parent's."""
-        cells = [self.cells[name, of] for of in self.sets]
-        return math.fsum(cell.merged - cell.parent for cell in cells) / len(cells)
-
 
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
@@ -118,15 +117,7 @@ def _count(count: int, what: str) -> str:
 def _how(found: Ablation, *, has_truth: bool) -> str:
     told = "Losses are of weighted means of the pool's members" + ("; every mixture was trained for real, too." if
            has_truth else ": no mixture was trained.")  # fmt: skip
-    cost = found.cost
-    if "break-even candidates" not in cost:
-        return told
-    return (
-        f"{told} {cost['candidates']:,.0f} mixtures were read in {cost['reading seconds']:,.0f} s; the pool took "
-        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would take "
-        f"{cost['tokens of training every candidate']:,.0f}: the pool is cheaper from "
-        f"{math.ceil(cost['break-even candidates'])} mixtures on."
-    )
+    return f"{told} {cost_told(found.cost)}" if "break-even candidates" in found.cost else told
 
 
 def _facts(grid: _Grid, command: str | None) -> dict[str, str]:
@@ -194,7 +185,7 @@ def _line(grid: _Grid, candidate: Candidate, largest: float) -> str:
         for cell in cells
     )
     name = f'<td class="name" title="{shown(_shares(candidate))}">{shown(candidate.name)}</td>'
-    mean = f'<td class="n mean">{number(grid.gained(candidate.name), "+.3f")}</td>'
+    mean = f'<td class="n mean">{number(grid.gained[candidate.name], "+.3f")}</td>'
     return f"<tr>{name}<td>{stack(candidate.weights, grid.colours)}</td>{inner}{mean}</tr>"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from whence.page_parts import axis, bars, document, fact_list, pick, said, section, shown, shown_row, stretched, table
 from whence.recovery import Recovered
+from whence.svg import number
 
 FIRST, LAST = 10, 5
 """Rows that are shown of the best of the choice, and of its last."""
@@ -31,8 +32,6 @@ SHARES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
 """Of a histogram's rows that it names the heights of, as far as there is room."""
 ROOM = 0.12
 """Of its width, between two of them."""
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def recovery_page(found: Recovered, command: str | None = None) -> str:
@@ -76,11 +75,6 @@ def _facts(found: Recovered, command: str | None) -> dict[str, str]:
         by = found.learned.calibration
         facts["calibration"] = f"{by.share:.1%} members, ridge {by.ridge:g}"
     return facts if command is None else facts | {"command": command}
-
-
-def _number(value: float | None, form: str) -> str:
-    """A number in some form, or a dash where there is none."""
-    return "-" if value is None or not math.isfinite(value) else format(value, form).replace("-", MINUS)
 
 
 def _probability(value: float) -> str:
@@ -130,7 +124,7 @@ def _mixture(found: Recovered) -> str:
 
 def _interval(line: Mapping[str, Any]) -> str:
     """As in 61% (57 to 65)."""
-    share, low, high = (_number(100 * line[name], ".0f") for name in ("share", "low", "high"))
+    share, low, high = (number(100 * line[name], ".0f") for name in ("share", "low", "high"))
     return f"{share}% ({low} to {high})"
 
 
@@ -160,10 +154,10 @@ def _rows(found: Recovered) -> list[str]:
 def _row(found: Recovered, place: int) -> str:
     row = found.rows[place]
     score = row["whence_score"]
-    told = _probability(score) if found.learned is not None else _number(score, ".4g")
-    numbers = f"p {_number(row['whence_p'], '.2g')}"
+    told = _probability(score) if found.learned is not None else number(score, ".4g")
+    numbers = f"p {number(row['whence_p'], '.2g')}"
     if "whence_weight" in row:
-        numbers += f" · weight {_number(row['whence_weight'], '.2g')}"
+        numbers += f" · weight {number(row['whence_weight'], '.2g')}"
     where = f"row {found.numbers[place] + 1:,}"
     if row.get("source") is not None:
         where = f"{shown(str(row['source']))} · {where}"
@@ -238,7 +232,7 @@ def _histogram(
 
 
 def _named(value: float, is_probability: bool) -> str:
-    return _probability(1 / (1 + math.exp(-value))) if is_probability else _number(value, ".3g")
+    return _probability(1 / (1 + math.exp(-value))) if is_probability else number(value, ".3g")
 
 
 def _grid(top: float, width: float, height: float) -> str:
@@ -264,7 +258,7 @@ def _cut(place: float, width: float, height: float, name: str) -> str:
 def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:
     """Places from 0 to 1, with their names."""
     if not is_probability:
-        return {place: _number(low + (high - low) * place, ".3g") for place in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        return {place: number(low + (high - low) * place, ".3g") for place in (0.0, 0.25, 0.5, 0.75, 1.0)}
     ticks: dict[float, str] = {}
     for probability in TICKS:
         place = (math.log(probability / (1 - probability)) - low) / (high - low)
@@ -286,7 +280,7 @@ def _weights(found: Recovered) -> str:
     rows = []
     for place in order[:WEIGHTS]:
         weight = float(by.weights[place])
-        rows.append(_line(by.names[place], _signed(weight / (largest or 1.0)), _number(weight, "+.2f")))
+        rows.append(_line(by.names[place], _signed(weight / (largest or 1.0)), number(weight, "+.2f")))
     told = (
         "Log odds for each robust standard deviation of a kind of evidence; g is a row's gradient. "
         "Kinds overlap: a small weight does not say that one is worthless."
@@ -319,10 +313,10 @@ def _layers(found: Recovered) -> str:
         _line(
             line["name"],
             bars(*(line[name] / largest for name in ("norm", "noise"))),
-            _number(line["norm"], ".3g"),
+            number(line["norm"], ".3g"),
             _times(line["signal"]),
-            _number(line["relative"], ".2%"),
-            _number(line["unchanged"], ".0%"),
+            number(line["relative"], ".2%"),
+            number(line["unchanged"], ".0%"),
             wide=2,
         )
         for line in moved[:LAYERS]
@@ -337,5 +331,5 @@ def _layers(found: Recovered) -> str:
 
 
 def _times(signal: float | None) -> str:
-    told = _number(signal, ",.0f" if signal is not None and signal >= 10 else ".1f")
+    told = number(signal, ",.0f" if signal is not None and signal >= 10 else ".1f")
     return told if told == "-" else f"{told} times"

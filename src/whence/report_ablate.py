@@ -1,6 +1,7 @@
 """What a person reads of an ablation: mixtures on every evaluation set, the best of each, how well proxies rank."""
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,13 +26,18 @@ def ablation_report(found: Ablation, *, bits: bool = False) -> RenderableType:
     parts.append(_losses(found, bits=bits))
     if found.agreements:
         parts += [Text(""), _agreements(found)]
-    each = found.cost["break-even candidates"]
-    cost = found.cost
-    parts.append(Text(
-        f"\n{cost['candidates']:,.0f} mixtures read in {cost['reading seconds']:,.0f} s; the pool took "
-        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would have taken "
-        f"{cost['tokens of training every candidate']:,.0f}: cheaper from {math.ceil(each)} on.", "dim"))  # fmt: skip
+    parts.append(Text(f"\n{cost_told(found.cost)}", "dim"))
     return Group(*parts)
+
+
+def cost_told(cost: Mapping[str, float]) -> str:
+    """What reading mixtures took beside training them, as a sentence."""
+    return (
+        f"{cost['candidates']:,.0f} mixtures were read in {cost['reading seconds']:,.0f} s; the pool took "
+        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would take "
+        f"{cost['tokens of training every candidate']:,.0f}: the pool is cheaper from "
+        f"{math.ceil(cost['break-even candidates'])} mixtures on."
+    )
 
 
 def suggestion_report(found: Suggestion) -> RenderableType:
@@ -63,23 +69,19 @@ def _losses(found: Ablation, *, bits: bool) -> Table:
     table.add_column("mixture", overflow="ellipsis", max_width=34)
     for name in sets:
         table.add_column(Text(visible(name)), justify="right", no_wrap=True)
-    mean = {
-        c.name: math.fsum(by[c.name, name].merged - by[c.name, name].parent for name in sets) for c in found.candidates
-    }
-    order = sorted(found.candidates, key=lambda candidate: mean[candidate.name])
-    for candidate in order[:SHOWN]:
-        cells = [by[candidate.name, name] for name in sets]
+    order = list(found.gained())
+    for mixture in order[:SHOWN]:
+        cells = [by[mixture, name] for name in sets]
         shown = [Text(_value(cell.merged, cell.bits_per_byte, bits=bits),
-                      "bold green" if best[cell.set] == candidate.name else "") for cell in cells]  # fmt: skip
+                      "bold green" if best[cell.set] == mixture else "") for cell in cells]  # fmt: skip
         for text, cell in zip(shown, cells, strict=True):
             if cell.truth is not None and not bits:
                 text.append(f" ({math.exp(min(cell.truth, 700)):.1f})", "dim")
-        table.add_row(Text(visible(candidate.name)), *shown)
+        table.add_row(Text(visible(mixture)), *shown)
     if len(order) > SHOWN:
         table.add_row(Text(f"... {len(order) - SHOWN} more: -o FILE", "dim"), *[""] * len(sets))
-    first = next(iter(found.candidates)).name
     table.add_row(
-        Text("the parent", "dim"), *(Text(_value(by[first, name].parent, None, bits=bits), "dim") for name in sets)
+        Text("the parent", "dim"), *(Text(_value(by[order[0], name].parent, None, bits=bits), "dim") for name in sets)
     )
     return table
 
@@ -90,7 +92,7 @@ def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
     return f"{math.exp(min(loss, 700.0)):.1f}"
 
 
-SHOWN_PROXIES = ("mean", "best", "ngram")
+PROXIES = ("mean", "best", "ngram")
 """Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
 
 
@@ -99,7 +101,7 @@ def _agreements(found: Ablation) -> Table:
     table = Table(title="Rank correlation with really trained models", title_justify="left", box=None,
                   pad_edge=False, header_style="bold dim")  # fmt: skip
     table.add_column("evaluation set", no_wrap=True)
-    for name in ("n", "merged", "95%", "regret", *SHOWN_PROXIES):
+    for name in ("n", "merged", "95%", "regret", *PROXIES):
         table.add_column(name, justify="right", no_wrap=True)
     for evaluated, by_group in found.agreements.items():
         for group, by_proxy in by_group.items():
@@ -107,7 +109,7 @@ def _agreements(found: Ablation) -> Table:
             if merged is None:
                 continue
             low, high = merged.spearman_interval
-            others = [f"{by_proxy[name].spearman:.2f}" if name in by_proxy else "-" for name in SHOWN_PROXIES]
+            others = [f"{by_proxy[name].spearman:.2f}" if name in by_proxy else "-" for name in PROXIES]
             label = evaluated if group == "all" else f"  {group}"
             table.add_row(Text(visible(label)), f"{merged.candidates}", f"{merged.spearman:.2f}",
                           f"{low:.2f} to {high:.2f}", f"{merged.regret:.3f}", *others)  # fmt: skip

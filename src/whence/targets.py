@@ -28,6 +28,7 @@ from whence.moments import read_moments
 from whence.tokens import Encoded, bucketed, collate
 
 UNDO = ("none", "moments", "rows")
+REMEDY = "--undo rows and --undo none need no optimizer file."
 SAMPLE = 256
 """Rows of the corpus that `rows` takes its mean over."""
 
@@ -46,7 +47,7 @@ def scale_of_moments(model: LoadedModel, layers: Mapping[str, nn.Module]) -> Sca
     Raises:
         ModelError: It has none, or one that cannot be read.
     """
-    found = read_moments(model, layers)
+    found = read_moments(model, layers, remedy=REMEDY)
     return _to_mean_one(
         {name: (own.m2.float() / (1 - own.betas[1] ** own.step)).sqrt() + own.eps for name, own in found.items()},
         layers,
