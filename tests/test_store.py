@@ -373,9 +373,13 @@ def test_an_incomplete_index_is_not_scanned(tmp_path):
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "float16", "int8", "int4", "onebit"])
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("checkpoints", [1, 2])
-def test_top_k_equals_brute_force(tmp_path, codec, cosine, checkpoints, monkeypatch):
+@pytest.mark.parametrize("settled", ["after each block", "at the end"])
+def test_top_k_equals_brute_force(tmp_path, codec, cosine, checkpoints, settled, monkeypatch):
     monkeypatch.setattr(scan, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(scan, "_LEAST_ROWS", 3)
+    if settled == "after each block":
+        monkeypatch.setattr(scan, "_BLOCK_SCORES", 1)
+        monkeypatch.setattr(scan, "_WAITING_PAIRS", 0)
     names = tuple({"name": str(c)} for c in range(checkpoints))
     store = build(tmp_path / "index", codec=codec, checkpoints=names)
     queries, weights = torch.randn(checkpoints, 5, WIDTH), torch.tensor([0.5, 2.0])[:checkpoints]

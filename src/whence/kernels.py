@@ -44,7 +44,7 @@ _DECODED_ROWS = 256  # at a time on a CPU: 4 MB at 4,096 columns, which stays in
 _DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
 _WIDENED_COLUMNS = 64  # torch's widening product reads whole registers: other widths would be read past their end
 _WIDENED_QUERIES = 8  # past so many the widening is done again for each few of them
-_TRIAL_ROWS = (256, 2048)  # of the first trial of every kernel, and of the second of those that came near
+_TRIAL_ROWS = (256, 8192)  # of the first trial of every kernel, and of the second of those that came near
 _TRIAL_NEAR = 3.0
 _BF16_ROUND = 2.0**-8 * 1.01
 _FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
@@ -101,9 +101,9 @@ class Fastest:
         return near[seconds.index(min(seconds))]
 
     def _seconds(self, kernel: Kernel, stored: Tensor, scale: Tensor) -> float:
-        """The better of two runs, after one that warms up."""
+        """The best of four runs, after one that warms up."""
         took = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             kernel(stored, scale)
             took.append(time.perf_counter() - start)

@@ -26,6 +26,7 @@ from whence.shards import Shard
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
 _BLOCK_SCORES = 1 << 18  # of one block: larger ones fall out of cache before they are ranked
 _WAITING_BYTES = 1 << 30  # of stored rows, which a remote index holds in memory until they are ranked
+_WAITING_PAIRS = 16  # for each query and each of its best: more wait only where nothing tells them apart, such as ties
 _GROUP = 64  # rows whose best stands for them
 _LEAST_ROWS = 256  # of a block, whatever its bytes and queries
 _SERIAL_ENTRIES = 1 << 15  # torch does not wake its threads for tensors of so few entries
@@ -69,77 +70,151 @@ def block_scores(question: Question, pieces: Iterable[Piece]) -> Iterator[tuple[
 
 def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking, Ranking]:
     """The m highest and the m lowest scores of each query: (helpful, opposing). Fewer if rows are."""
-    queries = question.queries
-    kernels = [question.codec.prepare(part) for part in queries]
-    best = [_Best.empty(queries.shape[1], m), _Best.empty(queries.shape[1], m)]
-    waiting: list[_Scored] = []
+    kernels = [question.codec.prepare(part) for part in question.queries]
+    ends = [_End(sign, question.queries.shape[1], m) for sign in (1, -1)]
+    held: list[_Held] = []
+    scored: list[_Scored] = []
     for first, shards in pieces:
-        for rows in _blocks(shards[0], queries.shape[1]):
+        for rows in _blocks(shards[0], question.queries.shape[1]):
             block = [_part(shard, rows) for shard in shards]
-            waiting.append(_Scored(first + rows.start, block, *_approximate(question, kernels, block)))
-            if _is_enough(waiting):
-                best = _merged(question, queries, waiting, best)
-                waiting = []
-    if waiting:
-        best = _merged(question, queries, waiting, best)
-    return best[0].ranking(1.0), best[1].ranking(-1.0)
+            scored.append(_Scored(len(held), *_approximate(question, kernels, block)))
+            held.append(_Held(first + rows.start, block))
+            is_full = _bytes(held) >= _WAITING_BYTES
+            # few queries wait for several blocks: products that follow one another are faster
+            if is_full or sum(some.scores.size for some in scored) >= _BLOCK_SCORES:
+                _rank(ends, scored, held)
+                scored = []
+                if is_full or sum(map(len, ends)) > _WAITING_PAIRS * question.queries.shape[1] * m:
+                    _settle(ends, question, held)
+                    held = []
+    _rank(ends, scored, held)
+    _settle(ends, question, held)
+    return ends[0].best.ranking(1.0), ends[1].best.ranking(-1.0)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A block whose rows may be wanted once more, to score them in fp32."""
+
+    first: int
+    shards: list[Shard]
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A block with its scores, to be ranked."""
+    """A block's scores [n, q], before they are ranked. `block` is its place among the held ones."""
 
-    first: int
-    shards: list[Shard]
-    scores: Tensor  # [q, n]
-    slack: Tensor | None  # [q, n]
+    block: int
+    scores: np.ndarray
+    slack: "_Slack"
+
+
+def _rank(ends: list["_End"], scored: list[_Scored], held: list[_Held]) -> None:
+    for some in scored:
+        if not (ok := _is_ok(held[some.block].shards).numpy()).all():
+            some.scores[~ok] = np.nan  # neither high nor low
+        most = some.slack.most()
+        for end in ends:
+            end.add(some.block, some.scores, some.slack, most)
+
+
+def _settle(ends: list["_End"], question: Question, held: list[_Held]) -> None:
+    for end in ends:
+        end.settle(question, held)
+
+
+@dataclass(frozen=True)
+class _Slack:
+    """How far a block's scores can be off: dense[n, q] + sum over terms of slope[q] * size[n].
+
+    The sum is never laid out: of nearly all rows it is enough to know that not even the largest helps them.
+    """
+
+    dense: np.ndarray | None
+    terms: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    def most(self) -> np.ndarray:
+        """No row's is larger [q]."""
+        total = np.zeros(()) if self.dense is None else self.dense.max(0, initial=0)
+        return sum((slope * size.max(initial=0) for slope, size in self.terms), start=total)
+
+    def of(self, row: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """Of some pairs."""
+        total = np.zeros(len(row), np.float32) if self.dense is None else self.dense[row, query]
+        return sum((slope[query] * size[row] for slope, size in self.terms), start=total)
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of a query and a row of a waiting block, by query and then by row."""
+    """Pairs of a query and a row of a held block; of each query the rows ascend."""
 
     query: np.ndarray
     block: np.ndarray
     row: np.ndarray
     """Within the block."""
+    score: np.ndarray
+    """Times the end's sign: larger is nearer to it."""
+    slack: np.ndarray
+
+    @staticmethod
+    def none() -> "_Pairs":
+        whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return _Pairs(whole, whole, whole, real, real)
 
     def of(self, some: np.ndarray) -> "_Pairs":
-        """Those that a mask tells."""
-        return _Pairs(self.query[some], self.block[some], self.row[some])
+        """Those that a mask tells, or in the order of some places."""
+        return _Pairs(*(values[some] for values in vars(self).values()))
+
+    def and_more(self, others: "_Pairs") -> "_Pairs":
+        """With those of later rows."""
+        both = zip(vars(self).values(), vars(others).values(), strict=True)
+        return _Pairs(*(np.concatenate(pair) for pair in both))
 
 
-def _is_enough(waiting: list[_Scored]) -> bool:
-    """Few queries wait for several blocks: ranking each by itself costs more than its products."""
-    scores = sum(block.scores.numel() for block in waiting)
-    stored = sum(shard.vectors.numel() * shard.vectors.itemsize for block in waiting for shard in block.shards)
-    return scores >= _BLOCK_SCORES or stored >= _WAITING_BYTES
+class _End:
+    """One end of the ranking: the best so far, and the pairs whose exact scores could change them."""
 
+    def __init__(self, sign: int, q: int, m: int):
+        self.sign, self.m, self.best = sign, m, _Best.empty(q, m)
+        self._best_queries = np.repeat(np.arange(q), m)
+        self._waiting = _Pairs.none()
+        self._reached = np.full(q, -np.inf, np.float32)  # the m-th best is no lower [q]
 
-def _merged(question: Question, queries: Tensor, waiting: list[_Scored], best: list["_Best"]) -> list["_Best"]:
-    """The best (highest, lowest) with the waiting blocks."""
-    scores = np.concatenate([block.scores.T.numpy() for block in waiting])  # [n, q], as products lie
-    scores[~np.concatenate([_is_ok(block.shards).numpy() for block in waiting])] = np.nan  # neither high nor low
-    slack = None
-    if any(block.slack is not None for block in waiting):  # a first, small block may have had another kernel
-        slack = np.concatenate([np.zeros_like(b.scores.T) if b.slack is None else b.slack.T for b in waiting])
-    ends = np.cumsum([block.scores.shape[1] for block in waiting])
-    out = []
-    for sign, side in zip((1, -1), best, strict=True):
-        query, place = _candidates(scores, slack, side.scores[:, -1].numpy(), sign, side.scores.shape[1])
-        where, signed = np.searchsorted(ends, place, side="right"), sign * scores[place, query]
-        found = _Pairs(query, where, place - (ends - [block.scores.shape[1] for block in waiting])[where])
-        if slack is not None:
-            # the best by approximate score first: their true scores raise what the others have to reach
-            furthest, exact = signed + slack[place, query], np.full_like(signed, -np.inf)
-            first = _rank_within(query, -signed) < 2 * side.scores.shape[1]
-            exact[first] = sign * _rescored(question, queries, waiting, found.of(first))
-            reached = side.merged(found.of(first), waiting, exact[first]).scores[:, -1].numpy()
-            rest = ~first & (furthest >= reached[query])
-            exact[rest] = sign * _rescored(question, queries, waiting, found.of(rest))
-            found, signed = found.of(first | rest), exact[first | rest]
-        out.append(side.merged(found, waiting, signed))
-    return out
+    def __len__(self) -> int:
+        return len(self._waiting.query)
+
+    def add(self, block: int, scores: np.ndarray, slack: _Slack, most: np.ndarray) -> None:
+        """A block's scores [n, q]. What could be among the best waits."""
+        query, row = _candidates(scores, most, self._reached, self.sign, self.m)
+        if not len(query):
+            return
+        found = _Pairs(query, np.full(len(query), block), row, self.sign * scores[row, query], slack.of(row, query))
+        waiting = self._waiting.and_more(found.of(found.score + found.slack > self._reached[query]))
+        self._reached = self._mth_best(waiting.query, waiting.score - waiting.slack)
+        self._waiting = waiting.of(waiting.score + waiting.slack >= self._reached[waiting.query])
+
+    def settle(self, question: Question, held: list[_Held]) -> None:
+        """Exact scores for those that wait; nothing waits afterwards, and the held blocks can go."""
+        found = self._waiting.of(np.argsort(self._waiting.query, kind="stable"))
+        exact = np.where(found.slack == 0, found.score, -np.inf).astype(np.float32)
+        # the best by approximate score first: their true scores raise what the others have to reach
+        first = (found.slack > 0) & (_rank_within(found.query, -found.score) < 2 * self.m)
+        exact[first] = self.sign * _rescored(question, held, found.of(first))
+        reached = self._mth_best(found.query, exact)
+        rest = (found.slack > 0) & ~first & (found.score + found.slack >= reached[found.query])
+        exact[rest] = self.sign * _rescored(question, held, found.of(rest))
+        starts = np.array([block.first for block in held], dtype=np.int64)
+        known = exact > -np.inf
+        self.best = self.best.merged(found.query[known], starts[found.block[known]] + found.row[known], exact[known])
+        self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1].numpy()
+
+    def _mth_best(self, query: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """The m-th best [q] of some pairs' scores and of the best so far; -inf where they are fewer."""
+        queries = np.concatenate([query, self._best_queries])
+        scores = np.concatenate([score, self.best.scores.numpy().ravel()])
+        order = np.lexsort((-scores, queries))
+        place = np.searchsorted(queries[order], np.arange(len(self._reached))) + self.m - 1
+        return scores[order][place]
 
 
 def unit(vectors: Float32[Tensor, "*any k"]) -> Float32[Tensor, "*any k"]:
@@ -149,6 +224,10 @@ def unit(vectors: Float32[Tensor, "*any k"]) -> Float32[Tensor, "*any k"]:
 
 def _inverse(norm: Tensor) -> Tensor:
     return torch.where(norm > torch.finfo(norm.dtype).tiny, 1 / norm, 0.0)
+
+
+def _bytes(held: list[_Held]) -> int:
+    return sum(shard.vectors.numel() * shard.vectors.itemsize for block in held for shard in block.shards)
 
 
 def _row_factor(question: Question, shard: Shard) -> Tensor | float:
@@ -170,31 +249,31 @@ def _part(shard: Shard, rows: slice) -> Shard:
     return Shard(**{name: tensor[rows] for name, tensor in vars(shard).items()})
 
 
-def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard]) -> tuple[Tensor, Tensor | None]:
-    """Scores of a block and how far off they can be."""
-    total, slack = None, None
+def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard]) -> tuple[np.ndarray, _Slack]:
+    """Scores [n, q] of a block, and how far off they can be."""
+    total, dense, terms = None, None, []
     for weight, kernel, shard in zip(question.weights.tolist(), kernels, shards, strict=True):
         block = kernel(shard.vectors, shard.scale)
-        scores, error = block.scores, block.slack
+        scores, off = block.scores.T.numpy(), None if block.slack is None else block.slack.T.numpy()
+        factor = (_row_factor(question, shard) * torch.tensor(weight)).numpy()  # [n], or one number
+        if question.cosine or weight != 1:
+            scores, off = scores * factor[..., None], None if off is None else off * abs(factor)[..., None]
+        total = scores if total is None else total + scores
+        dense = off if dense is None else dense if off is None else dense + off
         for slope, size in ((block.slack_per_norm, shard.norm), (block.slack_per_scale, shard.scale)):
             if slope is not None:
-                per_row = slope[:, None] * size
-                error = per_row if error is None else error + per_row
-        if question.cosine or weight != 1:
-            factor = _row_factor(question, shard) * weight
-            scores, error = scores * factor, None if error is None else error * abs(factor)
-        total = scores if total is None else total + scores
-        slack = error if slack is None or error is None else slack + error
+                terms.append((slope.numpy(), size.numpy() * abs(factor)))
     assert total is not None, "an index has a checkpoint"
-    return total, slack
+    return total, _Slack(dense, tuple(terms))
 
 
-def _rescored(question: Question, queries: Tensor, waiting: list[_Scored], pairs: _Pairs) -> np.ndarray:
+def _rescored(question: Question, held: list[_Held], pairs: _Pairs) -> np.ndarray:
     """The fp32 scores of pairs, from decoded rows."""
-    total, step = torch.zeros(len(pairs.query)), max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
+    queries, total = question.queries, torch.zeros(len(pairs.query))
+    step = max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
     for number in np.unique(pairs.block):
         places = torch.from_numpy(np.flatnonzero(pairs.block == number))
-        for c, shard in enumerate(waiting[number].shards):
+        for c, shard in enumerate(held[number].shards):
             factor = _row_factor(question, shard) * question.weights[c]
             for some in places.split(step):
                 query, row = torch.from_numpy(pairs.query)[some], torch.from_numpy(pairs.row)[some]
@@ -212,26 +291,20 @@ def _rank_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _candidates(
-    scores: np.ndarray, slack: np.ndarray | None, threshold: np.ndarray, sign: int, m: int
+    scores: np.ndarray, most: np.ndarray, threshold: np.ndarray, sign: int, m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(query, row) pairs of [n, q] whose signed score can pass the m-th best, rows ascending for each query.
+    """(query, row) pairs of [n, q] whose signed score, off by `most` [q], can pass the threshold and the m-th best.
 
-    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
-    milliseconds where another process has their core.
+    Rows ascend for each query. In numpy, which stays in this thread: waking torch's threads costs more than such a
+    small step, and many milliseconds where another process has their core.
     """
-    n, q = scores.shape
-    furthest = scores if slack is None else scores + sign * slack
-    hits = (
-        None
-        if m < n and np.isinf(threshold).any()
-        else _true(furthest > threshold if sign > 0 else furthest < -threshold)
-    )
+    (n, q), far = scores.shape, threshold - most
+    hits = None if m < n and np.isinf(far).any() else _true(scores > far if sign > 0 else scores < -far)
     if hits is None or (m < n and len(hits) > 4 * m * q):
         # at the start of a scan, or where scores rise: only the best m of these rows can stay
-        upper = sign * furthest
-        lower = np.nan_to_num(upper if slack is None else upper - 2 * slack, nan=-np.inf)
-        least = _mth_best_at_least(lower, m)
-        hits = _true((upper >= least) & (upper > threshold))
+        signed = scores if sign > 0 else -scores
+        least = _mth_best_at_least(np.nan_to_num(signed, nan=-np.inf), m) - 2 * most
+        hits = _true((signed >= least) & (signed > far))
     rows, queries = np.divmod(hits, max(1, q))
     order = np.argsort(queries, kind="stable")
     return queries[order], rows[order]
@@ -268,18 +341,17 @@ class _Best:
     def empty(q: int, m: int) -> "_Best":
         return _Best(torch.full((q, m), -torch.inf), torch.full((q, m), -1, dtype=torch.int64))
 
-    def merged(self, pairs: _Pairs, waiting: list[_Scored], pair_scores: np.ndarray) -> "_Best":
+    def merged(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> "_Best":
         """With more rows, all later than those seen: a stable sort then ranks ties by the lower row."""
-        if not len(pairs.row):
+        if not len(query):
             return self
-        first_rows = np.array([block.first for block in waiting])
-        pair_queries, pair_rows = torch.from_numpy(pairs.query), torch.from_numpy(first_rows[pairs.block] + pairs.row)
+        pair_queries = torch.from_numpy(query)
         (q, m), counts = self.scores.shape, torch.bincount(pair_queries, minlength=len(self.scores))
-        place = m + torch.arange(len(pair_rows)) - (counts.cumsum(0) - counts)[pair_queries]
+        place = m + torch.arange(len(query)) - (counts.cumsum(0) - counts)[pair_queries]
         scores = torch.full((q, m + int(counts.max())), -torch.inf)
         rows = torch.full(scores.shape, -1, dtype=torch.int64)
         scores[:, :m], rows[:, :m] = self.scores, self.rows
-        scores[pair_queries, place], rows[pair_queries, place] = torch.from_numpy(pair_scores), pair_rows
+        scores[pair_queries, place], rows[pair_queries, place] = torch.from_numpy(score), torch.from_numpy(row)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return _Best(scores[:, :m].contiguous(), rows.gather(1, order[:, :m]))
 
