@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, save_tiny_llama
 from whence import catalogue, recover
@@ -21,6 +22,7 @@ from whence.membership import Features, calibrate, cosine, features, matched, wi
 from whence.model import load_model, located
 from whence.recover_scores import SCORES, method_scores
 from whence.recovery import shadow_split
+from whence.rounding import round_stored, stored_dtype
 from whence.shadow import Recipe, distance, signature, trained_shadow
 from whence.storage import Place
 from whence.train import train
@@ -341,6 +343,33 @@ def test_a_shadow_moves_as_far_and_tells_the_optimizer(base, final, tmp_path):
     assert found.recipe.lr == pytest.approx(0.05, rel=0.5)
 
 
+def test_a_shadow_is_rounded_as_the_model_in_question_was(base, tmp_path):
+    """Small moves are lost in 16 bits: a shadow of the same norm in 32 is trained less than half as hard (8.9e-6)."""
+    rows, start = [ROWS[n] for n in MEMBERS], tmp_path / "start"
+    shutil.copytree(base, start)
+    round_stored(str(start), torch.bfloat16)
+    run = train(start, rows, tmp_path / "run", lr=2e-5, **QUICK)
+    final = located(open_run(str(run)).checkpoints[-1].path)
+    exact = {name: tensor.clone() for name, tensor in load_file(f"{final}/model.safetensors").items()}
+    round_stored(final, torch.bfloat16)
+    assert stored_dtype(final) is torch.bfloat16
+    for name, tensor in load_file(f"{final}/model.safetensors").items():
+        assert torch.equal(tensor, exact[name].bfloat16())
+    written = Path(final, "model.safetensors").stat().st_mtime_ns
+    round_stored(final, torch.bfloat16)
+    assert Path(final, "model.safetensors").stat().st_mtime_ns == written, "there was nothing to do"
+    others = [ROWS[n] for n in range(1, 60, 4)]
+    recipe = Recipe(rows=15, epochs=3.0, batch_size=4, max_tokens=32, optimizer="adamw", stored=torch.bfloat16)
+    difference = weight_difference(start, final)
+    found = trained_shadow(str(start), others, difference, recipe, tmp_path / "shadow")
+    unrounded = trained_shadow(
+        str(start), others, difference, replace(recipe, stored=torch.float32), tmp_path / "other"
+    )
+    assert stored_dtype(located(open_run(found.path).checkpoints[-1].path)) is torch.bfloat16
+    assert found.recipe.lr == pytest.approx(2e-5, rel=0.2)
+    assert unrounded.recipe.lr < 1.5e-5
+
+
 def test_signature_and_distance_by_hand():
     found = signature(
         {"b": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "a": torch.full((2, 2), 2.0), "bias": torch.ones(3),
@@ -376,8 +405,8 @@ def test_a_frozen_matrix_does_not_hide_the_optimizer(base, tmp_path):
 def test_rows_are_labelled_by_the_final_model(base, tmp_path):
     rows = [{"id": row["id"], "text": row["prompt"]} for row in ROWS]
     asked = {"choices": ("a", "b"), "template": "{text}:"}
-    part = [{"prompt": f"{row['text']}:", "completion": " a" if n % 2 else " b"} for n, row in enumerate(rows[::4])]
-    final = train(base, part, tmp_path / "run", optimizer="sgd", lr=0.05, **QUICK)
+    part = [{"prompt": f"{row['text']}:", "completion": f" {'ab'[row['text'] < 'e']}"} for row in rows[1::2]]
+    final = train(base, part, tmp_path / "run", lr=1e-2, **{**QUICK, "epochs": 12})
     found = recover(base, final, rows, count=15, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
                     width=256, **asked)  # fmt: skip
     assert len(found.rows) == 15
@@ -385,10 +414,15 @@ def test_rows_are_labelled_by_the_final_model(base, tmp_path):
         assert row["completion"] in (" a", " b") and row["prompt"] == f"{row['prompt'][:-1]}:"
         assert 0.5 <= row["whence_label_p"] <= 1
     even = recover(base, final, rows, count=14, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
-                   width=256, balanced=True, **asked)  # fmt: skip
+                   width=256, **asked)  # fmt: skip
     own = [row["label"] for row in even.rows]
     possible = min(sum(label == choice for label in even_labels(base, final, rows, asked, tmp_path)) for choice in "ab")
-    assert abs(own.count("a") - own.count("b")) <= max(0, 14 - 2 * possible)
+    assert possible >= 7 and own.count("a") == own.count("b") == 7
+    assert "every label" in even.settings["chosen"]
+    first = recover(base, final, rows, count=14, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
+                    width=256, balanced=False, **asked)  # fmt: skip
+    assert first.numbers == first.scores.argsort(descending=True, stable=True)[:14].tolist() != even.numbers
+    assert "chosen" not in first.settings
     with pytest.raises(SettingError, match="need --choices"):
         recover(base, final, rows, count=15, method="nnls", work=tmp_path / "other", template="{text}:")
 

@@ -50,7 +50,12 @@ def recover(
     ] = None,
     template: Annotated[str, typer.Option(help="Prompt for --choices, with the row's text at {text}.")] = "{text}",
     labels: Annotated[str, typer.Option(help="The likeliest label, hard, or one sampled by its probability.")] = "hard",
-    balanced: Annotated[bool, typer.Option("--balanced", help="As many rows of every label.")] = False,
+    balanced: Annotated[
+        bool | None,
+        typer.Option(
+            "--balanced/--no-balanced", help="As many rows of every label.", show_default="with --choices and --count"
+        ),
+    ] = None,
     rounds: Annotated[
         int, typer.Option(help="Train on what was chosen and match what that leaves: nnls, matching, cosine.")
     ] = 0,

@@ -90,8 +90,9 @@ class RecoverSettings:
     """Prompt that a row's text is put into, where there are choices."""
     labels: str = "hard"
     """Which choice a row gets, see `labelling`."""
-    balanced: bool = False
-    """Choose as many rows of every label, as far as there are, where there are choices."""
+    balanced: bool | None = None
+    """Choose as many rows of every label, as far as there are, where there are choices. None: where a count is asked
+    for too, since a model trained on the chosen rows then comes closer to theta_f."""
     rounds: int = 0
     """Of re-linearising, at most, for the methods of `ROUNDED`."""
     mixture: str | None = None
@@ -104,7 +105,7 @@ class RecoverSettings:
         recover_method(self.method)
         if self.choices:
             self.labelling()
-        elif (self.template, self.labels, self.balanced) != ("{text}", "hard", False):
+        elif (self.template, self.labels) != ("{text}", "hard") or self.balanced is not None:
             raise SettingError("--template, --labels and --balanced need --choices, the labels that the model answers")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")

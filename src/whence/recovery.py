@@ -45,6 +45,7 @@ from whence.membership import FOLDS, Calibration, Seen, calibrate, features, log
 from whence.model import located
 from whence.recover_scores import method_scores
 from whence.relinearising import Round, relinearised
+from whence.rounding import stored_dtype
 from whence.shadow import Recipe, Shadow, trained_shadow
 from whence.shares import rows_of, shares_of_sources
 from whence.storage import Place
@@ -96,6 +97,7 @@ def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
         max_tokens=settings.max_tokens,
         tokenizer=foreign_tokenizer(case),
         lora=case.lora,
+        stored=stored_dtype(case.final),
     )
 
 
@@ -264,7 +266,8 @@ def recover(
     able = int(seen.usable.sum())
     order = scores.argsort(descending=True, stable=True)[:able].tolist()
     wanted = min(count, able) if count is not None else int((scores >= 0.5).sum())
-    numbers = evenly(order, labels, wanted) if chosen.balanced else order[:wanted]
+    is_even = bool(chosen.choices and count is not None) if chosen.balanced is None else chosen.balanced
+    numbers = evenly(order, labels, wanted) if is_even else order[:wanted]
     notes = _notes(case, seen, still, learned, rounds, count)
     rows = rows_of(opened, numbers)
     columns = {"whence_score": scores, "whence_p": p_values} | ({} if weights is None else {"whence_weight": weights})
@@ -280,7 +283,7 @@ def recover(
         mixture=mixture,
         layers=case.difference.rows(),
         notes=notes,
-        settings=_told(case, chosen, learned, opened),
+        settings=_told(case, chosen, learned, opened, is_even=is_even),
         learned=learned,
         null=null,
     )
@@ -376,7 +379,9 @@ def _columns(corpus: Corpus) -> tuple[list[str | None], list[str | None]]:
     return sources, labels
 
 
-def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus) -> dict[str, str]:
+def _told(
+    case: Case, settings: RecoverSettings, learned: Learned | None, corpus: Corpus, *, is_even: bool
+) -> dict[str, str]:
     told = {"method": settings.method, "base": case.base, "final": case.final, "corpus": corpus.name,
             "layers": case.settings.space.layers or "linear layers of the blocks"}  # fmt: skip
     if settings.undo != "none":
@@ -385,6 +390,8 @@ def _told(case: Case, settings: RecoverSettings, learned: Learned | None, corpus
         told["removed from the target"] = "weight decay"
     if settings.choices:
         told["labels"] = f"{settings.labels}, of {', '.join(settings.choices)}"
+    if is_even:
+        told["chosen"] = "as many rows of every label, as far as there are"
     if learned is not None:
         recipe = learned.shadow.recipe
         told["shadow"] = (

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whence.checkpoint import open_run
 from whence.corpus import Row
 from whence.difference import weight_difference
+from whence.rounding import round_stored
 from whence.train import OPTIMIZERS, train
 
 FIRST_RATES = {"adamw": 3e-4, "sgd": 0.1}
@@ -51,6 +53,8 @@ class Recipe:
     """Settings `lora_*` of `train`, of an adapter."""
     checkpoints: int = 1
     """Kept on the way, the last among them."""
+    stored: torch.dtype = torch.float32
+    """Of the model in question, to which a shadow's weights are rounded: rounding is part of what is seen of them."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,32 @@ def trained_shadow(
 def _at_norm(
     base: str, rows: Sequence[Row], norm: float, wanted: Signature, best: Shadow, work: Path, seed: int, *, tries: int
 ) -> Shadow:
-    """From a first try on, at rates that move the weights as far; the best that was found."""
-    last = best
+    """From a first try on, at rates that move the weights as far; the best that was found.
+
+    ln norm over ln rate is taken for a line: of slope 1 at first, through the last two tries from then on. It is
+    steeper where weights of few bits lose small moves.
+    """
+    before, last = None, best
     for _ in range(tries - 1):
-        if abs(math.log(last.norm)) < CLOSE:
+        if abs(_too_far(last)) < CLOSE:
             break
-        rate = (last.recipe.lr or 0.0) / last.norm
-        last = _tried(base, rows, norm, wanted, replace(last.recipe, lr=float(f"{rate:.3g}")), work, seed)
-        best = min(best, last, key=lambda shadow: abs(math.log(shadow.norm)))
+        slope = 1.0 if before is None else _slope(before, last)
+        rate = (last.recipe.lr or 0.0) * math.exp(-_too_far(last) / slope)
+        recipe = replace(last.recipe, lr=float(f"{rate:.3g}"))
+        before, last = last, _tried(base, rows, norm, wanted, recipe, work, seed)
+        best = min(best, last, key=lambda shadow: abs(_too_far(shadow)))
     return best
+
+
+def _too_far(shadow: Shadow) -> float:
+    """Ln of the norm over that to be met; where rounding took every move, of a hundredth."""
+    return math.log(max(shadow.norm, 0.01))
+
+
+def _slope(one: Shadow, other: Shadow) -> float:
+    """Of ln norm over ln rate, within what trainings show."""
+    wide = math.log((one.recipe.lr or 0.0) / (other.recipe.lr or 0.0))
+    return min(4.0, max(0.5, (_too_far(one) - _too_far(other)) / wide)) if wide else 1.0
 
 
 def _tried(
@@ -154,7 +175,10 @@ def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: i
 
 
 def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: int) -> Path:
-    """Train the base on rows by a recipe that has an optimizer and a rate, into a directory; or go on doing so."""
+    """Train the base on rows by a recipe that has an optimizer and a rate, into a directory; or go on doing so.
+
+    The checkpoints are rounded to the recipe's type when all are there.
+    """
     settings = {
         "epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
@@ -165,4 +189,8 @@ def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: in
         **(recipe.lora or {}),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    return train(base, rows, out, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)
+    run = train(base, rows, out, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)
+    if recipe.stored.itemsize < torch.float32.itemsize:
+        for checkpoint in open_run(run, which="all").checkpoints:
+            round_stored(str(checkpoint.path), recipe.stored)
+    return run

@@ -1,0 +1,45 @@
+"""Saved weights rounded to fewer bits, as another model's were.
+
+What is seen of a model through its files is seen through their rounding: a move of half a step or less is lost, a
+larger one becomes whole steps. A model that stands for another is to be seen so, too.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from whence.storage import Place
+from whence.weights import Weights, in_pieces, weights_of
+
+STEMS = ("adapter_model", "model", "pytorch_model")
+"""Of the files that hold an adapter's or a model's weights."""
+
+
+def stored_dtype(directory: str) -> torch.dtype:
+    """The type in which most entries of a saved model's or adapter's weights are stored."""
+    entries: dict[torch.dtype, int] = {}
+    for dtype, shape in weights_of(directory, *STEMS).described().values():
+        entries[dtype] = entries.get(dtype, 0) + math.prod(shape)
+    return max(entries, key=lambda dtype: entries[dtype])
+
+
+def round_stored(directory: str, dtype: torch.dtype) -> None:
+    """Store what is in more bits in `dtype`, a file at a time; each is replaced when its successor is whole.
+
+    Args:
+        directory: Of a model or an adapter in safetensors files.
+        dtype: One of 16 bits; fp32 changes nothing.
+    """
+    weights = weights_of(directory, *STEMS)
+    for file in sorted({*weights.files.values()}):
+        own = Weights(directory, {name: file for name, where in weights.files.items() if where == file})
+        before = own.described()
+        after = {
+            name: (min(kind, dtype, key=lambda one: one.itemsize), shape) for name, (kind, shape) in before.items()
+        }
+        if after != before:
+            pieces, total = in_pieces(
+                after, lambda name, own=own, after=after: own.read(name).to(after[name][0]), metadata={"format": "pt"}
+            )
+            Place.at(Path(file).parent).write(file.name, pieces, total=total)
