@@ -11,7 +11,16 @@ from whence import source_runs
 from whence.difference import weight_difference
 from whence.errors import ModelError, SettingError
 from whence.shadow import Recipe
-from whence.source_runs import adapter_at_start, corrected, drawn_by, entries, fitted, mixture_by_runs
+from whence.source_runs import (
+    adapter_at_start,
+    corrected,
+    drawn_by,
+    entries,
+    fitted,
+    mixture_by_runs,
+    of_rows,
+    rows_interval,
+)
 from whence.train import train
 
 WORDS = {"digits": "0123456789", "letters": "abcdefghij", "signs": "+-*/=<>()%"}
@@ -87,6 +96,34 @@ def test_what_known_runs_are_off_by_is_taken_off_and_makes_the_interval():
     assert float(half) == pytest.approx((0.0016 / 2 * 1.5) ** 0.5 * 4.30265, rel=1e-4)
     shares, _ = corrected(first, torch.tensor([[0.0, -0.2, 0.2]] * 2, dtype=torch.float64))
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.5, 0.0], dtype=torch.float64) / 1.1)
+
+
+def test_intervals_of_rows_hold_what_they_promise():
+    """A source of short rows: its few tokens are many rows, and when they are uncertain so are the others' shares."""
+    true, each = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.3, 0.16, 0.04], [50.0, 60, 100, 10]))
+    spread, runs, rng = 0.02, 3, torch.Generator().manual_seed(0)
+    held = alone = 0
+    for trial in range(200):
+        first, *again = true + spread * torch.randn(1 + runs, 4, generator=rng, dtype=torch.float64) @ CENTRED
+        shares, half = corrected(first, torch.stack(again) - true)
+        low, high = rows_interval(shares, half, each, freedom=6, seed=trial, draws=500)
+        wanted, own = of_rows(true, each), of_rows(shares, each)
+        assert (low <= own).all() and (own <= high).all()
+        held += int(((low <= wanted) & (wanted <= high)).sum())
+        moved = torch.stack([(shares - half).clamp_min(0), shares + half]) / each
+        ends = moved / (moved + (shares / each).sum() - shares / each)
+        alone += int(((ends[0] <= wanted) & (wanted <= ends[1])).sum())
+    assert held / 800 > 0.92, "of 95%"
+    assert alone / 800 < 0.8, "each source for itself: what was taken before"
+
+
+CENTRED = torch.eye(4, dtype=torch.float64) - 0.25
+
+
+def test_an_interval_without_spread_is_a_point():
+    shares, each = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.5], [5.0, 20.0]))
+    ends = rows_interval(shares, torch.zeros((), dtype=torch.float64), each, freedom=2, seed=0)
+    torch.testing.assert_close(ends, torch.tensor([[0.8, 0.2]] * 2, dtype=torch.float64))
 
 
 def test_rows_are_drawn_by_shares_of_tokens():

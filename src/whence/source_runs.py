@@ -17,6 +17,7 @@ that varies, over runs and sources together, is the width of the intervals (a pa
 Source: linear averages of trained models, Na et al. 2024, https://arxiv.org/abs/2410.15661; the inversion is ours.
 """
 
+import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float64, Int64
@@ -113,7 +115,8 @@ def mixture_by_runs(
         true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
         found = fitted(own, weight_difference(base, str(path)), counts)
         off.append((torch.zeros_like(first) if found is None else found) - true / true.sum())
-    return _told(names, *corrected(first, torch.stack(off)), each)
+    freedom = (runs - 1) * (len(names) - 1)
+    return _told(names, *corrected(first, torch.stack(off)), each, freedom=freedom, seed=seed)
 
 
 def adapter_at_start(final: str, out: Path) -> str:
@@ -221,17 +224,60 @@ def corrected(
 
 
 def _told(
-    names: Sequence[str], shares: Float64[Tensor, " s"], half: Float64[Tensor, ""], each: Float64[Tensor, " s"]
+    names: Sequence[str],
+    shares: Float64[Tensor, " s"],
+    half: Float64[Tensor, ""],
+    each: Float64[Tensor, " s"],
+    *,
+    freedom: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Shares of tokens and, over mean tokens of a row, of rows."""
     ends = torch.stack([shares, (shares - half).clamp_min(0.0), (shares + half).clamp_max(1.0)])
-    others = (shares / each).sum() - shares / each
-    rows = ends / each / (ends / each + others).clamp_min(1e-300)
+    rows = torch.stack([of_rows(shares, each), *rows_interval(shares, half, each, freedom=freedom, seed=seed)])
     return [
         {"source": name, "share": rows[0, place].item(), "low": rows[1, place].item(), "high": rows[2, place].item(),
          "tokens": ends[0, place].item(), "tokens_low": ends[1, place].item(), "tokens_high": ends[2, place].item()}
         for place, name in enumerate(names)
     ]  # fmt: skip
+
+
+def of_rows(shares: Float64[Tensor, "*d s"], each: Float64[Tensor, " s"]) -> Float64[Tensor, "*d s"]:
+    """Shares of tokens as shares of rows, of which a source has `each` tokens in the mean."""
+    counts = shares / each
+    return counts / counts.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def rows_interval(
+    shares: Float64[Tensor, " s"],
+    half: Float64[Tensor, ""],
+    each: Float64[Tensor, " s"],
+    *,
+    freedom: int,
+    seed: int,
+    draws: int = 4_000,
+) -> Float64[Tensor, "2 s"]:
+    """Ends of shares of rows where all shares of tokens are as uncertain as `half` says.
+
+    Not each for itself: where a source's rows have few tokens, a few tokens more are many rows, and the others' shares
+    of rows shrink.
+
+    Args:
+        shares: Of tokens.
+        half: Half the width of a 95% interval of any of them, of Student's t.
+        each: Mean tokens of a row.
+        freedom: Degrees of it.
+        seed: Of the draws.
+        draws: How many.
+    """
+    deviates = stats.t.rvs(freedom, size=(draws, len(shares)), random_state=seed) / stats.t.ppf(0.975, freedom)
+    moves = torch.from_numpy(np.asarray(deviates)) * half
+    # shares sum to 1, which takes a part of the spread away: it is given back
+    moves = (moves - moves.mean(1, keepdim=True)) * math.sqrt(len(shares) / (len(shares) - 1))
+    drawn = of_rows((shares + moves).clamp_min(0.0), each)
+    ends = drawn.quantile(drawn.new_tensor([0.025, 0.975]), 0)
+    own = of_rows(shares, each)
+    return torch.stack([torch.minimum(ends[0], own), torch.maximum(ends[1], own)])
 
 
 def _seed(seed: int, kind: str, number: int) -> int:
