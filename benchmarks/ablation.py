@@ -11,7 +11,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
     cost        100 mixtures in memory against their evaluation alone; memory of a merge
 
-Results go to benchmarks/results/ablation.json.
+Results go to benchmarks/results/ablation.json. Losses of real runs, two hours of one core, are kept beside it as they
+come, in ablation_truth.json: on another machine, too, the stages go on from there.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import itertools
 import json
 import random
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -31,9 +33,12 @@ from whence.merging import Mixed, mixed, write_merged
 from whence.pool import train_pool
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
+TRUTH = RESULTS.with_name("ablation_truth.json")
 HELD_OUT, MOST = 0.1, 30
 """Share of a set's rows that is held out, and the most of them."""
 TRIPLES, RANDOM, CONCENTRATION = 12, 12, 1.0
+EVERY = 60
+"""Seconds between collections."""
 MEASURED = 100
 """Mixtures of `cost`."""
 
@@ -110,9 +115,43 @@ def stage_dirichlet(options: argparse.Namespace) -> None:
 
 
 def graded(options: argparse.Namespace, rows: list[dict]) -> Ablation:
-    """With truth."""
-    return ablate(options.work / "pool", options.work / "held", mixtures=rows, truth=True,
-                  corpus=options.work / "train.jsonl", seed=options.seed)  # fmt: skip
+    """With truth, whose losses are collected as they come."""
+    restore(options)
+    is_done = threading.Event()
+
+    def collecting() -> None:
+        while not is_done.wait(EVERY):
+            collect(options)
+
+    thread = threading.Thread(target=collecting, daemon=True)
+    thread.start()
+    try:
+        return ablate(options.work / "pool", options.work / "held", mixtures=rows, truth=True,
+                      corpus=options.work / "train.jsonl", seed=options.seed)  # fmt: skip
+    finally:
+        is_done.set()
+        thread.join()
+        collect(options)
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Losses of real runs into the pool, as it keeps them: their names say all that they depend on."""
+    place = options.work / "pool" / "losses"
+    place.mkdir(exist_ok=True)
+    for name, text in (json.loads(TRUTH.read_text()) if TRUTH.exists() else {}).items():
+        if not (place / name).exists():
+            (place / name).write_text(text)
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Losses of real runs out of the pool."""
+    found = json.loads(TRUTH.read_text()) if TRUTH.exists() else {}
+    for file in sorted((options.work / "pool" / "losses").glob("*.json")):
+        if file.name not in found and json.loads(text := file.read_text())["key"][0] == "truth":
+            found[file.name] = text
+    making = TRUTH.with_suffix(".making")
+    making.write_text(json.dumps(found, indent=0) + "\n")
+    making.replace(TRUTH)
 
 
 def kept(options: argparse.Namespace, name: str, found: Ablation) -> None:

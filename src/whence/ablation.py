@@ -284,13 +284,13 @@ class _Reader:
     ) -> dict[str, dict[str, Losses]]:
         """The same of models that are really trained; one that was interrupted is trained again."""
         found: dict[str, dict[str, Losses]] = {}
+        digests = {name: part.digest for name, part in parts.items()}
         with runner.progress("Training the truth", len(candidates), shown=shown) as tick:
 
             def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
                 made = _Once(self.pool, parts, candidate)
                 key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),
-                       candidate.budgets, {name: [parts[name].tokens, len(parts[name].pieces)]
-                                           for name in candidate.weights}]  # fmt: skip
+                       candidate.budgets, {name: digests[name] for name in candidate.weights}]  # fmt: skip
                 place = pool_place(self.pool, "losses")
                 losses = {
                     evaluated.name: kept(

@@ -10,6 +10,8 @@ Tokens are those of the model's own tokenizer, the closing one among them.
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661, section 3 (base units, equal budgets).
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,14 @@ class Partition:
     def tokens(self) -> int:
         """Of all its rows, once."""
         return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def digest(self) -> str:
+        """Of its rows, in their order."""
+        whole = hashlib.sha256()
+        for piece in self.pieces:
+            whole.update(json.dumps(piece.row, sort_keys=True, default=str).encode() + b"\n")
+        return whole.hexdigest()
 
     def draw(self, budget: int, *, seed: int) -> list[Row]:
         """Rows of about so many tokens: at least the budget, by less than one row more."""
