@@ -121,7 +121,10 @@ def graded(options: argparse.Namespace, rows: list[dict]) -> Ablation:
 
     def collecting() -> None:
         while not is_done.wait(EVERY):
-            collect(options)
+            try:
+                collect(options)
+            except (OSError, ValueError) as error:
+                print(f"not collected: {error}", flush=True)
 
     thread = threading.Thread(target=collecting, daemon=True)
     thread.start()
@@ -140,7 +143,9 @@ def restore(options: argparse.Namespace) -> None:
     place.mkdir(exist_ok=True)
     for name, text in (json.loads(TRUTH.read_text()) if TRUTH.exists() else {}).items():
         if not (place / name).exists():
-            (place / name).write_text(text)
+            making = place / f"{name}.making"
+            making.write_text(text)
+            making.replace(place / name)
 
 
 def collect(options: argparse.Namespace) -> None:

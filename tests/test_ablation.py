@@ -164,6 +164,22 @@ def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, 
     assert [cell.truth for cell in again.cells] == [cell.truth for cell in found.cells]
 
 
+def test_truth_of_other_rows_of_the_same_size_is_trained_anew(pool, corpus, held, tmp_path, monkeypatch):
+    from whence import ablation
+
+    asked = {"mixtures": [{"a": 1.0}], "truth": True, "shown": False}
+    before = ablate(pool, held, corpus=corpus, **asked)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    first = next(row for row in rows if row["source"] == "a")
+    first["text"] = first["text"][::-1]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained, real = [], ablation.true_model
+    monkeypatch.setattr(ablation, "true_model", lambda *given, **more: trained.append(given) or real(*given, **more))
+    after = ablate(pool, held, corpus=tmp_path / "rows.jsonl", **asked)
+    assert len(trained) == 1
+    assert [cell.truth for cell in after.cells] != [cell.truth for cell in before.cells]
+
+
 def test_agreement_by_hand():
     proxy, truth = [1.0, 2.0, 3.0, 4.0, 5.0], [1.1, 1.0, 3.0, 2.0, 9.0]
     found = agreement(proxy, truth)

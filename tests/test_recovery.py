@@ -370,6 +370,24 @@ def test_a_shadow_is_rounded_as_the_model_in_question_was(base, tmp_path):
     assert unrounded.recipe.lr < 1.5e-5
 
 
+def test_roundings_do_not_share_a_directory_and_a_lost_move_ends_no_search(base, final, tmp_path):
+    """In 16 bits a first try may move nothing; a search goes on from there."""
+    rows, difference = [ROWS[n] for n in range(1, 60, 4)], weight_difference(base, final)
+    start = tmp_path / "start"
+    shutil.copytree(base, start)
+    round_stored(str(start), torch.bfloat16)
+    recipe = Recipe(rows=15, epochs=1.0, batch_size=4, max_tokens=32, optimizer="sgd", lr=1e-12)
+    made = [trained_shadow(str(start), rows, difference, replace(recipe, stored=dtype), tmp_path / "shadow")
+            for dtype in (torch.float32, torch.bfloat16, torch.float32)]  # fmt: skip
+    assert made[0] == made[2] and made[0].path != made[1].path
+    assert (made[1].norm, made[1].distance) == (0.0, math.inf)
+    kinds = [stored_dtype(located(open_run(shadow.path).checkpoints[-1].path)) for shadow in made]
+    assert kinds == [torch.float32, torch.bfloat16, torch.float32]
+    with pytest.raises(ModelError, match="safetensors"):
+        torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+        round_stored(str(tmp_path), torch.bfloat16)
+
+
 def test_signature_and_distance_by_hand():
     found = signature(
         {"b": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "a": torch.full((2, 2), 2.0), "bias": torch.ones(3),

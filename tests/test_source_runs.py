@@ -120,6 +120,15 @@ def test_intervals_of_rows_hold_what_they_promise():
 CENTRED = torch.eye(4, dtype=torch.float64) - 0.25
 
 
+@pytest.mark.parametrize(("sources", "runs"), [(2, 2), (2, 3), (3, 2), (4, 3)])
+def test_where_rows_are_alike_their_interval_is_that_of_tokens(sources, runs):
+    shares, half = torch.full((sources,), 1 / sources, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+    each, freedom = torch.full((sources,), 7.0, dtype=torch.float64), (runs - 1) * (sources - 1)
+    ends = rows_interval(shares, half, each, freedom=freedom, seed=0, draws=40_000)
+    assert (ends[0] - (shares - half)).abs().max() < 0.05 * half
+    assert (ends[1] - (shares + half)).abs().max() < 0.05 * half
+
+
 def test_an_interval_without_spread_is_a_point():
     shares, each = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.5], [5.0, 20.0]))
     ends = rows_interval(shares, torch.zeros((), dtype=torch.float64), each, freedom=2, seed=0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whence import scan
+from whence import codecs, scan
 from whence.errors import (
     ChecksumError,
     FormatVersionError,
@@ -23,7 +23,7 @@ from whence.errors import (
     StorageError,
 )
 from whence.manifest import Manifest
-from whence.shards import ShardArrays
+from whence.shards import ShardArrays, encoded
 from whence.store import Store, verify
 
 WIDTH = 24
@@ -455,6 +455,37 @@ def test_bfloat16_ranks_rows_that_its_products_cannot_tell_apart(tmp_path):
     helpful, opposing = store.top_k(queries, torch.ones(1), m=25)
     assert torch.allclose(helpful.scores.double(), true.topk(25).values, rtol=1e-6)
     assert torch.allclose(opposing.scores.double(), true.topk(25, largest=False).values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "onebit"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
+    rng = torch.Generator().manual_seed(0)
+    vectors = torch.randn(300, 64, generator=rng)
+    whole = ShardArrays(
+        vectors=vectors,
+        norm=vectors.norm(dim=1),
+        loss=torch.zeros(300),
+        status=torch.zeros(300, dtype=torch.uint8),
+        tokens=torch.ones(300, dtype=torch.int32),
+    )
+    queries = torch.randn(1, 2, 64, generator=rng)
+    queries[0, 1] = 0
+    queries = scan.unit(queries) if cosine else queries
+    found = []
+    for norm in (whole.norm[7].item(), torch.inf):
+        whole.norm[7] = norm
+        question = scan.Question(queries=queries, weights=torch.ones(1), cosine=cosine, codec=codecs.codec(codec))
+        found.append(scan.top_k(question, [(0, [encoded(whole, question.codec)])], 3))
+    for before, after in zip(*found, strict=True):
+        assert after.rows.shape == (2, 3) and (after.rows >= 0).all()
+        assert after.rows[1].tolist() == [0, 1, 2], "a query of zeros scores all alike"
+        assert 7 in before.rows[0] or torch.equal(before.rows[0], after.rows[0])
+
+
+def test_no_query_is_answered_by_nothing(tmp_path):
+    helpful, opposing = build(tmp_path / "index", codec="int8").top_k(torch.zeros(2, 0, WIDTH), torch.ones(2), m=3)
+    assert helpful.rows.shape[0] == opposing.rows.shape[0] == 0
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])

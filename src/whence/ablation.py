@@ -33,7 +33,7 @@ from whence.answers import row_text
 from whence.corpus import Corpus, Row, open_corpus, rows_with_place
 from whence.errors import SettingError
 from whence.grams import averaging
-from whence.heldout import EvalSet, Losses, kept, measure, read_sets
+from whence.heldout import EvalSet, Losses, content_name, kept, measure, read_sets
 from whence.members import Pool, open_pool
 from whence.merging import ALPHA, RegMean, checked, mixed
 from whence.model import load_model
@@ -288,9 +288,9 @@ class _Reader:
         with runner.progress("Training the truth", len(candidates), shown=shown) as tick:
 
             def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
-                made = _Once(self.pool, parts, candidate)
                 key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),
                        candidate.budgets, {name: digests[name] for name in candidate.weights}]  # fmt: skip
+                made = _Once(self.pool, parts, candidate, content_name(key))
                 place = pool_place(self.pool, "losses")
                 losses = {
                     evaluated.name: kept(
@@ -318,19 +318,25 @@ class _Once:
     pool: Pool
     parts: Mapping[str, Partition]
     candidate: Candidate
+    content: str
+    """Name of all that its training depends on."""
     path: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        return Path(self.pool.place.root) / "truth" / f"{slug(self.candidate.name)}-{self.content[:12]}"
 
     def model(self) -> Path:
         """Its directory."""
         if self.path is None:
-            place = Path(self.pool.place.root) / "truth" / slug(self.candidate.name)
-            self.path = true_model(self.pool, self.parts, self.candidate.weights, place, budgets=self.candidate.budgets)
+            weights, budgets = self.candidate.weights, self.candidate.budgets
+            self.path = true_model(self.pool, self.parts, weights, self.place, budgets=budgets)
         return self.path
 
     def forget(self) -> None:
         """Remove its weights: the losses are what is kept."""
         if self.path is not None:
-            shutil.rmtree(Path(self.pool.place.root) / "truth" / slug(self.candidate.name), ignore_errors=True)
+            shutil.rmtree(self.place, ignore_errors=True)
 
 
 def _alone(name: str) -> str:

@@ -105,7 +105,7 @@ class RecoverSettings:
         recover_method(self.method)
         if self.choices:
             self.labelling()
-        elif (self.template, self.labels) != ("{text}", "hard") or self.balanced is not None:
+        elif (self.template, self.labels) != ("{text}", "hard") or self.balanced:
             raise SettingError("--template, --labels and --balanced need --choices, the labels that the model answers")
         if self.short_list < 2:
             raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")

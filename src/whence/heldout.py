@@ -135,9 +135,14 @@ def _open_ended(encoded: Encoded) -> Encoded:
     return Encoded(encoded.ids[:-1], encoded.supervised[:-1])
 
 
+def content_name(key: Sequence[object]) -> str:
+    """Of what a key says."""
+    return hashlib.sha256(json.dumps(list(key), sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 def kept(place: Place, key: Sequence[object], make: Callable[[], Losses]) -> Losses:
     """Losses by a key that says all they depend on; made where they are not there."""
-    name = f"{hashlib.sha256(json.dumps(list(key), sort_keys=True, default=str).encode()).hexdigest()[:32]}.json"
+    name = f"{content_name(key)}.json"
     if place.exists(name):
         found = json.loads(place.read(name))
         return Losses(torch.tensor(found["nats"], dtype=torch.float64), torch.tensor(found["tokens"]),

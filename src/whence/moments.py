@@ -165,8 +165,8 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
     if keys is None or not {"betas", "eps"} <= found.group.keys() or "step" not in found.state:
         kept = ", ".join(map(str, found.state)) or "nothing"
         raise ModelError(
-            f"{file}: of {names[0]} it holds {kept}; --view adam needs step, exp_avg and exp_avg_sq, as Adam and AdamW "
-            f"keep them."
+            f"{file}: of {names[0]} it holds {kept}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW keep "
+            "them."
         )
     pair = [found.state[key] for key in keys]
     if any(moment.dtype == torch.uint8 for moment in pair):

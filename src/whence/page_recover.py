@@ -226,7 +226,8 @@ def _histogram(
         drawn.append(f'<path class="null" d="M0 {height:.0f}{path}V{height:.0f}"/>')
     if is_found.any():
         cut = float(scores[is_found].min())
-        drawn.append(_cut((cut - low) / (high - low), width, height, _named(cut, is_probability)))
+        words = "found from" if bool(is_found[scores >= cut].all()) else "the lowest found is"
+        drawn.append(_cut((cut - low) / (high - low), width, height, f"{words} {_named(cut, is_probability)}"))
     ticks = axis(width, height, _ticks(low, high, is_probability))
     return f'<svg class="scores" viewBox="0 -18 400 {height + 38:.0f}" role="img">{"".join(drawn)}{ticks}</svg>'
 
@@ -247,12 +248,12 @@ def _grid(top: float, width: float, height: float) -> str:
     return drawn
 
 
-def _cut(place: float, width: float, height: float, name: str) -> str:
+def _cut(place: float, width: float, height: float, words: str) -> str:
     """A line where the choice ends."""
     x, anchor = place * width, "end" if place > 0.5 else "start"
     line = f'<line class="cut" x1="{x:.1f}" x2="{x:.1f}" y1="-14" y2="{height:.0f}"/>'
     aside = x - 5 if place > 0.5 else x + 5
-    return f'{line}<text class="at" x="{aside:.1f}" y="-6" text-anchor="{anchor}">found from {shown(name)}</text>'
+    return f'{line}<text class="at" x="{aside:.1f}" y="-6" text-anchor="{anchor}">{shown(words)}</text>'
 
 
 def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:

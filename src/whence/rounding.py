@@ -5,12 +5,13 @@ larger one becomes whole steps. A model that stands for another is to be seen so
 """
 
 import math
-from pathlib import Path
+from collections import Counter
 
 import torch
 
+from whence.errors import ModelError
 from whence.storage import Place
-from whence.weights import Weights, in_pieces, weights_of
+from whence.weights import Described, Weights, in_pieces, weights_of
 
 STEMS = ("adapter_model", "model", "pytorch_model")
 """Of the files that hold an adapter's or a model's weights."""
@@ -18,10 +19,10 @@ STEMS = ("adapter_model", "model", "pytorch_model")
 
 def stored_dtype(directory: str) -> torch.dtype:
     """The type in which most entries of a saved model's or adapter's weights are stored."""
-    entries: dict[torch.dtype, int] = {}
+    entries = Counter[torch.dtype]()
     for dtype, shape in weights_of(directory, *STEMS).described().values():
-        entries[dtype] = entries.get(dtype, 0) + math.prod(shape)
-    return max(entries, key=lambda dtype: entries[dtype])
+        entries[dtype] += math.prod(shape)
+    return entries.most_common(1)[0][0]
 
 
 def round_stored(directory: str, dtype: torch.dtype) -> None:
@@ -30,16 +31,21 @@ def round_stored(directory: str, dtype: torch.dtype) -> None:
     Args:
         directory: Of a model or an adapter in safetensors files.
         dtype: One of 16 bits; fp32 changes nothing.
+
+    Raises:
+        ModelError: The weights are in another format.
     """
     weights = weights_of(directory, *STEMS)
     for file in sorted({*weights.files.values()}):
+        if file.suffix != ".safetensors":
+            raise ModelError(f"{file}: weights are rounded in safetensors files. Save the model as safetensors.")
         own = Weights(directory, {name: file for name, where in weights.files.items() if where == file})
         before = own.described()
-        after = {
-            name: (min(kind, dtype, key=lambda one: one.itemsize), shape) for name, (kind, shape) in before.items()
+        after: Described = {
+            name: (dtype if dtype.itemsize < kind.itemsize else kind, shape) for name, (kind, shape) in before.items()
         }
         if after != before:
             pieces, total = in_pieces(
                 after, lambda name, own=own, after=after: own.read(name).to(after[name][0]), metadata={"format": "pt"}
             )
-            Place.at(Path(file).parent).write(file.name, pieces, total=total)
+            Place.at(file.parent).write(file.name, pieces, total=total)

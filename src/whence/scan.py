@@ -8,10 +8,11 @@ return.
 
 score[q, n] = sum over checkpoints c of weight_c * <query_cq, row_cn>, each divided by both norms for the
 cosine (the row's before it was encoded, the query's before the scan; a zero norm scores 0). Larger is more
-helpful. Rows whose status is not ok in any checkpoint are never ranked. Equal scores rank by the lower row.
+helpful. Rows whose status is not ok in any checkpoint are never ranked. Equal scores rank by the lower row (of
+equal rows a product may round them apart by its place in a block).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,23 +71,28 @@ def block_scores(question: Question, pieces: Iterable[Piece]) -> Iterator[tuple[
 
 def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking, Ranking]:
     """The m highest and the m lowest scores of each query: (helpful, opposing). Fewer if rows are."""
+    if not question.queries.shape[1]:
+        nothing = Ranking(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
+        return nothing, nothing
     kernels = [question.codec.prepare(part) for part in question.queries]
     ends = [_End(sign, question.queries.shape[1], m) for sign in (1, -1)]
     held: list[_Held] = []
+    held_bytes = 0
     scored: list[_Scored] = []
     for first, shards in pieces:
         for rows in _blocks(shards[0], question.queries.shape[1]):
             block = [_part(shard, rows) for shard in shards]
             scored.append(_Scored(len(held), *_approximate(question, kernels, block)))
             held.append(_Held(first + rows.start, block))
-            is_full = _bytes(held) >= _WAITING_BYTES
+            held_bytes += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in block)
+            is_full = held_bytes >= _WAITING_BYTES
             # few queries wait for several blocks: products that follow one another are faster
             if is_full or sum(some.scores.size for some in scored) >= _BLOCK_SCORES:
                 _rank(ends, scored, held)
                 scored = []
                 if is_full or sum(map(len, ends)) > _WAITING_PAIRS * question.queries.shape[1] * m:
                     _settle(ends, question, held)
-                    held = []
+                    held, held_bytes = [], 0
     _rank(ends, scored, held)
     _settle(ends, question, held)
     return ends[0].best.ranking(1.0), ends[1].best.ranking(-1.0)
@@ -134,14 +140,21 @@ class _Slack:
     terms: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     def most(self) -> np.ndarray:
-        """No row's is larger [q]."""
-        total = np.zeros(()) if self.dense is None else self.dense.max(0, initial=0)
-        return sum((slope * size.max(initial=0) for slope, size in self.terms), start=total)
+        """No row's is larger [q]; infinite where a row's cannot be told, such as that of an infinite norm."""
+        total = np.zeros((), np.float32) if self.dense is None else self.dense.max(0, initial=0)
+        return self._with_terms(total, [(slope, size.max(initial=0)) for slope, size in self.terms])
 
     def of(self, row: np.ndarray, query: np.ndarray) -> np.ndarray:
         """Of some pairs."""
         total = np.zeros(len(row), np.float32) if self.dense is None else self.dense[row, query]
-        return sum((slope[query] * size[row] for slope, size in self.terms), start=total)
+        return self._with_terms(total, [(slope[query], size[row]) for slope, size in self.terms])
+
+    @staticmethod
+    def _with_terms(total: np.ndarray, terms: Sequence[tuple[np.ndarray, np.ndarray | np.floating]]) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            for slope, size in terms:
+                total = total + slope * size
+        return np.where(np.isnan(total), np.float32(np.inf), total)
 
 
 @dataclass(frozen=True)
@@ -226,10 +239,6 @@ def _inverse(norm: Tensor) -> Tensor:
     return torch.where(norm > torch.finfo(norm.dtype).tiny, 1 / norm, 0.0)
 
 
-def _bytes(held: list[_Held]) -> int:
-    return sum(shard.vectors.numel() * shard.vectors.itemsize for block in held for shard in block.shards)
-
-
 def _row_factor(question: Question, shard: Shard) -> Tensor | float:
     return _inverse(shard.norm) if question.cosine else 1.0
 
@@ -262,7 +271,8 @@ def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard])
         dense = off if dense is None else dense if off is None else dense + off
         for slope, size in ((block.slack_per_norm, shard.norm), (block.slack_per_scale, shard.scale)):
             if slope is not None:
-                terms.append((slope.numpy(), size.numpy() * abs(factor)))
+                with np.errstate(invalid="ignore"):  # an infinite norm times its inverse: no bound, see `_Slack`
+                    terms.append((slope.numpy(), size.numpy() * abs(factor)))
     assert total is not None, "an index has a checkpoint"
     return total, _Slack(dense, tuple(terms))
 

@@ -24,12 +24,15 @@ from torch import Tensor
 from whence.checkpoint import open_run
 from whence.corpus import Row
 from whence.difference import weight_difference
+from whence.errors import ModelError
 from whence.rounding import round_stored
 from whence.train import OPTIMIZERS, train
 
 FIRST_RATES = {"adamw": 3e-4, "sgd": 0.1}
 """Rates of a first try; for adapters ten times as much."""
 TRIES = 4
+FASTER = 30.0
+"""Times the rate before, at most, that a further try is."""
 CLOSE = 0.1
 """Of the norm, by which a shadow's may be wrong."""
 
@@ -55,6 +58,11 @@ class Recipe:
     """Kept on the way, the last among them."""
     stored: torch.dtype = torch.float32
     """Of the model in question, to which a shadow's weights are rounded: rounding is part of what is seen of them."""
+
+    @property
+    def suffix(self) -> str:
+        """Of a run's directory, which is rounded in place."""
+        return "" if self.stored is torch.float32 else f"-{str(self.stored).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def _at_norm(
         if abs(_too_far(last)) < CLOSE:
             break
         slope = 1.0 if before is None else _slope(before, last)
-        rate = (last.recipe.lr or 0.0) * math.exp(-_too_far(last) / slope)
+        rate = (last.recipe.lr or 0.0) * min(FASTER, max(1 / FASTER, math.exp(-_too_far(last) / slope)))
         recipe = replace(last.recipe, lr=float(f"{rate:.3g}"))
         before, last = last, _tried(base, rows, norm, wanted, recipe, work, seed)
         best = min(best, last, key=lambda shadow: abs(_too_far(shadow)))
@@ -148,8 +156,10 @@ def _at_norm(
 
 
 def _too_far(shadow: Shadow) -> float:
-    """Ln of the norm over that to be met; where rounding took every move, of a hundredth."""
-    return math.log(max(shadow.norm, 0.01))
+    """Ln of the norm over that to be met, within a factor of 100: of a training that diverged, and where rounding took
+    every move.
+    """
+    return math.log(min(100.0, max(0.01, shadow.norm))) if shadow.norm == shadow.norm else math.log(100.0)
 
 
 def _slope(one: Shadow, other: Shadow) -> float:
@@ -165,13 +175,16 @@ def _tried(
     rate = recipe.lr or FIRST_RATES[str(recipe.optimizer)] * (10 if recipe.lora else 1)
     chosen = replace(recipe, lr=rate)
     path = _trained(base, rows, chosen, work, seed)
-    moved = weight_difference(base, path)
+    try:
+        moved = weight_difference(base, path)
+    except ModelError:  # so low a rate that rounding took every move
+        return Shadow(str(path), chosen, 0.0, math.inf)
     return Shadow(str(path), chosen, moved.norm() / norm, distance(signature(moved), wanted))
 
 
 def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
     kept = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
-    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{kept}", seed)
+    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{kept}{recipe.suffix}", seed)
 
 
 def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: int) -> Path:

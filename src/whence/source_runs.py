@@ -96,8 +96,10 @@ def mixture_by_runs(
     for place, name in enumerate(names):
         wanted = max(1, round(PART * recipe.rows))
         drawn = rng.sample(pools[name], min(wanted, len(pools[name])))
-        path = train_by(start or base, [rows[n] for n in sorted(drawn)], replace(recipe, rows=len(drawn)),
-                        work / f"source-{place}", _seed(seed, "source", place))  # fmt: skip
+        # not rounded, as the model in question may be: what is fitted by should have no noise of its own
+        own_recipe = replace(recipe, rows=len(drawn), stored=torch.float32)
+        path = train_by(start or base, [rows[n] for n in sorted(drawn)], own_recipe, work / f"source-{place}",
+                        _seed(seed, "source", place))  # fmt: skip
         own.append(weight_difference(base, str(path)))
         counts.append(len(drawn))
         tick(wanted, 0)
@@ -110,7 +112,7 @@ def mixture_by_runs(
         drawn = drawn_by(first, each, pools, recipe.rows, random.Random(f"mixture {seed} {run}"))
         part = [rows[n] for n in drawn]
         own_recipe = replace(recipe, rows=len(drawn))
-        path = train_by(start or base, part, own_recipe, work / f"run-{run}", _seed(seed, "run", run))
+        path = train_by(start or base, part, own_recipe, work / f"run-{run}{recipe.suffix}", _seed(seed, "run", run))
         tick(recipe.rows, 0)
         true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
         found = fitted(own, weight_difference(base, str(path)), counts)
@@ -270,11 +272,12 @@ def rows_interval(
         seed: Of the draws.
         draws: How many.
     """
-    deviates = stats.t.rvs(freedom, size=(draws, len(shares)), random_state=seed) / stats.t.ppf(0.975, freedom)
-    moves = torch.from_numpy(np.asarray(deviates)) * half
-    # shares sum to 1, which takes a part of the spread away: it is given back
-    moves = (moves - moves.mean(1, keepdim=True)) * math.sqrt(len(shares) / (len(shares) - 1))
-    drawn = of_rows((shares + moves).clamp_min(0.0), each)
+    rng = np.random.default_rng(seed)
+    moves = rng.standard_normal((draws, len(shares)))
+    # shares sum to 1, which takes a part of the spread away: it is given back; one estimate of it serves all sources
+    moves = (moves - moves.mean(1, keepdims=True)) * math.sqrt(len(shares) / (len(shares) - 1))
+    moves /= np.sqrt(rng.chisquare(freedom, (draws, 1)) / freedom) * float(stats.t.ppf(0.975, freedom))
+    drawn = of_rows((shares + torch.from_numpy(moves) * half).clamp_min(0.0), each)
     ends = drawn.quantile(drawn.new_tensor([0.025, 0.975]), 0)
     own = of_rows(shares, each)
     return torch.stack([torch.minimum(ends[0], own), torch.maximum(ends[1], own)])

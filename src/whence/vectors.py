@@ -191,9 +191,10 @@ def example_vectors(
         )
         vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()
         tick(len(numbers), sum(len(encoded[number].ids) for number in numbers))
-    finite = torch.isfinite(vectors).all(1) & torch.isfinite(loss)
+    norm = vectors.norm(dim=1)
+    finite = torch.isfinite(vectors).all(1) & torch.isfinite(norm) & torch.isfinite(loss)
     status[~finite] = STATUSES.index("non_finite")
-    norm = torch.where(finite, vectors.norm(dim=1), 0.0)
+    norm = torch.where(finite, norm, 0.0)
     return ShardArrays(
         vectors=vectors,
         norm=norm,

@@ -55,9 +55,18 @@ class Weights:
             )
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, which is not read from a safetensors file."""
+        with _opened(self.files[name]) as opened:
+            if hasattr(opened, "get_slice"):
+                found = {code: dtype for dtype, code in FORMATS.items()}.get(opened.get_slice(name).get_dtype())
+                if found is not None:
+                    return found
+        return self.read(name).dtype
+
     def described(self) -> Described:
-        """Types and shapes of all, one after the other."""
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name in self.files for tensor in (self.read(name),)}
+        """Types and shapes of all."""
+        return {name: (self.dtype(name), self.shape(name)) for name in self.files}
 
 
 def in_pieces(
