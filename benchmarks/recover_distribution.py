@@ -44,8 +44,10 @@ RECIPE = {"max_steps": 125, "batch_size": 16, "checkpoints": 1, "progress": Fals
 RATES = {"classes": 1e-3, "classes+": 1e-3, "answers": 5e-4}
 SINGLE = ("p_min", "ghost", "row_cosine", "cosine", "nnls")
 DETAILS = ("row_cosine", "nnls")
-"""Methods that `classes` alone is asked for, beside variants with as many rows of every label."""
-BALANCED = ("random", "row_cosine", "cosine", "calibrated")
+"""Methods that `classes` alone is asked for."""
+BALANCED = {"classes": ("random", "row_cosine", "cosine", "calibrated"), "classes+": ("random", "calibrated"),
+            "answers": ()}  # fmt: skip
+"""Methods that also choose as many rows of every label."""
 
 
 def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
@@ -65,10 +67,8 @@ def run(options: argparse.Namespace, keep, kept: dict[str, object]) -> None:
 
 def methods_of(task: str) -> list[str]:
     """All that rank, and their balanced variants."""
-    names = ["random", *SINGLE, "calibrated"]
-    if task == "classes":
-        return [*names, *(f"{name}, balanced" for name in BALANCED)]
-    return [name for name in names if name not in DETAILS]
+    names = ["random", *SINGLE, "calibrated", *(f"{name}, balanced" for name in BALANCED[task])]
+    return [name for name in names if task == "classes" or name not in DETAILS]
 
 
 class Prepared:
