@@ -159,7 +159,7 @@ def _too_far(shadow: Shadow) -> float:
     """Ln of the norm over that to be met, within a factor of 100: of a training that diverged, and where rounding took
     every move.
     """
-    return math.log(min(100.0, max(0.01, shadow.norm))) if shadow.norm == shadow.norm else math.log(100.0)
+    return math.log(100.0 if math.isnan(shadow.norm) else min(100.0, max(0.01, shadow.norm)))
 
 
 def _slope(one: Shadow, other: Shadow) -> float:

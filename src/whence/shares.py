@@ -24,7 +24,7 @@ from whence.runner import progress
 from whence.selectors import pursuit
 from whence.selectors.problems import Atoms
 from whence.shadow import Recipe
-from whence.source_runs import MOST, adapter_at_start, mixture_by_runs, rows_to_train
+from whence.source_runs import MOST, adapter_at_start, mixture_by_runs, of_rows, rows_to_train
 
 MIXTURE_ROWS = 8_000
 """Rows, drawn evenly from all, that means of sources are taken from."""
@@ -97,8 +97,7 @@ def mixture_of(seen: Seen, sources: Sequence[str | None], *, seed: int = 0) -> l
     except SettingError:
         return []
     each = torch.stack([tokens[torch.tensor([own == name for own in names])].mean() for name in found.sources])
-    counted = torch.cat([torch.tensor([found.shares], dtype=torch.float64), found.draws]) / each
-    counted = counted / counted.sum(1, keepdim=True).clamp_min(1e-300)
+    counted = of_rows(torch.cat([torch.tensor([found.shares], dtype=torch.float64), found.draws]), each)
     low, high = counted[1:].quantile(counted.new_tensor([0.025, 0.975]), 0).tolist()
     return [
         {"source": name, "share": counted[0, place].item(), "low": low[place], "high": high[place],

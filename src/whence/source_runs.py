@@ -199,12 +199,11 @@ def drawn_by(
         count: Rows to draw, about.
         rng: Draws them.
     """
-    of_rows = shares / each
-    of_rows = of_rows / of_rows.sum()
+    wanted = of_rows(shares, each)
     sizes = torch.tensor([len(pool) for pool in pools.values()], dtype=torch.float64)
-    whole = min(float(count), float((sizes / of_rows)[of_rows > 0].min()))  # so that no source runs out
+    whole = min(float(count), float((sizes / wanted)[wanted > 0].min()))  # so that no source runs out
     drawn = []
-    for share, pool in zip(of_rows.tolist(), pools.values(), strict=True):
+    for share, pool in zip(wanted.tolist(), pools.values(), strict=True):
         drawn += rng.sample(pool, min(len(pool), round(share * whole)))
     return sorted(drawn)
 
