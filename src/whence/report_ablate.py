@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.ablation import Ablation
+from whence.folded import Folded
 from whence.report import visible
 from whence.suggesting import Suggestion
 
@@ -47,28 +48,23 @@ def suggestion_report(found: Suggestion) -> RenderableType:
     mixture.add_column("share", justify="right")
     for name, weight in sorted(found.mixture.items(), key=lambda pair: -pair[1]):
         mixture.add_row(Text(visible(name)), f"{weight:.1%}")
-    table = Table(title="Loss of the average, nats a token", title_justify="left", box=None, pad_edge=False,
-                  header_style="bold dim")  # fmt: skip
-    table.add_column("")
-    for name in found.losses:
-        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    table = Folded("Loss of the average, nats a token", "", list(found.losses))
     lines = (("suggested", found.losses), ("all alike", found.uniform), (f"{found.alone} alone", found.best_alone),
              ("the parent", found.parent))  # fmt: skip
     for label, losses in lines:
-        table.add_row(Text(visible(label)), *(f"{loss:.3f}" for loss in losses.values()))
+        table.add_row(Text(visible(label)), [f"{loss:.3f}" for loss in losses.values()])
     said = "Losses of averages rank mixtures; they are not those of a model trained on one."
     return Group(mixture, Text(""), table, Text(said, "yellow"))
 
 
-def _losses(found: Ablation, *, bits: bool) -> Table:
+def _losses(found: Ablation, *, bits: bool) -> Folded:
     """A row each mixture; the best of a set in green, truth beside where there is one."""
     sets, best = list(dict.fromkeys(cell.set for cell in found.cells)), found.best()
     by = {(cell.mixture, cell.set): cell for cell in found.cells}
     title = f"{'Bits per byte' if bits else 'Perplexity'} of the merged model, which ranks mixtures"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold dim")
-    table.add_column("mixture", overflow="ellipsis", max_width=34)
-    for name in sets:
-        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    if not bits and any(cell.truth is not None for cell in found.cells):
+        title += " (of the one really trained)"
+    table = Folded(title, "mixture", sets)
     order = list(found.gained())
     for mixture in order[:SHOWN]:
         cells = [by[mixture, name] for name in sets]
@@ -77,12 +73,11 @@ def _losses(found: Ablation, *, bits: bool) -> Table:
         for text, cell in zip(shown, cells, strict=True):
             if cell.truth is not None and not bits:
                 text.append(f" ({math.exp(min(cell.truth, 700)):.1f})", "dim")
-        table.add_row(Text(visible(mixture)), *shown)
+        table.add_row(Text(visible(mixture)), shown)
     if len(order) > SHOWN:
-        table.add_row(Text(f"... {len(order) - SHOWN} more: -o FILE", "dim"), *[""] * len(sets))
-    table.add_row(
-        Text("the parent", "dim"), *(Text(_value(by[order[0], name].parent, None, bits=bits), "dim") for name in sets)
-    )
+        table.add_row(Text(f"... {len(order) - SHOWN} more: -o FILE", "dim"), [""] * len(sets))
+    parent = [Text(_value(by[order[0], name].parent, None, bits=bits), "dim") for name in sets]
+    table.add_row(Text("the parent", "dim"), parent)
     return table
 
 

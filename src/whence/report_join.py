@@ -3,9 +3,9 @@
 import itertools
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from whence.folded import Folded
 from whence.joining import Join, standard
 from whence.report import visible
 from whence.svg import COLOURS, dot, text
@@ -15,15 +15,13 @@ SIZE, LEFT, TOP = 260.0, 64.0, 44.0
 
 def join_report(found: Join) -> RenderableType:
     """Correlations by method, then the partitions that were needed most and least by each set."""
-    table = Table(title="Do summed scores say what leaving a partition out does?", title_justify="left", box=None,
-                  pad_edge=False, header_style="bold dim")  # fmt: skip
     sets = list(dict.fromkeys(row["set"] for row in found.points))
-    table.add_column("method")
-    for name in ("Spearman", "95%", *sets):
-        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+    title = "Do summed scores say what leaving a partition out does?"
+    table = Folded(title, "method", ["Spearman", "95%", *sets])
     for method, told in found.correlations.items():
         own = [f"{told['by set'][name]:.2f}" for name in sets]
-        table.add_row(method, f"{told['spearman']:.2f}", f"{told['low']:.2f} to {told['high']:.2f}", *own)
+        whole = [f"{told['spearman']:.2f}", f"{told['low']:.2f} to {told['high']:.2f}"]
+        table.add_row(Text(method), [*whole, *own])
     lines: list[RenderableType] = [table, Text("")]
     first = next(iter(found.correlations))
     for name in sets:

@@ -9,12 +9,12 @@ from whence.report import visible
 
 
 def mix_report(found: MixLaw) -> RenderableType:
-    """Notes, evaluation sets, mixture, critical ratios."""
+    """Notes, evaluation sets, mixture, critical ratios; every table fits 80 columns."""
     settings, table = found.settings, found.table
     parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
     head = f"{settings['law']} law of {table.n:,} mixtures of {len(table.domains)} domains"
     parts.append(Text(f"{head}, graded on {settings['folds']} held-out folds", "bold"))
-    parts += [_sets(found), _mixture(found)]
+    parts += [_graded(found), _losses(found), _mixture(found)]
     parts += [_critical(found, name) for name in found.critical]
     return Group(*parts)
 
@@ -27,19 +27,26 @@ def _table(title: str, first: str, *columns: str) -> Table:
     return table
 
 
-def _sets(found: MixLaw) -> Table:
-    """Held-out error and rank correlation of each set, and the losses there."""
-    columns = ("error", "95%", "Spearman", "95%", "suggested", "mean", "best tried")
-    table = _table("Evaluation sets: held-out prediction, and losses", "set", *columns)
+def _graded(found: MixLaw) -> Table:
+    """Held-out error and rank correlation on each set."""
+    table = _table("Prediction of held-out mixtures", "set", "error", "95%", "Spearman", "95%")
+    for row in found.set_rows:
+        style = "" if row["weight"] else "dim"
+        table.add_row(Text(visible(row["set"])), *_grade(found.held_out.sets[row["set"]]), style=style)
+    table.add_row("mean", *_grade(found.held_out.overall), style="bold")
+    return table
+
+
+def _losses(found: MixLaw) -> Table:
+    """Losses on each set of the suggested mixture, and of what it would replace."""
+    table = _table("Losses", "set", "suggested", "mean", "best tried")
     for row in found.set_rows:
         losses = (f"{row[name]:.3f}" for name in ("suggested", "mean", "best_tried"))
-        style = "" if row["weight"] else "dim"
-        table.add_row(Text(visible(row["set"])), *_grade(found.held_out.sets[row["set"]]), *losses, style=style)
-    table.add_section()
+        table.add_row(Text(visible(row["set"])), *losses, style="" if row["weight"] else "dim")
     at_mean = float(found.law.predict(found.mean[None])[0] @ found.weights)
     tried = float(found.table.losses[found.best_row] @ found.weights)
     losses = (f"{value:.3f}" for value in (found.best.objective, at_mean, tried))
-    table.add_row("mean", *_grade(found.held_out.overall), *losses, style="bold")
+    table.add_row("mean", *losses, style="bold")
     table.caption = (
         "Losses at the suggested mixture and at the table's mean mixture are predicted; at the best mixture tried they "
         "are the table's own. Their mean is weighted as --target says."
