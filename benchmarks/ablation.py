@@ -10,6 +10,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     pairs       all 28 pairs and 12 triples: averages, proxies and real runs; agreement by evaluation set
     dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
     cost        100 mixtures in memory against their evaluation alone; memory of a merge
+    join        scores of an index of 256 rows a set, summed by set, against leaving a set out of the pool
 
 Results go to benchmarks/results/ablation.json. Losses of real runs, two hours of one core, are kept beside it as they
 come, in ablation_truth.json: on another machine, too, the stages go on from there.
@@ -28,9 +29,12 @@ import numpy as np
 
 from whence.ablation import Ablation, ablate
 from whence.heldout import measure, read_sets
+from whence.index import index
+from whence.joining import join
 from whence.members import open_pool
 from whence.merging import Mixed, mixed, write_merged
 from whence.pool import train_pool
+from whence.report_join import join_plot
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 TRUTH = RESULTS.with_name("ablation_truth.json")
@@ -41,6 +45,8 @@ EVERY = 60
 """Seconds between collections."""
 MEASURED = 100
 """Mixtures of `cost`."""
+INDEXED = 256
+"""Rows of a set in the index of `join`, at most: of a longer set a random part, whose scores count for the whole."""
 
 
 def main() -> None:
@@ -193,12 +199,30 @@ def stage_cost(options: argparse.Namespace) -> None:
     print(found)
 
 
+def stage_join(options: argparse.Namespace) -> None:
+    """Summed scores against leaving out; the plot is in the work directory."""
+    by_set: dict[str, list[dict]] = {}
+    for line in (options.work / "train.jsonl").read_text().strip().split("\n"):
+        row = json.loads(line)
+        by_set.setdefault(row["source"], []).append(row)
+    rows = [row for name, own in by_set.items()
+            for row in random.Random(f"join {name} {options.seed}").sample(own, min(INDEXED, len(own)))]  # fmt: skip
+    index(options.model, rows, options.work / "index", seed=options.seed)
+    found = join(options.work / "index", options.work / "pool", options.work / "held", seed=options.seed)
+    keep(options, "join", {"rows": len(rows), "correlations": found.correlations, "points": found.points})
+    (options.work / "join.svg").write_text(join_plot(found))
+    for method, told in found.correlations.items():
+        by = {name: round(value, 2) for name, value in told["by set"].items()}
+        print(f"{method} {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f}) {by}")
+
+
 STAGES = {
     "data": stage_data,
     "pool": stage_pool,
     "pairs": stage_pairs,
     "dirichlet": stage_dirichlet,
     "cost": stage_cost,
+    "join": stage_join,
 }
 
 if __name__ == "__main__":

@@ -268,6 +268,16 @@ def test_tokenizer_with_more_ids_than_the_embedding_is_refused(saved, tmp_path):
     assert len(load_model(saved, tokenizer=tmp_path / "smaller").tokenizer) == VOCABULARY - 5
 
 
+def test_a_tokenizer_that_is_named_is_taken_or_refused(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for named in (tmp_path / "empty", tmp_path / "nowhere"):  # not the model's own in its place
+        with pytest.raises(ModelError) as refusal:
+            load_model(saved, tokenizer=named)
+        told = str(refusal.value)
+        assert told.startswith(f"{named}: no loadable tokenizer (") and told.endswith("or a Hub name.")
+        assert "Name one with" not in told
+
+
 def test_checkpoint_without_a_tokenizer_takes_its_parents(saved, tmp_path):
     checkpoint = shutil.copytree(saved, tmp_path / "checkpoint-3", ignore=shutil.ignore_patterns("tokenizer*"))
     refused(checkpoint, "no loadable tokenizer", "--tokenizer")

@@ -193,7 +193,11 @@ def load_model(
     _refuse_missing(report, source)
     if adapter:
         model = _adapted(model, where)
-    words = load_tokenizer(tokenizer or where, source, trust_remote_code)
+    if tokenizer is None:
+        words = load_tokenizer(where, source, trust_remote_code)
+    else:
+        expected = "--tokenizer expects a directory with a tokenizer, or a Hub name."
+        words = _tokenizer(str(tokenizer), trust_remote_code, expected)
     _check_tokenizer(words, model, str(tokenizer or where), source)
     if not device_map:
         model = model.to(_device(device))
@@ -345,23 +349,21 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
 
 def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
     """A directory's own tokenizer, or the fallback's where it has none."""
-    import transformers
-
     has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))
     source = str(path) if has_own or not Path(path).is_dir() else _tokenizer_above(Path(path), fallback)
-    with _loading_tokenizer(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    tokenizer.model_max_length = 10**30  # Whence truncates by itself; this silences the warning about long rows
-    return tokenizer
+    return _tokenizer(source, trust_remote_code, "Name one with --tokenizer.")
 
 
-@contextmanager
-def _loading_tokenizer(source: str) -> Iterator[None]:
+def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
+    import transformers
+
     try:
-        yield
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source}: no loadable tokenizer ({reason}). Name one with --tokenizer.") from error
+        raise ModelError(f"{source}: no loadable tokenizer ({reason.removesuffix('.')}). {remedy}") from error
+    tokenizer.model_max_length = 10**30  # Whence truncates by itself; this silences the warning about long rows
+    return tokenizer
 
 
 def _tokenizer_above(directory: Path, fallback: str) -> str:
