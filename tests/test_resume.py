@@ -256,3 +256,16 @@ def test_an_index_does_not_decide_to_run_a_models_own_code(tiny_llama, tmp_path)
     with pytest.raises(SettingError, match="--trust-remote-code"):
         open_index(out)
     assert open_index(out, trust_remote_code=True).store.rows == 4
+
+
+def test_a_lock_leaves_no_empty_directory_where_none_was(tmp_path):
+    for name, is_there, writes in (("new", False, False), ("old", True, False), ("full", False, True)):
+        place = tmp_path / name
+        if is_there:
+            place.mkdir()
+        with pytest.raises(ZeroDivisionError), Place.at(place).locked():
+            assert place.is_dir()
+            if writes:
+                (place / "part").write_text("kept")
+            raise ZeroDivisionError
+        assert place.exists() == (is_there or writes)

@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,14 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for writing; the lock goes with the process. Elsewhere than locally: no lock."""
+        """Hold the directory for writing; the lock goes with the process. Elsewhere than locally: no lock.
+
+        The directory is made where there is none; what nothing was written to is removed again.
+        """
         if not self.is_local:
             yield
             return
+        is_new = not Path(self.root).exists()
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root, os.O_RDONLY)
@@ -126,10 +130,15 @@ class Place:
             raise StorageError(self._failure("", 0, error)) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            try:
+                yield
+            finally:
+                if is_new:
+                    with suppress(OSError):  # something is in it, as a rule
+                        Path(self.root).rmdir()
         except BlockingIOError as error:
             raise ManifestMismatchError(
-                f"Another process is writing the index {self.root}; wait for it or stop it, then retry"
+                f"Another process is writing {self.root}; wait for it or stop it, then retry"
             ) from error
         finally:
             os.close(handle)
