@@ -9,6 +9,9 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     pool        a member for each set, equal tokens
     pairs       all 28 pairs and 12 triples: averages, proxies and real runs; agreement by evaluation set
     dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
+    scales      the mixtures of `pairs` again, with members' moves times 1.5 and 2 (task arithmetic); needs `pairs`
+    others      21 pairs without wikitext, read on what none of them contains: wikitext, gsm8k, BBH. For other settings
+                of the training: --lr 1e-4 or --seed 1, with a --work of its own; rows are split as with seed 0
     cost        100 mixtures in memory against their evaluation alone; memory of a merge
     join        scores of an index of 256 rows a set, summed by set, against leaving a set out of the pool
 
@@ -23,11 +26,13 @@ import random
 import resource
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from whence.ablation import Ablation, ablate
+from whence.agreement import agreement
 from whence.heldout import measure, read_sets
 from whence.index import index
 from whence.joining import join
@@ -40,6 +45,11 @@ RESULTS = Path(__file__).parent / "results" / "ablation.json"
 TRUTH = RESULTS.with_name("ablation_truth.json")
 HELD_OUT, MOST = 0.1, 30
 """Share of a set's rows that is held out, and the most of them."""
+SPLIT = 0
+"""Seed of what is held out: the same for all trainings."""
+SCALES = (1.5, 2.0)
+UNSEEN = ("wikitext", "gsm8k", "bbh")
+"""Evaluation sets of `others`."""
 TRIPLES, RANDOM, CONCENTRATION = 12, 12, 1.0
 EVERY = 60
 """Seconds between collections."""
@@ -69,9 +79,14 @@ def main() -> None:
 def keep(options: argparse.Namespace, name: str, found: object) -> None:
     """Put a result into the committed file."""
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    document.setdefault(f"seed {options.seed}, lr {options.lr:g}", {})[name] = found
+    document.setdefault(settings_of(options), {})[name] = found
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def settings_of(options: argparse.Namespace) -> str:
+    """Name of a training's results."""
+    return f"seed {options.seed}, lr {options.lr:g}"
 
 
 def stage_data(options: argparse.Namespace) -> None:
@@ -81,13 +96,13 @@ def stage_data(options: argparse.Namespace) -> None:
     with (options.work / "train.jsonl").open("w") as train:
         for file in sorted((options.data / "domains").glob("*.jsonl")):
             lines = file.read_text().strip().split("\n")
-            random.Random(f"{file.stem} {options.seed}").shuffle(lines)
+            random.Random(f"{file.stem} {SPLIT}").shuffle(lines)
             count = round(HELD_OUT * len(lines))
             (held / file.name).write_text("".join(f"{line}\n" for line in lines[: min(count, MOST)]))
             train.writelines(f"{line}\n" for line in lines[count:])
     for name, source in (("gsm8k", "instruct/gsm8k_test"), ("bbh", "tasks/bbh")):
         rows = [json.loads(line) for line in (options.data / f"{source}.jsonl").read_text().strip().split("\n")]
-        drawn = random.Random(f"{name} {options.seed}").sample(rows, 2 * MOST)
+        drawn = random.Random(f"{name} {SPLIT}").sample(rows, 2 * MOST)
         texts = [{"id": row["id"], "source": name, "text": f"{row['prompt']} {row['completion']}"} for row in drawn]
         (held / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts))
 
@@ -106,9 +121,12 @@ def stage_pairs(options: argparse.Namespace) -> None:
     """All pairs, and triples drawn without preference."""
     names = open_pool(options.work / "pool").partitions
     triples = random.Random(f"triples {options.seed}").sample([*itertools.combinations(names, 3)], TRIPLES)
-    chosen = [*itertools.combinations(names, 2), *triples]
-    rows = [{"name": " + ".join(some), "weights": dict.fromkeys(some, 1 / len(some))} for some in chosen]
-    kept(options, "pairs", graded(options, rows))
+    kept(options, "pairs", graded(options, alike([*itertools.combinations(names, 2), *triples])))
+
+
+def alike(chosen: Iterable[tuple[str, ...]]) -> list[dict]:
+    """Mixtures of sets with one weight for each."""
+    return [{"name": " + ".join(some), "weights": dict.fromkeys(some, 1 / len(some))} for some in chosen]
 
 
 def stage_dirichlet(options: argparse.Namespace) -> None:
@@ -120,7 +138,36 @@ def stage_dirichlet(options: argparse.Namespace) -> None:
     kept(options, "dirichlet", graded(options, rows))
 
 
-def graded(options: argparse.Namespace, rows: list[dict]) -> Ablation:
+def stage_scales(options: argparse.Namespace) -> None:
+    """How well a longer step along the members' mean ranks; real losses are those of `pairs`."""
+    document = json.loads(RESULTS.read_text())[settings_of(options)]
+    truth = {(cell["mixture"], cell["set"]): cell for cell in document["pairs"]["cells"]}
+    mixtures = alike(dict.fromkeys(tuple(name.split(" + ")) for name, _ in truth))
+    found = {}
+    for scale in SCALES:
+        made = ablate(options.work / "pool", options.work / "held", mixtures=mixtures, scale=scale, seed=options.seed)
+        by_set: dict[str, dict[str, list[dict]]] = {}
+        for cell in made.cells:
+            real = truth[cell.mixture, cell.set]
+            line = {"mixture": cell.mixture, "merged": cell.merged, "truth": real["truth"]}
+            group = "contained" if real["contained"] else "not contained"
+            by_set.setdefault(cell.set, {}).setdefault(group, []).append(line)
+        found[f"{scale:g}"] = {
+            name: {group: own.row() | {"pairs": lines} for group, lines in groups.items()
+                   if (own := agreement([line["merged"] for line in lines], [line["truth"] for line in lines]))}
+            for name, groups in by_set.items()
+        }  # fmt: skip
+    keep(options, "scales", found)
+
+
+def stage_others(options: argparse.Namespace) -> None:
+    """Pairs without wikitext, on what they do not contain."""
+    names = [name for name in open_pool(options.work / "pool").partitions if name not in UNSEEN]
+    held = [options.work / "held" / f"{name}.jsonl" for name in UNSEEN]
+    kept(options, "others", graded(options, alike(itertools.combinations(names, 2)), held))
+
+
+def graded(options: argparse.Namespace, rows: list[dict], held: list[Path] | None = None) -> Ablation:
     """With truth, whose losses are collected as they come."""
     restore(options)
     is_done = threading.Event()
@@ -135,7 +182,7 @@ def graded(options: argparse.Namespace, rows: list[dict]) -> Ablation:
     thread = threading.Thread(target=collecting, daemon=True)
     thread.start()
     try:
-        return ablate(options.work / "pool", options.work / "held", mixtures=rows, truth=True,
+        return ablate(options.work / "pool", held or options.work / "held", mixtures=rows, truth=True,
                       corpus=options.work / "train.jsonl", seed=options.seed)  # fmt: skip
     finally:
         is_done.set()
@@ -221,6 +268,8 @@ STAGES = {
     "pool": stage_pool,
     "pairs": stage_pairs,
     "dirichlet": stage_dirichlet,
+    "scales": stage_scales,
+    "others": stage_others,
     "cost": stage_cost,
     "join": stage_join,
 }
