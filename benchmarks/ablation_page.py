@@ -1,0 +1,240 @@
+"""Tables and plot of docs/ablate.md, from benchmarks/results/ablation.json. Needs matplotlib.
+
+    python benchmarks/ablation_page.py
+
+Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else of the page is written by hand. Marks of
+agreement that the results file does not have (of some mixtures only) are computed here from its cells.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from whence.agreement import Agreement, agreement, centred
+
+ROOT = Path(__file__).parents[1]
+PAGE, PLOT = ROOT / "docs" / "ablate.md", ROOT / "docs" / "ablate.svg"
+RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
+MAIN = "seed 0, lr 0.0003"
+GROUPS = {"contained": True, "not contained": False}
+PROXIES = {"merged": "merged", "mean": "mean of members", "best": "best member", "ngram": "n-grams"}
+DOTS = ((True, "#0b6e99", "#0b6e99", "contains the set's partition"), (False, "none", "#8a929c", "does not"))
+Cells = list[dict]
+
+
+def main() -> None:
+    """Fill in the page and draw the plot."""
+    found, text = json.loads(RESULTS.read_text()), PAGE.read_text()
+    own = found[MAIN]
+    if "pairs" in own:
+        cells = own["pairs"]["cells"]
+        text = filled(text, "pairs", "\n\n".join((by_group(cells), by_size(cells))))
+        plot(cells)
+    if "dirichlet" in own:
+        text = filled(text, "dirichlet", by_set(own["dirichlet"]["cells"]))
+    if "pairs" in own and any("others" in run for run in found.values()):
+        text = filled(text, "others", others(found))
+    if "scales" in own:
+        text = filled(text, "scales", scales(own))
+    if "join" in own:
+        text = filled(text, "join", join_table(own["join"]))
+    PAGE.write_text(text)
+
+
+def filled(text: str, name: str, body: str) -> str:
+    """A page with one of its marked parts replaced."""
+    marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    return marks.sub(lambda found: found.group(1) + body.rstrip() + "\n" + found.group(2), text)
+
+
+# -- agreement
+
+
+def agreed(cells: Cells, proxy: str, where: Callable[[dict], bool] = lambda cell: True) -> Agreement | None:
+    """Of a proxy with real losses over some cells; of several sets, each set's mean is taken off first."""
+    some = [cell for cell in cells if where(cell) and cell["truth"] is not None]
+    if any(cell[proxy] is None for cell in some):
+        return None
+    sets = dict.fromkeys(cell["set"] for cell in some)
+    columns = ({name: [cell[key] for cell in some if cell["set"] == name] for name in sets} for key in (proxy, "truth"))
+    proxies, truths = (centred(column) for column in columns)
+    return agreement(proxies, truths)
+
+
+def each(cells: Cells, proxy: str) -> list[Agreement | None]:
+    """Of a proxy, on every evaluation set."""
+    return [agreed(cells, proxy, lambda cell, name=name: cell["set"] == name) for name in names_of(cells)]
+
+
+def names_of(cells: Cells) -> list[str]:
+    """Evaluation sets."""
+    return list(dict.fromkeys(cell["set"] for cell in cells))
+
+
+def rank(found: Agreement | None) -> str:
+    """Spearman's correlation and its interval."""
+    if found is None:
+        return "-"
+    low, high = found.spearman_interval
+    return f"{found.spearman:.2f} ({low:.2f} to {high:.2f})"
+
+
+def short(found: Agreement | None) -> str:
+    """Spearman's correlation."""
+    return "-" if found is None else f"{found.spearman:.2f}"
+
+
+def mean_rank(found: Iterable[Agreement | None]) -> str:
+    """Mean over sets."""
+    values = [one.spearman for one in found if one is not None]
+    return f"{np.mean(values):.2f}" if values else "-"
+
+
+# -- tables
+
+
+def by_group(cells: Cells) -> str:
+    """A table for mixtures that contain a set's own partition and one for those that do not."""
+    lines = []
+    for contained in GROUPS.values():
+        some = [cell for cell in cells if cell["contained"] == contained]
+        said = "contain" if contained else "do not contain"
+        lines += [f"Mixtures that {said} the evaluation set's own partition:", "",
+                  "| evaluation set | mixtures | merged, Spearman (95%) | Pearson | mean of members | best member | "
+                  "n-grams | regret, nats: merged / mean / range | parent's loss, real losses |",
+                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [agreement_line(some, name) for name in names_of(some)]
+        merged, *rest = (mean_rank(each(some, proxy)) for proxy in PROXIES)
+        lines += [f"| **mean over sets** | | **{merged}** | | {' | '.join(rest)} | | |", ""]
+    return "\n".join(lines)
+
+
+def agreement_line(cells: Cells, name: str) -> str:
+    """A row of the table."""
+    own = [cell for cell in cells if cell["set"] == name]
+    merged, mean = agreed(own, "merged"), agreed(own, "mean")
+    assert merged is not None and mean is not None
+    truths = [cell["truth"] for cell in own]
+    return (
+        f"| {name} | {merged.candidates} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | "
+        f"{short(agreed(own, 'best'))} | {short(agreed(own, 'ngram'))} | {merged.regret:.3f} / {mean.regret:.3f} / "
+        f"{merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to {max(truths):.2f} |"
+    )
+
+
+def by_size(cells: Cells) -> str:
+    """Pairs and triples apart: a merge does not know that a triple is trained for longer."""
+    sizes = {"pairs": 1, "triples": 2}
+    lines = ["Mixtures of one size alone, mean over sets of Spearman's correlation, merged / mean of members:", "",
+             "| | contained | not contained |", "|---|---|---|"]  # fmt: skip
+    for size, plus in sizes.items():
+        told = []
+        for contained in GROUPS.values():
+            some = [cell for cell in cells if cell["contained"] == contained and cell["mixture"].count(" + ") == plus]
+            told.append(" / ".join(mean_rank(each(some, proxy)) for proxy in ("merged", "mean")))
+        lines.append(f"| {size} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def by_set(cells: Cells) -> str:
+    """Mixtures of real-valued weights."""
+    lines = ["| evaluation set | merged, Spearman (95%) | Pearson | mean of members | best member | n-grams | "
+             "regret, nats: merged / mean / range |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name in names_of(cells):
+        own = [cell for cell in cells if cell["set"] == name]
+        merged, mean = agreed(own, "merged"), agreed(own, "mean")
+        assert merged is not None and mean is not None
+        best, ngram = (short(agreed(own, proxy)) for proxy in ("best", "ngram"))
+        lines.append(f"| {name} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | {best} | {ngram} | "
+                     f"{merged.regret:.3f} / {mean.regret:.3f} / {merged.spread:.2f} |")  # fmt: skip
+    means = [mean_rank(each(cells, proxy)) for proxy in PROXIES]
+    lines.append(f"| **mean over sets** | **{means[0]}** | | {' | '.join(means[1:])} | |")
+    return "\n".join(lines)
+
+
+def others(found: dict) -> str:
+    """What no mixture contains, under other settings of the training; the real runs of two seeds beside each other."""
+    main = [cell for cell in found[MAIN]["pairs"]["cells"] if cell["mixture"].count(" + ") == 1]
+    runs = {MAIN: main} | {name: run["others"]["cells"] for name, run in found.items() if "others" in run}
+    sets = names_of(next(run["others"]["cells"] for run in found.values() if "others" in run))
+    mixtures = {cell["mixture"] for run in list(runs.values())[1:] for cell in run}
+    lines = ["| training | evaluation set | merged, Spearman (95%) | mean of members | n-grams | parent's loss, real "
+             "losses | real runs of seed 0, Spearman |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    first = {(cell["mixture"], cell["set"]): cell["truth"] for cell in main}
+    for run, cells in runs.items():
+        for name in sets:
+            own = [cell for cell in cells if cell["set"] == name and cell["mixture"] in mixtures]
+            truths = [cell["truth"] for cell in own]
+            again = [cell | {"merged": first[cell["mixture"], name]} for cell in own]
+            lines.append(f"| {run} | {name} | {rank(agreed(own, 'merged'))} | {short(agreed(own, 'mean'))} | "
+                         f"{short(agreed(own, 'ngram'))} | {own[0]['parent']:.2f}, {min(truths):.2f} to "
+                         f"{max(truths):.2f} | {'-' if run == MAIN else rank(agreed(again, 'merged'))} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def scales(own: dict) -> str:
+    """Longer steps along the mean."""
+    cells = own["pairs"]["cells"]
+    sets = names_of(cells)
+    lines = [f"| | {' | '.join(f'scale {scale}' for scale in ('1', *own['scales']))} |", "|---" * 4 + "|"]
+    for group, contained in GROUPS.items():
+        some = [cell for cell in cells if cell["contained"] == contained]
+        told = [
+            mean_rank(agreed(some, "merged", lambda cell, name=name: cell["set"] == name) for name in names_of(some))
+        ]
+        for by in own["scales"].values():
+            values = [by[name][group]["spearman"] for name in sets if group in by[name]]
+            told.append(f"{np.mean(values):.2f}")
+        lines.append(f"| {group}, mean over sets | {' | '.join(told)} |")
+    wikitext = agreed(cells, "merged", lambda cell: cell["set"] == "wikitext" and not cell["contained"])
+    told = [short(wikitext)] + [f"{by['wikitext']['not contained']['spearman']:.2f}" for by in own["scales"].values()]
+    lines.append(f"| wikitext, not contained | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def join_table(found: dict) -> str:
+    """Correlations of summed scores with leaving out."""
+    sets = list(next(iter(found["correlations"].values()))["by set"])
+    lines = [f"| method | all pairs, Spearman (95%) | {' | '.join(sets)} |", "|---" * (2 + len(sets)) + "|"]
+    for method, told in found["correlations"].items():
+        by = " | ".join(f"{told['by set'][name]:.2f}" for name in sets)
+        lines.append(f"| `{method}` | {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f}) | {by} |")
+    return "\n".join(lines)
+
+
+# -- plot
+
+
+def plot(cells: Cells) -> None:
+    """Merged against real losses, a panel each set."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "whence", "font.family": "sans-serif", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 5, figsize=(10.5, 4.6))
+    for panel, name in zip(panels.flat, names_of(cells), strict=True):
+        own = [cell for cell in cells if cell["set"] == name]
+        for contained, fill, edge, said in DOTS:
+            some = [cell for cell in own if cell["contained"] == contained]
+            panel.scatter([cell["merged"] for cell in some], [cell["truth"] for cell in some], s=16, label=said,
+                          facecolors=fill, edgecolors=edge, linewidths=0.8)  # fmt: skip
+        panel.axhline(own[0]["parent"], color="#c2571a", linewidth=0.8, linestyle=":", label="the parent")
+        panel.set_title(name.replace("_", " "), fontsize=10)
+        panel.tick_params(length=2, labelsize=8)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower right", ncols=3, frameon=False, fontsize=9)
+    figure.supxlabel("merged loss, nats a token", fontsize=9, x=0.3)
+    figure.supylabel("loss of the real run", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
