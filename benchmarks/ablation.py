@@ -22,11 +22,11 @@ come, in ablation_truth.json: on another machine, too, the stages go on from the
 import argparse
 import itertools
 import json
+import math
 import random
-import resource
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -237,13 +237,39 @@ def stage_cost(options: argparse.Namespace) -> None:
         for one in sets:
             measure(model, one, max_tokens=128)
         becoming, reading = becoming + middle - start, reading + time.perf_counter() - middle
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_merged(pool, dict.fromkeys(pool.partitions, 1 / len(pool.members)), options.work / "merged")
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del made, model
+    start_weights = pool.start()
+    sizes = [4 * math.prod(start_weights.shape(name)) for name in start_weights.files]
     found = {"mixtures": MEASURED, "becoming seconds": becoming, "reading seconds": reading,
-             "ratio": (becoming + reading) / reading, "peak kB before a merge": before, "after": after}  # fmt: skip
+             "ratio": (becoming + reading) / reading, "members": len(pool.members), "bytes of the model": sum(sizes),
+             "bytes of its largest tensor": max(sizes),
+             "bytes held by a merge": held_by(lambda: write_merged(
+                 pool, dict.fromkeys(pool.partitions, 1 / len(pool.members)), options.work / "merged"))}  # fmt: skip
     keep(options, "cost", found)
     print(found)
+
+
+def held_by(work: Callable[[], object]) -> int:
+    """Largest private memory while something is done, over what it was before; looked at every millisecond."""
+    most, is_done, before = [0], threading.Event(), private_bytes()
+
+    def looking() -> None:
+        while not is_done.wait(0.001):
+            most[0] = max(most[0], private_bytes())
+
+    thread = threading.Thread(target=looking, daemon=True)
+    thread.start()
+    try:
+        work()
+    finally:
+        is_done.set()
+        thread.join()
+    return max(most[0] - before, 0)
+
+
+def private_bytes() -> int:
+    """Of this process; mapped files, which the kernel drops when it likes, do not count."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
 
 def stage_join(options: argparse.Namespace) -> None:

@@ -20,6 +20,11 @@ PAGE, PLOT = ROOT / "docs" / "ablate.md", ROOT / "docs" / "ablate.svg"
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 MAIN = "seed 0, lr 0.0003"
 GROUPS = {"contained": True, "not contained": False}
+SAID = {
+    "all": "All mixtures:",
+    "contained": "Mixtures that contain the evaluation set's own partition alone:",
+    "not contained": "Mixtures that do not contain it:",
+}
 PROXIES = {"merged": "merged", "mean": "mean of members", "best": "best member", "ngram": "n-grams"}
 DOTS = ((True, "#0b6e99", "#0b6e99", "contains the set's partition"), (False, "none", "#8a929c", "does not"))
 Cells = list[dict]
@@ -97,18 +102,23 @@ def mean_rank(found: Iterable[Agreement | None]) -> str:
 
 
 def by_group(cells: Cells) -> str:
-    """A table for mixtures that contain a set's own partition and one for those that do not."""
-    lines = []
-    for contained in GROUPS.values():
-        some = [cell for cell in cells if cell["contained"] == contained]
-        said = "contain" if contained else "do not contain"
-        lines += [f"Mixtures that {said} the evaluation set's own partition:", "",
+    """A table over all mixtures, one over those that contain a set's own partition, one over those that do not."""
+    lines, sets = [], names_of(cells)
+    for group, said in SAID.items():
+        some = [cell for cell in cells if group == "all" or cell["contained"] == GROUPS[group]]
+        lines += [said, "",
                   "| evaluation set | mixtures | merged, Spearman (95%) | Pearson | mean of members | best member | "
                   "n-grams | regret, nats: merged / mean / range | parent's loss, real losses |",
                   "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        lines += [agreement_line(some, name) for name in names_of(some)]
-        merged, *rest = (mean_rank(each(some, proxy)) for proxy in PROXIES)
-        lines += [f"| **mean over sets** | | **{merged}** | | {' | '.join(rest)} | | |", ""]
+        lines += [agreement_line(some, name) for name in sets if name in names_of(some)]
+        seen = {cell["set"] for cell in cells if cell["contained"]}
+        kinds = {"of the pool": seen, "of none": {*sets} - seen} if group == "all" else {"": {*sets}}
+        for kind, names in kinds.items():
+            merged, *rest = (
+                mean_rank(each([cell for cell in some if cell["set"] in names], proxy)) for proxy in PROXIES
+            )
+            lines.append(f"| **mean over sets {kind}** | | **{merged}** | | {' | '.join(rest)} | | |")
+        lines.append("")
     return "\n".join(lines)
 
 

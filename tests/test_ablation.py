@@ -11,13 +11,14 @@ import torch
 from conftest import save_tiny_llama
 from whence.ablation import Candidate, ablate, own_partitions, read_candidates, usual_candidates
 from whence.agreement import agreement, centred, groups, kendall
+from whence.corpus import open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.heldout import EvalSet, measure, read_sets
 from whence.members import open_pool
 from whence.merging import write_merged
 from whence.model import load_model
 from whence.numerics import spearman
-from whence.pool import PoolSettings, slug, train_pool
+from whence.pool import PoolSettings, read_partitions, slug, train_pool
 
 ROWS = [{"id": f"{s}{n}", "source": s, "text": f"{s * 3} {n * 7 % 11} " * (2 + n % 3)} for s in "abc" for n in range(9)]
 HELD = {s: [{"source": s, "text": f"{s * 3} {n * 5 % 7} {s}"} for n in range(4)] for s in "ab"}
@@ -167,6 +168,7 @@ def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, 
 def test_truth_of_other_rows_of_the_same_size_is_trained_anew(pool, corpus, held, tmp_path, monkeypatch):
     from whence import ablation
 
+    pool = replace(pool, members={name: replace(member, digest=None) for name, member in pool.members.items()})
     asked = {"mixtures": [{"a": 1.0}], "truth": True, "shown": False}
     before = ablate(pool, held, corpus=corpus, **asked)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
@@ -178,6 +180,64 @@ def test_truth_of_other_rows_of_the_same_size_is_trained_anew(pool, corpus, held
     after = ablate(pool, held, corpus=tmp_path / "rows.jsonl", **asked)
     assert len(trained) == 1
     assert [cell.truth for cell in after.cells] != [cell.truth for cell in before.cells]
+
+
+def test_ties_cost_what_they_cost_on_average():
+    assert agreement([1.0, 1.0, 2.0, 3.0], [3.0, 5.0, 4.0, 6.0]).regret == pytest.approx(1.0)
+    assert agreement([1.0, 1.0, 2.0, 3.0], [5.0, 3.0, 4.0, 6.0]).regret == pytest.approx(1.0)
+
+
+def test_over_sets_candidates_are_what_is_drawn_anew():
+    """With an effect of the candidate that all sets share, its cells are no independent evidence."""
+    draw = torch.Generator().manual_seed(0)
+    missed = {"by candidate": 0, "by cell": 0}
+    for _ in range(20):
+        x, y = (torch.randn(8, generator=draw).double().repeat(10) + 0.1 * torch.randn(80, generator=draw).double()
+                for _ in range(2))  # fmt: skip
+        for name, sets in (("by candidate", 10), ("by cell", 1)):
+            low, high = agreement(x.tolist(), y.tolist(), sets=sets).spearman_interval
+            missed[name] += not low <= 0 <= high
+    assert missed["by candidate"] <= 5 < 10 <= missed["by cell"]
+    found = agreement([1.0, 2.0, 3.0, 4.0, 2.0, 1.0, 3.0, 4.0], [1.0, 2.0, 3.0, 5.0, 1.0, 2.0, 3.0, 4.0], sets=2)
+    assert found.candidates == 4 and found.regret == pytest.approx(0.5) and found.spread == pytest.approx(3.5)
+    assert agreement([1.0, 2.0, 3.0] * 2, [1.0, 2.0, 3.0] * 2, sets=2) is None
+
+
+def test_rows_without_a_token_are_in_no_interval(pool):
+    held = EvalSet("a", ({"text": "aaa 1 aaa 2"}, {"text": None}, {"text": "aaa 3 a"}, {"text": ""}))
+    cell = ablate(pool, [held], mixtures=[{"a": 1.0}], shown=False).cells[0]
+    assert math.isfinite(cell.low) and cell.low <= cell.merged <= cell.high
+
+
+@pytest.mark.parametrize("budgets", ["x", -1, "nan", "inf"])
+def test_budgets_are_numbers_above_0(pool, budgets):
+    with pytest.raises(SettingError, match=f"mixture 1: budgets {budgets!r}; a number above 0 is expected"):
+        read_candidates(pool, [{"weights": {"a": 1.0}, "budgets": budgets}])
+
+
+def test_files_are_partitions_where_that_is_asked(parent, tmp_path):
+    for letter in "ab":
+        rows = [{"id": row["id"], "text": row["text"]} for row in ROWS if row["source"] == letter]
+        (tmp_path / f"{letter}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CorpusError, match="no 'source' to partition by"):
+        train_pool(parent, tmp_path, tmp_path / "pool", shown=False, **QUICK)
+    made = train_pool(parent, tmp_path, tmp_path / "pool", by="file", shown=False, **QUICK)
+    assert made.partitions == ["a", "b"] and {member.rows for member in made.members.values()} == {9}
+    assert made.members["a"].size == sum(part.tokens for part in [read_partitions(
+        parent, open_corpus(tmp_path / "a.jsonl"), PoolSettings(by="file", max_tokens=32))["a"]])  # fmt: skip
+
+
+def test_a_partition_whose_rows_have_changed_is_refused(parent, pool, corpus, held, tmp_path):
+    changed = [row | {"text": row["text"][::-1]} if row["id"] == "b3" else row for row in ROWS]
+    with pytest.raises(ManifestMismatchError, match="9 rows of the partition b are not the 9 that the member"):
+        train_pool(parent, changed, pool.place.root, shown=False, **QUICK)
+    with pytest.raises(ManifestMismatchError, match="rows of the partition b are not"):
+        ablate(pool, held, corpus=changed, shown=False)
+    less = [row for row in ROWS if row["source"] != "c"]
+    with pytest.raises(SettingError, match="--truth: the corpus has no row of the partition c"):
+        ablate(pool, held, mixtures=[{"c": 1.0}], truth=True, corpus=less, shown=False)
+    found = ablate(pool, held, mixtures=[{"c": 1.0}], corpus=less, shown=False)
+    assert any("no row of the partition c: no n-gram" in note for note in found.notes)
 
 
 def test_agreement_by_hand():

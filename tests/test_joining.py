@@ -10,7 +10,7 @@ from conftest import save_tiny_llama
 from test_ablation import HELD, QUICK, ROWS
 from whence.ablation import ablate
 from whence.corpus import open_corpus
-from whence.errors import SettingError
+from whence.errors import ManifestMismatchError, SettingError
 from whence.heldout import EvalSet
 from whence.index import index as build_index
 from whence.index import open_index
@@ -84,7 +84,7 @@ def test_every_unit_has_its_own_rows(tmp_path):
     build_index(parent, rows, tmp_path / "index", max_tokens=96, progress=False)
     with pytest.raises(SettingError, match="does not know its corpus any more; give it with --corpus"):
         join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], shown=False)
-    with pytest.raises(SettingError, match="rows of the partition a/0, where its member was trained on"):
+    with pytest.raises(ManifestMismatchError, match="rows of the partition a/0 are not the 9 that the member"):
         join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], shown=False)
     found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, shown=False)
     view = open_view(str(tmp_path / "index"), "bm25")

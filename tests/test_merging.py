@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import contents, save_tiny_llama
+from conftest import byte_tokenizer, contents, save_tiny_llama
 from whence.errors import (
     ChecksumError,
     FormatVersionError,
@@ -17,7 +19,18 @@ from whence.errors import (
     StorageError,
 )
 from whence.members import begin_pool, open_pool
-from whence.merging import MOVES, Mixed, checked, mean, merged_tensors, mergekit_yaml, mixed, regmean, write_merged
+from whence.merging import (
+    MOVES,
+    Mixed,
+    checked,
+    mean,
+    merged_tensors,
+    mergekit_yaml,
+    mixed,
+    named_mixture,
+    regmean,
+    write_merged,
+)
 from whence.model import load_model
 from whence.pairing import weights_by_name
 from whence.tokens import collate, encode
@@ -161,6 +174,29 @@ def test_adapters_are_averaged_by_what_they_do(tmp_path, parent):
         torch.testing.assert_close(own, 0.25 * whole["a"][name] + 0.75 * whole["b"][name], rtol=1e-4, atol=1e-6)
 
 
+def test_adapters_of_a_model_that_keeps_weights_the_other_way_round(tmp_path):
+    """GPT-2's Conv1D: [i o], and one of its projections is square, so that its shape does not say so."""
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_inner=24, n_positions=64, vocab_size=259, bos_token_id=1,
+                        eos_token_id=2)  # fmt: skip
+    torch.manual_seed(0)
+    parent = tmp_path / "parent"
+    GPT2LMHeadModel(config).save_pretrained(parent)
+    byte_tokenizer().save_pretrained(parent)
+    pool, whole = begin_pool(tmp_path / "pool", parent, {}), {}
+    for seed, letter in enumerate("ab"):
+        run = train(parent, ROWS[6 * seed : 6 * seed + 6], tmp_path / letter, lora_rank=2, seed=seed, **QUICK)
+        there = next(run.glob("checkpoint-*"))
+        pool = pool.with_member(letter, there, dtype="float32", tokens=1, rows=6)
+        whole[letter] = load_model(there).model.merge_and_unload().state_dict()
+    start, merged = weights_of(parent), dict(merged_tensors(pool, {"a": 0.25, "b": 0.75}))
+    square = next(name for name in start if name.endswith("attn.c_proj.weight"))
+    assert start[square].shape[0] == start[square].shape[1] and not torch.equal(start[square], merged[square])
+    for name, tensor in merged.items():
+        own = {letter: next(value for key, value in found.items() if key.endswith(name))
+               for letter, found in whole.items()}  # fmt: skip
+        torch.testing.assert_close(tensor, 0.25 * own["a"] + 0.75 * own["b"], rtol=1e-4, atol=1e-6)
+
+
 def test_large_models_are_written_in_parts_that_load(tmp_path, parent, runs):
     pool = pooled(tmp_path / "pool", parent, runs)
     whole = write_merged(pool, {"a": 0.5, "b": 0.5}, tmp_path / "whole")
@@ -171,6 +207,65 @@ def test_large_models_are_written_in_parts_that_load(tmp_path, parent, runs):
         assert torch.equal(own, expected[name])
     assert json.loads((parts / "whence_mixture.json").read_text())["mixture"] == {"a": 0.5, "b": 0.5}
     assert "weight: 0.25" in mergekit_yaml(pool, {"a": 0.25, "b": 0.75})
+
+
+def test_the_parent_is_where_it_was_and_as_it_was(tmp_path, runs):
+    parent = save_tiny_llama(tmp_path / "parent")
+    pool = pooled(tmp_path / "pool", str(parent), runs)
+    before = contents(parent)
+    for out in (parent, tmp_path / "pool" / ".." / "parent"):
+        with pytest.raises(SettingError, match="the pool's parent, which its members are told from"):
+            write_merged(pool, {"a": 1.0}, out)
+    assert contents(parent) == before
+    parent.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"its parent is not at .*parent any more. Say where it is: whence pool train"):
+        open_pool(tmp_path / "pool")
+    begin_pool(tmp_path / "pool", tmp_path / "moved", {"steps": 4}).write()
+    assert open_pool(tmp_path / "pool").parent == str(tmp_path / "moved")
+    file = tmp_path / "moved" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ManifestMismatchError, match="are not its parent's any more"):
+        open_pool(tmp_path / "pool")
+
+
+def test_what_was_killed_between_two_names_comes_back(tmp_path, parent, runs, monkeypatch):
+    pool = pooled(tmp_path / "pool", parent, runs)
+    out = write_merged(pool, {"a": 1.0}, tmp_path / "out")
+    before, rename = contents(out), Path.rename
+
+    def failing(self, target):
+        if self.name == ".out.making":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(StorageError, match=r"Input/output error. Nothing there was changed"):
+            write_merged(pool, {"b": 1.0}, out)
+    assert contents(out) == before
+    out.rename(tmp_path / ".out.before")  # as a killed process leaves it
+    with pytest.raises(SettingError, match=r"sum to 0.5"):
+        write_merged(pool, {"b": 0.5}, out)
+    assert contents(out) == before
+
+
+def test_mixtures_by_size_and_by_partition(tmp_path, parent, runs):
+    """w_u = pi(partition of u) tokens_u / tokens of the partition: micro by size, macro with equal pi."""
+    pool = begin_pool(tmp_path / "pool", parent, {"unit_tokens": 10})
+    for name, letter, size in (("x/0", "a", 30), ("x/1", "b", 10), ("y", "c", 40)):
+        pool = pool.with_member(name, runs[letter], dtype="bfloat16", tokens=5, rows=6, size=size)
+    assert named_mixture(pool, "micro") == {"x/0": 0.375, "x/1": 0.125, "y": 0.5}
+    assert named_mixture(pool, "macro") == {"x/0": 0.375, "x/1": 0.125, "y": 0.5}
+    pool = pool.with_member("z", runs["a"], dtype="bfloat16", tokens=5, rows=6, size=80)
+    assert named_mixture(pool, "micro") == {"x/0": 0.1875, "x/1": 0.0625, "y": 0.25, "z": 0.5}
+    assert named_mixture(pool, "macro") == pytest.approx({"x/0": 0.25, "x/1": 1 / 12, "y": 1 / 3, "z": 1 / 3})
+    assert checked({"x": 0.5, "z": 0.5}, pool.members) == {"x/0": 0.25, "x/1": 0.25, "z": 0.5}
+    with pytest.raises(SettingError, match="no partition 'w'"):
+        checked({"w": 1.0}, pool.members)
+    with pytest.raises(SettingError, match=r"--mixture nano: NAME=WEIGHT,... is expected, or micro"):
+        named_mixture(pool, "nano")
+    with pytest.raises(SettingError, match="does not know how large a is"):
+        named_mixture(pooled(tmp_path / "other", parent, runs), "micro")
 
 
 def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, parent, runs, monkeypatch):

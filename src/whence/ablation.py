@@ -38,7 +38,7 @@ from whence.members import Pool, open_pool
 from whence.merging import ALPHA, RegMean, checked, mixed
 from whence.model import load_model
 from whence.partitions import Partition
-from whence.pool import PoolSettings, pool_place, read_partitions, slug, true_model
+from whence.pool import PoolSettings, pool_place, read_partitions, refuse_other_rows, slug, true_model
 from whence.scorers.lexical import gram_divergence, mixture_divergence
 
 PROXIES = ("merged", "mean", "mean_ppl", "best", "ngram", "parent")
@@ -169,6 +169,9 @@ def ablate(
     parts = _partitions(own, corpus, settings)
     if truth and parts is None:
         raise SettingError(f"--truth: {own.place.root} does not know its corpus any more; give it with --corpus")
+    lost = _lost(own, candidates, parts)
+    if truth and lost:
+        raise SettingError(f"--truth: the corpus has no row of the partition {lost[0]}; give one with all as --corpus")
     real: dict[str, dict[str, Losses]] = {}
     if truth and parts is not None:
         start = time.perf_counter()
@@ -182,7 +185,7 @@ def ablate(
         candidates=candidates,
         agreements=_agreements(cells, seed) if truth else {},
         cost=_cost(own, settings, candidates, seconds, spent, truth=truth),
-        notes=[*_notes(cells, candidates, own), *_averaged(regmean)],
+        notes=[*_notes(cells, candidates, own, lost), *_averaged(regmean)],
     )
     return found
 
@@ -210,9 +213,21 @@ def read_candidates(pool: Pool, mixtures: str | Path | Sequence[Mapping[str, Any
         except (TypeError, ValueError):
             raise SettingError(f"{where}: a weight is not a number: {columns!r}") from None
         weights = checked(shares, pool.members, name=where)
+        budgets = _budgets(row.get("budgets"), len(weights), where)
         name = str(row.get("name") or " + ".join(f"{weight:.3g} {part}" for part, weight in weights.items()))
-        found.append(Candidate(name, weights, float(row.get("budgets") or len(weights))))
+        found.append(Candidate(name, weights, budgets))
     _refuse_twins(found)
+    return found
+
+
+def _budgets(given: Any, usual: int, where: str) -> float:
+    """A number above 0, or as many as there are partitions."""
+    try:
+        found = float(given or usual)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise SettingError(f"{where}: budgets {given!r}; a number above 0 is expected")
     return found
 
 
@@ -411,7 +426,7 @@ def _agreements(cells: Sequence[Cell], seed: int) -> dict[str, dict[str, dict[st
             continue
         pooled = centred({name: [getattr(cell, proxy) for cell in own] for name, own in by_set.items()})
         true = centred({name: [cell.truth for cell in own if cell.truth is not None] for name, own in by_set.items()})
-        made = agreement(pooled, true, seed=seed)
+        made = agreement(pooled, true, seed=seed, sets=len(sets))
         if made is not None:
             found.setdefault("all sets", {}).setdefault("all", {})[proxy] = made
     return found
@@ -432,7 +447,7 @@ def _cost(
     return found | ({"truth seconds": training} if truth else {})
 
 
-def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool) -> list[str]:
+def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, lost: Sequence[str]) -> list[str]:
     notes = ["Merged losses rank mixtures; their level is not that of a model trained on the mixture."]
     if any(len({*candidate.weights.values()}) > 1 for candidate in candidates):
         notes.append("Weights that are not uniform are Whence's extension of the method: docs/ablate.md measures it.")
@@ -440,6 +455,8 @@ def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool) -
              if all(cell.merged > cell.parent for cell in cells if cell.set == name)]  # fmt: skip
     if worse:
         notes.append(f"On {', '.join(worse)} every mixture is worse than the parent: training only forgets it.")
+    if lost:
+        notes.append(f"The corpus has no row of the partition {lost[0]}: no n-gram similarity is told.")
     if any(member.kind == "delta" for member in pool.members.values()):
         notes.append("Members are stored in bfloat16: to 2^-9 of each weight's move.")
     return notes
@@ -464,4 +481,14 @@ def _partitions(
     origin = corpus if corpus is not None else pool.corpus
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         return None
-    return read_partitions(pool.parent, open_corpus(origin), settings)
+    opened = open_corpus(origin)
+    found = read_partitions(pool.parent, opened, settings)
+    for part in found.values():
+        refuse_other_rows(pool, part, opened.name)
+    return found
+
+
+def _lost(pool: Pool, candidates: Sequence[Candidate], parts: Mapping[str, Partition] | None) -> list[str]:
+    """Partitions of candidates that the corpus does not have."""
+    wanted = {name for candidate in candidates for name in candidate.weights}
+    return [] if parts is None else [name for name in pool.partitions if name in wanted and name not in parts]

@@ -1,8 +1,9 @@
 """How well a proxy ranks candidates, against the losses of models that were really trained.
 
 For each evaluation set, over candidates: Pearson's correlation of losses, Spearman's and Kendall's of ranks, and the
-top-1 regret, loss_true(argmin of the proxy) - min loss_true, in nats: what choosing by the proxy costs. Over sets:
-losses are centred in each set before they are pooled, or the sets' own levels would make any proxy look good.
+top-1 regret, loss_true(argmin of the proxy) - min loss_true, in nats: what choosing by the proxy costs, on average
+over what it ranks alike. Over sets: losses are centred in each set before they are pooled, or the sets' own levels
+would make any proxy look good; candidates are drawn anew with their losses on all sets, and regrets are averaged.
 
 Candidates that have an evaluation set's own partition in them are always better on it, which is too easy to see:
 agreement is told for those that contain it and those that do not apart, too.
@@ -39,7 +40,7 @@ class Agreement:
     regret: float
     """Nats, 0 or more."""
     spread: float
-    """Of the true losses, largest less smallest: what a regret is to be held against."""
+    """Of the true losses, largest less smallest: what a regret is to be held against. Over sets the mean."""
 
     def row(self) -> dict[str, Any]:
         """As plain values."""
@@ -48,8 +49,14 @@ class Agreement:
                 "high": high, "kendall": self.kendall, "regret": self.regret, "spread": self.spread}  # fmt: skip
 
 
-def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0) -> Agreement | None:
+def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, sets: int = 1) -> Agreement | None:
     """Agreement of a proxy's losses with the true ones; None for fewer candidates than `FEWEST`, or all alike.
+
+    Args:
+        proxy: Losses of candidates on a set; of several sets one set after the other, centred (see `centred`).
+        truth: The true ones.
+        seed: Of the interval.
+        sets: Their number.
 
     Raises:
         SettingError: Lengths differ, or a loss is not finite.
@@ -59,18 +66,29 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0) 
         raise SettingError(f"{len(x)} losses of a proxy and {len(y)} true ones: as many are expected")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise SettingError("a loss is not finite: agreement is of losses that are")
-    if len(x) < FEWEST or (x == x[0]).all() or (y == y[0]).all():
+    if len(x) < FEWEST * sets or (x == x[0]).all() or (y == y[0]).all():
         return None
-    low, high = bootstrap_interval(torch.stack([x, y], 1), seed=seed, resamples=1000, statistic=_spearman)
+    by_candidate = torch.stack([x, y], 1).reshape(sets, -1, 2).transpose(0, 1)
+    low, high = bootstrap_interval(by_candidate, seed=seed, resamples=1000, statistic=_spearman)
+    by_set = list(zip(x.reshape(sets, -1), y.reshape(sets, -1), strict=True))
     return Agreement(
-        candidates=len(x),
+        candidates=len(by_candidate),
         pearson=float(torch.corrcoef(torch.stack([x, y]))[0, 1]),
         spearman=spearman(x, y),
         spearman_interval=(low, high),
         kendall=kendall(x, y),
-        regret=float(y[x.argmin()] - y.min()),
-        spread=float(y.max() - y.min()),
+        regret=math.fsum(regret(own, true) for own, true in by_set) / sets,
+        spread=math.fsum(float(true.max() - true.min()) for _, true in by_set) / sets,
     )
+
+
+def regret(proxy: Float64[Tensor, " n"], truth: Float64[Tensor, " n"]) -> float:
+    """Nats lost by taking the candidate that a proxy ranks first; of several that it ranks first, any of them.
+
+    >>> regret(torch.tensor([1.0, 1.0, 2.0]).double(), torch.tensor([3.0, 5.0, 4.0]).double())
+    1.0
+    """
+    return float(truth[proxy == proxy.min()].mean() - truth.min())
 
 
 def centred(losses: Mapping[str, Sequence[float]]) -> list[float]:
@@ -90,9 +108,9 @@ def kendall(x: Float64[Tensor, " n"], y: Float64[Tensor, " n"]) -> float:
     return float(found[0])
 
 
-def _spearman(pairs: Float64[Tensor, "n 2"]) -> float:
+def _spearman(pairs: Float64[Tensor, "n sets 2"]) -> float:
     """0 for a resample in which all values of a side are alike."""
-    x, y = pairs.T
+    x, y = pairs.reshape(-1, 2).T
     return 0.0 if (x == x[0]).all() or (y == y[0]).all() else spearman(x, y)
 
 

@@ -27,7 +27,7 @@ def train(
     parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
-    by: Annotated[str, typer.Option(help="Column that partitions the corpus.")] = "source",
+    by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="Budget of a member; small partitions are read again.")] = 100_000,
     steps: Annotated[int, typer.Option(help="Of a member's training.")] = 48,
@@ -59,7 +59,9 @@ def train(
 @pool.command()
 def merge(
     path: Annotated[str, typer.Argument(metavar="POOL")],
-    mixture: Annotated[str, typer.Option(help="Weights that sum to 1, as a=0.5,b=0.5.")],
+    mixture: Annotated[
+        str, typer.Option(help="Weights that sum to 1, as a=0.5,b=0.5; or micro, by size; or macro, all alike.")
+    ],
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the merged model.")],
     scale: Scale = 1.0,
     method: Method = "mean",
@@ -68,20 +70,23 @@ def merge(
     yaml: Annotated[str | None, typer.Option(help="Write the mixture as a mergekit recipe, too.")] = None,
 ) -> None:
     """Write a mixture's average as a model that `from_pretrained` loads."""
-    weights = parsed_mixture(mixture)
+    weights = parsed_mixture(mixture) if "=" in mixture else None
     if yaml is not None and method != "mean":
         raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
+    if yaml is not None and not Path(yaml).absolute().parent.is_dir():
+        raise SettingError(f"--yaml {yaml}: no such directory")
     with waiting("Loading torch"):
         from whence.grams import averaging
         from whence.members import open_pool
-        from whence.merging import checked, mergekit_yaml, write_merged
+        from whence.merging import checked, mergekit_yaml, named_mixture, write_merged
     found = open_pool(path)
-    weights = checked(weights, found.members)
+    weights = checked(named_mixture(found, mixture) if weights is None else weights, found.members)
     regmean = averaging(found, method, alpha=alpha, corpus=corpus)
     made = write_merged(found, weights, out, scale=scale, regmean=regmean)
     if yaml is not None:
         Path(yaml).write_text(mergekit_yaml(found, weights, scale=scale))
-        print_part(f"recipe written to {yaml}")
+        print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
+                   "--mixture NAME=1 -o members/NAME")  # fmt: skip
     print_part(f"written to {made}")
 
 

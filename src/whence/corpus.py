@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Example:
     """The row's `source`, where it has one."""
     row: Row
     """The row as it was read."""
+    file: str | None = None
+    """Name of the file that it was read from, without directories and endings; None of rows in memory."""
 
 
 class Corpus:
@@ -78,7 +81,7 @@ class Corpus:
         count = 0
         for number, (where, row) in enumerate(_rows(self.origin), start=self.first_number):
             layout(row, where)
-            yield _example(row, number)
+            yield _example(row, number, _file_of(where))
             count += 1
         if not count:
             raise CorpusError(f"{self.name}: no rows. A corpus needs at least one.")
@@ -127,11 +130,21 @@ def row_json(row: Row) -> str:
     return json.dumps(row, default=str)
 
 
-def _example(row: Row, number: int) -> Example:
+def _file_of(where: str) -> str | None:
+    """File of a row's place, as it is told in messages.
+
+    >>> _file_of("data/code.jsonl.gz:7"), _file_of("data/code.parquet[7]"), _file_of("row 7")
+    ('code', 'code', None)
+    """
+    found = re.fullmatch(r"(.+?)(?::\d+|\[\d+\])", where)
+    return found[1].rpartition("/")[2].partition(".")[0] if found else None
+
+
+def _example(row: Row, number: int, file: str | None) -> Example:
     own, source = row.get("id"), row.get("source")
     if own is None or own == "":
         own = f"{hashlib.sha256(row_json(row).encode()).hexdigest()[:12]}-{number}"
-    return Example(id=_storable(own), source=None if source is None else _storable(source), row=row)
+    return Example(id=_storable(own), source=None if source is None else _storable(source), row=row, file=file)
 
 
 def _storable(value: object) -> str:

@@ -73,9 +73,9 @@ class Losses:
 
     def interval(self, *, seed: int = 0) -> tuple[float, float]:
         """95% of the loss, over rows drawn anew."""
-        if len(self.nats) < 2:
+        pairs = torch.stack([self.nats, self.tokens.double()], 1)[self.tokens > 0]
+        if len(pairs) < 2:
             return self.loss, self.loss
-        pairs = torch.stack([self.nats, self.tokens.double()], 1)
         return bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum())
 
 

@@ -6,7 +6,8 @@ For a partition u and an evaluation set e, over the rows x of u and the first ro
               member's training read each of its rows; of a row that was cut between two units, the share of its tokens
     change    L_e(merge of all members but u) - L_e(merge of all), in nats: above 0, u was needed
 
-and their rank correlation: over all pairs with each set's own means taken off both, and within each set. Attribution
+and their rank correlation: over all pairs with each set's own means taken off both (its interval: partitions drawn
+anew, each with all of its sets), and within each set. Attribution
 sees single rows and no training; the pool sees trainings and no rows. Where both agree, each vouches for the other.
 
 Source: section 12 of the project's notes on ablation; ours.
@@ -30,6 +31,7 @@ from whence.heldout import EvalSet, read_sets
 from whence.index import Index
 from whence.members import Pool, open_pool
 from whence.numerics import bootstrap_interval, spearman
+from whence.partitions import FILE
 from whence.pool import pool_partitions
 from whence.selection import made_scorer, open_view, targets_of
 from whence.views import CorpusView, IndexView
@@ -152,8 +154,8 @@ def _members(pool: Pool, view: IndexView | CorpusView, units: Units | None) -> d
 
 
 def _shares_of_units(pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None) -> Units | None:
-    """Of a pool that was cut into units, the share of each row's tokens in every unit; None of any other pool."""
-    if pool.recipe.get("unit_tokens") is None:
+    """Of a pool that was cut into units or by files, the share of each row's tokens in each; None of any other pool."""
+    if pool.recipe.get("unit_tokens") is None and pool.recipe.get("by") != FILE:
         return None
     parts = pool_partitions(pool, corpus, pool.partitions)
     counts = {name: Counter[str]() for name in parts}
@@ -170,7 +172,8 @@ def _correlation(points: Sequence[Mapping[str, Any]], seed: int) -> dict[str, An
     ranks = {name: standard([row["score"] for row in rows]) for name, rows in by_set.items()}
     changes = {name: standard([row["change"] for row in rows]) for name, rows in by_set.items()}
     pairs = torch.tensor([centred(ranks), centred(changes)], dtype=torch.float64).T
-    low, high = bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=_spearman)
+    by_partition = pairs.reshape(len(sets), -1, 2).transpose(0, 1)  # a partition's cells are not independent
+    low, high = bootstrap_interval(by_partition, seed=seed, resamples=1000, statistic=_spearman)
     own = {name: _spearman(torch.tensor([ranks[name], changes[name]], dtype=torch.float64).T) for name in sets}
     return {"spearman": _spearman(pairs), "low": low, "high": high, "by set": own, "pairs": len(pairs)}
 
@@ -181,6 +184,6 @@ def standard(values: Sequence[float]) -> list[float]:
     return ((tensor - tensor.mean()) / tensor.std().clamp_min(1e-30)).tolist()
 
 
-def _spearman(pairs: Float64[Tensor, "n 2"]) -> float:
-    x, y = pairs.T
+def _spearman(pairs: Float64[Tensor, "*n 2"]) -> float:
+    x, y = pairs.reshape(-1, 2).T
     return 0.0 if (x == x[0]).all() or (y == y[0]).all() else spearman(x, y)

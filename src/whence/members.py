@@ -52,6 +52,10 @@ class Member:
     """Of the partition."""
     loss: float | None = None
     """The last that its training logged."""
+    size: int | None = None
+    """Tokens of the partition, read once."""
+    digest: str | None = None
+    """Of the partition's rows."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Pool:
     """By partition."""
     corpus: str | None = None
     """That the last members were trained on, where it has an address."""
+    words: str | None = None
+    """Digest of the parent's tokenizer."""
 
     @property
     def partitions(self) -> list[str]:
@@ -106,8 +112,18 @@ class Pool:
                     "file; `whence pool train` trains that member again."
                 )
 
-    def with_member(self, partition: str, directory: str | Path, *, dtype: str, tokens: int, rows: int,
-                    loss: float | None = None) -> "Pool":  # fmt: skip
+    def with_member(
+        self,
+        partition: str,
+        directory: str | Path,
+        *,
+        dtype: str,
+        tokens: int,
+        rows: int,
+        loss: float | None = None,
+        size: int | None = None,
+        digest: str | None = None,
+    ) -> "Pool":
         """The same with another member, stored and listed.
 
         Args:
@@ -117,6 +133,8 @@ class Pool:
             tokens: It was trained on.
             rows: Of its partition.
             loss: The last of its training.
+            size: Tokens of its partition.
+            digest: Of its partition's rows.
 
         Raises:
             ModelError: It is of another architecture or parent.
@@ -127,10 +145,8 @@ class Pool:
         pieces, total = in_pieces(described, read)
         written = self.place.write(name, pieces, total=total)
         member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
-                        tokens=tokens, rows=rows, loss=loss)  # fmt: skip
-        made = Pool(
-            self.place, self.parent, self.parent_digest, self.recipe, {**self.members, partition: member}, self.corpus
-        )
+                        tokens=tokens, rows=rows, loss=loss, size=size, digest=digest)  # fmt: skip
+        made = replace(self, members={**self.members, partition: member})
         made.write()
         return made
 
@@ -142,6 +158,7 @@ class Pool:
             "parent_digest": self.parent_digest,
             "recipe": dict(self.recipe),
             "corpus": self.corpus,
+            "tokenizer_digest": self.words,
             "members": [asdict(member) for member in self.members.values()],
         }
         data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
@@ -163,8 +180,7 @@ class MemberWeights:
                 left, right = f"{name}:left", f"{name}:right"
                 if left not in opened.keys():  # noqa: SIM118
                     return None
-                update = opened.get_tensor(left) @ opened.get_tensor(right)
-                return parent + (update if update.shape == parent.shape else update.T)
+                return parent + opened.get_tensor(left) @ opened.get_tensor(right)
             if name not in opened.keys():  # noqa: SIM118
                 return None
             stored = opened.get_tensor(name)
@@ -172,12 +188,27 @@ class MemberWeights:
 
 
 def open_pool(path: str | Path) -> Pool:
-    """A pool that is there.
+    """A pool and the parent that it remembers.
 
     Raises:
         MissingIndexError: There is none.
         FormatVersionError: It is of a newer format.
+        ModelError: Its parent is not where it was.
+        ManifestMismatchError: Other weights are there.
     """
+    pool = _read(path)
+    remedy = (
+        f"Say where it is: whence pool train PARENT {pool.corpus or 'CORPUS'} -o {path}, no member is trained again."
+    )
+    if not Path(pool.parent).is_dir():
+        raise ModelError(f"{path}: its parent is not at {pool.parent} any more. {remedy}")
+    if directory_digest(pool.parent) != pool.parent_digest:
+        raise ManifestMismatchError(f"{path}: the weights at {pool.parent} are not its parent's any more. {remedy}")
+    return pool
+
+
+def _read(path: str | Path) -> Pool:
+    """A pool as it was written, wherever its parent is by now."""
     place = Place.at(path)
     if not place.exists(MANIFEST):
         raise MissingIndexError(
@@ -190,26 +221,38 @@ def open_pool(path: str | Path) -> Pool:
             f"{FORMAT_VERSION}: install the version that wrote it"
         )
     members = {entry["partition"]: Member(**entry) for entry in document["members"]}
-    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members, document["corpus"])
+    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members, document["corpus"],
+                document.get("tokenizer_digest"))  # fmt: skip
 
 
-def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any], *, corpus: str | None = None) -> Pool:
+def begin_pool(
+    path: str | Path,
+    parent: str | Path,
+    recipe: Mapping[str, Any],
+    *,
+    corpus: str | None = None,
+    words: str | None = None,
+) -> Pool:
     """A pool of this parent and recipe: the one that is there, or a new one without members.
 
     Raises:
-        ManifestMismatchError: The one that is there is of another parent or recipe; the difference is named.
+        ManifestMismatchError: The one that is there is of another parent, tokenizer or recipe; the difference is named.
     """
-    place, start = Place.at(path), located(parent)
+    place, start = Place.at(path), str(Path(located(parent)).resolve())
     digest = directory_digest(start)
     if not place.exists(MANIFEST):
-        made = Pool(place, str(start), digest, json.loads(json.dumps(dict(recipe))), {}, corpus)
+        made = Pool(place, start, digest, json.loads(json.dumps(dict(recipe))), {}, corpus, words)
         made.write()
         return made
-    found = open_pool(path)
+    found = _read(path)
     if found.parent_digest != digest:
         raise ManifestMismatchError(
             f"{path}: its members come from {found.parent}, whose weights are not those of {start}. Means of models "
             "from different parents are no models: name another pool."
+        )
+    if words is not None and found.words not in (None, words):
+        raise ManifestMismatchError(
+            f"{path}: its members were trained with another tokenizer than the one at {start}: name another pool."
         )
     wanted = json.loads(json.dumps(dict(recipe)))
     for name in sorted({*wanted, *found.recipe}):
@@ -218,7 +261,7 @@ def begin_pool(path: str | Path, parent: str | Path, recipe: Mapping[str, Any], 
                 f"{path}: its members were trained with {name} {found.recipe.get(name)!r}, not {wanted.get(name)!r}. "
                 "Give the same, or name another pool."
             )
-    return replace(found, corpus=corpus or found.corpus)
+    return replace(found, parent=start, corpus=corpus or found.corpus, words=words or found.words)
 
 
 def _stored(
@@ -229,7 +272,7 @@ def _stored(
         own = located(config["base_model_name_or_path"])
         if directory_digest(own) != directory_digest(parent):
             raise ModelError(f"{directory}: an adapter of {own}, not of the pool's parent {parent}")
-        factors = dict(_factors(adapter_of(directory, config), start))
+        factors = dict(_factors(adapter_of(directory, config), start, turned=bool(config.get("fan_in_fan_out"))))
         described = {name: (factor.dtype, tuple(factor.shape)) for name, factor in factors.items()}
         return "lora", described, factors.__getitem__
     found = weights_by_name(directory)
@@ -251,12 +294,22 @@ def _read_member(found: Weights, start: Weights, dtype: str, name: str) -> Float
     return own.float() if dtype == "float32" else (own.float() - start.read(name).float()).to(torch.bfloat16)
 
 
-def _factors(adapter: Adapter, start: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Of every adapted layer, scale B and A, by the name of its weight in the parent's files."""
+def _factors(adapter: Adapter, start: Weights, *, turned: bool) -> Iterator[tuple[str, Tensor]]:
+    """Of every adapted layer two factors, whose product is added to its weight, by the weight's name in the files.
+
+    They are scale B and A of a weight kept as [o i]; A^T and scale B^T of one kept as [i o], as GPT-2's are. Which one
+    it is, its shape says; of a square one the adapter's `fan_in_fan_out`, here `turned`.
+    """
     for layer in adapter.layers:
         name = next((name for name in start.files if name.endswith(f"{layer.removeprefix('model.')}.weight")), None)
         if name is None:
             raise ModelError(f"{adapter.weights.path}: it adapts {layer}, which the parent does not have")
         update = adapter.update(layer)
-        yield f"{name}:left", update.left.contiguous()
-        yield f"{name}:right", update.right.contiguous()
+        left, right = update.left, update.right
+        shape, wide = tuple(start.shape(name)), (left.shape[0], right.shape[1])
+        if shape != wide or (wide[0] == wide[1] and turned):
+            left, right = right.T, left.T
+        if shape != (left.shape[0], right.shape[1]):
+            raise ModelError(f"{adapter.weights.path}: {layer} adapts {[*wide]}, and the parent has {[*shape]}")
+        yield f"{name}:left", left.contiguous()
+        yield f"{name}:right", right.contiguous()

@@ -6,7 +6,8 @@ With theta_0 the parent, theta_u the members of a pool, and w_u >= 0 a mixture's
 
 `scale` is task arithmetic's; 1 where the weights sum to 1 gives the plain weighted mean. From shares pi of partitions
 that are split into units, w_u = pi(partition of u) * tokens_u / tokens of the partition: with pi by size every unit
-weighs alike (the paper's micro), with equal pi every partition does (macro).
+weighs alike (the paper's micro), with equal pi every partition does (macro): `named_mixture`. Of a pool of units a
+partition's name stands for all of its units.
 
 Sums are in fp32, one tensor at a time, in the order of the members. One member at weight 1 is that member bit for bit.
 
@@ -24,7 +25,9 @@ are an extension of ours, measured in docs/ablate.md.
 
 import json
 import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +36,9 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from whence.errors import SettingError, StorageError
+from whence.errors import ManifestMismatchError, SettingError, StorageError
 from whence.members import MemberWeights, Pool
-from whence.model import LoadedModel, load_model
+from whence.model import LoadedModel, load_model, tokenizer_digest
 from whence.storage import Place
 from whence.weights import Described, Weights, in_pieces
 
@@ -93,17 +96,50 @@ def checked(mixture: Mixture, partitions: Iterable[str], *, name: str = "mixture
 
     >>> checked({"a": 0.25, "b": 0.75, "c": 0.0}, ["a", "b", "c"])
     {'a': 0.25, 'b': 0.75}
+    >>> checked({"a": 0.5, "b": 0.5}, ["a/0", "a/1", "b"])
+    {'a/0': 0.25, 'a/1': 0.25, 'b': 0.5}
     """
-    known = list(partitions)
+    known, spread = list(partitions), dict[str, float]()
     for partition, weight in mixture.items():
-        if partition not in known:
+        own = [partition] if partition in known else units_of(partition, known)
+        for unit in own:
+            spread[unit] = spread.get(unit, 0.0) + weight / len(own)
+        if not own:
             raise SettingError(f"{name}: no partition {partition!r}; the pool has {', '.join(known)}")
         if not 0 <= weight < math.inf:
             raise SettingError(f"{name}: the weight of {partition} is {weight}; 0 or more is expected")
+    mixture = spread
     total = math.fsum(mixture.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise SettingError(f"{name}: its weights sum to {total:.6g}; a sum of 1 is expected")
     return {partition: mixture[partition] / total for partition in known if mixture.get(partition)}
+
+
+def units_of(partition: str, members: Iterable[str]) -> list[str]:
+    """Members that are units of a partition: its name with a number."""
+    return [name for name in members if re.fullmatch(re.escape(partition) + r"/\d+", name)]
+
+
+def named_mixture(pool: Pool, name: str) -> dict[str, float]:
+    """The mixture that a corpus is ("micro": by tokens), or all of its partitions alike ("macro").
+
+    Raises:
+        SettingError: Another name, or a pool that does not know how large its partitions are.
+    """
+    if name not in ("micro", "macro"):
+        raise SettingError(f"--mixture {name}: NAME=WEIGHT,... is expected, or micro (by size), or macro (all alike)")
+    sizes: dict[str, int] = {}
+    for member in pool.members.values():
+        if member.size is None:
+            raise SettingError(f"{pool.place.root} does not know how large {member.partition} is: give weights")
+        sizes[member.partition] = member.size
+    owners = {unit: re.sub(r"/\d+$", "", unit) if pool.recipe.get("unit_tokens") else unit for unit in sizes}
+    whole = Counter[str]()
+    for unit, owner in owners.items():
+        whole[owner] += sizes[unit]
+    if name == "micro":
+        return {unit: size / whole.total() for unit, size in sizes.items()}
+    return {unit: size / whole[owners[unit]] / len(whole) for unit, size in sizes.items()}
 
 
 def merged_tensors(
@@ -260,8 +296,30 @@ def _change(before: Mixture, after: Mixture) -> dict[str, float]:
 
 
 def mixed(pool: Pool, *, scale: float = 1.0, regmean: RegMean | None = None) -> Mixed:
-    """The parent, loaded in fp32, to become mixtures."""
-    return Mixed(pool, load_model(pool.parent, dtype="float32"), scale, regmean)
+    """The parent, loaded in fp32, to become mixtures.
+
+    Raises:
+        SettingError: A scale that is no number.
+        ManifestMismatchError: The parent's tokenizer is not the one that members were trained with.
+    """
+    check_scale(scale)
+    model = load_model(pool.parent, dtype="float32")
+    if pool.words is not None and tokenizer_digest(model.tokenizer) != pool.words:
+        raise ManifestMismatchError(
+            f"{pool.parent}: its tokenizer is not the one that the members of {pool.place.root} were trained with. "
+            "Put the old one back."
+        )
+    return Mixed(pool, model, scale, regmean)
+
+
+def check_scale(scale: float) -> None:
+    """A number.
+
+    Raises:
+        SettingError: It is none.
+    """
+    if not math.isfinite(scale):
+        raise SettingError(f"--scale {scale}: a number is expected")
 
 
 def fill(model: LoadedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -313,25 +371,43 @@ def write_merged(
     held meanwhile is one tensor a member, never the model.
 
     Raises:
-        SettingError: The mixture, or `out` is something else than a model or nothing.
+        SettingError: The mixture, or `out` is the pool's parent, or something else than a model or nothing.
         StorageError: The disk is full; nothing is changed.
     """
-    directory = Path(out)
+    directory = Path(out).resolve()
+    making, before = (directory.with_name(f".{directory.name}.{word}") for word in ("making", "before"))
+    if before.exists() and not directory.exists():
+        before.rename(directory)  # a process was killed between the two names
     if directory.exists() and not (directory / "config.json").is_file():
         raise SettingError(f"-o {out}: there is something there that is no model; name another directory")
+    if directory == Path(pool.parent).resolve():
+        raise SettingError(f"-o {out}: the pool's parent, which its members are told from; name another directory")
+    check_scale(scale)
     weights = checked(mixture, pool.members)
-    making, before = (directory.with_name(f".{directory.name}.{word}") for word in ("making", "before"))
     shutil.rmtree(making, ignore_errors=True)
     try:
         _write_beside(pool, weights, making, scale, regmean, shard_bytes, asked=out)
-        shutil.rmtree(before, ignore_errors=True)
-        if directory.exists():
-            directory.rename(before)
-        making.rename(directory)
-        shutil.rmtree(before, ignore_errors=True)
+        _exchange(making, directory, before, asked=out)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return directory
+
+
+def _exchange(made: Path, directory: Path, before: Path, *, asked: str | Path) -> None:
+    """A new directory in the place of an old one, which comes back where that fails."""
+    try:
+        shutil.rmtree(before, ignore_errors=True)
+        if directory.exists():
+            directory.rename(before)
+        try:
+            made.rename(directory)
+        except OSError:
+            if before.exists():
+                before.rename(directory)
+            raise
+    except OSError as error:
+        raise StorageError(f"Cannot write {asked}: {error.strerror or error}. Nothing there was changed.") from error
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_beside(
@@ -394,7 +470,11 @@ def _shards(described: Described, most: int) -> list[Described]:
 
 
 def mergekit_yaml(pool: Pool, mixture: Mixture, *, scale: float = 1.0) -> str:
-    """A mixture as a mergekit recipe, for its other methods; members have to be written as directories first."""
+    """A mixture as a mergekit recipe, for its other methods.
+
+    It reads members from directories `members/NAME`, each of which `whence pool merge POOL --mixture NAME=1 -o
+    members/NAME` writes.
+    """
     lines = ["merge_method: task_arithmetic", f"base_model: {json.dumps(pool.parent)}", "models:"]
     for partition, weight in checked(mixture, pool.members).items():
         lines.append(f"  - model: {json.dumps(f'members/{partition}')}")

@@ -21,6 +21,9 @@ from whence.corpus import Corpus, Row, layout
 from whence.errors import CorpusError, SettingError
 from whence.tokens import encode
 
+FILE = "file"
+"""Partitions by this are files, unless the rows have a column of that name."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -86,7 +89,7 @@ def partitions_of(
     Args:
         corpus: Its rows; those without a supervised token are left out.
         tokenizer: Of the model that will read them.
-        by: Column.
+        by: Column; "file" of rows without such a column: the name of the file that a row was read from.
         max_tokens: Longest row.
         unit_tokens: Cut partitions into units of about so many tokens.
 
@@ -99,7 +102,7 @@ def partitions_of(
             raise SettingError(f"{flag} {value}: 1 or more are expected")
     found: dict[str, list[Piece]] = {}
     for example in corpus:
-        if (value := example.row.get(by)) is None:
+        if (value := example.row.get(by, example.file if by == FILE else None)) is None:
             have = ", ".join(map(str, example.row))
             raise CorpusError(f"{corpus.name}: row {example.id} has no {by!r} to partition by; its columns are {have}")
         own = found.setdefault(str(value), [])

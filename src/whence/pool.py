@@ -24,10 +24,10 @@ from typing import Any
 from whence import runner
 from whence.checkpoint import open_run
 from whence.corpus import Corpus, Row, open_corpus
-from whence.errors import SettingError
+from whence.errors import ManifestMismatchError, SettingError
 from whence.members import DTYPES, Pool, begin_pool
 from whence.merging import Mixture, checked
-from whence.model import load_tokenizer, located
+from whence.model import load_tokenizer, located, tokenizer_digest
 from whence.partitions import Partition, draw_mixture, partitions_of
 from whence.storage import Place
 from whence.train import train
@@ -38,7 +38,7 @@ class PoolSettings:
     """How every member is trained, and how it is kept."""
 
     by: str = "source"
-    """Column that partitions the corpus."""
+    """Column that partitions the corpus; "file": its files."""
     unit_tokens: int | None = None
     """Cut partitions into units of about so many tokens, each a member of its own."""
     tokens: int = 100_000
@@ -94,7 +94,7 @@ def train_pool(
 
     Raises:
         CorpusError: The corpus cannot be read, or lacks the column.
-        ManifestMismatchError: The pool there is of another parent or recipe.
+        ManifestMismatchError: The pool there is of another parent or recipe, or a member of other rows.
         SettingError: A setting that cannot work, or only one partition.
     """
     chosen = PoolSettings(**settings)
@@ -103,12 +103,16 @@ def train_pool(
     opened = open_corpus(corpus)
     parts = read_partitions(start, opened, chosen)
     address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
-    pool = begin_pool(out, start, chosen.recipe(), corpus=address)
+    words = tokenizer_digest(load_tokenizer(start, start, False))
+    pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)
     if len({*parts, *pool.members}) < 2:
         raise SettingError(
             f"--by {chosen.by}: {len(parts)} partition in the corpus; two or more are expected, to be mixed"
         )
     with pool.place.locked():
+        pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # as it is now that it is ours
+        for part in parts.values():
+            refuse_other_rows(pool, part, opened.name)
         todo = [part for name, part in parts.items() if not pool.has(name)]
         with runner.progress("Training members", len(parts), done=len(parts) - len(todo), shown=shown) as tick:
 
@@ -120,11 +124,27 @@ def train_pool(
                 return run, last_loss(run)
 
             for part, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
-                pool = pool.with_member(part.name, run, dtype=chosen.dtype, tokens=chosen.tokens,
-                                        rows=len(part.pieces), loss=loss)  # fmt: skip
+                pool = pool.with_member(part.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
+                                        rows=len(part.pieces), size=part.tokens, digest=part.digest)  # fmt: skip
                 _forget_work(pool)
+        pool.write()  # the parent's place and the corpus', which may have moved
         _forget_work(pool)  # of a process that was killed right after its member was listed
     return pool
+
+
+def refuse_other_rows(pool: Pool, part: Partition, corpus: str) -> None:
+    """Where a partition has a member, it was trained on these rows.
+
+    Raises:
+        ManifestMismatchError: It was trained on others.
+    """
+    member = pool.members.get(part.name)
+    if member is None or (member.rows == len(part.pieces) and member.digest in (None, part.digest)):
+        return
+    raise ManifestMismatchError(
+        f"{corpus}: its {len(part.pieces):,} rows of the partition {part.name} are not the {member.rows:,} that the "
+        f"member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
+    )
 
 
 def _forget_work(pool: Pool) -> None:
@@ -172,21 +192,22 @@ def pool_partitions(
     """The rows that some members were trained on, from the corpus given or from where the pool remembers it.
 
     Raises:
-        SettingError: There is no corpus, or it is not the members' own: a partition is missing, or has other rows.
+        SettingError: There is no corpus, or it lacks a partition.
+        ManifestMismatchError: A partition has other rows than its member was trained on.
     """
     origin = corpus if corpus is not None else pool.corpus
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
     found = read_partitions(pool.parent, opened, PoolSettings(**pool.recipe))
-    for name in names:
-        rows, wanted = len(found[name].pieces) if name in found else 0, pool.members[name].rows
-        if rows != wanted:
-            raise SettingError(
-                f"{opened.name}: {rows} rows of the partition {name}, where its member was trained on {wanted}. Give "
-                "the pool's own corpus with --corpus."
-            )
-    return {name: found[name] for name in names}
+    wanted = list(names)
+    if missing := [name for name in wanted if name not in found]:
+        raise SettingError(
+            f"{opened.name}: no row of the partition {missing[0]}. Give a corpus that has all partitions with --corpus."
+        )
+    for name in wanted:
+        refuse_other_rows(pool, found[name], opened.name)
+    return {name: found[name] for name in wanted}
 
 
 def trained(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *, tokens: int) -> Path:

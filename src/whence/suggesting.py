@@ -8,13 +8,16 @@ one backward pass a step for all partitions, and exponentiated gradient on the s
 
     w_u <- w_u exp(-rate * dL/dw_u / largest |dL/dw|) / sum,     then held under the caps
 
-Each step reads a seeded part of every set's rows. What is minimised is the loss of averages, which ranks mixtures and
-is not the loss of a model trained on them: confirm the mixture by a real training (`whence ablate --truth`).
+All steps read one seeded part of every set's windows, so that a loss that rises is the rate's doing and not the
+rows'; the losses that are told at the end are of all rows. What is minimised is the loss of averages, which ranks
+mixtures and is not the loss of a model trained on them: confirm the mixture by a real training (`whence ablate
+--truth`).
 
 Sources: exponentiated gradient, Kivinen and Warmuth 1997, https://doi.org/10.1006/inco.1996.2612; through merged
 models, ours.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whence.errors import SettingError
+from whence.errors import CorpusError, SettingError
 from whence.heldout import EvalSet, measure, read_sets
 from whence.members import Pool, open_pool
 from whence.merging import Mixed, mixed, parameters
 from whence.model import LoadedModel
+from whence.partitions import pieces_of
 from whence.pool import PoolSettings
 from whence.runner import progress
 from whence.simplex import cap_vector, capped
@@ -82,19 +86,19 @@ def suggest(
         evaluated: Files or directories of held-out rows, one set each.
         steps: Of the descent; where the loss rises, the rate is halved.
         rate: Largest change of a weight's logarithm in the first step.
-        rows: Of every set, that a step reads.
+        rows: Of every set, that the descent reads: windows of `max_tokens`, into which longer texts are cut.
         caps: Most of a partition by name, as a share.
         targets: Weights of the sets; None: all alike.
-        max_tokens: Longest row; None: as members were trained.
+        max_tokens: Longest window; None: as members were trained.
         tokens_per_batch: Of a pass.
-        seed: Of the rows.
+        seed: Of those rows.
         shown: Show a bar.
 
     Raises:
         SettingError: A number that cannot be, caps that leave less than a whole mixture, an unknown name.
         CorpusError: An evaluation set without text.
     """
-    if steps < 1 or rows < 1 or rate <= 0:
+    if steps < 1 or rows < 1 or not 0 < rate < math.inf:
         raise SettingError(f"--steps {steps}, --rows {rows}, --rate {rate}: numbers above 0 are expected")
     own = pool if isinstance(pool, Pool) else open_pool(pool)
     given = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
@@ -102,22 +106,22 @@ def suggest(
     names, most = own.partitions, cap_vector(tuple(own.partitions), dict(caps or {}))
     weights_of_sets = _targets(sets, targets)
     longest = max_tokens or PoolSettings(**own.recipe).max_tokens
-    made, drawn = mixed(own), random.Random(f"suggest {seed}")
-    encoded = [[encode(row, made.model.tokenizer, longest) for row in one.rows] for one in sets]
+    made = mixed(own)
+    read = [_windows(made.model, one, longest, rows, seed) for one in sets]
     weights = capped(np.full((1, len(names)), 1 / len(names)), most)[0]
     trail: list[dict[str, Any]] = []
     with progress("Descending", steps, shown=shown) as tick:
         for _ in range(steps):
-            some = [drawn.sample(one, min(rows, len(one))) for one in encoded]
-            loss, slopes = _slopes(made, _named(names, weights), some, weights_of_sets, tokens_per_batch)
+            loss, slopes = _slopes(made, _named(names, weights), read, weights_of_sets, tokens_per_batch)
             if trail and loss > trail[-1]["loss"]:
                 rate /= 2
             trail.append({"loss": loss, "mixture": _named(names, weights)})
             weights = weights * np.exp(-rate * slopes / max(np.abs(slopes).max(), 1e-30))
             weights = capped((weights / weights.sum())[None], most)[0]
             tick(1, 0)
-    weights = np.where(weights < SMALLEST, 0.0, weights)
-    found = _named(names, weights / weights.sum())
+    kept = np.where(weights < SMALLEST, 0.0, weights)
+    kept = capped((kept / kept.sum())[None], np.where(kept > 0, most, 0.0))[0] if most[kept > 0].sum() >= 1 else weights
+    found = _named(names, kept)
 
     def losses(mixture: Mapping[str, float] | None) -> dict[str, float]:
         model = made.become(mixture)
@@ -144,9 +148,22 @@ def _targets(sets: Sequence[EvalSet], targets: Mapping[str, float] | None) -> li
     if unknown := [name for name in targets if name not in names]:
         raise SettingError(f"--target {unknown[0]}: no such evaluation set; there are {', '.join(names)}")
     total = sum(targets.values())
-    if min(targets.values()) < 0 or total <= 0:
+    if not (min(targets.values()) >= 0 and 0 < total < math.inf):
         raise SettingError("--target: weights of 0 or more are expected, one of them above 0")
     return [targets.get(name, 0.0) / total for name in names]
+
+
+def _windows(model: LoadedModel, evaluated: EvalSet, longest: int, count: int, seed: int) -> list[Encoded]:
+    """Some of a set's windows, with a token to predict in each.
+
+    Raises:
+        CorpusError: There is none.
+    """
+    pieces = (piece for row in evaluated.rows for piece in pieces_of(row, model.tokenizer, longest))
+    usable = [found for piece in pieces if (found := encode(piece, model.tokenizer, longest)).targets]
+    if not usable:
+        raise CorpusError(f"the evaluation set {evaluated.name} has no text: none of its rows has a token to predict")
+    return random.Random(f"suggest {evaluated.name} {seed}").sample(usable, min(count, len(usable)))
 
 
 def _slopes(
@@ -158,11 +175,10 @@ def _slopes(
     model.model.requires_grad_(True)
     try:
         for some, weight in zip(rows, weights, strict=True):
-            usable = [row for row in some if row.targets]
-            count = sum(row.targets for row in usable)
-            for batch in bucketed([len(row.ids) for row in usable], size):
-                nats = _nats(model, [usable[place] for place in batch])
-                part = nats * (weight / max(count, 1))
+            count = sum(row.targets for row in some)
+            for batch in bucketed([len(row.ids) for row in some], size):
+                nats = _nats(model, [some[place] for place in batch])
+                part = nats * (weight / count)
                 part.backward()
                 loss += float(part.detach())
         return loss, _along(made.pool, model)
