@@ -15,7 +15,7 @@ Source: section 12 of the project's notes on ablation; ours.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +121,15 @@ def _scores(
     seed: int,
     units: Units | None,
 ) -> dict[str, dict[str, float]]:
-    """Summed by set and partition."""
+    """Summed by set and partition; the rows are read once for all sets."""
     view = open_view(source, method, model=model)
     lengths = torch.tensor([len(encoded.ids) for encoded in view.encoded()], dtype=torch.float64)
-    scorer, out = made_scorer(method, seed, {}), {}
-    members = _members(pool, view, units)
-    for one in sets:
-        targets, _ = targets_of(list(one.rows[:queries]), view)
-        scores = scorer(view, targets).double().mean(0)
+    members, out = _members(pool, view, units), {}
+    targets = [[replace(target, name=f"{one.name}: {target.name}")
+                for target in targets_of(list(one.rows[:queries]), view)[0]] for one in sets]  # fmt: skip
+    found = made_scorer(method, seed, {})(view, [target for own in targets for target in own]).double()
+    for one, own in zip(sets, found.split([len(own) for own in targets]), strict=True):
+        scores = own.mean(0)
         scores = torch.where(scores.isfinite(), scores, 0.0)
         out[one.name] = {
             name: float((scores * share).sum() * pool.members[name].tokens / (lengths * share).sum())
