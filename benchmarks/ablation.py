@@ -55,6 +55,8 @@ EVERY = 60
 """Seconds between collections."""
 MEASURED = 100
 """Mixtures of `cost`."""
+READ = ("code", "stories")
+"""Evaluation sets of `cost`, 46 rows: the fewer are read, the more weighs becoming a mixture."""
 INDEXED = 256
 """Rows of a set in the index of `join`, at most: of a longer set a random part, whose scores count for the whole."""
 
@@ -226,7 +228,8 @@ def kept(options: argparse.Namespace, name: str, found: Ablation) -> None:
 
 def stage_cost(options: argparse.Namespace) -> None:
     """Time of becoming a mixture against that of being read, and memory of a merge to disk."""
-    pool, sets = open_pool(options.work / "pool"), read_sets([options.work / "held"])
+    pool = open_pool(options.work / "pool")
+    sets = read_sets(options.work / "held" / f"{name}.jsonl" for name in READ)
     drawn = np.random.default_rng(1).dirichlet([1.0] * len(pool.members), MEASURED)
     made: Mixed = mixed(pool)
     becoming = reading = 0.0
