@@ -9,7 +9,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     pool        a member for each set, equal tokens
     pairs       all 28 pairs and 12 triples: averages, proxies and real runs; agreement by evaluation set
     dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
-    scales      the mixtures of `pairs` again, with members' moves times 1.5 and 2 (task arithmetic); needs `pairs`
+    scales      the mixtures of `pairs` again, with members' moves times 1.5 (task arithmetic); needs `pairs`
     others      21 pairs without wikitext, read on what none of them contains: wikitext, gsm8k, BBH. For other settings
                 of the training: --lr 1e-4 or --seed 1, with a --work of its own; rows are split as with seed 0
     cost        100 mixtures in memory against their evaluation alone; memory of a merge
@@ -47,7 +47,7 @@ HELD_OUT, MOST = 0.1, 30
 """Share of a set's rows that is held out, and the most of them."""
 SPLIT = 0
 """Seed of what is held out: the same for all trainings."""
-SCALES = (1.5, 2.0)
+SCALES = (1.5,)
 UNSEEN = ("wikitext", "gsm8k", "bbh")
 """Evaluation sets of `others`."""
 TRIPLES, RANDOM, CONCENTRATION = 12, 12, 1.0

@@ -25,7 +25,7 @@ SAID = {
     "contained": "Mixtures that contain the evaluation set's own partition alone:",
     "not contained": "Mixtures that do not contain it:",
 }
-PROXIES = {"merged": "merged", "mean": "mean of members", "best": "best member", "ngram": "n-grams"}
+PROXIES = ("merged", "mean", "midpoint", "best", "ngram")
 DOTS = ((True, "#0b6e99", "#0b6e99", "contains the set's partition"), (False, "none", "#8a929c", "does not"))
 Cells = list[dict]
 
@@ -33,6 +33,10 @@ Cells = list[dict]
 def main() -> None:
     """Fill in the page and draw the plot."""
     found, text = json.loads(RESULTS.read_text()), PAGE.read_text()
+    for run in found.values():
+        for part in run.values():
+            for cell in part.get("cells", []):
+                cell["midpoint"] = (cell["merged"] + cell["mean"]) / 2
     own = found[MAIN]
     if "pairs" in own:
         cells = own["pairs"]["cells"]
@@ -107,9 +111,9 @@ def by_group(cells: Cells) -> str:
     for group, said in SAID.items():
         some = [cell for cell in cells if group == "all" or cell["contained"] == GROUPS[group]]
         lines += [said, "",
-                  "| evaluation set | mixtures | merged, Spearman (95%) | Pearson | mean of members | best member | "
-                  "n-grams | regret, nats: merged / mean / range | parent's loss, real losses |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "| evaluation set | mixtures | merged, Spearman (95%) | Pearson | mean of members | midpoint | best "
+                  "member | n-grams | regret, nats: merged / mean / range | parent's loss, real losses |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += [agreement_line(some, name) for name in sets if name in names_of(some)]
         seen = {cell["set"] for cell in cells if cell["contained"]}
         kinds = {"of the pool": seen, "of none": {*sets} - seen} if group == "all" else {"": {*sets}}
@@ -129,8 +133,8 @@ def agreement_line(cells: Cells, name: str) -> str:
     assert merged is not None and mean is not None
     truths = [cell["truth"] for cell in own]
     return (
-        f"| {name} | {merged.candidates} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | "
-        f"{short(agreed(own, 'best'))} | {short(agreed(own, 'ngram'))} | {merged.regret:.3f} / {mean.regret:.3f} / "
+        f"| {name} | {merged.candidates} | {rank(merged)} | {merged.pearson:.2f} | "
+        f"{' | '.join(short(agreed(own, proxy)) for proxy in PROXIES[1:])} | {merged.regret:.3f} / {mean.regret:.3f} / "
         f"{merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to {max(truths):.2f} |"
     )
 
@@ -138,30 +142,34 @@ def agreement_line(cells: Cells, name: str) -> str:
 def by_size(cells: Cells) -> str:
     """Pairs and triples apart: a merge does not know that a triple is trained for longer."""
     sizes = {"pairs": 1, "triples": 2}
-    lines = ["Mixtures of one size alone, mean over sets of Spearman's correlation, merged / mean of members:", "",
+    lines = ["Mixtures of one size alone, mean over sets of Spearman's correlation, merged / mean of members / "
+             "midpoint:", "",
              "| | contained | not contained |", "|---|---|---|"]  # fmt: skip
     for size, plus in sizes.items():
         told = []
         for contained in GROUPS.values():
             some = [cell for cell in cells if cell["contained"] == contained and cell["mixture"].count(" + ") == plus]
-            told.append(" / ".join(mean_rank(each(some, proxy)) for proxy in ("merged", "mean")))
+            told.append(" / ".join(mean_rank(each(some, proxy)) for proxy in ("merged", "mean", "midpoint")))
         lines.append(f"| {size} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 def by_set(cells: Cells) -> str:
     """Mixtures of real-valued weights."""
-    lines = ["| evaluation set | merged, Spearman (95%) | Pearson | mean of members | best member | n-grams | "
-             "regret, nats: merged / mean / range |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| evaluation set | merged, Spearman (95%) | Pearson | mean of members | midpoint | best member | n-grams "
+             "| regret, nats: merged / mean / range |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names_of(cells):
         own = [cell for cell in cells if cell["set"] == name]
         merged, mean = agreed(own, "merged"), agreed(own, "mean")
         assert merged is not None and mean is not None
-        best, ngram = (short(agreed(own, proxy)) for proxy in ("best", "ngram"))
-        lines.append(f"| {name} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | {best} | {ngram} | "
+        rest = " | ".join(short(agreed(own, proxy)) for proxy in PROXIES[2:])
+        lines.append(f"| {name} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | {rest} | "
                      f"{merged.regret:.3f} / {mean.regret:.3f} / {merged.spread:.2f} |")  # fmt: skip
-    means = [mean_rank(each(cells, proxy)) for proxy in PROXIES]
-    lines.append(f"| **mean over sets** | **{means[0]}** | | {' | '.join(means[1:])} | |")
+    seen = {cell["set"] for cell in cells if cell["contained"]}
+    for kind, names in {"of the pool": seen, "of none": {*names_of(cells)} - seen}.items():
+        own = [cell for cell in cells if cell["set"] in names]
+        means = [mean_rank(each(own, proxy)) for proxy in PROXIES]
+        lines.append(f"| **mean over sets {kind}** | **{means[0]}** | | {' | '.join(means[1:])} | |")
     return "\n".join(lines)
 
 
@@ -171,8 +179,8 @@ def others(found: dict) -> str:
     runs = {MAIN: main} | {name: run["others"]["cells"] for name, run in found.items() if "others" in run}
     sets = names_of(next(run["others"]["cells"] for run in found.values() if "others" in run))
     mixtures = {cell["mixture"] for run in list(runs.values())[1:] for cell in run}
-    lines = ["| training | evaluation set | merged, Spearman (95%) | mean of members | n-grams | parent's loss, real "
-             "losses | real runs of seed 0, Spearman |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| training | evaluation set | merged, Spearman (95%) | mean of members | midpoint | n-grams | parent's "
+             "loss, real losses | real runs of the first, Spearman |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     first = {(cell["mixture"], cell["set"]): cell["truth"] for cell in main}
     for run, cells in runs.items():
         for name in sets:
@@ -180,6 +188,7 @@ def others(found: dict) -> str:
             truths = [cell["truth"] for cell in own]
             again = [cell | {"merged": first[cell["mixture"], name]} for cell in own]
             lines.append(f"| {run} | {name} | {rank(agreed(own, 'merged'))} | {short(agreed(own, 'mean'))} | "
+                         f"{short(agreed(own, 'midpoint'))} | "
                          f"{short(agreed(own, 'ngram'))} | {own[0]['parent']:.2f}, {min(truths):.2f} to "
                          f"{max(truths):.2f} | {'-' if run == MAIN else rank(agreed(again, 'merged'))} |")  # fmt: skip
     return "\n".join(lines)

@@ -121,6 +121,7 @@ def test_losses_are_those_of_written_models(pool, held, tmp_path):
     alone = [cells[name, "b"].merged for name in "ac"]
     assert pair.mean == pytest.approx(sum(alone) / 2) and pair.best == pytest.approx(min(alone))
     assert pair.mean_ppl == pytest.approx(math.log(sum(map(math.exp, alone)) / 2))
+    assert pair.midpoint == pytest.approx((pair.merged + pair.mean) / 2) == pair.row()["midpoint"]
     parent_nats, parent_tokens = by_hand(load_model(pool.parent, dtype="float32"), HELD["b"])
     assert pair.parent == pytest.approx(parent_nats / parent_tokens, rel=1e-4)
     assert [cells[name, "a"].contained for name in ("a", "b", "a + c", "b + c", "all")] == [

@@ -202,9 +202,9 @@ def test_too_few_mixtures_are_drawn_without_a_correlation():
 def test_agreement_is_told_by_set_and_group():
     part = section(ablation_page(ablated()), "Agreement with")
     rows = [words(f"<body>{row}") for row in re.findall(r"<tr.*?</tr>", part, re.DOTALL)]
-    assert rows[0] == "evaluation set n merged 95% mean best ngram Pearson Kendall regret spread"
-    assert rows[1] == f"a 10 0.90 0.71 to 0.97 0.42 {MINUS}0.10 - 0.95 0.80 0.012 0.345"
-    assert rows[2] == "contained 4 0.55 0.71 to 0.97 - - - 0.95 0.80 0.012 0.345"
+    assert rows[0] == "evaluation set n merged 95% mean midpoint best ngram Pearson Kendall regret spread"
+    assert rows[1] == f"a 10 0.90 0.71 to 0.97 0.42 - {MINUS}0.10 - 0.95 0.80 0.012 0.345"
+    assert rows[2] == "contained 4 0.55 0.71 to 0.97 - - - - 0.95 0.80 0.012 0.345"
     assert rows[-2].startswith("all sets 10 0.90") and len(rows) == 7, "who is all is not told twice"
     assert '<path class="whisker" d="M71.00 8H97.00"/>' in part and '<path class="place" d="M90.00 8h0"/>' in part
 

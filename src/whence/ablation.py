@@ -4,6 +4,7 @@ For every candidate mixture and evaluation set, proxies of the loss that a model
 
     merged      of the members' weighted mean, `merging`; what is claimed to rank candidates
     mean        weighted mean of the members' own losses, in nats (the log of a geometric mean of perplexities)
+    midpoint    of the two: an average forgets less than a real model of what it was not trained on, its members more
     mean_ppl    log of the weighted mean of their perplexities
     best        smallest of the members' losses
     ngram       KL of the set's hashed n-grams from the mixture's: no model at all
@@ -41,7 +42,7 @@ from whence.partitions import Partition
 from whence.pool import PoolSettings, pool_place, read_partitions, refuse_other_rows, slug, true_model
 from whence.scorers.lexical import gram_divergence, mixture_divergence
 
-PROXIES = ("merged", "mean", "mean_ppl", "best", "ngram", "parent")
+PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
 MOST_DEFAULT = 200
 """Candidates that are made up where none are given."""
 
@@ -78,9 +79,14 @@ class Cell:
     parent: float
     truth: float | None = None
 
+    @property
+    def midpoint(self) -> float:
+        """Between the loss of the average and the average of the losses."""
+        return (self.merged + self.mean) / 2
+
     def row(self) -> dict[str, Any]:
         """As plain values, with the merged model's perplexity."""
-        return dict(self.__dict__) | {"perplexity": math.exp(min(self.merged, 700.0))}
+        return dict(self.__dict__) | {"midpoint": self.midpoint, "perplexity": math.exp(min(self.merged, 700.0))}
 
 
 @dataclass(frozen=True)

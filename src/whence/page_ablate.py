@@ -304,7 +304,7 @@ def _agreements(found: Ablation) -> str:
     told = (
         "Spearman's correlation of a proxy with the losses of really trained models, over mixtures. Regret: nats lost "
         "by choosing the mixture that the merge ranks first; spread: from the best real loss to the worst. Contained: "
-        "mixtures with the set's own partition, for which ranking is easy."
+        "mixtures with the set's own partition. That they are better on it is easy to see; their order is not."
     )
     key = '<span class="key"><i class="round"></i>merged, 95%<i class="tick"></i>mean of members; from 0 to 1</span>'
     return section(

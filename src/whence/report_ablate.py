@@ -87,7 +87,7 @@ def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
     return f"{math.exp(min(loss, 700.0)):.1f}"
 
 
-PROXIES = ("mean", "best", "ngram")
+PROXIES = ("mean", "midpoint", "best", "ngram")
 """Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
 
 
