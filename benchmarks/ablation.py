@@ -12,7 +12,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     scales      the mixtures of `pairs` again, with members' moves times 1.5 (task arithmetic); needs `pairs`
     others      21 pairs without wikitext, read on what none of them contains: wikitext, gsm8k, BBH. For other settings
                 of the training: --lr 1e-4 or --seed 1, with a --work of its own; rows are split as with seed 0
-    cost        100 mixtures in memory against their evaluation alone; memory of a merge
+    cost        100 mixtures in memory against their evaluation alone
+    memory      of a merge to disk; alone
     join        scores of an index of 256 rows a set, summed by set, against leaving a set out of the pool
 
 Results go to benchmarks/results/ablation.json. Losses of real runs, two hours of one core, are kept beside it as they
@@ -240,15 +241,22 @@ def stage_cost(options: argparse.Namespace) -> None:
         for one in sets:
             measure(model, one, max_tokens=128)
         becoming, reading = becoming + middle - start, reading + time.perf_counter() - middle
-    del made, model
-    start_weights = pool.start()
-    sizes = [4 * math.prod(start_weights.shape(name)) for name in start_weights.files]
     found = {"mixtures": MEASURED, "becoming seconds": becoming, "reading seconds": reading,
-             "ratio": (becoming + reading) / reading, "members": len(pool.members), "bytes of the model": sum(sizes),
-             "bytes of its largest tensor": max(sizes),
-             "bytes held by a merge": held_by(lambda: write_merged(
-                 pool, dict.fromkeys(pool.partitions, 1 / len(pool.members)), options.work / "merged"))}  # fmt: skip
+             "ratio": (becoming + reading) / reading}  # fmt: skip
     keep(options, "cost", found)
+    print(found)
+
+
+def stage_memory(options: argparse.Namespace) -> None:
+    """Of a merge to disk; in a process of its own, for memory that was freed before hides what is taken again."""
+    pool = open_pool(options.work / "pool")
+    start = pool.start()
+    sizes = [4 * math.prod(start.shape(name)) for name in start.files]
+    alike = dict.fromkeys(pool.partitions, 1 / len(pool.members))
+    held = held_by(lambda: write_merged(pool, alike, options.work / "merged"))
+    found = {"members": len(pool.members), "bytes of the model": sum(sizes),
+             "bytes of its largest tensor": max(sizes), "bytes held by a merge": held}  # fmt: skip
+    keep(options, "memory", found)
     print(found)
 
 
@@ -300,6 +308,7 @@ STAGES = {
     "scales": stage_scales,
     "others": stage_others,
     "cost": stage_cost,
+    "memory": stage_memory,
     "join": stage_join,
 }
 

@@ -8,12 +8,14 @@ agreement that the results file does not have (of some mixtures only) are comput
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from whence.agreement import Agreement, agreement, centred
+from whence.agreement import FEWEST, Agreement, agreement, regret
+from whence.numerics import spearman
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "ablate.md", ROOT / "docs" / "ablate.svg"
@@ -22,8 +24,8 @@ MAIN = "seed 0, lr 0.0003"
 GROUPS = {"contained": True, "not contained": False}
 SAID = {
     "all": "All mixtures:",
-    "contained": "Mixtures that contain the evaluation set's own partition alone:",
-    "not contained": "Mixtures that do not contain it:",
+    "contained": "Only mixtures that contain the evaluation set's own partition:",
+    "not contained": "Only mixtures that do not contain it:",
 }
 PROXIES = ("merged", "mean", "midpoint", "best", "ngram")
 DOTS = ((True, "#0b6e99", "#0b6e99", "contains the set's partition"), (False, "none", "#8a929c", "does not"))
@@ -62,20 +64,22 @@ def filled(text: str, name: str, body: str) -> str:
 # -- agreement
 
 
-def agreed(cells: Cells, proxy: str, where: Callable[[dict], bool] = lambda cell: True) -> Agreement | None:
-    """Of a proxy with real losses over some cells; of several sets, each set's mean is taken off first."""
-    some = [cell for cell in cells if where(cell) and cell["truth"] is not None]
-    if any(cell[proxy] is None for cell in some):
+def agreed(cells: Cells, proxy: str) -> Agreement | None:
+    """Of a proxy with real losses on one set."""
+    return agreement([cell[proxy] for cell in cells], [cell["truth"] for cell in cells])
+
+
+def correlation(cells: Cells, proxy: str) -> float | None:
+    """Spearman's, on one set, without an interval; None where a proxy says nothing, or the same of all."""
+    x, y = ([cell[key] for cell in cells] for key in (proxy, "truth"))
+    if None in x or len({*x}) < 2 or len(x) < FEWEST:
         return None
-    sets = dict.fromkeys(cell["set"] for cell in some)
-    columns = ({name: [cell[key] for cell in some if cell["set"] == name] for name in sets} for key in (proxy, "truth"))
-    proxies, truths = (centred(column) for column in columns)
-    return agreement(proxies, truths)
+    return spearman(torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64))
 
 
-def each(cells: Cells, proxy: str) -> list[Agreement | None]:
+def each(cells: Cells, proxy: str) -> list[float | None]:
     """Of a proxy, on every evaluation set."""
-    return [agreed(cells, proxy, lambda cell, name=name: cell["set"] == name) for name in names_of(cells)]
+    return [correlation([cell for cell in cells if cell["set"] == name], proxy) for name in names_of(cells)]
 
 
 def names_of(cells: Cells) -> list[str]:
@@ -91,15 +95,15 @@ def rank(found: Agreement | None) -> str:
     return f"{found.spearman:.2f} ({low:.2f} to {high:.2f})"
 
 
-def short(found: Agreement | None) -> str:
+def short(found: float | None) -> str:
     """Spearman's correlation."""
-    return "-" if found is None else f"{found.spearman:.2f}"
+    return "-" if found is None else f"{found:.2f}"
 
 
-def mean_rank(found: Iterable[Agreement | None]) -> str:
+def mean_rank(found: Iterable[float | None]) -> str:
     """Mean over sets."""
-    values = [one.spearman for one in found if one is not None]
-    return f"{np.mean(values):.2f}" if values else "-"
+    values = [one for one in found if one is not None]
+    return f"{np.mean(values):.3f}" if values else "-"
 
 
 # -- tables
@@ -116,26 +120,32 @@ def by_group(cells: Cells) -> str:
                   "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += [agreement_line(some, name) for name in sets if name in names_of(some)]
         seen = {cell["set"] for cell in cells if cell["contained"]}
-        kinds = {"of the pool": seen, "of none": {*sets} - seen} if group == "all" else {"": {*sets}}
+        kinds = {" of the pool": seen, " of none": {*sets} - seen} if group == "all" else {"": {*sets}}
         for kind, names in kinds.items():
             merged, *rest = (
                 mean_rank(each([cell for cell in some if cell["set"] in names], proxy)) for proxy in PROXIES
             )
-            lines.append(f"| **mean over sets {kind}** | | **{merged}** | | {' | '.join(rest)} | | |")
+            lines.append(f"| **mean over sets{kind}** | | **{merged}** | | {' | '.join(rest)} | | |")
         lines.append("")
     return "\n".join(lines)
+
+
+def lost(cells: Cells, proxy: str) -> float:
+    """Regret of choosing by a proxy."""
+    x, y = (torch.tensor([cell[key] for cell in cells], dtype=torch.float64) for key in (proxy, "truth"))
+    return regret(x, y)
 
 
 def agreement_line(cells: Cells, name: str) -> str:
     """A row of the table."""
     own = [cell for cell in cells if cell["set"] == name]
-    merged, mean = agreed(own, "merged"), agreed(own, "mean")
-    assert merged is not None and mean is not None
+    merged = agreed(own, "merged")
+    assert merged is not None
     truths = [cell["truth"] for cell in own]
     return (
         f"| {name} | {merged.candidates} | {rank(merged)} | {merged.pearson:.2f} | "
-        f"{' | '.join(short(agreed(own, proxy)) for proxy in PROXIES[1:])} | {merged.regret:.3f} / {mean.regret:.3f} / "
-        f"{merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to {max(truths):.2f} |"
+        f"{' | '.join(short(correlation(own, proxy)) for proxy in PROXIES[1:])} | {merged.regret:.3f} / "
+        f"{lost(own, 'mean'):.3f} / {merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to {max(truths):.2f} |"
     )
 
 
@@ -160,16 +170,16 @@ def by_set(cells: Cells) -> str:
              "| regret, nats: merged / mean / range |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names_of(cells):
         own = [cell for cell in cells if cell["set"] == name]
-        merged, mean = agreed(own, "merged"), agreed(own, "mean")
-        assert merged is not None and mean is not None
-        rest = " | ".join(short(agreed(own, proxy)) for proxy in PROXIES[2:])
-        lines.append(f"| {name} | {rank(merged)} | {merged.pearson:.2f} | {short(mean)} | {rest} | "
-                     f"{merged.regret:.3f} / {mean.regret:.3f} / {merged.spread:.2f} |")  # fmt: skip
+        merged = agreed(own, "merged")
+        assert merged is not None
+        rest = " | ".join(short(correlation(own, proxy)) for proxy in PROXIES[1:])
+        lines.append(f"| {name} | {rank(merged)} | {merged.pearson:.2f} | {rest} | "
+                     f"{merged.regret:.3f} / {lost(own, 'mean'):.3f} / {merged.spread:.2f} |")  # fmt: skip
     seen = {cell["set"] for cell in cells if cell["contained"]}
-    for kind, names in {"of the pool": seen, "of none": {*names_of(cells)} - seen}.items():
+    for kind, names in {" of the pool": seen, " of none": {*names_of(cells)} - seen}.items():
         own = [cell for cell in cells if cell["set"] in names]
         means = [mean_rank(each(own, proxy)) for proxy in PROXIES]
-        lines.append(f"| **mean over sets {kind}** | **{means[0]}** | | {' | '.join(means[1:])} | |")
+        lines.append(f"| **mean over sets{kind}** | **{means[0]}** | | {' | '.join(means[1:])} | |")
     return "\n".join(lines)
 
 
@@ -187,9 +197,9 @@ def others(found: dict) -> str:
             own = [cell for cell in cells if cell["set"] == name and cell["mixture"] in mixtures]
             truths = [cell["truth"] for cell in own]
             again = [cell | {"merged": first[cell["mixture"], name]} for cell in own]
-            lines.append(f"| {run} | {name} | {rank(agreed(own, 'merged'))} | {short(agreed(own, 'mean'))} | "
-                         f"{short(agreed(own, 'midpoint'))} | "
-                         f"{short(agreed(own, 'ngram'))} | {own[0]['parent']:.2f}, {min(truths):.2f} to "
+            lines.append(f"| {run} | {name} | {rank(agreed(own, 'merged'))} | {short(correlation(own, 'mean'))} | "
+                         f"{short(correlation(own, 'midpoint'))} | "
+                         f"{short(correlation(own, 'ngram'))} | {own[0]['parent']:.2f}, {min(truths):.2f} to "
                          f"{max(truths):.2f} | {'-' if run == MAIN else rank(agreed(again, 'merged'))} |")  # fmt: skip
     return "\n".join(lines)
 
@@ -198,17 +208,18 @@ def scales(own: dict) -> str:
     """Longer steps along the mean."""
     cells = own["pairs"]["cells"]
     sets = names_of(cells)
-    lines = [f"| | {' | '.join(f'scale {scale}' for scale in ('1', *own['scales']))} |", "|---" * 4 + "|"]
+    lines = [
+        f"| | {' | '.join(f'scale {scale}' for scale in ('1', *own['scales']))} |",
+        "|---" * (2 + len(own["scales"])) + "|",
+    ]
     for group, contained in GROUPS.items():
         some = [cell for cell in cells if cell["contained"] == contained]
-        told = [
-            mean_rank(agreed(some, "merged", lambda cell, name=name: cell["set"] == name) for name in names_of(some))
-        ]
+        told = [mean_rank(each(some, "merged"))]
         for by in own["scales"].values():
             values = [by[name][group]["spearman"] for name in sets if group in by[name]]
             told.append(f"{np.mean(values):.2f}")
         lines.append(f"| {group}, mean over sets | {' | '.join(told)} |")
-    wikitext = agreed(cells, "merged", lambda cell: cell["set"] == "wikitext" and not cell["contained"])
+    wikitext = correlation([cell for cell in cells if cell["set"] == "wikitext" and not cell["contained"]], "merged")
     told = [short(wikitext)] + [f"{by['wikitext']['not contained']['spearman']:.2f}" for by in own["scales"].values()]
     lines.append(f"| wikitext, not contained | {' | '.join(told)} |")
     return "\n".join(lines)
