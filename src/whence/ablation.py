@@ -4,7 +4,7 @@ For every candidate mixture and evaluation set, proxies of the loss that a model
 
     merged      of the members' weighted mean, `merging`; what is claimed to rank candidates
     mean        weighted mean of the members' own losses, in nats (the log of a geometric mean of perplexities)
-    midpoint    of the two: an average forgets less than a real model of what it was not trained on, its members more
+    midpoint    of the two, which err differently: an average forgets less of what it was not trained on than members do
     mean_ppl    log of the weighted mean of their perplexities
     best        smallest of the members' losses
     ngram       KL of the set's hashed n-grams from the mixture's: no model at all
