@@ -145,7 +145,8 @@ def agreement_line(cells: Cells, name: str) -> str:
     return (
         f"| {name} | {merged.candidates} | {rank(merged)} | {merged.pearson:.2f} | "
         f"{' | '.join(short(correlation(own, proxy)) for proxy in PROXIES[1:])} | {merged.regret:.3f} / "
-        f"{lost(own, 'mean'):.3f} / {merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to {max(truths):.2f} |"
+        f"{lost(own, 'mean'):.3f} / {merged.spread:.2f} | {own[0]['parent']:.2f}, {min(truths):.2f} to "
+        f"{max(truths):.2f} |"
     )
 
 
