@@ -9,7 +9,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     pool        a member for each set, equal tokens
     pairs       all 28 pairs and 12 triples: averages, proxies and real runs; agreement by evaluation set
     dirichlet   12 random mixtures of real-valued weights, with real runs of three budgets
-    scales      the mixtures of `pairs` again, with members' moves times 1.5 (task arithmetic); needs `pairs`
+    scales      the mixtures of `pairs` again, with members' moves times 1.5 (task arithmetic), on wikitext, gsm8k and
+                BBH; needs `pairs`
     others      21 pairs without wikitext, read on what none of them contains: wikitext, gsm8k, BBH. For other settings
                 of the training: --lr 1e-4 or --seed 1, with a --work of its own; rows are split as with seed 0
     cost        100 mixtures in memory against their evaluation alone
@@ -50,7 +51,7 @@ SPLIT = 0
 """Seed of what is held out: the same for all trainings."""
 SCALES = (1.5,)
 UNSEEN = ("wikitext", "gsm8k", "bbh")
-"""Evaluation sets of `others`."""
+"""Evaluation sets of `others` and `scales`."""
 TRIPLES, RANDOM, CONCENTRATION = 12, 12, 1.0
 EVERY = 60
 """Seconds between collections."""
@@ -148,7 +149,8 @@ def stage_scales(options: argparse.Namespace) -> None:
     mixtures = alike(dict.fromkeys(tuple(name.split(" + ")) for name, _ in truth))
     found = {}
     for scale in SCALES:
-        made = ablate(options.work / "pool", options.work / "held", mixtures=mixtures, scale=scale, seed=options.seed)
+        held = [options.work / "held" / f"{name}.jsonl" for name in UNSEEN]
+        made = ablate(options.work / "pool", held, mixtures=mixtures, scale=scale, seed=options.seed)
         by_set: dict[str, dict[str, list[dict]]] = {}
         for cell in made.cells:
             real = truth[cell.mixture, cell.set]

@@ -206,23 +206,16 @@ def others(found: dict) -> str:
 
 
 def scales(own: dict) -> str:
-    """Longer steps along the mean."""
-    cells = own["pairs"]["cells"]
-    sets = names_of(cells)
-    lines = [
-        f"| | {' | '.join(f'scale {scale}' for scale in ('1', *own['scales']))} |",
-        "|---" * (2 + len(own["scales"])) + "|",
-    ]
-    for group, contained in GROUPS.items():
-        some = [cell for cell in cells if cell["contained"] == contained]
-        told = [mean_rank(each(some, "merged"))]
-        for by in own["scales"].values():
-            values = [by[name][group]["spearman"] for name in sets if group in by[name]]
-            told.append(f"{np.mean(values):.2f}")
-        lines.append(f"| {group}, mean over sets | {' | '.join(told)} |")
-    wikitext = correlation([cell for cell in cells if cell["set"] == "wikitext" and not cell["contained"]], "merged")
-    told = [short(wikitext)] + [f"{by['wikitext']['not contained']['spearman']:.2f}" for by in own["scales"].values()]
-    lines.append(f"| wikitext, not contained | {' | '.join(told)} |")
+    """Longer steps along the mean, on what mixtures do not contain."""
+    cells = [cell for cell in own["pairs"]["cells"] if not cell["contained"]]
+    names = list(next(iter(own["scales"].values())))
+    lines = [f"| | {' | '.join(f'scale {scale}' for scale in ('1', *own['scales']))} | midpoint |",
+             "|---" * (3 + len(own["scales"])) + "|"]  # fmt: skip
+    for name in names:
+        some = [cell for cell in cells if cell["set"] == name]
+        longer = (f"{by[name]['not contained']['spearman']:.2f}" for by in own["scales"].values())
+        told = [short(correlation(some, "merged")), *longer, short(correlation(some, "midpoint"))]
+        lines.append(f"| {name} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
