@@ -7,13 +7,13 @@ agreement that the results file does not have (of some mixtures only) are comput
 """
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from marked import filled
 from whence.agreement import FEWEST, Agreement, agreement, regret
 from whence.numerics import spearman
 
@@ -53,12 +53,6 @@ def main() -> None:
     if "join" in own:
         text = filled(text, "join", join_table(own["join"]))
     PAGE.write_text(text)
-
-
-def filled(text: str, name: str, body: str) -> str:
-    """A page with one of its marked parts replaced."""
-    marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    return marks.sub(lambda found: found.group(1) + body.rstrip() + "\n" + found.group(2), text)
 
 
 # -- agreement

@@ -6,8 +6,9 @@ Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else o
 """
 
 import json
-import re
 from pathlib import Path
+
+from marked import filled
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "rapidin.md", ROOT / "docs" / "compression.svg"
@@ -79,14 +80,6 @@ def nulls_table(found: dict) -> str:
             f"| {row['best z']['median']} | {row['needed z']} |"
         )
     return "\n".join(lines)
-
-
-def filled(text: str, name: str, table: str) -> str:
-    """The page with one table replaced."""
-    pattern = re.compile(rf"(<!-- {re.escape(name)} -->).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{PAGE}: there is no place <!-- {name} --> for a table")
-    return pattern.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
 
 
 def retrieval_table(table: dict, seed: str) -> str:

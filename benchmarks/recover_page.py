@@ -9,12 +9,13 @@ training, each seed of each kind is one difference.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
+
+from marked import filled
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "recover.md", ROOT / "docs" / "recover.svg"
@@ -39,12 +40,6 @@ def main() -> None:
     if "distribution" in found:
         text = filled(text, "distribution", distribution_tables(found["distribution"]))
     PAGE.write_text(text)
-
-
-def filled(text: str, name: str, body: str) -> str:
-    """A page with one of its marked parts replaced."""
-    marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    return marks.sub(lambda found: found.group(1) + body.rstrip() + "\n" + found.group(2), text)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

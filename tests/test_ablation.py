@@ -234,6 +234,13 @@ def test_a_partition_whose_rows_have_changed_is_refused(parent, pool, corpus, he
         train_pool(parent, changed, pool.place.root, shown=False, **QUICK)
     with pytest.raises(ManifestMismatchError, match="rows of the partition b are not"):
         ablate(pool, held, corpus=changed, shown=False)
+    (tmp_path / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    moved = replace(pool, corpus=str(tmp_path / "changed.jsonl"))
+    with pytest.raises(ManifestMismatchError, match="rows of the partition b are not"):
+        ablate(moved, held, truth=True, shown=False)
+    found = ablate(moved, held, shown=False)  # averages need no corpus
+    assert any("has other rows than members were trained on: no n-gram" in note for note in found.notes)
+    assert {cell.ngram for cell in found.cells} == {None}
     less = [row for row in ROWS if row["source"] != "c"]
     with pytest.raises(SettingError, match="--truth: the corpus has no row of the partition c"):
         ablate(pool, held, mixtures=[{"c": 1.0}], truth=True, corpus=less, shown=False)

@@ -32,7 +32,7 @@ from whence import runner
 from whence.agreement import Agreement, agreement, centred, groups
 from whence.answers import row_text
 from whence.corpus import Corpus, Row, open_corpus, rows_with_place
-from whence.errors import SettingError
+from whence.errors import ManifestMismatchError, SettingError
 from whence.grams import averaging
 from whence.heldout import EvalSet, Losses, content_name, kept, measure, read_sets
 from whence.members import Pool, open_pool
@@ -172,7 +172,7 @@ def ablate(
     start = time.perf_counter()
     measured = reader.merged(candidates, shown=shown)
     seconds = time.perf_counter() - start
-    parts = _partitions(own, corpus, settings)
+    parts, changed = _partitions(own, corpus, settings, is_needed=truth or corpus is not None)
     if truth and parts is None:
         raise SettingError(f"--truth: {own.place.root} does not know its corpus any more; give it with --corpus")
     lost = _lost(own, candidates, parts)
@@ -191,7 +191,7 @@ def ablate(
         candidates=candidates,
         agreements=_agreements(cells, seed) if truth else {},
         cost=_cost(own, settings, candidates, seconds, spent, truth=truth),
-        notes=[*_notes(cells, candidates, own, lost), *_averaged(regmean)],
+        notes=[*_notes(cells, candidates, own, lost), *changed, *_averaged(regmean)],
     )
     return found
 
@@ -481,17 +481,25 @@ def _sets(evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet]) -> l
 
 
 def _partitions(
-    pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, settings: PoolSettings
-) -> dict[str, Partition] | None:
-    """Of the corpus given, or of the one that the pool remembers if it is still there."""
+    pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, settings: PoolSettings, *, is_needed: bool
+) -> tuple[dict[str, Partition] | None, list[str]]:
+    """Of the corpus given, or of the one that the pool remembers if it is still there; and notes.
+
+    A remembered corpus that has changed is refused where it is needed, and else not read.
+    """
     origin = corpus if corpus is not None else pool.corpus
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
-        return None
+        return None, []
     opened = open_corpus(origin)
     found = read_partitions(pool.parent, opened, settings)
-    for part in found.values():
-        refuse_other_rows(pool, part, opened.name)
-    return found
+    try:
+        for part in found.values():
+            refuse_other_rows(pool, part, opened.name)
+    except ManifestMismatchError:
+        if is_needed:
+            raise
+        return None, [f"{opened.name} has other rows than members were trained on: no n-gram similarity is told."]
+    return found, []
 
 
 def _lost(pool: Pool, candidates: Sequence[Candidate], parts: Mapping[str, Partition] | None) -> list[str]:

@@ -68,18 +68,35 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, 
         raise SettingError("a loss is not finite: agreement is of losses that are")
     if len(x) < FEWEST * sets or (x == x[0]).all() or (y == y[0]).all():
         return None
-    by_candidate = torch.stack([x, y], 1).reshape(sets, -1, 2).transpose(0, 1)
-    low, high = bootstrap_interval(by_candidate, seed=seed, resamples=1000, statistic=_spearman)
+    correlation, interval = rank_correlation(x, y, sets=sets, seed=seed)
     by_set = list(zip(x.reshape(sets, -1), y.reshape(sets, -1), strict=True))
     return Agreement(
-        candidates=len(by_candidate),
+        candidates=len(x) // sets,
         pearson=float(torch.corrcoef(torch.stack([x, y]))[0, 1]),
-        spearman=spearman(x, y),
-        spearman_interval=(low, high),
+        spearman=correlation,
+        spearman_interval=interval,
         kendall=kendall(x, y),
         regret=math.fsum(regret(own, true) for own, true in by_set) / sets,
         spread=math.fsum(float(true.max() - true.min()) for _, true in by_set) / sets,
     )
+
+
+def rank_correlation(
+    x: Float64[Tensor, " cells"], y: Float64[Tensor, " cells"], *, sets: int = 1, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Spearman's correlation and its 95% interval, over candidates drawn anew, each with its cells of all sets.
+
+    Cells of a candidate are not independent: drawn one by one they would make the interval too narrow.
+
+    Args:
+        x: Of the candidates on one set, then on the next.
+        y: The same.
+        sets: Their number.
+        seed: Of the interval.
+    """
+    by_candidate = torch.stack([x, y], 1).reshape(sets, -1, 2).transpose(0, 1)
+    interval = bootstrap_interval(by_candidate, seed=seed, resamples=1000, statistic=spearman_of)
+    return spearman_of(by_candidate), interval
 
 
 def regret(proxy: Float64[Tensor, " n"], truth: Float64[Tensor, " n"]) -> float:
@@ -108,8 +125,8 @@ def kendall(x: Float64[Tensor, " n"], y: Float64[Tensor, " n"]) -> float:
     return float(found[0])
 
 
-def _spearman(pairs: Float64[Tensor, "n sets 2"]) -> float:
-    """0 for a resample in which all values of a side are alike."""
+def spearman_of(pairs: Float64[Tensor, "n sets 2"]) -> float:
+    """Spearman's correlation over all cells; 0 where all values of a side are alike."""
     x, y = pairs.reshape(-1, 2).T
     return 0.0 if (x == x[0]).all() or (y == y[0]).all() else spearman(x, y)
 

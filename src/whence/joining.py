@@ -24,13 +24,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence.ablation import ablate
-from whence.agreement import centred
+from whence.agreement import centred, rank_correlation, spearman_of
 from whence.corpus import Corpus, Row
 from whence.errors import SettingError
 from whence.heldout import EvalSet, read_sets
 from whence.index import Index
 from whence.members import Pool, open_pool
-from whence.numerics import bootstrap_interval, spearman
 from whence.partitions import FILE
 from whence.pool import pool_partitions
 from whence.selection import made_scorer, open_view, targets_of
@@ -172,19 +171,14 @@ def _correlation(points: Sequence[Mapping[str, Any]], seed: int) -> dict[str, An
     by_set = {name: [row for row in points if row["set"] == name] for name in sets}
     ranks = {name: standard([row["score"] for row in rows]) for name, rows in by_set.items()}
     changes = {name: standard([row["change"] for row in rows]) for name, rows in by_set.items()}
-    pairs = torch.tensor([centred(ranks), centred(changes)], dtype=torch.float64).T
-    by_partition = pairs.reshape(len(sets), -1, 2).transpose(0, 1)  # a partition's cells are not independent
-    low, high = bootstrap_interval(by_partition, seed=seed, resamples=1000, statistic=_spearman)
-    own = {name: _spearman(torch.tensor([ranks[name], changes[name]], dtype=torch.float64).T) for name in sets}
-    return {"spearman": _spearman(pairs), "low": low, "high": high, "by set": own, "pairs": len(pairs)}
+    x, y = (torch.tensor(centred(values), dtype=torch.float64) for values in (ranks, changes))
+    whole, (low, high) = rank_correlation(x, y, sets=len(sets), seed=seed)
+    own = {name: spearman_of(torch.tensor([[*zip(ranks[name], changes[name], strict=True)]], dtype=torch.float64))
+           for name in sets}  # fmt: skip
+    return {"spearman": whole, "low": low, "high": high, "by set": own, "pairs": len(x)}
 
 
 def standard(values: Sequence[float]) -> list[float]:
     """Over their standard deviation, so that sets of large losses do not decide alone."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return ((tensor - tensor.mean()) / tensor.std().clamp_min(1e-30)).tolist()
-
-
-def _spearman(pairs: Float64[Tensor, "*n 2"]) -> float:
-    x, y = pairs.reshape(-1, 2).T
-    return 0.0 if (x == x[0]).all() or (y == y[0]).all() else spearman(x, y)
