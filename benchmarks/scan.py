@@ -2,11 +2,11 @@
 
     python benchmarks/scan.py [--rows 100000] [--width 4096] [--repeats 9] [--dir DIR] [-o FILE]
 
-Makes a store of random vectors in a temporary directory for each codec, reads it once (warm), then
-alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the mapped file, a top-10
-scan (both ends) for one query, and one for 64. Prints medians; FILE gets every repeat and what machine it
-was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`; int8: 500 queries a second for
-64 at once.
+Makes a store of random vectors in a temporary directory for each codec, in shards as an index has them, reads it
+for two seconds (warm), then alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the
+mapped file, a top-10 scan (both ends) for one query, and one for 64. Prints medians; FILE gets every repeat and what
+machine it was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`; int8: 500 queries a second
+for 64 at once.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 
 from whence.codecs import CODECS
+from whence.ingest import rows_per_shard
 from whence.manifest import Manifest
 from whence.shards import ShardArrays
 from whence.store import Store
 
-SHARD_ROWS = 10_000
 MANY = 64
+WARM_SECONDS = 2.0  # of each kind: a process compiles its kernel after a second of scanning
+ASLEEP = 0.02  # seconds before each run: threads of the last one's products stay awake for some milliseconds
 
 
 def random_store(path: Path, codec: str, rows: int, width: int) -> Store:
@@ -37,8 +39,9 @@ def random_store(path: Path, codec: str, rows: int, width: int) -> Store:
     )
     store = Store.create(path, manifest)
     rng = torch.Generator().manual_seed(0)
-    for part, first in enumerate(range(0, rows, SHARD_ROWS)):
-        n = min(SHARD_ROWS, rows - first)
+    size = rows_per_shard(width)
+    for part, first in enumerate(range(0, rows, size)):
+        n = min(size, rows - first)
         store.write_part(part, [{"id": str(first + i), "source": None, "row": "{}"} for i in range(n)])
         vectors = torch.randn(n, width, generator=rng)
         arrays = ShardArrays(
@@ -74,10 +77,13 @@ def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
         "many_queries": lambda: store.top_k(queries, weight, m=10),
     }
     for work in kinds.values():
-        work()
+        until = time.perf_counter() + WARM_SECONDS
+        while time.perf_counter() < until:
+            work()
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, work in kinds.items():
+            time.sleep(ASLEEP)
             times[name].append(seconds(work))
     middle = {name: statistics.median(values) for name, values in times.items()}
     return {

@@ -22,10 +22,13 @@ def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy
     stored, scale = CODECS[name].encode(vectors)
     decoded = CODECS[name].decode(stored, scale, k)
     true = (queries.double() @ decoded.double().T).float()
-    made = [kernel for make in CODECS[name].kernels if (kernel := make(queries))]
-    assert made, "at least one kernel for any queries"
+    made = [make(queries) for make in CODECS[name].kernels]
+    if (costly := kernels.compiled_kernel(name, queries, CODECS[name].columns(k))) is not None:
+        made.append(costly)
+    assert (costly is not None) == (q <= 8), "which queries are compiled for"
+    sizes = [n // 3, 0, n - n // 3]  # a batch is several blocks
     for kernel in made:
-        block = kernel(stored, scale)
+        block = kernel(stored.split(sizes), scale.split(sizes))
         slack = queries.norm(dim=1)[:, None] * decoded.norm(dim=1) * 1e-5 + 1e-35  # fp32 sums, where none is stated
         if block.slack is not None:
             slack = slack + block.slack
@@ -36,28 +39,68 @@ def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy
         assert ((block.scores - true).abs() <= slack).all(), kernel.__qualname__
 
 
-def test_the_first_large_block_chooses_the_fastest_kernel(monkeypatch):
+def test_the_first_large_batch_chooses_the_fastest_kernel(monkeypatch):
     monkeypatch.setattr(kernels.Fastest, "_chosen", {})
     calls = []
 
     def kernel(name, seconds):
         def score(stored, scale):
-            calls.append((name, len(stored)))
+            rows = sum(map(len, stored))
+            calls.append((name, rows))
             time.sleep(seconds)
-            return kernels.Block(torch.zeros(1, len(stored)))
+            return kernels.Block(torch.zeros(1, rows))
 
         return score
 
     timed = [kernel("slow", 0.02), kernel("fast", 0.001), kernel("near", 0.002)]
     fastest = kernels.Fastest("int8", torch.zeros(1, 4), timed)
-    fastest(torch.zeros(10, 4), torch.ones(10))
-    assert calls == [("slow", 10)], "a small block is no trial"
-    fastest(torch.zeros(3000, 4), torch.ones(3000))
-    assert calls[-1] == ("fast", 3000)
-    assert ("slow", 2048) not in calls, "what is far slower is not tried again"
-    calls.clear()
-    fastest(torch.zeros(10, 4), torch.ones(10))
+
+    def scan(*sizes):
+        calls.clear()
+        fastest([torch.zeros(n, 4) for n in sizes], [torch.ones(n) for n in sizes])
+
+    scan(10)
+    assert calls == [("slow", 10)], "a small batch is no trial"
+    scan(1000, 8000, 1000)
+    assert calls[-1] == ("fast", 10_000)
+    assert {rows for name, rows in calls if name == "slow"} == {256}, "what is far slower is not tried again"
+    assert {rows for name, rows in calls if name == "near"} == {256, 8192}
+    scan(10)
     assert calls == [("fast", 10)], "the choice is kept"
+
+
+@pytest.mark.parametrize("seconds, name", [(0.0, "costly"), (0.02, "cheap")])
+def test_what_must_be_compiled_waits_until_that_can_pay(seconds, name, monkeypatch):
+    monkeypatch.setattr(kernels.Fastest, "_chosen", {})
+    monkeypatch.setattr(kernels.Fastest, "_spent", {})
+    monkeypatch.setattr(kernels, "_PATIENCE", 0.05)
+    calls = []
+
+    def kernel(name, seconds):
+        def score(stored, scale):
+            calls.append(name)
+            time.sleep(seconds)
+            return kernels.Block(torch.zeros(1, sum(map(len, stored))))
+
+        return score
+
+    cheap, costly = kernel("cheap", 0.005), kernel("costly", seconds)
+    fastest = kernels.Fastest("int8", torch.zeros(1, 4), [cheap], costly)
+    blocks = [torch.zeros(300, 4)], [torch.ones(300)]
+    fastest(*blocks)
+    assert set(calls) == {"cheap"}
+    for _ in range(20):
+        fastest(*blocks)
+    assert set(calls) == {"cheap", "costly"}
+    calls.clear()
+    for _ in range(20):
+        fastest(*blocks)
+    assert set(calls) == {name}, "the faster of both is kept"
+
+
+def test_without_numba_there_is_no_compiled_kernel(monkeypatch):
+    monkeypatch.setattr(kernels.compiled, "is_available", lambda: False)
+    assert kernels.compiled_kernel("int8", torch.zeros(1, 4), 4) is None
 
 
 @pytest.mark.slow
@@ -65,5 +108,6 @@ def test_the_first_large_block_chooses_the_fastest_kernel(monkeypatch):
 def test_integer_sums_do_not_overflow_in_long_rows(name):
     vectors, queries = torch.ones(20, 300_001), torch.ones(2, 300_001)
     integer = CODECS[name].kernels[0](queries)
-    scores = integer(*CODECS[name].encode(vectors)).scores
+    stored, scale = CODECS[name].encode(vectors)
+    scores = integer([stored], [scale]).scores
     assert (scores / 300_001 - 1).abs().max() < 1e-4

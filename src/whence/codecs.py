@@ -29,13 +29,11 @@ from whence.kernels import (
     Kernel,
     Queries,
     bfloat16_kernel,
-    bfloat16_one_term_kernel,
-    bfloat16_queries_first_kernel,
+    compiled_kernel,
     decoded_kernel,
     float32_kernel,
     integer_kernel,
     planes,
-    widened_kernel,
 )
 
 Rows = Shaped[Tensor, "n stored"]
@@ -55,8 +53,8 @@ class Codec:
     decoder: Callable[[Tensor, int], Tensor]
     """What the codes of rows of width k stand for, before the rows' scales."""
     error: Callable[[Vectors], Tensor]
-    kernels: tuple[Callable[[Queries], Kernel | None], ...]
-    """Each gives None for queries that it cannot do. The first that can is taken for blocks too small for a trial."""
+    kernels: tuple[Callable[[Queries], Kernel], ...]
+    """The first one is taken for batches too small for a trial."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
         """Stored rows and scales of finite vectors. Rows that are not finite must come as zeros."""
@@ -83,15 +81,16 @@ class Codec:
         """A kernel for these queries, to be used for any number of blocks on the queries' device."""
         if queries.device.type != "cpu":
             return decoded_kernel(queries, self.decoder)
-        made = [kernel for make in self.kernels if (kernel := make(queries)) is not None]
-        return made[0] if len(made) == 1 else Fastest(self.name, queries, made)
+        made = [make(queries) for make in self.kernels]
+        costly = compiled_kernel(self.name, queries, self.columns(queries.shape[1]))
+        return made[0] if len(made) == 1 and not costly else Fastest(self.name, queries, made, costly)
 
     def scores(self, stored: Rows, scale: PerRow, queries: Queries) -> Products:
         """Inner products [q, n] with the decoded rows.
 
         By `decoded_kernel`: right anywhere, the same for any number of queries, as slow as decoding is.
         """
-        return decoded_kernel(queries, self.decoder)(stored, scale).scores
+        return decoded_kernel(queries, self.decoder)([stored], [scale]).scores
 
 
 def codec(name: str) -> Codec:
@@ -199,7 +198,7 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_bfloat16,
         decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * 2**-8 + TINY,
-        kernels=(bfloat16_kernel, bfloat16_queries_first_kernel, bfloat16_one_term_kernel, _decoded_plain),
+        kernels=(bfloat16_kernel, _decoded_plain),
     ),
     "float16": Codec(
         name="float16",
@@ -217,7 +216,7 @@ CODECS: dict[str, Codec] = {
         encoder=lambda vectors: _encode_integers(vectors, 127),
         decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * (1 / 254 + 2**-20) + TINY,
-        kernels=(partial(integer_kernel, bits=8), widened_kernel, _decoded_plain),
+        kernels=(partial(integer_kernel, bits=8), _decoded_plain),
     ),
     "int4": Codec(
         name="int4",

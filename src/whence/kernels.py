@@ -1,6 +1,6 @@
 """Inner products of queries with rows of few bits, and how far off each of them can be: numbers in, numbers out.
 
-A kernel is made once for its queries, and then scores one block of stored rows after another,
+A kernel is made once for its queries, and then scores one batch of stored rows after another,
 
     score[q, n] = scale[n] * <query_q, x_n>
 
@@ -11,18 +11,18 @@ top and return the same from each:
     |score - fp32's| <= slack[q, n] + slack_per_norm[q] * |v_n| + slack_per_scale[q] * scale[n]
 
     integer    8-bit products, exact in integers, with the query written as a sum of 8-bit vectors
-    widened    8-bit rows widened to fp32 in registers, times a query in bfloat16 terms; the result is rounded
     bfloat16   bfloat16 products, which sum in fp32 but round the result
     float32    fp32 products of the rows as they are
     decoded    rows decoded a few at a time and multiplied in fp32: the only one for other devices
+    compiled   fp32 products of rows widened in registers, for few queries (see `compiled`)
 
 where |v_n| is the row's norm before it was encoded. CPUs differ more than a rule could say: with matrix units (AMX)
-integer products reach the memory's bandwidth, on AVX2 they take fifteen times as long as widening. So the first
-large block of a process is a trial of all kernels that can score it (see `Fastest`).
+integer products reach the memory's bandwidth, on AVX2 they take fifteen times as long as decoding. So the first
+large batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -32,20 +32,22 @@ import torch
 from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
+from whence import compiled
+
 TINY = 2.0**-119
 """Scales below fp32's normal range lose bits: an absolute error no gradient can notice."""
 
 _INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit products could overflow
 _LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
-_FEW = 16  # queries that matrix units score in the time of one, two parts each
 _ONE_PART = 0.02  # of a query's norm may be lost by writing it as one 8-bit vector, and for so few queries:
 _ONE_PART_QUERIES = 4  # else rescoring takes longer than a second vector
 _DECODED_ROWS = 256  # at a time on a CPU: 4 MB at 4,096 columns, which stays in cache
 _DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
-_WIDENED_COLUMNS = 64  # torch's widening product reads whole registers: other widths would be read past their end
-_WIDENED_QUERIES = 8  # past so many the widening is done again for each few of them
+_COMPILED_QUERIES = 8  # past so many a matrix product does more with a row that is in cache
 _TRIAL_ROWS = (256, 8192)  # of the first trial of every kernel, and of the second of those that came near
 _TRIAL_NEAR = 3.0
+_RESCORING = 1.5  # a kernel whose scores have a slack must be so much faster, for what it leaves to be scored again
+_PATIENCE = 1.0  # seconds of scanning in a process before it compiles a kernel, which takes about as long
 _BF16_ROUND = 2.0**-8 * 1.01
 _FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
 
@@ -54,7 +56,7 @@ Queries = Float32[Tensor, "q k"]
 
 @dataclass(frozen=True)
 class Block:
-    """Inner products of every query with a block of rows; the true ones are within `slack` of them."""
+    """Inner products of every query with a batch of rows; the true ones are within `slack` of them."""
 
     scores: Float[Tensor, "q n"]
     slack: Float[Tensor, "q n"] | None = None
@@ -67,47 +69,95 @@ class Block:
     """More slack, for each unit of the row's stored scale."""
 
 
-Kernel = Callable[[Tensor, Tensor], Block]
-"""Scores a block: (stored rows, their scales) -> Block."""
+Kernel = Callable[[Sequence[Tensor], Sequence[Tensor]], Block]
+"""Scores a batch: (blocks of stored rows that follow one another, their scales) -> Block."""
 
 
 class Fastest:
-    """Kernel that is the fastest of several on this CPU, found by timing them on the first large block.
+    """Kernel that is the fastest of several on this CPU, found by timing them on the first large batch.
 
-    The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries.
+    The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries. A kernel that
+    must be compiled first joins once the process has spent as long on such scans as compiling takes: whoever scans
+    once never waits for it, and whoever scans often has waited at most twice as long as if he had known.
     """
 
     _chosen: ClassVar[dict[tuple[str, int, int, int], int]] = {}
+    _spent: ClassVar[dict[tuple[str, int, int, int], float]] = {}
 
-    def __init__(self, kind: str, queries: Queries, kernels: Sequence[Kernel]):
+    def __init__(self, kind: str, queries: Queries, kernels: Sequence[Kernel], costly: Kernel | None = None):
         many = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
         self._key = (kind, queries.shape[1], many, torch.get_num_threads())
-        self._kernels = kernels
+        self._kernels = [*kernels, *([costly] if costly else [])]
+        self._costly = len(kernels) if costly else None
 
-    def __call__(self, stored: Tensor, scale: Tensor) -> Block:
-        """The block as the chosen kernel scores it; before there is a choice, the first."""
-        if self._key not in self._chosen and len(stored) >= _TRIAL_ROWS[0]:
-            self._chosen[self._key] = self._trial(stored, scale)
-        return self._kernels[self._chosen.get(self._key, 0)](stored, scale)
+    def __call__(self, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+        """The batch as the chosen kernel scores it; before there is a choice, the first."""
+        key, start = self._key, time.perf_counter()
+        if _length(stored) >= _TRIAL_ROWS[0]:
+            if key not in self._chosen:
+                cheap = [number for number in range(len(self._kernels)) if number != self._costly]
+                self._chosen[key], self._spent[key] = self._trial(cheap, stored, scale, _TRIAL_ROWS), 0.0
+            elif self._costly is not None and self._spent[key] > _PATIENCE:
+                # the costly one first: threads of torch's products stay awake for a while, and would slow it
+                self._chosen[key] = self._trial([self._costly, self._chosen[key]], stored, scale, [2**62])
+                self._spent[key] = -np.inf
+        block = self._kernels[self._chosen.get(key, 0)](stored, scale)
+        if key in self._spent:
+            self._spent[key] += time.perf_counter() - start
+        return block
 
-    def _trial(self, stored: Tensor, scale: Tensor) -> int:
-        """Number of the fastest."""
-        near, seconds = list(range(len(self._kernels))), []
-        for rows in _TRIAL_ROWS:
-            seconds = [self._seconds(self._kernels[number], stored[:rows], scale[:rows]) for number in near]
+    def _trial(self, near: list[int], stored: Sequence[Tensor], scale: Sequence[Tensor], sizes: Sequence[int]) -> int:
+        """Number of the fastest, on one number of rows after another; who is far behind is not tried on the next."""
+        seconds = []
+        for rows in sizes:
+            some = _first_rows(stored, rows), _first_rows(scale, rows)
+            seconds = [self._seconds(self._kernels[number], *some) for number in near]
             best = min(seconds)
-            if rows != _TRIAL_ROWS[-1]:
+            if rows != sizes[-1]:
                 near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
         return near[seconds.index(min(seconds))]
 
-    def _seconds(self, kernel: Kernel, stored: Tensor, scale: Tensor) -> float:
-        """The best of four runs, after one that warms up."""
-        took = []
-        for _ in range(5):
+    def _seconds(self, kernel: Kernel, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> float:
+        """The best of four runs, after one that warms up; more where scores have a slack."""
+        block, took = kernel(stored, scale), []
+        for _ in range(4):
             start = time.perf_counter()
             kernel(stored, scale)
             took.append(time.perf_counter() - start)
-        return min(took[1:])
+        return min(took) * (1 if block.slack is None and block.slack_per_norm is None else _RESCORING)
+
+
+def _length(blocks: Sequence[Tensor]) -> int:
+    return sum(block.shape[0] for block in blocks)  # len() of a tensor takes ten times as long
+
+
+def _first_rows(blocks: Sequence[Tensor], rows: int) -> list[Tensor]:
+    some = []
+    for block in blocks:
+        if rows <= 0:
+            break
+        some.append(block[:rows])
+        rows -= len(block)
+    return some
+
+
+def _with_places(blocks: Sequence[Tensor], out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each block, and its part of some rows [n, .]."""
+    first = 0
+    for block in blocks:
+        yield block, out[first : first + block.shape[0]]
+        first += block.shape[0]
+
+
+def _scaled(out: Tensor, scale: Sequence[Tensor]) -> Tensor:
+    """Products [n, q] times the rows' scales, in place.
+
+    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
+    milliseconds where another process has their core.
+    """
+    if scale:
+        np.multiply(out.numpy(), np.concatenate([factors.numpy() for factors in scale])[:, None], out=out.numpy())
+    return out
 
 
 def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
@@ -118,98 +168,58 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
     k = queries.shape[1]
     step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
 
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        out = queries.new_empty(len(stored), len(queries))
-        for first in range(0, len(stored), step):
-            torch.mm(decoder(stored[first : first + step], k), queries.T, out=out[first : first + step])
-        return Block(out.mul_(scale[:, None]).T)
+    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+        out = queries.new_empty(_length(stored), len(queries))
+        for (rows, into), factors in zip(_with_places(stored, out), scale, strict=True):
+            for first in range(0, len(rows), step):
+                torch.mm(decoder(rows[first : first + step], k), queries.T, out=into[first : first + step])
+            into.mul_(factors[:, None])
+        return Block(out.T)
 
     return score
+
+
+def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
+    """Rows widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
+    if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
+        return None
+    products = compiled.products(codec, queries, columns)
+    return lambda stored, scale: Block(_scaled(products(stored), scale).T)
 
 
 def float32_kernel(queries: Queries) -> Kernel:
     """The plain product with rows stored as they are, whose scales are 1."""
-    return lambda stored, scale: Block((stored @ queries.T).T)
+
+    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+        out = torch.empty(_length(stored), len(queries))
+        for rows, into in _with_places(stored, out):
+            torch.mm(rows, queries.T, out=into)
+        return Block(out.T)
+
+    return score
 
 
 def bfloat16_kernel(queries: Queries) -> Kernel:
-    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack."""
-    both, per_norm = _bfloat16_terms(queries)
+    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack.
 
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        return _rounded_block((stored @ both.T).float(), per_norm)
-
-    return score
-
-
-def bfloat16_queries_first_kernel(queries: Queries) -> Kernel | None:
-    """As `bfloat16_kernel`, with the product the other way round: for few queries some CPUs take half the time."""
-    if len(queries) > _FEW:
-        return None
-    both, per_norm = _bfloat16_terms(queries)
-
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        return _rounded_block(torch.nn.functional.linear(both, stored).T.float(), per_norm)
-
-    return score
-
-
-def bfloat16_one_term_kernel(queries: Queries) -> Kernel | None:
-    """The first bfloat16 term alone: a matrix times one vector, which every CPU does at its memory's speed.
-
-    What the term misses of the query, at most 2^-9 of each entry, is slack for each unit of the row's norm.
-    """
-    if len(queries) > 1:
-        return None
-    term = queries.bfloat16()
-    per_norm = (queries - term.float()).norm(dim=1) + queries.norm(dim=1) * _FP32_SUM
-
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        return _rounded_block((stored @ term.T).float(), per_norm)
-
-    return score
-
-
-def _bfloat16_terms(queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries as two bfloat16 vectors to be added [2q k], and slack for each unit of a row's norm [q].
-
-    What the two miss of the query is below 2^-16 of it, and counted with the error of the sums.
+    What the two terms miss of the query is below 2^-16 of it, and counted with the error of the sums.
     """
     high = queries.bfloat16()
-    return torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
+    both, per_norm = torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
 
-
-def _rounded_block(parts: Tensor, per_norm: Tensor, scale: Tensor | None = None) -> Block:
-    """Sums [n, parts * q], each rounded to bfloat16, as a block; times the rows' scales."""
-    out, slack = torch.empty(2, len(parts), len(per_norm))
-    _sum_parts(parts, out=out)
-    _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=slack)
-    if scale is not None:
-        for sums in (out.numpy(), slack.numpy()):
-            np.multiply(sums, scale.numpy()[:, None], out=sums)
-    return Block(out.T, slack.T, per_norm)
-
-
-def widened_kernel(queries: Queries) -> Kernel | None:
-    """8-bit rows widened to fp32 in registers, times two bfloat16 terms of the query; results are rounded."""
-    if queries.shape[1] % _WIDENED_COLUMNS or len(queries) > _WIDENED_QUERIES or not queries.shape[1]:
-        return None
-    both, per_norm = _bfloat16_terms(queries)
-
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        ones = torch.ones(len(stored), dtype=torch.bfloat16)  # the rows' own scales would be rounded
-        sums = torch._weight_int8pack_mm(both, stored.contiguous(), ones)  # pyright: ignore[reportPrivateImportUsage]
-        return _rounded_block(sums.T.float(), 2 * per_norm, scale)
+    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+        out, slack = torch.empty(2, _length(stored), len(queries))
+        for (rows, into), (_, off) in zip(_with_places(stored, out), _with_places(stored, slack), strict=True):
+            parts = (rows @ both.T).float()
+            _sum_parts(parts, out=into)
+            _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=off)
+        return Block(out.T, slack.T, per_norm)
 
     return score
 
 
 def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
-    """Add the columns of each part of the queries: [n, parts * q] -> [n, q].
-
-    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
-    milliseconds where another process has their core.
-    """
+    """Add the columns of each part of the queries: [n, parts * q] -> [n, q]. In numpy, as `_scaled`."""
     columns, total, q = np.asarray(sums), out.numpy(), out.shape[1]
     total[:] = columns[:, :q]
     for first in range(q, columns.shape[1], q):
@@ -222,7 +232,7 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     Codes of fewer than 8 bits lie in bytes as `planes` takes them out.
 
     >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
-    >>> kernel(torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8), torch.tensor([0.5, 1.0])).scores
+    >>> kernel([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])]).scores
     tensor([[ 127., -508.]])
     """
     per_byte = 8 // bits
@@ -237,16 +247,16 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     missed = missed + queries.norm(dim=1) * _FP32_SUM
     per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
 
-    def score(stored: Tensor, scale: Tensor) -> Block:
-        out = torch.empty(len(stored), len(queries))
-        for first in range(0, len(stored), step):
-            rows = stored[first : first + step]
-            sums = products(rows if per_byte == 1 else planes(rows, bits))
-            _sum_parts(sums, out=out[first : first + step])
+    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+        out = torch.empty(_length(stored), len(queries))
+        for block, into in _with_places(stored, out):
+            for first in range(0, len(block), step):
+                rows = block[first : first + step]
+                sums = products(rows if per_byte == 1 else planes(rows, bits))
+                _sum_parts(sums, out=into[first : first + step])
         if (slope, shift) != (1, 0):
             out.mul_(slope).add_(shifts)
-        np.multiply(out.numpy(), scale.numpy()[:, None], out=out.numpy())
-        return Block(out.T, slack_per_norm=missed, slack_per_scale=per_scale)
+        return Block(_scaled(out, scale).T, slack_per_norm=missed, slack_per_scale=per_scale)
 
     return score
 
@@ -295,19 +305,10 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
         return lambda x: x.float() @ queries.float().T * scale
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
-    # with matrix units _int_mm stays at half of the memory's bandwidth, and long rows times few queries too: there,
-    # each half of a row is multiplied by both halves of the queries, and two of the four products are used
-    if r > _FEW or k % 2:
-        filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - r)))
-        product = _matrix_unit_products(filled, torch.nn.functional.pad(scale, (0, len(filled) - r)))
-        return lambda x: product(x.contiguous())[:, :r]
-    halves = _matrix_unit_products(queries.view(r, 2, k // 2).transpose(0, 1).reshape(2 * r, k // 2), scale.repeat(2))
-
-    def products(x: Tensor) -> Tensor:
-        both = halves(x.reshape(-1, k // 2)).view(len(x), 2, 2, r).numpy()
-        return torch.from_numpy(both[:, 0, 0] + both[:, 1, 1])
-
-    return products
+    # with matrix units _int_mm stays at half of the memory's bandwidth
+    filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - r)))
+    product = _matrix_unit_products(filled, torch.nn.functional.pad(scale, (0, len(filled) - r)))
+    return lambda x: product(x.contiguous())[:, :r]
 
 
 def _matrix_unit_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:

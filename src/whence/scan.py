@@ -1,6 +1,6 @@
 """Exact top-k over stored vectors, in one pass for many queries, without the n x q matrix.
 
-Rows stream past in blocks that fit the caches. A block's scores are compared with each query's k-th best so
+Rows stream past in batches of blocks. A batch's scores are compared with each query's k-th best so
 far, and only the few that reach it are merged, so that ranking costs little beside the products. Where a
 kernel's products are rounded (bfloat16), a row is kept if its score plus its slack reaches the k-th best, and
 is then scored again from its decoded vector in fp32: what is returned is what fp32 over all rows would
@@ -25,7 +25,7 @@ from whence.kernels import Kernel
 from whence.shards import Shard
 
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
-_BLOCK_SCORES = 1 << 18  # of one block: larger ones fall out of cache before they are ranked
+_BLOCK_SCORES = 1 << 18  # of one batch of blocks: more fall out of cache before they are ranked
 _WAITING_BYTES = 1 << 30  # of stored rows, which a remote index holds in memory until they are ranked
 _WAITING_PAIRS = 16  # for each query and each of its best: more wait only where nothing tells them apart, such as ties
 _GROUP = 64  # rows whose best stands for them
@@ -75,63 +75,70 @@ def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking,
         nothing = Ranking(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
         return nothing, nothing
     kernels = [question.codec.prepare(part) for part in question.queries]
-    ends = [_End(sign, question.queries.shape[1], m) for sign in (1, -1)]
-    held: list[_Held] = []
-    held_bytes = 0
-    scored: list[_Scored] = []
+    q = question.queries.shape[1]
+    ends = [_End(sign, q, m) for sign in (1, -1)]
+    held, batch = _Held(), _Held()
     for first, shards in pieces:
-        for rows in _blocks(shards[0], question.queries.shape[1]):
-            block = [_part(shard, rows) for shard in shards]
-            scored.append(_Scored(len(held), *_approximate(question, kernels, block)))
-            held.append(_Held(first + rows.start, block))
-            held_bytes += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in block)
-            is_full = held_bytes >= _WAITING_BYTES
-            # few queries wait for several blocks: products that follow one another are faster
-            if is_full or sum(some.scores.size for some in scored) >= _BLOCK_SCORES:
-                _rank(ends, scored, held)
-                scored = []
-                if is_full or sum(map(len, ends)) > _WAITING_PAIRS * question.queries.shape[1] * m:
+        for rows in _blocks(shards[0], q):
+            batch.add(first + rows.start, [_part(shard, rows) for shard in shards])
+            is_full = held.bytes + batch.bytes >= _WAITING_BYTES
+            if is_full or batch.rows * q >= _BLOCK_SCORES:
+                held.extend(_rank(ends, question, kernels, batch))
+                batch = _Held()
+                if is_full or sum(map(len, ends)) > _WAITING_PAIRS * q * m:
                     _settle(ends, question, held)
-                    held, held_bytes = [], 0
-    _rank(ends, scored, held)
+                    held = _Held()
+    held.extend(_rank(ends, question, kernels, batch))
     _settle(ends, question, held)
     return ends[0].best.ranking(1.0), ends[1].best.ranking(-1.0)
 
 
-@dataclass(frozen=True)
 class _Held:
-    """A block whose rows may be wanted once more, to score them in fp32."""
+    """Blocks that follow one another, whose rows may be wanted once more, to score them in fp32."""
 
-    first: int
-    shards: list[Shard]
+    def __init__(self) -> None:
+        self.firsts: list[int] = []  # number of each block's first row within the index
+        self.blocks: list[list[Shard]] = []  # under each checkpoint
+        self.rows = self.bytes = 0
+
+    def add(self, first: int, block: list[Shard]) -> None:
+        self.firsts.append(first)
+        self.blocks.append(block)
+        self.rows += block[0].norm.shape[0]
+        self.bytes += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in block)
+
+    def extend(self, other: "_Held") -> None:
+        self.firsts += other.firsts
+        self.blocks += other.blocks
+        self.rows, self.bytes = self.rows + other.rows, self.bytes + other.bytes
+
+    def numbers(self, places: np.ndarray) -> np.ndarray:
+        """Rows' numbers within the index, of their places among the held rows."""
+        starts = np.cumsum([0, *(block[0].norm.shape[0] for block in self.blocks)])
+        block = np.searchsorted(starts, places, "right") - 1
+        return places - starts[block] + np.array(self.firsts, np.int64)[block]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A block's scores [n, q], before they are ranked. `block` is its place among the held ones."""
-
-    block: int
-    scores: np.ndarray
-    slack: "_Slack"
-
-
-def _rank(ends: list["_End"], scored: list[_Scored], held: list[_Held]) -> None:
-    for some in scored:
-        if not (ok := _is_ok(held[some.block].shards).numpy()).all():
-            some.scores[~ok] = np.nan  # neither high nor low
-        most = some.slack.most()
+def _rank(ends: list["_End"], question: Question, kernels: list[Kernel], batch: _Held) -> _Held:
+    if batch.rows:
+        scores, slack = _approximate(question, kernels, batch.blocks)
+        for shards in zip(*batch.blocks, strict=True):
+            status = _joined(shards, "status")
+            if status.any():
+                scores[status != 0] = np.nan  # neither high nor low
         for end in ends:
-            end.add(some.block, some.scores, some.slack, most)
+            end.add(batch, scores, slack)
+    return batch
 
 
-def _settle(ends: list["_End"], question: Question, held: list[_Held]) -> None:
+def _settle(ends: list["_End"], question: Question, held: _Held) -> None:
     for end in ends:
         end.settle(question, held)
 
 
 @dataclass(frozen=True)
 class _Slack:
-    """How far a block's scores can be off: dense[n, q] + sum over terms of slope[q] * size[n].
+    """How far a batch's scores can be off: dense[n, q] + sum over terms of slope[q] * size[n].
 
     The sum is never laid out: of nearly all rows it is enough to know that not even the largest helps them.
     """
@@ -159,12 +166,11 @@ class _Slack:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of a query and a row of a held block; of each query the rows ascend."""
+    """Pairs of a query and a row; of each query the rows ascend."""
 
     query: np.ndarray
-    block: np.ndarray
     row: np.ndarray
-    """Within the block."""
+    """Within the index."""
     score: np.ndarray
     """Times the end's sign: larger is nearer to it."""
     slack: np.ndarray
@@ -172,7 +178,7 @@ class _Pairs:
     @staticmethod
     def none() -> "_Pairs":
         whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return _Pairs(whole, whole, whole, real, real)
+        return _Pairs(whole, whole, real, real)
 
     def of(self, some: np.ndarray) -> "_Pairs":
         """Those that a mask tells, or in the order of some places."""
@@ -196,17 +202,17 @@ class _End:
     def __len__(self) -> int:
         return len(self._waiting.query)
 
-    def add(self, block: int, scores: np.ndarray, slack: _Slack, most: np.ndarray) -> None:
-        """A block's scores [n, q]. What could be among the best waits."""
-        query, row = _candidates(scores, most, self._reached, self.sign, self.m)
+    def add(self, batch: _Held, scores: np.ndarray, slack: _Slack) -> None:
+        """A batch's scores [n, q]. What could be among the best waits."""
+        query, place = _candidates(scores, slack.most(), self._reached, self.sign, self.m)
         if not len(query):
             return
-        found = _Pairs(query, np.full(len(query), block), row, self.sign * scores[row, query], slack.of(row, query))
+        found = _Pairs(query, batch.numbers(place), self.sign * scores[place, query], slack.of(place, query))
         waiting = self._waiting.and_more(found.of(found.score + found.slack > self._reached[query]))
         self._reached = self._mth_best(waiting.query, waiting.score - waiting.slack)
         self._waiting = waiting.of(waiting.score + waiting.slack >= self._reached[waiting.query])
 
-    def settle(self, question: Question, held: list[_Held]) -> None:
+    def settle(self, question: Question, held: _Held) -> None:
         """Exact scores for those that wait; nothing waits afterwards, and the held blocks can go."""
         found = self._waiting.of(np.argsort(self._waiting.query, kind="stable"))
         exact = np.where(found.slack == 0, found.score, -np.inf).astype(np.float32)
@@ -216,9 +222,8 @@ class _End:
         reached = self._mth_best(found.query, exact)
         rest = (found.slack > 0) & ~first & (found.score + found.slack >= reached[found.query])
         exact[rest] = self.sign * _rescored(question, held, found.of(rest))
-        starts = np.array([block.first for block in held], dtype=np.int64)
         known = exact > -np.inf
-        self.best = self.best.merged(found.query[known], starts[found.block[known]] + found.row[known], exact[known])
+        self.best = self.best.merged(found.query[known], found.row[known], exact[known])
         self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1].numpy()
 
     def _mth_best(self, query: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -250,46 +255,64 @@ def _is_ok(shards: list[Shard]) -> Tensor:
 def _blocks(shard: Shard, q: int) -> Iterator[slice]:
     row_bytes = max(1, shard.vectors.shape[1] * shard.vectors.itemsize)
     step = max(_LEAST_ROWS, min(_BLOCK_BYTES // row_bytes, _BLOCK_SCORES // max(1, q)))
-    for first in range(0, len(shard.norm), step):
+    for first in range(0, shard.norm.shape[0], step):
         yield slice(first, first + step)
 
 
 def _part(shard: Shard, rows: slice) -> Shard:
+    if rows.start == 0 and rows.stop >= shard.norm.shape[0]:
+        return shard
     return Shard(**{name: tensor[rows] for name, tensor in vars(shard).items()})
 
 
-def _approximate(question: Question, kernels: list[Kernel], shards: list[Shard]) -> tuple[np.ndarray, _Slack]:
-    """Scores [n, q] of a block, and how far off they can be."""
+def _approximate(question: Question, kernels: list[Kernel], blocks: list[list[Shard]]) -> tuple[np.ndarray, _Slack]:
+    """Scores [n, q] of a batch, and how far off they can be."""
     total, dense, terms = None, None, []
-    for weight, kernel, shard in zip(question.weights.tolist(), kernels, shards, strict=True):
-        block = kernel(shard.vectors, shard.scale)
+    for weight, kernel, shards in zip(question.weights.tolist(), kernels, zip(*blocks, strict=True), strict=True):
+        block = kernel([shard.vectors for shard in shards], [shard.scale for shard in shards])
         scores, off = block.scores.T.numpy(), None if block.slack is None else block.slack.T.numpy()
-        factor = (_row_factor(question, shard) * torch.tensor(weight)).numpy()  # [n], or one number
+        norm = _joined(shards, "norm") if question.cosine or block.slack_per_norm is not None else np.empty(0)
+        factor = np.float32(weight) * (
+            _inverse(torch.from_numpy(norm)).numpy() if question.cosine else np.ones(1, np.float32)
+        )
         if question.cosine or weight != 1:
             scores, off = scores * factor[..., None], None if off is None else off * abs(factor)[..., None]
         total = scores if total is None else total + scores
         dense = off if dense is None else dense if off is None else dense + off
-        for slope, size in ((block.slack_per_norm, shard.norm), (block.slack_per_scale, shard.scale)):
-            if slope is not None:
-                with np.errstate(invalid="ignore"):  # an infinite norm times its inverse: no bound, see `_Slack`
-                    terms.append((slope.numpy(), size.numpy() * abs(factor)))
+        with np.errstate(invalid="ignore"):  # an infinite norm times its inverse: no bound, see `_Slack`
+            if block.slack_per_norm is not None:
+                terms.append((block.slack_per_norm.numpy(), norm * abs(factor)))
+            if block.slack_per_scale is not None:
+                terms.append((block.slack_per_scale.numpy(), _joined(shards, "scale") * abs(factor)))
     assert total is not None, "an index has a checkpoint"
     return total, _Slack(dense, tuple(terms))
 
 
-def _rescored(question: Question, held: list[_Held], pairs: _Pairs) -> np.ndarray:
+def _joined(shards: Iterable[Shard], name: str) -> np.ndarray:
+    return np.concatenate([getattr(shard, name).numpy() for shard in shards])
+
+
+def _rescored(question: Question, held: _Held, pairs: _Pairs) -> np.ndarray:
     """The fp32 scores of pairs, from decoded rows."""
-    queries, total = question.queries, torch.zeros(len(pairs.query))
+    total = torch.zeros(len(pairs.row))
+    if not len(total):
+        return total.numpy()
+    queries, asked = question.queries, torch.from_numpy(pairs.query)
+    rows, place = (torch.from_numpy(x) for x in np.unique(pairs.row, return_inverse=True))
+    firsts = torch.tensor(held.firsts)
+    blocks, sizes = torch.unique_consecutive(torch.searchsorted(firsts, rows, right=True) - 1, return_counts=True)
+    local = [part - firsts[block] for block, part in zip(blocks, rows.split(sizes.tolist()), strict=True)]
     step = max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
-    for number in np.unique(pairs.block):
-        places = torch.from_numpy(np.flatnonzero(pairs.block == number))
-        for c, shard in enumerate(held[number].shards):
-            factor = _row_factor(question, shard) * question.weights[c]
-            for some in places.split(step):
-                query, row = torch.from_numpy(pairs.query)[some], torch.from_numpy(pairs.row)[some]
-                vectors = question.codec.decode(shard.vectors[row], shard.scale[row], queries.shape[2])
-                products = torch.linalg.vecdot(vectors, queries[c, query])
-                total[some] += products * (factor[row] if factor.ndim else factor)
+    for c, weight in enumerate(question.weights):
+        shards = [held.blocks[block][c] for block in blocks.tolist()]
+        stored, scale, norm = (
+            torch.cat([getattr(shard, name)[some] for shard, some in zip(shards, local, strict=True)])
+            for name in ("vectors", "scale", "norm")
+        )
+        factor = weight * (_inverse(norm) if question.cosine else torch.ones_like(norm))
+        for some in torch.arange(len(total)).split(step):
+            vectors = question.codec.decode(stored[place[some]], scale[place[some]], queries.shape[2])
+            total[some] += torch.linalg.vecdot(vectors, queries[c, asked[some]]) * factor[place[some]]
     return total.numpy()
 
 
