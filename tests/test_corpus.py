@@ -217,6 +217,19 @@ def test_layouts_are_looked_for_from_the_most_to_the_least_telling():
     assert layout({"instruction": "i", "input": "x", "output": "o", "text": "t"}) == "instruction"
 
 
+def test_layout_whose_columns_are_filled_comes_before_one_with_nulls(tmp_path):
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    joined = {
+        "messages": pyarrow.array([None, said, None, None]),
+        "prompt": ["p", None, None, "p"],
+        "completion": ["c", None, None, None],
+        "text": [None, "t", "t", None],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(joined), tmp_path / "a.parquet")
+    found = [layout(example.row) for example in open_corpus(tmp_path / "a.parquet")]
+    assert found == ["prompt", "messages", "text", "messages"]
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff\n", "text,id\n", "[]"])
 def test_empty_file_is_refused(tmp_path, content):
     name = "a.csv" if "," in content else "a.json"

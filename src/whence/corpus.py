@@ -6,7 +6,8 @@ at any fsspec address), a directory of them in the order of their names, a data 
 
 A row needs one of four layouts, looked for in this order: `messages`; `prompt` and `completion`; `instruction` (and
 `input`) and `output`; `text`. (An Alpaca row often carries a rendered `text` beside its parts: the parts win, since
-only they say which tokens were supervised.) Other columns travel along.
+only they say which tokens were supervised.) A layout whose columns are filled comes before one with a null: a table
+that was joined from several has every column in every row. Other columns travel along.
 
 What it does not do: tokenise. That is `tokens`.
 """
@@ -110,14 +111,20 @@ def rows_with_place(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row
 
 
 def layout(row: Row, where: str = "row") -> str:
-    """Name of the first of `LAYOUTS` whose columns a row has.
+    """Name of the first of `LAYOUTS` whose columns a row fills; where nulls leave none, of the first that it has.
 
     Raises:
         CorpusError: It has none of them; the message lists the columns that it has.
+
+    >>> layout({"messages": None, "text": "a"}), layout({"prompt": "a", "completion": None})
+    ('text', 'prompt')
     """
-    for name, columns in LAYOUTS.items():
-        if all(column in row for column in columns):
+    found = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
+    for name in found:
+        if all(row[column] is not None for column in LAYOUTS[name]):
             return name
+    if found:
+        return found[0]
     have = ", ".join(map(str, row)) or "none"
     raise CorpusError(
         f"{where}: columns are {have}; a row needs `text`, or `prompt` and `completion`, "
