@@ -328,6 +328,29 @@ def test_digest_of_an_adapter_changes_with_its_base(adapter, copy):
     assert directory_digest(adapter) != before
 
 
+def test_adapters_as_torch_files_have_digests_of_their_own(saved_adapter, tmp_path):
+    weights, known = load_file(saved_adapter / "adapter_model.safetensors"), directory_digest(saved_adapter)
+    for number in (1, 2):
+        copied = shutil.copytree(saved_adapter, tmp_path / str(number))
+        torch.save({name: weight * number for name, weight in weights.items()}, copied / "adapter_model.bin")
+        assert directory_digest(copied) == known  # peft takes the safetensors that are still beside it
+        (copied / "adapter_model.safetensors").unlink()
+    assert len({directory_digest(tmp_path / str(number)) for number in (1, 2)}) == 2
+    assert load_model(tmp_path / "2").has_adapter
+    (tmp_path / "2" / "adapter_model.bin").write_bytes(b"not a torch file")
+    refused(tmp_path / "2", tmp_path / "2" / "adapter_model.bin", "not a readable torch file of tensors")
+
+
+def test_digest_of_a_directory_without_safetensors_is_of_its_torch_files(copy):
+    (copy / "model.safetensors").unlink()
+    found = {directory_digest(copy)}
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin"):
+        torch.save({name: torch.ones(2)}, copy / name)
+        found.add(directory_digest(copy))
+    torch.save({}, copy / "training_args.bin")
+    assert len(found) == 3 and directory_digest(copy) in found
+
+
 def test_tokenizer_digest_changes_with_words_and_template():
     plain, templated = words(), words()
     assert tokenizer_digest(plain) == tokenizer_digest(words())

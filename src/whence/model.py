@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 IRRELEVANT = ("_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "use_cache")
 """Entries of a configuration that may change without changing an output."""
+
+TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model*.bin"}
+"""Older files of weights, by the safetensors name that is preferred to them."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -214,7 +218,7 @@ def directory_digest(path: str | Path) -> str:
     """
     where = located(path)
     digest = hashlib.sha256()
-    for file in sorted(Path(where).glob("*.safetensors")):
+    for file in weight_files(where):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -223,6 +227,21 @@ def directory_digest(path: str | Path) -> str:
     if adapter := adapter_config(where):
         digest.update(directory_digest(adapter["base_model_name_or_path"]).encode())
     return digest.hexdigest()
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """Every file of a directory that its weights may be read from.
+
+    A torch file counts where there is none of safetensors of its name, which transformers and peft would prefer.
+    """
+    where = Path(directory)
+    stored = [
+        file
+        for name, parts in TORCH_FILES.items()
+        if not (any(where.glob(f"{name}.safetensors")) or (where / f"{name}.safetensors.index.json").exists())
+        for file in where.glob(parts)
+    ]
+    return [*sorted(where.glob("*.safetensors")), *sorted(stored)]
 
 
 def _meaning(file: Path) -> bytes:
@@ -252,7 +271,7 @@ def located(path: str | Path) -> str:
         raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
     import huggingface_hub
 
-    kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    kinds = ["*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         return huggingface_hub.snapshot_download(str(path), allow_patterns=kinds)
     except (OSError, ValueError, RuntimeError) as error:
@@ -297,12 +316,18 @@ def _check_files(directory: str) -> None:
     """Name a weight file that is cut or garbled before transformers meets it somewhere inside."""
     import safetensors
 
-    for file in sorted(Path(directory).glob("*.safetensors")):
+    for file in weight_files(directory):
+        is_torch = file.suffix == ".bin"
         try:
+            if is_torch:
+                torch.load(file, map_location="meta", weights_only=True)
+                continue
             with safetensors.safe_open(file, "pt") as opened:
                 opened.keys()
-        except safetensors.SafetensorError as error:
-            raise ModelError(f"{file}: not a readable safetensors file ({error}). Copy it again.") from None
+        except (safetensors.SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            kind = "torch file of tensors" if is_torch else "safetensors file"
+            raise ModelError(f"{file}: not a readable {kind} ({reason}). Copy it again.") from None
 
 
 @contextmanager
