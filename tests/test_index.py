@@ -114,6 +114,39 @@ def test_a_stopped_append_resumes_to_the_same_bytes(tiny_llama, tmp_path, small_
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.parametrize(("name", "calls"), [("write_part", 0), ("write_part", 1), ("add_shard", 0), ("add_shard", 1)])
+def test_an_append_whose_corpus_is_gone_can_be_undone(tiny_llama, tmp_path, small_parts, monkeypatch, name, calls):
+    out, more = tmp_path / "index", write_jsonl(tmp_path / "more rows.jsonl", corpus_rows(40, first=20))
+    index(tiny_llama, corpus_rows(20), out, **QUIET)
+    before = contents(out)
+    with pytest.raises(SettingError, match="nothing to undo"):
+        append(out, undo=True, progress=False)
+    with monkeypatch.context() as patch:
+        cut_short(patch, name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            append(out, more, progress=False)
+    write_jsonl(more, corpus_rows(39, first=20))
+    told = (
+        rf"rows of .*more rows\.jsonl are still joining it.*whence append {out} '.*more rows\.jsonl', or drop .*--undo"
+    )
+    assert "--undo" in Store.open(out).info()["to_do"]
+    with pytest.raises(MissingIndexError, match=told):
+        trace(out, "5 and 3?", " yes")
+    with pytest.raises(MissingIndexError, match=told):
+        append(out, more, progress=False)
+    (out / "corpus" / "part-00004.parquet.tmp").write_bytes(b"half")
+    assert append(out, undo=True, progress=False).store.rows == 20
+    assert contents(out) == before
+    assert append(out, more, progress=False).store.rows == 59
+    assert verify(out) == ([], [])
+
+
+def test_an_append_takes_a_corpus_or_undo(tiny_index):
+    for options in ({}, {"corpus": corpus_rows(3, first=90), "undo": True}):
+        with pytest.raises(SettingError, match="--undo"):
+            append(tiny_index, **options)
+
+
 def test_what_cannot_be_appended_leaves_the_index_as_it_was(tiny_index, tmp_path):
     out = shutil.copytree(tiny_index, tmp_path / "index")
     before = contents(out)

@@ -174,8 +174,8 @@ def test_an_index_is_shown_with_its_counts(tiny_index):
     for words in ("complete", "20, of which 20 can be ranked", "none", "as bfloat16", "projection two_sided"):
         assert words in text
     counts = info["counts"] | {"non_finite": 3, "truncated": 1}
-    stopped = shown(info_table(info | {"complete": False, "counts": counts}))
-    assert "not complete: run the command that made it again, it resumes" in stopped
+    stopped = shown(info_table(info | {"complete": False, "to_do": "run it again", "counts": counts}))
+    assert "not complete: run it again" in stopped
     assert "non_finite 3, truncated 1" in stopped
 
 

@@ -287,7 +287,13 @@ def verify(
 @app.command()
 def append(
     index: IndexPath,
-    corpus: CorpusPath,
+    corpus: Annotated[
+        str | None,
+        typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set."),
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
+    ] = False,
     model: ModelPath = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -295,7 +301,8 @@ def append(
     """Let more rows join a complete index."""
     with waiting("Loading torch"):
         from whence.index import append as run
-    _print_info(run(index, corpus, model=model, trust_remote_code=trust_remote_code).store.info(), as_json)
+    built = run(index, corpus, undo=undo, model=model, trust_remote_code=trust_remote_code)
+    _print_info(built.store.info(), as_json)
 
 
 @app.command()

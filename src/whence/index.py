@@ -20,7 +20,7 @@ from torch import nn
 from whence import runner
 from whence.checkpoint import open_run
 from whence.corpus import Corpus, Row, open_corpus
-from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.gradients import Transform
 from whence.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
@@ -263,43 +263,59 @@ def open_index(
 
 def append(
     path: str | Path,
-    corpus: str | Path | Corpus | list[Row],
+    corpus: str | Path | Corpus | list[Row] | None = None,
     *,
+    undo: bool = False,
     model: str | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Index:
     """Let more rows join a complete index; no old part or shard is touched. Run again, it resumes.
 
+    Args:
+        path: Of the index.
+        corpus: Whatever `corpus.open_corpus` takes.
+        undo: In place of a corpus: drop the rows of an append that was not finished, whose corpus has changed or
+            is gone. The index is then what it was before.
+        model: The model's directory, where it has moved.
+        progress: Show a bar on stderr.
+        trust_remote_code: See `open_index`.
+
     Raises:
         MissingIndexError: The index is not complete.
         CorpusError: A row has the id of a row that is there, or cannot be read.
+        SettingError: There is nothing to undo.
     """
+    if (corpus is None) != undo:
+        raise SettingError("append takes a corpus whose rows are to join, or --undo to drop those of an unfinished one")
     with Store.open(path).lock():
         opened = open_index(path, model=model, trust_remote_code=trust_remote_code)
-        store = opened.store
-        known = list(store.manifest.corpora)
-        before = sum(entry["rows"] for entry in known)
-        fingerprint = fingerprint_of(open_corpus(corpus))
-        begun = len(known) > 1 and known[-1]["digest"] == fingerprint.digest
-        first = before - known[-1]["rows"] if begun else before
-        texts = open_corpus(corpus, first_number=first)
-        if not begun:
-            if not store.manifest.is_complete:
-                raise MissingIndexError(
-                    f"{path} is not complete ({len(store.missing())} shards to go), or rows of "
-                    f"{known[-1]['name']} are still joining it. Finish that first, with the command that began it."
-                )
-            refuse_known_ids(store, texts)
-            check_conversations(texts, opened.model().tokenizer)  # before anything is written
-            for number in range(len(store.manifest.checkpoints)):
-                opened.check_moments(number)
-            entry = {"name": absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows}
-            store.extend(entry)
-        store.remove_leftovers()
-        copy_rows(store, texts, after=first)
+        if corpus is None:
+            opened.store.undo_extend()
+            return opened
+        first = _begin_joining(opened, corpus)
+        opened.store.remove_leftovers()
+        copy_rows(opened.store, open_corpus(corpus, first_number=first), after=first)
         _fill(opened, progress)
     return opened
+
+
+def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> int:
+    """See that a corpus may join, and list it, unless that has been done; the number of its first row."""
+    store = opened.store
+    known = list(store.manifest.corpora)
+    before = sum(entry["rows"] for entry in known)
+    fingerprint = fingerprint_of(open_corpus(corpus))
+    if len(known) > 1 and known[-1]["digest"] == fingerprint.digest:
+        return before - known[-1]["rows"]
+    store.require_complete()
+    texts = open_corpus(corpus, first_number=before)
+    refuse_known_ids(store, texts)
+    check_conversations(texts, opened.model().tokenizer)  # before anything is written
+    for number in range(len(store.manifest.checkpoints)):
+        opened.check_moments(number)
+    store.extend({"name": absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows})
+    return before
 
 
 def verify(
@@ -339,12 +355,8 @@ def _moved(path: str, now: str | None) -> str:
 
 def _refuse_joining(store: Store) -> None:
     """An append that was stopped is finished by `append`: only it knows the rows that are still to come."""
-    if len(store.manifest.corpora) > 1 and not store.manifest.has_all_parts:
-        name = store.manifest.corpora[-1]["name"]
-        raise MissingIndexError(
-            f"{store.place.root}: the rows of {name} are still joining it. Finish that first: "
-            f"whence append {store.place.root} {name}"
-        )
+    if store.manifest.joining is not None and not store.manifest.has_all_parts:
+        store.require_complete()
 
 
 def _fill(built: Index, progress: bool) -> None:

@@ -76,6 +76,18 @@ class Manifest:
         """Every row of the corpora is in a part, and every part has a shard under every checkpoint."""
         return self.has_all_parts and len(self._by_place) == len(self.parts) * len(self.checkpoints)
 
+    @property
+    def joining(self) -> dict[str, Any] | None:
+        """The corpus of an append that was begun and is not finished."""
+        return self.corpora[-1] if len(self.corpora) > 1 and not self.is_complete else None
+
+    def without_last_corpus(self) -> "Manifest":
+        """As it was before its last corpus began to join. Parts hold rows of one corpus each."""
+        rows = sum(corpus["rows"] for corpus in self.corpora[:-1])
+        parts = tuple(part for part in self.parts if part.first_row < rows)
+        shards = tuple(shard for shard in self.shards if shard.part < len(parts))
+        return replace(self, corpora=self.corpora[:-1], parts=parts, shards=shards, has_all_parts=True)
+
     @cached_property
     def _by_place(self) -> dict[tuple[int, int], ShardEntry]:
         return {(entry.checkpoint, entry.part): entry for entry in self.shards}

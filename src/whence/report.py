@@ -179,7 +179,7 @@ def info_table(info: dict[str, Any]) -> Table:
     counts = {name: count for name, count in info["counts"].items() if count and name != "ok"}
     lines = {
         "index": info["path"],
-        "state": "complete" if info["complete"] else "not complete: run the command that made it again, it resumes",
+        "state": "complete" if info["complete"] else f"not complete: {info['to_do']}",
         "rows": f"{info['rows']:,}, of which {info['ok_rows']:,} can be ranked",
         "other counts": ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none",
         "vectors": f"{info['width']:,} numbers as {info['codec']}, {info['bytes_per_row']:,.0f} bytes a row",

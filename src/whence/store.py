@@ -12,6 +12,7 @@ store.
 
 import bisect
 import io
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -196,6 +197,7 @@ class Store:
         return {
             "path": self.place.root,
             "complete": manifest.is_complete,
+            "to_do": self.remedy(),
             "rows": self.rows,
             "ok_rows": counts[STATUSES[0]],
             "counts": dict(sorted(counts.items())),
@@ -229,6 +231,27 @@ class Store:
         """Let another corpus join: more parts, then their shards. Files of earlier parts stay as they are."""
         self.require_complete()
         self._save(replace(self.manifest, corpora=(*self.manifest.corpora, corpus), has_all_parts=False))
+
+    def undo_extend(self) -> None:
+        """Take back an append that was not finished: its rows leave, those from before it stay as they are.
+
+        The manifest goes back first, so that a kill leaves files that are not listed, which `verify` tells of.
+
+        Raises:
+            SettingError: None was begun, or it is finished.
+        """
+        root = self.place.root
+        if self.manifest.joining is None:
+            raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo")
+        before = self.manifest.without_last_corpus()
+        if not before.is_complete:
+            raise MissingIndexError(f"{root}: files of rows from before are missing too; see: whence verify {root}")
+        kept = {MANIFEST, *(entry.file for entry in (*before.parts, *before.shards))}
+        self._open_shards.clear()
+        self._save(before)
+        for name in self.place.names():
+            if _is_ours(name) and name not in kept:
+                self.place.remove(name)
 
     def write_shard(self, checkpoint: int, part: int, arrays: ShardArrays) -> None:
         """Write a shard and list it."""
@@ -392,11 +415,22 @@ class Store:
         Raises:
             MissingIndexError: Rows or shards are still to come.
         """
-        if not self.manifest.is_complete:
-            raise MissingIndexError(
-                f"{self.place.root} is not complete: {len(self.missing())} shards are missing; "
-                "run the command that made it again, it resumes"
-            )
+        if (remedy := self.remedy()) is not None:
+            raise MissingIndexError(f"{self.place.root} is not complete: {remedy}")
+
+    def remedy(self) -> str | None:
+        """What is still to come in an index that is not complete, and the command that finishes it."""
+        manifest, root = self.manifest, shlex.quote(self.place.root)
+        if manifest.is_complete:
+            return None
+        lacking = f"{len(self.missing())} shards are missing" if manifest.has_all_parts else "rows are still to come"
+        if manifest.joining is None:
+            return f"{lacking}; run the command that made it again, it resumes"
+        name = manifest.joining["name"]
+        return (
+            f"the rows of {name} are still joining it ({lacking}). Finish that with: whence append {root} "
+            f"{shlex.quote(name)}, or drop them with: whence append {root} --undo"
+        )
 
 
 def verify(path: str | PathLike) -> list[Problem]:
