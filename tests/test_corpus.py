@@ -105,6 +105,17 @@ def test_saved_splits_give_train_or_the_only_one_or_are_asked_for(tmp_path):
     assert rows(tmp_path / "neither" / "validation") == ROWS[1:]
 
 
+def test_empty_train_split_is_told_and_no_other_is_read_for_it(tmp_path):
+    rows_, none = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_dict({"text": []})
+    datasets.DatasetDict({"test": rows_, "train": none}).save_to_disk(tmp_path / "data")
+    refused(tmp_path / "data", f"{tmp_path}/data/train: no rows in this split")
+    assert rows(tmp_path / "data" / "test") == ROWS
+    datasets.DatasetDict({"test": none, "train": rows_}).save_to_disk(tmp_path / "other")
+    assert rows(tmp_path / "other") == ROWS
+    none.save_to_disk(tmp_path / "single")
+    refused(tmp_path / "single", "no rows")
+
+
 def test_damaged_saved_dataset_is_named(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
     arrow = next((tmp_path / "data").glob("*.arrow"))
@@ -175,6 +186,26 @@ def test_malformed_csv_is_named_by_file_and_line(tmp_path, content, line):
 def test_short_csv_row_has_nulls_and_long_cells_are_read(tmp_path):
     long = "x" * 200_000
     assert rows(written(tmp_path / "a.csv", f"prompt,completion\n{long}\n")) == [{"prompt": long, "completion": None}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(pyarrow.timestamp("ms"), 400_000_000_000_000), (pyarrow.date32(), 4_000_000), (pyarrow.duration("s"), 2**62)],
+    ids=str,
+)
+def test_value_of_parquet_that_python_cannot_hold_is_named_by_row_and_column(tmp_path, kind, value):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": pyarrow.array([1, value], kind)}), path)
+    refused(path, f"{path}[1]: the column `when` holds a {kind}", "Leave the column out")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = written(tmp_path / "a.csv", "text,id,text\na,1,b\n")
+    refused(path, f"{path}:1: the column `text` is there 2 times")
+    assert rows(written(tmp_path / "b.csv", "text,,\na,,\n")) == [{"text": "a", "": ""}]  # as spreadsheets write
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", f"{tmp_path}/a.parquet: the column `text` is there 2 times")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
 
 def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
     if any(files.exists(f"{root}/{name}") for name in ("dataset_info.json", "dataset_dict.json")):
-        return _saved_rows(address)
+        return _saved_rows(files, root, address)
     found = sorted(path for path in files.find(root) if _has_suffix(path, SUFFIXES))
     if not found:
         raise CorpusError(f"{root}: no corpus file in this directory. A corpus is {_KINDS}.")
@@ -268,6 +269,7 @@ def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
         delimiter = "\t" if _has_suffix(path, (".tsv",)) else ","
         reader = csv.DictReader(_utf8_lines(text, path), delimiter=delimiter, strict=True)
         try:
+            _refuse_twice(reader.fieldnames or (), f"{path}:{reader.line_num}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row:
@@ -276,6 +278,15 @@ def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
                 last = reader.line_num
         except csv.Error as error:
             raise CorpusError(f"{path}:{last + 1}: not readable as csv from here: {error}.") from None
+
+
+def _refuse_twice(columns: Iterable[str], where: str) -> None:
+    """Refuse two columns of one name: a row could show but one of them. Columns without a name are nobody's."""
+    counts = Counter(column for column in columns if column)
+    if twice := [column for column, count in counts.items() if count > 1]:
+        raise CorpusError(
+            f"{where}: the column `{twice[0]}` is there {counts[twice[0]]} times. Rename or drop one of them."
+        )
 
 
 def _utf8_lines(text: Iterable[str], path: str) -> Iterator[str]:
@@ -293,33 +304,63 @@ def _parquet_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
 
     try:
         with files.open(path, "rb") as stream:
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+            table, number = pyarrow.parquet.ParquetFile(stream), 0
+            _refuse_twice(table.schema_arrow.names, path)
+            for batch in table.iter_batches(batch_size=1024):
+                for row in _batch_rows(batch, path, number):
                     yield f"{path}[{number}]", row
                     number += 1
     except pyarrow.ArrowException as error:
         raise CorpusError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _saved_rows(root: str) -> Iterator[tuple[str, Row]]:
+def _batch_rows(batch: Any, path: str, first: int) -> list[Row]:
+    """Rows of a batch, of which `first` is the number of the first.
+
+    Raises:
+        CorpusError: Parquet can hold what Python cannot, such as a date after the year 9999 or text that is not UTF-8.
+    """
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, value in enumerate(column, start=first):
+                try:
+                    value.as_py()
+                except (OverflowError, ValueError) as error:
+                    raise CorpusError(
+                        f"{path}[{number}]: the column `{name}` holds a {value.type} that Python cannot ({error}). "
+                        "Leave the column out, or write it as text."
+                    ) from None
+        raise
+
+
+def _saved_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
     import datasets
     import pyarrow
 
     try:
-        data = datasets.load_from_disk(root)
-        if isinstance(data, datasets.DatasetDict):
-            data = _only_split(data, root)
+        split = _chosen_split(files, root)
+        state = _parsed(files.cat_file(f"{root}{split}/state.json"), f"{root}{split}/state.json")
+        # datasets itself raises IndexError on what was saved without a row, for that has no file.
+        data = datasets.load_from_disk(f"{address}{split}") if state["_data_files"] else []
+        if split and not len(data):
+            raise CorpusError(f"{address}{split}: no rows in this split. Name another by its directory.")
         for number, row in enumerate(data):
-            yield f"{root}[{number}]", dict(row)
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise CorpusError(f"{root}: not a readable `save_to_disk` directory: {error}") from None
+            yield f"{address}[{number}]", dict(row)
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise CorpusError(f"{address}: not a readable `save_to_disk` directory: {error}") from None
 
 
-def _only_split(splits: dict[Any, Any], root: str) -> Any:
+def _chosen_split(files: Any, root: str) -> str:
+    """Folder of the split to read, after a slash: `train`, or the only one; empty for a set without splits."""
+    told = f"{root}/dataset_dict.json"
+    if not files.exists(told):
+        return ""
+    splits = _parsed(files.cat_file(told), told)["splits"]
     if "train" in splits or len(splits) == 1:
-        return splits.get("train") or next(iter(splits.values()))
-    raise CorpusError(f"{root}: splits are {', '.join(map(str, splits))}; name one: {root}/{next(iter(splits))}")
+        return f"/{'train' if 'train' in splits else splits[0]}"
+    raise CorpusError(f"{root}: splits are {', '.join(splits)}; name one: {root}/{splits[0]}")
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
@@ -335,7 +376,7 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
         data = datasets.load_dataset(repository, split=split or "train", streaming=True)
         for number, row in enumerate(data):
             yield f"{name}[{number}]", dict(row)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(
             f"{name}: no such file or directory here, and no data set of that name could be read from the "
