@@ -89,6 +89,52 @@ def test_directory_is_read_in_the_order_of_names(tmp_path):
     assert [row["text"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
+def test_endings_are_compared_case_blind(tmp_path):
+    written(tmp_path / "A.JSONL", '{"text": "1"}\n')
+    written(tmp_path / "B.Csv.GZ", gzip.compress(b"text\n2\n"))
+    assert [row["text"] for row in rows(tmp_path)] == ["1", "2"]
+    assert rows(tmp_path / "A.JSONL") == [{"text": "1"}]
+
+
+def test_directory_leaves_out_hidden_files_and_metadata_of_data_sets(tmp_path):
+    folder = tmp_path / ".data"  # named by the person, so it is read
+    for name in (".ipynb_checkpoints", "saved"):
+        (folder / name).mkdir(parents=True)
+    for name in ("a.jsonl", ".hidden.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "saved/b.jsonl"):
+        written(folder / name, json.dumps({"text": name}))
+    for name in ("dataset_info.json", "dataset_infos.json", "saved/dataset_dict.json"):
+        written(folder / name, '{"alpaca": {"file_name": "a.jsonl"}}')
+    assert [row["text"] for row in rows(folder)] == ["a.jsonl", "saved/b.jsonl"]
+
+
+def test_state_json_is_metadata_only_beside_dataset_info(tmp_path):
+    (tmp_path / "saved").mkdir()
+    written(tmp_path / "state.json", '{"text": "Ohio"}')
+    written(tmp_path / "saved" / "state.json", '{"_fingerprint": "abc"}')
+    written(tmp_path / "saved" / "dataset_info.json", "{}")
+    assert rows(tmp_path) == [{"text": "Ohio"}]
+
+
+def test_links_to_directories_are_followed_and_one_upwards_ends(tmp_path):
+    (tmp_path / "data" / "z").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    written(tmp_path / "data" / "a.jsonl", '{"text": "1"}\n')
+    written(tmp_path / "data" / "z" / "b.jsonl", '{"text": "2"}\n')
+    written(tmp_path / "elsewhere" / "c.jsonl", '{"text": "3"}\n')
+    for name, target in {"b": "../elsewhere", "c": ".", "y": "z", "z/up": ".."}.items():
+        (tmp_path / "data" / name).symlink_to(target, target_is_directory=True)
+    assert [row["text"] for row in rows(tmp_path / "data")] == ["1", "3", "2"]
+
+
+def test_files_left_out_for_their_ending_are_told_once(tmp_path, caplog):
+    for name in ("a.jsonl", "b.txt", "c.arrow"):
+        written(tmp_path / name, '{"text": "1"}\n')
+    assert rows(tmp_path) == rows(tmp_path) == [{"text": "1"}]
+    assert caplog.messages == [f"{tmp_path}: left out for their endings: 2 files, such as {tmp_path}/b.txt"]
+    (tmp_path / "a.jsonl").unlink()
+    refused(tmp_path, "no corpus file in this directory (2 of other kinds, such as", "b.txt", ".jsonl")
+
+
 def test_saved_dataset_gives_its_rows(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
     assert rows(tmp_path / "data") == ROWS

@@ -4,6 +4,9 @@ A corpus is an ordered collection that can be read again: jsonl, csv and Parquet
 at any fsspec address), a directory of them in the order of their names, a data set of the Hugging Face Hub (by name,
 `name:split`), a `save_to_disk` directory, or rows in memory. Reading streams; nothing is held but the current row.
 
+A directory is read with what lies below it and what it links to, without hidden files, without metadata of data sets,
+and without indexes: the index of a corpus may lie in the corpus' own directory.
+
 A row needs one of four layouts, looked for in this order: `messages`; `prompt` and `completion`; `instruction` (and
 `input`) and `output`; `text`. (An Alpaca row often carries a rendered `text` beside its parts: the parts win, since
 only they say which tokens were supervised.) A layout whose columns are filled comes before one with a null: a table
@@ -13,11 +16,14 @@ What it does not do: tokenise. That is `tokens`.
 """
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
+import os
 import re
 import zlib
 from collections import Counter
@@ -27,8 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from whence.errors import CorpusError, MissingExtraError
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -188,24 +197,90 @@ def _opened(address: str) -> tuple[Any, str]:
 
 
 def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
+    path = path.lower()
     for ending in COMPRESSED:
         path = path.removesuffix(ending)
     return path.endswith(suffixes)
 
 
 def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
-    if any(files.exists(f"{root}/{name}") for name in ("dataset_info.json", "dataset_dict.json")):
+    if _is_saved(files, root):
         return _saved_rows(files, root, address)
-    found = sorted(path for path in files.find(root) if _has_suffix(path, SUFFIXES))
+    below = _files_below(files, root)
+    indexes = [path.rpartition("/")[0] for path in below if path.endswith("/manifest.json") and _is_index(files, path)]
+    if root in indexes:
+        raise CorpusError(f"{root}: an index of Whence, not a corpus. Name the files that it was made from.")
+    mine = [path for path in below if not path.startswith(tuple(f"{index}/" for index in indexes))]
+    data = [path for path in mine if not _is_metadata(path, below)]
+    found = [path for path in data if _has_suffix(path, SUFFIXES)]
+    others = tuple(path for path in data if path not in set(found))
     if not found:
-        raise CorpusError(f"{root}: no corpus file in this directory. A corpus is {_KINDS}.")
+        seen = f" ({len(others)} of other kinds, such as {others[0]})" if others else ""
+        raise CorpusError(f"{root}: no corpus file in this directory{seen}. A corpus is {_KINDS}.")
+    if others:
+        _tell_left_out(root, others)
     return itertools.chain.from_iterable(_file_rows(files, path) for path in found)
+
+
+def _files_below(files: Any, root: str) -> list[str]:
+    """Every file below a directory in the order of names, but none that is hidden by a dot, nor in such a directory."""
+    found = _walked(root) if isinstance(files, LocalFileSystem) else files.find(root)
+    return sorted(path for path in found if "/." not in path.removeprefix(root))
+
+
+def _walked(root: str) -> Iterator[str]:
+    """Files below a local directory. Links are followed, but each directory is read once: a link may lead upwards."""
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    seen: set[Path] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        if (real := Path(folder).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # what a directory holds itself comes before what it links to
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith(".")),
+            key=lambda name, folder=folder: (Path(folder, name).is_symlink(), name),
+        )
+        yield from (f"{folder.rstrip('/')}/{name}" for name in names)
+
+
+def _is_saved(files: Any, root: str) -> bool:
+    """A directory of `save_to_disk`; others keep a `dataset_info.json` of their own beside files of rows."""
+    names = {str(path).rpartition("/")[2] for path in files.ls(root, detail=False)}
+    has_rows = "state.json" in names or any(name.endswith(".arrow") for name in names)
+    return "dataset_dict.json" in names or ("dataset_info.json" in names and has_rows)
+
+
+def _is_index(files: Any, path: str) -> bool:
+    """A `manifest.json` is that of an index: it has the keys that every version writes (see `manifest`)."""
+    try:
+        content = json.loads(files.cat_file(path))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"whence_version", "format_version", "checksum"}
+
+
+def _is_metadata(path: str, below: list[str]) -> bool:
+    """A file in which a data set of Hugging Face tells of itself, and which holds no rows."""
+    folder, _, name = path.rpartition("/")
+    if name == "state.json":
+        return f"{folder}/dataset_info.json" in below
+    return name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+
+
+@functools.cache  # once a process: a corpus is read several times
+def _tell_left_out(root: str, paths: tuple[str, ...]) -> None:
+    logger.warning("%s: left out for their endings: %d files, such as %s", root, len(paths), paths[0])
 
 
 def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
     if not _has_suffix(path, SUFFIXES):
         raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {_KINDS}.")
-    if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
+    if path.lower().endswith(".zst") and "zstd" not in fsspec.available_compressions():
         raise MissingExtraError(f"{path}: zstd needs one more package: pip install zstandard")
     try:
         yield from _parquet_rows(files, path) if _has_suffix(path, (".parquet",)) else _text_rows(files, path)
