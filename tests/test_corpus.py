@@ -350,6 +350,39 @@ def test_hub_is_asked_once_without_a_network(monkeypatch):
     assert asked == [("whence-tests/nothing", {"repo_type": "dataset", "allow_patterns": []})]
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of one data set with the configurations main and socratic; answers what it was asked."""
+    asked = []
+
+    def load_dataset(name, configuration=None, *, split, streaming):
+        asked.append((name, configuration, split))
+        if configuration is None:
+            known = "Please pick one among the available configs: ['main', 'socratic']"
+            raise ValueError(f"Config name is missing.\n{known}\nExample of usage:\n\t`load_dataset('gsm8k', 'main')`")
+        if configuration not in ("main", "socratic"):
+            raise ValueError(f"BuilderConfig '{configuration}' not found. Available: ['main', 'socratic']")
+        return [{"text": f"{configuration} {split}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return asked
+
+
+def test_data_set_of_the_hub_is_named_with_its_configuration_and_split(hub):
+    assert rows("openai/gsm8k:main:test") == [{"text": "main test"}]
+    assert rows("openai/gsm8k:socratic:") == [{"text": "socratic train"}]
+    assert rows("openai/gsm8k:main:test[:10]") == [{"text": "main test[:10]"}]
+    refused("openai/gsm8k:a:b:c", "3 colons", "NAME:CONFIGURATION:SPLIT")
+
+
+def test_configurations_are_listed_where_one_is_needed_or_wrong(hub):
+    refused("openai/gsm8k", "['main', 'socratic']. Name one as openai/gsm8k:CONFIGURATION:train")
+    refused("openai/gsm8k:test", "['main', 'socratic']. Name one as openai/gsm8k:CONFIGURATION:test")
+    refused("openai/gsm8k:other:test", "'other' not found. Available: ['main', 'socratic']. Name one as")
+    assert hub == [("openai/gsm8k", None, "train"), ("openai/gsm8k", None, "test"), ("openai/gsm8k", "other", "test")]
+
+
 def test_lone_surrogates_are_read_and_hashed(tmp_path):
     path = written(tmp_path / "a.jsonl", r'{"text": "a \ud800 b"}' + "\n")
     (example,) = open_corpus(path)

@@ -2,7 +2,8 @@
 
 A corpus is an ordered collection that can be read again: jsonl, csv and Parquet files (compressed or not, local or
 at any fsspec address), a directory of them in the order of their names, a data set of the Hugging Face Hub (by name,
-`name:split`), a `save_to_disk` directory, or rows in memory. Reading streams; nothing is held but the current row.
+`name:split`, or `name:configuration:split` as in `openai/gsm8k:main:train`), a `save_to_disk` directory, or rows in
+memory. Reading streams; nothing is held but the current row.
 
 A directory is read with what lies below it and what it links to, without hidden files, without metadata of data sets,
 and without indexes: the index of a corpus may lie in the corpus' own directory.
@@ -183,7 +184,10 @@ def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
     return _hub_rows(address)
 
 
-_KINDS = f"a file ({' '.join(SUFFIXES)}), a directory of them, or the name of a Hugging Face data set"
+_KINDS = (
+    f"a file ({' '.join(SUFFIXES)}), a directory of them, or a Hugging Face data set "
+    "(NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT)"
+)
 
 
 def _opened(address: str) -> tuple[Any, str]:
@@ -443,17 +447,33 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
     import huggingface_hub
     from datasets.exceptions import DatasetsError
 
-    repository, _, split = name.partition(":")
+    repository, configuration, split = _hub_name(name)
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             # No file is asked for: it only tells at once that a name is wrong, where datasets tries for 25 s.
             huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=[])
-        data = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        data = datasets.load_dataset(repository, configuration, split=split, streaming=True)
         for number, row in enumerate(data):
             yield f"{name}[{number}]", dict(row)
     except (OSError, ValueError, OverflowError, RuntimeError, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join([lines[0], *(line for line in lines[1:] if "available configs" in line)])
+        if "available configs" in reason or "BuilderConfig" in reason:
+            raise CorpusError(f"{name}: {reason}. Name one as {repository}:CONFIGURATION:{split}") from None
         raise CorpusError(
             f"{name}: no such file or directory here, and no data set of that name could be read from the "
             f"Hugging Face Hub ({reason}). A corpus is {_KINDS}."
         ) from None
+
+
+def _hub_name(name: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of `name`, `name:split` or `name:configuration:split`.
+
+    >>> _hub_name("a/b"), _hub_name("a/b:test[:10]"), _hub_name("openai/gsm8k:main:train")
+    (('a/b', None, 'train'), ('a/b', None, 'test[:10]'), ('openai/gsm8k', 'main', 'train'))
+    """
+    repository, *rest = re.split(r":(?![^\[]*\])", name)  # a colon in brackets belongs to the split
+    if len(rest) > 2:
+        raise CorpusError(f"{name}: {len(rest)} colons, where NAME:CONFIGURATION:SPLIT has two.")
+    configuration = rest[0] if len(rest) == 2 else None
+    return repository, configuration or None, rest[-1] if rest and rest[-1] else "train"
