@@ -136,6 +136,12 @@ def test_a_flag_that_cannot_work_is_told_and_nothing_is_written(whence, tiny_lla
     assert not (tmp_path / "index").exists()
 
 
+def test_an_address_that_needs_a_package_is_told_before_the_model_is_loaded(whence, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    told = complaint(whence("index", tmp_path / "no model", tiny_corpus, "-o", "s3://bucket/index"))
+    assert told == "s3://bucket/index: addresses s3:// need a package that is not installed: pip install s3fs"
+
+
 # -- bad corpora and models
 
 

@@ -5,12 +5,16 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import uuid
+from functools import partial
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 from whence import codecs, scan
@@ -18,12 +22,14 @@ from whence.errors import (
     ChecksumError,
     FormatVersionError,
     ManifestMismatchError,
+    MissingExtraError,
     MissingIndexError,
     SettingError,
     StorageError,
 )
 from whence.manifest import Manifest
 from whence.shards import ShardArrays, encoded
+from whence.storage import Place
 from whence.store import Store, verify
 
 WIDTH = 24
@@ -323,6 +329,107 @@ def test_no_permission_is_a_storage_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StorageError, match="Permission denied"):
         Store.create(tmp_path / "index", manifest())
+
+
+def refusing(code, text):
+    """A function that an operating system refuses."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(code, text)
+
+    return refuse
+
+
+@pytest.mark.parametrize(("code", "text"), [(13, "Permission denied"), (5, "Input/output error")])
+def test_what_cannot_be_read_is_a_storage_error(tmp_path, monkeypatch, code, text):
+    store = build(tmp_path / "index")
+    for name in ("cat_file", "info", "open", "find", "exists"):
+        monkeypatch.setattr(LocalFileSystem, name, refusing(code, text))
+    monkeypatch.setattr(np, "memmap", refusing(code, text))
+    place, name = store.place, store.manifest.parts[0].file
+    for read in (place.names, *(partial(getattr(place, verb), name) for verb in ("exists", "size", "read", "digest"))):
+        with pytest.raises(StorageError, match=rf"Cannot read {place.root}.*: {text}\. Mend that"):
+            read()
+    for opened in (lambda: Store.open(place.root), lambda: store.read_part(0), lambda: store.shard(0, 0)):
+        with pytest.raises(StorageError, match=text):
+            opened()
+
+
+def test_a_directory_in_place_of_a_file_is_a_storage_error(tmp_path):
+    (tmp_path / "index" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"Cannot read .*manifest\.json: Is a directory"):
+        Store.open(tmp_path / "index")
+
+
+def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkeypatch):
+    store = build(tmp_path / "index")
+    real, bad = LocalFileSystem.open, store.manifest.parts[0].file
+
+    def opened(self, path, *args, **kwargs):
+        if path.endswith(bad):
+            raise OSError(5, "Input/output error")
+        return real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "open", opened)
+    flip(tmp_path / "index" / store.manifest.shards[-1].file, -1)
+    flip(tmp_path / "index" / store.manifest.shards[0].file, -1)
+    found = {problem.file: problem.what for problem in verify(tmp_path / "index")}
+    shards = [store.manifest.shards[n].file for n in (0, -1)]
+    assert found == {bad: "cannot be read: Input/output error", **dict.fromkeys(shards, "wrong checksum")}
+    notes = store.repair(arrays)
+    assert sum(f"its rows are in {bad}, which is wrong" in note for note in notes) == 1
+    assert sum("recomputed, the same bytes" in note for note in notes) == 1
+
+
+def test_a_restart_where_nothing_can_be_removed_removes_nothing(tmp_path, monkeypatch):
+    build(tmp_path / "index")
+    before = contents(tmp_path / "index")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "checkpoint-000")
+    with pytest.raises(StorageError, match=r"checkpoint-000: it is read-only here\. Nothing was removed"):
+        Store.restart(tmp_path / "index")
+    assert contents(tmp_path / "index") == before
+    monkeypatch.setattr(LocalFileSystem, "rm_file", refusing(30, "Read-only file system"))
+    (tmp_path / "index" / "manifest.json.tmp").write_bytes(b"half")
+    with pytest.raises(StorageError, match=r"Cannot remove .*manifest\.json\.tmp: Read-only file system\. Mend"):
+        Store.resume(tmp_path / "index", manifest())
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", refusing(37, "No locks available"))
+    with pytest.raises(StorageError, match=r"Cannot lock .*: No locks available"), Place.at(tmp_path).locked():
+        pass
+
+
+def test_what_a_store_elsewhere_refuses_is_a_storage_error(monkeypatch):
+    """Their clients raise errors of their own, for missing credentials and the like."""
+    address = f"memory://{uuid.uuid4()}/index"
+    build(address)
+
+    def refuse(*args, **kwargs):
+        raise LookupError("Unable to locate credentials")
+
+    for name in ("cat_file", "pipe_file"):
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), name, refuse)
+    with pytest.raises(StorageError, match=r"Cannot read .*manifest\.json: Unable to locate credentials"):
+        Store.open(address)
+    with pytest.raises(StorageError, match=r"Cannot write .*manifest\.json: Unable to locate credentials"):
+        Store.create(f"{address}-2", manifest())
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("s3://bucket/index", r"s3://bucket/index: addresses s3:// need a package .*: pip install s3fs"),
+        ("gdrive://index", "addresses gdrive:// need a package that is not installed"),
+        ("nothing://x/y", "nothing://x/y: not an address that can be opened"),
+    ],
+)
+def test_an_address_that_cannot_be_opened_is_told(address, told, monkeypatch):
+    for package in ("s3fs", "gdrivefs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for use in (Place.at, Store.open, verify):
+        with pytest.raises((SettingError, MissingExtraError), match=told):
+            use(address)
 
 
 def test_restart_removes_only_an_index(tmp_path):

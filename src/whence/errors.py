@@ -44,7 +44,7 @@ class MissingExtraError(WhenceError):
 
 
 class StorageError(WhenceError):
-    """A file cannot be written: full disk, no permission."""
+    """A file cannot be written, read or removed: full disk, no permission, a broken disk."""
 
 
 class ChecksumError(WhenceError):

@@ -207,6 +207,7 @@ def index(
         StorageError: A file could not be written; the same command resumes.
     """
     chosen = with_options(settings or IndexSettings(), options)
+    place = Place.at(out)  # an address that cannot be opened is told before a model is loaded
     texts = open_corpus(corpus)
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
@@ -214,7 +215,7 @@ def index(
     check_conversations(texts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
     transform = transform_for(loaded, chosen)  # moments that do not fit are told before anything is written
-    with Place.at(out).locked():  # before anything is removed: another process may be writing
+    with place.locked():  # before anything is removed: another process may be writing
         if restart:
             Store.restart(out)
         store = Store.resume(out, manifest)

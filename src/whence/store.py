@@ -27,10 +27,10 @@ from torch import Tensor
 
 from whence import scan
 from whence.codecs import Codec, codec
-from whence.errors import ChecksumError, CorpusError, MissingIndexError, SettingError
+from whence.errors import ChecksumError, CorpusError, MissingIndexError, SettingError, StorageError
 from whence.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
 from whence.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
-from whence.storage import TEMPORARY, Place
+from whence.storage import TEMPORARY, Place, reason
 
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
 
@@ -104,6 +104,7 @@ class Store:
         place = Place.at(path)
         names = place.names()
         _refuse_strangers(place)
+        place.require_removable(names)
         # the manifest last: a restart that is killed can be restarted
         for name in sorted((name for name in names if _is_ours(name)), key=lambda name: name == MANIFEST):
             place.remove(name)
@@ -293,14 +294,22 @@ class Store:
         present = set(self.place.names())
         entries = {entry.file: entry for entry in (*self.manifest.parts, *self.manifest.shards)}
         for name, entry in entries.items():
-            if name not in present:
-                yield Problem(name, "missing", entry)
-            elif (size := self.place.size(name)) != entry.bytes:
-                yield Problem(name, f"{size:,} bytes, not {entry.bytes:,}", entry)
-            elif self.place.digest(name) != entry.sha256:
-                yield Problem(name, "wrong checksum", entry)
+            what = self._harm(entry) if name in present else "missing"
+            if what is not None:
+                yield Problem(name, what, entry)
         for name in sorted(present - entries.keys() - {MANIFEST}):
             yield Problem(name, "not listed in the manifest")
+
+    def _harm(self, entry: PartEntry | ShardEntry) -> str | None:
+        """What is wrong with a file, if anything is."""
+        try:
+            if (size := self.place.size(entry.file)) != entry.bytes:
+                return f"{size:,} bytes, not {entry.bytes:,}"
+            return None if self.place.digest(entry.file) == entry.sha256 else "wrong checksum"
+        except FileNotFoundError:
+            return "missing"
+        except StorageError as error:
+            return f"cannot be read: {reason(error.__cause__ or error)}"
 
     def repair(
         self,
@@ -329,7 +338,7 @@ class Store:
 
     def _repair_shard(self, old: ShardEntry, recompute: Callable[[int, int], ShardArrays]) -> str:
         part = self.manifest.parts[old.part]
-        if not self.place.exists(part.file) or self.place.digest(part.file) != part.sha256:
+        if self._harm(part) is not None:
             return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
         new = self.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
         self.add_shard(new)
