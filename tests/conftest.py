@@ -27,6 +27,10 @@ def _config(architecture):
         "gpt2": lambda: t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=64, vocab_size=VOCABULARY),
         "neox": lambda: t.GPTNeoXConfig(**COMMON),
         "qwen2": lambda: t.Qwen2Config(**COMMON, num_key_value_heads=1),
+        "falcon": lambda: t.FalconConfig(  # writes into the outputs of its linear layers
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_hidden_size=24, vocab_size=VOCABULARY
+        ),
+        "mamba": lambda: t.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=VOCABULARY),
         "gemma": lambda: t.Gemma2Config(**COMMON, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0),
     }
     return configs[architecture]()
@@ -38,7 +42,7 @@ def tiny_model(architecture, seed=0):
 
     torch.manual_seed(seed)
     config = _config(architecture)
-    config._attn_implementation = "eager" if architecture == "gemma" else "sdpa"
+    config._attn_implementation = "eager" if architecture in ("gemma", "mamba") else "sdpa"
     model = t.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import ARCHITECTURES, random_examples, tiny_model
+from whence.errors import ModelError
 from whence.gradients import (
     Captured,
+    Sketches,
     example_gradients,
     gradient_norms,
     gradients,
@@ -70,7 +72,7 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "falcon"])
 def test_hooks_equal_single_example_autograd(architecture, reduction):
     model = tiny_model(architecture)
     layers, examples = model.layers(), random_examples(5, seed=1)
@@ -134,6 +136,51 @@ def test_bfloat16_model_agrees_with_float32_to_its_own_precision(architecture):
     cosine = F.cosine_similarity(*whole)
     assert cosine.min() > 0.99
     assert relative_error(*whole) < 0.1
+
+
+def test_weights_that_are_used_without_calling_their_layer_are_refused():
+    model, batch = tiny_model("mamba"), collate(random_examples(3, seed=5))
+    with pytest.raises(ModelError, match=r"backbone.layers.0.mixer.dt_proj.*--layers '!\*dt_proj'"):
+        gradients(model, model.layers(), batch)
+    layers = model.layers("!*dt_proj")
+    expected, _ = oracle(model, layers, random_examples(3, seed=5))
+    found, _ = gradients(model, layers, batch)
+    assert not disagreements(found, expected, tolerance=1e-5)
+    assert not any(weight.requires_grad for weight in model.model.parameters())
+
+
+def test_a_layer_that_no_example_reaches_has_a_zero_gradient():
+    model, batch = tiny_model("llama"), collate(random_examples(3, seed=5))
+    model.model.expert = torch.nn.Linear(16, 16, bias=False).requires_grad_(False)  # chosen by no token
+    found, _ = gradients(model, model.layers("*expert,*q_proj"), batch)
+    assert found["expert"].abs().sum() == 0
+    assert found["model.layers.0.self_attn.q_proj"].abs().sum() > 0
+
+
+def test_a_layer_used_twice_adds_up_and_has_no_norm():
+    model, examples = tiny_model("llama"), random_examples(3, seed=6)
+    model.base.model.layers[1] = model.base.model.layers[0]
+    model.base.config.use_cache = False  # both would write into one place of it
+    layers = model.layers()
+    expected, _ = oracle(model, layers, examples)
+    found, _ = gradients(model, layers, collate(examples))
+    assert not disagreements(found, expected, tolerance=1e-5)
+    projection = Identity({name: layer_shape(layer) for name, layer in layers.items()})
+    for attempt in (gradient_norms, lambda *of: sketch(*of, projection, normalise="layer")):
+        with pytest.raises(ModelError, match=r"layers.0.*used twice in a forward pass.*--layers"):
+            attempt(model, layers, collate(examples))
+
+
+@pytest.mark.parametrize("entries", [1, 200, 10**9])
+def test_gradients_formed_a_few_at_a_time_make_the_same_sketch(entries, monkeypatch):
+    model, batch = tiny_model("llama"), collate(random_examples(5, seed=7))
+    layers = model.layers()
+    projection = Identity({name: layer_shape(layer) for name, layer in layers.items()})
+    expected, _ = sketch(model, layers, batch, projection)
+    few = Sketches._few_at_a_time
+    monkeypatch.setattr(Sketches, "_few_at_a_time", lambda self, seen, _: few(seen, entries))
+    found, _ = sketch(model, layers, batch, projection)
+    torch.testing.assert_close(found, expected)
 
 
 def test_no_weight_gradient_is_computed_and_hooks_are_gone():

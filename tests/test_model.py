@@ -111,6 +111,8 @@ def test_layers_are_chosen_by_pattern_in_the_models_order():
     ]
     assert list(loaded.layers("lm_head")) == ["lm_head"]
     assert len(loaded.layers("*")) == 15
+    assert list(loaded.layers("*down_proj, !*layers.1*")) == ["model.layers.0.mlp.down_proj"]
+    assert list(loaded.layers("!*.mlp.*")) == [name for name in loaded.layers() if ".mlp." not in name]
     assert list(tiny_model("lora").layers("*0*lora_A*")) == [
         "model.layers.0.self_attn.q_proj.lora_A.default",
         "model.layers.0.mlp.down_proj.lora_A.default",

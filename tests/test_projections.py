@@ -7,6 +7,7 @@ from whence import catalogue
 from whence.gradients import example_gradients
 from whence.interfaces import Projection
 from whence.numerics import generator, hadamard, mixed_seed, signs
+from whence.projections import count_sketch
 from whence.projections.shuffle_sum import ShuffleSum, shuffled
 
 SHAPES = {"first": (6, 5), "second": (4, 9)}
@@ -41,6 +42,29 @@ def test_catalogue_entry_is_a_projection_with_its_width(name):
     projection = make(name)
     assert isinstance(projection, Projection)
     assert whole(projection, pairs(0)).shape == (3, projection.width)
+
+
+@pytest.mark.parametrize("entries", [1, 100, 10**6])
+@pytest.mark.parametrize("d", [1, 15, 16, 17, 200])
+def test_a_count_sketch_by_looking_up_is_that_by_folding(d, entries, monkeypatch):
+    monkeypatch.setattr(count_sketch, "GATHERED_ENTRIES", entries)
+    projection, flat = make("count_sketch"), torch.randn(3, d, 1)
+    offsets, sign = projection._hash("any", flat.flatten(1))
+    looked_up = projection._gathered(flat.flatten(1), offsets, sign)
+    torch.testing.assert_close(looked_up, projection.flat(flat, layer="any"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_map_on_a_gpu(name):
+    seen = pairs(2)
+    expected, projection = whole(make(name), seen), make(name)
+    there = {layer: (a.cuda(), g.cuda()) for layer, (a, g) in seen.items()}
+    rows = torch.zeros(3, projection.width, device="cuda")
+    for layer, (a, g) in there.items():
+        rows[:, projection.columns(layer)] += projection(a, g, layer=layer)
+    torch.testing.assert_close(rows.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -233,7 +233,7 @@ def targets_by_layer(
     for layer, module in layers.items():
         weight = module.get_parameter("weight")
         name = names[id(weight)]
-        part = difference[name] if name in difference else torch.zeros_like(weight, dtype=torch.float32)
+        part = difference[name] if name in difference else torch.zeros(weight.shape)
         out[layer] = (part if isinstance(module, nn.Linear) else part.T).contiguous()
     return out
 

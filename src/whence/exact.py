@@ -295,11 +295,12 @@ def _materialised(
         pairs = held_whole(model, layers, parts, space, objective)
         for name, layer in layers.items():
             whole = example_gradients(*joined(pairs[name])).flatten() if pairs[name] else None
-            held[name].append(torch.zeros(layer.weight.numel()) if whole is None else whole)  # type: ignore[arg-type,operator,union-attr]
+            weight = layer.get_parameter("weight")
+            held[name].append(torch.zeros(weight.numel(), device=weight.device) if whole is None else whole)
     stacked = {name: torch.stack(found) for name, found in held.items()}
     if space.normalise == "layer":
         stacked = {name: x * inverse(x.norm(dim=1))[:, None] for name, x in stacked.items()}
     if cosine:
-        squares = torch.stack([x.square().sum(1) for x in stacked.values()]).sum(0)
-        stacked = {name: x * inverse(squares.sqrt())[:, None] for name, x in stacked.items()}
+        squares = torch.stack([x.square().sum(1).to(model.device) for x in stacked.values()]).sum(0)
+        stacked = {name: x * inverse(squares.sqrt()).to(x.device)[:, None] for name, x in stacked.items()}
     return stacked

@@ -328,7 +328,7 @@ class Ghost:
         if not out.requires_grad:
             out.requires_grad_()
         take = self.embedding if owner.kind == "embedding" else self.norm
-        return Tap.apply(out, args[0].detach(), partial(take, owner))  # type: ignore[return-value]
+        return Tap.apply(out, args[0].detach(), partial(take, owner), False)  # type: ignore[return-value]
 
     def linear(self, seen: Captured) -> None:
         """Add one linear layer's weight and bias, or a chunk of the output head's."""

@@ -15,8 +15,10 @@ fp32 whatever the model's dtype.
 Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
 """
 
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -112,6 +114,9 @@ def _gram_is_cheaper(tokens: int, query_tokens: int, inputs: int, outputs: int) 
     return gram < (tokens + query_tokens + 1) * inputs * outputs
 
 
+HandOver = Callable[[Tensor, Tensor], None]
+
+
 class Tap(torch.autograd.Function):
     """Identity on a layer's output that remembers the input and hands `(a, g)` over on the way back.
 
@@ -120,17 +125,17 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, a: Tensor, hand_over: Callable[[Tensor, Tensor], None]) -> Tensor:
-        """Keep the input; return the output as it is."""
+    def forward(ctx: Any, out: Tensor, a: Tensor, hand_over: HandOver, copy: bool) -> Tensor:
+        """Keep the input; return the output as it is, or a copy where a model's code writes into it."""
         ctx.save_for_backward(a)
         ctx.hand_over = hand_over
-        return out.view_as(out)
+        return out.clone() if copy else out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """Hand `(a, g)` over; pass the gradient on."""
         ctx.hand_over(ctx.saved_tensors[0], gradients[0])
-        return gradients[0], None, None
+        return gradients[0], None, None, None
 
 
 @dataclass
@@ -145,6 +150,11 @@ class _Pass:
     """Chunks of the output head: (a, g, owners) by layer."""
     owners: Int64[Tensor, " s"] | None = None
     """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
+    copies: bool = False
+    """Tap copies of the layers' outputs, which the model's code may then write into."""
+    called: set[str] = field(default_factory=set)
+    handed_over: set[str] = field(default_factory=set)
+    """Layers of the decoder that have been."""
 
     def hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps one layer."""
@@ -155,12 +165,13 @@ class _Pass:
             return out
         if not out.requires_grad:
             out.requires_grad_()
+        self.called.add(name)
         owners = self.owners
-        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners))  # type: ignore[return-value]
+        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), self.copies)  # type: ignore[return-value]
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
-        a, g = a.float(), g.float()
+        a, g = a.to(g.device, torch.float32), g.float()  # accelerate moves inputs behind the hook
         if owners is not None:
             chunk = (a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
             if self.whole:
@@ -174,6 +185,12 @@ class _Pass:
                 f"layer {name} is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}, so its "
                 "inputs cannot be told apart by example. Leave it out with --layers."
             )
+        if self.whole and name in self.handed_over:
+            raise ModelError(
+                f"layer {name} is used twice in a forward pass, so its gradient comes in parts, which a norm, an "
+                "optimizer's view or a token's share cannot be taken of. Leave it out with --layers."
+            )
+        self.handed_over.add(name)
         self.consume(Captured(name, a.reshape(b, t, -1), g.reshape(b, t, -1), None))
 
     def _hand_over_head(self, name: str, a: Tensor, g: Tensor, owners: Tensor) -> None:
@@ -226,16 +243,81 @@ def backward(
         The losses: those whose gradients were taken, if that is the objective.
     """
     batch = batch.to(model.device)
-    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
+    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole, copies=model.model in _WRITES_INTO_OUTPUTS)
     hooks = [layer.register_forward_hook(state.hook(name)) for name, layer in layers.items()]
+    checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
-        with model.gradient_checkpointing() if gradient_checkpointing else nullcontext(), torch.enable_grad():
+        with checkpointed, repeatable(model.device), torch.enable_grad():
             losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
             state.hand_over_waiting()
-            return losses
     finally:
         for hook in hooks:
             hook.remove()
+    _vet(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
+    return losses
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, only algorithms that give the same bytes every time: an index that resumes is built on that.
+
+    Attention's backward pass adds in no fixed order there unless told. On a CPU nothing needs telling.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to multiply without
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills: Any = torch.utils.deterministic
+    filled = fills.fill_uninitialized_memory
+    fills.fill_uninitialized_memory = False  # a pass over all memory, for who reads what was never written
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fills.fill_uninitialized_memory = filled
+
+
+_WRITES_INTO_OUTPUTS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose code writes into a linear layer's output in place, such as Falcon's."""
+
+_VETTED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+"""Layers of a model that were not called in some pass, and whose weights nothing else used either."""
+
+
+def _vet(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) -> None:
+    """See that layers which no hook was called for had no part in the loss: experts that were not chosen have none.
+
+    Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj): no hook can see that, and
+    its gradient would be taken for zero. Autograd sees it, in one more pass for each layer that was ever uncalled.
+
+    Raises:
+        ModelError: Some weight was used behind the hooks' back.
+    """
+    vetted, head = _VETTED.setdefault(model.model, set()), model.base.get_output_embeddings()
+    suspects = {name: layer for name, layer in uncalled.items() if name not in vetted and layer is not head}
+    weights = {name: layer.get_parameter("weight") for name, layer in suspects.items()}
+    if not weights:
+        return
+    try:
+        with repeatable(model.device), torch.enable_grad():
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            states, _ = model.decode(batch.ids, batch.mask)
+            total = states.float().square().sum()
+            found = torch.autograd.grad(total, list(weights.values()), allow_unused=True) if total.requires_grad else ()
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    used = [name for name, gradient in zip(weights, found, strict=bool(found)) if gradient is not None]
+    if used:
+        raise ModelError(
+            f"{model.path}: the model uses the weights of {', '.join(used[:3])}{' ...' if len(used) > 3 else ''} "
+            f"without calling the layer{'s' if len(used) > 1 else ''}, so that no gradient of theirs can be seen. "
+            f"Leave {'them' if len(used) > 1 else 'it'} out: --layers '!*{used[0].rsplit('.', 1)[-1]}'"
+        )
+    vetted.update(weights)
 
 
 @torch.no_grad()
@@ -246,7 +328,7 @@ def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -
 
 
 def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: "SlopeOf") -> TokenLosses:
-    states, head = model.decode(batch.ids, batch.mask)
+    states, head = _decoded(model, batch, state)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
     targets = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
@@ -271,6 +353,17 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
     return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
 
 
+def _decoded(model: LoadedModel, batch: Batch, state: _Pass | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    try:
+        return model.decode(batch.ids, batch.mask)
+    except RuntimeError as error:
+        if state is None or state.copies or "is being modified inplace" not in str(error):
+            raise
+    _WRITES_INTO_OUTPUTS.add(model.model)
+    state.copies = True
+    return model.decode(batch.ids, batch.mask)
+
+
 @torch.no_grad()
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position in nats, unweighted, and the weighted sum's gradient with respect to the logits.
@@ -281,7 +374,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
     targets = targets.to(logits.device)[:, None]
     log_p = F.log_softmax(logits.float(), dim=1)
     nll = -log_p.gather(1, targets)[:, 0]
-    slope = log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    slope = log_p.exp_()
+    slope.scatter_(1, targets, slope.gather(1, targets) - 1)
     slope *= weights.to(slope)[:, None]
     return nll.to(weights.device), slope.to(logits.dtype)
 
@@ -324,7 +418,6 @@ class Sketches:
     """Divide each layer's gradient by its norm: the pass must be `whole`."""
     transform: Transform | None = None
     """Of each layer's gradient, before its norm is taken: the pass must be `whole`."""
-    seen: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         self.rows = torch.zeros(self.size, self.projection.width, device=self.device)
@@ -334,7 +427,7 @@ class Sketches:
         if self.transform is not None:
             block = self._transformed(seen, self.transform)
         else:
-            block = self.projection(seen.a, seen.g, layer=seen.layer)
+            block = self._projected(seen)
             if self.normalise:
                 block = block * inverse(squared_norms(seen.a, seen.g).clamp(min=0).sqrt())[:, None]
         block = block.to(self.device)
@@ -344,21 +437,26 @@ class Sketches:
         else:
             columns.index_add_(0, seen.rows.to(self.device), block)
 
+    def _projected(self, seen: Captured) -> Float32[Tensor, "b k"]:
+        """Sketches of a layer's gradients; where they must be formed, a few examples' at a time."""
+        if not self.projection.forms_gradient:
+            return self.projection(seen.a, seen.g, layer=seen.layer)
+        parts = self._few_at_a_time(seen, max(FORMED_ENTRIES.get(seen.a.device.type, 0), 2**24))
+        return torch.cat([self.projection(a, g, layer=seen.layer) for a, g in parts])
+
     def _transformed(self, seen: Captured, transform: Transform) -> Float32[Tensor, "b k"]:
         """Sketches of what becomes of a layer's gradients, of which a few examples' are formed at a time."""
-        if seen.layer in self.seen:
-            raise ModelError(
-                f"layer {seen.layer} is used twice in a forward pass, so its gradient comes in parts, which "
-                "--view adam cannot add up. Leave it out with --layers, or use --view sgd."
-            )
-        self.seen.add(seen.layer)
-        blocks, entries = [], seen.g.shape[2] * seen.a.shape[2]
-        step = max(1, FORMED_ENTRIES.get(seen.a.device.type, 2**17) // entries)
-        for a, g in zip(seen.a.split(step), seen.g.split(step), strict=True):
+        blocks = []
+        for a, g in self._few_at_a_time(seen, FORMED_ENTRIES.get(seen.a.device.type, 2**17)):
             formed = transform(example_gradients(a, g), seen.layer)
             block = self.projection.flat(formed, layer=seen.layer)
             blocks.append(block * inverse(formed.flatten(1).norm(dim=1))[:, None] if self.normalise else block)
         return torch.cat(blocks)
+
+    @staticmethod
+    def _few_at_a_time(seen: Captured, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
+        step = max(1, entries // (seen.g.shape[2] * seen.a.shape[2]))
+        return zip(seen.a.split(step), seen.g.split(step), strict=True)
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Projection(Protocol):
 
     width: int
     """`k`, the numbers a row."""
+    forms_gradient: bool
+    """Whether `__call__` needs memory for all examples' gradients [b o i]: then it gets a few examples at a time."""
 
     def columns(self, layer: str) -> slice:
         """Where in a row the layer's block goes."""

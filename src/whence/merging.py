@@ -287,7 +287,8 @@ class Mixed:
             parent = start.read(name).float()
             for partition, by in change.items():
                 part = members[partition].read(name, parent)
-                own(name).add_(parent if part is None else part, alpha=self.scale * by)
+                into = own(name)
+                into.add_((parent if part is None else part).to(into.device), alpha=self.scale * by)
 
 
 def _change(before: Mixture, after: Mixture) -> dict[str, float]:

@@ -72,18 +72,19 @@ class LoadedModel:
         """Traced layers by name, in the model's own order.
 
         Args:
-            pattern: Shell-style patterns of names, with commas between; None chooses as the module's text says.
+            pattern: Shell-style patterns of names, with commas between; those with a "!" before them are left out.
+                None chooses as the module's text says, and so do patterns that only leave out.
 
         Raises:
             SettingError: A pattern matches no linear layer.
         """
         found = dict(_linear_layers(self.base))
-        if pattern is not None:
-            return _matching(found, pattern)
         if self.has_adapter:
-            return {name: layer for name, layer in found.items() if ".lora_A." in name or ".lora_B." in name}
-        head = self.base.get_output_embeddings()
-        return {name: layer for name, layer in found.items() if layer is not head}
+            chosen = {name: layer for name, layer in found.items() if ".lora_A." in name or ".lora_B." in name}
+        else:
+            head = self.base.get_output_embeddings()
+            chosen = {name: layer for name, layer in found.items() if layer is not head}
+        return chosen if pattern is None else _matching(found, chosen, pattern)
 
     def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
         """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
@@ -425,10 +426,17 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _matching(found: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+def _matching(found: dict[str, nn.Module], chosen: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
     patterns = [part.strip() for part in pattern.split(",")]
     for part in patterns:
-        if not fnmatch.filter(found, part):
+        if not fnmatch.filter(found, part.removeprefix("!")):
             near = difflib.get_close_matches(part, found, n=3, cutoff=0.3) or list(found)[:3]
             raise SettingError(f"--layers {part}: no linear layer has such a name. Near: {', '.join(near)}")
-    return {name: layer for name, layer in found.items() if any(fnmatch.fnmatch(name, part) for part in patterns)}
+    wanted = [part for part in patterns if not part.startswith("!")]
+    unwanted = [part.removeprefix("!") for part in patterns if part.startswith("!")]
+
+    def is_any(name: str, parts: list[str]) -> bool:
+        return any(fnmatch.fnmatch(name, part) for part in parts)
+
+    start = {name: layer for name, layer in found.items() if is_any(name, wanted)} if wanted else chosen
+    return {name: layer for name, layer in start.items() if not is_any(name, unwanted)}

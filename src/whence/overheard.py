@@ -111,7 +111,7 @@ class Overheard:
                 f"the module of {name} is called on {x.shape[:-1].numel()} positions of a batch of {b} x {t}, so its "
                 "inputs cannot be told apart by example"
             )
-        return Tap.apply(out, x, keep)  # type: ignore[return-value]
+        return Tap.apply(out, x, keep, False)  # type: ignore[return-value]
 
     def _keep(self, where: str, x: Tensor, g: Tensor) -> None:
         if self.owners[where].kind == "linear":

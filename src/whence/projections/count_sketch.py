@@ -12,6 +12,7 @@ Source: Weinberger et al. 2009, Feature Hashing, https://arxiv.org/abs/0902.2206
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor
 
@@ -19,9 +20,14 @@ from whence.gradients import example_gradients
 from whence.interfaces import Shapes
 from whence.numerics import generator, signs
 
+GATHERED_ENTRIES = 2**26
+"""Entries of the gradients [b d] that are looked up at a time on a GPU: 256 MB."""
+
 
 class CountSketch:
     """`width` numbers in all, 8,192 unless told."""
+
+    forms_gradient = True
 
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         self.width = 8192 if width is None else width
@@ -40,6 +46,8 @@ class CountSketch:
         """The same of a gradient that is formed already."""
         flat = gradient.flatten(1)
         offsets, sign = self._hash(layer, flat)
+        if flat.device.type != "cpu":
+            return self._gathered(flat, offsets, sign)
         out = flat.new_zeros(len(flat), self.width)
         for number, offset in enumerate(offsets):
             start = number * self.width
@@ -47,6 +55,23 @@ class CountSketch:
             self._add(out[:, offset : offset + first], flat, sign, start)
             rest = min(self.width, flat.shape[1] - start) - first
             self._add(out[:, :rest], flat, sign, start + first)
+        return out
+
+    def _gathered(self, flat: Tensor, offsets: list[int], sign: Int8[Tensor, " d"]) -> Tensor:
+        """The same sums with every bin looking up its entries: few large steps instead of two for each piece.
+
+        What a GPU wants, where a step costs the same for 8,192 numbers as for a million.
+        """
+        (b, d), k = flat.shape, self.width
+        out, bins = flat.new_zeros(b, k), torch.arange(k, device=flat.device)
+        own = torch.tensor(offsets, device=flat.device)[:, None]
+        at_once = max(1, GATHERED_ENTRIES // (b * k))
+        for first in range(0, len(offsets), at_once):
+            pieces = min(at_once, len(offsets) - first)
+            start, stop = first * k, min((first + pieces) * k, d)
+            signed = F.pad(flat[:, start:stop] * sign[start:stop], (0, pieces * k - (stop - start)))
+            place = (bins - own[first : first + pieces]) % k + k * bins.new_tensor(range(pieces))[:, None]
+            out += signed[:, place.flatten()].view(b, pieces, k).sum(1)
         return out
 
     @staticmethod

@@ -16,6 +16,8 @@ from whence.interfaces import Shapes
 class Identity:
     """One number a weight; takes no width."""
 
+    forms_gradient = True
+
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         if width is not None:
             raise SettingError(f"--width {width}: identity keeps every number of the gradient; leave --width out")

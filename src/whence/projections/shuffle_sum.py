@@ -37,6 +37,8 @@ PADDING = 2**24
 class ShuffleSum:
     """`width` numbers in all, 65,536 unless told; it must divide the padded length."""
 
+    forms_gradient = True
+
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0, rounds: int = 20):
         self.rounds = rounds  # lambda
         self.width = 65536 if width is None else width

@@ -23,6 +23,7 @@ class SJLT:
     """`width` numbers in all, 8,192 unless told; a multiple of 4."""
 
     s = 4
+    forms_gradient = True
 
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         self.width = 8192 if width is None else width

@@ -21,6 +21,8 @@ from whence.numerics import generator, hadamard, signs
 class SRHT:
     """`width` numbers in all, 8,192 unless told. A layer smaller than that is sampled with repeats."""
 
+    forms_gradient = True
+
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         self.width = 8192 if width is None else width
         self.seed = seed

@@ -20,6 +20,8 @@ from whence.numerics import generator, signs
 class TwoSided:
     """`width` x `width` numbers a layer, 16 x 16 unless told; concatenated in the layers' order."""
 
+    forms_gradient = False
+
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         self.side = 16 if width is None else width
         self.seed = seed
