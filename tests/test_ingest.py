@@ -1,13 +1,16 @@
 """A corpus' rows come into an index whole and as they were checked, wherever the index lies and whatever changes."""
 
+import importlib
 import json
 
 import pytest
 
 from conftest import contents, corpus_rows, cut_short, write_jsonl
 from whence.corpus import open_corpus
-from whence.errors import CorpusError
-from whence.index import append, index
+from whence.errors import CorpusError, ManifestMismatchError
+from whence.index import append, index, verify
+from whence.ingest import copy_rows
+from whence.store import Store
 
 QUIET = {"width": 4, "progress": False}
 
@@ -38,3 +41,77 @@ def test_an_index_is_no_corpus_but_another_manifest_is(tiny_index, tmp_path):
         list(open_corpus(tiny_index))
     (tmp_path / "manifest.json").write_text(json.dumps({"text": "a", "format_version": 1}))
     assert [example.row["text"] for example in open_corpus(tmp_path)] == ["a"]
+
+
+# -- a corpus that changes
+
+
+@pytest.fixture
+def changing(monkeypatch):
+    """Let a file change once its rows are checked: `changing(path, rows)`, where rows may be text too."""
+    module = importlib.import_module("whence.index")
+
+    def change(path, rows):
+        def late(store, corpus, *, after):
+            monkeypatch.setattr(module, "copy_rows", copy_rows)
+            path.write_text(rows) if isinstance(rows, str) else write_jsonl(path, rows)
+            copy_rows(store, corpus, after=after)
+
+        monkeypatch.setattr(module, "copy_rows", late)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (corpus_rows(20, first=100), r"20 rows of digest \w{12} were checked, and 20 of digest \w{12} were copied"),
+        (corpus_rows(7), "20 rows of digest .* were checked, and 7 of"),
+        (corpus_rows(40), "20 rows of digest .* were checked, and 40 of"),
+        ([*corpus_rows(7), {"id": "x", "response": "y"}], "columns are id, response"),
+        ("", "no rows"),
+    ],
+    ids=["others", "fewer", "more", "unreadable", "none"],
+)
+def test_rows_that_change_before_they_are_copied_never_become_an_index(
+    tiny_llama, tmp_path, small_parts, changing, changed, message
+):
+    corpus, out = write_jsonl(tmp_path / "a.jsonl", corpus_rows(20)), tmp_path / "index"
+    changing(corpus, changed)
+    with pytest.raises(CorpusError, match=message):
+        index(tiny_llama, corpus, out, **QUIET)
+    assert not Store.open(out).manifest.is_complete
+    assert contents(out).keys() == {"manifest.json"}
+    write_jsonl(corpus, corpus_rows(22))
+    with pytest.raises(ManifestMismatchError, match=r"corpus 0 digest.*--restart"):
+        index(tiny_llama, corpus, out, **QUIET)
+    assert index(tiny_llama, corpus, out, restart=True, **QUIET).store.rows == 22
+
+
+def test_rows_copied_before_a_kill_are_held_to_what_was_checked(
+    tiny_llama, tmp_path, small_parts, changing, monkeypatch
+):
+    corpus, out = write_jsonl(tmp_path / "a.jsonl", corpus_rows(20)), tmp_path / "index"
+    changing(corpus, corpus_rows(20, first=100))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_short(patch, "write_part", 1)
+        index(tiny_llama, corpus, out, **QUIET)
+    assert Store.open(out).rows == 16
+    write_jsonl(corpus, corpus_rows(20))
+    with pytest.raises(CorpusError, match="the corpus has changed meanwhile"):
+        index(tiny_llama, corpus, out, **QUIET)
+    index(tiny_llama, corpus, out, **QUIET)
+    index(tiny_llama, corpus, tmp_path / "whole", **QUIET)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_rows_that_change_while_they_join_leave_the_index_as_it_was(tiny_llama, tmp_path, small_parts, changing):
+    out, more = tmp_path / "index", write_jsonl(tmp_path / "more.jsonl", corpus_rows(20, first=50))
+    index(tiny_llama, corpus_rows(20), out, **QUIET)
+    before = contents(out)
+    changing(more, corpus_rows(30, first=60))
+    with pytest.raises(CorpusError, match=r"20 rows of digest .* 30 of digest .* changed meanwhile"):
+        append(out, more, progress=False)
+    assert contents(out) == before
+    assert append(out, more, progress=False).store.rows == 50
+    assert verify(out) == ([], [])

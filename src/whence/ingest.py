@@ -1,13 +1,13 @@
 """A corpus' rows, checked and copied into the parts of an index.
 
 The corpus is read twice: once to check every row and take its digest, so that a bad line is found before anything is
-written; once to copy its rows. From then on the index needs no other file than the model. A part holds as many rows
-as its shard, so that one job reads one file.
+written; once to copy its rows, which must give the same digest. From then on the index needs no other file than the
+model. A part holds as many rows as its shard, so that one job reads one file.
 """
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,60 @@ def refuse_known_ids(store: Store, corpus: Corpus) -> None:
 
 
 def copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
-    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there."""
+    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there.
+
+    The corpus may have changed since it was checked, or since a build that was killed had copied some of it. So the
+    rows in the parts are counted and digested, and what is not as it was checked is taken out of the index again.
+
+    Raises:
+        CorpusError: The corpus has changed, or cannot be read any longer. The index is as it was before any of its
+            rows were copied: empty, or complete without the corpus that was to join it.
+    """
     if store.manifest.has_all_parts:
         return
-    size = rows_per_shard(store.manifest.width)
-    for rows in _groups(corpus, size, skip=store.rows - after):
-        store.write_part(len(store.manifest.parts), rows)
+    try:
+        _copy_as_checked(store, corpus, after)
+    except CorpusError:
+        _take_out(store, after)
+        raise
     store.finish_parts()
+
+
+def _copy_as_checked(store: Store, corpus: Corpus, after: int) -> None:
+    digest, size, expected = hashlib.sha256(), rows_per_shard(store.manifest.width), store.manifest.corpora[-1]
+    for number, part in enumerate(store.manifest.parts):
+        if part.first_row >= after:
+            _digest(digest, store.read_part(number))
+    for rows in _groups(corpus, size, skip=store.rows - after):
+        _digest(digest, rows)
+        store.write_part(len(store.manifest.parts), rows)
+    found = (store.rows - after, digest.hexdigest())
+    if found != (expected["rows"], expected["digest"]):
+        raise CorpusError(
+            f"{corpus.name}: {expected['rows']} rows of digest {expected['digest'][:12]} were checked, and "
+            f"{found[0]} of digest {found[1][:12]} were copied: the corpus has changed meanwhile. No row of it is "
+            "kept. Run the same command again once nothing writes to it; an index needs --restart if the change stays."
+        )
+
+
+def _digest(digest: Any, rows: list[Row]) -> None:
+    """Of the rows alone, as `fingerprint_of` takes it."""
+    for row in rows:
+        digest.update(row["row"].encode())
+
+
+def _take_out(store: Store, after: int) -> None:
+    """Take the rows from number `after` on out of the index, and the corpus of an append with them.
+
+    They have no shard yet: those come when all parts are there. The manifest goes first, so that a kill leaves files
+    that are not listed, and the next build writes over them.
+    """
+    kept = tuple(part for part in store.manifest.parts if part.first_row < after)
+    files = [part.file for part in store.manifest.parts[len(kept) :]]
+    corpora = store.manifest.corpora[:-1] if after else store.manifest.corpora
+    store._save(replace(store.manifest, parts=kept, corpora=corpora, has_all_parts=bool(after)))
+    for file in files:
+        store.place.remove(file)
 
 
 def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
