@@ -21,6 +21,11 @@ CHAT = (
 )
 CLOSES_WITH_A_NEWLINE = CHAT.replace("{{ eos_token }}", "{{ eos_token + '\\n' }}")
 FORGETS_EARLIER_ANSWERS = CHAT.replace("{{ m['content'] }}{{ eos", "{{ m['content'] if loop.last else '...' }}{{ eos")
+ASKS_FOR_A_THOUGHT = CHAT.replace("%}<a>{% endif", "%}<a>t{% endif")
+THINKS_LAST = CHAT.replace(
+    "<a>{{ m['content'] }}", "<a>{{ 't' if loop.last }}{{ m['content'] }}{{ (m['tool_calls'] or ['']) | first }}"
+)
+REFUSES_PARTS = CHAT + "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}"
 LETTERS = st.sampled_from(list("abcthe ,\n\té日本😀\u0301\u200d"))
 TEXTS = st.text(LETTERS, max_size=30)
 
@@ -33,8 +38,8 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
 
 
 @pytest.mark.parametrize(
@@ -242,11 +247,43 @@ def test_messages_without_a_template_are_in_alpacas_words():
     assert encode({"messages": row["messages"][:3]}, byte_level()).targets == 1
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
+def test_what_a_template_leaves_out_of_earlier_turns_is_not_supervised_and_told(caplog):
     tokenizer = byte_level(chat=FORGETS_EARLIER_ANSWERS)
+    tokenizer.name_or_path = "forgetful"
     assert encode({"messages": [user("x"), assistant("y")]}, tokenizer).targets == 2
-    with pytest.raises(CorpusError, match="writes earlier turns differently"):
-        encode({"messages": [user("x"), assistant("y"), user("z"), assistant("w")]}, tokenizer)
+    assert not caplog.messages
+    row = {"messages": [user("x"), assistant("y"), user("z"), assistant("w")]}
+    for _ in range(2):
+        assert marked(encode(row, tokenizer), tokenizer) == "<u> x <a> . . . </s> <u> z <a> [w] [</s>]"
+    assert [message.partition(":")[0] for message in caplog.messages] == ["forgetful"]
+
+
+@pytest.mark.parametrize("opening", ["<u>", "{{ '<u>' if m['role'] == 'user' }}"])
+def test_template_that_leaves_out_every_answer_is_refused(opening):
+    words = "{{ m['content'] if m['role'] == 'user' }}"
+    tokenizer = byte_level(chat="{% for m in messages %}" + opening + words + "{% endfor %}</s>")
+    with pytest.raises(CorpusError, match="leaves out what the assistant says, so nothing would be supervised"):
+        encode({"messages": [user("x"), assistant("y")]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("chat", "messages", "expected"),
+    [
+        (ASKS_FOR_A_THOUGHT, [assistant("y")], "<u> x <a> [y] [</s>]"),
+        (ASKS_FOR_A_THOUGHT, [assistant("ty")], "<u> x <a> t [y] [</s>]"),  # the prompt's, not the model's
+        (ASKS_FOR_A_THOUGHT, [assistant("a")], "<u> x <a> [a] [</s>]"),
+        (ASKS_FOR_A_THOUGHT, [assistant("y"), user("z"), assistant("w")], "<u> x <a> [y] [</s>] <u> z <a> [w] [</s>]"),
+        (THINKS_LAST, [assistant("y"), user("z"), assistant("w")], "<u> x <a> [y] [</s>] <u> z <a> [t] [w] [</s>]"),
+        (THINKS_LAST, [assistant("x"), user("x"), assistant("x")], "<u> x <a> [x] [</s>] <u> x <a> [t] [x] [</s>]"),
+        (THINKS_LAST, [assistant(""), user("z"), assistant("w")], "<u> x <a> [</s>] <u> z <a> [t] [w] [</s>]"),
+        (THINKS_LAST, [assistant("y"), user("z")], "<u> x <a> [y] [</s>] <u> z"),
+        (THINKS_LAST, [assistant(None, tool_calls=["c"]), user("z")], "<u> x <a> [c] [</s>] <u> z"),
+        (REFUSES_PARTS, [assistant("y"), user("z"), assistant("w")], "<u> x <a> [y] </s> <u> z <a> [w] [</s>]"),
+    ],
+)
+def test_turns_are_found_where_the_generation_prompt_or_later_turns_change_the_text(chat, messages, expected):
+    tokenizer = byte_level(chat=chat)
+    assert marked(encode({"messages": [user("x"), *messages]}, tokenizer), tokenizer) == expected
 
 
 @pytest.mark.parametrize(

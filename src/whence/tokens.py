@@ -6,13 +6,17 @@ the same position, so it differentiates "repeat this token"; see research/less_r
 
 What is supervised, by layout: all of a `text`; of `prompt` and `completion`, joined as they stand, the completion
 and the closing end-of-sequence token; of `instruction` rows and `messages`, what the assistant says and the tokens
-that close its turn. A token that straddles the boundary holds characters of the answer and is supervised.
+that close its turn. A token that straddles the boundary holds characters of the answer and is supervised. Chat
+templates may leave out some of what was said in earlier turns, such as what was thought: a conversation is what its
+template makes of it as a whole, as it was trained on, and of each turn what stands there is supervised.
 
 Boundaries are found in characters, from the tokenizer's offsets over the text as a whole, so that what is indexed
 is tokenised as it was trained on. (Tokenising prompt and completion apart gives other tokens at the joint.)
 """
 
+import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +27,8 @@ from torch import Tensor
 
 from whence.corpus import Row, layout
 from whence.errors import CorpusError
+
+logger = logging.getLogger(__name__)
 
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
 
@@ -185,12 +191,17 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Rende
     if messages[0]["role"] == "assistant":
         raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
     text = _templated(messages, tokenizer)
-    spans = tuple(
-        _turn(text, messages, number, tokenizer)
-        for number, message in enumerate(messages)
-        if message["role"] == "assistant"
-    )
-    return Rendered(text, spans, special=False, closed=False)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    found = [span for number in turns if (span := _turn(text, messages, number, tokenizer))]
+    said = [number for number in turns if messages[number].get("content") or messages[number].get("tool_calls")]
+    if said and not found:
+        raise CorpusError(
+            "the tokenizer's chat template leaves out what the assistant says, so nothing would be supervised. "
+            "Give the rows as `prompt` and `completion`."
+        )
+    if len(found) < len(said):
+        _tell_dropped(str(tokenizer.name_or_path))
+    return Rendered(text, tuple(found), special=False, closed=False)
 
 
 def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str:
@@ -203,17 +214,61 @@ def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: 
         raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
 
 
-def _turn(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters of the assistant's turn `number`: from the generation prompt to the end of what closes it."""
-    before = _templated(messages[:number], tokenizer, opened=True)
-    through = _templated(messages[: number + 1], tokenizer)
-    if not (text.startswith(through.rstrip()) and through.startswith(before)):
-        raise CorpusError(
-            "the tokenizer's chat template writes earlier turns differently once later ones follow, so which "
-            "tokens were supervised cannot be told. Give the rows as `prompt` and `completion`."
-        )
+def _templated_if_taken(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str | None:
+    """As `_templated`; None where a template refuses what is but a part of a conversation that it takes."""
+    try:
+        return _templated(messages, tokenizer, opened=opened)
+    except CorpusError:
+        return None
+
+
+def _turn(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Characters of the assistant's turn `number` in the whole: from the generation prompt to the end of its closing.
+
+    A template may write an earlier turn differently once later ones follow (Qwen3 leaves out what was thought), or
+    write a generation prompt that no turn begins with (DeepSeek-R1's `<think>`). Then the turn is looked for in the
+    whole by `_located`. None: it is not there.
+    """
+    before = _templated_if_taken(messages[:number], tokenizer, opened=True)
+    is_last = number + 1 == len(messages)
+    through = text if is_last else _templated_if_taken(messages[: number + 1], tokenizer)
+    if before is None or through is None or not (text.startswith(through.rstrip()) and through.startswith(before)):
+        return _located(text, messages, number, tokenizer)
     closing = through[len(before) :].rstrip("\n")  # the newline after the turn's end is not the model's to say
-    return len(before), len(before) + len(closing)
+    return (len(before), len(before) + len(closing)) if closing else None
+
+
+def _located(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Characters of a turn, found by rendering another word in its place: what differs is what the assistant says.
+
+    So nothing that the template writes before the turn is supervised. What closes it is, where it closes a
+    conversation that ends there in the same way. None: the template leaves the turn out, or writes it twice.
+    """
+    word = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)  # for private use
+    part = [*messages[:number], {"role": "assistant", "content": word}]
+    other = _templated_if_taken([*part, *messages[number + 1 :]], tokenizer)
+    if other is None or other.count(word) != 1:  # None: such as a tool's answer to what now calls none
+        return None
+    start = _shared(text, other)
+    end = max(start, len(text) - _shared(text[::-1], other[::-1]))
+    closing = (_templated_if_taken(part, tokenizer) or "").partition(word)[2].rstrip("\n")
+    end += len(closing) if text.startswith(closing, end) else 0
+    return (start, end) if end > start else None
+
+
+def _shared(one: str, two: str) -> int:
+    """Characters with which both begin."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+@functools.cache  # once a process and model, not once a row
+def _tell_dropped(name: str) -> None:
+    logger.warning(
+        "%s: its chat template leaves out some of what the assistant says before the last turn; only what it writes "
+        "is supervised",
+        name or "the tokenizer",
+    )
 
 
 def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
