@@ -258,6 +258,32 @@ def test_what_a_template_leaves_out_of_earlier_turns_is_not_supervised_and_told(
     assert [message.partition(":")[0] for message in caplog.messages] == ["forgetful"]
 
 
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"role": "tool", "content": "sunny"}, "the role 'tool'"),
+        ({"role": "human", "content": "x"}, "the role 'human'"),
+        (assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]), "`tool_calls`"),
+        (assistant("Let me see.", tool_calls=[{"function": {"name": "f"}}]), "`tool_calls`"),
+        (assistant("", function_call={"name": "f"}), "`function_call`"),
+    ],
+)
+def test_what_alpacas_words_cannot_say_is_refused_without_a_template(message, found):
+    row = {"messages": [user("x"), message, assistant("y")]}
+    with pytest.raises(CorpusError, match=f"a message has {found}, and the tokenizer has no chat template") as caught:
+        encode(row, byte_level())
+    assert "\n" not in str(caught.value)
+    plain = {"messages": [user("x"), assistant("y", tool_calls=None)]}
+    assert encode(plain, byte_level()) == encode({"messages": [user("x"), assistant("y")]}, byte_level())
+
+
+def test_later_system_turn_stands_apart_without_a_template():
+    row = {"messages": [user("x"), assistant("y"), {"role": "system", "content": "Be brief."}, user("z")]}
+    assert render(row, byte_level()).text.endswith(
+        "### Response:\ny\n\nBe brief.\n\n### Instruction:\nz\n\n### Response:\n"
+    )
+
+
 @pytest.mark.parametrize("opening", ["<u>", "{{ '<u>' if m['role'] == 'user' }}"])
 def test_template_that_leaves_out_every_answer_is_refused(opening):
     words = "{{ m['content'] if m['role'] == 'user' }}"

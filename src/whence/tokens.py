@@ -272,12 +272,17 @@ def _tell_dropped(name: str) -> None:
 
 
 def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
-    """Messages in Alpaca's words, for a tokenizer without a template: the system's turn replaces the preamble."""
+    """Messages in Alpaca's words, for a tokenizer without a template: the system's turn replaces the preamble.
+
+    Raises:
+        CorpusError: Alpaca has no words for a tool's answer, nor for a call of one.
+    """
     text, spans = "", []
     for message in messages:
+        _refuse_tools(message)
         content = _string(message.get("content") or "")
         if message["role"] == "system":
-            text += f"{content}\n\n"
+            text += ("" if text.endswith("\n\n") or not text else "\n\n") + f"{content}\n\n"
         elif message["role"] == "assistant":
             spans.append((len(text), len(text) + len(content)))
             text += content
@@ -285,6 +290,16 @@ def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
             opening = "" if text.endswith("\n\n") else "\n\n" if text else f"{ALPACA_PREAMBLE[False]}\n\n"
             text += f"{opening}### Instruction:\n{content}\n\n### Response:\n"
     return Rendered(text, tuple(spans), special=True, closed=bool(spans) and spans[-1][1] == len(text))
+
+
+def _refuse_tools(message: dict[str, Any]) -> None:
+    calls = next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
+    if calls or message["role"] not in ("system", "user", "assistant"):
+        found = f"`{calls}`" if calls else f"the role {str(message['role'])!r}"
+        raise CorpusError(
+            f"a message has {found}, and the tokenizer has no chat template: without one there are words for the text "
+            "of system, user and assistant alone. Give the model's tokenizer a template, or leave such rows out."
+        )
 
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
