@@ -17,6 +17,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
+import whence
 from whence import codecs, scan
 from whence.errors import (
     ChecksumError,
@@ -148,6 +149,25 @@ def test_info_counts_rows_by_status(tmp_path):
     assert (info["rows"], info["ok_rows"], info["width"]) == (21, 19, WIDTH)
     assert info["counts"] == {"ok": 19, "no_supervised_token": 1, "non_finite": 1, "truncated": 3}
     assert info["bytes"] == sum(len(data) for name, data in contents(tmp_path / "index").items() if "/" in name)
+
+
+def test_a_row_counts_as_ok_only_under_every_checkpoint(tmp_path):
+    """Part 0: rows 1 and 2 fail under another checkpoint each; part 1: row 2 under both; part 2: under the second."""
+    store = Store.resume(tmp_path / "index", manifest())
+    bad = {(0, 0): {1: 1}, (1, 0): {2: 2, 1: 2}, (0, 1): {2: 1}, (1, 1): {2: 1}, (0, 2): {}, (1, 2): {4: 2, 5: 2}}
+    for part in range(3):
+        store.write_part(part, corpus_rows(part))
+    store.finish_parts()
+    assert store.info()["ok_rows"] == 0
+    for (checkpoint, part), rows in sorted(bad.items()):
+        given = arrays(checkpoint, part)
+        given.vectors[2], given.status[2] = 1.0, 0
+        given.status[[*rows]] = torch.tensor([*rows.values()], dtype=torch.uint8)
+        store.write_shard(checkpoint, part, given)
+    info = store.info()
+    assert info["ok_rows"] == len(store.rankable()) == 5 + 4 + 7
+    assert info["counts"] == {"ok": 16, "no_supervised_token": 2, "non_finite": 3, "truncated": 3}
+    assert whence.info(tmp_path / "index") == info
 
 
 def test_a_resumed_build_has_the_same_bytes(tmp_path):

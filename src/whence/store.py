@@ -191,9 +191,8 @@ class Store:
         """Rows, counts by status, sizes and settings."""
         manifest = self.manifest
         counts = Counter()
-        for entry in manifest.shards:
-            if entry.checkpoint == 0:
-                counts.update(entry.counts)
+        for part in range(len(manifest.parts)):
+            counts.update(self._counts(part))
         size = sum(entry.bytes for entry in (*manifest.parts, *manifest.shards))
         return {
             "path": self.place.root,
@@ -212,6 +211,23 @@ class Store:
             "format_version": manifest.format_version,
             "whence_version": manifest.whence_version,
         }
+
+    def _counts(self, part: int) -> dict[str, int]:
+        """Rows of a part by status: ok only where ok under every checkpoint, else by the first that is not.
+
+        The manifest says it, but where several checkpoints have rows that are not ok: they need not be the same rows.
+        """
+        entries = [self.manifest.shard(c, part) for c in range(len(self.manifest.checkpoints))]
+        listed = [entry for entry in entries if entry is not None]
+        if len(listed) < len(entries) or not listed:
+            return {}
+        harmed = [entry for entry in listed if entry.counts[STATUSES[0]] < entry.rows]
+        if len(harmed) < 2:
+            return (harmed or listed)[0].counts
+        status = torch.zeros_like(self.shard(0, part).status)
+        for checkpoint in range(len(listed)):
+            status = torch.where(status == 0, self.shard(checkpoint, part).status, status)
+        return listed[0].counts | {name: int((status == code).sum()) for code, name in enumerate(STATUSES)}
 
     # -- writing
 
@@ -440,6 +456,11 @@ class Store:
             f"the rows of {name} are still joining it ({lacking}). Finish that with: whence append {root} "
             f"{shlex.quote(name)}, or drop them with: whence append {root} --undo"
         )
+
+
+def info(path: str | PathLike) -> dict:
+    """What an index holds: rows, counts by status, sizes and settings."""
+    return Store.open(path).info()
 
 
 def verify(path: str | PathLike) -> list[Problem]:
