@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from conftest import contents, corpus_rows, cut_short, write_jsonl
+from conftest import contents, corpus_rows, cut_short, save_tiny_llama, write_jsonl
 from whence.corpus import open_corpus
 from whence.errors import CorpusError, ManifestMismatchError
 from whence.index import append, index, verify
@@ -115,3 +115,26 @@ def test_rows_that_change_while_they_join_leave_the_index_as_it_was(tiny_llama, 
     assert contents(out) == before
     assert append(out, more, progress=False).store.rows == 50
     assert verify(out) == ([], [])
+
+
+# -- rows that no chat template takes
+
+
+@pytest.mark.parametrize("kind", ["instruction", "messages"])
+def test_row_that_the_chat_template_refuses_is_found_before_anything_is_written(tmp_path, kind):
+    model, out = save_tiny_llama(tmp_path / "model", chat=True), tmp_path / "index"
+    template = (model / "chat_template.jinja").read_text()
+    refuses = "{% if 'rude' in messages[0]['content'] %}{{ raise_exception('be polite') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuses + template)
+    rows = [{"id": word, "instruction": f"a {word} word", "output": "yes"} for word in ("kind", "rude")]
+    if kind == "messages":
+        names = {"instruction": "user", "output": "assistant"}
+        said = [[{"role": role, "content": row[name]} for name, role in names.items()] for row in rows]
+        rows = [{"id": row["id"], "messages": messages} for row, messages in zip(rows, said, strict=True)]
+    with pytest.raises(CorpusError, match=r"row rude: the tokenizer's chat template refuses .* be polite"):
+        index(model, rows, out, **QUIET)
+    assert not out.exists()
+    index(model, rows[:1], out, **QUIET)
+    with pytest.raises(CorpusError, match=r"row rude: the tokenizer's chat template refuses .* be polite"):
+        append(out, rows[1:], progress=False)
+    assert Store.open(out).manifest.is_complete

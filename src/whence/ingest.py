@@ -78,13 +78,16 @@ def _check_texts(example: Example, name: str) -> None:
 
 
 def check_conversations(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Render every row of messages once, so that one which the chat template refuses is found before a file is made.
+    """Render once every row that becomes a conversation, so that one which cannot is found before a file is made.
+
+    Instructions become one where the tokenizer has a chat template.
 
     Raises:
         CorpusError: The template refuses a row, or a message lacks its role or content.
     """
+    kinds = ("messages", "instruction") if tokenizer.chat_template else ("messages",)
     for example in corpus:
-        if layout(example.row) == "messages":
+        if layout(example.row) in kinds:
             try:
                 render(example.row, tokenizer)
             except CorpusError as error:
