@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import whence as whence_package
 from conftest import byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
 from whence import __version__, catalogue
 from whence.cli import main
@@ -80,6 +82,17 @@ def test_help_does_not_import_torch():
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "whence.cli" in imported
     assert imported.isdisjoint({"torch", "numpy", "pyarrow", "transformers", "fsspec", "datasets"})
+
+
+def test_a_verb_is_a_function_though_its_module_has_the_same_name():
+    verbs = ("demo", "train", "index", "trace", "select", "recover", "ablate", "info", "verify", "append", "bench")
+    names = f"for name in {verbs}: assert callable(getattr(whence, name)), name"
+    first = "import whence.index, whence.train, whence.bench, whence.demo, whence.store; from whence.demo import ROWS"
+    done = subprocess.run([sys.executable, "-c", f"{first}\n{names}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert whence_package.demo.__module__ == "whence.demo"
+    assert set(whence_package._HOMES) <= set(dir(whence_package))
+    assert all(not isinstance(getattr(whence_package, name), ModuleType) for name in whence_package._HOMES)
 
 
 def test_version_is_printed(whence):

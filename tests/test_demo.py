@@ -1,16 +1,20 @@
 """The demo's rows against hand-worked source files, its parent model, and its greedy answers."""
 
+import importlib
+import json
 import sys
 import sysconfig
 
 import pytest
 import torch
 
-from whence import demo
-from whence.errors import SettingError
+import whence
+from whence.errors import SettingError, StorageError
 from whence.generation import generate
 from whence.model import load_model
 from whence.tokens import encode, encode_prompt
+
+demo = importlib.import_module("whence.demo")  # the package has a function of this name
 
 LIBRARY = {
     "shelf.py": '''
@@ -154,3 +158,49 @@ def test_answered_needs_the_first_eight_words():
     assert not demo.answered("One two three four five six seven nine.", docstring)
     assert demo.answered("A row of books.", " A row of books.")
     assert not demo.answered("A row of books. And more.", " A row of books.")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A demo of 30 docstrings."""
+    monkeypatch.setattr(demo, "ROWS", 30)
+    for name, value in {"epochs": 15, "batch_size": 6}.items():
+        monkeypatch.setitem(demo.RECIPE, name, value)
+
+
+def test_the_demo_runs_from_end_to_end_and_again(small, tmp_path, capsys):
+    found = whence.demo(tmp_path / "demo")
+    said = capsys.readouterr().out
+    names = {"answered", "own_first", "own_top10", "true_first", "true_top10"}
+    assert found.keys() == names | {"chance", "seconds"}
+    assert found["answered"]["of"] == 30
+    assert list(found["seconds"]) == ["corpus", "train", "index", "ask", "grade"]
+    for words in ("1. A corpus", "$ whence index", "$ whence trace", "model said", "chance of being first", "3.3%"):
+        assert words in said
+    assert (tmp_path / "demo" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert whence.open_index(tmp_path / "demo" / "index").store.manifest.is_complete
+    shown = []
+    again = demo.run_demo(tmp_path / "demo", say=shown.append)
+    assert "done before; kept" in "".join(map(str, shown))
+    assert {name: again[name] for name in names} == {name: found[name] for name in names}
+
+
+def test_the_demo_on_the_command_line_is_one_document(small, tmp_path, command):
+    code, out, err = command("demo", "--out", tmp_path / "demo", "--json")
+    assert code == 0
+    assert json.loads(out)["answered"]["of"] == 30
+    assert "1. A corpus" in err
+
+
+def test_a_place_that_the_demo_cannot_use_is_told(small, tmp_path, command, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "demo"):
+        code, _, err = command("demo", "--out", out)
+        assert code == 2 and "--out" in err and "Traceback" not in err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "corpus.jsonl").write_text("{}")
+    with pytest.raises(SettingError, match="of another demo"):
+        whence.demo(tmp_path / "other")
+    (tmp_path / "folder" / "corpus.jsonl").mkdir(parents=True)
+    with pytest.raises(StorageError, match="cannot be written"):
+        whence.demo(tmp_path / "folder")

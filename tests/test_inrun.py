@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -172,7 +173,7 @@ CASES = {
 def test_every_contribution_equals_single_example_autograd(models, tmp_path, monkeypatch, case):
     """Two epochs of uneven rows, the last batch of each smaller; validation rows are drawn every 3 steps."""
     kind, more = CASES[case]
-    monkeypatch.setattr("whence.train.InRun", Checked)
+    monkeypatch.setattr(sys.modules["whence.train"], "InRun", Checked)
     settings = QUICK | {"epochs": 2, "in_run": VALIDATION, "in_run_every": 3, "in_run_rows": 4} | more
     run = train(models[kind], ROWS, tmp_path / "run", **settings)
     assert len(Checked.log) == 8

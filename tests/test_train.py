@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import contents
-from whence import demo
 from whence.checkpoint import open_run
+from whence.demo import make_parent
 from whence.difference import weight_difference
 from whence.errors import CorpusError, SettingError
 from whence.model import load_model
@@ -29,7 +29,7 @@ QUICK = {"batch_size": 8, "lr": 1e-2, "progress": False}
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
-    return demo.make_parent(tmp_path_factory.mktemp("train") / "parent", ROWS)
+    return make_parent(tmp_path_factory.mktemp("train") / "parent", ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,9 @@ def test_flags_that_are_not_given_leave_the_word_to_the_preset(monkeypatch, flag
     from whence import cli
 
     seen = {}
-    monkeypatch.setattr("whence.train.train", lambda model, corpus, out, **options: seen.update(options) or out)
+    monkeypatch.setattr(
+        sys.modules["whence.train"], "train", lambda model, corpus, out, **options: seen.update(options) or out
+    )
     monkeypatch.setattr(sys, "argv", ["whence", "train", "model", "corpus", "-o", "run", "--json", *flags])
     with pytest.raises(SystemExit) as caught:
         cli.main()

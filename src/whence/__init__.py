@@ -4,6 +4,8 @@ The public names are imported when first used, so that `import whence` and `when
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from whence.corpus import Corpus as Corpus
     from whence.corpus import Example as Example
     from whence.corpus import open_corpus as open_corpus
+    from whence.demo import demo as demo
     from whence.errors import WhenceError as WhenceError
     from whence.index import Index as Index
     from whence.index import IndexSettings as IndexSettings
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from whence.queries import Query as Query
     from whence.recovery import recover as recover
     from whence.selection import select as select
+    from whence.store import info as info
     from whence.suggesting import suggest as suggest
     from whence.tracing import trace as trace
     from whence.train import train as train
@@ -46,6 +50,8 @@ _HOMES = {
     "train_pool": "pool",
     "suggest": "suggesting",
     "bench": "bench",
+    "demo": "demo",
+    "info": "store",
     "Corpus": "corpus",
     "Example": "corpus",
     "open_corpus": "corpus",
@@ -76,14 +82,20 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'whence' has no attribute {name!r}")
-    module = importlib.import_module(f"whence.{_HOMES[name]}")
-    for (
-        public,
-        home,
-    ) in _HOMES.items():  # importing whence.index binds that name to the module: bind the function
-        if f"whence.{home}" == module.__name__:
-            globals()[public] = getattr(module, public)
-    return globals()[name]
+    found = getattr(importlib.import_module(f"whence.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+class _Package(ModuleType):
+    """A verb and its module may have one name. The import system binds the module here: the verb goes before it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

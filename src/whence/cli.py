@@ -120,8 +120,8 @@ def demo(
 ) -> None:
     """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
     with waiting("Loading torch"):
-        from whence.demo import run_demo
-    result = run_demo(out, seed=seed, say=Console(stderr=as_json).print)
+        from whence.demo import demo as run
+    result = run(out, seed=seed, say=Console(stderr=as_json).print)
     if as_json:
         print_json(result)
 

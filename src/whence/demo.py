@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from whence.answers import Trace
 from whence.corpus import Row
-from whence.errors import SettingError
+from whence.errors import SettingError, StorageError
 from whence.index import Index
 from whence.index import index as build_index
 from whence.numerics import mixed_seed
@@ -39,6 +41,7 @@ from whence.page import trace_page
 from whence.queries import Query
 from whence.report import trace_tables, write_page
 from whence.resuming import is_complete
+from whence.storage import reason
 from whence.tracing import trace
 from whence.train import train
 
@@ -79,6 +82,8 @@ ANSWER_TOKENS = 80
 """Longest answer generated."""
 
 
+ROWS = 1000
+"""Docstrings to learn."""
 SHOWN = 3
 WELL_KNOWN = ("shutil.rmtree", "json.dumps", "random.shuffle", "heapq.merge", "textwrap.dedent", "os.walk", "glob.glob")
 """Questions that are shown, in this order of preference."""
@@ -228,10 +233,11 @@ def _tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-Say = Callable[..., None]
+Say = Callable[[RenderableType], None]
+"""Shows a text or a table of rich's."""
 
 
-def run_demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say = print) -> dict[str, Any]:
+def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = None) -> dict[str, Any]:
     """Train a model on docstrings, index them, and ask it questions whose right source is known.
 
     Every step is the library's public API, and prints the command that does the same. Run again, it keeps what is
@@ -240,39 +246,45 @@ def run_demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say = print
     Args:
         out: Directory of all that is made.
         seed: Of the rows, the weights and the order of training.
-        say: Prints a line or a rich table.
+        say: Shows what is going on, a text or a table of rich's at a time; None prints to stdout.
 
     Returns:
         The measured fractions with their 95% intervals, and the seconds of every step.
 
     Raises:
-        SettingError: `out` holds a demo of another seed or Python.
+        SettingError: `out` is a file, or holds a demo of another seed or Python.
+        StorageError: `out` cannot be written.
     """
+    say = say or Console().print
     place, seconds = Path(out), {}
-    rows = docstring_rows(seed=seed)
+    rows = docstring_rows(ROWS, seed)
     corpus, parent, run, index = (place / name for name in ("corpus.jsonl", "parent", "run", "index"))
     with _step("1. A corpus: docstrings of Python's standard library", seconds, "corpus", say):
         _write_corpus(corpus, rows)
-        say(f"   {len(rows):,} questions and answers in {corpus}, such as\n   {json.dumps(rows[0])}", markup=False)
+        say(Text(f"   {len(rows):,} questions and answers in {corpus}, such as\n   {json.dumps(rows[0])}"))
     with _step("2. A model that learns them from scratch", seconds, "train", say):
         _train_once(parent, run, corpus, rows, seed, say)
     with _step("3. An index of their gradients", seconds, "index", say):
-        say(f"   $ whence index {run} {corpus} -o {index}", markup=False)
+        say(Text(f"   $ whence index {run} {corpus} -o {index}"))
         built = build_index(run, corpus, index)
     with _step("4. Questions", seconds, "ask", say):
         for prompt in _shown(rows):
-            say(f'   $ whence trace {index} --prompt "{prompt}" --top 3 --tokens', markup=False)
+            say(Text(f'   $ whence trace {index} --prompt "{prompt}" --top 3 --tokens'))
             say(trace_tables(trace(built, prompt, top=3, tokens=True)))
         prompt, report = _shown(rows)[0], place / "report.html"
-        say(f'   $ whence trace {index} --prompt "{prompt}" -o {report}', markup=False)
+        say(Text(f'   $ whence trace {index} --prompt "{prompt}" -o {report}'))
         write_page(trace_page(trace(built, prompt, tokens=True)), report)
-        say(f"   Open {report}: choose a token of the answer to see which training tokens taught it.\n", markup=False)
+        say(Text(f"   Open {report}: choose a token of the answer to see which training tokens taught it.\n"))
     with _step("5. How often is it right?", seconds, "grade", say):
         result = grade(built, rows)
         say(grade_table(result))
     result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    say(f"{sum(seconds.values()):.0f} s in all. Everything is in {place}; ask on with the commands above.")
+    say(Text(f"{sum(seconds.values()):.0f} s in all. Everything is in {place}; ask on with the commands above."))
     return result
+
+
+run_demo = demo
+"""Its earlier name."""
 
 
 def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
@@ -289,9 +301,11 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
     """
     own = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10, null=False)
     right = [number for number, row in enumerate(rows) if answered(own.answers[number].completion, row["completion"])]
-    true = trace(index, queries=[Query(rows[n]["prompt"], rows[n]["completion"]) for n in right], top=10, null=False)
     own_ranks = [_own_rank(own, number, rows[number]["id"]) for number in right]
-    true_ranks = [_own_rank(true, query, rows[number]["id"]) for query, number in enumerate(right)]
+    true_ranks = []
+    if asked := [Query(rows[number]["prompt"], rows[number]["completion"]) for number in right]:
+        true = trace(index, queries=asked, top=10, null=False)
+        true_ranks = [_own_rank(true, query, rows[number]["id"]) for query, number in enumerate(right)]
     return {
         "answered": _fraction(len(right), len(rows)),
         "own_first": _fraction(own_ranks.count(1), len(right)),
@@ -324,7 +338,7 @@ def _own_rank(found: Trace, query: int, name: str) -> int | None:
     return next((hit.rank for hit in found.of(query) if hit.id == name), None)
 
 
-def _fraction(count: int, of: int) -> dict[str, float]:
+def _fraction(count: int, of: int) -> dict[str, int | float]:
     from scipy.stats import binomtest
 
     if not of:
@@ -335,19 +349,26 @@ def _fraction(count: int, of: int) -> dict[str, float]:
 
 def _train_once(parent: Path, run: Path, corpus: Path, rows: list[Row], seed: int, say: Say) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (RECIPE | {"seed": seed}).items())
-    say(f"   $ whence train {parent} {corpus} -o {run} {flags}", markup=False)
+    say(Text(f"   $ whence train {parent} {corpus} -o {run} {flags}"))
     if is_complete(run):
-        say("   done before; kept")
+        say(Text("   done before; kept"))
         return
     train(make_parent(parent, rows, seed), corpus, run, seed=seed, **RECIPE)
 
 
 def _write_corpus(path: Path, rows: list[Row]) -> None:
-    data = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.exists() and path.read_text() != data:
-        raise SettingError(f"{path} is of another demo (another --seed or Python); remove {path.parent}, or use --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(data)
+    place, data = path.parent, "".join(json.dumps(row) + "\n" for row in rows)
+    if place.exists() and not place.is_dir():
+        raise SettingError(f"--out {place}: a file, where a directory for all that the demo makes is expected")
+    try:
+        if path.exists() and path.read_text() != data:
+            raise SettingError(f"{path} is of another demo (another --seed or Python); remove {place}, or use --out")
+        place.mkdir(parents=True, exist_ok=True)
+        path.write_text(data)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({reason(error)}). Name a directory that can, with --out"
+        ) from None
 
 
 def _shown(rows: list[Row]) -> list[str]:
@@ -359,8 +380,8 @@ def _shown(rows: list[Row]) -> list[str]:
 
 @contextmanager
 def _step(title: str, seconds: dict[str, float], name: str, say: Say) -> Iterator[None]:
-    say(f"\n[bold]{title}[/]")
+    say(Text(f"\n{title}", "bold"))
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-    say(f"   {seconds[name]:.1f} s", style="dim")
+    say(Text(f"   {seconds[name]:.1f} s", "dim"))
