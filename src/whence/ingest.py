@@ -151,10 +151,11 @@ def _take_out(store: Store, after: int) -> None:
     They have no shard yet: those come when all parts are there. The manifest goes first, so that a kill leaves files
     that are not listed, and the next build writes over them.
     """
-    kept = tuple(part for part in store.manifest.parts if part.first_row < after)
-    files = [part.file for part in store.manifest.parts[len(kept) :]]
-    corpora = store.manifest.corpora[:-1] if after else store.manifest.corpora
-    store._save(replace(store.manifest, parts=kept, corpora=corpora, has_all_parts=bool(after)))
+    if after:
+        store.undo_extend()
+        return
+    files = [part.file for part in store.manifest.parts]
+    store._save(replace(store.manifest, parts=()))
     for file in files:
         store.place.remove(file)
 
