@@ -130,7 +130,7 @@ def test_files_left_out_for_their_ending_are_told_once(tmp_path, caplog):
     for name in ("a.jsonl", "b.txt", "c.arrow"):
         written(tmp_path / name, '{"text": "1"}\n')
     assert rows(tmp_path) == rows(tmp_path) == [{"text": "1"}]
-    assert caplog.messages == [f"{tmp_path}: left out for their endings: 2 files, such as {tmp_path}/b.txt"]
+    assert caplog.messages == [f"{tmp_path}: files left out for their endings: 2, such as {tmp_path}/b.txt"]
     (tmp_path / "a.jsonl").unlink()
     refused(tmp_path, "no corpus file in this directory (2 of other kinds, such as", "b.txt", ".jsonl")
 

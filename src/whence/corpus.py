@@ -278,7 +278,7 @@ def _is_metadata(path: str, below: list[str]) -> bool:
 
 @functools.cache  # once a process: a corpus is read several times
 def _tell_left_out(root: str, paths: tuple[str, ...]) -> None:
-    logger.warning("%s: left out for their endings: %d files, such as %s", root, len(paths), paths[0])
+    logger.warning("%s: files left out for their endings: %d, such as %s", root, len(paths), paths[0])
 
 
 def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
