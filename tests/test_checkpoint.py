@@ -68,7 +68,7 @@ def test_learning_rates_that_are_all_zero_are_refused_for_all(tmp_path):
 def test_checkpoints_without_a_state_have_no_learning_rate(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     assert open_run(tmp_path).checkpoints[0].learning_rate is None
-    with pytest.raises(ModelError, match="no learning rate"):
+    with pytest.raises(ModelError, match=r"trainer_state\.json: there is no such file.* --checkpoints last"):
         open_run(tmp_path, which="all")
 
 

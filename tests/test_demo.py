@@ -177,7 +177,7 @@ def test_the_demo_runs_from_end_to_end_and_again(small, tmp_path, capsys):
     assert list(found["seconds"]) == ["corpus", "train", "index", "ask", "grade"]
     for words in ("1. A corpus", "$ whence index", "$ whence trace", "model said", "chance of being first", "3.3%"):
         assert words in said
-    assert (tmp_path / "demo" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "demo" / "report.html").read_text().startswith("<!doctype html>")
     assert whence.open_index(tmp_path / "demo" / "index").store.manifest.is_complete
     shown = []
     again = demo.run_demo(tmp_path / "demo", say=shown.append)

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from whence import runner
 from whence.errors import CorpusError, JobError, SettingError
@@ -59,6 +60,18 @@ def test_a_job_that_always_fails_is_named(pauses):
         done.extend(runner.map(work, ["shard 7", "shard 8"]))
     assert isinstance(caught.value.__cause__, OSError)
     assert (calls, done, caught.value.exit_code) == (["shard 7"] * 3, [], 1)
+
+
+def test_memory_that_runs_out_is_told_at_once(pauses, monkeypatch):
+    work, calls = failing(9, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words"))
+    emptied, ticks = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    told = r"^shard 7: out of memory \(CUDA out .* GiB\.\)\. To mend it: lower --batch-tokens \(now 9\)\.$"
+    with pytest.raises(JobError, match=told):
+        list(runner.map(work, ["shard 7"], on_tick=lambda *done: ticks.append(done),
+                        less_memory="lower --batch-tokens (now 9)"))  # fmt: skip
+    assert (calls, pauses, emptied, ticks) == (["shard 7"], [], [True], [(2, 10), (-2, -10)])
 
 
 def test_results_before_a_failure_are_kept(pauses):

@@ -70,8 +70,13 @@ def _weighted(found: list[Path], steps: list[int], rates: list[float | None]) ->
     known = [rate for rate in rates if rate is not None]
     if len(known) < len(rates) or sum(known) == 0:
         lacking = [directory.name for directory, rate in zip(found, rates, strict=True) if not rate]
+        if not (file := found[-1] / "trainer_state.json").exists():
+            raise ModelError(
+                f"{file}: there is no such file, and only it says the learning rates that weight checkpoints. Use "
+                "--checkpoints last, or copy the file from where the model was trained."
+            )
         raise ModelError(
-            f"{found[-1] / 'trainer_state.json'}: no learning rate was logged before {', '.join(lacking)}, so the "
+            f"{file}: no learning rate was logged before {', '.join(lacking)}, so the "
             "checkpoints cannot be weighted. Use --checkpoints last, or train with a smaller logging_steps."
         )
     total = sum(known)

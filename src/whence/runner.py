@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -33,6 +34,7 @@ def map(
     engine: str = "local",
     retries: int = 2,
     on_tick: Tick | None = None,
+    less_memory: str = "give it more memory",
 ) -> Iterator[tuple[JobT, ResultT]]:
     """Do every job and yield it with its result, as it is finished.
 
@@ -42,6 +44,7 @@ def map(
         engine: Where: "local" is this process, one after the other.
         retries: Further tries after an operating system's or a device's error. Whence's own errors are final.
         on_tick: Told of progress; a failed try takes back what it had reported.
+        less_memory: What to do where memory runs out, which no further try would mend.
 
     Raises:
         JobError: A job failed at every try.
@@ -49,7 +52,11 @@ def map(
     """
     check_engine(engine)
     for job in jobs:
-        yield job, _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
+        try:
+            result = _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
+        except torch.OutOfMemoryError as error:
+            raise JobError(f"{job}: out of memory ({_first_line(error)}). To mend it: {less_memory}.") from error
+        yield job, result
 
 
 def check_engine(name: str) -> None:
@@ -69,9 +76,14 @@ def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_ti
 
         try:
             return work(job, tick)
+        except torch.OutOfMemoryError:
+            on_tick(-done[0], -done[1])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise
         except (OSError, RuntimeError) as error:
             on_tick(-done[0], -done[1])
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _first_line(error)
             if attempt == retries:
                 raise JobError(
                     f"{job} failed {retries + 1} times, the last time with: {reason}. What was finished is kept; "
@@ -80,6 +92,10 @@ def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_ti
             logger.warning("%s failed (%s); trying again", job, reason)
             time.sleep(2**attempt / 4)
     raise AssertionError("not reached")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _Rate(ProgressColumn):
