@@ -87,6 +87,15 @@ def test_the_result_is_shown_in_a_few_lines(result):
     assert any("4 examples of 16 tokens, 3 batches each" in cell for cell in cells)
 
 
+def test_a_batch_is_what_an_index_takes_in_one_pass_unless_given(tiny_llama):
+    options = {"width": 4, "batches": 1, "memory": False, "length": 16}
+    rows = corpus_rows(20)
+    assert bench(tiny_llama, rows, tokens_per_batch=100, normalise="layer", **options).examples_per_batch == 6
+    assert bench(tiny_llama, rows, tokens_per_batch=10, **options).examples_per_batch == 1
+    assert bench(tiny_llama, rows, **options | {"length": 96}).examples_per_batch == 4096 // 96
+    assert bench(tiny_llama, rows, **options | {"length": None}).examples_per_batch == 16
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

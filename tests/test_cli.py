@@ -140,6 +140,7 @@ def test_no_index_there_is_told_with_the_command_that_makes_one(whence, tmp_path
         (["--engine", "ray"], "--engine ray: this version has local"),
         (["--reduction", "median"], "--reduction median: choose mean or sum"),
         (["--batch-tokens", "1"], "--batch-tokens 1: at least 2"),
+        (["--workers", "2"], "--workers 2: --engine local is one process"),
         (["--layers", "nothing*"], "--layers nothing*: no linear layer has such a name"),
         (["--tokenizer", "/no/such/place"], "/no/such/place"),
     ],

@@ -3,18 +3,24 @@
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
+from conftest import byte_tokenizer, contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from whence.codecs import CODECS, codec
 from whence.errors import (
     ChecksumError,
     CorpusError,
+    JobError,
     ManifestMismatchError,
     MissingIndexError,
+    ModelError,
     SettingError,
     StorageError,
 )
@@ -26,6 +32,7 @@ from whence.shards import STATUSES
 from whence.store import Store
 from whence.tokens import collate, encode
 from whence.tracing import trace
+from whence.vectors import batch_tokens
 
 QUIET = {"width": 4, "progress": False}
 
@@ -70,6 +77,49 @@ def test_a_setting_that_cannot_work_is_named_and_nothing_is_written(
     with pytest.raises(SettingError, match=message):
         index(tiny_llama, tiny_corpus, tmp_path / "index", **QUIET | options)
     assert not (tmp_path / "index").exists()
+
+
+def test_tokens_of_a_pass_suit_the_device_and_an_index_that_is_begun_keeps_its_own(tiny_llama, tmp_path, monkeypatch):
+    assert batch_tokens(IndexSettings(), torch.device("cpu")) == 4096
+    assert batch_tokens(IndexSettings(), torch.device("cuda:1")) == 16384
+    assert batch_tokens(IndexSettings(tokens_per_batch=7), torch.device("cuda")) == 7
+    rows, out = corpus_rows(5), tmp_path / "index"
+    assert index(tiny_llama, rows, out, **QUIET).tokens_per_batch == 4096
+    monkeypatch.setattr("whence.vectors.TOKENS_ON_CPU", 512)
+    again = index(tiny_llama, rows, out, **QUIET)
+    assert again.tokens_per_batch == again.settings.tokens_per_batch == 4096
+    assert open_index(out).settings.tokens_per_batch == 4096
+    assert index(tiny_llama, rows, out, restart=True, **QUIET).tokens_per_batch == 512
+
+
+def test_memory_that_runs_out_is_told_with_the_flag_that_mends_it(tiny_llama, tiny_index, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sys.modules["whence.index"], "example_vectors", full)
+    with pytest.raises(
+        JobError, match=r"shard 0 of .*: out of memory .* lower --batch-tokens \(now 4,096\) and add --re"
+    ):
+        index(tiny_llama, corpus_rows(20), tmp_path / "index", **QUIET)
+    out = shutil.copytree(tiny_index, tmp_path / "copy")
+    with pytest.raises(JobError, match="the index was built with passes of 4,096 tokens; append on a larger device"):
+        append(out, corpus_rows(20, first=50), progress=False)
+
+
+def test_every_checkpoint_is_looked_at_before_anything_is_written(tmp_path):
+    run = save_tiny_run(tmp_path / "run")
+    weights = run / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"checkpoint-2/model\.safetensors: not a readable"):
+        index(run, corpus_rows(5), tmp_path / "index", checkpoints="all", **QUIET)
+    assert not (tmp_path / "index").exists()
+    index(run, corpus_rows(5), tmp_path / "index", **QUIET)
+
+
+def test_more_places_than_rows_are_not_made(tiny_index):
+    found = trace(tiny_index, "5 and 3?", " yes", top=500_000_000)
+    assert len(found.hits) == 40
+    assert "only 20 rows can be ranked" in found.notes[0]
 
 
 # -- append
@@ -369,9 +419,6 @@ def test_a_status_under_one_checkpoint_keeps_a_row_out_of_every_ranking(tmp_path
 
 
 def test_an_adapter_is_indexed_by_its_own_layers(tiny_llama, tmp_path):
-    import peft
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -400,6 +447,39 @@ def test_an_adapter_is_indexed_by_its_own_layers(tiny_llama, tmp_path):
 
 
 # -- the model behind an index
+
+
+def test_a_tokenizer_that_has_moved_is_named(tiny_llama, tiny_corpus, tmp_path):
+    """And a device map reaches the model, whatever it was built with."""
+    words, out = tmp_path / "words", tmp_path / "index"
+    byte_tokenizer().save_pretrained(words)
+    index(tiny_llama, tiny_corpus, out, tokenizer=str(words), **QUIET)
+    moved = words.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="--tokenizer"):
+        trace(out, "5 and 3?", " yes")
+    assert trace(out, "5 and 3?", " yes", tokenizer=str(moved), device_map="cpu", top=1).hits
+    append(out, corpus_rows(3, first=70), tokenizer=str(moved), device="cpu", progress=False)
+    flip(out / "checkpoint-000" / "shard-00001.safetensors")
+    _, (note,) = verify(out, repair=True, tokenizer=str(moved), device_map="cpu")
+    assert "the same bytes as before" in note
+    assert open_index(out, device_map="auto").settings.device_map == "auto"
+
+
+def test_an_index_of_an_adapter_finds_its_base_from_anywhere(tiny_llama, tmp_path, monkeypatch):
+    """Its configuration names the base by a path that is true in the directory of the training alone."""
+    shutil.copytree(tiny_llama, tmp_path / "home" / "base")
+    monkeypatch.chdir(tmp_path / "home")
+    base = AutoModelForCausalLM.from_pretrained("base")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    assert '"base_model_name_or_path": "base"' in Path("adapter/adapter_config.json").read_text()
+    index("adapter", corpus_rows(5), "index", **QUIET)
+    monkeypatch.chdir(tmp_path)
+    assert trace("home/index", "5 and 3?", " yes", top=1).hits
+    with pytest.raises(ModelError, match=r"base.*It is the base that .*adapter_config\.json names"):
+        load_model("home/adapter")
+    (tmp_path / "home" / "base").rename(tmp_path / "home" / "adapter" / "base")
+    assert load_model("home/adapter").has_adapter
+    index("home/adapter", corpus_rows(5), "home/index", **QUIET)  # where it was found is no setting
 
 
 def test_a_changed_or_missing_model_is_refused(tiny_corpus, tmp_path):
@@ -458,7 +538,7 @@ def test_a_full_disk_stops_a_build_which_then_resumes(tiny_llama, tmp_path, smal
 
 def test_settings_are_read_back_from_the_manifest(tiny_index):
     opened = open_index(tiny_index)
-    assert opened.settings == IndexSettings(space=opened.space, max_tokens=96)
+    assert opened.settings == IndexSettings(space=opened.space, max_tokens=96, tokens_per_batch=4096)
     assert (opened.space.width, opened.layout) == (8, "prompt")
 
 

@@ -4,8 +4,10 @@ import json
 import logging
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 import transformers
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ARCHITECTURES, VOCABULARY, random_examples, tiny_model
 from whence.errors import ModelError, SettingError
 from whence.generation import PROMPTS_PER_BATCH, generate
-from whence.model import directory_digest, layer_shape, load_model, tokenizer_digest
+from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
 from whence.tokens import collate
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -191,7 +193,7 @@ def test_adapter_configuration_that_cannot_be_used_is_named(adapter, content, wo
 
 def test_adapter_whose_base_is_gone_is_refused(adapter, tmp_path):
     _edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    refused(adapter, tmp_path / "gone")
+    refused(adapter, tmp_path / "gone", adapter / "adapter_config.json")
 
 
 def test_adapter_of_another_rank_is_refused(adapter):
@@ -351,6 +353,65 @@ def test_digest_of_a_directory_without_safetensors_is_of_its_torch_files(copy):
         found.add(directory_digest(copy))
     torch.save({}, copy / "training_args.bin")
     assert len(found) == 3 and directory_digest(copy) in found
+
+
+@pytest.fixture
+def adapted(saved, tmp_path):
+    """Directory of an adapter of these options."""
+
+    def make(**options):
+        base = transformers.AutoModelForCausalLM.from_pretrained(saved)
+        made = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **options))
+        made.save_pretrained(tmp_path / "adapted")
+        return tmp_path / "adapted"
+
+    return make
+
+
+def test_an_adapter_that_trains_tokens_is_loaded(adapted):
+    loaded = load_model(adapted(trainable_token_indices=[3, 5]))
+    assert loaded.device.type == "cpu"
+    low_rank, tokens = 2 * 2 * (16 + 16), 2 * 16  # two blocks, rank 2, a square layer
+    assert loaded.traced_fraction(loaded.layers()) == pytest.approx(low_rank / (low_rank + tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [({"modules_to_save": ["lm_head"]}, VOCABULARY * 16), ({"use_dora": True}, 2 * 16), ({}, 0)],
+)
+def test_the_traced_share_of_an_adapter_is_of_all_that_it_trains(adapted, options, more):
+    loaded = load_model(adapted(**options))
+    low_rank = 2 * 2 * (16 + 16)
+    assert loaded.traced_fraction(loaded.layers()) == pytest.approx(low_rank / (low_rank + more))
+
+
+def test_a_model_without_gradient_checkpointing_says_so():
+    config = transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    loaded = LoadedModel(transformers.OpenAIGPTLMHeadModel(config), None, "here")
+    with (
+        pytest.raises(
+            ModelError, match=r"here: a OpenAIGPTLMHeadModel has no gradient checkpointing\. Leave --gradient"
+        ),
+        loaded.gradient_checkpointing(),
+    ):
+        pass
+
+
+def test_the_context_of_roberta_is_what_its_positions_leave():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(**sizes, vocab_size=50, max_position_embeddings=20, is_decoder=True)
+    loaded = LoadedModel(transformers.RobertaForCausalLM(config).eval(), None, "roberta")
+    assert loaded.context == 18
+    loaded.model(torch.full((1, 18), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded.model(torch.full((1, 19), 7))
+
+
+def test_token_ids_go_where_an_offloaded_embedding_runs():
+    model = tiny_model("llama").model
+    model.model.embed_tokens.to("meta")
+    model.model.embed_tokens._hf_hook = SimpleNamespace(execution_device="cpu")
+    assert LoadedModel(model, None, "offloaded").device == torch.device("cpu")
 
 
 def test_tokenizer_digest_changes_with_words_and_template():

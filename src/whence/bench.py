@@ -31,9 +31,11 @@ from whence.gradients import Transform, sketch
 from whence.interfaces import Projection
 from whence.model import LoadedModel
 from whence.tokens import Batch, Encoded, collate, encode
-from whence.vectors import IndexSettings, load_for, projection_for, transform_for, with_options
+from whence.vectors import IndexSettings, batch_tokens, load_for, projection_for, transform_for, with_options
 
 MEMORY_BATCHES = 3
+ROWS = 16
+"""A batch of rows as they are, where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def bench(
     model: str | Path,
     corpus: Any,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     length: int | None = 128,
     batches: int = 8,
     settings: IndexSettings | None = None,
@@ -79,7 +81,8 @@ def bench(
     Args:
         model: Directory or Hub name.
         corpus: Whatever `corpus.open_corpus` takes; its first rows are used.
-        batch_size: Examples a batch.
+        batch_size: Examples a batch. None: as many as an index takes in one pass (`tokens_per_batch`), or
+            `ROWS` where they have no one length.
         length: Rows are joined and cut to examples of so many tokens, all of one length; None: rows as they are.
         batches: Timed, each in all three ways.
         settings: Of the index; or its fields, and those of `GradientSpace`, by name as `options`.
@@ -89,12 +92,13 @@ def bench(
     Raises:
         CorpusError: The corpus has too little text for one batch.
     """
-    if batch_size < 1 or batches < 1 or (length is not None and length < 2):
+    if (batch_size is not None and batch_size < 1) or batches < 1 or (length is not None and length < 2):
         raise SettingError("--batch-size and --batches need 1 or more, --length 2 or more")
     chosen = with_options(settings or IndexSettings(), options)
     loaded = load_for(open_run(model).checkpoints[-1].path, chosen)
     if length is not None and loaded.context is not None and length > loaded.context:
         raise SettingError(f"--length {length}: the model's context is {loaded.context} tokens")
+    batch_size = batch_size or (max(1, batch_tokens(chosen, loaded.device) // length) if length else ROWS)
     made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
     projection = projection_for(loaded, chosen)
     seconds = _timed(loaded, made, projection, chosen, transform_for(loaded, chosen))
@@ -175,7 +179,7 @@ def _optimizer(loaded: LoadedModel) -> torch.optim.Optimizer:
 
 def _set_trainable(loaded: LoadedModel, trainable: bool) -> None:
     for name, weight in loaded.model.named_parameters():
-        weight.requires_grad_(trainable and (not loaded.has_adapter or "lora_" in name))
+        weight.requires_grad_(trainable and loaded.is_trained(name))
         if not trainable:
             weight.grad = None
 

@@ -17,8 +17,8 @@ from typer.exceptions import TyperException
 
 from whence import __version__, catalogue, cli_mix, cli_pool, cli_recover, cli_select
 from whence.cli_train import CorpusPath, Model, Tokenizer, train
-from whence.console import Device, Json, Trust, complain, print_json, print_part, waiting
-from whence.errors import WhenceError
+from whence.console import Device, DeviceMap, Json, Trust, complain, print_json, print_part, waiting
+from whence.errors import SettingError, WhenceError
 
 STOPPED = 130
 """What the parser makes of Ctrl-C, as a shell does."""
@@ -57,9 +57,13 @@ View = Annotated[
     typer.Option(help="Of an example's gradient: sgd, as it is; adam, what Adam makes of it (needs optimizer files)."),
 ]
 AdamMode = Annotated[str, typer.Option(help="torch: the step that AdamW takes; less: as LESS' released code has it.")]
+ShuffleRounds = Annotated[int | None, typer.Option(help="RapidIn's lambda, of shuffle_sum; 20 unless given.")]
 Seed = Annotated[int, typer.Option(help="Of the projection.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context unless given.")]
-BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens of one pass, padding included.")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option("--batch-tokens", help="Tokens of one pass, padding included; 4096 on a CPU, 16384 on a GPU."),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="Load weights as float32, bfloat16 or float16; as stored unless given.")
 ]
@@ -143,23 +147,24 @@ def index(
     layers: Layers = None,
     reduction: Reduction = "mean",
     normalise: Normalise = "none",
-    shuffle_rounds: Annotated[
-        int | None, typer.Option(help="RapidIn's lambda, of shuffle_sum; 20 unless given.")
-    ] = None,
+    shuffle_rounds: ShuffleRounds = None,
     max_tokens: MaxTokens = None,
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: BatchTokens = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
-    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None,
+    device_map: DeviceMap = None,
     tokenizer: Tokenizer = None,
     trust_remote_code: Trust = False,
     gradient_checkpointing: Checkpointing = False,
     engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
+    workers: Annotated[int, typer.Option(help="Of the engine; local is one.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    if workers != 1:
+        raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
     with waiting("Loading torch"):
         from whence.index import index as build
     options = {"projection": projection, "width": width, "codec": codec, "view": view, "layers": layers}
@@ -204,7 +209,9 @@ def trace(
     temperature: Annotated[float, typer.Option(help="Of a generated answer; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled answers and drawn controls.")] = 0,
     model: ModelPath = None,
+    tokenizer: Tokenizer = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, or a report to .html.")
@@ -226,7 +233,10 @@ def trace(
     options |= {"specific": specific, "seed": seed, "null": null, "controls": controls, "contrast": contrast}
     asked = span_of(span, span_tokens, "--span-tokens")
     with waiting("Tracing"):
-        opened = open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
+        opened = open_index(
+            index, model=model, tokenizer=tokenizer, device=device, device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             options["tokens"] |= opened.space.view == "sgd"
         found = run(
@@ -259,14 +269,18 @@ def verify(
     index: IndexPath,
     repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
     model: ModelPath = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check every file of an index against its checksum."""
+    loading: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "device_map": device_map}
     with waiting("Reading every file"):
         from whence.index import verify as check
 
-        problems, notes = check(index, repair=repair, model=model, trust_remote_code=trust_remote_code)
+        problems, notes = check(index, repair=repair, trust_remote_code=trust_remote_code, **loading)
         left = check(index)[0] if notes else problems
     if as_json:
         rows = [{"file": problem.file, "what": problem.what} for problem in problems]
@@ -295,13 +309,17 @@ def append(
         bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
     ] = False,
     model: ModelPath = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
     with waiting("Loading torch"):
         from whence.index import append as run
-    built = run(index, corpus, undo=undo, model=model, trust_remote_code=trust_remote_code)
+    loading: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "device_map": device_map}
+    built = run(index, corpus, undo=undo, trust_remote_code=trust_remote_code, **loading)
     _print_info(built.store.info(), as_json)
 
 
@@ -316,7 +334,12 @@ def bench(
     adam_mode: AdamMode = "torch",
     layers: Layers = None,
     reduction: Reduction = "mean",
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 16,
+    normalise: Normalise = "none",
+    shuffle_rounds: ShuffleRounds = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples a batch; as many as --batch-tokens hold, or 16 rows as they are.")
+    ] = None,
+    batch_tokens: BatchTokens = None,
     length: Annotated[int, typer.Option(help="Tokens an example; 0 takes the rows as they are.")] = 128,
     batches: Annotated[int, typer.Option(help="Timed in every way.")] = 8,
     max_tokens: MaxTokens = None,
@@ -340,6 +363,9 @@ def bench(
         "adam_mode": adam_mode,
         "layers": layers,
         "reduction": reduction,
+        "normalise": normalise,
+        "shuffle_rounds": shuffle_rounds,
+        "tokens_per_batch": batch_tokens,
     }
     options |= {
         "max_tokens": max_tokens,

@@ -38,7 +38,7 @@ from whence.runner import progress
 from whence.storage import Place
 from whence.targets import SAMPLE, UNDO, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.tokens import encode
-from whence.vectors import IndexSettings
+from whence.vectors import IndexSettings, batch_tokens
 
 ROUNDED = ("nnls", "matching", "cosine")
 """Methods that match a target, which re-linearising changes."""
@@ -220,7 +220,7 @@ def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
         every = max(1, rows // SAMPLE)
         some = itertools.islice((example.row for example in corpus), 0, every * SAMPLE, every)
         encoded = [encode(row, model.tokenizer, case.settings.max_tokens) for row in some]
-        scale = scale_of_rows(model, layers, encoded, tokens_per_batch=case.settings.tokens_per_batch)
+        scale = scale_of_rows(model, layers, encoded, tokens_per_batch=batch_tokens(case.settings, model.device))
         return replace(case, scale=scale)
 
 

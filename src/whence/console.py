@@ -11,6 +11,7 @@ from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")]
 
 

@@ -38,7 +38,7 @@ from whence.model import LoadedModel
 from whence.runner import Tick
 from whence.storage import Place
 from whence.tokens import Encoded, bucketed, collate, encode
-from whence.vectors import IndexSettings, projection_for
+from whence.vectors import IndexSettings, batch_tokens, projection_for
 
 ROWS_PER_PART = 512
 """Rows of a file: what a stop loses at most."""
@@ -273,7 +273,8 @@ class Pass:
         self.found = {"loss": torch.full((n,), torch.nan)} | self.empty(n)
         usable = [number for number in range(n) if encoded[number].targets]
         tick(n - len(usable), 0)
-        for batch in bucketed([len(encoded[number].ids) for number in usable], self.settings.tokens_per_batch):
+        lengths = [len(encoded[number].ids) for number in usable]
+        for batch in bucketed(lengths, batch_tokens(self.settings, self.model.device)):
             self.now = torch.tensor([usable[place] for place in batch])
             losses = backward(
                 self.model,

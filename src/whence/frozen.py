@@ -164,7 +164,7 @@ def _stretch(index: Index, checkpoint: int, frozen: Frozen, seed: int) -> float:
     longest, found = index.store.manifest.settings["max_tokens"], []
     kept = index.store.read_rows(drawn.tolist())
     rows = [encode(json.loads(row["row"]), model.tokenizer, longest) for row in kept]
-    for numbers in bucketed([len(row.ids) for row in rows], index.settings.tokens_per_batch):
+    for numbers in bucketed([len(row.ids) for row in rows], index.tokens_per_batch):
         squares = torch.zeros(2, len(numbers))
 
         def add(seen: Captured, squares: Tensor = squares) -> None:

@@ -24,7 +24,8 @@ from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.gradients import Transform
 from whence.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
-from whence.model import LoadedModel, directory_digest, tokenizer_digest
+from whence.manifest import MANIFEST, read_manifest
+from whence.model import LoadedModel, check_files, directory_digest, tokenizer_digest
 from whence.moments import moments_digest
 from whence.shards import ShardArrays
 from whence.storage import Place
@@ -34,6 +35,7 @@ from whence.tokens import Encoded, encode
 from whence.vectors import (
     IndexSettings,
     absolute,
+    batch_tokens,
     example_vectors,
     load_for,
     manifest_of,
@@ -86,6 +88,11 @@ class Index:
     def layout(self) -> str:
         """Layout of the corpus' first row, which a query follows."""
         return self.store.manifest.settings["layout"]
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Of one pass, padding included; batches of another size would move vectors by rounding."""
+        return self.store.manifest.settings["tokens_per_batch"]
 
     @property
     def weights(self) -> list[float]:
@@ -158,19 +165,20 @@ class Index:
                 f"{path}: the model of this index (weights and configuration of digest {entry['digest'][:12]}) is not "
                 f"there. If it has moved, {remedy}."
             )
-        found = directory_digest(path)
+        base = entry.get("base")
+        found = directory_digest(path, base=base)
         if found != entry["digest"]:
             raise ManifestMismatchError(
                 f"{path}: its weights and configuration have digest {found[:12]}, "
                 f"the index was built with {entry['digest'][:12]}. "
                 f"If the model has moved, {remedy}."
             )
-        model = load_for(path, self.settings)
+        model = load_for(path, self.settings, base=base)
         words = tokenizer_digest(model.tokenizer)
         if words != (expected := self.store.manifest.settings["tokenizer"]):
             raise ManifestMismatchError(
                 f"{path}: its tokenizer has digest {words[:12]}, the index was built with {expected[:12]}; "
-                f"the same text would become other tokens. Restore it, or {remedy}."
+                f"the same text would become other tokens. Restore it, or name the right one with --tokenizer."
             )
         return model
 
@@ -212,9 +220,12 @@ def index(
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
+    chosen = _sized(chosen, loaded, None if restart else place)
     check_conversations(texts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
     transform = transform_for(loaded, chosen)  # moments that do not fit are told before anything is written
+    for earlier in run.checkpoints[:-1]:  # the last is loaded already
+        check_files(earlier.path)
     with place.locked():  # before anything is removed: another process may be writing
         if restart:
             Store.restart(out)
@@ -227,15 +238,30 @@ def index(
     return built
 
 
+def _sized(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
+    """With the tokens of a pass: those given, those of the index that is gone on with, or what suits the device."""
+    if settings.tokens_per_batch is None and begun is not None and begun.exists(MANIFEST):
+        return replace(settings, tokens_per_batch=read_manifest(begun).settings["tokens_per_batch"])
+    return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
+
+
 def open_index(
-    path: str | Path, *, model: str | None = None, device: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Index:
     """Open an index that is there.
 
     Args:
         path: Its directory.
         model: The model's directory, where it has moved since.
+        tokenizer: Where the tokenizer is, if that has moved.
         device: Where to load the model.
+        device_map: "auto" spreads a large model over all devices.
         trust_remote_code: Let the model's repository run its own code. An index never decides that by itself.
 
     Raises:
@@ -255,8 +281,9 @@ def open_index(
     settings = IndexSettings(
         space=GradientSpace(**kept["space"]),
         codec=store.manifest.codec,
-        tokenizer=kept["tokenizer_path"],
+        tokenizer=tokenizer or kept["tokenizer_path"],
         device=device,
+        device_map=device_map,
         **{name: kept[name] for name in names},
     )
     return Index(store, settings, model=model)
@@ -267,9 +294,8 @@ def append(
     corpus: str | Path | Corpus | list[Row] | None = None,
     *,
     undo: bool = False,
-    model: str | None = None,
     progress: bool = True,
-    trust_remote_code: bool = False,
+    **loading: Any,
 ) -> Index:
     """Let more rows join a complete index; no old part or shard is touched. Run again, it resumes.
 
@@ -278,9 +304,8 @@ def append(
         corpus: Whatever `corpus.open_corpus` takes.
         undo: In place of a corpus: drop the rows of an append that was not finished, whose corpus has changed or
             is gone. The index is then what it was before.
-        model: The model's directory, where it has moved.
         progress: Show a bar on stderr.
-        trust_remote_code: See `open_index`.
+        **loading: How to load the model: see `open_index`.
 
     Raises:
         MissingIndexError: The index is not complete.
@@ -290,7 +315,7 @@ def append(
     if (corpus is None) != undo:
         raise SettingError("append takes a corpus whose rows are to join, or --undo to drop those of an unfinished one")
     with Store.open(path).lock():
-        opened = open_index(path, model=model, trust_remote_code=trust_remote_code)
+        opened = open_index(path, **loading)
         if corpus is None:
             opened.store.undo_extend()
             return opened
@@ -319,17 +344,14 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     return before
 
 
-def verify(
-    path: str | Path, *, repair: bool = False, model: str | None = None, trust_remote_code: bool = False
-) -> tuple[list[Problem], list[str]]:
+def verify(path: str | Path, *, repair: bool = False, **loading: Any) -> tuple[list[Problem], list[str]]:
     """Check every file of an index against its checksum, and mend what can be.
 
     Args:
         path: Of the index.
         repair: Recompute shards that are wrong, from the model and the index's own copy of the rows, and read a
             wrong part again from the corpus, where that is still there.
-        model: The model's directory, where it has moved.
-        trust_remote_code: See `open_index`.
+        **loading: How to load the model, to repair: see `open_index`.
 
     Returns:
         What was wrong (empty: nothing), and what was done about each.
@@ -338,7 +360,7 @@ def verify(
     if not repair or not problems or problems[0].file == "manifest.json":
         return problems, []
     with Store.open(path).lock():
-        opened = open_index(path, model=model, trust_remote_code=trust_remote_code)
+        opened = open_index(path, **loading)
         notes = opened.store.repair(
             lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
             lambda part: part_again(opened.store, part),
@@ -374,8 +396,19 @@ def _fill(built: Index, progress: bool) -> None:
                 job.checkpoint, job.part, _shard_arrays(built, job.checkpoint, job.part, tick)
             )
 
-        for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick):
+        less = _less_memory(built)
+        for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=less):
             store.add_shard(entry)
+
+
+def _less_memory(built: Index) -> str:
+    """What helps where a pass does not fit. Another batch size is another setting, so that finished shards are lost."""
+    now = f"(now {built.tokens_per_batch:,})"
+    if len(built.store.manifest.corpora) > 1:
+        return f"the index was built with passes of {built.tokens_per_batch:,} tokens; append on a larger device"
+    if len(built.store.manifest.shards):
+        return f"lower --batch-tokens {now} and add --restart, or go on with the same command on a larger device"
+    return f"lower --batch-tokens {now} and add --restart"
 
 
 def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -> ShardArrays:

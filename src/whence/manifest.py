@@ -175,6 +175,8 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
     }
     for prefix, group in groups.items():
         for name, value in json.loads(json.dumps(group)).items():
+            if name == "base":  # where an adapter's base was found; what it is, the digest says
+                continue
             inner = value.items() if isinstance(value, dict) else [(None, value)]
             out.update({prefix + (name if key is None else f"{name}.{key}"): item for key, item in inner})
     return out

@@ -83,7 +83,7 @@ class Sharing:
                 factors,
                 basis=self.basis,
                 reduction=index.space.reduction,
-                tokens_per_batch=index.settings.tokens_per_batch,
+                tokens_per_batch=index.tokens_per_batch,
             )
             for whole_matrix, part in zip(self.matrices, found, strict=True):
                 whole_matrix.matrix[group] += weight * part
@@ -103,7 +103,7 @@ class Sharing:
             rows,
             weights,
             objective=self.objective,
-            tokens_per_batch=index.settings.tokens_per_batch,
+            tokens_per_batch=index.tokens_per_batch,
             also=partial(_sketching, made, projection, model.device, scales),
         )
         sketches = torch.zeros(len(tokens), projection.width)

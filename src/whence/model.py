@@ -35,6 +35,9 @@ IRRELEVANT = ("_name_or_path", "transformers_version", "peft_version", "base_mod
 TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model*.bin"}
 """Older files of weights, by the safetensors name that is preferred to them."""
 
+ADAPTER_PARAMETERS = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
+"""What is in the name of a parameter that peft adds to a model."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,12 +60,20 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.base.get_input_embeddings().weight.device
+        embedding = self.base.get_input_embeddings()
+        device = next(embedding.parameters()).device
+        if device.type != "meta":
+            return device
+        return torch.device(embedding._hf_hook.execution_device)  # accelerate brings its weights there when it runs
 
     @property
     def context(self) -> int | None:
         """Longest sequence the model takes, in tokens, where its configuration says."""
         config = self.base.config.get_text_config()
+        positions = getattr(self.base.base_model, "embeddings", None)
+        positions = getattr(positions, "position_embeddings", None)
+        if getattr(positions, "padding_idx", None) is not None:  # RoBERTa's kind: positions begin behind it
+            return positions.num_embeddings - positions.padding_idx - 1  # type: ignore[union-attr]
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if isinstance(length := getattr(config, name, None), int):
                 return length
@@ -89,9 +100,16 @@ class LoadedModel:
     def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
         """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
         only_adapter = self.has_adapter and all("lora_" in name for name in layers)
-        names = [name for name, _ in self.model.named_parameters() if not only_adapter or "lora_" in name]
+        names = [name for name, _ in self.model.named_parameters() if not only_adapter or self.is_trained(name)]
         total = sum(self.model.get_parameter(name).numel() for name in names)
         return sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[union-attr]
+
+    def is_trained(self, name: str) -> bool:
+        """Whether training as the model is loaded would change a parameter: with an adapter, the adapter's own alone.
+
+        Those are its low-rank factors and magnitudes, modules that it saves whole, and tokens that it trains.
+        """
+        return not self.has_adapter or any(part in name for part in ADAPTER_PARAMETERS)
 
     def decode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Last hidden states [b t d] of token ids [b t], and the function from states [s d] to logits [s v].
@@ -121,6 +139,11 @@ class LoadedModel:
         transformers checkpoints only blocks in training mode. The blocks alone are put there, not the attention
         and dropout modules inside them, so dropout stays off.
         """
+        if not getattr(self.base, "supports_gradient_checkpointing", False):
+            raise ModelError(
+                f"{self.path}: a {type(self.base).__name__} has no gradient checkpointing. Leave "
+                "--gradient-checkpointing out, and lower --batch-tokens for less memory."
+            )
         switch = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
         getattr(self.base, f"{switch}_checkpointing_enable")()  # renamed within transformers 5; not reentrant
         blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]
@@ -159,6 +182,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 def load_model(
     path: str | Path,
     *,
+    base: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -169,6 +193,7 @@ def load_model(
 
     Args:
         path: Directory of a model or of a peft adapter (its base is loaded first), or a name on the Hub.
+        base: Where an adapter's base was found before; taken if it is there, else what its configuration says.
         tokenizer: Where to find the tokenizer, if not at `path`.
         dtype: One of `DTYPES`; None keeps the dtype that the weights are stored in.
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
@@ -186,13 +211,12 @@ def load_model(
         raise SettingError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     where = located(path)
     adapter = adapter_config(where)
-    source = adapter["base_model_name_or_path"] if adapter else where
+    source = base_of(adapter, base) if adapter else where
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # for `_refuse_missing` to name them
     options |= {"device_map": device_map} if device_map else {}
-    for directory in {where, source}:
-        _check_files(directory)
+    check_files(where, base=base)
     with _loading(source), _quiet(transformers):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
@@ -212,10 +236,11 @@ def load_model(
     return LoadedModel(model=model, tokenizer=words, path=str(path), has_adapter=adapter is not None)
 
 
-def directory_digest(path: str | Path) -> str:
+def directory_digest(path: str | Path, *, base: str | None = None) -> str:
     """sha256 of what decides a model's outputs: its weight files (names and bytes), its configuration, its base's.
 
     Of the configurations, what each says counts, not how it is written, nor which version of a library wrote it.
+    `base` is as of `load_model`.
     """
     where = located(path)
     digest = hashlib.sha256()
@@ -226,7 +251,7 @@ def directory_digest(path: str | Path) -> str:
     for name in ("config.json", "adapter_config.json"):
         digest.update(_meaning(Path(where) / name))
     if adapter := adapter_config(where):
-        digest.update(directory_digest(adapter["base_model_name_or_path"]).encode())
+        digest.update(directory_digest(base_of(adapter, base)).encode())
     return digest.hexdigest()
 
 
@@ -284,7 +309,10 @@ def located(path: str | Path) -> str:
 
 
 def adapter_config(directory: str) -> dict[str, Any] | None:
-    """An adapter's configuration; None where the directory holds none."""
+    """An adapter's configuration; None where the directory holds none.
+
+    A base by a relative path counts from the working directory, as it did in the training, else from the adapter.
+    """
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
         return None
@@ -297,7 +325,13 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
         raise ModelError(f"{file}: a {kind} adapter; Whence reads LoRA adapters.")
     if not isinstance(base, str):
         raise ModelError(f"{file}: base_model_name_or_path is {base}; write the base model's directory or name there.")
-    return config
+    beside = Path(directory) / base
+    return config | {"base_model_name_or_path": str(beside if not Path(base).is_dir() and beside.is_dir() else base)}
+
+
+def base_of(config: dict[str, Any], known: str | None = None) -> str:
+    """Directory or Hub name of an adapter's base: `known`, where that is still there, else what it says itself."""
+    return known if known is not None and Path(known).is_dir() else config["base_model_name_or_path"]
 
 
 def _adapted(model: Any, directory: str) -> Any:
@@ -313,8 +347,24 @@ def _adapted(model: Any, directory: str) -> Any:
             raise ModelError(f"{directory}: {str(warning)[:300]} Its adapter_config.json names more.") from None
 
 
-def _check_files(directory: str) -> None:
-    """Name a weight file that is cut or garbled before transformers meets it somewhere inside."""
+def check_files(path: str | Path, *, base: str | None = None) -> None:
+    """Name a weight file that is cut or garbled before transformers meets it somewhere inside, an adapter's base's too.
+
+    Raises:
+        ModelError: A file is broken, or an adapter's base is not there. `base`: see `load_model`.
+    """
+    where = located(path)
+    _check_directory(where)
+    if adapter := adapter_config(where):
+        source = base_of(adapter, base)
+        try:
+            _check_directory(located(source))
+        except ModelError as error:
+            file = Path(where) / "adapter_config.json"
+            raise ModelError(f"{error} It is the base that {file} names: correct that file.") from None
+
+
+def _check_directory(directory: str) -> None:
     import safetensors
 
     for file in weight_files(directory):
@@ -377,7 +427,7 @@ def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> 
     """A directory's own tokenizer, or the fallback's where it has none."""
     has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))
     source = str(path) if has_own or not Path(path).is_dir() else _tokenizer_above(Path(path), fallback)
-    return _tokenizer(source, trust_remote_code, "Name one with --tokenizer.")
+    return _tokenizer(source, trust_remote_code, "Save one there, or name one with --tokenizer.")
 
 
 def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
@@ -400,7 +450,7 @@ def _tokenizer_above(directory: Path, fallback: str) -> str:
 
 def _check_tokenizer(tokenizer: Any, model: Any, words: str, weights: str) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)  # peft wraps an embedding whose tokens it trains
     if largest >= rows:
         raise ModelError(
             f"the tokenizer of {words} has ids up to {largest}, but the embedding of {weights} has {rows} rows: "

@@ -319,7 +319,7 @@ def query_vectors(
         rows = torch.zeros(len(queries), projection.width)
         plain = [number for number, parts in enumerate(queries) if len(parts) == 1]
         lengths = [len(queries[number][0].encoded.ids) for number in plain]
-        for batch in bucketed(lengths, index.settings.tokens_per_batch):
+        for batch in bucketed(lengths, index.tokens_per_batch):
             numbers = [plain[place] for place in batch]
             rows[numbers] = sketch(
                 model,

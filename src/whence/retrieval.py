@@ -276,7 +276,7 @@ class Retrieval:
                     exact.held_whole(model, layers, query.parts, space, self.settings.objective),
                     rows,
                     reduction=space.reduction,
-                    tokens_per_batch=index.settings.tokens_per_batch,
+                    tokens_per_batch=index.tokens_per_batch,
                 )
                 scores = inner.scores(normalise=space.normalise, cosine=self.settings.cosine)
                 total += index.weights[checkpoint] * scores

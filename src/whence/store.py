@@ -392,12 +392,13 @@ class Store:
     ) -> tuple[scan.Ranking, scan.Ranking]:
         """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`).
 
-        `minus` is subtracted from the queries, after their division by their norms for the cosine.
+        There are at most as many places as rows. `minus` is subtracted from the queries, after their division by
+        their norms for the cosine.
         """
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         question = self._question(queries, weights, cosine, minus)
-        return scan.top_k(question, self._pieces(), m)
+        return scan.top_k(question, self._pieces(), min(m, max(self.rows, 1)))
 
     def scores(
         self,

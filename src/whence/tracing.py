@@ -39,7 +39,9 @@ def trace(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     model: str | None = None,
+    tokenizer: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Trace:
@@ -56,7 +58,9 @@ def trace(
         max_new_tokens: Longest completion generated.
         temperature: Of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
+        tokenizer: Where the tokenizer is, if that has moved.
         device: Where to load the model.
+        device_map: "auto" spreads a large model over all devices.
         trust_remote_code: Let the model's repository run its own code, if the index was built so.
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`.
 
@@ -73,7 +77,14 @@ def trace(
     opened = (
         index
         if isinstance(index, Index)
-        else open_index(index, model=model, device=device, trust_remote_code=trust_remote_code)
+        else open_index(
+            index,
+            model=model,
+            tokenizer=tokenizer,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
     )
     opened.store.require_complete()
     _check_space(opened, chosen)

@@ -21,13 +21,24 @@ from whence.gradients import Transform, sketch
 from whence.ingest import Fingerprint
 from whence.interfaces import GradientSpace, Projection
 from whence.manifest import Manifest
-from whence.model import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
+from whence.model import (
+    LoadedModel,
+    adapter_config,
+    base_of,
+    directory_digest,
+    layer_shape,
+    load_model,
+    located,
+    tokenizer_digest,
+)
 from whence.moments import moments_digest, read_moments
 from whence.shards import STATUSES, ShardArrays
 from whence.tokens import Encoded, bucketed, collate
 
 DEFAULT_CONTEXT = 2048
 """Longest row, in tokens, where neither the caller nor the model's configuration says."""
+TOKENS_ON_CPU, TOKENS_ON_GPU = 4096, 16384
+"""Of one forward and backward pass, where the caller does not say: a GPU is idle with as few as a CPU likes best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +55,8 @@ class IndexSettings:
     """Of a run: "all", or the "last"."""
     max_tokens: int | None = None
     """Longest row in tokens; a longer one is cut (`tokens.encode`). None: the model's context."""
-    tokens_per_batch: int = 4096
-    """Of one forward and backward pass, padding included."""
+    tokens_per_batch: int | None = None
+    """Of one forward and backward pass, padding included. None: what suits the device (`batch_tokens`)."""
     dtype: str | None = None
     """Load the weights as float32, bfloat16 or float16; None: as stored."""
     tokenizer: str | None = None
@@ -75,10 +86,16 @@ def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSetti
     return replace(settings, space=replace(settings.space, **in_space), **options)
 
 
-def load_for(path: str, settings: IndexSettings) -> LoadedModel:
+def batch_tokens(settings: IndexSettings, device: torch.device) -> int:
+    """Tokens of one pass: as set, or what suits the device."""
+    return settings.tokens_per_batch or (TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
+
+
+def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> LoadedModel:
     """Load a model as an index with these settings does."""
     return load_model(
         path,
+        base=base,
         tokenizer=settings.tokenizer,
         dtype=settings.dtype,
         device=settings.device,
@@ -125,8 +142,8 @@ def manifest_of(
         "tokenizer_path": absolute(settings.tokenizer),
         "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
     }
-    names = ("tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
-    kept |= {name: getattr(settings, name) for name in names}
+    kept["tokens_per_batch"] = batch_tokens(settings, loaded.device)
+    kept |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
     return Manifest(
         whence_version=__version__,
@@ -139,13 +156,15 @@ def manifest_of(
 
 
 def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
-    entry = {
+    entry: dict[str, Any] = {
         "path": absolute(checkpoint.path),
         "step": checkpoint.step,
         "learning_rate": checkpoint.learning_rate,
         "weight": checkpoint.weight,
         "digest": directory_digest(checkpoint.path),
     }
+    if config := adapter_config(located(checkpoint.path)):
+        entry["base"] = absolute(base_of(config))
     return entry if view == "sgd" else entry | {"moments": moments_digest(checkpoint.path)}
 
 
@@ -177,7 +196,8 @@ def example_vectors(
     status = torch.where(targets > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
     usable = [number for number in range(n) if targets[number] > 0]
     tick(n - len(usable), 0)
-    for batch in bucketed([len(encoded[number].ids) for number in usable], settings.tokens_per_batch):
+    lengths = [len(encoded[number].ids) for number in usable]
+    for batch in bucketed(lengths, batch_tokens(settings, model.device)):
         numbers = [usable[position] for position in batch]
         rows, losses = sketch(
             model,

@@ -34,7 +34,7 @@ class IndexView(GradientView):
     @property
     def tokens_per_batch(self) -> int:
         """Of one pass."""
-        return self.index.settings.tokens_per_batch
+        return self.index.tokens_per_batch
 
     def ids(self) -> Iterator[str]:
         """Of every row."""
