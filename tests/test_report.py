@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,8 +15,8 @@ from rich.console import Console
 
 from whence.answers import Answer, Hit, Null, TokenMatrix, Trace
 from whence.console import print_json
-from whence.errors import SettingError, StorageError
-from whence.report import WINDOW, answer_text, check_ending, info_table, trace_tables, visible, write_rows
+from whence.errors import MissingExtraError, SettingError, StorageError
+from whence.report import WINDOW, answer_text, check_ending, info_table, trace_tables, visible, write_page, write_rows
 from whence.store import Store
 
 ROWS = [
@@ -215,14 +217,31 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "rows.csv"
     file.write_text("old")
 
-    def full(self, data):
-        self.open("wb").close()
+    def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match=r"rows\.csv: cannot be written \(No space left on device\)"):
         write_rows(ROWS, file)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"rows.csv": "old"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_rows_and_pages_go_to_addresses_too(tmp_path, ending, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(ROWS, f"plain.{ending}")
+    for address in (f"file://{tmp_path}/rows.{ending}", f"memory://rows/{tmp_path.name}.{ending}"):
+        check_ending(address)
+        write_rows(ROWS, address)
+        with fsspec.open(address, "rb") as file:
+            assert file.read() == (tmp_path / f"plain.{ending}").read_bytes()
+    write_page("<p>", f"memory://{tmp_path.name}.html")
+    assert fsspec.filesystem("memory").cat_file(f"/{tmp_path.name}.html") == b"<p>"
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingExtraError, match="pip install s3fs"):
+        check_ending(f"s3://bucket/rows.{ending}")
+    with pytest.raises(SettingError, match="there is no directory /no/such"):
+        check_ending(f"file:///no/such/rows.{ending}")
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path, capsys):

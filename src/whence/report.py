@@ -19,6 +19,7 @@ from rich.text import Text
 from whence.answers import SURE, Answer, Hit, TokenMatrix, Trace
 from whence.bench import BenchResult
 from whence.errors import SettingError, StorageError
+from whence.storage import Place, reason
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that change the order in which others are shown."""
@@ -208,37 +209,46 @@ def pairs_table(lines: dict[str, str]) -> Table:
 def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
     """Write rows by the ending of a file's name: .jsonl, .csv or .parquet; whole or not at all.
 
+    Args:
+        rows: What is found.
+        out: A file, here or at an fsspec address.
+
     Raises:
         StorageError: The file cannot be written.
     """
-    path = Path(out)
+    ending = Path(out).suffix
     rows = [{name: _storable(value) for name, value in row.items()} for row in rows]
-    if path.suffix == ".parquet":
+    if ending == ".parquet":
         data = _parquet([_flat(row) for row in rows])
-    elif path.suffix == ".csv":
+    elif ending == ".csv":
         data = _csv([_flat(row) for row in rows]).encode("utf-8", "replace")
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-    _write(path, data)
+    _write(out, data)
 
 
 def write_page(page: str, out: str | Path) -> None:
-    """Write a report, whole or not at all.
+    """Write a report, here or at an fsspec address, whole or not at all.
 
     Raises:
         StorageError: The file cannot be written.
     """
-    _write(Path(out), page.encode("utf-8", "replace"))
+    _write(out, page.encode("utf-8", "replace"))
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def _write(out: str | Path, data: bytes | memoryview) -> None:
+    place, name = _destination(out)
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+        place.write(name, [data], total=len(data))
+    except StorageError as error:
+        raise StorageError(f"{out}: cannot be written ({reason(error.__cause__ or error)})") from None
+
+
+def _destination(out: str | Path) -> tuple[Place, str]:
+    """The directory that a file goes to, and its name there."""
+    file = Place.at(out)
+    folder, _, name = file.root.rpartition("/")
+    return Place(file.fs, folder), name
 
 
 def _storable(value: Any) -> Any:
@@ -267,12 +277,13 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def check_ending(
     path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet"), *, flag: str = "-o"
 ) -> None:
-    """Refuse, before any work is done, a file name that nothing can be written to."""
+    """Refuse, before any work is done, a file name or address that nothing can be written to."""
     if Path(path).suffix not in endings:
         listed = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise SettingError(f"{flag} {path}: what is found is written to {listed}")
-    if not Path(path).parent.is_dir():
-        raise SettingError(f"{flag} {path}: there is no directory {Path(path).parent}")
+    place, _ = _destination(path)
+    if place.is_local and not Path(place.root or "/").is_dir():
+        raise SettingError(f"{flag} {path}: there is no directory {place.root}")
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
