@@ -109,8 +109,8 @@ def test_token_matrices_are_inner_products_of_single_tokens(
     loaded, traced, whole, of_query, contrast, basis, monkeypatch
 ):
     """Rows by their own gradients; columns of `loss` by theirs; and everything sums to the exact score."""
-    monkeypatch.setattr(tokenwise, "POSITIONS_AT_ONCE", 8)  # several pieces
-    monkeypatch.setattr(tokenwise, "PRODUCTS_AT_ONCE", 64)
+    monkeypatch.setitem(tokenwise.POSITIONS_AT_ONCE, "cpu", 8)  # several pieces
+    monkeypatch.setitem(tokenwise.PRODUCTS_AT_ONCE, "cpu", 64)
     parts, rows = query_parts(contrast), random_examples(3, seed=6)
     tokens = tokenwise.tokens_of(parts, "mean")
     matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.targets) for row in rows]

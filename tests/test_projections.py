@@ -50,8 +50,20 @@ def test_a_count_sketch_by_looking_up_is_that_by_folding(d, entries, monkeypatch
     monkeypatch.setattr(count_sketch, "GATHERED_ENTRIES", entries)
     projection, flat = make("count_sketch"), torch.randn(3, d, 1)
     offsets, sign = projection._hash("any", flat.flatten(1))
-    looked_up = projection._gathered(flat.flatten(1), offsets, sign)
+    looked_up = projection._gathered(flat.flatten(1), torch.tensor(offsets), sign)
     torch.testing.assert_close(looked_up, projection.flat(flat, layer="any"))
+
+
+@pytest.mark.parametrize("side", [3, 4])
+def test_two_sided_of_16_bits_is_that_of_the_same_numbers_in_32(side):
+    seen = {layer: (a.bfloat16(), g.bfloat16()) for layer, (a, g) in pairs(3).items()}
+    projection = catalogue.projection("two_sided")(SHAPES, width=side)
+    found, expected = (
+        whole(projection, seen),
+        whole(projection, {x: (a.float(), g.float()) for x, (a, g) in seen.items()}),
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu

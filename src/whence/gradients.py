@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from whence.errors import ModelError
 from whence.interfaces import Projection
 from whence.model import LoadedModel, layer_shape
+from whence.numerics import product
 from whence.tokens import Batch
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
@@ -46,10 +47,10 @@ class Captured:
     """What one traced layer saw in the backward pass, for some examples of the batch."""
 
     layer: str
-    a: Float32[Tensor, "b t i"]
-    """Inputs."""
-    g: Float32[Tensor, "b t o"]
-    """Loss gradient at the outputs; 0 at padding."""
+    a: Float[Tensor, "b t i"]
+    """Inputs, in fp32 unless the pass was told to leave them as they are."""
+    g: Float[Tensor, "b t o"]
+    """Loss gradient at the outputs, likewise; 0 at padding."""
     rows: Int64[Tensor, " b"] | None
     """Which examples of the batch these are; None for all, in order. The output head comes in several parts."""
 
@@ -69,9 +70,9 @@ class TokenLosses:
     """Nats of each supervised token, -log p(token | what is before it); 0 elsewhere."""
 
 
-def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float[Tensor, "b o i"]:
-    """Gradient of each example with respect to the layer's weight, materialised: `sum over t of g_t a_t^T`."""
-    return torch.bmm(g.transpose(1, 2), a)
+def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, "b o i"]:
+    """Gradient of each example with respect to the layer's weight, materialised: `sum over t of g_t a_t^T`, in fp32."""
+    return product(g.transpose(1, 2), a)
 
 
 def squared_norms(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, " b"]:
@@ -150,6 +151,7 @@ class _Pass:
     """Chunks of the output head: (a, g, owners) by layer."""
     owners: Int64[Tensor, " s"] | None = None
     """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
+    upcast: bool = True
     copies: bool = False
     """Tap copies of the layers' outputs, which the model's code may then write into."""
     called: set[str] = field(default_factory=set)
@@ -171,7 +173,8 @@ class _Pass:
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
-        a, g = a.to(g.device, torch.float32), g.float()  # accelerate moves inputs behind the hook
+        dtype = torch.float32 if self.upcast else g.dtype
+        a, g = a.to(g.device, dtype), g.to(dtype)  # accelerate moves inputs behind the hook
         if owners is not None:
             chunk = (a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
             if self.whole:
@@ -224,6 +227,7 @@ def backward(
     reduction: str = "mean",
     objective: str = "loss",
     whole: bool = False,
+    upcast: bool = True,
     gradient_checkpointing: bool = False,
 ) -> TokenLosses:
     """Run one batch forward and backward, handing every traced layer's `(a, g)` to `consume`.
@@ -237,13 +241,16 @@ def backward(
         objective: Of each token, what is differentiated: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
             gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
         whole: Hand the output head over once, with all of an example's positions: what needs norms needs that.
+        upcast: Hand `(a, g)` over in fp32. If not, on a GPU, in the model's own type: half the memory to move.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Returns:
         The losses: those whose gradients were taken, if that is the objective.
     """
     batch = batch.to(model.device)
-    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole, copies=model.model in _WRITES_INTO_OUTPUTS)
+    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
+    state.upcast = upcast or model.device.type != "cuda"
+    state.copies = model.model in _WRITES_INTO_OUTPUTS
     hooks = [layer.register_forward_hook(state.hook(name)) for name, layer in layers.items()]
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
@@ -524,6 +531,7 @@ def sketch(
         reduction=reduction,
         objective=objective,
         whole=rows.normalise or transform is not None,
+        upcast=rows.normalise or transform is not None,
         gradient_checkpointing=gradient_checkpointing,
     )
     return rows.rows, losses

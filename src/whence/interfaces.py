@@ -43,7 +43,10 @@ class Projection(Protocol):
         ...
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
-        """Sketch of `sum over t of g_t a_t^T`, as fp32. `a` and `g` are fp32; padded positions have g = 0."""
+        """Sketch of `sum over t of g_t a_t^T`, as fp32; padded positions have g = 0.
+
+        `a` and `g` are fp32, or both of a model's own 16-bit type on a GPU: `numerics.product` sums those in fp32.
+        """
         ...
 
     def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:

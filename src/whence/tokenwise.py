@@ -33,10 +33,10 @@ from whence.tokens import Batch, Encoded, bucketed, collate
 
 HELD_BYTES = 2**31
 """Of one group of query tokens' slopes."""
-POSITIONS_AT_ONCE = 512
+POSITIONS_AT_ONCE = {"cpu": 512, "cuda": 8192}
 """Training positions of one array of products."""
-PRODUCTS_AT_ONCE = 2**18
-"""Entries of such an array: 1 MB, which stays in a CPU's cache."""
+PRODUCTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Entries of such an array: on a CPU 1 MB, which stays in its cache."""
 TOKENS_AT_ONCE = 8
 """Query tokens of one backward pass: a token's slopes are zero behind it, so that long groups multiply zeros."""
 BASES = ("position", "loss")
@@ -252,10 +252,11 @@ def _token_products(pairs: Pairs, a: Float32[Tensor, "p i"], g: Float32[Tensor, 
         for row, (own, slopes) in zip(out, pairs.by_token(), strict=True):
             torch.sum((g @ (slopes.T @ own)).mul_(a), 1, out=row)
         return out
-    groups = list(_groups(pairs.sizes, PRODUCTS_AT_ONCE // POSITIONS_AT_ONCE))
+    kind = a.device.type if a.device.type in POSITIONS_AT_ONCE else "cpu"
+    groups = list(_groups(pairs.sizes, PRODUCTS_AT_ONCE[kind] // POSITIONS_AT_ONCE[kind]))
     positions = [sum(pairs.sizes[group]) for group in groups]
-    for begin in range(0, len(a), POSITIONS_AT_ONCE):
-        some = slice(begin, begin + POSITIONS_AT_ONCE)
+    for begin in range(0, len(a), POSITIONS_AT_ONCE[kind]):
+        some = slice(begin, begin + POSITIONS_AT_ONCE[kind])
         alike, rows = pairs.a @ a[some].T, iter(out[:, some])  # [r p]
         for group, slopes in zip(groups, pairs.g.split(positions), strict=True):
             products = (slopes @ g[some].T).split(pairs.sizes[group])
