@@ -253,6 +253,32 @@ def test_other_settings_are_told(whence, tiny_llama, tiny_corpus, tiny_index):
     assert 'codec is "bfloat16" there, "int8" here' in told
 
 
+def test_every_verb_that_asks_an_index_takes_where_its_model_and_tokenizer_go(whence, tiny_llama, tiny_index, tmp_path):
+    out, more = (
+        shutil.copytree(tiny_index, tmp_path / "index"),
+        write_jsonl(tmp_path / "more.jsonl", corpus_rows(3, 50)),
+    )
+    byte_tokenizer().save_pretrained(tmp_path / "words")
+    flags = ["--model", tiny_llama, "--tokenizer", tmp_path / "words", "--device-map", "cpu", "--device", "cpu"]
+    asked = ["--prompt", "5 and 3?", "--completion", " yes"]
+    assert whence("trace", out, *asked, *flags).code == 0
+    assert whence("append", out, more, *flags, "--json").json()["rows"] == 23
+    (out / "checkpoint-000" / "shard-00001.safetensors").unlink()
+    assert whence("verify", out, "--repair", *flags).code == 0
+    chosen = ["--tasks", more, "--method", "less", "--count", 2]
+    assert whence("select", out, *chosen, *flags).code == 0
+    for verb in (["trace", out, *asked], ["select", out, *chosen]):
+        told = complaint(whence(*verb, "--tokenizer", tmp_path / "nowhere"))
+        assert f"{tmp_path}/nowhere: no loadable tokenizer" in told
+
+
+def test_bench_takes_the_flags_of_an_index(whence, tiny_llama, tiny_corpus):
+    flags = ["--batch-tokens", 64, "--length", 16, "--batches", 1, "--normalise", "layer", "--gradient-checkpointing"]
+    found = whence("bench", tiny_llama, tiny_corpus, *flags, "--projection", "shuffle_sum", "--width", 8,
+                   "--shuffle-rounds", 3, "--json").json()  # fmt: skip
+    assert (found["examples_per_batch"], found["width"]) == (4, 8)
+
+
 # -- a full disk
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from conftest import byte_tokenizer, contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from whence.codecs import CODECS, codec
@@ -556,3 +556,12 @@ def test_lambda_of_shuffle_sum_is_a_setting(tiny_llama, tiny_corpus, tmp_path):
         index(tiny_llama, tiny_corpus, tmp_path / "3", projection="shuffle_sum", shuffle_rounds=4, **QUIET)
     with pytest.raises(SettingError, match="belongs to --projection shuffle_sum"):
         index(tiny_llama, tiny_corpus, tmp_path / "other", shuffle_rounds=4, **QUIET)
+
+
+def test_a_model_without_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=259, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="has no gradient checkpointing"):
+        index(tmp_path / "model", corpus_rows(3), tmp_path / "index", gradient_checkpointing=True, **QUIET)
+    assert not (tmp_path / "index").exists()

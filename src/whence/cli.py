@@ -16,8 +16,8 @@ from rich.logging import RichHandler
 from typer.exceptions import TyperException
 
 from whence import __version__, catalogue, cli_mix, cli_pool, cli_recover, cli_select
-from whence.cli_train import CorpusPath, Model, Tokenizer, train
-from whence.console import Device, DeviceMap, Json, Trust, complain, print_json, print_part, waiting
+from whence.cli_train import CorpusPath, Model, train
+from whence.console import Device, DeviceMap, Json, Tokenizer, Trust, complain, print_json, print_part, waiting
 from whence.errors import SettingError, WhenceError
 
 STOPPED = 130

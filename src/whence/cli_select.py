@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.console import Device, Json, Trust, print_json, print_part, waiting
+from whence.console import Device, DeviceMap, Json, Tokenizer, Trust, print_json, print_part, waiting
 from whence.errors import SettingError
 
 evaluate = typer.Typer(
@@ -69,7 +69,9 @@ def select(
     adam_mode: Annotated[
         str, typer.Option(help="Of --view frozen-v: torch, or less for LESS's released code.")
     ] = "torch",
+    tokenizer: Tokenizer = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +95,9 @@ def select(
             source,
             method,
             model=model,
+            tokenizer=tokenizer,
             device=device,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
             brings_model="model" in options["options"],
             view=gradients,

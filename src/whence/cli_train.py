@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from whence.cli_select import pairs
-from whence.console import Json, print_json, print_part, waiting
+from whence.console import Json, Tokenizer, print_json, print_part, waiting
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
 ]
-Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 CorpusPath = Annotated[
     str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
 ]

@@ -12,6 +12,7 @@ from rich.console import Console
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")]
 
 

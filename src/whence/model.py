@@ -132,6 +132,14 @@ class LoadedModel:
 
         return out.last_hidden_state, head
 
+    def require_gradient_checkpointing(self) -> None:
+        """Refuse a model whose blocks cannot recompute their activations."""
+        if not getattr(self.base, "supports_gradient_checkpointing", False):
+            raise ModelError(
+                f"{self.path}: a {type(self.base).__name__} has no gradient checkpointing. Leave "
+                "--gradient-checkpointing out, and lower --batch-tokens for less memory."
+            )
+
     @contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:
         """Recompute activations in the backward pass instead of keeping them: less memory, a third more time.
@@ -139,11 +147,7 @@ class LoadedModel:
         transformers checkpoints only blocks in training mode. The blocks alone are put there, not the attention
         and dropout modules inside them, so dropout stays off.
         """
-        if not getattr(self.base, "supports_gradient_checkpointing", False):
-            raise ModelError(
-                f"{self.path}: a {type(self.base).__name__} has no gradient checkpointing. Leave "
-                "--gradient-checkpointing out, and lower --batch-tokens for less memory."
-            )
+        self.require_gradient_checkpointing()
         switch = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
         getattr(self.base, f"{switch}_checkpointing_enable")()  # renamed within transformers 5; not reentrant
         blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]

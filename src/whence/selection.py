@@ -90,7 +90,9 @@ def select(
     tokens_budget: int | None = None,
     corpus: str | Path | Corpus | None = None,
     model: str | None = None,
+    tokenizer: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     view: str | None = None,
     adam_mode: str = "torch",
@@ -107,7 +109,9 @@ def select(
         corpus: The rows to choose from where `source` is an index: it must be the index' own, by ids. None: the copy
             that the index keeps.
         model: For a corpus: what its scores read. For an index: the model's directory, where it has moved.
+        tokenizer: Where the tokenizer is, if not with the model, or if it has moved.
         device: Where to load the model.
+        device_map: "auto" spreads a large model over all devices.
         trust_remote_code: Let the model's repository run its own code.
         view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
         adam_mode: "torch" or "less", of that view.
@@ -126,7 +130,9 @@ def select(
         source,
         chosen.method,
         model=model,
+        tokenizer=tokenizer,
         device=device,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
         brings_model="model" in chosen.options,
         view=view,
@@ -190,7 +196,9 @@ def open_view(
     method: str,
     *,
     model: str | None = None,
+    tokenizer: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     brings_model: bool = False,
     view: str | None = None,
@@ -201,12 +209,13 @@ def open_view(
     `brings_model`: the method's own options name the one that it runs. `view`: see `select`.
     """
     entry = catalogue.scorer_entry(method)
+    where: dict[str, Any] = {"tokenizer": tokenizer, "device": device, "device_map": device_map}
     if view not in (None, frozen.NAME):
         raise SettingError(f"--view {view}: {frozen.NAME} is expected; without it the index is read as it was made")
     if isinstance(source, IndexView | CorpusView):
         return source
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
-        source = open_index(source, model=model, device=device, trust_remote_code=trust_remote_code)
+        source = open_index(source, model=model, trust_remote_code=trust_remote_code, **where)
         source.store.require_complete()
     if isinstance(source, Index):
         return IndexView(source) if view is None else frozen.FrozenView(source, adam_mode=adam_mode)
@@ -219,7 +228,7 @@ def open_view(
         )
     loaded: LoadedModel | None = None
     if model is not None:
-        loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, trust_remote_code=trust_remote_code, **where)
     elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")
     return CorpusView(open_corpus(source), loaded)

@@ -130,6 +130,8 @@ def manifest_of(
     layers = loaded.layers(settings.space.layers)
     if not layers:
         raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
+    if settings.gradient_checkpointing:
+        loaded.require_gradient_checkpointing()
     longest = settings.max_tokens
     if longest is not None and loaded.context is not None and longest > loaded.context:
         raise SettingError(f"--max-tokens {longest}: the model's context is {loaded.context} tokens")
