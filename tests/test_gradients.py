@@ -171,6 +171,18 @@ def test_a_layer_used_twice_adds_up_and_has_no_norm():
             attempt(model, layers, collate(examples))
 
 
+def test_modules_that_share_a_weight_are_one_layer():
+    model, examples = tiny_model("llama"), random_examples(3, seed=6)
+    first, second = (block.mlp.up_proj for block in model.base.model.layers)
+    second.weight = first.weight
+    layers = model.layers()
+    assert "model.layers.0.mlp.up_proj" in layers
+    assert "model.layers.1.mlp.up_proj" not in layers
+    expected, _ = oracle(model, layers, examples)
+    found, _ = gradients(model, layers, collate(examples))
+    assert not disagreements(found, expected, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("entries", [1, 200, 10**9])
 def test_gradients_formed_a_few_at_a_time_make_the_same_sketch(entries, monkeypatch):
     model, batch = tiny_model("llama"), collate(random_examples(5, seed=7))

@@ -242,7 +242,8 @@ def test_a_query_of_running_text_is_not_closed(tiny_llama, tmp_path):
     [
         ({"text": "a"}, {"text": "a"}),
         ({"text": 7}, {"text": "7"}),
-        ({"prompt": "a", "completion": None, "text": "a"}, {"prompt": "a", "completion": None}),
+        ({"prompt": "a", "completion": None}, {"prompt": "a", "completion": None}),
+        ({"prompt": "a", "completion": None, "text": "b"}, {"text": "b"}),
         ({"instruction": "a", "input": "b", "output": 3}, {"prompt": "a\n\nb", "completion": "3"}),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

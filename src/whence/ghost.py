@@ -248,7 +248,7 @@ def owners_of(model: LoadedModel, direction: Direction) -> dict[str, Owner]:
         raise SettingError("the direction has no parameter")
     if unknown := direction.keys() - names.values():
         raise SettingError(f"{model.path} has no parameter {min(unknown)}; a tied weight goes by its first name alone")
-    linear = {id(layer) for layer in model.layers("*").values()}
+    linear = {id(module) for _, module in model.uses(model.layers("*"))}
     owners = {}
     for where, module in model.model.named_modules():
         mine = {local: names[id(weight)] for local, weight in module.named_parameters(recurse=False)}

@@ -251,7 +251,7 @@ def backward(
     state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
     state.upcast = upcast or model.device.type != "cuda"
     state.copies = model.model in _WRITES_INTO_OUTPUTS
-    hooks = [layer.register_forward_hook(state.hook(name)) for name, layer in layers.items()]
+    hooks = [module.register_forward_hook(state.hook(name)) for name, module in model.uses(layers)]
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
         with checkpointed, repeatable(model.device), torch.enable_grad():

@@ -97,6 +97,15 @@ class LoadedModel:
             chosen = {name: layer for name, layer in found.items() if layer is not head}
         return chosen if pattern is None else _matching(found, chosen, pattern)
 
+    def uses(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+        """Every module that multiplies by a layer's weight, with the layer's name: Zamba2 shares blocks' weights."""
+        yield from layers.items()
+        own, names = set(layers.values()), {id(layer.weight): name for name, layer in layers.items()}
+        for module in self.base.modules():
+            name = names.get(id(getattr(module, "weight", None)))
+            if name is not None and module not in own and isinstance(module, type(layers[name])):
+                yield name, module
+
     def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
         """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
         only_adapter = self.has_adapter and all("lora_" in name for name in layers)
@@ -472,11 +481,14 @@ def _device(name: str | None) -> torch.device:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Of modules that share a weight the first: what they have in common is one layer."""
     from transformers.pytorch_utils import Conv1D
 
+    weights = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor):
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor) and id(weight) not in weights:
+            weights.add(id(weight))
             yield name, module
 
 
