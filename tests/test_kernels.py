@@ -1,5 +1,7 @@
 """Every kernel of every codec is within its stated slack of fp32, and the fastest is chosen."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -96,6 +98,16 @@ def test_what_must_be_compiled_waits_until_that_can_pay(seconds, name, monkeypat
     for _ in range(20):
         fastest(*blocks)
     assert set(calls) == {name}, "the faster of both is kept"
+
+
+def test_numba_is_not_imported_before_it_is_needed():
+    code = (
+        "import sys, torch; from whence.codecs import CODECS\n"
+        "score = CODECS['int8'].prepare(torch.ones(1, 64))\n"
+        "score([torch.ones(300, 64, dtype=torch.int8)], [torch.ones(300)])\n"
+        "assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_numba_there_is_no_compiled_kernel(monkeypatch):

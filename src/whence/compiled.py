@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-_PIECE_BYTES = 1 << 22  # of rows that a thread takes at a time: 50 us of reading, well above the cost of a call
+_PIECE_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
 
 PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
 """Codes in a stored entry of each codec that has a loop here; the first one in the lowest bits."""
@@ -48,9 +48,9 @@ def products(
     planes = PLANES[codec]
     filled = torch.nn.functional.pad(queries, (0, planes * columns - queries.shape[1]))
     by_plane = np.ascontiguousarray(filled.view(len(queries), columns, planes).transpose(1, 2).numpy())
-    loop = _loop(codec)
 
     def score(blocks: Sequence[Tensor]) -> Tensor:
+        loop = _loop(codec)  # numba is imported by the first score, not by the first question
         out = np.empty((sum(block.shape[0] for block in blocks), len(queries)), np.float32)
         pieces, first = [], 0
         for block in blocks:
