@@ -125,7 +125,7 @@ def repeat(folder: Path, model: str, corpus: Path, text: Path) -> dict:
     for name in ("two_sided", "count_sketch", "sjlt", "shuffle_sum"):
         options = AGREEING[name]
         for kind in ("repeatable", "as torch likes"):
-            gradients.repeatable = own if kind == "repeatable" else lambda device: nullcontext()
+            gradients.repeatable = own if kind == "repeatable" else lambda model: nullcontext()
             digests, seconds = [], []
             for turn in range(2):
                 out = folder / f"{name}-{kind}-{turn}"

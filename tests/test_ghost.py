@@ -399,6 +399,15 @@ def test_parameters_without_a_closed_form_are_refused_and_the_rest_is_exact(arch
     assert not disagreements(per_example_dot(model, batch, known), oracle(model, examples), known)
 
 
+def test_biases_of_modules_that_share_a_weight_stay_apart():
+    model, examples = made("gpt2"), random_examples(3, seed=18)
+    first, second = (model.base.transformer.h[number].mlp.c_fc for number in (0, 1))
+    second.weight = first.weight
+    direction = random_direction(model, ["transformer.h.0.mlp.c_fc.bias"])
+    gradients = {name: part for name, part in oracle(model, examples).items() if name in direction}
+    assert not disagreements(per_example_dot(model, collate(examples), direction), gradients, direction)
+
+
 def test_norms_of_a_weight_that_is_used_twice_are_refused():
     model, batch = made("llama"), collate(random_examples(3, seed=18))
     first, second = (model.base.model.layers[number].mlp for number in (0, 1))

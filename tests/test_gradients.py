@@ -149,12 +149,32 @@ def test_weights_that_are_used_without_calling_their_layer_are_refused():
     assert not any(weight.requires_grad for weight in model.model.parameters())
 
 
-def test_a_layer_that_no_example_reaches_has_a_zero_gradient():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_layer_that_no_example_reaches_has_a_zero_gradient(dtype):
     model, batch = tiny_model("llama"), collate(random_examples(3, seed=5))
-    model.model.expert = torch.nn.Linear(16, 16, bias=False).requires_grad_(False)  # chosen by no token
+    model.model.expert = torch.nn.Linear(16, 16, bias=False)  # chosen by no token; quantised, its weight is of bytes
+    model.model.expert.weight = torch.nn.Parameter(torch.ones(16, 16, dtype=dtype), requires_grad=False)
     found, _ = gradients(model, model.layers("*expert,*q_proj"), batch)
     assert found["expert"].abs().sum() == 0
     assert found["model.layers.0.self_attn.q_proj"].abs().sum() > 0
+
+
+def test_a_model_that_no_gpu_runs_in_a_fixed_order_runs_and_is_told_of(caplog, monkeypatch):
+    model, examples = tiny_model("llama"), random_examples(3, seed=6)
+    layers, own = model.layers(), type(model).decode
+    expected, _ = gradients(model, layers, collate(examples))
+    stubborn = iter([RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")])
+
+    def decode(self, ids, mask):
+        for error in stubborn:
+            raise error
+        return own(self, ids, mask)
+
+    monkeypatch.setattr(type(model), "decode", decode)
+    found, _ = gradients(model, layers, collate(examples))
+    assert not disagreements(found, expected, tolerance=1e-6)
+    assert "cannot be run in a fixed order (cumsum_cuda_kernel does not have" in caplog.text
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_layer_used_twice_adds_up_and_has_no_norm():

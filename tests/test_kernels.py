@@ -100,6 +100,25 @@ def test_what_must_be_compiled_waits_until_that_can_pay(seconds, name, monkeypat
     assert set(calls) == {name}, "the faster of both is kept"
 
 
+def test_a_compiler_that_fails_leaves_scans_as_they_were(monkeypatch, caplog):
+    monkeypatch.setattr(kernels.Fastest, "_chosen", {})
+    monkeypatch.setattr(kernels.Fastest, "_spent", {})
+    monkeypatch.setattr(kernels, "_PATIENCE", -1.0)
+
+    def costly(stored, scale):
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    def cheap(stored, scale):
+        return kernels.Block(torch.zeros(1, sum(map(len, stored))))
+
+    fastest = kernels.Fastest("int8", torch.zeros(1, 4), [cheap], costly)
+    for _ in range(3):
+        assert fastest([torch.zeros(300, 4)], [torch.ones(300)]).scores.shape == (1, 300)
+    assert [record.getMessage() for record in caplog.records] == [
+        "scans are not compiled, and stay slower: ImportError: Numba needs NumPy 2.3 or less"
+    ]
+
+
 def test_numba_is_not_imported_before_it_is_needed():
     code = (
         "import sys, torch; from whence.codecs import CODECS\n"

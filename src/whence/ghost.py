@@ -123,7 +123,7 @@ def per_example_dot(
     linear = {where: owner.module for where, owner in ghost.owners.items() if owner.kind == "linear"}
     hooks = list(ghost.hooks())
     try:
-        losses = backward(model, linear, batch, ghost.linear, reduction=reduction, whole=norms)
+        losses = backward(model, linear, batch, ghost.linear, reduction=reduction, whole=norms, shared=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,6 +15,7 @@ fp32 whatever the model's dtype.
 Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
 """
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ from whence.interfaces import Projection
 from whence.model import LoadedModel, layer_shape
 from whence.numerics import product
 from whence.tokens import Batch
+
+logger = logging.getLogger(__name__)
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""
@@ -228,6 +231,7 @@ def backward(
     objective: str = "loss",
     whole: bool = False,
     upcast: bool = True,
+    shared: bool = True,
     gradient_checkpointing: bool = False,
 ) -> TokenLosses:
     """Run one batch forward and backward, handing every traced layer's `(a, g)` to `consume`.
@@ -242,6 +246,7 @@ def backward(
             gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
         whole: Hand the output head over once, with all of an example's positions: what needs norms needs that.
         upcast: Hand `(a, g)` over in fp32. If not, on a GPU, in the model's own type: half the memory to move.
+        shared: Follow every module that has a layer's weight, under that layer's name; else only the modules given.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Returns:
@@ -251,10 +256,11 @@ def backward(
     state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
     state.upcast = upcast or model.device.type != "cuda"
     state.copies = model.model in _WRITES_INTO_OUTPUTS
-    hooks = [module.register_forward_hook(state.hook(name)) for name, module in model.uses(layers)]
+    uses = model.uses(layers) if shared else layers.items()
+    hooks = [module.register_forward_hook(state.hook(name)) for name, module in uses]
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
-        with checkpointed, repeatable(model.device), torch.enable_grad():
+        with checkpointed, repeatable(model), torch.enable_grad():
             losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
             state.hand_over_waiting()
     finally:
@@ -265,12 +271,13 @@ def backward(
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(model: LoadedModel) -> Iterator[None]:
     """On a GPU, only algorithms that give the same bytes every time: an index that resumes is built on that.
 
-    Attention's backward pass adds in no fixed order there unless told. On a CPU nothing needs telling.
+    Attention's backward pass adds in no fixed order there unless told. On a CPU nothing needs telling. A model whose
+    forward pass has an operation without such an algorithm is told of, and runs as torch likes (see `_decoded`).
     """
-    if device.type != "cuda":
+    if model.device.type != "cuda" or model.model in _UNREPEATABLE:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to multiply without
@@ -289,6 +296,9 @@ def repeatable(device: torch.device) -> Iterator[None]:
 _WRITES_INTO_OUTPUTS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models whose code writes into a linear layer's output in place, such as Falcon's."""
 
+_UNREPEATABLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models with an operation that no GPU does in a fixed order, such as Mamba2's sums along time."""
+
 _VETTED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
 """Layers of a model that were not called in some pass, and whose weights nothing else used either."""
 
@@ -297,7 +307,8 @@ def _vet(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) ->
     """See that layers which no hook was called for had no part in the loss: experts that were not chosen have none.
 
     Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj): no hook can see that, and
-    its gradient would be taken for zero. Autograd sees it, in one more pass for each layer that was ever uncalled.
+    its gradient would be taken for zero. Autograd sees it, in one more pass over the batch's first example for each
+    layer that was ever uncalled. A weight that is used so for some inputs alone, and not for that one, escapes.
 
     Raises:
         ModelError: Some weight was used behind the hooks' back.
@@ -305,13 +316,14 @@ def _vet(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) ->
     vetted, head = _VETTED.setdefault(model.model, set()), model.base.get_output_embeddings()
     suspects = {name: layer for name, layer in uncalled.items() if name not in vetted and layer is not head}
     weights = {name: layer.get_parameter("weight") for name, layer in suspects.items()}
+    weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     if not weights:
         return
     try:
-        with repeatable(model.device), torch.enable_grad():
+        with torch.enable_grad():
             for weight in weights.values():
                 weight.requires_grad_(True)
-            states, _ = model.decode(batch.ids, batch.mask)
+            states, _ = model.decode(batch.ids[:1], batch.mask[:1])
             total = states.float().square().sum()
             found = torch.autograd.grad(total, list(weights.values()), allow_unused=True) if total.requires_grad else ()
     finally:
@@ -361,14 +373,25 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
 
 
 def _decoded(model: LoadedModel, batch: Batch, state: _Pass | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The decoder's states; once more, in another way, where the model's code does not bear the first."""
     try:
         return model.decode(batch.ids, batch.mask)
     except RuntimeError as error:
-        if state is None or state.copies or "is being modified inplace" not in str(error):
+        if "is being modified inplace" in str(error) and state is not None and not state.copies:
+            _WRITES_INTO_OUTPUTS.add(model.model)
+            state.copies = True
+        elif "does not have a deterministic implementation" in str(error) and model.model not in _UNREPEATABLE:
+            logger.warning(
+                "%s: on a GPU this model cannot be run in a fixed order (%s); an index of it will not come out byte "
+                "for byte the same twice, only to rounding",
+                model.path,
+                str(error).split(".")[0],
+            )
+            _UNREPEATABLE.add(model.model)
+            torch.use_deterministic_algorithms(False)  # of this pass; `repeatable` puts back what was
+        else:
             raise
-    _WRITES_INTO_OUTPUTS.add(model.model)
-    state.copies = True
-    return model.decode(batch.ids, batch.mask)
+    return _decoded(model, batch, state)
 
 
 @torch.no_grad()

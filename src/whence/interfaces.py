@@ -36,7 +36,7 @@ class Projection(Protocol):
     width: int
     """`k`, the numbers a row."""
     forms_gradient: bool
-    """Whether `__call__` needs memory for all examples' gradients [b o i]: then it gets a few examples at a time."""
+    """Whether `__call__` forms all examples' gradients [b o i]: then it gets so few at a time as memory bears."""
 
     def columns(self, layer: str) -> slice:
         """Where in a row the layer's block goes."""

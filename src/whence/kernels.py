@@ -21,6 +21,7 @@ integer products reach the memory's bandwidth, on AVX2 they take fifteen times a
 large batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from torch import Tensor
 
 from whence import compiled
 
+logger = logging.getLogger(__name__)
+
 TINY = 2.0**-119
 """Scales below fp32's normal range lose bits: an absolute error no gradient can notice."""
 
@@ -46,6 +49,8 @@ _DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
 _COMPILED_QUERIES = 8  # past so many a matrix product does more with a row that is in cache
 _TRIAL_ROWS = (256, 8192)  # of the first trial of every kernel, and of the second of those that came near
 _TRIAL_NEAR = 3.0
+_TRIAL_SECONDS = 0.2  # of one kernel: past that it is run no more
+_COSTLY_TRIAL_BYTES = 1 << 26  # of rows in the trial of a compiled kernel: more than fits a cache
 _RESCORING = 1.5  # a kernel whose scores have a slack must be so much faster, for what it leaves to be scored again
 _PATIENCE = 1.0  # seconds of scanning in a process before it compiles a kernel, which takes about as long
 _BF16_ROUND = 2.0**-8 * 1.01
@@ -77,8 +82,8 @@ class Fastest:
     """Kernel that is the fastest of several on this CPU, found by timing them on the first large batch.
 
     The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries. A kernel that
-    must be compiled first joins once the process has spent as long on such scans as compiling takes: whoever scans
-    once never waits for it, and whoever scans often has waited at most twice as long as if he had known.
+    must be compiled first joins once the process has spent as long on such scans as compiling takes: few and small
+    scans never wait for it. If it fails (a numba that does not fit this numpy, say), scans go on without it.
     """
 
     _chosen: ClassVar[dict[tuple[str, int, int, int], int]] = {}
@@ -98,13 +103,21 @@ class Fastest:
                 cheap = [number for number in range(len(self._kernels)) if number != self._costly]
                 self._chosen[key], self._spent[key] = self._trial(cheap, stored, scale, _TRIAL_ROWS), 0.0
             elif self._costly is not None and self._spent[key] > _PATIENCE:
-                # the costly one first: threads of torch's products stay awake for a while, and would slow it
-                self._chosen[key] = self._trial([self._costly, self._chosen[key]], stored, scale, [2**62])
                 self._spent[key] = -np.inf
+                self._chosen[key] = self._with_costly(self._costly, self._chosen[key], stored, scale)
         block = self._kernels[self._chosen.get(key, 0)](stored, scale)
         if key in self._spent:
             self._spent[key] += time.perf_counter() - start
         return block
+
+    def _with_costly(self, costly: int, chosen: int, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> int:
+        rows = max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // max(1, stored[0][:1].numel() * stored[0].itemsize))
+        try:
+            # the costly one first: threads of torch's products stay awake for a while, and would slow it
+            return self._trial([costly, chosen], stored, scale, [rows])
+        except Exception as error:  # whatever a compiler may raise
+            logger.warning("scans are not compiled, and stay slower: %s: %s", type(error).__name__, error)
+            return chosen
 
     def _trial(self, near: list[int], stored: Sequence[Tensor], scale: Sequence[Tensor], sizes: Sequence[int]) -> int:
         """Number of the fastest, on one number of rows after another; who is far behind is not tried on the next."""
@@ -120,7 +133,7 @@ class Fastest:
     def _seconds(self, kernel: Kernel, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> float:
         """The best of four runs, after one that warms up; more where scores have a slack."""
         block, took = kernel(stored, scale), []
-        for _ in range(4):
+        while len(took) < 4 and sum(took) < _TRIAL_SECONDS:
             start = time.perf_counter()
             kernel(stored, scale)
             took.append(time.perf_counter() - start)

@@ -23,7 +23,7 @@ KEPT_BYTES = 2**30
 class Rademacher:
     """`width` numbers in all, 8,192 unless told."""
 
-    forms_gradient = True
+    forms_gradient = False  # it does, but signs are drawn anew at every call: all examples at once
 
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
         self.width = 8192 if width is None else width
