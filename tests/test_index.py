@@ -106,6 +106,19 @@ def test_memory_that_runs_out_is_told_with_the_flag_that_mends_it(tiny_llama, ti
         append(out, corpus_rows(20, first=50), progress=False)
 
 
+def test_memory_that_runs_out_in_a_repair_is_told_and_the_rest_of_the_index_kept(tiny_index, tmp_path, monkeypatch):
+    out = shutil.copytree(tiny_index, tmp_path / "index")
+    flip(out / "checkpoint-000" / "shard-00000.safetensors")
+    harmed = contents(out)
+    monkeypatch.setattr(sys.modules["whence.index"], "example_vectors", lambda *args, **kwargs: torch.empty(1 << 60))
+    told = r"shard 0 of checkpoint 0: out of memory \(.*\)\..* passes of 4,096 tokens; repair it on a larger device"
+    with pytest.raises(JobError, match=told):
+        verify(out, repair=True)
+    assert contents(out) == harmed
+    monkeypatch.undo()
+    assert verify(out, repair=True)[1] and contents(out) == contents(tiny_index)
+
+
 def test_every_checkpoint_is_looked_at_before_anything_is_written(tmp_path):
     run = save_tiny_run(tmp_path / "run")
     weights = run / "checkpoint-2" / "model.safetensors"

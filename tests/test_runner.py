@@ -74,6 +74,20 @@ def test_memory_that_runs_out_is_told_at_once(pauses, monkeypatch):
     assert (calls, pauses, emptied, ticks) == (["shard 7"], [], [True], [(2, 10), (-2, -10)])
 
 
+@pytest.mark.parametrize("fill", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 60)])
+def test_memory_of_this_machine_that_runs_out_is_told_at_once(fill, pauses):
+    def work(job, tick):
+        tick(2, 10)
+        fill()
+
+    ticks = []
+    told = r"^shard 7: out of memory \(.+\)\. To mend it: lower --batch-tokens\.$"
+    with pytest.raises(JobError, match=told):
+        list(runner.map(work, ["shard 7"], on_tick=lambda *done: ticks.append(done),
+                        less_memory="lower --batch-tokens"))  # fmt: skip
+    assert (pauses, ticks) == ([], [(2, 10), (-2, -10)])
+
+
 def test_results_before_a_failure_are_kept(pauses):
     def work(job, tick):
         if job == 2:

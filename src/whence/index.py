@@ -362,10 +362,22 @@ def verify(path: str | Path, *, repair: bool = False, **loading: Any) -> tuple[l
     with Store.open(path).lock():
         opened = open_index(path, **loading)
         notes = opened.store.repair(
-            lambda checkpoint, part: _shard_arrays(opened, checkpoint, part, lambda examples, tokens: None),
+            lambda checkpoint, part: _recomputed(opened, checkpoint, part),
             lambda part: part_again(opened.store, part),
         )
     return problems, notes
+
+
+def _recomputed(opened: Index, checkpoint: int, part: int) -> ShardArrays:
+    """The arrays of a shard that is there, by a job as a build's are: tried again, or told where memory runs out."""
+    job = Job(checkpoint, part, opened.store.manifest.parts[part].rows)
+    passes = f"the index was built with passes of {opened.tokens_per_batch:,} tokens; repair it on a larger device"
+
+    def work(job: Job, tick: runner.Tick) -> ShardArrays:
+        return _shard_arrays(opened, job.checkpoint, job.part, tick)
+
+    ((_, arrays),) = runner.map(work, [job], engine=opened.settings.engine, less_memory=passes)
+    return arrays
 
 
 def _moved(path: str, now: str | None) -> str:

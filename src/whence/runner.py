@@ -54,7 +54,9 @@ def map(
     for job in jobs:
         try:
             result = _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise JobError(f"{job}: out of memory ({_first_line(error)}). To mend it: {less_memory}.") from error
         yield job, result
 
@@ -63,6 +65,16 @@ def check_engine(name: str) -> None:
     """Refuse an engine that is not there, before any work is done."""
     if name not in ENGINES:
         raise SettingError(f"--engine {name}: this version has {', '.join(ENGINES)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Memory ran out: a GPU's, which torch has an error of its own for, or this machine's, which has two.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("device"))
+    (True, False)
+    """
+    is_torch_on_a_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_torch_on_a_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:
@@ -76,13 +88,12 @@ def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_ti
 
         try:
             return work(job, tick)
-        except torch.OutOfMemoryError:
+        except (OSError, RuntimeError, MemoryError) as error:
             on_tick(-done[0], -done[1])
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            raise
-        except (OSError, RuntimeError) as error:
-            on_tick(-done[0], -done[1])
+            if is_out_of_memory(error):
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                raise
             reason = _first_line(error)
             if attempt == retries:
                 raise JobError(
