@@ -27,6 +27,7 @@ from torch import Tensor
 
 from whence import scan
 from whence.codecs import Codec, codec
+from whence.corpus import parquet_file
 from whence.errors import ChecksumError, CorpusError, MissingIndexError, SettingError, StorageError
 from whence.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
 from whence.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
@@ -151,7 +152,7 @@ class Store:
         """The corpus rows of a part: id, source, row (the original row as JSON)."""
         entry = self.manifest.parts[number]
         try:
-            return pq.read_table(io.BytesIO(self.place.read(entry.file))).to_pylist()
+            return _table(self.place.read(entry.file)).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise ChecksumError(
                 f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
@@ -370,7 +371,7 @@ class Store:
             data = _parquet(reread(self.manifest.parts.index(old)))
         except CorpusError as error:
             return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
-        table = pq.read_table(io.BytesIO(data))
+        table = _table(data)
         if table.num_rows != old.rows:
             return f"{old.file}: the corpus now gives {table.num_rows} rows for it, not {old.rows}; {advice}"
         written = self.place.write(old.file, [data], total=len(data))
@@ -471,6 +472,10 @@ def verify(path: str | PathLike) -> list[Problem]:
     except ChecksumError as error:
         return [Problem(MANIFEST, str(error))]
     return list(store.verify())
+
+
+def _table(data: bytes | memoryview) -> pa.Table:
+    return parquet_file(pa.BufferReader(data)).read(use_threads=False)
 
 
 def _parquet(rows: Sequence[dict]) -> memoryview:
