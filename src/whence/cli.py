@@ -48,7 +48,8 @@ Width = Annotated[
 ]
 CodecName = Annotated[str, typer.Option(help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit.")]
 Layers = Annotated[
-    str | None, typer.Option(help="Patterns of layer names, with commas between, such as '*mlp*,lm_head'.")
+    str | None,
+    typer.Option(help="Patterns of layers' names, with commas between: '*mlp*,lm_head'; '!*dt_proj' leaves out."),
 ]
 Reduction = Annotated[str, typer.Option(help="Loss of an example: mean or sum over its supervised tokens.")]
 Normalise = Annotated[str, typer.Option(help="layer: divide each layer's gradient by its norm, as RapidIn does; none.")]
