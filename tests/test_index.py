@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from conftest import byte_tokenizer, contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
+from whence import model as model_module
 from whence.codecs import CODECS, codec
 from whence.errors import (
     ChecksumError,
@@ -522,6 +523,31 @@ def test_checkpoints_of_a_moved_run_are_found_in_it(tiny_run, tmp_path):
     moved = run.rename(tmp_path / "moved")
     opened = open_index(tmp_path / "index", model=str(moved))
     assert [opened.model(number).path for number in (0, 1)] == [str(moved / f"checkpoint-{step}") for step in (2, 4)]
+
+
+@pytest.mark.parametrize("pattern", [None, "model.layers.0.*"])
+@pytest.mark.parametrize(
+    ("gone", "prefix", "was"), [(None, "decoder.layers.", "q_proj"), (2, "model.layers.", "v_proj")],
+    ids=["renamed", "one fewer"],
+)  # fmt: skip
+def test_a_model_whose_traced_layers_are_others_now_is_refused(
+    tiny_llama, tmp_path, monkeypatch, gone, prefix, was, pattern
+):
+    out, real = tmp_path / "index", model_module._linear_layers
+    index(tiny_llama, corpus_rows(5), out, layers=pattern, **QUIET)
+
+    def layers(model):
+        found = enumerate(real(model))
+        return [(name.replace("model.layers.", prefix), layer) for number, (name, layer) in found if number != gone]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "_linear_layers", layers)
+        told = rf"was model\.layers\.0\.self_attn\.{was}, and is .* now\..* -o .*index --restart"
+        with pytest.raises(ManifestMismatchError, match=told):
+            trace(out, "5 and 3?", " yes")
+        with pytest.raises(ManifestMismatchError, match=told):
+            append(out, corpus_rows(5, first=9), progress=False)
+    assert trace(out, "5 and 3?", " yes").hits
 
 
 # -- a full disk

@@ -8,8 +8,10 @@ With `--view adam` rows are what the optimizer makes of their gradients, by the 
 optimizer file. Queries are plain gradients, so asking needs no such file.
 """
 
+import itertools
 import json
 import logging
+import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +182,27 @@ class Index:
                 f"{path}: its tokenizer has digest {words[:12]}, the index was built with {expected[:12]}; "
                 f"the same text would become other tokens. Restore it, or name the right one with --tokenizer."
             )
+        self._check_layers(model)
         return model
+
+    def _check_layers(self, model: LoadedModel) -> None:
+        """See that the traced layers are those of the index: a layer's part of a sketch is drawn by its name.
+
+        They change where a library names modules anew, or where Whence takes others of them for layers.
+        """
+        expected = self.store.manifest.settings["layer_names"]
+        try:
+            found = list(self.layers(model))
+        except SettingError:  # the index' own pattern matches none any longer
+            found = []
+        for number, (then, now) in enumerate(itertools.zip_longest(expected, found)):
+            if then != now:
+                again = f"whence index MODEL CORPUS -o {shlex.quote(self.store.place.root)} --restart"
+                raise ManifestMismatchError(
+                    f"{model.path}: its traced layers are not those of the index: layer {number} of {len(expected)} "
+                    f"was {then or 'not there'}, and is {now or 'not there'} now. Scores across the two would mean "
+                    f"nothing. Index again with: {again}"
+                )
 
 
 def index(
