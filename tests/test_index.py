@@ -205,6 +205,20 @@ def test_an_append_whose_corpus_is_gone_can_be_undone(tiny_llama, tmp_path, smal
     assert verify(out) == ([], [])
 
 
+def test_an_append_is_undone_without_the_code_of_the_model(tiny_llama, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    index(tiny_llama, corpus_rows(5), out, trust_remote_code=True, **QUIET)
+    before = contents(out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_short(patch, "add_shard", 0)
+        append(out, corpus_rows(5, first=30), progress=False, trust_remote_code=True)
+    with pytest.raises(SettingError, match="--trust-remote-code"):
+        append(out, corpus_rows(5, first=30), progress=False)
+    left = append(out, undo=True)
+    assert (contents(out), left.store.rows) == (before, 5)
+    assert not left.settings.trust_remote_code, "nobody has allowed it"
+
+
 def test_an_append_takes_a_corpus_or_undo(tiny_index):
     for options in ({}, {"corpus": corpus_rows(3, first=90), "undo": True}):
         with pytest.raises(SettingError, match="--undo"):

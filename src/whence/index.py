@@ -293,19 +293,40 @@ def open_index(
         ChecksumError: Its manifest is damaged.
     """
     store = Store.open(path)
-    kept = store.manifest.settings
-    if kept["trust_remote_code"] and not trust_remote_code:
+    if store.manifest.settings["trust_remote_code"] and not trust_remote_code:
         raise SettingError(
             f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
             "If you trust it, add --trust-remote-code."
         )
-    names = ("max_tokens", "tokens_per_batch", "dtype", "trust_remote_code", "gradient_checkpointing")
+    return _index_of(
+        store,
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _index_of(
+    store: Store,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Index:
+    """An index as `open_index` opens it, though it may need code that is not allowed: then its model cannot load."""
+    kept = store.manifest.settings
+    names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
     settings = IndexSettings(
         space=GradientSpace(**kept["space"]),
         codec=store.manifest.codec,
         tokenizer=tokenizer or kept["tokenizer_path"],
         device=device,
         device_map=device_map,
+        trust_remote_code=kept["trust_remote_code"] and trust_remote_code,
         **{name: kept[name] for name in names},
     )
     return Index(store, settings, model=model)
@@ -337,10 +358,11 @@ def append(
     if (corpus is None) != undo:
         raise SettingError("append takes a corpus whose rows are to join, or --undo to drop those of an unfinished one")
     with Store.open(path).lock():
+        if corpus is None:  # no model is needed, nor its code
+            left = _index_of(Store.open(path), **loading)
+            left.store.undo_extend()
+            return left
         opened = open_index(path, **loading)
-        if corpus is None:
-            opened.store.undo_extend()
-            return opened
         first = _begin_joining(opened, corpus)
         opened.store.remove_leftovers()
         copy_rows(opened.store, open_corpus(corpus, first_number=first), after=first)
