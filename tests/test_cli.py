@@ -87,7 +87,8 @@ def test_help_does_not_import_torch():
 def test_a_verb_is_a_function_though_its_module_has_the_same_name():
     verbs = ("demo", "train", "index", "trace", "select", "recover", "ablate", "info", "verify", "append", "bench")
     names = f"for name in {verbs}: assert callable(getattr(whence, name)), name"
-    first = "import whence.index, whence.train, whence.bench, whence.demo, whence.store; from whence.demo import ROWS"
+    first = "import whence.index as found, whence; from whence.index import Index; assert found is whence.index\n"
+    first += "import whence.index, whence.train, whence.bench, whence.demo, whence.store; from whence.demo import ROWS"
     done = subprocess.run([sys.executable, "-c", f"{first}\n{names}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert whence_package.demo.__module__ == "whence.demo"

@@ -88,7 +88,11 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A verb and its module may have one name. The import system binds the module here: the verb goes before it."""
+    """A verb and its module may have one name. The import system binds the module here: the verb goes before it.
+
+    So `import whence.index as found` gives the function too: modules come by `from whence.index import ...`, name by
+    name, or whole by `sys.modules["whence.index"]`.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):
