@@ -6,7 +6,7 @@ import json
 import pytest
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, write_jsonl
-from whence.corpus import open_corpus
+from whence.corpus import Corpus, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError
 from whence.index import append, index, verify
 from whence.ingest import copy_rows
@@ -115,6 +115,36 @@ def test_rows_that_change_while_they_join_leave_the_index_as_it_was(tiny_llama, 
     assert contents(out) == before
     assert append(out, more, progress=False).store.rows == 50
     assert verify(out) == ([], [])
+
+
+# -- how often a corpus is read
+
+ROWS = {
+    "text": {"text": "a"},
+    "prompt": {"prompt": "a", "completion": "b"},
+    "instruction": {"instruction": "a", "output": "b"},
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "chat", "readings"),
+    [
+        (["text", "prompt"], True, 2),
+        (["text", "prompt", "instruction"], False, 2),
+        (["text", "prompt", "instruction"], True, 3),
+        (["text", "messages"], True, 3),
+    ],
+)
+def test_a_corpus_is_read_a_third_time_only_where_rows_become_conversations(
+    tmp_path, monkeypatch, kinds, chat, readings
+):
+    model, made, real = save_tiny_llama(tmp_path / "model", chat=chat), [], Corpus.__iter__
+    monkeypatch.setattr(Corpus, "__iter__", lambda self: made.append(self) or real(self))
+    opened = index(model, [ROWS[kind] for kind in kinds], tmp_path / "index", **QUIET)
+    assert (len(made), opened.layout) == (readings, kinds[0])
+    append(tmp_path / "index", [ROWS[kind] for kind in kinds], progress=False)
+    assert len(made) == readings + readings + 1, "an append looks for ids that are there too"
 
 
 # -- rows that no chat template takes

@@ -243,7 +243,7 @@ def index(
     run = open_run(model, which=chosen.checkpoints)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _sized(chosen, loaded, None if restart else place)
-    check_conversations(texts, loaded.tokenizer)
+    check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
     transform = transform_for(loaded, chosen)  # moments that do not fit are told before anything is written
     for earlier in run.checkpoints[:-1]:  # the last is loaded already
@@ -381,7 +381,7 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     store.require_complete()
     texts = open_corpus(corpus, first_number=before)
     refuse_known_ids(store, texts)
-    check_conversations(texts, opened.model().tokenizer)  # before anything is written
+    check_conversations(texts, fingerprint.layouts, opened.model().tokenizer)  # before anything is written
     for number in range(len(store.manifest.checkpoints)):
         opened.check_moments(number)
     store.extend({"name": absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows})

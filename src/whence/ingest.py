@@ -1,12 +1,14 @@
 """A corpus' rows, checked and copied into the parts of an index.
 
-The corpus is read twice: once to check every row and take its digest, so that a bad line is found before anything is
-written; once to copy its rows, which must give the same digest. From then on the index needs no other file than the
-model. A part holds as many rows as its shard, so that one job reads one file.
+The corpus is read to check every row and take its digest, so that a bad line is found before anything is written; and
+again to copy its rows, which must give the same digest. Between the two it is read once more where rows become
+conversations, which must be such as the tokenizer's template takes; and, where it joins an index, for ids that are
+there already. From then on the index needs no other file than the model. A part holds as many rows as its shard, so
+that one job reads one file.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,13 @@ class Fingerprint:
 
     digest: str
     rows: int
-    layout: str
-    """Of its first row."""
+    layouts: tuple[str, ...]
+    """Of its rows, in the order in which they are met."""
+
+    @property
+    def layout(self) -> str:
+        """Of its first row."""
+        return self.layouts[0]
 
 
 def rows_per_shard(width: int) -> int:
@@ -47,11 +54,11 @@ def fingerprint_of(corpus: Corpus) -> Fingerprint:
     Raises:
         CorpusError: A row cannot be read, lacks columns, or has the id of another.
     """
-    digest, kind, rows = hashlib.sha256(), "", 0
+    digest, rows = hashlib.sha256(), 0
+    layouts: dict[str, None] = {}
     seen: set[bytes] = set()
     for example in corpus:
-        kind = kind or layout(example.row)
-        _check_texts(example, corpus.name)
+        layouts[_checked_layout(example, corpus.name)] = None
         key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if key in seen:
             raise CorpusError(
@@ -61,11 +68,11 @@ def fingerprint_of(corpus: Corpus) -> Fingerprint:
         seen.add(key)
         digest.update(row_json(example.row).encode())
         rows += 1
-    return Fingerprint(digest.hexdigest(), rows, kind)
+    return Fingerprint(digest.hexdigest(), rows, tuple(layouts))
 
 
-def _check_texts(example: Example, name: str) -> None:
-    """Refuse what no tokenizer takes for text, before anything is written."""
+def _checked_layout(example: Example, name: str) -> str:
+    """A row's layout. What no tokenizer takes for text in its columns is refused, before anything is written."""
     kind = layout(example.row)
     columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
     wanted: Any = list | None if kind == "messages" else str | int | float | None
@@ -75,17 +82,20 @@ def _check_texts(example: Example, name: str) -> None:
                 f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
                 f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
             )
+    return kind
 
 
-def check_conversations(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def check_conversations(corpus: Corpus, layouts: Iterable[str], tokenizer: Tokenizer) -> None:
     """Render once every row that becomes a conversation, so that one which cannot is found before a file is made.
 
-    Instructions become one where the tokenizer has a chat template.
+    Instructions become one where the tokenizer has a chat template. A corpus none of whose `layouts` does is not read.
 
     Raises:
         CorpusError: The template refuses a row, or a message lacks its role or content.
     """
     kinds = ("messages", "instruction") if tokenizer.chat_template else ("messages",)
+    if not set(kinds) & set(layouts):
+        return
     for example in corpus:
         if layout(example.row) in kinds:
             try:
