@@ -33,6 +33,7 @@ from whence.kernels import (
     decoded_kernel,
     float32_kernel,
     integer_kernel,
+    lazily,
     planes,
 )
 
@@ -81,7 +82,7 @@ class Codec:
         """A kernel for these queries, to be used for any number of blocks on the queries' device."""
         if queries.device.type != "cpu":
             return decoded_kernel(queries, self.decoder)
-        made = [make(queries) for make in self.kernels]
+        made = [lazily(make, queries) for make in self.kernels]
         costly = compiled_kernel(self.name, queries, self.columns(queries.shape[1]))
         return made[0] if len(made) == 1 and not costly else Fastest(self.name, queries, made, costly)
 

@@ -173,6 +173,12 @@ def _scaled(out: Tensor, scale: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
+    """A kernel that is made when it first scores: of several, only those that are tried cost anything."""
+    made = cache(lambda: make(queries))
+    return lambda stored, scale: made()(stored, scale)
+
+
 def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
     """Decode a few rows at a time and multiply in fp32: right anywhere, and as slow as decoding is.
 

@@ -336,7 +336,7 @@ def _candidates(
     if hits is None or (m < n and len(hits) > 4 * m * q):
         # at the start of a scan, or where scores rise: only the best m of these rows can stay
         signed = scores if sign > 0 else -scores
-        least = _mth_best_at_least(np.nan_to_num(signed, nan=-np.inf), m) - 2 * most
+        least = _mth_best_at_least(signed, m) - 2 * most
         hits = _true((signed >= least) & (signed > far))
     rows, queries = np.divmod(hits, max(1, q))
     order = np.argsort(queries, kind="stable")
@@ -346,11 +346,13 @@ def _candidates(
 def _mth_best_at_least(scores: np.ndarray, m: int) -> np.ndarray:
     """A value [q] that the m-th best of scores [n, q] reaches: the m-th best of groups' bests, where there are enough.
 
-    At least m entries are as good as it, and few more than m; an exact selection costs ten times as much.
+    At least m entries are as good as it, and few more than m; an exact selection costs ten times as much. NaN is never
+    good. A group's rows stand far apart, which lets their bests be taken a row of groups at a time.
     """
     groups = len(scores) // _GROUP
     if groups >= 4 * m:
-        scores = scores[: groups * _GROUP].reshape(groups, _GROUP, -1).max(1)
+        scores = np.fmax.reduce(scores[: groups * _GROUP].reshape(_GROUP, groups, -1), axis=0)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     return np.partition(scores, len(scores) - m, axis=0)[len(scores) - m]
 
 
