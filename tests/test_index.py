@@ -30,6 +30,7 @@ from whence.index import IndexSettings, append, index, open_index, projection_fo
 from whence.model import load_model
 from whence.queries import Query
 from whence.shards import STATUSES
+from whence.storage import Place
 from whence.store import Store
 from whence.tokens import collate, encode
 from whence.tracing import trace
@@ -202,6 +203,34 @@ def test_an_append_whose_corpus_is_gone_can_be_undone(tiny_llama, tmp_path, smal
     assert append(out, undo=True, progress=False).store.rows == 20
     assert contents(out) == before
     assert append(out, more, progress=False).store.rows == 59
+    assert verify(out) == ([], [])
+
+
+@pytest.mark.parametrize("then", ["undo", "append", "index"])
+def test_an_undo_that_was_killed_leaves_nothing_behind(tiny_llama, tmp_path, small_parts, monkeypatch, then):
+    def stop(place, name):
+        raise KeyboardInterrupt
+
+    out, rows = tmp_path / "index", corpus_rows(20)
+    index(tiny_llama, rows, out, **QUIET)
+    before = contents(out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_short(patch, "add_shard", 1)
+        append(out, corpus_rows(60, first=20), progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Place, "remove", stop)
+        append(out, undo=True)
+    assert len(contents(out)) > len(before), "files of the append are still there"
+    if then == "undo":
+        with pytest.raises(
+            SettingError, match=r"nothing to undo \(6 files that an earlier command left were removed\)"
+        ):
+            append(out, undo=True)
+    elif then == "index":
+        index(tiny_llama, rows, out, **QUIET)
+    if then != "append":
+        assert contents(out) == before
+    append(out, corpus_rows(3, first=100), progress=False)
     assert verify(out) == ([], [])
 
 

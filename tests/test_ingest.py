@@ -10,6 +10,7 @@ from whence.corpus import Corpus, open_corpus
 from whence.errors import CorpusError, ManifestMismatchError
 from whence.index import append, index, verify
 from whence.ingest import copy_rows
+from whence.storage import Place
 from whence.store import Store
 
 QUIET = {"width": 4, "progress": False}
@@ -103,6 +104,23 @@ def test_rows_copied_before_a_kill_are_held_to_what_was_checked(
     index(tiny_llama, corpus, out, **QUIET)
     index(tiny_llama, corpus, tmp_path / "whole", **QUIET)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_rows_whose_removal_is_killed_are_removed_by_the_next_build(
+    tiny_llama, tmp_path, small_parts, changing, monkeypatch
+):
+    def stop(place, name):
+        raise KeyboardInterrupt
+
+    corpus, out = write_jsonl(tmp_path / "a.jsonl", corpus_rows(20)), tmp_path / "index"
+    changing(corpus, corpus_rows(60, first=100))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Place, "remove", stop)
+        index(tiny_llama, corpus, out, **QUIET)
+    assert (Store.open(out).rows, len(contents(out))) == (0, 1 + 4)
+    write_jsonl(corpus, corpus_rows(20))
+    index(tiny_llama, corpus, out, **QUIET)
+    assert verify(out) == ([], [])
 
 
 def test_rows_that_change_while_they_join_leave_the_index_as_it_was(tiny_llama, tmp_path, small_parts, changing):

@@ -29,6 +29,7 @@ from whence.errors import (
     StorageError,
 )
 from whence.manifest import Manifest
+from whence.mending import repair
 from whence.shards import ShardArrays, encoded
 from whence.storage import Place
 from whence.store import Store, verify
@@ -299,12 +300,12 @@ def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
         recomputed.append((checkpoint, part))
         return arrays(checkpoint, part)
 
-    notes = store.repair(recompute)
+    notes = repair(store, recompute)
     assert recomputed == [(0, 1)]  # the other shard's rows are in the bad part
     assert any("cannot be mended from shards" in note for note in notes)
     assert any("shard-00000" in note and "not recomputed" in note for note in notes)
     assert sum("the same bytes as before" in note for note in notes) == 1
-    store.repair(recompute, reread=corpus_rows)
+    repair(store, recompute, reread=corpus_rows)
     assert recomputed == [(0, 1), (1, 0)]
     (tmp_path / "index" / "notes.txt").unlink()
     assert contents(tmp_path / "index") == before
@@ -314,7 +315,7 @@ def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
 def test_repair_says_when_the_bytes_differ(tmp_path):
     store = build(tmp_path / "index")
     flip(tmp_path / "index" / "checkpoint-000" / "shard-00000.safetensors", 900)
-    (note,) = store.repair(lambda checkpoint, part: arrays(1, part))
+    (note,) = repair(store, lambda checkpoint, part: arrays(1, part))
     assert "its bytes differ" in note
     assert verify(tmp_path / "index") == []
 
@@ -396,7 +397,7 @@ def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkey
     found = {problem.file: problem.what for problem in verify(tmp_path / "index")}
     shards = [store.manifest.shards[n].file for n in (0, -1)]
     assert found == {bad: "cannot be read: Input/output error", **dict.fromkeys(shards, "wrong checksum")}
-    notes = store.repair(arrays)
+    notes = repair(store, arrays)
     assert sum(f"its rows are in {bad}, which is wrong" in note for note in notes) == 1
     assert sum("recomputed, the same bytes" in note for note in notes) == 1
 
@@ -467,6 +468,47 @@ def test_restart_removes_only_an_index(tmp_path):
     with pytest.raises(SettingError, match="not empty"):
         Store.create(tmp_path / "index", manifest())
     Store.restart(tmp_path / "absent")
+
+
+STRANGERS = (
+    "notes.txt", "corpus/part-mine.parquet", "corpus/part-00000-ab12.parquet", "corpus/part-0001.parquet",
+    "other/corpus/part-00009.parquet", "checkpoint-500/shard-mine.safetensors",
+    "checkpoint-000/a/shard-00009.safetensors",
+    "corpus/part-00009.parquet.bak", "checkpoint-000/model-00001-of-00002.safetensors", "notes.tmp",
+)  # fmt: skip
+
+
+def test_leftovers_are_files_that_whence_names_and_does_not_list(tmp_path):
+    build(tmp_path / "index")
+    before = contents(tmp_path / "index")
+    left = ("corpus/part-00009.parquet", "checkpoint-001/shard-00009.safetensors", "corpus/part-00000.parquet.tmp")
+    for name in (*STRANGERS, *left):
+        (tmp_path / "index" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "index" / name).write_text("mine")
+    build(tmp_path / "index")
+    assert contents(tmp_path / "index") == before | dict.fromkeys(STRANGERS, b"mine")
+    with pytest.raises(SettingError, match="not an index's alone"):
+        Store.restart(tmp_path / "index")
+
+
+def test_whole_leftovers_stay_where_another_process_may_be_writing_them():
+    address = f"memory://{uuid.uuid4()}/index"
+    build(address)
+    other = Store.open(address)
+    other.place.write("checkpoint-001/shard-00009.safetensors", [b"in flight"], total=9)
+    build(address).remove_leftovers()
+    assert [problem.what for problem in verify(address)] == ["not listed in the manifest"]
+
+
+def test_files_with_an_indexs_names_are_not_written_over_where_no_index_is(tmp_path):
+    build(tmp_path / "index")
+    (tmp_path / "index" / "manifest.json").unlink()
+    before = contents(tmp_path / "index")
+    with pytest.raises(SettingError, match=r"such as checkpoint-000/shard-00000.*Nothing was changed.*--restart"):
+        build(tmp_path / "index")
+    assert contents(tmp_path / "index") == before
+    Store.restart(tmp_path / "index")
+    assert build(tmp_path / "index").manifest.is_complete
 
 
 def test_append_leaves_old_files_alone(tmp_path):

@@ -27,6 +27,7 @@ from whence.gradients import Transform
 from whence.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.interfaces import GradientSpace, Projection
 from whence.manifest import MANIFEST, read_manifest
+from whence.mending import repair as mend
 from whence.model import LoadedModel, check_files, directory_digest, tokenizer_digest
 from whence.moments import moments_digest
 from whence.shards import ShardArrays
@@ -405,7 +406,8 @@ def verify(path: str | Path, *, repair: bool = False, **loading: Any) -> tuple[l
         return problems, []
     with Store.open(path).lock():
         opened = open_index(path, **loading)
-        notes = opened.store.repair(
+        notes = mend(
+            opened.store,
             lambda checkpoint, part: _recomputed(opened, checkpoint, part),
             lambda part: part_again(opened.store, part),
         )

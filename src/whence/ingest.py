@@ -159,7 +159,7 @@ def _take_out(store: Store, after: int) -> None:
     """Take the rows from number `after` on out of the index, and the corpus of an append with them.
 
     They have no shard yet: those come when all parts are there. The manifest goes first, so that a kill leaves files
-    that are not listed, and the next build writes over them.
+    that are not listed, which the next build removes.
     """
     if after:
         store.undo_extend()

@@ -1,4 +1,4 @@
-"""The index on disk: manifest, corpus parts, shards; atomic commit, resume, verify, repair, append.
+"""The index on disk: manifest, corpus parts, shards; atomic commit, resume, verify, append.
 
     INDEX/manifest.json                           what the index is and what is in it, with checksums
     INDEX/corpus/part-00000.parquet               the rows it can show (zstd)
@@ -7,14 +7,15 @@
 Part p and shard p of every checkpoint hold the same rows. A file is listed in the manifest only after it is
 whole under its name, so that a kill at any moment loses at most the files in flight, and the same build
 resumed ends with the same bytes: nothing here depends on time, process or order. Settings are opaque to the
-store.
+store. What is mended in an index is in `mending`.
 """
 
 import bisect
 import io
+import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -28,11 +29,14 @@ from torch import Tensor
 from whence import scan
 from whence.codecs import Codec, codec
 from whence.corpus import parquet_file
-from whence.errors import ChecksumError, CorpusError, MissingIndexError, SettingError, StorageError
+from whence.errors import ChecksumError, MissingIndexError, SettingError, StorageError
 from whence.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
 from whence.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.storage import TEMPORARY, Place, reason
 
+_OURS = re.compile(
+    re.escape(MANIFEST) + r"|corpus/part-[0-9]{5,}\.parquet|checkpoint-[0-9]{3,}/shard-[0-9]{5,}\.safetensors"
+)
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
 
 
@@ -62,6 +66,7 @@ class Store:
         _refuse_strangers(place)
         if place.exists(MANIFEST):
             raise SettingError(f"{place.root} holds an index; start it over with --restart")
+        _refuse_orphans(place)
         store = Store(place, manifest)
         store._save(manifest)
         return store
@@ -80,7 +85,7 @@ class Store:
 
     @staticmethod
     def resume(path: str | PathLike, manifest: Manifest) -> "Store":
-        """Open an index to go on building it, or create it. Leftovers of a killed writer are removed.
+        """Open an index to go on building it, or create it, under its lock. What a killed writer left is removed.
 
         Raises:
             ManifestMismatchError: The index has other settings: each is named with both values.
@@ -107,14 +112,22 @@ class Store:
         _refuse_strangers(place)
         place.require_removable(names)
         # the manifest last: a restart that is killed can be restarted
-        for name in sorted((name for name in names if _is_ours(name)), key=lambda name: name == MANIFEST):
+        for name in sorted((name for name in names if is_ours(name)), key=lambda name: name == MANIFEST):
             place.remove(name)
 
     def remove_leftovers(self) -> None:
-        """Remove the half-written files of a killed writer: those with an index's names alone."""
-        for name in self.place.names():
-            if name.endswith(TEMPORARY) and _is_ours(name):
+        """Remove what a killed writer left: files with an index's names alone, half-written or not listed.
+
+        Only under the lock, and before anything is written: what this process has in flight is not listed either.
+        Where there is no lock (`Place.locked`) that may be another's, so that whole files stay.
+        """
+        for name in self._unlisted():
+            if self.place.is_local or name.endswith(TEMPORARY):
                 self.place.remove(name)
+
+    def _unlisted(self) -> list[str]:
+        listed = {MANIFEST, *(entry.file for entry in (*self.manifest.parts, *self.manifest.shards))}
+        return [name for name in self.place.names() if is_ours(name) and name not in listed]
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the index for writing; a second process is told so."""
@@ -235,11 +248,21 @@ class Store:
     def write_part(self, number: int, rows: Sequence[dict]) -> None:
         """Write the next corpus part: rows with id, source (may be None) and row (JSON)."""
         assert number == len(self.manifest.parts), "parts are written in order"
-        name = f"corpus/part-{number:05d}.parquet"
-        data = _parquet(rows)
-        written = self.place.write(name, [data], total=len(data))
-        entry = PartEntry(file=name, rows=len(rows), first_row=self.rows, sha256=written.sha256, bytes=written.bytes)
+        entry = self._written_part(number, rows, first_row=self.rows)
         self._save(replace(self.manifest, parts=(*self.manifest.parts, entry)))
+
+    def replace_part(self, number: int, rows: Sequence[dict]) -> PartEntry:
+        """Write a part that is listed anew, with as many rows, and list it as it is now."""
+        parts = list(self.manifest.parts)
+        assert len(rows) == parts[number].rows, f"{len(rows)} rows, not {parts[number].rows}"
+        parts[number] = self._written_part(number, rows, first_row=parts[number].first_row)
+        self._save(replace(self.manifest, parts=tuple(parts)))
+        return parts[number]
+
+    def _written_part(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
+        name, data = f"corpus/part-{number:05d}.parquet", _parquet(rows)
+        written = self.place.write(name, [data], total=len(data))
+        return PartEntry(file=name, rows=len(rows), first_row=first_row, sha256=written.sha256, bytes=written.bytes)
 
     def finish_parts(self) -> None:
         """All rows of the corpora are in parts."""
@@ -253,23 +276,28 @@ class Store:
     def undo_extend(self) -> None:
         """Take back an append that was not finished: its rows leave, those from before it stay as they are.
 
-        The manifest goes back first, so that a kill leaves files that are not listed, which `verify` tells of.
+        The manifest goes back first, so that a kill leaves files that are not listed. Whoever undoes again, builds or
+        appends removes them.
 
         Raises:
             SettingError: None was begun, or it is finished.
         """
         root = self.place.root
         if self.manifest.joining is None:
-            raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo")
+            removed = self._remove_unlisted() if self.manifest.is_complete else 0  # else a build may be under way
+            told = f" ({removed} files that an earlier command left were removed)" if removed else ""
+            raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo{told}")
         before = self.manifest.without_last_corpus()
         if not before.is_complete:
             raise MissingIndexError(f"{root}: files of rows from before are missing too; see: whence verify {root}")
-        kept = {MANIFEST, *(entry.file for entry in (*before.parts, *before.shards))}
         self._open_shards.clear()
         self._save(before)
-        for name in self.place.names():
-            if _is_ours(name) and name not in kept:
-                self.place.remove(name)
+        self._remove_unlisted()
+
+    def _remove_unlisted(self) -> int:
+        for name in (names := self._unlisted()):
+            self.place.remove(name)
+        return len(names)
 
     def write_shard(self, checkpoint: int, part: int, arrays: ShardArrays) -> None:
         """Write a shard and list it."""
@@ -311,13 +339,13 @@ class Store:
         present = set(self.place.names())
         entries = {entry.file: entry for entry in (*self.manifest.parts, *self.manifest.shards)}
         for name, entry in entries.items():
-            what = self._harm(entry) if name in present else "missing"
+            what = self.harm(entry) if name in present else "missing"
             if what is not None:
                 yield Problem(name, what, entry)
         for name in sorted(present - entries.keys() - {MANIFEST}):
             yield Problem(name, "not listed in the manifest")
 
-    def _harm(self, entry: PartEntry | ShardEntry) -> str | None:
+    def harm(self, entry: PartEntry | ShardEntry) -> str | None:
         """What is wrong with a file, if anything is."""
         try:
             if (size := self.place.size(entry.file)) != entry.bytes:
@@ -327,58 +355,6 @@ class Store:
             return "missing"
         except StorageError as error:
             return f"cannot be read: {reason(error.__cause__ or error)}"
-
-    def repair(
-        self,
-        recompute: Callable[[int, int], ShardArrays],
-        reread: Callable[[int], Sequence[dict]] | None = None,
-    ) -> list[str]:
-        """Mend what `verify` finds: recompute bad shards, re-read bad parts; returns a note on each.
-
-        Args:
-            recompute: The arrays of (checkpoint, part).
-            reread: The corpus rows of a part, from the original corpus; without it bad parts are only told.
-        """
-        notes = []
-        # parts first: recomputing a shard reads its part
-        for problem in sorted(self.verify(), key=lambda problem: isinstance(problem.entry, ShardEntry)):
-            if isinstance(problem.entry, ShardEntry):
-                notes.append(self._repair_shard(problem.entry, recompute))
-            elif isinstance(problem.entry, PartEntry):
-                notes.append(self._repair_part(problem.entry, reread))
-            elif _is_ours(problem.file):
-                self.place.remove(problem.file)
-                notes.append(f"{problem.file}: removed, it was not part of the index")
-            else:
-                notes.append(f"{problem.file}: left alone, it is not a file of Whence's")
-        return notes
-
-    def _repair_shard(self, old: ShardEntry, recompute: Callable[[int, int], ShardArrays]) -> str:
-        part = self.manifest.parts[old.part]
-        if self._harm(part) is not None:
-            return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
-        new = self.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
-        self.add_shard(new)
-        if new.sha256 == old.sha256:
-            return f"{old.file}: recomputed, the same bytes as before"
-        return f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
-
-    def _repair_part(self, old: PartEntry, reread: Callable[[int], Sequence[dict]] | None) -> str:
-        advice = f"index the original corpus again into {self.place.root} with --restart"
-        if reread is None:
-            return f"{old.file}: cannot be mended from shards; {advice}"
-        try:
-            data = _parquet(reread(self.manifest.parts.index(old)))
-        except CorpusError as error:
-            return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
-        table = _table(data)
-        if table.num_rows != old.rows:
-            return f"{old.file}: the corpus now gives {table.num_rows} rows for it, not {old.rows}; {advice}"
-        written = self.place.write(old.file, [data], total=len(data))
-        new = replace(old, sha256=written.sha256, bytes=written.bytes)
-        self._save(replace(self.manifest, parts=tuple(new if part == old else part for part in self.manifest.parts)))
-        same = "the same bytes as before" if new == old else "listed anew, its bytes differ: has the corpus changed?"
-        return f"{old.file}: read again from the corpus, {same}"
 
     # -- scanning
 
@@ -486,7 +462,7 @@ def _parquet(rows: Sequence[dict]) -> memoryview:
 
 def _refuse_strangers(place: Place) -> None:
     """Refuse a directory that holds files which are not an index's, before anything in it is touched."""
-    strangers = [name for name in place.names() if not _is_ours(name)]
+    strangers = [name for name in place.names() if not is_ours(name)]
     if strangers:
         raise SettingError(
             f"{place.root} is not empty and not an index's alone ({strangers[0]} is there). Nothing was changed; "
@@ -494,12 +470,16 @@ def _refuse_strangers(place: Place) -> None:
         )
 
 
-def _is_ours(name: str) -> bool:
-    """A file that an index writes, so that a restart may remove it."""
-    stem = name.removesuffix(TEMPORARY)
-    folder, _, file = stem.rpartition("/")
-    return (
-        stem == MANIFEST
-        or (folder == "corpus" and file.startswith("part-") and file.endswith(".parquet"))
-        or (folder.startswith("checkpoint-") and file.startswith("shard-") and file.endswith(".safetensors"))
-    )
+def _refuse_orphans(place: Place) -> None:
+    """Refuse whole files with an index's names where no index is: no kill leaves them, so they may be anybody's."""
+    orphans = [name for name in place.names() if not name.endswith(TEMPORARY)]
+    if orphans:
+        raise SettingError(
+            f"{place.root} has files with an index's names, such as {orphans[0]}, and no {MANIFEST}. Nothing was "
+            "changed. Give the index a directory of its own, or, if they are what is left of one, add --restart"
+        )
+
+
+def is_ours(name: str) -> bool:
+    """A file that an index writes, whole or half: one that may be removed."""
+    return _OURS.fullmatch(name.removesuffix(TEMPORARY)) is not None
