@@ -29,7 +29,7 @@ from whence.store import Store
 
 MANY = 64
 WARM_SECONDS = 2.0  # of each kind: a process compiles its kernel after a second of scanning
-ASLEEP = 0.02  # seconds before each run: threads of the last one's products stay awake for some milliseconds
+ASLEEP = 0.005  # seconds before each run: threads of the last one's products stay awake for a millisecond or two
 
 
 def random_store(path: Path, codec: str, rows: int, width: int) -> Store:

@@ -30,7 +30,7 @@ def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy
     assert (costly is not None) == (q <= 8), "which queries are compiled for"
     sizes = [n // 3, 0, n - n // 3]  # a batch is several blocks
     for kernel in made:
-        block = kernel(stored.split(sizes), scale.split(sizes))
+        block = kernel(kernels.Stored(stored.split(sizes), scale.split(sizes)))
         slack = queries.norm(dim=1)[:, None] * decoded.norm(dim=1) * 1e-5 + 1e-35  # fp32 sums, where none is stated
         if block.slack is not None:
             slack = slack + block.slack
@@ -46,11 +46,10 @@ def test_the_first_large_batch_chooses_the_fastest_kernel(monkeypatch):
     calls = []
 
     def kernel(name, seconds):
-        def score(stored, scale):
-            rows = sum(map(len, stored))
-            calls.append((name, rows))
+        def score(rows):
+            calls.append((name, rows.count))
             time.sleep(seconds)
-            return kernels.Block(torch.zeros(1, rows))
+            return kernels.Block(torch.zeros(1, rows.count))
 
         return score
 
@@ -59,7 +58,7 @@ def test_the_first_large_batch_chooses_the_fastest_kernel(monkeypatch):
 
     def scan(*sizes):
         calls.clear()
-        fastest([torch.zeros(n, 4) for n in sizes], [torch.ones(n) for n in sizes])
+        fastest(kernels.Stored([torch.zeros(n, 4) for n in sizes], [torch.ones(n) for n in sizes]))
 
     scan(10)
     assert calls == [("slow", 10)], "a small batch is no trial"
@@ -79,24 +78,24 @@ def test_what_must_be_compiled_waits_until_that_can_pay(seconds, name, monkeypat
     calls = []
 
     def kernel(name, seconds):
-        def score(stored, scale):
+        def score(rows):
             calls.append(name)
             time.sleep(seconds)
-            return kernels.Block(torch.zeros(1, sum(map(len, stored))))
+            return kernels.Block(torch.zeros(1, rows.count))
 
         return score
 
     cheap, costly = kernel("cheap", 0.005), kernel("costly", seconds)
     fastest = kernels.Fastest("int8", torch.zeros(1, 4), [cheap], costly)
-    blocks = [torch.zeros(300, 4)], [torch.ones(300)]
-    fastest(*blocks)
+    rows = kernels.Stored([torch.zeros(300, 4)], [torch.ones(300)])
+    fastest(rows)
     assert set(calls) == {"cheap"}
     for _ in range(20):
-        fastest(*blocks)
+        fastest(rows)
     assert set(calls) == {"cheap", "costly"}
     calls.clear()
     for _ in range(20):
-        fastest(*blocks)
+        fastest(rows)
     assert set(calls) == {name}, "the faster of both is kept"
 
 
@@ -105,15 +104,15 @@ def test_a_compiler_that_fails_leaves_scans_as_they_were(monkeypatch, caplog):
     monkeypatch.setattr(kernels.Fastest, "_spent", {})
     monkeypatch.setattr(kernels, "_PATIENCE", -1.0)
 
-    def costly(stored, scale):
+    def costly(rows):
         raise ImportError("Numba needs NumPy 2.3 or less")
 
-    def cheap(stored, scale):
-        return kernels.Block(torch.zeros(1, sum(map(len, stored))))
+    def cheap(rows):
+        return kernels.Block(torch.zeros(1, rows.count))
 
     fastest = kernels.Fastest("int8", torch.zeros(1, 4), [cheap], costly)
     for _ in range(3):
-        assert fastest([torch.zeros(300, 4)], [torch.ones(300)]).scores.shape == (1, 300)
+        assert fastest(kernels.Stored([torch.zeros(300, 4)], [torch.ones(300)])).scores.shape == (1, 300)
     assert [record.getMessage() for record in caplog.records] == [
         "scans are not compiled, and stay slower: ImportError: Numba needs NumPy 2.3 or less"
     ]
@@ -121,9 +120,9 @@ def test_a_compiler_that_fails_leaves_scans_as_they_were(monkeypatch, caplog):
 
 def test_numba_is_not_imported_before_it_is_needed():
     code = (
-        "import sys, torch; from whence.codecs import CODECS\n"
+        "import sys, torch; from whence.codecs import CODECS; from whence.kernels import Stored\n"
         "score = CODECS['int8'].prepare(torch.ones(1, 64))\n"
-        "score([torch.ones(300, 64, dtype=torch.int8)], [torch.ones(300)])\n"
+        "score(Stored([torch.ones(300, 64, dtype=torch.int8)], [torch.ones(300)]))\n"
         "assert 'numba' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -140,5 +139,5 @@ def test_integer_sums_do_not_overflow_in_long_rows(name):
     vectors, queries = torch.ones(20, 300_001), torch.ones(2, 300_001)
     integer = CODECS[name].kernels[0](queries)
     stored, scale = CODECS[name].encode(vectors)
-    scores = integer([stored], [scale]).scores
+    scores = integer(kernels.Stored([stored], [scale])).scores
     assert (scores / 300_001 - 1).abs().max() < 1e-4

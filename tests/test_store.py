@@ -514,6 +514,8 @@ def test_files_with_an_indexs_names_are_not_written_over_where_no_index_is(tmp_p
 def test_append_leaves_old_files_alone(tmp_path):
     store = build(tmp_path / "index")
     before = contents(tmp_path / "index")
+    queries, weights = torch.randn(2, 1, WIDTH), torch.ones(2)
+    asked = store.top_k(queries, weights, m=40)[0]  # what a scan keeps must not outlive the rows it saw
     with store.lock():
         store.extend({"digest": "c1"})
         assert not store.manifest.is_complete
@@ -529,6 +531,10 @@ def test_append_leaves_old_files_alone(tmp_path):
     assert store.manifest.is_complete
     assert store.rows == 28
     assert store.read_rows([21]) == corpus_rows(0)[:1]
+    found = store.top_k(queries, weights, m=40)[0]
+    total, ok = brute_force(store, queries, weights, False)
+    assert found.rows.shape[1] == int(ok.sum()) > asked.rows.shape[1]
+    torch.testing.assert_close(found.scores[0], total[0, ok].sort(descending=True).values, rtol=1e-5, atol=1e-5)
 
 
 def test_an_incomplete_index_is_not_scanned(tmp_path):
@@ -645,7 +651,9 @@ def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
     for norm in (whole.norm[7].item(), torch.inf):
         whole.norm[7] = norm
         question = scan.Question(queries=queries, weights=torch.ones(1), cosine=cosine, codec=codecs.codec(codec))
-        found.append(scan.top_k(question, [(0, [encoded(whole, question.codec)])], 3))
+        found.append(
+            scan.top_k(question, scan.batches_of([(0, [encoded(whole, question.codec)])], queries.shape[1]), 3)
+        )
     for before, after in zip(*found, strict=True):
         assert after.rows.shape == (2, 3) and (after.rows >= 0).all()
         assert after.rows[1].tolist() == [0, 1, 2], "a query of zeros scores all alike"

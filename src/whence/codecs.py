@@ -28,6 +28,7 @@ from whence.kernels import (
     Fastest,
     Kernel,
     Queries,
+    Stored,
     bfloat16_kernel,
     compiled_kernel,
     decoded_kernel,
@@ -91,7 +92,7 @@ class Codec:
 
         By `decoded_kernel`: right anywhere, the same for any number of queries, as slow as decoding is.
         """
-        return decoded_kernel(queries, self.decoder)([stored], [scale]).scores
+        return decoded_kernel(queries, self.decoder)(Stored([stored], [scale])).scores
 
 
 def codec(name: str) -> Codec:

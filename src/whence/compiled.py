@@ -37,8 +37,10 @@ def is_available() -> bool:
 
 def products(
     codec: str, queries: Float32[Tensor, "q k"], columns: int
-) -> Callable[[Sequence[Tensor]], Float32[Tensor, "n q"]]:
+) -> Callable[[Sequence[np.ndarray]], Float32[Tensor, "n q"]]:
     """Function from blocks of stored rows [., columns] to their products with queries, before the rows' scales.
+
+    bfloat16 and float16 come as int16.
 
     Args:
         codec: A name in `PLANES`.
@@ -49,14 +51,12 @@ def products(
     filled = torch.nn.functional.pad(queries, (0, planes * columns - queries.shape[1]))
     by_plane = np.ascontiguousarray(filled.view(len(queries), columns, planes).transpose(1, 2).numpy())
 
-    def score(blocks: Sequence[Tensor]) -> Tensor:
+    def score(blocks: Sequence[np.ndarray]) -> Tensor:
         loop = _loop(codec)  # numba is imported by the first score, not by the first question
-        out = np.empty((sum(block.shape[0] for block in blocks), len(queries)), np.float32)
+        out = np.empty((sum(map(len, blocks)), len(queries)), np.float32)
         pieces, first = [], 0
-        for block in blocks:
-            rows = block.contiguous()
-            codes = (rows.view(torch.int16) if rows.dtype.itemsize == 2 else rows).numpy()
-            step = max(1, _PIECE_BYTES // max(1, codes[:1].nbytes))
+        for codes in blocks:
+            step = max(1, _PIECE_BYTES // max(1, codes.strides[0]))
             for start in range(0, len(codes), step):
                 some = codes[start : start + step]
                 pieces.append((some, out[first : first + len(some)]))
@@ -67,12 +67,12 @@ def products(
             for codes, into in waiting:
                 loop(codes, by_plane, into)
 
-        if (threads := min(torch.get_num_threads(), len(pieces))) < 2:
+        others = min(torch.get_num_threads(), len(pieces)) - 1
+        with ThreadPoolExecutor(max(1, others)) as pool:  # of this call alone: it cannot outlive a fork
+            helping = [pool.submit(work) for _ in range(others)]
             work()
-        else:
-            with ThreadPoolExecutor(threads) as pool:  # of this call alone: it cannot outlive a fork
-                for done in [pool.submit(work) for _ in range(threads)]:
-                    done.result()
+            for done in helping:
+                done.result()
         return torch.from_numpy(out)
 
     return score

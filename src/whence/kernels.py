@@ -25,7 +25,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -74,8 +74,36 @@ class Block:
     """More slack, for each unit of the row's stored scale."""
 
 
-Kernel = Callable[[Sequence[Tensor], Sequence[Tensor]], Block]
-"""Scores a batch: (blocks of stored rows that follow one another, their scales) -> Block."""
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A batch: blocks of stored rows that follow one another, with their scales. Views of it are made once."""
+
+    stored: Sequence[Tensor]
+    scale: Sequence[Tensor]
+
+    @cached_property
+    def count(self) -> int:
+        """Of rows."""
+        return sum(block.shape[0] for block in self.stored)  # len() of a tensor takes ten times as long
+
+    @cached_property
+    def codes(self) -> list[np.ndarray]:
+        """The blocks in memory's order; what has 16 bits as integers."""
+        blocks = [block.contiguous() for block in self.stored]
+        return [(block.view(torch.int16) if block.dtype.itemsize == 2 else block).numpy() for block in blocks]
+
+    @cached_property
+    def scales(self) -> np.ndarray:
+        """Of all rows [n]."""
+        return np.concatenate([factors.numpy() for factors in self.scale] or [np.zeros(0, np.float32)])
+
+    def first(self, rows: int) -> "Stored":
+        """The first rows alone."""
+        return Stored(_first_rows(self.stored, rows), _first_rows(self.scale, rows))
+
+
+Kernel = Callable[[Stored], Block]
+"""Scores a batch."""
 
 
 class Fastest:
@@ -95,53 +123,49 @@ class Fastest:
         self._kernels = [*kernels, *([costly] if costly else [])]
         self._costly = len(kernels) if costly else None
 
-    def __call__(self, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
+    def __call__(self, rows: Stored) -> Block:
         """The batch as the chosen kernel scores it; before there is a choice, the first."""
         key, start = self._key, time.perf_counter()
-        if _length(stored) >= _TRIAL_ROWS[0]:
+        if rows.count >= _TRIAL_ROWS[0]:
             if key not in self._chosen:
                 cheap = [number for number in range(len(self._kernels)) if number != self._costly]
-                self._chosen[key], self._spent[key] = self._trial(cheap, stored, scale, _TRIAL_ROWS), 0.0
+                self._chosen[key], self._spent[key] = self._trial(cheap, rows, _TRIAL_ROWS), 0.0
             elif self._costly is not None and self._spent[key] > _PATIENCE:
                 self._spent[key] = -np.inf
-                self._chosen[key] = self._with_costly(self._costly, self._chosen[key], stored, scale)
-        block = self._kernels[self._chosen.get(key, 0)](stored, scale)
+                self._chosen[key] = self._with_costly(self._costly, self._chosen[key], rows)
+        block = self._kernels[self._chosen.get(key, 0)](rows)
         if key in self._spent:
             self._spent[key] += time.perf_counter() - start
         return block
 
-    def _with_costly(self, costly: int, chosen: int, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> int:
-        rows = max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // max(1, stored[0][:1].numel() * stored[0].itemsize))
+    def _with_costly(self, costly: int, chosen: int, rows: Stored) -> int:
+        row_bytes = max(1, rows.stored[0][:1].numel() * rows.stored[0].itemsize)
         try:
             # the costly one first: threads of torch's products stay awake for a while, and would slow it
-            return self._trial([costly, chosen], stored, scale, [rows])
+            return self._trial([costly, chosen], rows, [max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // row_bytes)])
         except Exception as error:  # whatever a compiler may raise
             logger.warning("scans are not compiled, and stay slower: %s: %s", type(error).__name__, error)
             return chosen
 
-    def _trial(self, near: list[int], stored: Sequence[Tensor], scale: Sequence[Tensor], sizes: Sequence[int]) -> int:
+    def _trial(self, near: list[int], rows: Stored, sizes: Sequence[int]) -> int:
         """Number of the fastest, on one number of rows after another; who is far behind is not tried on the next."""
         seconds = []
-        for rows in sizes:
-            some = _first_rows(stored, rows), _first_rows(scale, rows)
-            seconds = [self._seconds(self._kernels[number], *some) for number in near]
+        for size in sizes:
+            some = rows.first(size)
+            seconds = [self._seconds(self._kernels[number], some) for number in near]
             best = min(seconds)
-            if rows != sizes[-1]:
+            if size != sizes[-1]:
                 near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
         return near[seconds.index(min(seconds))]
 
-    def _seconds(self, kernel: Kernel, stored: Sequence[Tensor], scale: Sequence[Tensor]) -> float:
+    def _seconds(self, kernel: Kernel, rows: Stored) -> float:
         """The best of four runs, after one that warms up; more where scores have a slack."""
-        block, took = kernel(stored, scale), []
+        block, took = kernel(rows), []
         while len(took) < 4 and sum(took) < _TRIAL_SECONDS:
             start = time.perf_counter()
-            kernel(stored, scale)
+            kernel(rows)
             took.append(time.perf_counter() - start)
         return min(took) * (1 if block.slack is None and block.slack_per_norm is None else _RESCORING)
-
-
-def _length(blocks: Sequence[Tensor]) -> int:
-    return sum(block.shape[0] for block in blocks)  # len() of a tensor takes ten times as long
 
 
 def _first_rows(blocks: Sequence[Tensor], rows: int) -> list[Tensor]:
@@ -162,21 +186,20 @@ def _with_places(blocks: Sequence[Tensor], out: Tensor) -> Iterator[tuple[Tensor
         first += block.shape[0]
 
 
-def _scaled(out: Tensor, scale: Sequence[Tensor]) -> Tensor:
+def _scaled(out: Tensor, rows: Stored) -> Tensor:
     """Products [n, q] times the rows' scales, in place.
 
     In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
     milliseconds where another process has their core.
     """
-    if scale:
-        np.multiply(out.numpy(), np.concatenate([factors.numpy() for factors in scale])[:, None], out=out.numpy())
+    np.multiply(out.numpy(), rows.scales[:, None], out=out.numpy())
     return out
 
 
 def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
     """A kernel that is made when it first scores: of several, only those that are tried cost anything."""
     made = cache(lambda: make(queries))
-    return lambda stored, scale: made()(stored, scale)
+    return lambda rows: made()(rows)
 
 
 def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
@@ -187,11 +210,11 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
     k = queries.shape[1]
     step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
 
-    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
-        out = queries.new_empty(_length(stored), len(queries))
-        for (rows, into), factors in zip(_with_places(stored, out), scale, strict=True):
-            for first in range(0, len(rows), step):
-                torch.mm(decoder(rows[first : first + step], k), queries.T, out=into[first : first + step])
+    def score(rows: Stored) -> Block:
+        out = queries.new_empty(rows.count, len(queries))
+        for (block, into), factors in zip(_with_places(rows.stored, out), rows.scale, strict=True):
+            for first in range(0, len(block), step):
+                torch.mm(decoder(block[first : first + step], k), queries.T, out=into[first : first + step])
             into.mul_(factors[:, None])
         return Block(out.T)
 
@@ -199,20 +222,20 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
 
 
 def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
-    """Rows widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
+    """Stored widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
     if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
         return None
     products = compiled.products(codec, queries, columns)
-    return lambda stored, scale: Block(_scaled(products(stored), scale).T)
+    return lambda rows: Block(_scaled(products(rows.codes), rows).T)
 
 
 def float32_kernel(queries: Queries) -> Kernel:
     """The plain product with rows stored as they are, whose scales are 1."""
 
-    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
-        out = torch.empty(_length(stored), len(queries))
-        for rows, into in _with_places(stored, out):
-            torch.mm(rows, queries.T, out=into)
+    def score(rows: Stored) -> Block:
+        out = torch.empty(rows.count, len(queries))
+        for block, into in _with_places(rows.stored, out):
+            torch.mm(block, queries.T, out=into)
         return Block(out.T)
 
     return score
@@ -226,10 +249,11 @@ def bfloat16_kernel(queries: Queries) -> Kernel:
     high = queries.bfloat16()
     both, per_norm = torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
 
-    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
-        out, slack = torch.empty(2, _length(stored), len(queries))
-        for (rows, into), (_, off) in zip(_with_places(stored, out), _with_places(stored, slack), strict=True):
-            parts = (rows @ both.T).float()
+    def score(rows: Stored) -> Block:
+        out, slack = torch.empty(2, rows.count, len(queries))
+        places = zip(_with_places(rows.stored, out), _with_places(rows.stored, slack), strict=True)
+        for (block, into), (_, off) in places:
+            parts = (block @ both.T).float()
             _sum_parts(parts, out=into)
             _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=off)
         return Block(out.T, slack.T, per_norm)
@@ -251,7 +275,7 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     Codes of fewer than 8 bits lie in bytes as `planes` takes them out.
 
     >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
-    >>> kernel([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])]).scores
+    >>> kernel(Stored([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])])).scores
     tensor([[ 127., -508.]])
     """
     per_byte = 8 // bits
@@ -266,16 +290,16 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     missed = missed + queries.norm(dim=1) * _FP32_SUM
     per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
 
-    def score(stored: Sequence[Tensor], scale: Sequence[Tensor]) -> Block:
-        out = torch.empty(_length(stored), len(queries))
-        for block, into in _with_places(stored, out):
+    def score(rows: Stored) -> Block:
+        out = torch.empty(rows.count, len(queries))
+        for block, into in _with_places(rows.stored, out):
             for first in range(0, len(block), step):
-                rows = block[first : first + step]
-                sums = products(rows if per_byte == 1 else planes(rows, bits))
+                some = block[first : first + step]
+                sums = products(some if per_byte == 1 else planes(some, bits))
                 _sum_parts(sums, out=into[first : first + step])
         if (slope, shift) != (1, 0):
             out.mul_(slope).add_(shifts)
-        return Block(_scaled(out, scale).T, slack_per_norm=missed, slack_per_scale=per_scale)
+        return Block(_scaled(out, rows).T, slack_per_norm=missed, slack_per_scale=per_scale)
 
     return score
 

@@ -14,6 +14,7 @@ equal rows a product may round them apart by its place in a block).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from whence.codecs import Codec
-from whence.kernels import Kernel
+from whence.kernels import Kernel, Stored
 from whence.shards import Shard
 
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
@@ -69,69 +70,107 @@ def block_scores(question: Question, pieces: Iterable[Piece]) -> Iterator[tuple[
         yield first, total
 
 
-def top_k(question: Question, pieces: Iterable[Piece], m: int) -> tuple[Ranking, Ranking]:
-    """The m highest and the m lowest scores of each query: (helpful, opposing). Fewer if rows are."""
-    if not question.queries.shape[1]:
+def top_k(question: Question, batches: Iterable["Batch"], m: int) -> tuple[Ranking, Ranking]:
+    """The m highest and the m lowest scores of each query: (helpful, opposing). Fewer if rows are.
+
+    Args:
+        question: What is looked for.
+        batches: All rows, as `batches_of` lays them out for so many queries.
+        m: Places of each ranking.
+    """
+    q = question.queries.shape[1]
+    if not q:
         nothing = Ranking(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
         return nothing, nothing
     kernels = [question.codec.prepare(part) for part in question.queries]
-    q = question.queries.shape[1]
     ends = [_End(sign, q, m) for sign in (1, -1)]
-    held, batch = _Held(), _Held()
-    for first, shards in pieces:
-        for rows in _blocks(shards[0], q):
-            batch.add(first + rows.start, [_part(shard, rows) for shard in shards])
-            is_full = held.bytes + batch.bytes >= _WAITING_BYTES
-            if is_full or batch.rows * q >= _BLOCK_SCORES:
-                held.extend(_rank(ends, question, kernels, batch))
-                batch = _Held()
-                if is_full or sum(map(len, ends)) > _WAITING_PAIRS * q * m:
-                    _settle(ends, question, held)
-                    held = _Held()
-    held.extend(_rank(ends, question, kernels, batch))
+    held: list[Batch] = []
+    for batch in batches:
+        _rank(ends, question, kernels, batch)
+        held.append(batch)
+        is_full = sum(each.bytes for each in held) >= _WAITING_BYTES
+        if is_full or sum(map(len, ends)) > _WAITING_PAIRS * q * m:
+            _settle(ends, question, held)
+            held = []
     _settle(ends, question, held)
     return ends[0].best.ranking(1.0), ends[1].best.ranking(-1.0)
 
 
-class _Held:
-    """Blocks that follow one another, whose rows may be wanted once more, to score them in fp32."""
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Blocks that follow one another. What is joined of them is joined once: an index is asked many times."""
 
-    def __init__(self) -> None:
-        self.firsts: list[int] = []  # number of each block's first row within the index
-        self.blocks: list[list[Shard]] = []  # under each checkpoint
-        self.rows = self.bytes = 0
+    firsts: list[int]
+    """Number of each block's first row within the index."""
+    blocks: list[list[Shard]]
+    """Each under every checkpoint."""
 
-    def add(self, first: int, block: list[Shard]) -> None:
-        self.firsts.append(first)
-        self.blocks.append(block)
-        self.rows += block[0].norm.shape[0]
-        self.bytes += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in block)
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Of each block within the batch, and where the last one ends."""
+        return np.cumsum([0, *(block[0].norm.shape[0] for block in self.blocks)])
 
-    def extend(self, other: "_Held") -> None:
-        self.firsts += other.firsts
-        self.blocks += other.blocks
-        self.rows, self.bytes = self.rows + other.rows, self.bytes + other.bytes
+    @cached_property
+    def bytes(self) -> int:
+        """Of the stored rows."""
+        return sum(shard.vectors.numel() * shard.vectors.itemsize for block in self.blocks for shard in block)
+
+    @cached_property
+    def rows(self) -> list[Stored]:
+        """Under each checkpoint, as kernels take them."""
+        by_checkpoint = zip(*self.blocks, strict=True)
+        return [Stored([shard.vectors for shard in some], [shard.scale for shard in some]) for some in by_checkpoint]
+
+    @cached_property
+    def norms(self) -> list[np.ndarray]:
+        """Of the rows [n], under each checkpoint."""
+        return [np.concatenate([shard.norm.numpy() for shard in some]) for some in zip(*self.blocks, strict=True)]
+
+    @cached_property
+    def not_ok(self) -> np.ndarray | None:
+        """Which rows [n] are not ok under some checkpoint; None if all are."""
+        status = [np.concatenate([shard.status.numpy() for shard in some]) for some in zip(*self.blocks, strict=True)]
+        claims = np.any(status, axis=0)
+        return claims if claims.any() else None
 
     def numbers(self, places: np.ndarray) -> np.ndarray:
-        """Rows' numbers within the index, of their places among the held rows."""
-        starts = np.cumsum([0, *(block[0].norm.shape[0] for block in self.blocks)])
-        block = np.searchsorted(starts, places, "right") - 1
-        return places - starts[block] + np.array(self.firsts, np.int64)[block]
+        """Rows' numbers within the index, of their places within the batch."""
+        block = np.searchsorted(self.starts, places, "right") - 1
+        return places - self.starts[block] + np.array(self.firsts, np.int64)[block]
 
 
-def _rank(ends: list["_End"], question: Question, kernels: list[Kernel], batch: _Held) -> _Held:
-    if batch.rows:
-        scores, slack = _approximate(question, kernels, batch.blocks)
-        for shards in zip(*batch.blocks, strict=True):
-            status = _joined(shards, "status")
-            if status.any():
-                scores[status != 0] = np.nan  # neither high nor low
-        for end in ends:
-            end.add(batch, scores, slack)
-    return batch
+def rows_at_once(q: int) -> int:
+    """Rows that a batch has at least, but for the last, for so many queries."""
+    return -(-_BLOCK_SCORES // max(1, q))
 
 
-def _settle(ends: list["_End"], question: Question, held: _Held) -> None:
+def batches_of(pieces: Iterable[Piece], q: int) -> Iterator[Batch]:
+    """All rows, in batches for q queries: few queries take more rows at a time."""
+    firsts: list[int] = []
+    blocks: list[list[Shard]] = []
+    rows = taken = 0
+    for first, shards in pieces:
+        for some in _blocks(shards[0], q):
+            blocks.append([_part(shard, some) for shard in shards])
+            firsts.append(first + some.start)
+            rows += blocks[-1][0].norm.shape[0]
+            taken += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in blocks[-1])
+            if rows >= rows_at_once(q) or taken >= _WAITING_BYTES:
+                yield Batch(firsts, blocks)
+                firsts, blocks, rows, taken = [], [], 0, 0
+    if rows:
+        yield Batch(firsts, blocks)
+
+
+def _rank(ends: list["_End"], question: Question, kernels: list[Kernel], batch: Batch) -> None:
+    scores, slack = _approximate(question, kernels, batch)
+    if batch.not_ok is not None:
+        scores[batch.not_ok] = np.nan  # neither high nor low
+    for end in ends:
+        end.add(batch, scores, slack)
+
+
+def _settle(ends: list["_End"], question: Question, held: list[Batch]) -> None:
     for end in ends:
         end.settle(question, held)
 
@@ -202,7 +241,7 @@ class _End:
     def __len__(self) -> int:
         return len(self._waiting.query)
 
-    def add(self, batch: _Held, scores: np.ndarray, slack: _Slack) -> None:
+    def add(self, batch: Batch, scores: np.ndarray, slack: _Slack) -> None:
         """A batch's scores [n, q]. What could be among the best waits."""
         query, place = _candidates(scores, slack.most(), self._reached, self.sign, self.m)
         if not len(query):
@@ -212,16 +251,17 @@ class _End:
         self._reached = self._mth_best(waiting.query, waiting.score - waiting.slack)
         self._waiting = waiting.of(waiting.score + waiting.slack >= self._reached[waiting.query])
 
-    def settle(self, question: Question, held: _Held) -> None:
+    def settle(self, question: Question, held: list[Batch]) -> None:
         """Exact scores for those that wait; nothing waits afterwards, and the held blocks can go."""
         found = self._waiting.of(np.argsort(self._waiting.query, kind="stable"))
         exact = np.where(found.slack == 0, found.score, -np.inf).astype(np.float32)
-        # the best by approximate score first: their true scores raise what the others have to reach
-        first = (found.slack > 0) & (_rank_within(found.query, -found.score) < 2 * self.m)
-        exact[first] = self.sign * _rescored(question, held, found.of(first))
-        reached = self._mth_best(found.query, exact)
-        rest = (found.slack > 0) & ~first & (found.score + found.slack >= reached[found.query])
-        exact[rest] = self.sign * _rescored(question, held, found.of(rest))
+        if found.slack.any():
+            # the best by approximate score first: their true scores raise what the others have to reach
+            first = (found.slack > 0) & (_rank_within(found.query, -found.score) < 2 * self.m)
+            exact[first] = self.sign * _rescored(question, held, found.of(first))
+            reached = self._mth_best(found.query, exact)
+            rest = (found.slack > 0) & ~first & (found.score + found.slack >= reached[found.query])
+            exact[rest] = self.sign * _rescored(question, held, found.of(rest))
         known = exact > -np.inf
         self.best = self.best.merged(found.query[known], found.row[known], exact[known])
         self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1].numpy()
@@ -265,13 +305,12 @@ def _part(shard: Shard, rows: slice) -> Shard:
     return Shard(**{name: tensor[rows] for name, tensor in vars(shard).items()})
 
 
-def _approximate(question: Question, kernels: list[Kernel], blocks: list[list[Shard]]) -> tuple[np.ndarray, _Slack]:
+def _approximate(question: Question, kernels: list[Kernel], batch: Batch) -> tuple[np.ndarray, _Slack]:
     """Scores [n, q] of a batch, and how far off they can be."""
     total, dense, terms = None, None, []
-    for weight, kernel, shards in zip(question.weights.tolist(), kernels, zip(*blocks, strict=True), strict=True):
-        block = kernel([shard.vectors for shard in shards], [shard.scale for shard in shards])
+    for weight, kernel, rows, norm in zip(question.weights.tolist(), kernels, batch.rows, batch.norms, strict=True):
+        block = kernel(rows)
         scores, off = block.scores.T.numpy(), None if block.slack is None else block.slack.T.numpy()
-        norm = _joined(shards, "norm") if question.cosine or block.slack_per_norm is not None else np.empty(0)
         factor = np.float32(weight) * (
             _inverse(torch.from_numpy(norm)).numpy() if question.cosine else np.ones(1, np.float32)
         )
@@ -283,28 +322,25 @@ def _approximate(question: Question, kernels: list[Kernel], blocks: list[list[Sh
             if block.slack_per_norm is not None:
                 terms.append((block.slack_per_norm.numpy(), norm * abs(factor)))
             if block.slack_per_scale is not None:
-                terms.append((block.slack_per_scale.numpy(), _joined(shards, "scale") * abs(factor)))
+                terms.append((block.slack_per_scale.numpy(), rows.scales * abs(factor)))
     assert total is not None, "an index has a checkpoint"
     return total, _Slack(dense, tuple(terms))
 
 
-def _joined(shards: Iterable[Shard], name: str) -> np.ndarray:
-    return np.concatenate([getattr(shard, name).numpy() for shard in shards])
-
-
-def _rescored(question: Question, held: _Held, pairs: _Pairs) -> np.ndarray:
+def _rescored(question: Question, held: list[Batch], pairs: _Pairs) -> np.ndarray:
     """The fp32 scores of pairs, from decoded rows."""
     total = torch.zeros(len(pairs.row))
     if not len(total):
         return total.numpy()
     queries, asked = question.queries, torch.from_numpy(pairs.query)
     rows, place = (torch.from_numpy(x) for x in np.unique(pairs.row, return_inverse=True))
-    firsts = torch.tensor(held.firsts)
+    firsts = torch.tensor([first for batch in held for first in batch.firsts])
+    all_blocks = [block for batch in held for block in batch.blocks]
     blocks, sizes = torch.unique_consecutive(torch.searchsorted(firsts, rows, right=True) - 1, return_counts=True)
     local = [part - firsts[block] for block, part in zip(blocks, rows.split(sizes.tolist()), strict=True)]
     step = max(1, _SERIAL_ENTRIES // max(1, queries.shape[2]))
     for c, weight in enumerate(question.weights):
-        shards = [held.blocks[block][c] for block in blocks.tolist()]
+        shards = [all_blocks[block][c] for block in blocks.tolist()]
         stored, scale, norm = (
             torch.cat([getattr(shard, name)[some] for shard, some in zip(shards, local, strict=True)])
             for name in ("vectors", "scale", "norm")

@@ -15,7 +15,7 @@ import io
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -58,6 +58,7 @@ class Store:
         self.place = place
         self.manifest = manifest
         self._open_shards: dict[str, Shard] = {}
+        self._laid_out: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
 
     @staticmethod
     def create(path: str | PathLike, manifest: Manifest) -> "Store":
@@ -291,6 +292,7 @@ class Store:
         if not before.is_complete:
             raise MissingIndexError(f"{root}: files of rows from before are missing too; see: whence verify {root}")
         self._open_shards.clear()
+        self._laid_out = (None, {})
         self._save(before)
         self._remove_unlisted()
 
@@ -325,6 +327,7 @@ class Store:
     def add_shard(self, entry: ShardEntry) -> None:
         """List a written shard, in place of an earlier one of the same part and checkpoint."""
         self._open_shards.pop(entry.file, None)
+        self._laid_out = (None, {})
         self._save(self.manifest.with_shard(entry))
 
     def _save(self, manifest: Manifest) -> None:
@@ -375,7 +378,7 @@ class Store:
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         question = self._question(queries, weights, cosine, minus)
-        return scan.top_k(question, self._pieces(), min(m, max(self.rows, 1)))
+        return scan.top_k(question, self._batches(queries.shape[1]), min(m, max(self.rows, 1)))
 
     def scores(
         self,
@@ -407,6 +410,17 @@ class Store:
         if minus is not None:
             queries = queries - minus
         return scan.Question(queries=queries, weights=weights.cpu(), cosine=cosine, codec=self.codec)
+
+    def _batches(self, q: int) -> Iterable[scan.Batch]:
+        """All rows, for q queries; kept where the index is local, for shards are kept open there too."""
+        if not self.place.is_local:
+            return scan.batches_of(self._pieces(), q)
+        if self._laid_out[0] is not self.manifest:
+            self._laid_out = (self.manifest, {})
+        laid_out = self._laid_out[1]
+        if (key := scan.rows_at_once(q)) not in laid_out:
+            laid_out[key] = list(scan.batches_of(self._pieces(), q))
+        return laid_out[key]
 
     def _pieces(self) -> Iterator[scan.Piece]:
         for number, part in enumerate(self.manifest.parts):
