@@ -4,9 +4,10 @@
 
 Makes a store of random vectors in a temporary directory for each codec, in shards as an index has them, reads it
 for two seconds (warm), then alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the
-mapped file, a top-10 scan (both ends) for one query, and one for 64. Prints medians; FILE gets every repeat and what
-machine it was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`; int8: 500 queries a second
-for 64 at once.
+mapped file, a top-10 scan (both ends) for one query, and one for 64. Each is timed twice: after another kind of work,
+which has filled the caches with its own bytes and left torch's threads awake, and at once again. Prints medians; FILE
+gets every repeat and what machine it was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`;
+int8: 500 queries a second for 64 at once.
 """
 
 import argparse
@@ -81,25 +82,33 @@ def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
         while time.perf_counter() < until:
             work()
     times: dict[str, list[float]] = {name: [] for name in kinds}
+    again: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, work in kinds.items():
             time.sleep(ASLEEP)
             times[name].append(seconds(work))
+            again[name].append(seconds(work))
     middle = {name: statistics.median(values) for name, values in times.items()}
     return {
         "bytes": size,
         "sum_gb_per_second": size / middle["sum"] / 1e9,
         "mapped_sum_gb_per_second": size / middle["mapped_sum"] / 1e9,
         "one_query_gb_per_second": size / middle["one_query"] / 1e9,
-        "one_query_of_sum": statistics.median(a / b for a, b in zip(times["sum"], times["one_query"], strict=True)),
-        "one_query_of_mapped_sum": statistics.median(
-            a / b for a, b in zip(times["mapped_sum"], times["one_query"], strict=True)
-        ),
+        "one_query_of_sum": share(times, "sum"),
+        "one_query_of_mapped_sum": share(times, "mapped_sum"),
+        "one_query_again_gb_per_second": size / statistics.median(again["one_query"]) / 1e9,
+        "one_query_again_of_sum": share(again, "sum"),
         "many_queries": MANY,
         "many_queries_per_second": MANY / middle["many_queries"],
         "many_million_pairs_per_second": MANY * rows / middle["many_queries"] / 1e6,
         "seconds": times,
+        "seconds_again": again,
     }
+
+
+def share(times: dict[str, list[float]], of: str) -> float:
+    """Median speed of one query's scan, of that of something else in the same turn."""
+    return statistics.median(a / b for a, b in zip(times[of], times["one_query"], strict=True))
 
 
 def machine() -> dict:
@@ -134,7 +143,8 @@ def main() -> None:
         told = results[name]
         print(
             f"{name:9} sum {told['sum_gb_per_second']:5.1f} GB/s   "
-            f"one query {told['one_query_gb_per_second']:5.1f} GB/s ({told['one_query_of_sum']:4.0%})   "
+            f"one query {told['one_query_gb_per_second']:5.1f} GB/s ({told['one_query_of_sum']:4.0%}; "
+            f"again {told['one_query_again_of_sum']:4.0%})   "
             f"{MANY} queries: {told['many_queries_per_second']:6.0f}/s, "
             f"{told['many_million_pairs_per_second']:6.1f} M pairs/s"
         )
