@@ -30,6 +30,10 @@ PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "oneb
 """Codes in a stored entry of each codec that has a loop here; the first one in the lowest bits."""
 
 
+class CompilingError(Exception):
+    """numba is installed and does not work: it cannot be imported, or cannot compile. Scans do without."""
+
+
 def is_available() -> bool:
     """Whether numba is installed (pip install 'whence[fast]')."""
     return find_spec("numba") is not None
@@ -82,7 +86,10 @@ def products(
 @no_type_check  # numba compiles the function as it is written, not as the tests' shape checks wrap it
 def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
     """The compiled loop of a codec: (codes [n, j], queries [q, p, j], out [n, q])."""
-    import numba  # a third of a second, and optional
+    try:
+        import numba  # a third of a second, and optional
+    except (ImportError, OSError) as error:  # it does not fit this numpy, or its library does not load
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
 
     value: Callable = numba.njit(_VALUES[codec], inline="always")
 
@@ -97,9 +104,22 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
                         total += value(codes[n, j], p) * queries[q, p, j]
                 out[n, q] = total
 
+    nothing = np.zeros((1, 1), _CODES[codec]), np.zeros((1, PLANES[codec], 1), np.float32), np.zeros((1, 1), np.float32)
+    try:
+        loop(*nothing)  # compiles
+    except numba.core.errors.NumbaError as error:
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop
 
 
+_CODES = {
+    "float32": np.float32,
+    "bfloat16": np.int16,
+    "float16": np.int16,
+    "int8": np.int8,
+    "int4": np.uint8,
+    "onebit": np.uint8,
+}
 _BITS = np.uint32(0x7FFF)  # of a float16, without its sign
 _FROM_FLOAT16 = np.float32(2.0**112)  # its exponent moves from 5 bits to 8; of subnormals too this mends the bias
 

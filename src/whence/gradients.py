@@ -15,11 +15,8 @@ fp32 whatever the model's dtype.
 Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
 """
 
-import logging
-import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,13 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
+from whence.decoding import decoded, repeatable, vet, writes_into_outputs
 from whence.errors import ModelError
 from whence.interfaces import Projection
 from whence.model import LoadedModel, layer_shape
 from whence.numerics import product
 from whence.tokens import Batch
-
-logger = logging.getLogger(__name__)
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""
@@ -43,6 +39,8 @@ LEAST_POSITIONS = 128
 """Positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
 FORMED_ENTRIES = {"cpu": 2**17, "cuda": 2**27}
 """Entries of the gradients [b o i] that are formed at a time to be transformed. On a CPU, half a MB: in cache."""
+FORMED_AT_LEAST = 2**24
+"""The same where they are only to be sketched, which is one product: 64 MB, for all examples of a small model."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,7 @@ class Tap(torch.autograd.Function):
 class _Pass:
     """One forward and backward pass: which examples the positions now in flight belong to."""
 
+    model: LoadedModel
     batch_shape: tuple[int, int]
     consume: Consume
     whole: bool = False
@@ -155,9 +154,9 @@ class _Pass:
     owners: Int64[Tensor, " s"] | None = None
     """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
     upcast: bool = True
-    copies: bool = False
-    """Tap copies of the layers' outputs, which the model's code may then write into."""
+    """Hand `(a, g)` over in fp32; else in the type that the model has."""
     called: set[str] = field(default_factory=set)
+    """Layers whose hook ran."""
     handed_over: set[str] = field(default_factory=set)
     """Layers of the decoder that have been."""
 
@@ -171,8 +170,8 @@ class _Pass:
         if not out.requires_grad:
             out.requires_grad_()
         self.called.add(name)
-        owners = self.owners
-        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), self.copies)  # type: ignore[return-value]
+        owners, copy = self.owners, writes_into_outputs(self.model)
+        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)  # type: ignore[return-value]
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
@@ -253,9 +252,8 @@ def backward(
         The losses: those whose gradients were taken, if that is the objective.
     """
     batch = batch.to(model.device)
-    state = _Pass((batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
+    state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
     state.upcast = upcast or model.device.type != "cuda"
-    state.copies = model.model in _WRITES_INTO_OUTPUTS
     uses = model.uses(layers) if shared else layers.items()
     hooks = [module.register_forward_hook(state.hook(name)) for name, module in uses]
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
@@ -266,77 +264,8 @@ def backward(
     finally:
         for hook in hooks:
             hook.remove()
-    _vet(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
+    vet(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
     return losses
-
-
-@contextmanager
-def repeatable(model: LoadedModel) -> Iterator[None]:
-    """On a GPU, only algorithms that give the same bytes every time: an index that resumes is built on that.
-
-    Attention's backward pass adds in no fixed order there unless told. On a CPU nothing needs telling. A model whose
-    forward pass has an operation without such an algorithm is told of, and runs as torch likes (see `_decoded`).
-    """
-    if model.device.type != "cuda" or model.model in _UNREPEATABLE:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to multiply without
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills: Any = torch.utils.deterministic
-    filled = fills.fill_uninitialized_memory
-    fills.fill_uninitialized_memory = False  # a pass over all memory, for who reads what was never written
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        fills.fill_uninitialized_memory = filled
-
-
-_WRITES_INTO_OUTPUTS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models whose code writes into a linear layer's output in place, such as Falcon's."""
-
-_UNREPEATABLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models with an operation that no GPU does in a fixed order, such as Mamba2's sums along time."""
-
-_VETTED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
-"""Layers of a model that were not called in some pass, and whose weights nothing else used either."""
-
-
-def _vet(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) -> None:
-    """See that layers which no hook was called for had no part in the loss: experts that were not chosen have none.
-
-    Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj): no hook can see that, and
-    its gradient would be taken for zero. Autograd sees it, in one more pass over the batch's first example for each
-    layer that was ever uncalled. A weight that is used so for some inputs alone, and not for that one, escapes.
-
-    Raises:
-        ModelError: Some weight was used behind the hooks' back.
-    """
-    vetted, head = _VETTED.setdefault(model.model, set()), model.base.get_output_embeddings()
-    suspects = {name: layer for name, layer in uncalled.items() if name not in vetted and layer is not head}
-    weights = {name: layer.get_parameter("weight") for name, layer in suspects.items()}
-    weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
-    if not weights:
-        return
-    try:
-        with torch.enable_grad():
-            for weight in weights.values():
-                weight.requires_grad_(True)
-            states, _ = model.decode(batch.ids[:1], batch.mask[:1])
-            total = states.float().square().sum()
-            found = torch.autograd.grad(total, list(weights.values()), allow_unused=True) if total.requires_grad else ()
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    used = [name for name, gradient in zip(weights, found, strict=bool(found)) if gradient is not None]
-    if used:
-        raise ModelError(
-            f"{model.path}: the model uses the weights of {', '.join(used[:3])}{' ...' if len(used) > 3 else ''} "
-            f"without calling the layer{'s' if len(used) > 1 else ''}, so that no gradient of theirs can be seen. "
-            f"Leave {'them' if len(used) > 1 else 'it'} out: --layers '!*{used[0].rsplit('.', 1)[-1]}'"
-        )
-    vetted.update(weights)
 
 
 @torch.no_grad()
@@ -347,7 +276,7 @@ def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -
 
 
 def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: "SlopeOf") -> TokenLosses:
-    states, head = _decoded(model, batch, state)
+    states, head = decoded(model, batch)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
     targets = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
@@ -370,28 +299,6 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
         states.backward(slope)
     total = nll.sum(1)
     return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
-
-
-def _decoded(model: LoadedModel, batch: Batch, state: _Pass | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The decoder's states; once more, in another way, where the model's code does not bear the first."""
-    try:
-        return model.decode(batch.ids, batch.mask)
-    except RuntimeError as error:
-        if "is being modified inplace" in str(error) and state is not None and not state.copies:
-            _WRITES_INTO_OUTPUTS.add(model.model)
-            state.copies = True
-        elif "does not have a deterministic implementation" in str(error) and model.model not in _UNREPEATABLE:
-            logger.warning(
-                "%s: on a GPU this model cannot be run in a fixed order (%s); an index of it will not come out byte "
-                "for byte the same twice, only to rounding",
-                model.path,
-                str(error).split(".")[0],
-            )
-            _UNREPEATABLE.add(model.model)
-            torch.use_deterministic_algorithms(False)  # of this pass; `repeatable` puts back what was
-        else:
-            raise
-    return _decoded(model, batch, state)
 
 
 @torch.no_grad()
@@ -471,7 +378,7 @@ class Sketches:
         """Sketches of a layer's gradients; where they must be formed, a few examples' at a time."""
         if not self.projection.forms_gradient:
             return self.projection(seen.a, seen.g, layer=seen.layer)
-        parts = self._few_at_a_time(seen, max(FORMED_ENTRIES.get(seen.a.device.type, 0), 2**24))
+        parts = self._few_at_a_time(seen, max(FORMED_ENTRIES.get(seen.a.device.type, 0), FORMED_AT_LEAST))
         return torch.cat([self.projection(a, g, layer=seen.layer) for a, g in parts])
 
     def _transformed(self, seen: Captured, transform: Transform) -> Float32[Tensor, "b k"]:

@@ -143,8 +143,8 @@ class Fastest:
         try:
             # the costly one first: threads of torch's products stay awake for a while, and would slow it
             return self._trial([costly, chosen], rows, [max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // row_bytes)])
-        except Exception as error:  # whatever a compiler may raise
-            logger.warning("scans are not compiled, and stay slower: %s: %s", type(error).__name__, error)
+        except compiled.CompilingError as error:
+            logger.warning("scans are not compiled, and stay slower: %s", error)
             return chosen
 
     def _trial(self, near: list[int], rows: Stored, sizes: Sequence[int]) -> int:
