@@ -584,7 +584,7 @@ def test_a_model_whose_traced_layers_are_others_now_is_refused(
         return [(name.replace("model.layers.", prefix), layer) for number, (name, layer) in found if number != gone]
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "_linear_layers", layers)
+        patch.setattr(model_module, "linear_layers", layers)
         told = rf"was model\.layers\.0\.self_attn\.{was}, and is .* now\..* -o .*index --restart"
         with pytest.raises(ManifestMismatchError, match=told):
             trace(out, "5 and 3?", " yes")

@@ -299,14 +299,8 @@ def open_index(
             f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
             "If you trust it, add --trust-remote-code."
         )
-    return _index_of(
-        store,
-        model=model,
-        tokenizer=tokenizer,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
+    loading = {"tokenizer": tokenizer, "device": device, "device_map": device_map}
+    return _index_of(store, model=model, trust_remote_code=trust_remote_code, **loading)
 
 
 def _index_of(
@@ -314,9 +308,8 @@ def _index_of(
     *,
     model: str | None = None,
     tokenizer: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
     trust_remote_code: bool = False,
+    **placing: str | None,
 ) -> Index:
     """An index as `open_index` opens it, though it may need code that is not allowed: then its model cannot load."""
     kept = store.manifest.settings
@@ -325,9 +318,8 @@ def _index_of(
         space=GradientSpace(**kept["space"]),
         codec=store.manifest.codec,
         tokenizer=tokenizer or kept["tokenizer_path"],
-        device=device,
-        device_map=device_map,
         trust_remote_code=kept["trust_remote_code"] and trust_remote_code,
+        **placing,
         **{name: kept[name] for name in names},
     )
     return Index(store, settings, model=model)

@@ -9,8 +9,6 @@ Embeddings, norms, biases and experts fused into one three-dimensional parameter
 out; `traced_fraction` says how much of the model that leaves.
 """
 
-import difflib
-import fnmatch
 import hashlib
 import json
 import logging
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.errors import ModelError, SettingError
+from whence.layers import linear_layers, matching_layers
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +88,13 @@ class LoadedModel:
         Raises:
             SettingError: A pattern matches no linear layer.
         """
-        found = dict(_linear_layers(self.base))
+        found = dict(linear_layers(self.base))
         if self.has_adapter:
             chosen = {name: layer for name, layer in found.items() if ".lora_A." in name or ".lora_B." in name}
         else:
             head = self.base.get_output_embeddings()
             chosen = {name: layer for name, layer in found.items() if layer is not head}
-        return chosen if pattern is None else _matching(found, chosen, pattern)
+        return chosen if pattern is None else matching_layers(found, chosen, pattern)
 
     def uses(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """Every module that multiplies by a layer's weight, with the layer's name: Zamba2 shares blocks' weights."""
@@ -478,31 +477,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Of modules that share a weight the first: what they have in common is one layer."""
-    from transformers.pytorch_utils import Conv1D
-
-    weights = set()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor) and id(weight) not in weights:
-            weights.add(id(weight))
-            yield name, module
-
-
-def _matching(found: dict[str, nn.Module], chosen: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
-    patterns = [part.strip() for part in pattern.split(",")]
-    for part in patterns:
-        if not fnmatch.filter(found, part.removeprefix("!")):
-            near = difflib.get_close_matches(part, found, n=3, cutoff=0.3) or list(found)[:3]
-            raise SettingError(f"--layers {part}: no linear layer has such a name. Near: {', '.join(near)}")
-    wanted = [part for part in patterns if not part.startswith("!")]
-    unwanted = [part.removeprefix("!") for part in patterns if part.startswith("!")]
-
-    def is_any(name: str, parts: list[str]) -> bool:
-        return any(fnmatch.fnmatch(name, part) for part in parts)
-
-    start = {name: layer for name, layer in found.items() if is_any(name, wanted)} if wanted else chosen
-    return {name: layer for name, layer in start.items() if not is_any(name, unwanted)}
