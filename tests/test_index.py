@@ -576,7 +576,7 @@ def test_checkpoints_of_a_moved_run_are_found_in_it(tiny_run, tmp_path):
 def test_a_model_whose_traced_layers_are_others_now_is_refused(
     tiny_llama, tmp_path, monkeypatch, gone, prefix, was, pattern
 ):
-    out, real = tmp_path / "index", model_module._linear_layers
+    out, real = tmp_path / "index", model_module.linear_layers
     index(tiny_llama, corpus_rows(5), out, layers=pattern, **QUIET)
 
     def layers(model):
