@@ -16,7 +16,10 @@ NAMES = sorted(CODECS)
 
 @pytest.mark.parametrize("has_matrix_units", [kernels._has_matrix_units(), False])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("n, k, q", [(1, 1, 1), (2, 1, 5), (33, 57, 3), (300, 257, 1), (300, 256, 8), (17, 512, 64)])
+@pytest.mark.parametrize(
+    "n, k, q",
+    [(1, 1, 1), (2, 1, 5), (33, 57, 3), (300, 257, 1), (300, 256, 8), (17, 512, 64), (9, 2500, 2), (2, 9001, 1)],
+)
 @pytest.mark.parametrize("heavy_tailed", [False, True])
 def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy_tailed, monkeypatch):
     monkeypatch.setattr(kernels, "_has_matrix_units", lambda: has_matrix_units)

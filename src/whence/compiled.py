@@ -14,7 +14,6 @@ compiled is never cached on disk: numba's cache is a pickle.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import no_type_check
@@ -24,7 +23,14 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.team import run_together
+
 _PIECE_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
+_CHUNK_BYTES = 1024  # of a row, which every query meets before the next ones
+_AHEAD_BYTES = {1: 1 << 14, 2: 1 << 13}
+"""How far ahead of what is multiplied memory is asked, by the bytes of an entry; not for fp32, which waits for memory
+alone and is in order."""
+_LINE_BYTES = 64
 
 PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
 """Codes in a stored entry of each codec that has a loop here; the first one in the lowest bits."""
@@ -39,12 +45,27 @@ def is_available() -> bool:
     return find_spec("numba") is not None
 
 
+Piece = tuple[slice, np.ndarray, np.ndarray]
+"""Which rows of a batch, their codes [n, j] and their scales [n]."""
+
+
+def pieces_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Piece]:
+    """Blocks of stored rows that follow one another, in pieces for threads to take. bfloat16 and float16: as int16."""
+    pieces, first = [], 0
+    for codes in blocks:
+        step = max(1, _PIECE_BYTES // max(1, codes.strides[0]))
+        for start in range(0, len(codes), step):
+            some = codes[start : start + step]
+            rows = slice(first, first + len(some))
+            pieces.append((rows, some, scales[rows]))
+            first = rows.stop
+    return pieces
+
+
 def products(
     codec: str, queries: Float32[Tensor, "q k"], columns: int
-) -> Callable[[Sequence[np.ndarray]], Float32[Tensor, "n q"]]:
-    """Function from blocks of stored rows [., columns] to their products with queries, before the rows' scales.
-
-    bfloat16 and float16 come as int16.
+) -> Callable[[Sequence[Piece]], Float32[np.ndarray, "n q"]]:
+    """Function from the pieces of a batch to its rows' products with queries.
 
     Args:
         codec: A name in `PLANES`.
@@ -52,64 +73,91 @@ def products(
         columns: Stored entries of a row.
     """
     planes = PLANES[codec]
-    filled = torch.nn.functional.pad(queries, (0, planes * columns - queries.shape[1]))
-    by_plane = np.ascontiguousarray(filled.view(len(queries), columns, planes).transpose(1, 2).numpy())
+    filled = np.zeros((len(queries), planes * columns), np.float32)
+    filled[:, : queries.shape[1]] = queries.numpy()
+    by_plane = np.ascontiguousarray(filled.reshape(-1, columns, planes).transpose(0, 2, 1))
 
-    def score(blocks: Sequence[np.ndarray]) -> Tensor:
+    def score(pieces: Sequence[Piece]) -> np.ndarray:
         loop = _loop(codec)  # numba is imported by the first score, not by the first question
-        out = np.empty((sum(map(len, blocks)), len(queries)), np.float32)
-        pieces, first = [], 0
-        for codes in blocks:
-            step = max(1, _PIECE_BYTES // max(1, codes.strides[0]))
-            for start in range(0, len(codes), step):
-                some = codes[start : start + step]
-                pieces.append((some, out[first : first + len(some)]))
-                first += len(some)
+        out = np.empty((pieces[-1][0].stop if pieces else 0, len(queries)), np.float32)
         waiting = iter(pieces)  # taking the next one is atomic; a future for each piece would cost more than it reads
 
         def work() -> None:
-            for codes, into in waiting:
-                loop(codes, by_plane, into)
+            for rows, codes, scale in waiting:
+                loop(codes, scale, by_plane, out[rows])
 
-        others = min(torch.get_num_threads(), len(pieces)) - 1
-        with ThreadPoolExecutor(max(1, others)) as pool:  # of this call alone: it cannot outlive a fork
-            helping = [pool.submit(work) for _ in range(others)]
-            work()
-            for done in helping:
-                done.result()
-        return torch.from_numpy(out)
+        run_together(work, max(1, min(torch.get_num_threads(), len(pieces))))
+        return out
 
     return score
 
 
 @cache
 @no_type_check  # numba compiles the function as it is written, not as the tests' shape checks wrap it
-def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    """The compiled loop of a codec: (codes [n, j], queries [q, p, j], out [n, q])."""
+def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
+    """The compiled loop of a codec: (codes [n, j], scale [n], queries [q, p, j], out [n, q])."""
     try:
         import numba  # a third of a second, and optional
     except (ImportError, OSError) as error:  # it does not fit this numpy, or its library does not load
         raise CompilingError(f"{type(error).__name__}: {error}") from error
 
     value: Callable = numba.njit(_VALUES[codec], inline="always")
+    prefetch = _prefetching()
+    ahead = _AHEAD_BYTES.get(np.dtype(_CODES[codec]).itemsize, 0)
 
     # sums may be taken in any order; NaN and infinity keep their meaning
     @numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-    def loop(codes: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
+    def loop(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
+        step = _CHUNK_BYTES // codes.itemsize if ahead else codes.shape[1]
+        out[:] = 0
         for n in range(codes.shape[0]):
+            for first in range(0, codes.shape[1], step):
+                some = codes[n, first : first + step]
+                if ahead:
+                    start = some.ctypes.data + ahead
+                    for line in range(start, start + some.shape[0] * codes.itemsize, _LINE_BYTES):
+                        prefetch(line)
+                for q in range(queries.shape[0]):
+                    total = np.float32(0)
+                    for p in range(queries.shape[1]):
+                        factors = queries[q, p, first : first + step]
+                        for j in range(some.shape[0]):
+                            total += value(some[j], p) * factors[j]
+                    out[n, q] += total
             for q in range(queries.shape[0]):
-                total = np.float32(0)
-                for p in range(queries.shape[1]):
-                    for j in range(codes.shape[1]):
-                        total += value(codes[n, j], p) * queries[q, p, j]
-                out[n, q] = total
+                out[n, q] *= scale[n]
 
-    nothing = np.zeros((1, 1), _CODES[codec]), np.zeros((1, PLANES[codec], 1), np.float32), np.zeros((1, 1), np.float32)
+    one, query = np.ones(1, np.float32), np.ones((1, PLANES[codec], 1), np.float32)
     try:
-        loop(*nothing)  # compiles
+        loop(np.zeros((1, 1), _CODES[codec]), one, query, one[:, None])  # compiles
     except numba.core.errors.NumbaError as error:
         raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop
+
+
+@no_type_check
+def _prefetching() -> Callable[[int], None]:
+    """For compiled code: ask memory for the line at an address, which need not be anyone's, past the shared cache.
+
+    Processors fetch ahead by themselves within a page of 4 KB, which can be as short as a row.
+    """
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def prefetch(typing: object, address: types.Type) -> tuple:
+        def generate(context, builder, signature, arguments):
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+            read, once, data = (ir.Constant(number, value) for value in (0, 0, 1))
+            builder.call(function, [builder.inttoptr(arguments[0], pointer), read, once, data])
+            return context.get_dummy_value()
+
+        return types.void(types.intp), generate
+
+    return prefetch
 
 
 _CODES = {

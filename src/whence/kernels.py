@@ -97,6 +97,11 @@ class Stored:
         """Of all rows [n]."""
         return np.concatenate([factors.numpy() for factors in self.scale] or [np.zeros(0, np.float32)])
 
+    @cached_property
+    def pieces(self) -> list[compiled.Piece]:
+        """As compiled kernels take them."""
+        return compiled.pieces_of(self.codes, self.scales)
+
     def first(self, rows: int) -> "Stored":
         """The first rows alone."""
         return Stored(_first_rows(self.stored, rows), _first_rows(self.scale, rows))
@@ -226,7 +231,7 @@ def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None
     if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
         return None
     products = compiled.products(codec, queries, columns)
-    return lambda rows: Block(_scaled(products(rows.codes), rows).T)
+    return lambda rows: Block(torch.from_numpy(products(rows.pieces).T))
 
 
 def float32_kernel(queries: Queries) -> Kernel:

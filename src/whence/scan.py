@@ -264,12 +264,12 @@ class _End:
             exact[rest] = self.sign * _rescored(question, held, found.of(rest))
         known = exact > -np.inf
         self.best = self.best.merged(found.query[known], found.row[known], exact[known])
-        self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1].numpy()
+        self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1]
 
     def _mth_best(self, query: np.ndarray, score: np.ndarray) -> np.ndarray:
         """The m-th best [q] of some pairs' scores and of the best so far; -inf where they are fewer."""
         queries = np.concatenate([query, self._best_queries])
-        scores = np.concatenate([score, self.best.scores.numpy().ravel()])
+        scores = np.concatenate([score, self.best.scores.ravel()])
         order = np.lexsort((-scores, queries))
         place = np.searchsorted(queries[order], np.arange(len(self._reached))) + self.m - 1
         return scores[order][place]
@@ -368,28 +368,33 @@ def _candidates(
     small step, and many milliseconds where another process has their core.
     """
     (n, q), far = scores.shape, threshold - most
-    hits = None if m < n and np.isinf(far).any() else _true(scores > far if sign > 0 else scores < -far)
+    hits = None if m < n and np.isinf(far).any() else _beyond(scores, far, sign)
     if hits is None or (m < n and len(hits) > 4 * m * q):
         # at the start of a scan, or where scores rise: only the best m of these rows can stay
-        signed = scores if sign > 0 else -scores
-        least = _mth_best_at_least(signed, m) - 2 * most
-        hits = _true((signed >= least) & (signed > far))
+        least = _mth_best_at_least(scores, sign, m) - 2 * most
+        hits = _beyond(scores, np.where(least > far, np.nextafter(least, np.float32(-np.inf)), far), sign)
     rows, queries = np.divmod(hits, max(1, q))
     order = np.argsort(queries, kind="stable")
     return queries[order], rows[order]
 
 
-def _mth_best_at_least(scores: np.ndarray, m: int) -> np.ndarray:
-    """A value [q] that the m-th best of scores [n, q] reaches: the m-th best of groups' bests, where there are enough.
+def _beyond(scores: np.ndarray, far: np.ndarray, sign: int) -> np.ndarray:
+    """Flat places of the entries of [n, q] whose signed score is above `far` [q]."""
+    return _true(scores > far if sign > 0 else scores < -far)
+
+
+def _mth_best_at_least(scores: np.ndarray, sign: int, m: int) -> np.ndarray:
+    """A value [q] that the m-th best signed score of [n, q] reaches: the m-th best of groups' bests, if they suffice.
 
     At least m entries are as good as it, and few more than m; an exact selection costs ten times as much. NaN is never
     good. A group's rows stand far apart, which lets their bests be taken a row of groups at a time.
     """
     groups = len(scores) // _GROUP
     if groups >= 4 * m:
-        scores = np.fmax.reduce(scores[: groups * _GROUP].reshape(_GROUP, groups, -1), axis=0)
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    return np.partition(scores, len(scores) - m, axis=0)[len(scores) - m]
+        best = np.fmax if sign > 0 else np.fmin
+        scores = best.reduce(scores[: groups * _GROUP].reshape(_GROUP, groups, -1), axis=0)
+    signed = np.where(np.isnan(scores), -np.inf, sign * scores)
+    return np.partition(signed, len(signed) - m, axis=0)[len(signed) - m]
 
 
 def _true(claims: np.ndarray) -> np.ndarray:
@@ -405,28 +410,26 @@ def _true(claims: np.ndarray) -> np.ndarray:
 class _Best:
     """The best m so far, by signed score (for the lowest: the score negated). Unfilled: -inf."""
 
-    scores: Tensor  # [q, m]
-    rows: Tensor  # [q, m]
+    scores: np.ndarray  # [q, m]
+    rows: np.ndarray  # [q, m]
 
     @staticmethod
     def empty(q: int, m: int) -> "_Best":
-        return _Best(torch.full((q, m), -torch.inf), torch.full((q, m), -1, dtype=torch.int64))
+        return _Best(np.full((q, m), -np.inf, np.float32), np.full((q, m), -1, np.int64))
 
     def merged(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> "_Best":
         """With more rows, all later than those seen: a stable sort then ranks ties by the lower row."""
         if not len(query):
             return self
-        pair_queries = torch.from_numpy(query)
-        (q, m), counts = self.scores.shape, torch.bincount(pair_queries, minlength=len(self.scores))
-        place = m + torch.arange(len(query)) - (counts.cumsum(0) - counts)[pair_queries]
-        scores = torch.full((q, m + int(counts.max())), -torch.inf)
-        rows = torch.full(scores.shape, -1, dtype=torch.int64)
-        scores[:, :m], rows[:, :m] = self.scores, self.rows
-        scores[pair_queries, place], rows[pair_queries, place] = torch.from_numpy(score), torch.from_numpy(row)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        return _Best(scores[:, :m].contiguous(), rows.gather(1, order[:, :m]))
+        queries = np.arange(len(self.rows))
+        of = np.concatenate([np.repeat(queries, self.rows.shape[1]), query])
+        scores, rows = np.concatenate([self.scores.ravel(), score]), np.concatenate([self.rows.ravel(), row])
+        order = np.lexsort((-scores, of))
+        best = order[np.searchsorted(of[order], queries)[:, None] + np.arange(self.rows.shape[1])]
+        return _Best(scores[best], rows[best])
 
     def ranking(self, sign: float) -> Ranking:
         """Without the unfilled places, of which every query has as many."""
-        filled = int((self.rows >= 0).sum(1).max()) if len(self.rows) else 0
-        return Ranking(sign * self.scores[:, :filled], self.rows[:, :filled])
+        filled = int((self.rows >= 0).sum(1).max(initial=0))
+        scores = np.float32(sign) * self.scores[:, :filled]
+        return Ranking(torch.from_numpy(scores), torch.from_numpy(self.rows[:, :filled].copy()))
