@@ -18,11 +18,22 @@ NAMES = sorted(CODECS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "n, k, q",
-    [(1, 1, 1), (2, 1, 5), (33, 57, 3), (300, 257, 1), (300, 256, 8), (17, 512, 64), (9, 2500, 2), (2, 9001, 1)],
+    [
+        (1, 1, 1),
+        (2, 1, 5),
+        (33, 57, 3),
+        (300, 257, 1),
+        (300, 256, 8),
+        (17, 512, 64),
+        (9, 2500, 2),
+        (2, 9001, 1),
+        (3, 0, 2),
+    ],
 )
 @pytest.mark.parametrize("heavy_tailed", [False, True])
 def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy_tailed, monkeypatch):
     monkeypatch.setattr(kernels, "_has_matrix_units", lambda: has_matrix_units)
+    monkeypatch.setattr(kernels.compiled, "_STRIP_BYTES", 1000)
     vectors, queries = (rows(n, k, seed=k) if heavy_tailed else torch.randn(n, k)), torch.randn(q, k)
     stored, scale = CODECS[name].encode(vectors)
     decoded = CODECS[name].decode(stored, scale, k)
@@ -145,3 +156,16 @@ def test_integer_sums_do_not_overflow_in_long_rows(name):
     stored, scale = CODECS[name].encode(vectors)
     scores = integer(kernels.Stored([stored], [scale])).scores
     assert (scores / 300_001 - 1).abs().max() < 1e-4
+
+
+def test_rows_that_compiled_loops_would_read_past_are_refused():
+    rows = torch.ones(3, 4, dtype=torch.int8)
+    kernel = kernels.compiled_kernel("int8", torch.ones(1, 5), 5)
+    for stored, scale, told in (
+        ([rows], [torch.ones(1)], "3 rows of [4] entries have 1 scales"),
+        ([rows, rows[:, :2]], [torch.ones(6)], "6 rows of [2, 4] entries"),
+        ([rows], [torch.ones(3)], "Rows have 4 stored entries; queries were laid out for 5"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            kernel(kernels.Stored(stored, scale))
+        assert told in str(caught.value)

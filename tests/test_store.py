@@ -661,6 +661,30 @@ def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
         assert 7 in before.rows[0] or torch.equal(before.rows[0], after.rows[0])
 
 
+def test_zeros_rank_where_subnormal_numbers_are_taken_for_zero():
+    vectors = torch.zeros(2000, 64)
+    vectors[5] = 1
+    whole = ShardArrays(
+        vectors=vectors,
+        norm=vectors.norm(dim=1),
+        loss=torch.zeros(2000),
+        status=torch.zeros(2000, dtype=torch.uint8),
+        tokens=torch.ones(2000, dtype=torch.int32),
+    )
+    question = scan.Question(
+        queries=torch.ones(1, 1, 64), weights=torch.ones(1), cosine=False, codec=codecs.codec("float32")
+    )
+    batches = list(scan.batches_of([(0, [encoded(whole, question.codec)])], 1))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers to zero")
+    try:
+        helpful, opposing = scan.top_k(question, batches, 3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert helpful.rows.tolist() == [[5, 0, 1]]
+    assert opposing.rows.tolist() == [[0, 1, 2]]
+
+
 def test_no_query_is_answered_by_nothing(tmp_path):
     helpful, opposing = build(tmp_path / "index", codec="int8").top_k(torch.zeros(2, 0, WIDTH), torch.ones(2), m=3)
     assert helpful.rows.shape[0] == opposing.rows.shape[0] == 0

@@ -3,22 +3,19 @@
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from whence import team
 
-WAYS = [
-    pytest.param(
-        "torch", marks=pytest.mark.skipif(team._torch_threads() is None, reason="this torch has no GNU OpenMP library")
-    ),
-    "new",
-]
+HAS_TORCH_THREADS = pytest.mark.skipif(
+    team._torch_threads() is None, reason="this torch does not use a GNU OpenMP library of its own"
+)
+WAYS = [pytest.param("torch", marks=HAS_TORCH_THREADS), "new"]
 
 
-@pytest.fixture
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Which threads are used."""
     if request.param == "new":
@@ -26,26 +23,44 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.fixture
+def threads(request):
+    """So many are torch's."""
+    used = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(used)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 def test_threads_run_at_once_and_share_what_they_take(way, threads):
-    together, seen, waiting = threading.Barrier(threads), [], iter(range(1000))
+    together, ids, taken, waiting = threading.Barrier(threads), set(), [], iter(range(1000))
 
     def work():
         together.wait(timeout=30)
-        seen.extend((number, threading.get_native_id()) for number in waiting)
+        ids.add(threading.get_native_id())
+        taken.extend(waiting)
         together.wait(timeout=30)
 
-    team.run_together(work, threads)
-    assert sorted(number for number, _ in seen) == list(range(1000))
-    assert len({thread for _, thread in seen} | {threading.get_native_id()}) <= threads
+    team.run_together(work, 1000)
+    assert sorted(taken) == list(range(1000))
+    assert len(ids) == threads
+    assert threading.get_native_id() in ids
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@pytest.mark.parametrize("tasks", [0, 1])
+def test_one_task_stays_in_the_callers_thread(way, threads, tasks):
+    ids = []
+    team.run_together(lambda: ids.append(threading.get_native_id()), tasks)
+    assert ids == [threading.get_native_id()]
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("is_caller", [True, False])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_one_thread_raises_is_raised(way, is_caller, error, capfd):
-    together, caller = threading.Barrier(2), threading.get_native_id()
+def test_what_one_thread_raises_is_raised(way, threads, is_caller, error, capfd):
+    together, caller = threading.Barrier(threads), threading.get_native_id()
 
     def work():
         together.wait(timeout=30)
@@ -57,42 +72,45 @@ def test_what_one_thread_raises_is_raised(way, is_caller, error, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("way", WAYS[:1], indirect=True)
-def test_the_threads_are_those_of_torch(way, monkeypatch):
-    together, seen = threading.Barrier(2), []
+def test_what_a_signal_raises_where_nothing_catches_it_is_not_lost():
+    with pytest.raises(KeyboardInterrupt):
+        team._in_torch_threads(lambda *_: None, lambda: None, 2)  # the region ended before its first line
 
-    def work():
-        together.wait(timeout=30)
-        seen.append(threading.get_native_id())
 
-    def tasks():
-        return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+IN_A_NEW_PROCESS = """
+import os, threading, torch
+from pathlib import Path
+from whence.team import run_together
+torch.set_num_threads(4)
+torch.randn(1 << 20).sum()
+def tasks():
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+def ids(tasks, threads):
+    together, seen = threading.Barrier(threads), set()
+    run_together(lambda: (together.wait(30), seen.add(threading.get_native_id())), tasks)
+    return seen
+"""
 
-    used = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.randn(1 << 20).sum()
-        before = tasks()
-        team.run_together(work, 2)
-    finally:
-        torch.set_num_threads(used)
-    assert len(set(seen)) == 2
-    assert set(seen) <= before
+
+def run(code):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS + code], check=True, timeout=120)
+
+
+@HAS_TORCH_THREADS
+def test_the_threads_are_those_of_torch_and_all_stay():
+    run("""
+before = tasks()
+assert len(before) >= 4
+assert len(ids(100, 4)) == 4 and tasks() == before
+assert len(ids(2, 4)) == 4 and tasks() == before, "fewer tasks end no workers"
+assert ids(100, 4) <= before
+""")
 
 
 def test_a_forked_child_starts_its_own_threads():
-    code = """
-import os, threading, torch
-from whence.team import run_together
-torch.set_num_threads(2)
-torch.randn(1 << 20).sum()
-def count(threads):
-    together, seen = threading.Barrier(threads), []
-    run_together(lambda: (together.wait(30), seen.append(1)), threads)
-    return len(seen)
-assert count(2) == 2
+    run("""
+assert len(ids(100, 4)) == 4
 if (child := os.fork()) == 0:
-    os._exit(0 if count(2) == 2 else 1)
+    os._exit(0 if len(ids(100, 4)) == 4 else 1)
 assert os.waitpid(child, 0)[1] == 0
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+""")

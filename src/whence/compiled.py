@@ -7,7 +7,7 @@ by the query,
     score[n, q] = scale[n] * sum over planes p and stored entries j of value(row[n, j], p) * query[q, p, j]
 
 where an entry holds one code, or several side by side (`planes`: two of int4, eight of one bit). Sums are in fp32, and
-nothing is rounded before. The loops run in one thread each and without Python's lock, a piece of the rows at a time.
+nothing is rounded before. The loops run in one thread each and without Python's lock, a strip of the rows at a time.
 
 Compiling takes a third of a second, and importing numba as much; `kernels.Fastest` waits until that can pay. What is
 compiled is never cached on disk: numba's cache is a pickle.
@@ -19,17 +19,16 @@ from importlib.util import find_spec
 from typing import no_type_check
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from whence.team import run_together
 
-_PIECE_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
+_STRIP_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
 _CHUNK_BYTES = 1024  # of a row, which every query meets before the next ones
 _AHEAD_BYTES = {1: 1 << 14, 2: 1 << 13}
-"""How far ahead of what is multiplied memory is asked, by the bytes of an entry; not for fp32, which waits for memory
-alone and is in order."""
+"""How far ahead of what is multiplied memory is asked, by the bytes of an entry. fp32 rows, which are
+long, are slower with it: 30 ms for 25."""
 _LINE_BYTES = 64
 
 PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
@@ -45,27 +44,38 @@ def is_available() -> bool:
     return find_spec("numba") is not None
 
 
-Piece = tuple[slice, np.ndarray, np.ndarray]
+Strip = tuple[slice, np.ndarray, np.ndarray]
 """Which rows of a batch, their codes [n, j] and their scales [n]."""
 
 
-def pieces_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Piece]:
-    """Blocks of stored rows that follow one another, in pieces for threads to take. bfloat16 and float16: as int16."""
-    pieces, first = [], 0
+def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
+    """Blocks of stored rows that follow one another, in strips for threads to take. bfloat16 and float16: as int16.
+
+    Compiled loops look at no bounds.
+
+    Raises:
+        ValueError: The rows have not one scale each, or are not all of one width.
+    """
+    count, widths = sum(map(len, blocks)), sorted({codes.shape[1] for codes in blocks})
+    if len(scales) != count or len(widths) > 1:
+        raise ValueError(
+            f"{count} rows of {widths} entries have {len(scales)} scales: expected one each, and one width"
+        )
+    strips, first = [], 0
     for codes in blocks:
-        step = max(1, _PIECE_BYTES // max(1, codes.strides[0]))
+        step = max(1, _STRIP_BYTES // max(1, codes.strides[0]))
         for start in range(0, len(codes), step):
             some = codes[start : start + step]
             rows = slice(first, first + len(some))
-            pieces.append((rows, some, scales[rows]))
+            strips.append((rows, some, scales[rows]))
             first = rows.stop
-    return pieces
+    return strips
 
 
 def products(
     codec: str, queries: Float32[Tensor, "q k"], columns: int
-) -> Callable[[Sequence[Piece]], Float32[np.ndarray, "n q"]]:
-    """Function from the pieces of a batch to its rows' products with queries.
+) -> Callable[[Sequence[Strip]], Float32[np.ndarray, "n q"]]:
+    """Function from the strips of a batch to its rows' products with queries.
 
     Args:
         codec: A name in `PLANES`.
@@ -75,18 +85,20 @@ def products(
     planes = PLANES[codec]
     filled = np.zeros((len(queries), planes * columns), np.float32)
     filled[:, : queries.shape[1]] = queries.numpy()
-    by_plane = np.ascontiguousarray(filled.reshape(-1, columns, planes).transpose(0, 2, 1))
+    by_plane = np.ascontiguousarray(filled.reshape(len(queries), columns, planes).transpose(0, 2, 1))
 
-    def score(pieces: Sequence[Piece]) -> np.ndarray:
+    def score(strips: Sequence[Strip]) -> np.ndarray:
+        if strips and strips[0][1].shape[1] != columns:
+            raise ValueError(f"Rows have {strips[0][1].shape[1]} stored entries; queries were laid out for {columns}")
         loop = _loop(codec)  # numba is imported by the first score, not by the first question
-        out = np.empty((pieces[-1][0].stop if pieces else 0, len(queries)), np.float32)
-        waiting = iter(pieces)  # taking the next one is atomic; a future for each piece would cost more than it reads
+        out = np.empty((strips[-1][0].stop if strips else 0, len(queries)), np.float32)
+        waiting = iter(strips)  # taking the next one is atomic; a future for each would cost more than it reads
 
         def work() -> None:
             for rows, codes, scale in waiting:
                 loop(codes, scale, by_plane, out[rows])
 
-        run_together(work, max(1, min(torch.get_num_threads(), len(pieces))))
+        run_together(work, len(strips))
         return out
 
     return score
@@ -98,17 +110,18 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     """The compiled loop of a codec: (codes [n, j], scale [n], queries [q, p, j], out [n, q])."""
     try:
         import numba  # a third of a second, and optional
+
+        prefetch = _prefetching()
     except (ImportError, OSError) as error:  # it does not fit this numpy, or its library does not load
         raise CompilingError(f"{type(error).__name__}: {error}") from error
 
     value: Callable = numba.njit(_VALUES[codec], inline="always")
-    prefetch = _prefetching()
     ahead = _AHEAD_BYTES.get(np.dtype(_CODES[codec]).itemsize, 0)
 
     # sums may be taken in any order; NaN and infinity keep their meaning
     @numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
     def loop(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
-        step = _CHUNK_BYTES // codes.itemsize if ahead else codes.shape[1]
+        step = _CHUNK_BYTES // codes.itemsize if ahead else max(1, codes.shape[1])
         out[:] = 0
         for n in range(codes.shape[0]):
             for first in range(0, codes.shape[1], step):
@@ -130,7 +143,7 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     one, query = np.ones(1, np.float32), np.ones((1, PLANES[codec], 1), np.float32)
     try:
         loop(np.zeros((1, 1), _CODES[codec]), one, query, one[:, None])  # compiles
-    except numba.core.errors.NumbaError as error:
+    except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's, of `prefetch`
         raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop
 

@@ -98,9 +98,9 @@ class Stored:
         return np.concatenate([factors.numpy() for factors in self.scale] or [np.zeros(0, np.float32)])
 
     @cached_property
-    def pieces(self) -> list[compiled.Piece]:
+    def strips(self) -> list[compiled.Strip]:
         """As compiled kernels take them."""
-        return compiled.pieces_of(self.codes, self.scales)
+        return compiled.strips_of(self.codes, self.scales)
 
     def first(self, rows: int) -> "Stored":
         """The first rows alone."""
@@ -146,7 +146,7 @@ class Fastest:
     def _with_costly(self, costly: int, chosen: int, rows: Stored) -> int:
         row_bytes = max(1, rows.stored[0][:1].numel() * rows.stored[0].itemsize)
         try:
-            # the costly one first: threads of torch's products stay awake for a while, and would slow it
+            # the costly one first: workers of torch's products stay awake for a while, and would slow its own threads
             return self._trial([costly, chosen], rows, [max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // row_bytes)])
         except compiled.CompilingError as error:
             logger.warning("scans are not compiled, and stay slower: %s", error)
@@ -231,7 +231,7 @@ def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None
     if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
         return None
     products = compiled.products(codec, queries, columns)
-    return lambda rows: Block(torch.from_numpy(products(rows.pieces).T))
+    return lambda rows: Block(torch.from_numpy(products(rows.strips).T))
 
 
 def float32_kernel(queries: Queries) -> Kernel:

@@ -364,23 +364,18 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(query, row) pairs of [n, q] whose signed score, off by `most` [q], can pass the threshold and the m-th best.
 
-    Rows ascend for each query. In numpy, which stays in this thread: waking torch's threads costs more than such a
-    small step, and many milliseconds where another process has their core.
+    Some may only equal the threshold. Rows ascend for each query. In numpy, which stays in this thread: waking torch's
+    threads costs more than such a small step, and many milliseconds where another process has their core.
     """
     (n, q), far = scores.shape, threshold - most
-    hits = None if m < n and np.isinf(far).any() else _beyond(scores, far, sign)
+    hits = None if m < n and np.isinf(far).any() else _true(scores > far if sign > 0 else scores < -far)
     if hits is None or (m < n and len(hits) > 4 * m * q):
         # at the start of a scan, or where scores rise: only the best m of these rows can stay
-        least = _mth_best_at_least(scores, sign, m) - 2 * most
-        hits = _beyond(scores, np.where(least > far, np.nextafter(least, np.float32(-np.inf)), far), sign)
+        reach = np.fmax(_mth_best_at_least(scores, sign, m) - 2 * most, far)
+        hits = _true(scores >= reach if sign > 0 else scores <= -reach)
     rows, queries = np.divmod(hits, max(1, q))
     order = np.argsort(queries, kind="stable")
     return queries[order], rows[order]
-
-
-def _beyond(scores: np.ndarray, far: np.ndarray, sign: int) -> np.ndarray:
-    """Flat places of the entries of [n, q] whose signed score is above `far` [q]."""
-    return _true(scores > far if sign > 0 else scores < -far)
 
 
 def _mth_best_at_least(scores: np.ndarray, sign: int, m: int) -> np.ndarray:

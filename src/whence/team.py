@@ -2,10 +2,10 @@
 
 torch's CPU builds for Linux bring GNU's OpenMP library, whose workers stay awake for some milliseconds after a
 product and wait for the next. Threads of our own would then wait for a core that such a worker keeps busy with
-waiting: on two cores a scan of 10 ms took 13 to 17 after other work, and 0.3 ms to start its threads in any case.
-`GOMP_parallel` is the one call that GCC compiles `#pragma omp parallel` to, with a stable interface; called from
+waiting: on two cores a scan of 11 ms took 13 to 17 after other work, and 0.3 to start its threads in any case.
+`GOMP_parallel` is the call that GCC compiles a plain `#pragma omp parallel` to, with a stable interface; called from
 here it wakes the very workers of torch's products in this thread. Elsewhere (macOS, Windows, other builds), and in a
-forked child, which has no workers, threads are started for the call.
+child that was forked after this module was imported and has no workers, threads are started for the call.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 
 import torch
 
@@ -22,35 +23,43 @@ _PROCESS = os.getpid()
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_together(work: Callable[[], None], threads: int) -> None:
-    """Call `work` in as many threads at once, one of them the caller's, and wait for all.
+def run_together(work: Callable[[], None], tasks: int) -> None:
+    """Call `work` in as many threads at once as torch uses, one of them the caller's, and wait for all.
 
-    OpenMP may give fewer (OMP_THREAD_LIMIT): work must be shared out as it is taken. What one raises is raised here.
+    There may be fewer (OMP_THREAD_LIMIT, a thread that is done before another starts), or more than tasks: work must
+    be shared out as it is taken. What one raises is raised here.
 
     Args:
         work: Holds Python's lock but where it lets go of it.
-        threads: At least one.
+        tasks: That there are to be shared; a single one is not worth other threads.
     """
-    if threads == 1:
+    threads = torch.get_num_threads()
+    if min(threads, tasks) <= 1:
         work()
     elif (parallel := _torch_threads()) is not None and os.getpid() == _PROCESS:
+        # always all of torch's: a smaller team would end the other workers, and the next product start them again
+        # (https://github.com/pytorch/pytorch/issues/32008)
         _in_torch_threads(parallel, work, threads)
     else:
-        _in_new_threads(work, threads)
+        _in_new_threads(work, min(threads, tasks))
 
 
 def _in_torch_threads(parallel: Callable[..., None], work: Callable[[], None], threads: int) -> None:
     raised: list[BaseException] = []
+    done: set[int] = set()
 
     def region(_: int | None) -> None:
         try:
             work()
         except BaseException as error:  # ctypes would print it and go on
             raised.append(error)
+        done.add(get_ident())
 
     parallel(_Region(region), None, threads, 0)
     if raised:
         raise raised[0]
+    if get_ident() not in done:  # a signal's handler raised within `region`, where nothing catches it
+        raise KeyboardInterrupt
 
 
 def _in_new_threads(work: Callable[[], None], threads: int) -> None:
@@ -63,14 +72,17 @@ def _in_new_threads(work: Callable[[], None], threads: int) -> None:
 
 @cache
 def _torch_threads() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the library that torch has loaded; None where it brings none, or was built without OpenMP."""
+    """`GOMP_parallel` of the library that torch brings and uses; None where it does not."""
     home = Path(torch.__file__).parent
     found = [*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")]
     if len(found) != 1 or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     try:
-        parallel = ctypes.CDLL(str(found[0])).GOMP_parallel  # loaded already: the same library, not a second one
+        parallel = ctypes.CDLL(str(found[0])).GOMP_parallel
+        used = ctypes.CDLL(None).GOMP_parallel  # what torch's own calls reach: another one if it was loaded before
     except (OSError, AttributeError):
+        return None
+    if ctypes.cast(parallel, ctypes.c_void_p).value != ctypes.cast(used, ctypes.c_void_p).value:
         return None
     parallel.argtypes, parallel.restype = (_Region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return parallel
