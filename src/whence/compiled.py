@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from typing import no_type_check
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -85,7 +86,9 @@ def products(
     planes = PLANES[codec]
     filled = np.zeros((len(queries), planes * columns), np.float32)
     filled[:, : queries.shape[1]] = queries.numpy()
-    by_plane = np.ascontiguousarray(filled.reshape(len(queries), columns, planes).transpose(0, 2, 1))
+    # torch's memory begins on a line of the cache; from another place the loop is a quarter slower
+    by_plane = torch.empty(len(queries), planes, columns, dtype=torch.float32).numpy()
+    by_plane[:] = filled.reshape(len(queries), columns, planes).transpose(0, 2, 1)
 
     def score(strips: Sequence[Strip]) -> np.ndarray:
         if strips and strips[0][1].shape[1] != columns:
