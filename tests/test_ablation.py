@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import save_tiny_llama
-from whence.ablation import Candidate, ablate, own_partitions, read_candidates, usual_candidates
+from whence.ablation import ablate, own_partitions
 from whence.agreement import agreement, centred, groups, kendall
+from whence.candidates import Candidate, read_candidates, usual_candidates
 from whence.corpus import open_corpus
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.heldout import EvalSet, measure, read_sets

@@ -11,8 +11,9 @@ import pytest
 
 from test_page import HOSTILE, IS_OWNED
 from test_page_recover import words
-from whence.ablation import Ablation, Candidate, Cell
+from whence.ablation import Ablation, Cell
 from whence.agreement import Agreement
+from whence.candidates import Candidate
 from whence.page_ablate import ROWS, ablation_page
 from whence.svg import COLOURS, MINUS, REST
 

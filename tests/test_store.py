@@ -57,6 +57,18 @@ def corpus_rows(part: int) -> list[dict]:
     ]
 
 
+def all_ok(vectors):
+    """A shard of these rows."""
+    n = len(vectors)
+    return ShardArrays(
+        vectors=vectors,
+        norm=vectors.norm(dim=1),
+        loss=torch.zeros(n),
+        status=torch.zeros(n, dtype=torch.uint8),
+        tokens=torch.ones(n, dtype=torch.int32),
+    )
+
+
 def arrays(checkpoint: int, part: int, width: int = WIDTH) -> ShardArrays:
     n = PART_ROWS[part % 3]
     rng = torch.Generator().manual_seed(100 * checkpoint + part)
@@ -588,19 +600,12 @@ def test_ties_rank_by_the_lower_row(tmp_path, codec, monkeypatch):
     store = Store.create(tmp_path / "index", manifest(codec=codec, checkpoints=({},)))
     for part in range(3):
         store.write_part(part, corpus_rows(part))
-        n = PART_ROWS[part]
-        vectors = torch.ones(n, WIDTH)
+        vectors = torch.ones(PART_ROWS[part], WIDTH)
         vectors[3] = 2
         store.write_shard(
             0,
             part,
-            ShardArrays(
-                vectors=vectors,
-                norm=vectors.norm(dim=1),
-                loss=torch.zeros(n),
-                status=torch.zeros(n, dtype=torch.uint8),
-                tokens=torch.ones(n, dtype=torch.int32),
-            ),
+            all_ok(vectors),
         )
     store.finish_parts()
     helpful, opposing = store.top_k(torch.ones(1, 2, WIDTH), torch.ones(1), m=5)
@@ -617,13 +622,7 @@ def test_bfloat16_ranks_rows_that_its_products_cannot_tell_apart(tmp_path):
     store.write_shard(
         0,
         0,
-        ShardArrays(
-            vectors=vectors,
-            norm=vectors.norm(dim=1),
-            loss=torch.zeros(n),
-            status=torch.zeros(n, dtype=torch.uint8),
-            tokens=torch.ones(n, dtype=torch.int32),
-        ),
+        all_ok(vectors),
     )
     store.finish_parts()
     queries = 1 + torch.randn(1, 20, 512, generator=rng) / 50
@@ -638,13 +637,7 @@ def test_bfloat16_ranks_rows_that_its_products_cannot_tell_apart(tmp_path):
 def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
     rng = torch.Generator().manual_seed(0)
     vectors = torch.randn(300, 64, generator=rng)
-    whole = ShardArrays(
-        vectors=vectors,
-        norm=vectors.norm(dim=1),
-        loss=torch.zeros(300),
-        status=torch.zeros(300, dtype=torch.uint8),
-        tokens=torch.ones(300, dtype=torch.int32),
-    )
+    whole = all_ok(vectors)
     queries = torch.randn(1, 2, 64, generator=rng)
     queries[0, 1] = 0
     queries = scan.unit(queries) if cosine else queries
@@ -664,13 +657,7 @@ def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
 def test_zeros_rank_where_subnormal_numbers_are_taken_for_zero():
     vectors = torch.zeros(2000, 64)
     vectors[5] = 1
-    whole = ShardArrays(
-        vectors=vectors,
-        norm=vectors.norm(dim=1),
-        loss=torch.zeros(2000),
-        status=torch.zeros(2000, dtype=torch.uint8),
-        tokens=torch.ones(2000, dtype=torch.int32),
-    )
+    whole = all_ok(vectors)
     question = scan.Question(
         queries=torch.ones(1, 1, 64), weights=torch.ones(1), cosine=False, codec=codecs.codec("float32")
     )

@@ -227,7 +227,7 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
 
 
 def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
-    """Stored widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
+    """Rows widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
     if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
         return None
     products = compiled.products(codec, queries, columns)

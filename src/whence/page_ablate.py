@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from whence.ablation import Ablation, Candidate, Cell
+from whence.ablation import Ablation, Cell
 from whence.agreement import Agreement
+from whence.candidates import Candidate
 from whence.page_parts import (
     STRENGTHS,
     document,

@@ -234,7 +234,6 @@ class _End:
 
     def __init__(self, sign: int, q: int, m: int):
         self.sign, self.m, self.best = sign, m, _Best.empty(q, m)
-        self._best_queries = np.repeat(np.arange(q), m)
         self._waiting = _Pairs.none()
         self._reached = np.full(q, -np.inf, np.float32)  # the m-th best is no lower [q]
 
@@ -248,7 +247,7 @@ class _End:
             return
         found = _Pairs(query, batch.numbers(place), self.sign * scores[place, query], slack.of(place, query))
         waiting = self._waiting.and_more(found.of(found.score + found.slack > self._reached[query]))
-        self._reached = self._mth_best(waiting.query, waiting.score - waiting.slack)
+        self._reached = self._mth_best(waiting, waiting.score - waiting.slack)
         self._waiting = waiting.of(waiting.score + waiting.slack >= self._reached[waiting.query])
 
     def settle(self, question: Question, held: list[Batch]) -> None:
@@ -259,20 +258,16 @@ class _End:
             # the best by approximate score first: their true scores raise what the others have to reach
             first = (found.slack > 0) & (_rank_within(found.query, -found.score) < 2 * self.m)
             exact[first] = self.sign * _rescored(question, held, found.of(first))
-            reached = self._mth_best(found.query, exact)
+            reached = self._mth_best(found, exact)
             rest = (found.slack > 0) & ~first & (found.score + found.slack >= reached[found.query])
             exact[rest] = self.sign * _rescored(question, held, found.of(rest))
         known = exact > -np.inf
         self.best = self.best.merged(found.query[known], found.row[known], exact[known])
         self._waiting, self._reached = _Pairs.none(), self.best.scores[:, -1]
 
-    def _mth_best(self, query: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """The m-th best [q] of some pairs' scores and of the best so far; -inf where they are fewer."""
-        queries = np.concatenate([query, self._best_queries])
-        scores = np.concatenate([score, self.best.scores.ravel()])
-        order = np.lexsort((-scores, queries))
-        place = np.searchsorted(queries[order], np.arange(len(self._reached))) + self.m - 1
-        return scores[order][place]
+    def _mth_best(self, pairs: _Pairs, score: np.ndarray) -> np.ndarray:
+        """The m-th best [q] of some pairs, by these scores, and of the best so far; -inf where they are fewer."""
+        return self.best.merged(pairs.query, pairs.row, score).scores[:, -1]
 
 
 def unit(vectors: Float32[Tensor, "*any k"]) -> Float32[Tensor, "*any k"]:

@@ -51,7 +51,9 @@ def _in_torch_threads(parallel: Callable[..., None], work: Callable[[], None], t
     def region(_: int | None) -> None:
         try:
             work()
-        except BaseException as error:  # ctypes would print it and go on
+        except (
+            BaseException
+        ) as error:  # whatever work raises, Ctrl-C too: C cannot pass it on, ctypes prints and drops it
             raised.append(error)
         done.add(get_ident())
 
