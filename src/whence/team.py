@@ -45,22 +45,20 @@ def run_together(work: Callable[[], None], tasks: int) -> None:
 
 
 def _in_torch_threads(parallel: Callable[..., None], work: Callable[[], None], threads: int) -> None:
-    raised: list[BaseException] = []
-    done: set[int] = set()
+    ends: dict[int, BaseException | None] = {}
+    """By thread: what it raised."""
 
     def region(_: int | None) -> None:
         try:
             work()
-        except (
-            BaseException
-        ) as error:  # whatever work raises, Ctrl-C too: C cannot pass it on, ctypes prints and drops it
-            raised.append(error)
-        done.add(get_ident())
+            ends[get_ident()] = None
+        except BaseException as error:  # whatever work raises, and Ctrl-C: C passes nothing on, ctypes would drop it
+            ends[get_ident()] = error
 
     parallel(_Region(region), None, threads, 0)
-    if raised:
-        raise raised[0]
-    if get_ident() not in done:  # a signal's handler raised within `region`, where nothing catches it
+    for error in filter(None, ends.values()):
+        raise error
+    if get_ident() not in ends:  # a signal's handler raised within `region`, where nothing catches it
         raise KeyboardInterrupt
 
 
