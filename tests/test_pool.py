@@ -14,6 +14,7 @@ import torch
 from conftest import byte_tokenizer, contents, save_tiny_llama, write_jsonl
 from forks import forked
 from test_ablation import QUICK, ROWS
+from whence.errors import ModelError
 from whence.members import MemberWeights, begin_pool, open_pool
 from whence.merging import write_merged
 from whence.pool import train_pool
@@ -119,6 +120,22 @@ def test_a_member_whose_file_is_gone_is_trained_again(tmp_path):
     (tmp_path / "pool" / pool.members["b"].file).unlink()
     train_pool(parent, ROWS, tmp_path / "pool", shown=False, **QUICK)
     assert contents(tmp_path / "pool") == before
+
+
+def test_a_trainers_directory_gives_its_last_checkpoint_as_the_parent(tmp_path):
+    for step in (2, 10):
+        save_tiny_llama(tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    pool = train_pool(tmp_path / "run", ROWS, tmp_path / "pool", shown=False, **QUICK)
+    assert pool.parent == str(tmp_path / "run" / "checkpoint-10")
+    assert pool.partitions == ["a", "b", "c"]
+
+
+def test_a_parent_that_is_no_whole_model_is_refused_before_anything_is_written(tmp_path):
+    save_tiny_llama(tmp_path / "parent")
+    (tmp_path / "parent" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"there is no model\.safetensors in it"):
+        train_pool(tmp_path / "parent", ROWS, tmp_path / "pool", shown=False, **QUICK)
+    assert not (tmp_path / "pool").exists()
 
 
 # -- memory

@@ -28,6 +28,7 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.members import DTYPES, Pool, begin_pool
 from whence.merging import Mixture, checked
 from whence.model import load_tokenizer, located, tokenizer_digest
+from whence.pairing import weights_by_name
 from whence.partitions import Partition, draw_mixture, partitions_of
 from whence.storage import Place
 from whence.train import train
@@ -82,7 +83,7 @@ def train_pool(
     """Train a model for each partition of a corpus that has none in the pool yet.
 
     Args:
-        parent: theta_0: directory or Hub name.
+        parent: theta_0: directory or Hub name; of a Trainer's directory the last checkpoint.
         corpus: Whatever `open_corpus` takes, with the column to partition by.
         out: The pool's directory; the same call goes on from there.
         engine: Where members are trained; see `runner`.
@@ -95,11 +96,13 @@ def train_pool(
     Raises:
         CorpusError: The corpus cannot be read, or lacks the column.
         ManifestMismatchError: The pool there is of another parent or recipe, or a member of other rows.
+        ModelError: The parent is no whole model, such as an adapter alone.
         SettingError: A setting that cannot work, or only one partition.
     """
     chosen = PoolSettings(**settings)
     runner.check_engine(engine)
-    start = located(parent)
+    start = located(open_run(parent).checkpoints[-1].path)
+    weights_by_name(start)  # every member is held against them: better now than after the first is trained
     opened = open_corpus(corpus)
     parts = read_partitions(start, opened, chosen)
     address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
