@@ -349,7 +349,7 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
         return lambda x: sum(
             (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
         )
-    if k == 1:  # torch 2.13's _int_mm gives wrong numbers for rows of one
+    if k <= 1:  # torch 2.13: _int_mm gives wrong numbers for rows of one, onednn's ends the process for rows of none
         return lambda x: x.float() @ queries.float().T * scale
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
