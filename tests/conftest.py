@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from chromium import CHROMIUM, Browser
-from whence.model import LoadedModel
-from whence.tokens import Encoded
+from whence.corpus.tokens import Encoded
+from whence.models.loading import LoadedModel
 
 VOCABULARY = 61
 ARCHITECTURES = ["llama", "gpt2", "neox", "qwen2", "gemma", "lora"]
@@ -212,7 +212,7 @@ def tiny_corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_index(tiny_llama, tiny_corpus, tmp_path_factory):
     """Directory of a complete index of that file. Copy it before changing it."""
-    from whence.index import index
+    from whence.indexing.build import index
 
     out = tmp_path_factory.mktemp("tiny") / "index"
     index(tiny_llama, tiny_corpus, out, width=8, progress=False)
@@ -222,12 +222,12 @@ def tiny_index(tiny_llama, tiny_corpus, tmp_path_factory):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 16 rows, the fewest there can be."""
-    monkeypatch.setattr(importlib.import_module("whence.ingest"), "ROWS_PER_SHARD", 16)
+    monkeypatch.setattr(importlib.import_module("whence.indexing.ingest"), "ROWS_PER_SHARD", 16)
 
 
 def cut_short(monkeypatch, name, calls):
     """Let a method of the store raise KeyboardInterrupt after so many calls."""
-    from whence.store import Store
+    from whence.indexing.store import Store
 
     real, left = getattr(Store, name), [calls]
 
@@ -245,7 +245,7 @@ def command(monkeypatch, capsys):
     """Run a command: its exit code, stdout, and stderr without line breaks."""
 
     def call(*words):
-        from whence.cli import main
+        from whence.cli.app import main
 
         monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
         with pytest.raises(SystemExit) as left:

@@ -4,77 +4,75 @@ The public names are imported when first used, so that `import whence` and `when
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from whence.ablation import ablate as ablate
-    from whence.answers import Trace as Trace
-    from whence.bench import bench as bench
-    from whence.corpus import Corpus as Corpus
-    from whence.corpus import Example as Example
-    from whence.corpus import open_corpus as open_corpus
-    from whence.demo import demo as demo
+    from whence.ablation.member_training import train_pool as train_pool
+    from whence.ablation.pipeline import ablate as ablate
+    from whence.ablation.pool import open_pool as open_pool
+    from whence.ablation.suggestion import suggest as suggest
+    from whence.cli.demonstration import demo as demo
+    from whence.corpus.reading import Corpus as Corpus
+    from whence.corpus.reading import Example as Example
+    from whence.corpus.reading import open_corpus as open_corpus
     from whence.errors import WhenceError as WhenceError
-    from whence.index import Index as Index
-    from whence.index import IndexSettings as IndexSettings
-    from whence.index import append as append
-    from whence.index import index as index
-    from whence.index import open_index as open_index
-    from whence.index import verify as verify
-    from whence.interfaces import GradientSpace as GradientSpace
-    from whence.joining import join as join
-    from whence.measures import evaluate_selection as evaluate_selection
-    from whence.members import open_pool as open_pool
-    from whence.mixing import mix_law as mix_law
-    from whence.model import LoadedModel as LoadedModel
-    from whence.model import load_model as load_model
-    from whence.online import MixOptions as MixOptions
-    from whence.online import OnlineMixer as OnlineMixer
-    from whence.pool import train_pool as train_pool
-    from whence.queries import Query as Query
-    from whence.recovery import recover as recover
-    from whence.selection import select as select
-    from whence.store import info as info
-    from whence.suggesting import suggest as suggest
-    from whence.tracing import trace as trace
-    from whence.train import train as train
+    from whence.evaluation.joining import join as join
+    from whence.evaluation.selection import evaluate_selection as evaluate_selection
+    from whence.indexing.build import Index as Index
+    from whence.indexing.build import IndexSettings as IndexSettings
+    from whence.indexing.build import append as append
+    from whence.indexing.build import index as index
+    from whence.indexing.build import open_index as open_index
+    from whence.indexing.build import verify as verify
+    from whence.indexing.speed import bench as bench
+    from whence.indexing.store import info as info
+    from whence.mixing.pipeline import mix_law as mix_law
+    from whence.models.loading import LoadedModel as LoadedModel
+    from whence.models.loading import load_model as load_model
+    from whence.recovery.pipeline import recover as recover
+    from whence.selection.pipeline import select as select
+    from whence.selection.protocols import GradientSpace as GradientSpace
+    from whence.tracing.pipeline import trace as trace
+    from whence.tracing.queries import Query as Query
+    from whence.tracing.results import Trace as Trace
+    from whence.training.online_mixing import MixOptions as MixOptions
+    from whence.training.online_mixing import OnlineMixer as OnlineMixer
+    from whence.training.trainer import train as train
 
 _HOMES = {
-    "ablate": "ablation",
-    "join": "joining",
-    "open_pool": "members",
-    "train_pool": "pool",
-    "suggest": "suggesting",
-    "bench": "bench",
-    "demo": "demo",
-    "info": "store",
-    "Corpus": "corpus",
-    "Example": "corpus",
-    "open_corpus": "corpus",
+    "ablate": "ablation.pipeline",
+    "append": "indexing.build",
+    "bench": "indexing.speed",
+    "Corpus": "corpus.reading",
+    "demo": "cli.demonstration",
+    "evaluate_selection": "evaluation.selection",
+    "Example": "corpus.reading",
+    "GradientSpace": "selection.protocols",
+    "Index": "indexing.build",
+    "index": "indexing.build",
+    "IndexSettings": "indexing.build",
+    "info": "indexing.store",
+    "join": "evaluation.joining",
+    "load_model": "models.loading",
+    "LoadedModel": "models.loading",
+    "mix_law": "mixing.pipeline",
+    "MixOptions": "training.online_mixing",
+    "OnlineMixer": "training.online_mixing",
+    "open_corpus": "corpus.reading",
+    "open_index": "indexing.build",
+    "open_pool": "ablation.pool",
+    "Query": "tracing.queries",
+    "recover": "recovery.pipeline",
+    "select": "selection.pipeline",
+    "suggest": "ablation.suggestion",
+    "trace": "tracing.pipeline",
+    "Trace": "tracing.results",
+    "train": "training.trainer",
+    "train_pool": "ablation.member_training",
+    "verify": "indexing.build",
     "WhenceError": "errors",
-    "Index": "index",
-    "IndexSettings": "index",
-    "append": "index",
-    "index": "index",
-    "open_index": "index",
-    "verify": "index",
-    "GradientSpace": "interfaces",
-    "evaluate_selection": "measures",
-    "mix_law": "mixing",
-    "LoadedModel": "model",
-    "load_model": "model",
-    "MixOptions": "online",
-    "OnlineMixer": "online",
-    "Query": "queries",
-    "recover": "recovery",
-    "select": "selection",
-    "Trace": "answers",
-    "trace": "tracing",
-    "train": "train",
 }
 """Module of each public name."""
 
@@ -82,24 +80,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'whence' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"whence.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-class _Package(ModuleType):
-    """A verb and its module may have one name. The import system binds the module here: the verb goes before it.
-
-    So `import whence.index as found` gives the function too: modules come by `from whence.index import ...`, name by
-    name, or whole by `sys.modules["whence.index"]`.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    value = getattr(importlib.import_module(f"whence.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 """`python -m whence`."""
 
-from whence.cli import main
+from whence.cli.app import main
 
 main()

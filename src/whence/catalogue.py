@@ -62,36 +62,45 @@ def _load(target: str) -> Any:
 
 PROJECTIONS: dict[str, Entry] = {
     "two_sided": Entry(
-        "whence.projections.two_sided:TwoSided", "t (i + o) k + t k^2, no gradient formed", "arXiv 2405.13954"
+        "whence.gradients.projections.two_sided:TwoSided", "t (i + o) k + t k^2, no gradient formed", "arXiv 2405.13954"
     ),
-    "sjlt": Entry("whence.projections.sjlt:SJLT", "t d + s d", "arXiv 1012.1577"),
-    "count_sketch": Entry("whence.projections.count_sketch:CountSketch", "t d + d", "arXiv 0902.2206"),
-    "shuffle_sum": Entry("whence.projections.shuffle_sum:ShuffleSum", "t d + d", "arXiv 2405.11724"),
-    "srht": Entry("whence.projections.srht:SRHT", "t d + 64 d log64 d", "arXiv 1011.1595"),
-    "rademacher": Entry("whence.projections.rademacher:Rademacher", "t d + d k", "arXiv 2402.04333"),
-    "identity": Entry("whence.projections.identity:Identity", "t d", "the gradient itself"),
+    "sjlt": Entry("whence.gradients.projections.sjlt:SJLT", "t d + s d", "arXiv 1012.1577"),
+    "count_sketch": Entry("whence.gradients.projections.count_sketch:CountSketch", "t d + d", "arXiv 0902.2206"),
+    "shuffle_sum": Entry("whence.gradients.projections.shuffle_sum:ShuffleSum", "t d + d", "arXiv 2405.11724"),
+    "srht": Entry("whence.gradients.projections.srht:SRHT", "t d + 64 d log64 d", "arXiv 1011.1595"),
+    "rademacher": Entry("whence.gradients.projections.rademacher:Rademacher", "t d + d k", "arXiv 2402.04333"),
+    "identity": Entry("whence.gradients.projections.identity:Identity", "t d", "the gradient itself"),
 }
 
 _FORWARD = "one forward pass over every row"
 
 SCORERS: dict[str, ScorerEntry] = {
     "less": ScorerEntry(
-        "whence.scorers.influence:LESS", "one pass over the vectors", "arXiv 2402.04333", needs_index=True
+        "whence.selection.scorers.influence:LESS", "one pass over the vectors", "arXiv 2402.04333", needs_index=True
     ),
     "influence": ScorerEntry(
-        "whence.scorers.influence:Influence", "one pass over the vectors", "arXiv 2002.08484", needs_index=True
+        "whence.selection.scorers.influence:Influence",
+        "one pass over the vectors",
+        "arXiv 2002.08484",
+        needs_index=True,
     ),
     "datainf": ScorerEntry(
-        "whence.scorers.influence:DataInf", "three passes over the vectors", "arXiv 2310.00902", needs_index=True
+        "whence.selection.scorers.influence:DataInf",
+        "three passes over the vectors",
+        "arXiv 2310.00902",
+        needs_index=True,
     ),
     "reach": ScorerEntry(
-        "whence.scorers.influence:Reach", "a pass over the vectors for 64 tokens", "arXiv 2405.11724", needs_index=True
+        "whence.selection.scorers.influence:Reach",
+        "a pass over the vectors for 64 tokens",
+        "arXiv 2405.11724",
+        needs_index=True,
     ),
-    "bm25": ScorerEntry("whence.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
-    "dsir": ScorerEntry("whence.scorers.lexical:DSIR", "one pass over the text", "arXiv 2302.03169"),
-    "rds": ScorerEntry("whence.scorers.embedding:RDS", _FORWARD, "arXiv 2402.04333", needs_model=True),
+    "bm25": ScorerEntry("whence.selection.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
+    "dsir": ScorerEntry("whence.selection.scorers.lexical:DSIR", "one pass over the text", "arXiv 2302.03169"),
+    "rds": ScorerEntry("whence.selection.scorers.embedding:RDS", _FORWARD, "arXiv 2402.04333", needs_model=True),
     "rds+": ScorerEntry(
-        "whence.scorers.embedding:RDSPlus",
+        "whence.selection.scorers.embedding:RDSPlus",
         _FORWARD,
         "arXiv 2503.01807",
         needs_model=True,
@@ -99,38 +108,38 @@ SCORERS: dict[str, ScorerEntry] = {
         by="example",
     ),
     "density": ScorerEntry(
-        "whence.scorers.density:Density",
+        "whence.selection.scorers.density:Density",
         "one or two forward passes over every row",
         "arXiv 2402.09668",
         needs_model=True,
         reads_tasks=False,
     ),
     "loss": ScorerEntry(
-        "whence.scorers.likelihood:Loss", _FORWARD, "arXiv 2309.04564", needs_model=True, reads_tasks=False
+        "whence.selection.scorers.likelihood:Loss", _FORWARD, "arXiv 2309.04564", needs_model=True, reads_tasks=False
     ),
     "loss_drop": ScorerEntry(
-        "whence.scorers.likelihood:LossDrop",
+        "whence.selection.scorers.likelihood:LossDrop",
         "one forward pass by either of two models",
         "aclanthology P10-2041",
         needs_model=True,
         reads_tasks=False,
     ),
     "ask_llm": ScorerEntry(
-        "whence.scorers.likelihood:AskLLM",
+        "whence.selection.scorers.likelihood:AskLLM",
         "one forward pass of a judge over every row",
         "arXiv 2402.09668",
         needs_model=True,
         reads_tasks=False,
     ),
     "random": ScorerEntry(
-        "whence.scorers.uniform:Uniform", "s n random numbers", "chance", reads_tasks=False, draws=True
+        "whence.selection.scorers.uniform:Uniform", "s n random numbers", "chance", reads_tasks=False, draws=True
     ),
 }
 
 SELECTORS: dict[str, Entry] = {
-    "max": Entry("whence.selectors.ranked:Best", "n s + n log n", "arXiv 2402.04333"),
-    "mean": Entry("whence.selectors.ranked:Mean", "n s + n log n", "none needed"),
-    "round_robin": Entry("whence.selectors.round_robin:RoundRobin", "s n log n", "arXiv 2503.01807"),
+    "max": Entry("whence.selection.selectors.ranked:Best", "n s + n log n", "arXiv 2402.04333"),
+    "mean": Entry("whence.selection.selectors.ranked:Mean", "n s + n log n", "none needed"),
+    "round_robin": Entry("whence.selection.selectors.round_robin:RoundRobin", "s n log n", "arXiv 2503.01807"),
 }
 
 
@@ -228,16 +237,22 @@ class LawEntry:
 
 MIXING_LAWS: dict[str, LawEntry] = {
     "exp": LawEntry(
-        "whence.laws.exponential:ExpLaw",
+        "whence.mixing.laws.exponential:ExpLaw",
         "c + exp(b + t . r)",
         "4 starts of about 25 steps of n K^2",
         "arXiv 2403.16952",
     ),
     "ridge": LawEntry(
-        "whence.laws.ridge:RidgeLaw", "linear in r and ln(r + eps)", "n K^2", "doi 10.1080/00401706.1970.10488634"
+        "whence.mixing.laws.ridge:RidgeLaw",
+        "linear in r and ln(r + eps)",
+        "n K^2",
+        "doi 10.1080/00401706.1970.10488634",
     ),
     "lightgbm": LawEntry(
-        "whence.laws.boosted:BoostedLaw", "boosted trees (extra: laws)", "hundreds of trees a fold", "arXiv 2407.01492"
+        "whence.mixing.laws.boosted:BoostedLaw",
+        "boosted trees (extra: laws)",
+        "hundreds of trees a fold",
+        "arXiv 2407.01492",
     ),
 }
 

@@ -143,14 +143,26 @@ def main(out):
     with stopped_after(Pool, "with_member", 1):
         whence("pool", "train", "base", "corpus.jsonl", "-o", "pool-stopped", *pool, stops=True)
 
-    recovering = ("base", "run/checkpoint-4", "corpus.jsonl", "--count", 20, "--method", "nnls", "--mixture", "gradients")
+    recovering = (
+        "base",
+        "run/checkpoint-4",
+        "corpus.jsonl",
+        "--count",
+        20,
+        "--method",
+        "nnls",
+        "--mixture",
+        "gradients",
+    )
     whence("recover", *recovering, "--work", "evidence", "-o", "recovered.jsonl")
 
     ANSWERS["info"] = json.loads(whence("info", "index", "--json"))
-    ANSWERS["trace"] = json.loads(whence("trace", "index", "--prompt", "37 and 1?", "--completion", " yes, 1!",
-                                         "--top", 5, "--exact", "--json"))
-    ANSWERS["select"] = json.loads(whence("select", "index", "--tasks", "task.jsonl", "--method", "less",
-                                          "--count", 6, "--json"))
+    ANSWERS["trace"] = json.loads(
+        whence("trace", "index", "--prompt", "37 and 1?", "--completion", " yes, 1!", "--top", 5, "--exact", "--json")
+    )
+    ANSWERS["select"] = json.loads(
+        whence("select", "index", "--tasks", "task.jsonl", "--method", "less", "--count", 6, "--json")
+    )
     ANSWERS["ablate"] = json.loads(whence("ablate", "pool", "--eval", "eval.jsonl", "--json"))
     ANSWERS["recover"] = json.loads(whence("recover", *recovering, "--work", "evidence", "--json"))
     Path("answers.json").write_text(json.dumps(ANSWERS, indent=1, sort_keys=True) + "\n")

@@ -88,7 +88,9 @@ def test_rows_join_an_index(written, answer):
 
 
 def test_a_run_is_read_and_one_that_was_stopped_goes_on(written, answer, command):
-    fresh = answer("index", "run", "corpus.jsonl", "-o", "again", "--width", 8, "--checkpoints", "all", "--codec", "int8")
+    fresh = answer(
+        "index", "run", "corpus.jsonl", "-o", "again", "--width", 8, "--checkpoints", "all", "--codec", "int8"
+    )
     assert same({**fresh, "path": ANSWERS["info"]["path"]}, ANSWERS["info"])
     before = contents(written / "run-stopped" / "checkpoint-2")
     code, _, err = command("train", "base", "corpus.jsonl", "-o", "run-stopped", *TRAINING, "--json")

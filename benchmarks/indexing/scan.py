@@ -1,0 +1,157 @@
+"""Speed of an exact scan over a warm store, beside the bandwidth of a plain fp32 `sum()` over as many bytes.
+
+    python benchmarks/scan.py [--rows 100000] [--width 4096] [--repeats 9] [--dir DIR] [-o FILE]
+
+Makes a store of random vectors in a temporary directory for each codec, in shards as an index has them, reads it
+for two seconds (warm), then alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the
+mapped file, a top-10 scan (both ends) for one query, and one for 64. Each is timed twice: after another kind of work,
+which has filled the caches with its own bytes and left torch's threads awake, and at once again. Prints medians; FILE
+gets every repeat and what machine it was. Bars, for bfloat16 and int8: one query at 80% of the bandwidth of `sum()`;
+int8: 500 queries a second for 64 at once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from whence.indexing.codecs import CODECS
+from whence.indexing.ingest import rows_per_shard
+from whence.indexing.manifest import Manifest
+from whence.indexing.shards import ShardArrays
+from whence.indexing.store import Store
+
+MANY = 64
+WARM_SECONDS = 2.0  # of each kind: a process compiles its kernel after a second of scanning
+ASLEEP = 0.005  # seconds before each run: threads of the last one's products stay awake for a millisecond or two
+
+
+def random_store(path: Path, codec: str, rows: int, width: int) -> Store:
+    """A complete store of normal vectors."""
+    manifest = Manifest(
+        whence_version="benchmark", codec=codec, width=width, settings={}, checkpoints=({"name": "only"},)
+    )
+    store = Store.create(path, manifest)
+    rng = torch.Generator().manual_seed(0)
+    size = rows_per_shard(width)
+    for part, first in enumerate(range(0, rows, size)):
+        n = min(size, rows - first)
+        store.write_part(part, [{"id": str(first + i), "source": None, "row": "{}"} for i in range(n)])
+        vectors = torch.randn(n, width, generator=rng)
+        arrays = ShardArrays(
+            vectors=vectors,
+            norm=vectors.norm(dim=1),
+            loss=torch.ones(n),
+            status=torch.zeros(n, dtype=torch.uint8),
+            tokens=torch.ones(n, dtype=torch.int32),
+        )
+        store.write_shard(0, part, arrays)
+    store.finish_parts()
+    return store
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measured(store: Store, rows: int, width: int, repeats: int) -> dict:
+    """Alternating repeats of sum, one query and many."""
+    size = rows * store.codec.bytes_per_row(width)
+    plain = torch.randn(size // 4)
+    mapped = [store.shard(0, part).vectors for part in range(len(store.manifest.parts))]
+    queries = torch.randn(1, MANY, width)
+    weight = torch.ones(1)
+    kinds: dict[str, Callable[[], object]] = {
+        "sum": plain.sum,
+        "mapped_sum": lambda: [vectors.view(-1).view(torch.float32).sum() for vectors in mapped],
+        "one_query": lambda: store.top_k(queries[:, :1], weight, m=10),
+        "many_queries": lambda: store.top_k(queries, weight, m=10),
+    }
+    for work in kinds.values():
+        until = time.perf_counter() + WARM_SECONDS
+        while time.perf_counter() < until:
+            work()
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    again: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, work in kinds.items():
+            time.sleep(ASLEEP)
+            times[name].append(seconds(work))
+            again[name].append(seconds(work))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "bytes": size,
+        "sum_gb_per_second": size / middle["sum"] / 1e9,
+        "mapped_sum_gb_per_second": size / middle["mapped_sum"] / 1e9,
+        "one_query_gb_per_second": size / middle["one_query"] / 1e9,
+        "one_query_of_sum": share(times, "sum"),
+        "one_query_of_mapped_sum": share(times, "mapped_sum"),
+        "one_query_again_gb_per_second": size / statistics.median(again["one_query"]) / 1e9,
+        "one_query_again_of_sum": share(again, "sum"),
+        "many_queries": MANY,
+        "many_queries_per_second": MANY / middle["many_queries"],
+        "many_million_pairs_per_second": MANY * rows / middle["many_queries"] / 1e6,
+        "seconds": times,
+        "seconds_again": again,
+    }
+
+
+def share(times: dict[str, list[float]], of: str) -> float:
+    """Median speed of one query's scan, of that of something else in the same turn."""
+    return statistics.median(a / b for a, b in zip(times[of], times["one_query"], strict=True))
+
+
+def machine() -> dict:
+    """What it ran on."""
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": os.getloadavg(),
+        "matrix_units": torch.cpu._is_amx_tile_supported(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--width", type=int, default=4096, help="entries of a vector")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=list(CODECS))
+    parser.add_argument("--dir", type=Path, help="where to make the stores (default: the system's temporary)")
+    parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent / "results" / "scan.json")
+    args = parser.parse_args()
+    results = {}
+    for name in args.codecs:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            store = random_store(Path(folder) / "index", name, args.rows, args.width)
+            results[name] = measured(store, args.rows, args.width, args.repeats)
+        told = results[name]
+        print(
+            f"{name:9} sum {told['sum_gb_per_second']:5.1f} GB/s   "
+            f"one query {told['one_query_gb_per_second']:5.1f} GB/s ({told['one_query_of_sum']:4.0%}; "
+            f"again {told['one_query_again_of_sum']:4.0%})   "
+            f"{MANY} queries: {told['many_queries_per_second']:6.0f}/s, "
+            f"{told['many_million_pairs_per_second']:6.1f} M pairs/s"
+        )
+    document = {"rows": args.rows, "width": args.width, "machine": machine(), "codecs": results}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

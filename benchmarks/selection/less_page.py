@@ -1,0 +1,68 @@
+"""Write the measured part of docs/select.md, and its plot, from benchmarks/results/less.json."""
+
+import json
+from pathlib import Path
+
+from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
+from whence.reports.select_tables import table_plot
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, PLOT = ROOT / "benchmarks/results/less.json", ROOT / "docs/select.md", ROOT / "docs/selection.svg"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+
+
+def main() -> None:
+    """Put tables between the page's marks."""
+    found = json.loads(RESULTS.read_text())["seed 0"]
+    parts = [table(found[name], name) for name in sorted(name for name in found if name.startswith("table"))]
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + "\n".join(parts) + END + after)
+    lines = [line_of(row | {"method": label(row["method"])}) for row in found["table 0.05"]["lines"]]
+    PLOT.write_text(table_plot(SelectionTable(lines, {})))
+
+
+def line_of(row: dict) -> Line:
+    """As it was before it was written."""
+    interval = row["gain_interval"]
+    return Line(**row | {"gain_interval": None if interval is None else tuple(interval)})
+
+
+def table(found: dict, name: str) -> str:
+    """A budget's table, best mean gain first."""
+    lines = [line_of(row) for row in found["lines"]]
+    tasks = list(dict.fromkeys(line.task for line in lines))
+    by = {(line.method, line.task): line for line in lines}
+    methods = sorted(dict.fromkeys(line.method for line in lines), key=lambda m: sum(by[m, t].loss for t in tasks))
+    seeds = max(line.seeds for line in lines)
+    share = f"{float(name.split()[1]):.0%} of the pool's tokens"
+    out = [f"\n**{share}** ({found['tokens_budget']:,}), {seeds} trainings a cell\n",
+           "| method | " + " | ".join(f"{task}: loss | gain over random | exact" for task in tasks) + " | choice |",
+           "|---|" + "---|" * (3 * len(tasks) + 1)]  # fmt: skip
+    for method in methods:
+        cells = [part for task in tasks for part in shown(by[method, task])]
+        own = [by[method, task].select_seconds for task in tasks]
+        seconds = "-" if method in (NOTHING, EVERYTHING) else f"{max(own):,.0f} s"
+        named = f"**{RANDOM}**" if method == RANDOM else label(method)
+        out.append(f"| {named} | " + " | ".join(cells) + f" | {seconds} |")
+    return "\n".join(out) + "\n"
+
+
+def label(method: str) -> str:
+    """Without its options."""
+    return "dsir, by length" if "length_normalised" in method else method.split(":")[0]
+
+
+def shown(line: Line) -> list[str]:
+    """Loss, gain with its interval, exact answers."""
+    gain = "-"
+    if line.gain is not None and line.gain_interval is not None:
+        low, high = line.gain_interval
+        gain = f"{line.gain:+.2f} ({low:+.2f} to {high:+.2f})"
+        gain = f"**{gain}**" if low > 0 else gain
+    return [f"{line.loss:.3f}", gain, f"{line.exact:.1%}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""What goes into the linear layers of a pool's members: the matrices that RegMean averages by.
+
+    G_u = X_u^T X_u / tokens    X_u [tokens, i]: a layer's inputs under the member's own weights, over the real tokens
+                                (no padding) of the first rows that it was trained on; summed in fp32
+
+    POOL/grams/000.safetensors  of member 000, a matrix for each distinct input
+    POOL/grams/000.json         written after it: of which member, of how many tokens, its checksum, who reads what
+
+Modules that read one tensor (q, k and v; gate and up) share a matrix; which do is seen on one short sequence. `Conv1D`,
+which keeps its weight as [i o], is noted. Without a matrix are embeddings, a head tied to one, norms, biases, experts
+fused into one parameter, and layers that are not called on every token: these are averaged by the mean. A pool of
+adapters has the matrices of its base's layers.
+
+Cost: a forward pass over `tokens` tokens a member, with i^2 products a token and input. In memory, while collecting,
+and on disk: 4 i^2 bytes an input, 16 GB for a member of 7B parameters. Read one matrix at a time, from a mapped file.
+
+Source: Jin et al. 2023, https://arxiv.org/abs/2212.09849; its released code counts padding too, and each module alone.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor, nn
+
+from whence import runner
+from whence.ablation.member_training import PoolSettings, pool_partitions
+from whence.ablation.merging import ALPHA, Mixed, RegMean, mixed, parameters
+from whence.ablation.pool import Member, Pool
+from whence.corpus.partitions import Partition
+from whence.corpus.reading import Corpus, Row
+from whence.corpus.tokens import Batch, Encoded, encode
+from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.gradients.forward_passes import batches
+from whence.models.loading import LoadedModel, layer_shape
+from whence.models.weights import Weights, in_pieces
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("mean", "regmean")
+GRAM_TOKENS = 16_384
+"""Of a member, unless given."""
+HEAD_POSITIONS = 256
+"""Of the output head at a time, whose logits are as wide as the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a file of matrices says of itself, beside it."""
+
+    member: str
+    """Checksum of the member under whose weights it was collected."""
+    tokens: int
+    """Asked for."""
+    counted: int
+    """Read, whole rows."""
+    sha256: str
+    bytes: int
+    inputs: Mapping[str, str]
+    """By parameter, the name of its matrix."""
+    transposed: list[str]
+    """Parameters kept as [i o]."""
+
+
+@dataclass(frozen=True)
+class StoredGrams(Mapping[str, Tensor]):
+    """A member's matrices by parameter, each read when asked for."""
+
+    file: Path
+    inputs: Mapping[str, str]
+
+    def __getitem__(self, parameter: str) -> Float32[Tensor, "i i"]:
+        with safetensors.safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.inputs[parameter])
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.inputs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def averaging(
+    pool: Pool,
+    method: str,
+    *,
+    alpha: float = ALPHA,
+    corpus: str | Path | Corpus | Iterable[Row] | None = None,
+    shown: bool = True,
+) -> RegMean | None:
+    """How `merging` is to average linear layers; what RegMean needs is collected where it is not there yet.
+
+    Args:
+        pool: Whose members.
+        method: One of `METHODS`; of "mean" nothing is needed.
+        alpha: See `RegMean`.
+        corpus: That the pool was trained on; None: where the pool remembers it.
+        shown: Show a bar on stderr.
+
+    Raises:
+        SettingError: Another method or a wrong alpha, or the corpus is not there.
+    """
+    if method not in METHODS:
+        raise SettingError(f"--method {method}: choose one of {', '.join(METHODS)}")
+    if method == "mean":
+        return None
+    RegMean(grams={}, alpha=alpha)  # a wrong one is told before anything is collected
+    collect(pool, corpus, shown=shown)
+    return open_grams(pool, alpha=alpha)
+
+
+def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
+    """RegMean over a pool's members.
+
+    Raises:
+        MissingIndexError: A member has no matrices.
+        ManifestMismatchError: A member was trained again since, or members differ in the tokens that were asked for.
+    """
+    mend = f"Collect them with: whence pool grams {pool.place.root}"
+    records: dict[str, Record] = {}
+    for partition, member in pool.members.items():
+        found = _record(pool, member)
+        if found is None:
+            raise MissingIndexError(f"{pool.place.root}: the member {partition} has no matrices of inputs. {mend}")
+        if found.member != member.sha256:
+            raise ManifestMismatchError(
+                f"{pool.place.path(_file(member))}: collected under other weights than the member {partition} has "
+                f"now. {mend}"
+            )
+        records[partition] = found
+    if len(asked := {record.tokens for record in records.values()}) > 1:
+        told = ", ".join(map(str, sorted(asked)))
+        raise ManifestMismatchError(f"{pool.place.root}: matrices of {told} tokens, which do not compare. {mend}")
+    files = {partition: Path(pool.place.path(_file(pool.members[partition]))) for partition in records}
+    return RegMean(
+        grams={partition: StoredGrams(files[partition], record.inputs) for partition, record in records.items()},
+        transposed=frozenset(name for record in records.values() for name in record.transposed),
+        alpha=alpha,
+        digests={partition: record.sha256 for partition, record in records.items()},
+    )
+
+
+def verify_grams(pool: Pool) -> int:
+    """Read every file of matrices again; how many there are.
+
+    Raises:
+        ChecksumError: One is not as it was written.
+    """
+    count = 0
+    for member in pool.members.values():
+        if (found := _record(pool, member)) is None:
+            continue
+        count += 1
+        if not pool.place.exists(_file(member)) or pool.place.digest(_file(member)) != found.sha256:
+            raise ChecksumError(
+                f"{pool.place.path(_file(member))}: not what was written. Remove the file, and collect it again with: "
+                f"whence pool grams {pool.place.root}"
+            )
+    return count
+
+
+def collect(
+    pool: Pool,
+    corpus: str | Path | Corpus | Iterable[Row] | None = None,
+    *,
+    tokens: int | None = None,
+    tokens_per_batch: int = 4096,
+    shown: bool = True,
+) -> None:
+    """Collect the matrices of every member that has none, or has them of other weights or of another length.
+
+    Args:
+        pool: Whose members.
+        corpus: That they were trained on; None: where the pool remembers it.
+        tokens: Real tokens to read of each member, by less than one row more, and at most its training's budget. None:
+            as many as are there of others, or `GRAM_TOKENS`.
+        tokens_per_batch: Of a pass.
+        shown: Show a bar on stderr.
+
+    Raises:
+        SettingError: A number below 1, or the corpus is not there, or not the members' own.
+        ChecksumError: A member's file is not what its training wrote.
+    """
+    if tokens is not None and tokens < 1:
+        raise SettingError(f"--tokens {tokens}: 1 or more are expected")
+    with pool.place.locked():
+        records = {partition: _record(pool, member) for partition, member in pool.members.items()}
+        wanted = tokens or max((record.tokens for record in records.values() if record), default=GRAM_TOKENS)
+        todo = [partition for partition, member in pool.members.items()
+                if not _is_current(pool, member, records[partition], wanted)]  # fmt: skip
+        if not todo:
+            return
+        pool.verify(todo)
+        rows = pool_partitions(pool, corpus, todo)
+        own = mixed(pool)
+        inputs = inputs_of(own.model, pool.start())
+        done = len(pool.members) - len(todo)
+        with runner.progress("Reading inputs", len(pool.members), done=done, shown=shown) as tick:
+
+            def work(partition: str, report: runner.Tick) -> None:
+                counted = _collect_one(pool, own, inputs, rows[partition], wanted, tokens_per_batch)
+                report(1, counted)
+
+            for _ in runner.map(work, todo, on_tick=tick):
+                pass
+
+
+def _collect_one(pool: Pool, own: Mixed, inputs: "Inputs", rows: Partition, tokens: int, tokens_per_batch: int) -> int:
+    """Of one member, stored; the record is written last, and says that the rest is there."""
+    settings, member = PoolSettings(**pool.recipe), pool.members[rows.name]
+    model = own.become({rows.name: 1.0})
+    longest = min(limit for limit in (settings.max_tokens, model.context) if limit)
+    drawn = rows.draw(min(tokens, settings.tokens), seed=settings.seed)  # what its training read first
+    encoded = (encode(row, model.tokenizer, longest) for row in drawn)
+    grams, counted = gram_matrices(model, inputs, encoded, tokens_per_batch)
+    described = {name: (gram.dtype, tuple(gram.shape)) for name, gram in grams.items()}
+    pieces, total = in_pieces(described, grams.__getitem__)
+    written = pool.place.write(_file(member), pieces, total=total)
+    record = Record(member=member.sha256, tokens=tokens, counted=counted, sha256=written.sha256, bytes=written.bytes,
+                    inputs=inputs.readers, transposed=sorted(inputs.transposed))  # fmt: skip
+    data = (json.dumps(asdict(record), indent=1, sort_keys=True) + "\n").encode()
+    pool.place.write(_record_file(member), [data], total=len(data))
+    return counted
+
+
+# -- who reads what
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The distinct inputs of a model's linear layers, each by the name of the first weight that it is multiplied by."""
+
+    modules: Mapping[str, nn.Module]
+    """One that reads it."""
+    readers: Mapping[str, str]
+    """By weight, its input's name."""
+    transposed: frozenset[str]
+    """Weights kept as [i o]."""
+
+
+def inputs_of(model: LoadedModel, start: Weights) -> Inputs:
+    """Inputs of the layers whose weights are in a model's files, by these files' names."""
+    layers = _named_layers(model, start)
+    seen = _Seen()
+    ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
+    hooks = {name: partial(seen.note, name) for name in layers}
+    _forward(model, layers, hooks, Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids).bool()))
+    readers: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    odd = []
+    for name in layers:
+        calls = seen.calls.get(name)
+        if calls and all(positions == ids.numel() for _, positions, _ in calls):
+            readers[name] = first.setdefault(tuple(calls), name)
+        else:
+            odd.append(name)
+    if odd:
+        logger.warning("RegMean: %d layers are not called on every token and are averaged by the mean, %s first",
+                       len(odd), odd[0])  # fmt: skip
+    transposed = {name for name in readers if not isinstance(layers[name], nn.Linear)}
+    return Inputs({name: layers[name] for name in first.values()}, readers, frozenset(transposed))
+
+
+def _named_layers(model: LoadedModel, start: Weights) -> dict[str, nn.Module]:
+    """Linear layers by their weights' names in the files; not those that share a weight with anything else."""
+    own = parameters(model)
+    names = {own(name).data_ptr(): name for name in start.files}
+    layers = model.layers("*")
+    pointers = [layer.weight.data_ptr() for layer in layers.values()]  # type: ignore[union-attr]
+    tied = {model.base.get_input_embeddings().weight.data_ptr()}
+    tied |= {pointer for pointer in pointers if pointers.count(pointer) > 1}
+    return {names[pointer]: layer for pointer, layer in zip(pointers, layers.values(), strict=True)
+            if pointer in names and pointer not in tied}  # fmt: skip
+
+
+@dataclass
+class _Seen:
+    """Which tensor each module was called on; the tensors are held, so that no address comes twice."""
+
+    calls: dict[str, list[tuple[int, int, tuple[int, ...]]]] = field(default_factory=dict)
+    """By module: address, positions, and how it lies in memory."""
+    held: list[Tensor] = field(default_factory=list)
+
+    def note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module is about to be called."""
+        if args:
+            a = args[0].flatten(0, -2)
+            self.held += [args[0], a]
+            self.calls.setdefault(name, []).append((a.data_ptr(), len(a), (*a.shape, *a.stride())))
+
+
+# -- a pass
+
+
+@dataclass
+class _Sums:
+    """Sums of a a^T over real tokens."""
+
+    grams: dict[str, Float32[Tensor, "i i"]]
+    real: Bool[Tensor, " s"] | None = None
+    """Positions of the batch that are no padding; None: all, inside the head."""
+
+    def add(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module is about to be called."""
+        a = args[0].flatten(0, -2)
+        a = (a if self.real is None else a[self.real.to(a.device)]).float()
+        self.grams[name] += (a.T @ a).cpu()
+
+
+def gram_matrices(
+    model: LoadedModel, inputs: Inputs, rows: Iterable[Encoded], tokens_per_batch: int
+) -> tuple[dict[str, Float32[Tensor, "i i"]], int]:
+    """Matrices of every input over rows' real tokens, and how many tokens these are."""
+    sizes = {name: layer_shape(module)[1] for name, module in inputs.modules.items()}
+    sums, counted = _Sums({name: torch.zeros(size, size) for name, size in sizes.items()}), 0
+    hooks = {name: partial(sums.add, name) for name in inputs.modules}
+    for _, batch in batches(rows, tokens_per_batch):
+        counted += int(batch.mask.sum())
+        _forward(model, inputs.modules, hooks, batch.to(model.device), sums)
+    for gram in sums.grams.values():
+        gram /= max(counted, 1)
+    return sums.grams, counted
+
+
+@torch.no_grad()
+def _forward(
+    model: LoadedModel,
+    modules: Mapping[str, nn.Module],
+    hooks: Mapping[str, Any],
+    batch: Batch,
+    sums: _Sums | None = None,
+) -> None:
+    """A forward pass, heard at some modules; the output head, where it is one of them, on real tokens alone."""
+    head = model.base.get_output_embeddings()
+    with _hooked({name: module for name, module in modules.items() if module is not head}, hooks):
+        if sums is not None:
+            sums.real = batch.mask.flatten()
+        states, logits = model.decode(batch.ids, batch.mask)
+    if sums is not None:
+        sums.real = None
+    with _hooked({name: module for name, module in modules.items() if module is head}, hooks) as heard:
+        for some in states[batch.mask.to(states.device)].split(HEAD_POSITIONS) if heard else ():
+            logits(some)
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Any]) -> Iterator[bool]:
+    """Whether there are any."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hooks[name]).remove)
+        yield bool(modules)
+
+
+# -- on disk
+
+
+def _file(member: Member) -> str:
+    return f"grams/{Path(member.file).stem}.safetensors"
+
+
+def _record_file(member: Member) -> str:
+    return f"grams/{Path(member.file).stem}.json"
+
+
+def _record(pool: Pool, member: Member) -> Record | None:
+    name = _record_file(member)
+    return Record(**json.loads(pool.place.read(name))) if pool.place.exists(name) else None
+
+
+def _is_current(pool: Pool, member: Member, record: Record | None, tokens: int) -> bool:
+    if record is None or not pool.place.exists(_file(member)):
+        return False
+    return (record.member, record.tokens) == (member.sha256, tokens) and pool.place.size(_file(member)) == record.bytes

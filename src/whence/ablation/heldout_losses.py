@@ -1,0 +1,154 @@
+"""Losses of a model on evaluation sets: of every row, so that what is averaged later has an interval.
+
+A set is a corpus. Texts longer than the model's context, or than a given length, are read in windows that do not
+overlap; each window's first token is predicted from what the tokenizer puts first, or not at all, and only the last
+window is closed by an end of sequence. Sums over tokens:
+
+    perplexity      exp(sum of nats / tokens)
+    bits per byte   sum of nats / (ln 2 * bytes of the supervised text), the same for any tokenizer
+
+Losses are kept by content: of a model's weights and a set's rows, so that nothing is measured twice.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from whence.corpus.partitions import pieces_of
+from whence.corpus.reading import Row, open_corpus, row_json
+from whence.corpus.tokens import Encoded, encode, supervised_bytes
+from whence.errors import CorpusError, SettingError
+from whence.gradients.forward_passes import losses
+from whence.models.loading import LoadedModel
+from whence.numerics import bootstrap_interval
+from whence.storage import Place
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out rows."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of its rows."""
+        whole = hashlib.sha256()
+        for row in self.rows:
+            whole.update(row_json(row).encode())
+        return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one model on one set, by row."""
+
+    nats: Float64[Tensor, " n"]
+    """Summed over the row's supervised tokens."""
+    tokens: Int64[Tensor, " n"]
+    bytes: Int64[Tensor, " n"]
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the supervised text."""
+        return float(self.nats.sum() / (math.log(2) * self.bytes.sum().clamp(min=1)))
+
+    def interval(self, *, seed: int = 0) -> tuple[float, float]:
+        """95% of the loss, over rows drawn anew."""
+        pairs = torch.stack([self.nats, self.tokens.double()], 1)[self.tokens > 0]
+        if len(pairs) < 2:
+            return self.loss, self.loss
+        return bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum())
+
+
+def read_sets(paths: Iterable[str | Path]) -> list[EvalSet]:
+    """Evaluation sets from files, each named after its file; a directory's files are one set each.
+
+    Raises:
+        CorpusError: A file cannot be read or has no row.
+        SettingError: Two sets have one name.
+    """
+    files = [file for path in map(Path, paths) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    found: list[EvalSet] = []
+    for file in files:
+        name = file.name.partition(".")[0]
+        if name in (known.name for known in found):
+            raise SettingError(f"--eval {file}: there is a set {name} already; sets are named after their files")
+        found.append(EvalSet(name, tuple(example.row for example in open_corpus(file))))
+    if not found:
+        raise SettingError("--eval: one file of held-out rows or more is expected")
+    return found
+
+
+def measure(
+    model: LoadedModel, evaluated: EvalSet, *, max_tokens: int | None = None, tokens_per_batch: int = 4096
+) -> Losses:
+    """Read a set with a model.
+
+    Raises:
+        CorpusError: No row has a supervised token.
+    """
+    longest = min((limit for limit in (max_tokens, model.context) if limit), default=None)
+    pieces, encoded = [], []
+    for number, row in enumerate(evaluated.rows):
+        windows = list(pieces_of(row, model.tokenizer, longest))
+        read = [encode(window, model.tokenizer, longest) for window in windows]
+        pieces += [(number, window) for window in windows]
+        encoded += [_open_ended(window) for window in read[:-1]] + read[-1:]
+    counts = torch.tensor([row.targets for row in encoded])
+    if not int(counts.sum()):
+        raise CorpusError(f"the evaluation set {evaluated.name} has no text: none of its rows has a token to predict")
+    nats = torch.zeros(len(pieces), dtype=torch.float64)
+    for numbers, some in losses(model, encoded, tokens_per_batch):
+        own = counts[numbers]
+        nats[numbers] = torch.where(own > 0, some.double() * own, 0.0)
+    owners = torch.tensor([number for number, _ in pieces])
+    sizes = torch.tensor([supervised_bytes(piece, model.tokenizer) for _, piece in pieces])
+    n = len(evaluated.rows)
+    return Losses(
+        torch.zeros(n, dtype=torch.float64).index_add_(0, owners, nats),
+        torch.zeros(n, dtype=torch.int64).index_add_(0, owners, counts),
+        torch.zeros(n, dtype=torch.int64).index_add_(0, owners, sizes),
+    )
+
+
+def _open_ended(encoded: Encoded) -> Encoded:
+    """A window that goes on, without the token that would close it."""
+    return Encoded(encoded.ids[:-1], encoded.supervised[:-1])
+
+
+def content_name(key: Sequence[object]) -> str:
+    """Of what a key says."""
+    return hashlib.sha256(json.dumps(list(key), sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def kept(place: Place, key: Sequence[object], make: Callable[[], Losses]) -> Losses:
+    """Losses by a key that says all they depend on; made where they are not there."""
+    name = f"{content_name(key)}.json"
+    if place.exists(name):
+        found = json.loads(place.read(name))
+        return Losses(torch.tensor(found["nats"], dtype=torch.float64), torch.tensor(found["tokens"]),
+                      torch.tensor(found["bytes"]))  # fmt: skip
+    found = make()
+    columns = {"nats": found.nats.tolist(), "tokens": found.tokens.tolist(), "bytes": found.bytes.tolist()}
+    data = json.dumps({"key": list(key), **columns}, default=str).encode()
+    place.write(name, [data], total=len(data))
+    return found

@@ -1,0 +1,448 @@
+"""Evaluate: what attribution promised, graded by training.
+
+`evaluate_selection` closes the loop of `select`: every method chooses from one pool under one budget of tokens, a model
+is trained on each choice for the same number of steps, and graded on rows that no method saw. Beside the methods stand
+a random choice, the whole pool, and the model as it was: a method that does not beat the first has chosen nothing.
+
+Lower loss is better. A cell is one training; it is kept as one JSON file as soon as it is graded, and is not made
+again, so that a run that was stopped goes on. Intervals are of the difference from random selection: seeds are drawn
+anew, and graded rows with them, so that they hold for other trainings and for other rows of the same task.
+
+Source: the protocol is that of LESS (Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 5), with budgets in
+tokens instead of rows, as Ivison et al. 2025 (https://arxiv.org/abs/2503.01807) show that rows favour long ones.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from whence import catalogue
+from whence.corpus.reading import Row
+from whence.corpus.tokens import Encoded, bucketed, collate, encode
+from whence.errors import CorpusError, SettingError
+from whence.gradients.capture import token_losses
+from whence.indexing.build import Index
+from whence.models.loading import LoadedModel, load_model
+from whence.models.runs import open_run
+from whence.numerics import crossed_bootstrap_interval
+from whence.selection.pipeline import open_view, select, select_each
+from whence.storage import Place
+from whence.training.trainer import train
+
+NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
+"""Lines of a table that are no method: the model untrained, trained on a random choice, on the whole pool."""
+TABLE_FILE = "table.json"
+
+
+@dataclass(frozen=True)
+class Grades:
+    """A model's marks on some rows, one each."""
+
+    loss: Float32[Tensor, " n"]
+    """Mean over a row's supervised tokens, in nats."""
+    exact: Bool[Tensor, " n"]
+    """Every supervised token is the model's first choice: greedy decoding gives the completion, and stops there."""
+
+
+@torch.inference_mode()
+def grade(model: LoadedModel, rows: Sequence[Encoded], *, tokens_per_batch: int = 8192) -> Grades:
+    """Loss and exact match of rows, by one forward pass each. Rows must have a supervised token."""
+    loss, exact = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    for numbers in bucketed([len(row.ids) for row in rows], tokens_per_batch):
+        batch = collate([rows[number] for number in numbers]).to(model.device)
+        loss[numbers] = token_losses(model, batch).loss.cpu()
+        states, head = model.decode(batch.ids, batch.mask)
+        owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)
+        is_first = torch.cat(
+            [
+                head(states[owners[some], positions[some]]).argmax(-1) == batch.ids[owners[some], positions[some] + 1]
+                for some in torch.arange(len(owners)).split(1024)
+            ]
+        )
+        missed = torch.zeros(len(numbers), dtype=torch.int64, device=batch.ids.device)
+        exact[numbers] = missed.index_add_(0, owners, (~is_first).long()).eq(0).cpu()
+    return Grades(loss, exact)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a cell trains. The same for every method: so many steps of so many rows, whatever the choice's size."""
+
+    steps: int = 200
+    batch_size: int = 16
+    lr: float = 2e-4
+    lora_rank: int | None = None
+    max_tokens: int = 512
+    schedule: str = "linear"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training, or none, and its marks on one task."""
+
+    method: str
+    task: str
+    seed: int
+    rows: int
+    """Trained on, from `tokens` tokens."""
+    tokens: int
+    loss: list[float]
+    exact: list[float]
+    train_seconds: float
+    select_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one task, over seeds."""
+
+    method: str
+    task: str
+    seeds: int
+    rows: float
+    tokens: float
+    loss: float
+    """Mean over graded rows and seeds."""
+    exact: float
+    """Share of graded rows that greedy decoding gives exactly."""
+    train_seconds: float
+    """Wall time of one training."""
+    select_seconds: float
+    """Wall time of one choice, the index that it needs not counted; one scoring serves all tasks, and counts whole."""
+    gain: float | None = None
+    """Loss of random selection minus this: positive is better than chance; None for random itself."""
+    gain_interval: tuple[float, float] | None = None
+    """95%, over seeds and graded rows."""
+
+
+@dataclass(frozen=True)
+class SelectionTable:
+    """The table of `whence evaluate selection`."""
+
+    lines: list[Line]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As plain rows."""
+        return [asdict(line) for line in self.lines]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows that a method chose, and the wall time that it took."""
+
+    rows: Sequence[Row]
+    seconds: float = 0.0
+
+
+Chooser = Callable[[str, int], Choice]
+"""`(task, seed)` to what a method chooses for it; a method without chance ignores the seed."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose, as a table's row."""
+
+    choose: Chooser
+    per_task: bool = True
+    """Whether the choice depends on the task; else one training is graded on all of them."""
+
+
+def selection_methods(
+    names: Sequence[str],
+    source: str | Path | Index,
+    tasks: Mapping[str, Any],
+    *,
+    fraction: float,
+    model: str | None = None,
+    work: str | Path | None = None,
+    **settings: Any,
+) -> tuple[dict[str, Method], int]:
+    """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole pool among them.
+
+    Each scores the pool once for all tasks when its first choice is asked for, and keeps the choices; a method that
+    draws does so for each seed.
+
+    Args:
+        names: In `catalogue.SCORERS`; `name:option=value` sets an option of it, such as `less:within=mean_cosine`.
+        source: An index of the pool, or the pool, for methods that need no index.
+        tasks: The examples of each task, by its name.
+        fraction: Of the tokens of the pool's rows that can be trained on.
+        model: That token counts and methods on a corpus need; of an index, where it has moved.
+        work: Directory that keeps the choices, which may take longer than the trainings; None: they are not kept.
+        settings: Of `select`, the same for every method, such as caps.
+
+    Returns:
+        The methods, and the budget in tokens.
+    """
+    opened = open_view(source, RANDOM, model=model)
+    everything = select(opened, None, method=RANDOM, fraction=1.0, duplicates=None)
+    budget = max(1, round(fraction * everything.selection.tokens))
+    kept = None if work is None else _Choices(Place.at(work), {"budget": budget, **settings, **_pools(source, tasks)})
+    places = everything.selection.rows  # in a random order
+    rows = [everything.rows[number] for number in sorted(range(len(places)), key=places.__getitem__)]
+
+    def method(name: str) -> Method:
+        base, _, options = name.partition(":")
+        given = dict(part.split("=", 1) for part in options.split(",") if part)
+        entry = catalogue.scorer_entry(base)
+        asked = tasks if entry.reads_tasks else {"": None}
+        draws = entry.draws or settings.get("temperature", 0.0) > 0
+
+        @cache
+        def choices(seed: int) -> dict[str, Choice]:
+            if kept is not None and (found := kept.read(name, seed)) is not None:
+                return found
+            start = time.perf_counter()
+            made = select_each(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
+            seconds = time.perf_counter() - start
+            found = {task: Choice(chosen.rows, seconds) for task, chosen in made.items()}
+            if kept is not None:
+                kept.write(name, seed, found)
+            return found
+
+        def choose(task: str, seed: int) -> Choice:
+            return choices(seed if draws else 0)[task if entry.reads_tasks else ""]
+
+        return Method(choose, per_task=entry.reads_tasks)
+
+    made = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
+    return made | {EVERYTHING: Method(lambda task, seed: Choice(rows), per_task=False)}, budget
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Choices as files, for a table that is stopped and goes on."""
+
+    place: Place
+    of: dict[str, Any]
+    """What else decides them."""
+
+    def _name(self, method: str, seed: int) -> str:
+        told = json.dumps([method, seed, self.of], sort_keys=True, default=str)
+        return f"choice-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+
+    def read(self, method: str, seed: int) -> dict[str, Choice] | None:
+        """Of each task; None where it has not been made."""
+        name = self._name(method, seed)
+        if not self.place.exists(name):
+            return None
+        return {task: Choice(**choice) for task, choice in json.loads(self.place.read(name)).items()}
+
+    def write(self, method: str, seed: int, found: dict[str, Choice]) -> None:
+        """Whole or not at all."""
+        _write(self.place, self._name(method, seed), {task: asdict(choice) for task, choice in found.items()})
+
+
+def _pools(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the pool and the tasks come from, by name."""
+    named = source.store.place.root if isinstance(source, Index) else source
+    return {"source": str(named), "tasks": {name: str(task) for name, task in tasks.items()}}
+
+
+def evaluate_selection(
+    model: str,
+    methods: Mapping[str, Method],
+    graded: Mapping[str, Sequence[Row]],
+    *,
+    work: str | Path,
+    recipe: Recipe | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Callable[[str], None] = lambda line: None,
+) -> SelectionTable:
+    """Train on what each method chooses and grade the result.
+
+    Args:
+        model: Directory or Hub name; every cell starts from it.
+        methods: By name. `random`, and others beside it, as rows of the table; the untrained model is added.
+        graded: Rows of each task that no method saw.
+        work: Directory of the cells; made where missing, continued where not. It belongs to one table.
+        recipe: How a cell trains.
+        seeds: Of the trainings; at least 2, for the intervals.
+        progress: Told a line for each cell.
+
+    Returns:
+        A line for each method and task, in the methods' order.
+
+    Raises:
+        SettingError: Fewer than two seeds, no `random` among the methods, or `work` holds another table.
+        CorpusError: A task without a row that can be graded, or a choice without a row that can be trained on.
+    """
+    recipe = recipe or Recipe()
+    if len({*seeds}) < 2:
+        raise SettingError(f"--seeds {list(seeds)}: two or more are expected, as an interval needs trainings that vary")
+    if RANDOM not in methods:
+        raise SettingError(f"no method {RANDOM!r}: it is what the others are measured against")
+    directory = Path(work)
+    _claim(directory, {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)})
+    start = load_model(open_run(model).checkpoints[-1].path)
+    tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
+    cells = _untrained(directory, start, tasks)
+    for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
+        for name, method in methods.items():
+            for some in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
+                found = _cells(directory, model, name, method, some, seed, recipe)
+                cells += found
+                progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in found))
+    lines = [_line(name, task, cells, seeds[0]) for task in tasks for name in (NOTHING, *methods)]
+    return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _claim(directory: Path, table: dict[str, Any]) -> None:
+    """Mark a new directory as this table's; refuse that of another."""
+    place = Place.at(directory)
+    if place.exists(TABLE_FILE):
+        kept = json.loads(place.read(TABLE_FILE))
+        for name in table:
+            if kept.get(name) != table[name]:
+                raise SettingError(
+                    f"--work {directory}: its cells have another {name} (there {_short(kept.get(name))}, here "
+                    f"{_short(table[name])}). Name another directory, or remove that one."
+                )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(place, TABLE_FILE, table)
+
+
+def _write(place: Place, name: str, document: Any) -> None:
+    data = json.dumps(document).encode()
+    place.write(name, [data], total=len(data))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    return {
+        task: hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        for task, rows in graded.items()
+    }
+
+
+def _gradable(model: LoadedModel, task: str, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
+    found = _encoded(model, rows, recipe)
+    if not found:
+        raise CorpusError(f"{task}: none of its {len(rows)} rows to grade has a supervised token")
+    return found
+
+
+def _encoded(model: LoadedModel, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
+    longest = min(limit for limit in (recipe.max_tokens, model.context) if limit)
+    return [row for row in (encode(row, model.tokenizer, longest) for row in rows) if row.targets]
+
+
+def _untrained(directory: Path, model: LoadedModel, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
+    cells = [_kept(directory, NOTHING, task, 0) for task in tasks]
+    if any(cell is None for cell in cells):
+        cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
+        for cell in cells:
+            _write(Place.at(directory), _name(NOTHING, cell.task, 0), asdict(cell))
+    return [cell for cell in cells if cell is not None]
+
+
+def _cells(
+    directory: Path,
+    model: str,
+    name: str,
+    method: Method,
+    tasks: Mapping[str, list[Encoded]],
+    seed: int,
+    recipe: Recipe,
+) -> list[Cell]:
+    """One training's cells: a cell for each of these tasks, made unless they are kept."""
+    kept = [_kept(directory, name, task, seed) for task in tasks]
+    if all(cell is not None for cell in kept):
+        return [cell for cell in kept if cell is not None]
+    chosen = method.choose(next(iter(tasks)), seed)
+    rows = list(chosen.rows)
+    with tempfile.TemporaryDirectory(dir=directory, prefix="training-") as folder:
+        start = time.perf_counter()
+        run = train(
+            model,
+            rows,
+            folder,
+            max_steps=recipe.steps,
+            batch_size=recipe.batch_size,
+            lr=recipe.lr,
+            lora_rank=recipe.lora_rank,
+            max_tokens=recipe.max_tokens,
+            schedule=recipe.schedule,
+            checkpoints=1,
+            seed=seed,
+            progress=False,
+        )
+        seconds = time.perf_counter() - start
+        trained = load_model(open_run(run).checkpoints[-1].path)
+        tokens = sum(len(row.ids) for row in _encoded(trained, rows, recipe))
+        cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
+    cells = [replace(cell, select_seconds=chosen.seconds) for cell in cells]
+    for cell in cells:
+        _write(Place.at(directory), _name(name, cell.task, seed), asdict(cell))
+    return cells
+
+
+def _graded(
+    model: LoadedModel,
+    method: str,
+    seed: int,
+    tasks: Mapping[str, list[Encoded]],
+    *,
+    rows: int,
+    tokens: int,
+    seconds: float,
+) -> list[Cell]:
+    cells = []
+    for task, encoded in tasks.items():
+        marks = grade(model, encoded)
+        exact = marks.exact.float().tolist()
+        cells.append(Cell(method, task, seed, rows, tokens, marks.loss.tolist(), exact, seconds))
+    return cells
+
+
+def _name(method: str, task: str, seed: int) -> str:
+    digest = hashlib.sha256(f"{method}\n{task}".encode()).hexdigest()[:16]  # names may hold any character
+    return f"cell-{digest}-{seed}.json"
+
+
+def _kept(directory: Path, method: str, task: str, seed: int) -> Cell | None:
+    place, name = Place.at(directory), _name(method, task, seed)
+    return Cell(**json.loads(place.read(name))) if place.exists(name) else None
+
+
+def _line(method: str, task: str, cells: Sequence[Cell], seed: int) -> Line:
+    """One line of the table, from all cells of the task."""
+    own = [cell for cell in cells if (cell.method, cell.task) == (method, task)]
+    loss = torch.tensor([cell.loss for cell in own])
+    line = Line(
+        method=method,
+        task=task,
+        seeds=len(own),
+        rows=sum(cell.rows for cell in own) / len(own),
+        tokens=sum(cell.tokens for cell in own) / len(own),
+        loss=float(loss.mean()),
+        exact=float(torch.tensor([cell.exact for cell in own]).mean()),
+        train_seconds=sum(cell.train_seconds for cell in own) / len(own),
+        select_seconds=sum(cell.select_seconds for cell in own) / len(own),
+    )
+    if method == RANDOM:
+        return line
+    chance = torch.tensor([cell.loss for cell in cells if (cell.method, cell.task) == (RANDOM, task)])
+    gain = chance - loss  # the untrained model has one cell, against each of chance's
+    return replace(line, gain=float(gain.mean()), gain_interval=crossed_bootstrap_interval(gain, seed=seed))

@@ -1,0 +1,60 @@
+"""Sparse Johnson-Lindenstrauss transform, block construction.
+
+Each of the d = o i gradient entries is added, with a random sign, to one bin in each of `s` = 4 blocks of k / s bins,
+and the whole divided by sqrt(s): inner products are unbiased over seeds, with a variance of about
+(|x|^2 |y|^2 + <x, y>^2) / k. Layers are added. `count_sketch` has the same variance at a fraction of the time; the
+four bins guard against two heavy entries that share one.
+
+Cost: t d for the gradient and s d scattered additions a layer.
+Source: Kane and Nelson 2014, Sparser Johnson-Lindenstrauss Transforms, https://arxiv.org/abs/1012.1577
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from whence.errors import SettingError
+from whence.gradients.capture import example_gradients
+from whence.numerics import generator, signs
+from whence.selection.protocols import Shapes
+
+
+class SJLT:
+    """`width` numbers in all, 8,192 unless told; a multiple of 4."""
+
+    s = 4
+    forms_gradient = True
+
+    def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
+        self.width = 8192 if width is None else width
+        if self.width % self.s:
+            raise SettingError(f"--width {self.width}: sjlt spreads over {self.s} blocks; give a multiple of {self.s}")
+        self.seed = seed
+        self._hashes: dict[tuple[str, torch.device], list[tuple[Tensor, Tensor]]] = {}
+
+    def columns(self, layer: str) -> slice:
+        """All of them."""
+        return slice(0, self.width)
+
+    def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
+        """Hashed sums of the layer's gradient."""
+        return self.flat(example_gradients(a, g), layer=layer)
+
+    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
+        """The same of a gradient that is formed already."""
+        flat = gradient.flatten(1)
+        out = flat.new_zeros(len(flat), self.width)
+        for bins, sign in self._hash(layer, flat):
+            out.index_add_(1, bins, flat * sign)
+        return out / self.s**0.5
+
+    def _hash(self, layer: str, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        key = (layer, flat.device)
+        if key not in self._hashes:
+            rng, d, block = generator(self.seed, "sjlt", layer), flat.shape[1], self.width // self.s
+            drawn = [
+                (torch.randint(block, (d,), generator=rng, dtype=torch.int32) + number * block, signs(d, rng))
+                for number in range(self.s)
+            ]
+            self._hashes[key] = [(bins.to(flat.device), sign.to(flat.device)) for bins, sign in drawn]
+        return self._hashes[key]

@@ -1,0 +1,241 @@
+"""How a row of floats is stored: as float32, bfloat16, float16, int8, int4 or one bit an entry.
+
+A codec stores each row v as a tensor of few bits and one fp32 scale, and states its worst error
+(`Codec.bound`):
+
+    float32   exact                                  float16  v / (absmax / 2^15): rows of 1e-30 survive
+    bfloat16  rounded to nearest                     int8     round(v / (absmax / 127))
+    int4      round(v / (absmax / 7)), two a byte    onebit   sign(v) * mean|v|, eight a byte
+
+For `onebit`, mean|v| is the scale that minimises the squared error, which is then |v|^2 - k * mean|v|^2.
+
+Scales and errors are in the unit of the vectors' entries. Each codec names the `kernels` that multiply its rows
+with queries, of which `Codec.prepare` takes the fastest. Nothing here knows of files, statuses or ranks.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float32, Shaped
+from torch import Tensor
+
+from whence.errors import UnknownNameError
+from whence.indexing.kernels import (
+    TINY,
+    Fastest,
+    Kernel,
+    Queries,
+    Stored,
+    bfloat16_kernel,
+    compiled_kernel,
+    decoded_kernel,
+    float32_kernel,
+    integer_kernel,
+    lazily,
+    planes,
+)
+
+Rows = Shaped[Tensor, "n stored"]
+Vectors = Float32[Tensor, "n k"]
+PerRow = Float32[Tensor, " n"]
+Products = Float32[Tensor, "q n"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """One way to store vectors."""
+
+    name: str
+    bits: int
+    dtype: torch.dtype
+    encoder: Callable[[Vectors], tuple[Tensor, Tensor]]
+    decoder: Callable[[Tensor, int], Tensor]
+    """What the codes of rows of width k stand for, before the rows' scales."""
+    error: Callable[[Vectors], Tensor]
+    kernels: tuple[Callable[[Queries], Kernel], ...]
+    """The first one is taken for batches too small for a trial."""
+
+    def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
+        """Stored rows and scales of finite vectors. Rows that are not finite must come as zeros."""
+        return self.encoder(vectors)
+
+    def decode(self, stored: Rows, scale: PerRow, k: int) -> Vectors:
+        """The vectors that the codes stand for."""
+        return self.decoder(stored, k) * scale[:, None]
+
+    def bound(self, vectors: Vectors) -> PerRow:
+        """Largest error of any entry of `decode(encode(vectors))`, a row each."""
+        return self.error(vectors)
+
+    def columns(self, k: int) -> int:
+        """Entries of `dtype` in a stored row of width k."""
+        per_entry = max(1, 8 // self.bits)
+        return -(-k // per_entry)
+
+    def bytes_per_row(self, k: int) -> int:
+        """Bytes of a stored row, without its scale (4 bytes)."""
+        return self.columns(k) * self.dtype.itemsize
+
+    def prepare(self, queries: Queries) -> Kernel:
+        """A kernel for these queries, to be used for any number of blocks on the queries' device."""
+        if queries.device.type != "cpu":
+            return decoded_kernel(queries, self.decoder)
+        made = [lazily(make, queries) for make in self.kernels]
+        costly = compiled_kernel(self.name, queries, self.columns(queries.shape[1]))
+        return made[0] if len(made) == 1 and not costly else Fastest(self.name, queries, made, costly)
+
+    def scores(self, stored: Rows, scale: PerRow, queries: Queries) -> Products:
+        """Inner products [q, n] with the decoded rows.
+
+        By `decoded_kernel`: right anywhere, the same for any number of queries, as slow as decoding is.
+        """
+        return decoded_kernel(queries, self.decoder)(Stored([stored], [scale])).scores
+
+
+def codec(name: str) -> Codec:
+    """The codec of this name.
+
+    >>> stored, scale = codec("int4").encode(torch.tensor([[7.0, -7.0, 1.0]]))
+    >>> stored, scale
+    (tensor([[31,  9]], dtype=torch.uint8), tensor([1.]))
+    >>> codec("int4").decode(stored, scale, 3)
+    tensor([[ 7., -7.,  1.]])
+    """
+    if name not in CODECS:
+        near = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UnknownNameError(f"--codec {name!r}: no such codec.{hint} There are {', '.join(CODECS)}.")
+    return CODECS[name]
+
+
+def _absmax(vectors: Tensor) -> Tensor:
+    return vectors.abs().amax(1) if vectors.shape[1] else vectors.new_zeros(len(vectors))
+
+
+def _divided(vectors: Tensor, scale: Tensor) -> Tensor:
+    return vectors / torch.where(scale > 0, scale, 1.0)[:, None]
+
+
+def _encode_float32(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return vectors, vectors.new_ones(len(vectors))
+
+
+def _encode_bfloat16(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    limit = torch.finfo(torch.bfloat16).max  # fp32 goes a little further, and would round to infinity
+    return vectors.clamp(-limit, limit).bfloat16(), vectors.new_ones(len(vectors))
+
+
+def _encode_float16(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _absmax(vectors) / 2**15
+    return _divided(vectors, scale).clamp(-65504, 65504).half(), scale
+
+
+def _encode_integers(vectors: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    scale = _absmax(vectors) / top
+    return _divided(vectors, scale).round_().clamp_(-top, top).to(torch.int8), scale
+
+
+def _encode_int4(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = _encode_integers(vectors, 7)
+    return _packed((codes + 8).view(torch.uint8), 4), scale
+
+
+def _encode_onebit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    scale = vectors.abs().mean(1, dtype=torch.float64).float() if vectors.shape[1] else _absmax(vectors)
+    return _packed((vectors >= 0).view(torch.uint8), 1), scale
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes side by side in bytes, the first one in the lowest bits; a short row is filled with zeros."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte))
+    out = torch.zeros_like(padded[:, ::per_byte])
+    for place in range(per_byte):
+        out |= padded[:, place::per_byte] << (bits * place)
+    return out
+
+
+def _unpacked(stored: Tensor, bits: int, k: int) -> Tensor:
+    per_byte = 8 // bits
+    n, bytes_ = stored.shape
+    return planes(stored, bits).view(n, per_byte, bytes_).transpose(1, 2).reshape(n, per_byte * bytes_)[:, :k]
+
+
+def _decode_plain(stored: Tensor, k: int) -> Tensor:
+    return stored.float()
+
+
+def _decode_int4(stored: Tensor, k: int) -> Tensor:
+    return _unpacked(stored, 4, k).float().sub_(8)
+
+
+def _decode_onebit(stored: Tensor, k: int) -> Tensor:
+    return _unpacked(stored, 1, k).float().mul_(2).sub_(1)
+
+
+def _onebit_error(vectors: Tensor) -> Tensor:
+    mean = _encode_onebit(vectors)[1]
+    return torch.maximum(_absmax(vectors) - mean, mean) * (1 + 2**-20) + TINY
+
+
+_decoded_plain = partial(decoded_kernel, decoder=_decode_plain)
+
+CODECS: dict[str, Codec] = {
+    "float32": Codec(
+        name="float32",
+        bits=32,
+        dtype=torch.float32,
+        encoder=_encode_float32,
+        decoder=_decode_plain,
+        error=lambda vectors: torch.zeros(len(vectors)),
+        kernels=(float32_kernel,),
+    ),
+    "bfloat16": Codec(
+        name="bfloat16",
+        bits=16,
+        dtype=torch.bfloat16,
+        encoder=_encode_bfloat16,
+        decoder=_decode_plain,
+        error=lambda vectors: _absmax(vectors) * 2**-8 + TINY,
+        kernels=(bfloat16_kernel, _decoded_plain),
+    ),
+    "float16": Codec(
+        name="float16",
+        bits=16,
+        dtype=torch.float16,
+        encoder=_encode_float16,
+        decoder=_decode_plain,
+        error=lambda vectors: _absmax(vectors) * (2**-11 + 2**-20) + TINY,
+        kernels=(_decoded_plain,),
+    ),
+    "int8": Codec(
+        name="int8",
+        bits=8,
+        dtype=torch.int8,
+        encoder=lambda vectors: _encode_integers(vectors, 127),
+        decoder=_decode_plain,
+        error=lambda vectors: _absmax(vectors) * (1 / 254 + 2**-20) + TINY,
+        kernels=(partial(integer_kernel, bits=8), _decoded_plain),
+    ),
+    "int4": Codec(
+        name="int4",
+        bits=4,
+        dtype=torch.uint8,
+        encoder=_encode_int4,
+        decoder=_decode_int4,
+        error=lambda vectors: _absmax(vectors) * (1 / 14 + 2**-20) + TINY,
+        kernels=(partial(integer_kernel, bits=4, shift=-8), partial(decoded_kernel, decoder=_decode_int4)),
+    ),
+    "onebit": Codec(
+        name="onebit",
+        bits=1,
+        dtype=torch.uint8,
+        encoder=_encode_onebit,
+        decoder=_decode_onebit,
+        error=_onebit_error,
+        kernels=(partial(integer_kernel, bits=1, slope=2, shift=-1), partial(decoded_kernel, decoder=_decode_onebit)),
+    ),
+}

@@ -1,0 +1,203 @@
+"""Products of stored rows with a few queries, by loops that numba compiles for this CPU (extra `fast`).
+
+For one query a scan can be no faster than memory is read, and torch has no product of bfloat16, 8-bit or packed rows
+that comes near that on every CPU. A plain loop does: it widens a row's codes to fp32 in registers and multiplies them
+by the query,
+
+    score[n, q] = scale[n] * sum over planes p and stored entries j of value(row[n, j], p) * query[q, p, j]
+
+where an entry holds one code, or several side by side (`planes`: two of int4, eight of one bit). Sums are in fp32, and
+nothing is rounded before. The loops run in one thread each and without Python's lock, a strip of the rows at a time.
+
+Compiling takes a third of a second, and importing numba as much; `kernels.Fastest` waits until that can pay. What is
+compiled is never cached on disk: numba's cache is a pickle.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.indexing.threads import run_together
+
+_STRIP_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
+_CHUNK_BYTES = 1024  # of a row, which every query meets before the next ones
+_AHEAD_BYTES = {1: 1 << 14, 2: 1 << 13}
+"""How far ahead of what is multiplied memory is asked, by the bytes of an entry. fp32 rows, which are
+long, are slower with it: 30 ms for 25."""
+_LINE_BYTES = 64
+
+PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
+"""Codes in a stored entry of each codec that has a loop here; the first one in the lowest bits."""
+
+
+class CompilingError(Exception):
+    """numba is installed and does not work: it cannot be imported, or cannot compile. Scans do without."""
+
+
+@cache
+def is_available() -> bool:
+    """Whether numba is installed (pip install 'whence[fast]')."""
+    return find_spec("numba") is not None
+
+
+Strip = tuple[slice, np.ndarray, np.ndarray]
+"""Which rows of a batch, their codes [n, j] and their scales [n]."""
+
+
+def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
+    """Blocks of stored rows that follow one another, in strips for threads to take. bfloat16 and float16: as int16.
+
+    Compiled loops look at no bounds.
+
+    Raises:
+        ValueError: The rows have not one scale each, or are not all of one width.
+    """
+    count, widths = sum(map(len, blocks)), sorted({codes.shape[1] for codes in blocks})
+    if len(scales) != count or len(widths) > 1:
+        raise ValueError(
+            f"{count} rows of {widths} entries have {len(scales)} scales: expected one each, and one width"
+        )
+    strips, first = [], 0
+    for codes in blocks:
+        step = max(1, _STRIP_BYTES // max(1, codes.strides[0]))
+        for start in range(0, len(codes), step):
+            some = codes[start : start + step]
+            rows = slice(first, first + len(some))
+            strips.append((rows, some, scales[rows]))
+            first = rows.stop
+    return strips
+
+
+def products(
+    codec: str, queries: Float32[Tensor, "q k"], columns: int
+) -> Callable[[Sequence[Strip]], Float32[np.ndarray, "n q"]]:
+    """Function from the strips of a batch to its rows' products with queries.
+
+    Args:
+        codec: A name in `PLANES`.
+        queries: On the CPU, of any unit.
+        columns: Stored entries of a row.
+    """
+    planes = PLANES[codec]
+    # both begin on a line of the cache, as torch's memory does; from another place the loop is a quarter slower
+    by_plane = queries.contiguous()[:, None]
+    if planes > 1:
+        filled = torch.nn.functional.pad(queries, (0, planes * columns - queries.shape[1]))
+        by_plane = filled.view(len(queries), columns, planes).transpose(1, 2).contiguous()
+    factors = by_plane.numpy()
+
+    def score(strips: Sequence[Strip]) -> np.ndarray:
+        if strips and strips[0][1].shape[1] != columns:
+            raise ValueError(f"Rows have {strips[0][1].shape[1]} stored entries; queries were laid out for {columns}")
+        loop = _loop(codec)  # numba is imported by the first score, not by the first question
+        out = np.empty((strips[-1][0].stop if strips else 0, len(queries)), np.float32)
+        waiting = iter(strips)  # taking the next one is atomic; a future for each would cost more than it reads
+
+        def work() -> None:
+            for rows, codes, scale in waiting:
+                loop(codes, scale, factors, out[rows])
+
+        run_together(work, len(strips))
+        return out
+
+    return score
+
+
+@cache
+@no_type_check  # numba compiles the function as it is written, not as the tests' shape checks wrap it
+def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
+    """The compiled loop of a codec: (codes [n, j], scale [n], queries [q, p, j], out [n, q])."""
+    try:
+        import numba  # a third of a second, and optional
+
+        prefetch = _prefetching()
+    except (ImportError, OSError) as error:  # it does not fit this numpy, or its library does not load
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
+
+    value: Callable = numba.njit(_VALUES[codec], inline="always")
+    ahead = _AHEAD_BYTES.get(np.dtype(_CODES[codec]).itemsize, 0)
+
+    # sums may be taken in any order; NaN and infinity keep their meaning
+    @numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
+    def loop(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray, out: np.ndarray) -> None:
+        step = _CHUNK_BYTES // codes.itemsize if ahead else max(1, codes.shape[1])
+        out[:] = 0
+        for n in range(codes.shape[0]):
+            for first in range(0, codes.shape[1], step):
+                some = codes[n, first : first + step]
+                if ahead:
+                    start = some.ctypes.data + ahead
+                    for line in range(start, start + some.shape[0] * codes.itemsize, _LINE_BYTES):
+                        prefetch(line)
+                for q in range(queries.shape[0]):
+                    total = np.float32(0)
+                    for p in range(queries.shape[1]):
+                        factors = queries[q, p, first : first + step]
+                        for j in range(some.shape[0]):
+                            total += value(some[j], p) * factors[j]
+                    out[n, q] += total
+            for q in range(queries.shape[0]):
+                out[n, q] *= scale[n]
+
+    one, query = np.ones(1, np.float32), np.ones((1, PLANES[codec], 1), np.float32)
+    try:
+        loop(np.zeros((1, 1), _CODES[codec]), one, query, one[:, None])  # compiles
+    except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's, of `prefetch`
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
+    return loop
+
+
+@no_type_check
+def _prefetching() -> Callable[[int], None]:
+    """For compiled code: ask memory for the line at an address, which need not be anyone's, past the shared cache.
+
+    Processors fetch ahead by themselves within a page of 4 KB, which can be as short as a row.
+    """
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def prefetch(typing: object, address: types.Type) -> tuple:
+        def generate(context, builder, signature, arguments):
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+            read, once, data = (ir.Constant(number, value) for value in (0, 0, 1))
+            builder.call(function, [builder.inttoptr(arguments[0], pointer), read, once, data])
+            return context.get_dummy_value()
+
+        return types.void(types.intp), generate
+
+    return prefetch
+
+
+_CODES = {
+    "float32": np.float32,
+    "bfloat16": np.int16,
+    "float16": np.int16,
+    "int8": np.int8,
+    "int4": np.uint8,
+    "onebit": np.uint8,
+}
+_BITS = np.uint32(0x7FFF)  # of a float16, without its sign
+_FROM_FLOAT16 = np.float32(2.0**112)  # its exponent moves from 5 bits to 8; of subnormals too this mends the bias
+
+# What a code stands for in fp32, before its row's scale; bfloat16 and float16 come as int16.
+_VALUES = {
+    "float32": lambda code, plane: code,
+    "bfloat16": lambda code, plane: np.uint32(np.uint32(np.uint16(code)) << np.uint32(16)).view(np.float32),
+    "float16": lambda code, plane: (
+        np.uint32((np.uint32(np.uint16(code)) & _BITS) << np.uint32(13)).view(np.float32)
+        * (_FROM_FLOAT16 if code >= 0 else -_FROM_FLOAT16)
+    ),
+    "int8": lambda code, plane: np.float32(code),
+    "int4": lambda code, plane: np.float32(np.int32((code >> (4 * plane)) & 15) - np.int32(8)),
+    "onebit": lambda code, plane: np.float32(np.int32((code >> plane) & 1) * np.int32(2) - np.int32(1)),
+}

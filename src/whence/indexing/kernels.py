@@ -1,0 +1,371 @@
+"""Inner products of queries with rows of few bits, and how far off each of them can be: numbers in, numbers out.
+
+A kernel is made once for its queries, and then scores one batch of stored rows after another,
+
+    score[q, n] = scale[n] * <query_q, x_n>
+
+where x_n are the values that row n's codes stand for. Its unit is that of a query's entry times a row's. On a CPU
+there are several kernels, each within a slack that it states, so that a scan can recompute what could reach the
+top and return the same from each:
+
+    |score - fp32's| <= slack[q, n] + slack_per_norm[q] * |v_n| + slack_per_scale[q] * scale[n]
+
+    integer    8-bit products, exact in integers, with the query written as a sum of 8-bit vectors
+    bfloat16   bfloat16 products, which sum in fp32 but round the result
+    float32    fp32 products of the rows as they are
+    decoded    rows decoded a few at a time and multiplied in fp32: the only one for other devices
+    compiled   fp32 products of rows widened in registers, for few queries (see `compiled`)
+
+where |v_n| is the row's norm before it was encoded. CPUs differ more than a rule could say: with matrix units (AMX)
+integer products reach the memory's bandwidth, on AVX2 they take fifteen times as long as decoding. So the first
+large batch of a process is a trial of all kernels that can score it (see `Fastest`).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int8, UInt8
+from torch import Tensor
+
+from whence.indexing import compiled
+
+logger = logging.getLogger(__name__)
+
+TINY = 2.0**-119
+"""Scales below fp32's normal range lose bits: an absolute error no gradient can notice."""
+
+_INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit products could overflow
+_LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
+_ONE_PART = 0.02  # of a query's norm may be lost by writing it as one 8-bit vector, and for so few queries:
+_ONE_PART_QUERIES = 4  # else rescoring takes longer than a second vector
+_DECODED_ROWS = 256  # at a time on a CPU: 4 MB at 4,096 columns, which stays in cache
+_DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
+_COMPILED_QUERIES = 8  # past so many a matrix product does more with a row that is in cache
+_TRIAL_ROWS = (256, 8192)  # of the first trial of every kernel, and of the second of those that came near
+_TRIAL_NEAR = 3.0
+_TRIAL_SECONDS = 0.2  # of one kernel: past that it is run no more
+_COSTLY_TRIAL_BYTES = 1 << 26  # of rows in the trial of a compiled kernel: more than fits a cache
+_RESCORING = 1.5  # a kernel whose scores have a slack must be so much faster, for what it leaves to be scored again
+_PATIENCE = 1.0  # seconds of scanning in a process before it compiles a kernel, which takes about as long
+_BF16_ROUND = 2.0**-8 * 1.01
+_FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
+
+Queries = Float32[Tensor, "q k"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Inner products of every query with a batch of rows; the true ones are within `slack` of them."""
+
+    scores: Float[Tensor, "q n"]
+    slack: Float[Tensor, "q n"] | None = None
+    """How far a product was rounded; None: it was not."""
+
+    slack_per_norm: Float[Tensor, " q"] | None = None
+    """More slack, for each unit of the row's norm. No slack of any kind: the products are those of fp32 arithmetic."""
+
+    slack_per_scale: Float[Tensor, " q"] | None = None
+    """More slack, for each unit of the row's stored scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A batch: blocks of stored rows that follow one another, with their scales. Views of it are made once."""
+
+    stored: Sequence[Tensor]
+    scale: Sequence[Tensor]
+
+    @cached_property
+    def count(self) -> int:
+        """Of rows."""
+        return sum(block.shape[0] for block in self.stored)  # len() of a tensor takes ten times as long
+
+    @cached_property
+    def codes(self) -> list[np.ndarray]:
+        """The blocks in memory's order; what has 16 bits as integers."""
+        blocks = [block.contiguous() for block in self.stored]
+        return [(block.view(torch.int16) if block.dtype.itemsize == 2 else block).numpy() for block in blocks]
+
+    @cached_property
+    def scales(self) -> np.ndarray:
+        """Of all rows [n]."""
+        return np.concatenate([factors.numpy() for factors in self.scale] or [np.zeros(0, np.float32)])
+
+    @cached_property
+    def strips(self) -> list[compiled.Strip]:
+        """As compiled kernels take them."""
+        return compiled.strips_of(self.codes, self.scales)
+
+    def first(self, rows: int) -> "Stored":
+        """The first rows alone."""
+        return Stored(_first_rows(self.stored, rows), _first_rows(self.scale, rows))
+
+
+Kernel = Callable[[Stored], Block]
+"""Scores a batch."""
+
+
+class Fastest:
+    """Kernel that is the fastest of several on this CPU, found by timing them on the first large batch.
+
+    The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries. A kernel that
+    must be compiled first joins once the process has spent as long on such scans as compiling takes: few and small
+    scans never wait for it. If it fails (a numba that does not fit this numpy, say), scans go on without it.
+    """
+
+    _chosen: ClassVar[dict[tuple[str, int, int, int], int]] = {}
+    _spent: ClassVar[dict[tuple[str, int, int, int], float]] = {}
+
+    def __init__(self, kind: str, queries: Queries, kernels: Sequence[Kernel], costly: Kernel | None = None):
+        many = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
+        self._key = (kind, queries.shape[1], many, torch.get_num_threads())
+        self._kernels = [*kernels, *([costly] if costly else [])]
+        self._costly = len(kernels) if costly else None
+
+    def __call__(self, rows: Stored) -> Block:
+        """The batch as the chosen kernel scores it; before there is a choice, the first."""
+        key, start = self._key, time.perf_counter()
+        if rows.count >= _TRIAL_ROWS[0]:
+            if key not in self._chosen:
+                cheap = [number for number in range(len(self._kernels)) if number != self._costly]
+                self._chosen[key], self._spent[key] = self._trial(cheap, rows, _TRIAL_ROWS), 0.0
+            elif self._costly is not None and self._spent[key] > _PATIENCE:
+                self._spent[key] = -np.inf
+                self._chosen[key] = self._with_costly(self._costly, self._chosen[key], rows)
+        block = self._kernels[self._chosen.get(key, 0)](rows)
+        if key in self._spent:
+            self._spent[key] += time.perf_counter() - start
+        return block
+
+    def _with_costly(self, costly: int, chosen: int, rows: Stored) -> int:
+        row_bytes = max(1, rows.stored[0][:1].numel() * rows.stored[0].itemsize)
+        try:
+            # the costly one first: workers of torch's products stay awake for a while, and would slow its own threads
+            return self._trial([costly, chosen], rows, [max(_TRIAL_ROWS[-1], _COSTLY_TRIAL_BYTES // row_bytes)])
+        except compiled.CompilingError as error:
+            logger.warning("scans are not compiled, and stay slower: %s", error)
+            return chosen
+
+    def _trial(self, near: list[int], rows: Stored, sizes: Sequence[int]) -> int:
+        """Number of the fastest, on one number of rows after another; who is far behind is not tried on the next."""
+        seconds = []
+        for size in sizes:
+            some = rows.first(size)
+            seconds = [self._seconds(self._kernels[number], some) for number in near]
+            best = min(seconds)
+            if size != sizes[-1]:
+                near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
+        return near[seconds.index(min(seconds))]
+
+    def _seconds(self, kernel: Kernel, rows: Stored) -> float:
+        """The best of four runs, after one that warms up; more where scores have a slack."""
+        block, took = kernel(rows), []
+        while len(took) < 4 and sum(took) < _TRIAL_SECONDS:
+            start = time.perf_counter()
+            kernel(rows)
+            took.append(time.perf_counter() - start)
+        return min(took) * (1 if block.slack is None and block.slack_per_norm is None else _RESCORING)
+
+
+def _first_rows(blocks: Sequence[Tensor], rows: int) -> list[Tensor]:
+    some = []
+    for block in blocks:
+        if rows <= 0:
+            break
+        some.append(block[:rows])
+        rows -= len(block)
+    return some
+
+
+def _with_places(blocks: Sequence[Tensor], out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each block, and its part of some rows [n, .]."""
+    first = 0
+    for block in blocks:
+        yield block, out[first : first + block.shape[0]]
+        first += block.shape[0]
+
+
+def _scaled(out: Tensor, rows: Stored) -> Tensor:
+    """Products [n, q] times the rows' scales, in place.
+
+    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
+    milliseconds where another process has their core.
+    """
+    np.multiply(out.numpy(), rows.scales[:, None], out=out.numpy())
+    return out
+
+
+def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
+    """A kernel that is made when it first scores: of several, only those that are tried cost anything."""
+    made = cache(lambda: make(queries))
+    return lambda rows: made()(rows)
+
+
+def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
+    """Decode a few rows at a time and multiply in fp32: right anywhere, and as slow as decoding is.
+
+    `decoder` tells, from stored rows and their width, what the codes stand for before the rows' scales.
+    """
+    k = queries.shape[1]
+    step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
+
+    def score(rows: Stored) -> Block:
+        out = queries.new_empty(rows.count, len(queries))
+        for (block, into), factors in zip(_with_places(rows.stored, out), rows.scale, strict=True):
+            for first in range(0, len(block), step):
+                torch.mm(decoder(block[first : first + step], k), queries.T, out=into[first : first + step])
+            into.mul_(factors[:, None])
+        return Block(out.T)
+
+    return score
+
+
+def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
+    """Rows widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
+    if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
+        return None
+    products = compiled.products(codec, queries, columns)
+    return lambda rows: Block(torch.from_numpy(products(rows.strips).T))
+
+
+def float32_kernel(queries: Queries) -> Kernel:
+    """The plain product with rows stored as they are, whose scales are 1."""
+
+    def score(rows: Stored) -> Block:
+        out = torch.empty(rows.count, len(queries))
+        for block, into in _with_places(rows.stored, out):
+            torch.mm(block, queries.T, out=into)
+        return Block(out.T)
+
+    return score
+
+
+def bfloat16_kernel(queries: Queries) -> Kernel:
+    """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack.
+
+    What the two terms miss of the query is below 2^-16 of it, and counted with the error of the sums.
+    """
+    high = queries.bfloat16()
+    both, per_norm = torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
+
+    def score(rows: Stored) -> Block:
+        out, slack = torch.empty(2, rows.count, len(queries))
+        places = zip(_with_places(rows.stored, out), _with_places(rows.stored, slack), strict=True)
+        for (block, into), (_, off) in places:
+            parts = (block @ both.T).float()
+            _sum_parts(parts, out=into)
+            _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=off)
+        return Block(out.T, slack.T, per_norm)
+
+    return score
+
+
+def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
+    """Add the columns of each part of the queries: [n, parts * q] -> [n, q]. In numpy, as `_scaled`."""
+    columns, total, q = np.asarray(sums), out.numpy(), out.shape[1]
+    total[:] = columns[:, :q]
+    for first in range(q, columns.shape[1], q):
+        total += columns[:, first : first + q]
+
+
+def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 0) -> Kernel:
+    """8-bit products: x = slope * u + shift for the stored code u, the query as a sum of 8-bit vectors.
+
+    Codes of fewer than 8 bits lie in bytes as `planes` takes them out.
+
+    >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
+    >>> kernel(Stored([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])])).scores
+    tensor([[ 127., -508.]])
+    """
+    per_byte = 8 // bits
+    width = -(-queries.shape[1] // per_byte) * per_byte
+    padded = torch.nn.functional.pad(queries, (0, width - queries.shape[1]))
+    parts, part_scale, missed = _query_parts(torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1))
+    products = _byte_products(parts.flatten(0, 1), part_scale.flatten())
+    shifts = (shift * parts.sum(2, dtype=torch.int64) * part_scale.double()).sum(0).float()
+    step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
+    # |<missed, row>| <= |missed| |row|, where the decoded row's norm is at most the row's own, plus half a scale for
+    # each entry; one bit is decoded to a norm of at most the row's
+    missed = missed + queries.norm(dim=1) * _FP32_SUM
+    per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
+
+    def score(rows: Stored) -> Block:
+        out = torch.empty(rows.count, len(queries))
+        for block, into in _with_places(rows.stored, out):
+            for first in range(0, len(block), step):
+                some = block[first : first + step]
+                sums = products(some if per_byte == 1 else planes(some, bits))
+                _sum_parts(sums, out=into[first : first + step])
+        if (slope, shift) != (1, 0):
+            out.mul_(slope).add_(shifts)
+        return Block(_scaled(out, rows).T, slack_per_norm=missed, slack_per_scale=per_scale)
+
+    return score
+
+
+def planes(stored: UInt8[Tensor, "n stored"], bits: int) -> Int8[Tensor, "n codes"]:
+    """The codes of packed bytes as int8, all first ones, then all second ones and so on: no interleaving."""
+    per_byte, width = 8 // bits, stored.shape[1]
+    out = stored.new_empty(len(stored), per_byte * width)
+    for place in range(per_byte):
+        plane = out[:, place * width : (place + 1) * width]
+        torch.bitwise_right_shift(stored, bits * place, out=plane)
+    return out.bitwise_and_(2**bits - 1).view(torch.int8)
+
+
+def _query_parts(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as sums of int8 vectors [parts, q, k] times scales [parts, q], and the norm of what they miss [q].
+
+    A second vector holds what the first one's rounding left: together 16 bits. It is left out for few queries,
+    where a scan waits for memory, if the first one is near enough; not where matrix units make it free.
+    """
+    rest, parts, scales = queries.numpy().astype(np.float64), [], []
+    scale = np.maximum(np.abs(rest).max(1, initial=0.0), TINY) / 127
+    most = np.linalg.norm(rest, axis=1) * (len(rest) <= _ONE_PART_QUERIES and not _has_matrix_units()) * _ONE_PART
+    while not parts or (len(parts) < 2 and (np.linalg.norm(rest, axis=1) > most).any()):
+        parts.append(np.rint(rest / scale[:, None]))
+        scales.append(scale)
+        rest = rest - parts[-1] * scale[:, None]
+        scale = scale / 254
+    missed = np.linalg.norm(rest, axis=1).astype(np.float32)
+    whole, scales = np.stack(parts).astype(np.int8), np.stack(scales).astype(np.float32)
+    return torch.from_numpy(whole), torch.from_numpy(scales), torch.from_numpy(missed)
+
+
+def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Function from int8 rows [n, k] to their products [n, q] with int8 queries times scales.
+
+    The integer sums are exact.
+    """
+    r, k = queries.shape
+    if k > _INT32_COLUMNS:
+        blocks = [_byte_products(part, scale) for part in queries.split(_INT32_COLUMNS, 1)]
+        return lambda x: sum(
+            (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
+        )
+    if k <= 1:  # torch 2.13: _int_mm gives wrong numbers for rows of one, onednn's ends the process for rows of none
+        return lambda x: x.float() @ queries.float().T * scale
+    if not _has_matrix_units():
+        return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]
+    # with matrix units _int_mm stays at half of the memory's bandwidth
+    filled = torch.nn.functional.pad(queries, (0, 0, 0, max(0, _LEAST_COLUMNS - r)))
+    product = _matrix_unit_products(filled, torch.nn.functional.pad(scale, (0, len(filled) - r)))
+    return lambda x: product(x.contiguous())[:, :r]
+
+
+def _matrix_unit_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    packed, zeros = torch.ops.onednn.qlinear_prepack(queries, None), torch.zeros(len(queries), dtype=torch.int64)
+    linear = torch.ops.onednn.qlinear_pointwise
+    return lambda x: linear(x, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "none")
+
+
+@cache
+def _has_matrix_units() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported() and hasattr(torch.ops.onednn, "qlinear_pointwise"))

@@ -1,0 +1,62 @@
+"""What `Store.verify` finds wrong in an index, mended: shards computed again, parts read again, strays removed.
+
+A shard is made of a part's rows and a model, so that it can be had again as long as both are there; a part only from
+the corpus that it was copied from. Each file is written whole and listed before the next is looked at: a kill loses
+nothing.
+"""
+
+from collections.abc import Callable, Sequence
+
+from whence.errors import CorpusError
+from whence.indexing.manifest import PartEntry, ShardEntry
+from whence.indexing.shards import ShardArrays
+from whence.indexing.store import Store, is_ours
+
+Recompute = Callable[[int, int], ShardArrays]
+"""The arrays of (checkpoint, part)."""
+Reread = Callable[[int], Sequence[dict]]
+"""The corpus rows of a part, from the original corpus."""
+
+
+def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> list[str]:
+    """Mend what `verify` finds; returns a note on each. Without `reread` bad parts are only told."""
+    notes = []
+    # parts first: recomputing a shard reads its part
+    for problem in sorted(store.verify(), key=lambda problem: isinstance(problem.entry, ShardEntry)):
+        if isinstance(problem.entry, ShardEntry):
+            notes.append(_repair_shard(store, problem.entry, recompute))
+        elif isinstance(problem.entry, PartEntry):
+            notes.append(_repair_part(store, problem.entry, reread))
+        elif is_ours(problem.file):
+            store.place.remove(problem.file)
+            notes.append(f"{problem.file}: removed, it was not part of the index")
+        else:
+            notes.append(f"{problem.file}: left alone, it is not a file of Whence's")
+    return notes
+
+
+def _repair_shard(store: Store, old: ShardEntry, recompute: Recompute) -> str:
+    part = store.manifest.parts[old.part]
+    if store.harm(part) is not None:
+        return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
+    new = store.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
+    store.add_shard(new)
+    if new.sha256 == old.sha256:
+        return f"{old.file}: recomputed, the same bytes as before"
+    return f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
+
+
+def _repair_part(store: Store, old: PartEntry, reread: Reread | None) -> str:
+    advice = f"index the original corpus again into {store.place.root} with --restart"
+    if reread is None:
+        return f"{old.file}: cannot be mended from shards; {advice}"
+    number = store.manifest.parts.index(old)
+    try:
+        rows = reread(number)
+    except CorpusError as error:
+        return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
+    if len(rows) != old.rows:
+        return f"{old.file}: the corpus now gives {len(rows)} rows for it, not {old.rows}; {advice}"
+    new = store.replace_part(number, rows)
+    same = "the same bytes as before" if new == old else "listed anew, its bytes differ: has the corpus changed?"
+    return f"{old.file}: read again from the corpus, {same}"

@@ -1,0 +1,140 @@
+"""One shard: the stored vectors of some rows under one checkpoint, as a safetensors file.
+
+    vectors [n, stored]  in the codec        norm [n] f32   of the vector before it was encoded
+    scale   [n] f32      of the codec        loss [n] f32   nats, reduced as the gradient space says
+    status  [n] u8       index in STATUSES   tokens [n] i32 supervised tokens
+
+The header is written here rather than by safetensors' library, so that the vectors start at a multiple of 64
+bytes (matrix kernels read them where they lie in the file) and the same rows give the same bytes. Any
+safetensors reader opens it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float32, Int32, Shaped, UInt8
+from torch import Tensor
+
+from whence.errors import ChecksumError
+from whence.indexing.codecs import Codec
+from whence.storage import Place
+
+STATUSES = ("ok", "no_supervised_token", "non_finite")
+_ALIGNMENT = 64
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+}
+_FIXED = {"scale": torch.float32, "norm": torch.float32, "loss": torch.float32, "tokens": torch.int32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardArrays:
+    """What an index job hands over for some rows."""
+
+    vectors: Float32[Tensor, "n k"]
+    """Rows whose status is not ok may hold anything: zeros are stored."""
+
+    norm: Float32[Tensor, " n"]
+    loss: Float32[Tensor, " n"]
+    """Nats."""
+
+    status: UInt8[Tensor, " n"]
+    tokens: Int32[Tensor, " n"]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """More counts for the manifest, such as truncated rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard as read. `vectors` is memory-mapped where the index is local."""
+
+    vectors: Shaped[Tensor, "n stored"]
+    scale: Float32[Tensor, " n"]
+    norm: Float32[Tensor, " n"]
+    loss: Float32[Tensor, " n"]
+    status: UInt8[Tensor, " n"]
+    tokens: Int32[Tensor, " n"]
+
+    def decoded(self, codec: Codec, k: int) -> Float32[Tensor, "n k"]:
+        """All vectors, in memory."""
+        return codec.decode(self.vectors, self.scale, k)
+
+
+def encoded(arrays: ShardArrays, codec: Codec) -> Shard:
+    """The shard of these arrays, on the CPU."""
+    ok = arrays.status == 0
+    vectors = torch.where(ok[:, None], arrays.vectors, 0.0)
+    assert vectors.isfinite().all(), "a row that is not finite has status ok"
+    stored, scale = codec.encode(vectors)
+    return Shard(
+        vectors=stored.cpu(),
+        scale=scale.cpu(),
+        norm=torch.where(ok, arrays.norm, 0.0).cpu(),
+        loss=arrays.loss.cpu(),
+        status=arrays.status.cpu(),
+        tokens=arrays.tokens.cpu(),
+    )
+
+
+def shard_pieces(shard: Shard) -> tuple[list[memoryview | bytes], int]:
+    """The file of a shard in pieces, and how many bytes they are."""
+    header, body, offset = {}, [], 0
+    for name in ("vectors", *_FIXED, "status"):
+        tensor = getattr(shard, name).contiguous()
+        size = tensor.numel() * tensor.itemsize
+        dtype = _NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        body.extend(_bytes(tensor))
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return [len(text).to_bytes(8, "little") + text, *body], 8 + len(text) + offset
+
+
+def _bytes(tensor: Tensor) -> Iterator[memoryview]:
+    if tensor.numel():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int) -> Shard:
+    """Open a shard and check that its header and size are what the manifest says.
+
+    Raises:
+        ChecksumError: The file is missing, cut short, or not this shard. Contents are checked by `verify`.
+    """
+    try:
+        data = place.mapped(name)
+        length = int.from_bytes(bytes(data[:8].tolist()), "little")
+        header = json.loads(bytes(data[8 : 8 + length].numpy()))
+        body = data[8 + length :]
+        wanted = {
+            "vectors": (codec.dtype, [rows, codec.columns(k)]),
+            **{field: (dtype, [rows]) for field, dtype in _FIXED.items()},
+            "status": (torch.uint8, [rows]),
+        }
+        return Shard(**{field: _tensor(body, header[field], *wanted[field]) for field in wanted})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ChecksumError(
+            f"{place.path(name)} is not the shard that was written ({error}); "
+            f"see what else is wrong with: whence verify {place.root}, and mend it with: "
+            f"whence verify {place.root} --repair"
+        ) from error
+
+
+def _tensor(body: Tensor, entry: dict, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    first, last = entry["data_offsets"]
+    if entry["dtype"] != _NAMES[dtype] or entry["shape"] != shape:
+        raise ValueError(f"found {entry['dtype']} {entry['shape']}, expected {_NAMES[dtype]} {shape}")
+    piece = body[first:last]
+    if len(piece) != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(f"the file ends after {len(body)} of {last} bytes")
+    if piece.data_ptr() % dtype.itemsize:
+        piece = piece.clone()  # short rows can leave what follows them unaligned
+    return piece.view(dtype).view(shape)

@@ -1,0 +1,226 @@
+"""What an index is made of: its settings, the vectors that examples become under them, and what its manifest says.
+
+An example's vector is the sketch of its gradient, as the optimizer's view has it. An example without a supervised
+token, or with a non-finite gradient, gets a status and is never ranked.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whence import __version__, catalogue, runner
+from whence.corpus.tokens import Encoded, bucketed, collate
+from whence.errors import SettingError
+from whence.gradients.adam import Gamma
+from whence.gradients.capture import Transform, sketch
+from whence.indexing.codecs import codec as codec_of
+from whence.indexing.ingest import Fingerprint
+from whence.indexing.manifest import Manifest
+from whence.indexing.shards import STATUSES, ShardArrays
+from whence.models.loading import (
+    LoadedModel,
+    adapter_config,
+    base_of,
+    directory_digest,
+    layer_shape,
+    load_model,
+    located,
+    tokenizer_digest,
+)
+from whence.models.moments import moments_digest, read_moments
+from whence.models.runs import Checkpoint
+from whence.selection.protocols import GradientSpace, Projection
+
+DEFAULT_CONTEXT = 2048
+"""Longest row, in tokens, where neither the caller nor the model's configuration says."""
+TOKENS_ON_CPU, TOKENS_ON_GPU = 4096, 16384
+"""Of one forward and backward pass, where the caller does not say: a GPU is idle with as few as a CPU likes best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them.
+
+    Another device or number of threads moves a vector by rounding: "the same bytes" holds on one machine.
+    """
+
+    space: GradientSpace = field(default_factory=GradientSpace)
+    codec: str = "bfloat16"
+    """Name in `codecs.CODECS`: how vectors are stored."""
+    checkpoints: str = "last"
+    """Of a run: "all", or the "last"."""
+    max_tokens: int | None = None
+    """Longest row in tokens; a longer one is cut (`tokens.encode`). None: the model's context."""
+    tokens_per_batch: int | None = None
+    """Of one forward and backward pass, padding included. None: what suits the device (`batch_tokens`)."""
+    dtype: str | None = None
+    """Load the weights as float32, bfloat16 or float16; None: as stored."""
+    tokenizer: str | None = None
+    """Directory or Hub name, where it is not the model's own."""
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, a third more time."""
+    device: str | None = None
+    device_map: str | None = None
+    engine: str = "local"
+
+    def __post_init__(self):
+        for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):
+            if value is not None and value < 2:
+                raise SettingError(f"{flag} {value}: at least 2 is expected")
+        runner.check_engine(self.engine)
+        codec_of(self.codec)
+        catalogue.projection(self.space.sketch)
+
+
+def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
+    """Settings with some fields replaced by name, those of the gradient space included."""
+    in_space = {name: options.pop(name) for name in list(options) if name in GradientSpace.__dataclass_fields__}
+    unknown = [name for name in options if name not in IndexSettings.__dataclass_fields__]
+    if unknown:
+        raise SettingError(f"{', '.join(unknown)}: not a setting of an index")
+    return replace(settings, space=replace(settings.space, **in_space), **options)
+
+
+def batch_tokens(settings: IndexSettings, device: torch.device) -> int:
+    """Tokens of one pass: as set, or what suits the device."""
+    return settings.tokens_per_batch or (TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
+
+
+def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> LoadedModel:
+    """Load a model as an index with these settings does."""
+    return load_model(
+        path,
+        base=base,
+        tokenizer=settings.tokenizer,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
+    """The projection that an index of this model would use."""
+    space = settings.space
+    shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
+    own = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
+    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **own)
+
+
+def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | None:
+    """What the view makes of an example's gradient under this checkpoint; None where that stays as it is.
+
+    Raises:
+        ModelError: The view needs moments, and the checkpoint has none that fit.
+    """
+    if settings.space.view == "sgd":
+        return None
+    return Gamma(read_moments(model, model.layers(settings.space.layers)), mode=settings.space.adam_mode)
+
+
+def manifest_of(
+    checkpoints: Sequence[Checkpoint], loaded: LoadedModel, corpus: Fingerprint, name: str, settings: IndexSettings
+) -> Manifest:
+    """The manifest of an index that is to be built: all that a resumed build must agree on."""
+    layers = loaded.layers(settings.space.layers)
+    if not layers:
+        raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
+    if settings.gradient_checkpointing:
+        loaded.require_gradient_checkpointing()
+    longest = settings.max_tokens
+    if longest is not None and loaded.context is not None and longest > loaded.context:
+        raise SettingError(f"--max-tokens {longest}: the model's context is {loaded.context} tokens")
+    kept: dict[str, Any] = {
+        "space": settings.space.as_json(),
+        "layer_names": list(layers),
+        "traced_fraction": round(loaded.traced_fraction(layers), 4),
+        "layout": corpus.layout,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "tokenizer_path": absolute(settings.tokenizer),
+        "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
+    }
+    kept["tokens_per_batch"] = batch_tokens(settings, loaded.device)
+    kept |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
+    entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
+    return Manifest(
+        whence_version=__version__,
+        codec=settings.codec,
+        width=projection_for(loaded, settings).width,
+        settings=kept,
+        checkpoints=tuple(entries),
+        corpora=({"name": absolute(name), "digest": corpus.digest, "rows": corpus.rows},),
+    )
+
+
+def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "path": absolute(checkpoint.path),
+        "step": checkpoint.step,
+        "learning_rate": checkpoint.learning_rate,
+        "weight": checkpoint.weight,
+        "digest": directory_digest(checkpoint.path),
+    }
+    if config := adapter_config(located(checkpoint.path)):
+        entry["base"] = absolute(base_of(config))
+    return entry if view == "sgd" else entry | {"moments": moments_digest(checkpoint.path)}
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that stays true in another directory; anything else as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def example_vectors(
+    model: LoadedModel,
+    layers: dict[str, nn.Module],
+    projection: Projection,
+    encoded: list[Encoded],
+    *,
+    settings: IndexSettings,
+    transform: Transform | None = None,
+    tick: Callable[[int, int], None] = lambda examples, tokens: None,
+) -> ShardArrays:
+    """Sketched gradients of examples, in their order, with norms, losses and statuses.
+
+    They are plain gradients, a query's under any view, unless `transform` says what the optimizer makes of them.
+
+    The loss is in nats, reduced over the example's supervised tokens as the gradient space says; the norm is the
+    sketch's, before it is stored: over seeds, its square is an unbiased estimate of the gradient's.
+    """
+    n = len(encoded)
+    vectors, loss = torch.zeros(n, projection.width), torch.zeros(n)
+    targets = torch.tensor([example.targets for example in encoded], dtype=torch.int32)
+    status = torch.where(targets > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
+    usable = [number for number in range(n) if targets[number] > 0]
+    tick(n - len(usable), 0)
+    lengths = [len(encoded[number].ids) for number in usable]
+    for batch in bucketed(lengths, batch_tokens(settings, model.device)):
+        numbers = [usable[position] for position in batch]
+        rows, losses = sketch(
+            model,
+            layers,
+            collate([encoded[number] for number in numbers]),
+            projection,
+            reduction=settings.space.reduction,
+            normalise=settings.space.normalise,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            transform=transform,
+        )
+        vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()
+        tick(len(numbers), sum(len(encoded[number].ids) for number in numbers))
+    norm = vectors.norm(dim=1)
+    finite = torch.isfinite(vectors).all(1) & torch.isfinite(norm) & torch.isfinite(loss)
+    status[~finite] = STATUSES.index("non_finite")
+    norm = torch.where(finite, norm, 0.0)
+    return ShardArrays(
+        vectors=vectors,
+        norm=norm,
+        loss=loss.nan_to_num(0, 0, 0),
+        status=status.to(torch.uint8),
+        tokens=targets,
+    )

@@ -1,0 +1,322 @@
+"""The `mix law` job: a table of mixtures and losses -> a law, what it is worth, and the mixture that it suggests.
+
+A law is graded by cross-validation: rows are dealt to folds at random (rows of the same mixture to the same fold), and
+each fold's losses are predicted by a law fitted to the others. So the error is that of a law of somewhat fewer rows, on
+mixtures drawn as the table's were. It says nothing of mixtures unlike those, nor of larger models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from whence import catalogue
+from whence.corpus.reading import Row
+from whence.errors import SettingError
+from whence.mixing.simplex import (
+    CriticalRatio,
+    Optimum,
+    cap_vector,
+    critical_ratio,
+    optimum,
+    share_outside,
+    target_vector,
+)
+from whence.mixing.tables import ROUNDING, FitMixingLaw, MixingLaw, MixtureTable, named_amounts, read_mixture_table
+from whence.numerics import bootstrap_interval, mixed_seed
+
+RESAMPLES = 1000
+FEW = 3
+"""Rows a domain below which a note says that the table is short."""
+OUTSIDE = 0.01
+"""Share of a mixture outside the table's hull from which a note says so."""
+CLOSED = 1e-3
+"""Frank-Wolfe gap, in the losses' unit, from which a note says so."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Of held-out predictions, with 95% bootstrap intervals over mixtures."""
+
+    error: float
+    """Mean absolute difference, in the table's unit."""
+    error_interval: tuple[float, float]
+    spearman: float | None
+    """Rank correlation of predicted and true losses; None where one of them is the same everywhere."""
+    spearman_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A table's losses, each predicted by a law that had not seen its mixture."""
+
+    table: MixtureTable
+    predicted: Float64[np.ndarray, "n E"]
+    folds: int
+    seed: int
+
+    @cached_property
+    def sets(self) -> dict[str, Grade]:
+        """Grades of each evaluation set by name."""
+        return {name: self._grade([place]) for place, name in enumerate(self.table.sets)}
+
+    @cached_property
+    def overall(self) -> Grade:
+        """Mean error and mean rank correlation over the sets that have one."""
+        ranked = [grade.spearman is not None for grade in self.sets.values()]
+        return self._grade(np.flatnonzero(ranked).tolist())
+
+    def _grade(self, places: list[int]) -> Grade:
+        every = places or list(range(len(self.table.sets)))
+        errors = torch.from_numpy(np.abs(self.predicted - self.table.losses)[:, every]).mean(1)
+        error_interval = bootstrap_interval(errors, seed=self.seed, resamples=RESAMPLES)
+        pairs = np.stack([self.predicted, self.table.losses], -1)[:, every]  # n e 2
+        if not places or (pairs == pairs[0]).all(0).any():
+            return Grade(float(errors.mean()), error_interval, None, None)
+        codes = _codes(pairs)
+        interval = bootstrap_interval(codes, seed=self.seed, resamples=RESAMPLES, statistic=_mean_spearman)
+        return Grade(float(errors.mean()), error_interval, _mean_spearman(codes), interval)
+
+
+def _codes(values: Float64[np.ndarray, "n e 2"]) -> Float64[Tensor, "n e 2"]:
+    """The same order in every column, as whole numbers from 0; equal values share one."""
+    columns = values.reshape(len(values), -1).T
+    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in columns], 1)
+    return torch.from_numpy(codes.reshape(values.shape).astype(np.float64))
+
+
+def _mean_spearman(codes: Float64[Tensor, "n e 2"]) -> float:
+    """Mean over sets of `numerics.spearman`, by counting: a thousand resamples of a table take no sorting.
+
+    A resample that is the same everywhere orders nothing, and counts 0.
+    """
+    n, places = len(codes), codes.flatten(1).long().numpy()
+    places = places + n * np.arange(places.shape[1])  # of every column's every value
+    counts = np.bincount(places.ravel(), minlength=n * places.shape[1]).reshape(-1, n)
+    ranks = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places].reshape(codes.shape) - (n + 1) / 2
+    norms = np.sqrt((ranks**2).sum(0)).prod(1)
+    return float(np.mean((ranks[..., 0] * ranks[..., 1]).sum(0) / np.where(norms > 0, norms, 1.0)))
+
+
+def cross_validated(table: MixtureTable, law: FitMixingLaw | str = "exp", *, folds: int = 10, seed: int = 0) -> HeldOut:
+    """Predict every row of a table by a law fitted without it.
+
+    Args:
+        table: Mixtures and losses.
+        law: A law's class, or its name in `catalogue.MIXING_LAWS`.
+        folds: At most as many as there are different mixtures.
+        seed: Of the dealing to folds, the law and the intervals.
+
+    Raises:
+        SettingError: Fewer than two folds, or too few rows for the law without one of them.
+    """
+    made = catalogue.mixing_law(law) if isinstance(law, str) else law
+    _, group = np.unique(table.mixtures.round(12), axis=0, return_inverse=True)
+    groups = int(group.max()) + 1
+    if folds < 2 or groups < 2:
+        raise SettingError(f"--folds {folds}: two at least, and two different mixtures, of which there are {groups}")
+    folds = min(folds, groups)
+    dealt = np.random.default_rng(mixed_seed(seed, "folds")).permutation(groups) % folds
+    fold = dealt[group.reshape(-1)]
+    left, least = table.n - int(np.bincount(fold).max()), made.least_rows(len(table.domains))
+    if left < least:
+        raise SettingError(
+            f"{table.n} mixtures of {len(table.domains)} domains: this law needs {least}, and {folds} folds leave "
+            f"{left} to fit by; give more mixtures, or put domains together"
+        )
+    predicted = np.empty_like(table.losses)
+    for number in range(folds):
+        held = fold == number
+        fitted = made.fit(table.rows(np.flatnonzero(~held)), seed=seed)
+        predicted[held] = fitted.predict(table.mixtures[held])
+    return HeldOut(table, predicted, folds, seed)
+
+
+@dataclass(frozen=True)
+class MixLaw:
+    """What a `mix law` job found."""
+
+    table: MixtureTable
+    law: MixingLaw
+    held_out: HeldOut
+    weights: Float64[np.ndarray, " E"]
+    """Of the evaluation sets in the objective; they sum to 1."""
+    caps: Mapping[str, float]
+    best: Optimum
+    critical: dict[str, dict[str, CriticalRatio]]
+    """By evaluation set asked about, and domain."""
+    settings: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def mean(self) -> Float64[np.ndarray, " K"]:
+        """The mean of the table's mixtures."""
+        return self.table.mixtures.mean(0)
+
+    @property
+    def best_row(self) -> int:
+        """Number of the table's mixture of least true objective: of those within the caps, where there are any."""
+        most = named_amounts(self.caps, self.table.domains, "--cap", "domain", 1.0)
+        allowed = (self.table.mixtures <= most + ROUNDING).all(1)
+        losses = self.table.losses @ self.weights
+        return int(np.argmin(np.where(allowed, losses, np.inf) if allowed.any() else losses))
+
+    @property
+    def rows(self) -> list[Row]:
+        """One for each domain: the suggested share beside what was tried."""
+        tried = self.table.mixtures
+        return [
+            {
+                "domain": name,
+                "suggested": float(self.best.mixture[place]),
+                "mean": float(self.mean[place]),
+                "best_tried": float(tried[self.best_row, place]),
+                "least_tried": float(tried[:, place].min()),
+                "most_tried": float(tried[:, place].max()),
+                "cap": float(self.caps.get(name, 1.0)),
+            }
+            for place, name in enumerate(self.table.domains)
+        ]
+
+    @property
+    def set_rows(self) -> list[Row]:
+        """One for each evaluation set: how well it is predicted, and what is predicted."""
+        at_mean = self.law.predict(self.mean[None])[0]
+        return [
+            {"set": name, "weight": float(self.weights[place]), **_graded(self.held_out.sets[name])}
+            | {"suggested": float(self.best.predicted[place]), "mean": float(at_mean[place])}
+            | {"best_tried": float(self.table.losses[self.best_row, place])}
+            for place, name in enumerate(self.table.sets)
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        critical = {name: {domain: vars(ratio) for domain, ratio in of.items()} for name, of in self.critical.items()}
+        return {
+            "settings": self.settings,
+            "notes": self.notes,
+            "overall": _graded(self.held_out.overall),
+            "objective": self.best.objective,
+            "gap": self.best.gap,
+            "sets": self.set_rows,
+            "critical": critical,
+            "rows": self.rows,
+        }
+
+
+def _graded(grade: Grade) -> Row:
+    low, high = grade.error_interval
+    below, above = grade.spearman_interval or (None, None)
+    return {
+        "error": grade.error,
+        "error_low": low,
+        "error_high": high,
+        "spearman": grade.spearman,
+        "spearman_low": below,
+        "spearman_high": above,
+    }
+
+
+def mix_law(
+    mixtures: str | Path | list[Row] | MixtureTable,
+    losses: str | Path | list[Row] | None = None,
+    *,
+    law: str = "exp",
+    targets: Mapping[str, float] | None = None,
+    caps: Mapping[str, float] | None = None,
+    before: Mapping[str, float] | None = None,
+    within: bool = False,
+    folds: int = 10,
+    seed: int = 0,
+    mixture_prefix: str | None = None,
+    loss_prefix: str | None = None,
+) -> MixLaw:
+    """Fit a mixing law to a table, grade it by cross-validation, and find its best mixture.
+
+    Args:
+        mixtures: Shares, or shares and losses; see `mixtures.read_mixture_table`.
+        losses: Losses, where they are in another file.
+        law: Name in `catalogue.MIXING_LAWS`.
+        targets: Weights of evaluation sets in the objective by name; all alike unless given.
+        caps: Most of a domain by name, as a share; see `simplex.availability_caps`.
+        before: Losses of the parent on evaluation sets by name: at what share of each domain are they kept?
+        within: Suggest of no domain more than some mixture of the table had.
+        folds: Of the cross-validation.
+        seed: Of everything drawn.
+        mixture_prefix: How the columns of shares begin.
+        loss_prefix: How the columns of losses begin.
+
+    Raises:
+        SettingError: What cannot be used in the table, or a name or number that does not fit it.
+        UnknownNameError: No such law.
+        MissingExtraError: The law needs a package that is not installed.
+    """
+    made = catalogue.mixing_law(law)
+    if isinstance(mixtures, MixtureTable):
+        table = mixtures
+    else:
+        table = read_mixture_table(mixtures, losses, mixture_prefix=mixture_prefix, loss_prefix=loss_prefix)
+    asked = before or {}
+    named_amounts(asked, table.sets, "--before", "evaluation set", 0.0)
+    weights = target_vector(table.sets, targets)
+    most = dict(caps or {})
+    cap_vector(table.domains, most)
+    if within:
+        tried = dict(zip(table.domains, table.mixtures.max(0).tolist(), strict=True))
+        most = {name: min(most.get(name, 1.0), share) for name, share in tried.items()}
+        cap_vector(table.domains, most)
+    held_out = cross_validated(table, made, folds=folds, seed=seed)
+    fitted = made.fit(table, seed=seed)
+    middle = table.mixtures.mean(0)
+    best = optimum(fitted, targets, caps=most, prior=middle, seed=seed)
+    critical = {
+        name: {domain: critical_ratio(fitted, name, domain, loss, others=middle) for domain in table.domains}
+        for name, loss in asked.items()
+    }
+    settings = {"law": law, "targets": dict(targets or {}), "caps": most, "before": dict(asked)}
+    settings |= {"mixtures": table.n, "folds": held_out.folds, "seed": seed}
+    found = MixLaw(table, fitted, held_out, weights, most, best, critical, settings, [])
+    found.notes.extend(_notes(found))
+    return found
+
+
+def _notes(found: MixLaw) -> list[str]:
+    """What a person must know before believing it."""
+    table, best, notes = found.table, found.best, []
+    if table.n < FEW * len(table.domains):
+        notes.append(
+            f"{table.n} mixtures for {len(table.domains)} domains are few: about {FEW * len(table.domains)} are needed "
+            "before a law ranks well"
+        )
+    if table.column == "merged":
+        notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
+    outside = share_outside(table, best.mixture)
+    if outside > OUTSIDE:
+        notes.append(
+            f"the suggested mixture is outside what was tried: {outside:.0%} of it would have to move for it to be a "
+            "mean of mixtures in the table. The law is extrapolating: train on it before trusting it, or add --within"
+        )
+    tried = found.table.losses[found.best_row] @ found.weights
+    error = float(np.abs((found.held_out.predicted - table.losses) @ found.weights).mean())
+    if best.objective >= tried:
+        notes.append(
+            f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: it knows "
+            "of none better than those tried"
+        )
+    elif tried - best.objective < error:
+        notes.append(
+            f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: the "
+            f"difference is within the law's own held-out error of {error:.2g}"
+        )
+    if best.gap is not None and best.gap > CLOSED:
+        notes.append(f"the search stopped early: a mixture within the caps may be better by up to {best.gap:.2g}")
+    silent = [name for name, grade in found.held_out.sets.items() if grade.spearman is None]
+    if silent:
+        notes.append(f"no rank correlation on {', '.join(silent)}: true or predicted losses are the same everywhere")
+    return notes

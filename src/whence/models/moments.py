@@ -1,0 +1,318 @@
+"""Adam's moments of a checkpoint, under the names of the layers that they belong to.
+
+A Trainer writes `optimizer.pt`, which numbers parameters in the order of the optimizer's groups: those with weight
+decay first, then those without, each in the order of `named_parameters()`. Which parameters have decay is a rule of
+transformers that has changed; the rule that fits a file's counts and shapes is taken, and a file that none fits is
+refused. FSDP's `optimizer.bin`, and files of an optimizer that was made from named parameters, say the names.
+
+Steps done, betas and eps are read from the file too, never assumed. A weight that is tied to another has one pair of
+moments, for both its uses together.
+
+Files are read as tensors alone (`weights_only`), and mapped, so that only what is traced is fetched from the disk.
+What cannot be read: 8-bit moments, sharded or DeepSpeed checkpoints, optimizers other than Adam and AdamW.
+
+Source: transformers' `Trainer.create_optimizer` and `get_decay_parameter_names` for the order.
+"""
+
+import hashlib
+import itertools
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from whence.errors import ModelError
+from whence.models.loading import LoadedModel, layer_shape
+
+FILES = ("optimizer.pt", "optimizer.bin")
+"""A Trainer's, and FSDP's."""
+OTHER_LAYOUTS = ("optimizer_0", "global_step*", "rank*-of-*-optimizer.pt", "zero_to_fp32.py")
+"""What sharded and DeepSpeed checkpoints hold in their place."""
+KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
+"""The two moments, as torch and as bitsandbytes name them."""
+WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+"""What FSDP, activation checkpointing and torch.compile put into a name."""
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+REMEDY = "--view sgd needs no optimizer file."
+"""What an index is told that has none; other readers say their own."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one layer's weight, laid out as its gradient, and what AdamW did with them.
+
+    They are the file's own pages, so what outlives a change of the file must be copied, as `adam` does.
+    """
+
+    m1: Float32[Tensor, "o i"]
+    """Running mean of the gradients, not corrected for its start at 0."""
+    m2: Float32[Tensor, "o i"]
+    """Of their squares."""
+    step: int
+    """Steps done."""
+    betas: tuple[float, float]
+    eps: float
+
+
+def optimizer_file(directory: str | Path) -> Path:
+    """The file that a checkpoint's moments are in.
+
+    Raises:
+        ModelError: There is none; the message says what there is.
+    """
+    for name in FILES:
+        if (file := Path(directory) / name).is_file():
+            return file
+    others = [item.name for pattern in OTHER_LAYOUTS for item in Path(directory).glob(pattern)]
+    if others:
+        what = (
+            f"its {others[0]} is a sharded checkpoint, which Whence does not read. With FSDP, train with "
+            "fsdp_state_dict_type FULL_STATE_DICT"
+        )
+    elif Path(directory).is_dir():
+        what = "a Trainer writes it into every checkpoint unless save_only_model is set. Train without that"
+    else:
+        what = "it is no local directory, and models on the Hub come without. Index a training's own directory"
+    raise ModelError(f"{directory}: there is no {' or '.join(FILES)} in it, where Adam's moments are kept; {what}.")
+
+
+def moments_digest(directory: str | Path) -> str:
+    """sha256 of a checkpoint's optimizer file."""
+    with _else(REMEDY), optimizer_file(directory).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_moments(model: LoadedModel, layers: Mapping[str, nn.Module], *, remedy: str = REMEDY) -> dict[str, Moments]:
+    """Moments of a checkpoint's layers.
+
+    Args:
+        model: Of the checkpoint, loaded from its directory.
+        layers: Traced layers by name; the weight of each was trained.
+        remedy: How to do without, for the message where there is no file or it cannot be read.
+
+    Raises:
+        ModelError: No file, one that holds other things than Adam's moments, or that of another model; the parameter
+            is named.
+    """
+    with _else(remedy):
+        file = optimizer_file(model.path)
+        entries = _by_name(_read(file), model, file)
+        names = _names(model)
+        return {name: _moments(name, layer, names[id(layer.weight)], entries, file) for name, layer in layers.items()}
+
+
+@contextmanager
+def _else(remedy: str) -> Iterator[None]:
+    """Errors that say how to do without."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error} {remedy}") from None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One parameter's state in the file, and its group's settings."""
+
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{file}: it holds more than tensors and numbers, and Whence never unpickles such ({reason})."
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{file}: not a readable optimizer file ({reason}). Copy it again.") from None
+    if not isinstance(content, dict) or not {"state", "param_groups"} <= content.keys():
+        kind = (
+            f"the entries {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else type(content).__name__
+        )
+        raise ModelError(f"{file}: an optimizer's `state` and `param_groups` are expected, found {kind}.")
+    return content
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether it is in the zip format, as all but very old files are."""
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mapping[str, _Entry], file: Path) -> Moments:
+    found = next((entries[name] for name in names if name in entries), None)
+    if not entries:
+        raise ModelError(f"{file}: it holds nothing of any parameter, where Adam and AdamW keep moments.")
+    if found is None:
+        raise ModelError(
+            f"{file}: it has no moments of {names[0]}, so that weight was not trained. Leave the layer out with "
+            f"--layers: {layer}."
+        )
+    weight = module.weight
+    assert isinstance(weight, Tensor), "layers are chosen by their weight"
+    keys = next((keys for keys in KEYS if set(keys) <= found.state.keys()), None)
+    if keys is None or not {"betas", "eps"} <= found.group.keys() or "step" not in found.state:
+        kept = ", ".join(map(str, found.state)) or "nothing"
+        raise ModelError(
+            f"{file}: of {names[0]} it holds {kept}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW keep "
+            "them."
+        )
+    pair = [found.state[key] for key in keys]
+    if any(moment.dtype == torch.uint8 for moment in pair):
+        raise ModelError(
+            f"{file}: the moments of {names[0]} are in 8 bits (bitsandbytes), which Whence does not read. Train with "
+            f"a 32-bit AdamW, such as --optim adamw_torch."
+        )
+    if found.group.get("amsgrad") or found.group.get("maximize"):
+        raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
+    for key, moment in zip(keys, pair, strict=True):
+        if moment.shape != weight.shape:
+            raise ModelError(
+                f"{file}: {key} of {names[0]} has the shape {[*moment.shape]}, the model's weight {[*weight.shape]}: "
+                f"they are of different models."
+            )
+    # Conv1D keeps its weight as [i o], and so does its optimizer; the shape cannot tell where i = o
+    m1, m2 = (moment.float() if isinstance(module, nn.Linear) else moment.float().T for moment in pair)
+    assert m1.shape == layer_shape(module), f"{layer}: {m1.shape}"
+    first, second = (float(beta) for beta in found.group["betas"])
+    return Moments(m1, m2, int(found.state["step"]), (first, second), float(found.group["eps"]))
+
+
+# -- names
+
+
+def _names(model: LoadedModel) -> dict[int, list[str]]:
+    """Every name of each parameter, without wrappers, by its identity; tied weights have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return names
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers and the adapter's own name put into it.
+
+    >>> plain_name("module._fsdp_wrapped_module.model.q_proj.lora_A.default.weight")
+    'model.q_proj.lora_A.weight'
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts and parts[0] == "module":  # data-parallel wrappers; further in, it may be a layer's own name
+        parts = parts[1:]
+    named = {n + 1 for n, part in enumerate(parts) if part.startswith("lora_") or part == "modules_to_save"}
+    return ".".join(part for n, part in enumerate(parts) if n not in named or part == "weight")
+
+
+def _by_name(content: dict[str, Any], model: LoadedModel, file: Path) -> dict[str, _Entry]:
+    """The file's entries by plain name, whatever the file's own keys are."""
+    state, groups = content["state"], content["param_groups"]
+    numbers = [list(group["params"]) for group in groups]
+    if any(isinstance(key, str) for group in numbers for key in group):
+        names = [[plain_name(key) for key in group] for group in numbers]
+    elif all("param_names" in group for group in groups):
+        names = [[plain_name(name) for name in group["param_names"]] for group in groups]
+    else:
+        names = _names_by_order(state, numbers, model, file)
+    return {
+        name: _Entry(state[key], group)
+        for group, keys, named in zip(groups, numbers, names, strict=True)
+        for key, name in zip(keys, named, strict=True)
+        if key in state
+    }
+
+
+def _names_by_order(
+    state: Mapping[Any, Mapping[str, Any]], numbers: list[list[int]], model: LoadedModel, file: Path
+) -> list[list[str]]:
+    """Names of parameters that the file only numbers, from the first order that fits its counts and shapes."""
+    counts, tried, problem = [len(group) for group in numbers], [], ""
+    for order in _orders(model):
+        groups = iter(order)
+        # an adapter has no parameter without decay, and the file an empty group for those
+        filled = [next(groups, []) if count else [] for count in counts]
+        tried.append(" + ".join(str(len(group)) for group in order))
+        if [len(group) for group in filled] != counts or next(groups, None) is not None:
+            continue
+        wrong = next(_of_other_shape(state, numbers, filled, model), None)
+        if wrong is None:
+            return [[plain_name(name) for name in group] for group in filled]
+        problem = problem or wrong
+    if problem:
+        raise ModelError(f"{file}: {problem}: the optimizer's order of parameters is not this model's.")
+    raise ModelError(
+        f"{file}: its groups hold {' + '.join(map(str, counts))} parameters; of this model "
+        f"{' or '.join(dict.fromkeys(tried))} are expected, by what a Trainer trains. Whose they are cannot be told "
+        "where other parameters were trained or grouped: make the optimizer from named_parameters(), whose names "
+        f"torch then writes beside them."
+    )
+
+
+def _of_other_shape(
+    state: Mapping[Any, Mapping[str, Any]], numbers: list[list[int]], names: list[list[str]], model: LoadedModel
+) -> Iterator[str]:
+    """Parameters whose moments have not their shape, as a person reads it."""
+    for key, name in zip(itertools.chain(*numbers), itertools.chain(*names), strict=True):
+        expected = model.model.get_parameter(name).shape
+        for keys in KEYS:
+            moment = state.get(key, {}).get(keys[0])
+            if isinstance(moment, Tensor) and moment.dtype != torch.uint8 and moment.shape != expected:
+                yield f"{keys[0]} number {key} has the shape {[*moment.shape]}, {name} {[*expected]}"
+
+
+def _orders(model: LoadedModel) -> Iterator[list[list[str]]]:
+    """Groups of names as optimizers order them, the installed Trainer's first; empty groups left out."""
+    for names in _trained(model):
+        for decays in (_decays, _decayed_before):
+            groups = [[name for name in names if decays(model.model, name) is kept] for kept in (True, False)]
+            yield [group for group in groups if group]
+        yield [names]
+
+
+def _trained(model: LoadedModel) -> Iterator[list[str]]:
+    """Names of the parameters that were trained, in their order: of an adapter as peft thaws it, or its LoRA alone."""
+    names = [name for name, _ in model.model.named_parameters()]
+    if not model.has_adapter:
+        yield names
+        return
+    lora = [name for name in names if "lora_" in name]
+    bias = next(iter(model.model.peft_config.values())).bias  # type: ignore[union-attr,operator]
+    owners = {name.rpartition(".lora_")[0] for name in lora}
+    yield [
+        name
+        for name in names
+        if "lora_" in name
+        or ".modules_to_save." in name
+        or ".trainable_tokens_" in name
+        or (bias == "all" and "bias" in name)
+        or (bias == "lora_only" and name.endswith(".base_layer.bias") and name.rpartition(".base_layer")[0] in owners)
+    ]
+    yield lora
+
+
+Decays = Callable[[nn.Module, str], bool]
+
+
+def _decays(model: nn.Module, name: str) -> bool:
+    """Whether a Trainer of transformers 4.50 and later decays a parameter."""
+    return not _is_in_layer_norm(model, name) and not NO_DECAY.search(name.lower())
+
+
+def _decayed_before(model: nn.Module, name: str) -> bool:
+    """The same of earlier ones, which went by the norm's class and by `bias` alone."""
+    return not _is_in_layer_norm(model, name) and "bias" not in name
+
+
+def _is_in_layer_norm(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")[:-1]
+    owners = (model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts)))
+    return any(isinstance(owner, nn.LayerNorm) for owner in owners)

@@ -1,0 +1,113 @@
+"""What a person reads of an ablation: mixtures on every evaluation set, the best of each, how well proxies rank."""
+
+import math
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from whence.ablation.pipeline import Ablation
+from whence.ablation.suggestion import Suggestion
+from whence.reports.tables import visible
+from whence.reports.wide_table import Folded
+
+SHOWN = 24
+"""Mixtures."""
+
+
+def ablation_report(found: Ablation, *, bits: bool = False) -> RenderableType:
+    """Notes, losses, agreement, cost.
+
+    Args:
+        found: To be shown.
+        bits: Bits per byte in place of perplexities.
+    """
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
+    parts.append(_losses(found, bits=bits))
+    if found.agreements:
+        parts += [Text(""), _agreements(found)]
+    parts.append(Text(f"\n{cost_told(found.cost)}", "dim"))
+    return Group(*parts)
+
+
+def cost_told(cost: Mapping[str, float]) -> str:
+    """What reading mixtures took beside training them, as a sentence."""
+    return (
+        f"{cost['candidates']:,.0f} mixtures were read in {cost['reading seconds']:,.0f} s; the pool took "
+        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would take "
+        f"{cost['tokens of training every candidate']:,.0f}: the pool is cheaper from "
+        f"{math.ceil(cost['break-even candidates'])} mixtures on."
+    )
+
+
+def suggestion_report(found: Suggestion) -> RenderableType:
+    """The mixture, and losses of its average beside those of all alike, the best alone, and the parent."""
+    mixture = Table(box=None, pad_edge=False, header_style="bold dim")
+    mixture.add_column("partition")
+    mixture.add_column("share", justify="right")
+    for name, weight in sorted(found.mixture.items(), key=lambda pair: -pair[1]):
+        mixture.add_row(Text(visible(name)), f"{weight:.1%}")
+    table = Folded("Loss of the average, nats a token", "", list(found.losses))
+    lines = (("suggested", found.losses), ("all alike", found.uniform), (f"{found.alone} alone", found.best_alone),
+             ("the parent", found.parent))  # fmt: skip
+    for label, losses in lines:
+        table.add_row(Text(visible(label)), [f"{loss:.3f}" for loss in losses.values()])
+    said = "Losses of averages rank mixtures; they are not those of a model trained on one."
+    return Group(mixture, Text(""), table, Text(said, "yellow"))
+
+
+def _losses(found: Ablation, *, bits: bool) -> Folded:
+    """A row each mixture; the best of a set in green, truth beside where there is one."""
+    sets, best = list(dict.fromkeys(cell.set for cell in found.cells)), found.best()
+    by = {(cell.mixture, cell.set): cell for cell in found.cells}
+    title = f"{'Bits per byte' if bits else 'Perplexity'} of the merged model, which ranks mixtures"
+    if not bits and any(cell.truth is not None for cell in found.cells):
+        title += " (of the one really trained)"
+    table = Folded(title, "mixture", sets)
+    order = list(found.gained())
+    for mixture in order[:SHOWN]:
+        cells = [by[mixture, name] for name in sets]
+        shown = [Text(_value(cell.merged, cell.bits_per_byte, bits=bits),
+                      "bold green" if best[cell.set] == mixture else "") for cell in cells]  # fmt: skip
+        for text, cell in zip(shown, cells, strict=True):
+            if cell.truth is not None and not bits:
+                text.append(f" ({math.exp(min(cell.truth, 700)):.1f})", "dim")
+        table.add_row(Text(visible(mixture)), shown)
+    if len(order) > SHOWN:
+        table.add_row(Text(f"... {len(order) - SHOWN} more: -o FILE", "dim"), [""] * len(sets))
+    parent = [Text(_value(by[order[0], name].parent, None, bits=bits), "dim") for name in sets]
+    table.add_row(Text("the parent", "dim"), parent)
+    return table
+
+
+def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
+    if bits:
+        return "-" if bits_per_byte is None else f"{bits_per_byte:.3f}"
+    return f"{math.exp(min(loss, 700.0)):.1f}"
+
+
+PROXIES = ("mean", "midpoint", "best", "ngram")
+"""Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
+
+
+def _agreements(found: Ablation) -> Table:
+    """Spearman's correlation with the truth by set and group of candidates; the regret of choosing by the merge."""
+    table = Table(title="Rank correlation with really trained models", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold dim")  # fmt: skip
+    table.add_column("evaluation set", no_wrap=True)
+    for name in ("n", "merged", "95%", "regret", *PROXIES):
+        table.add_column(name, justify="right", no_wrap=True)
+    for evaluated, by_group in found.agreements.items():
+        for group, by_proxy in by_group.items():
+            merged = by_proxy.get("merged")
+            if merged is None:
+                continue
+            low, high = merged.spearman_interval
+            others = [f"{by_proxy[name].spearman:.2f}" if name in by_proxy else "-" for name in PROXIES]
+            label = evaluated if group == "all" else f"  {group}"
+            table.add_row(Text(visible(label)), f"{merged.candidates}", f"{merged.spearman:.2f}",
+                          f"{low:.2f} to {high:.2f}", f"{merged.regret:.3f}", *others)  # fmt: skip
+    table.caption = "regret: nats lost by choosing the mixture that the merge ranks first"
+    table.caption_justify = "left"
+    return table

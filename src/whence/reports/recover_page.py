@@ -1,0 +1,336 @@
+"""A recovery as one HTML file that can be sent to a colleague: it runs nothing, loads nothing and needs no server.
+
+First the mixture of sources with its intervals, then the rows at both ends of the choice; then what they rest on: the
+scores of all rows beside those of rows that are known not to be members, what the calibration went by, and how far each
+parameter moved against the rounding of its file. Corpus text is untrusted: see `page_parts`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from whence.recovery.pipeline import Recovered
+from whence.reports.page import axis, bars, document, fact_list, pick, said, section, shown, shown_row, stretched, table
+from whence.reports.svg import number
+
+FIRST, LAST = 10, 5
+"""Rows that are shown of the best of the choice, and of its last."""
+SOURCES, LAYERS, WEIGHTS = 20, 12, 12
+"""Lines of the tables; the rest is counted."""
+BINS = 40
+"""Of a histogram, at most; of few rows fewer."""
+FARTHEST = 16.0
+"""Log odds beyond which rows stand in the last bin: about where float32 has no probability left but 1."""
+TICKS = (0.5, 0.1, 0.9, 0.01, 0.99, 0.001, 0.999, 0.0001, 0.9999, 0.00001, 0.000001)
+"""Probabilities that a histogram names, as far as there is room, in order of importance."""
+SHARES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
+"""Of a histogram's rows that it names the heights of, as far as there is room."""
+ROOM = 0.12
+"""Of its width, between two of them."""
+
+
+def recovery_page(found: Recovered, command: str | None = None) -> str:
+    """A recovery as a self-contained HTML document, to be written as UTF-8.
+
+    Args:
+        found: What to show.
+        command: That made it, where there is one.
+    """
+    lead = f"{len(found.rows):,} of {len(found.scores):,} rows"
+    body = [
+        f'<p class="lead">{lead}</p>',
+        *(f'<p class="how">{shown(line)}</p>' for line in _how(found)),
+        *(f'<p class="note">{shown(note)}</p>' for note in found.notes),
+        _mixture(found),
+        *_rows(found),
+        f'<div class="pair">{_scores(found)}{_weights(found)}</div>',
+        _layers(found),
+        section("How this was made", fact_list(_facts(found, command))),
+    ]
+    title = f"Whence: {lead}, by {found.settings['method']}"
+    return document("what this model was trained on", title, body, "recover_page.css")
+
+
+def _how(found: Recovered) -> list[str]:
+    told = f"by {found.settings['method']}."
+    if found.learned is None:
+        return [told]
+    right, all_members = (_expected(scores) for scores in (found.scores[found.numbers], found.scores))
+    told += f" Expected members: {right} of them, {all_members} in all."
+    return [told, f"Shadow: {found.settings['shadow']}."] if "shadow" in found.settings else [told]
+
+
+def _expected(scores: Tensor) -> str:
+    return f"{float(scores[scores.isfinite()].double().sum()):,.0f}"
+
+
+def _facts(found: Recovered, command: str | None) -> dict[str, str]:
+    facts = dict(found.settings)
+    if found.learned is not None:
+        by = found.learned.calibration
+        facts["calibration"] = f"{by.share:.1%} members, ridge {by.ridge:g}"
+    return facts if command is None else facts | {"command": command}
+
+
+def _probability(value: float) -> str:
+    """Never rounded to certainty."""
+    if not math.isfinite(value):
+        return "-"
+    return "over 99.9%" if value >= 0.9995 else "under 0.1%" if value < 0.0005 else f"{value:.1%}"
+
+
+def _head(*names: str, wide: int = 1) -> str:
+    """Names of columns: the first, one without a name for the bars, numbers; those from `wide` on narrow screens."""
+    numbers = [f'<th class="n{" minor" if place >= wide else ""}">{name}</th>' for place, name in enumerate(names[1:])]
+    return f"<th>{names[0]}</th><th></th>{''.join(numbers)}"
+
+
+def _line(name: str, drawn: str, *cells: str, wide: int = 1) -> str:
+    """A row under `_head`. Cells are text."""
+    numbers = [
+        f'<td class="n{" minor" if place >= wide else ""}">{shown(cell)}</td>' for place, cell in enumerate(cells)
+    ]
+    parts = shown(name).replace(".", ".<wbr>")  # of a parameter's name
+    return f'<tr><td class="name">{parts}</td><td class="wide">{drawn}</td>{"".join(numbers)}</tr>'
+
+
+# -- the mixture
+
+
+def _mixture(found: Recovered) -> str:
+    """Bars with whiskers, and how many of the rows found are of each source."""
+    if not found.mixture:
+        return ""
+    lines = sorted(found.mixture, key=lambda line: -line["share"])
+    ends = [line[name] for line in lines for name in ("share", "high")]
+    largest = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
+    taken = Counter(str(row.get("source")) for row in found.rows)
+    rows = []
+    for line in lines[:SOURCES]:
+        count = taken[line["source"]]
+        share = f"{count:,} ({count / len(found.rows):.0%})" if found.rows else "0"
+        rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share, wide=2))
+    told = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
+    if rest := lines[SOURCES:]:
+        told += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
+    head = _head("source", "share (95%)", "rows found", wide=2)
+    return section("What it was trained on, by source", f'<div class="stacked">{table(head, rows)}</div>{said(told)}')
+
+
+def _interval(line: Mapping[str, Any]) -> str:
+    """As in 61% (57 to 65)."""
+    share, low, high = (number(100 * line[name], ".0f") for name in ("share", "low", "high"))
+    return f"{share}% ({low} to {high})"
+
+
+def _whiskers(line: Mapping[str, Any], largest: float) -> str:
+    share, low, high = (100 * line[name] / largest for name in ("share", "low", "high"))
+    drawn = f'<rect class="share" x="0" y="2" width="{max(0.3, share):.2f}" height="12"/>' if share > 0 else ""
+    if math.isfinite(low) and math.isfinite(high):
+        ends = f"M{low:.2f} 4V12M{high:.2f} 4V12M{low:.2f} 8H{high:.2f}"
+        drawn += f'<path class="whisker" d="{ends}"/>'
+    return stretched("share", 16, drawn)
+
+
+# -- rows
+
+
+def _rows(found: Recovered) -> list[str]:
+    count = len(found.rows)
+    first, last = range(min(FIRST, count)), range(max(FIRST, count - LAST), count)
+    parts = [section("First of the rows found", "".join(_row(found, place) for place in first))] if count else []
+    if last:
+        between = last.start - len(first)
+        more = f" <small>after {between:,} more</small>" if between else ""
+        parts.append(section("Last of them", "".join(_row(found, place) for place in last), more))
+    return parts
+
+
+def _row(found: Recovered, place: int) -> str:
+    row = found.rows[place]
+    score = row["whence_score"]
+    told = _probability(score) if found.learned is not None else number(score, ".4g")
+    numbers = f"p {number(row['whence_p'], '.2g')}"
+    if "whence_weight" in row:
+        numbers += f" · weight {number(row['whence_weight'], '.2g')}"
+    where = f"row {found.numbers[place] + 1:,}"
+    if row.get("source") is not None:
+        where = f"{shown(str(row['source']))} · {where}"
+    return pick(f"{place + 1:,}", shown_row(row), [f"<b>{told}</b>", numbers, where])
+
+
+# -- scores
+
+
+def _scores(found: Recovered) -> str:
+    """Of all rows, in the calibrated case as log odds, beside those of the null."""
+    is_found = torch.zeros(len(found.scores), dtype=torch.bool)
+    is_found[found.numbers] = True
+    known = found.scores.isfinite()
+    scores, is_found = found.scores[known].double(), is_found[known]
+    told, null = "Heights are shares of the rows with evidence, drawn as their square roots.", None
+    key = '<i></i>found<i class="pool"></i>other rows'
+    if found.learned is not None:
+        null = None if found.null is None else found.null.double().clamp(-FARTHEST, FARTHEST)
+        scores = _log_odds(scores)
+    if null is not None:
+        told += f" The line: {len(null):,} rows that the shadow was not trained on, at the same share of members."
+        key += '<i class="null"></i>known not to be members'
+    if lost := len(known) - len(scores):
+        told += f" {lost:,} rows are without evidence."
+    drawn = _histogram(scores, is_found, null, is_probability=found.learned is not None)
+    name = "Probability" if found.learned is not None else "Score"
+    return section(f"{name} of all rows", drawn + said(told), f'<span class="key">{key}</span>')
+
+
+def _log_odds(probabilities: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    return probabilities.logit().clamp(-FARTHEST, FARTHEST)
+
+
+def _histogram(
+    scores: Float64[Tensor, " n"], is_found: Tensor, null: Float64[Tensor, " m"] | None, *, is_probability: bool
+) -> str:
+    """Shares in equal bins, the rows found in blue at the foot, the null as a line; and where the choice ends.
+
+    Heights are square roots, for the rows that a model was trained on are few: Tukey's rootogram.
+    """
+    both = scores if null is None else torch.cat([scores, null])
+    if not len(both):
+        return said("No row has evidence.")
+    low, high = float(both.min()), float(both.max())
+    if high <= low:
+        return said(f"All are {_named(low, is_probability)}.")
+    count = min(BINS, max(8, 2 * math.isqrt(len(scores))))
+    parts = (scores[is_found], scores[~is_found])
+    sides = [torch.histc(part, count, low, high) / max(1, len(scores)) for part in parts]
+    line = torch.zeros(count) if null is None else torch.histc(null, count, low, high) / len(null)
+    bins = sides[0] + sides[1]
+    top, width, height = max(float(bins.max()), float(line.max())), 366.0, 220.0  # heights are named at the right
+    step, drawn = width / count, [_grid(top, width, height)]
+    for kind, side, under in (("chosen", sides[0], torch.zeros(count)), ("pool", sides[1], sides[0])):
+        tall = (bins / top).sqrt() / bins.clamp_min(1e-30) * height
+        drawn += [
+            f'<rect class="{kind}" x="{number * step + 0.5:.1f}" y="{height - foot - length:.2f}" '
+            f'width="{step - 1:.1f}" height="{length:.2f}"/>'
+            for number, (foot, length) in enumerate(zip((under * tall).tolist(), (side * tall).tolist(), strict=True))
+            if length
+        ]
+    if null is not None:
+        tops = (height * (1 - (line / top).sqrt())).tolist()
+        path = "".join(f"V{y:.2f}H{(number + 1) * step:.1f}" for number, y in enumerate(tops))
+        drawn.append(f'<path class="null" d="M0 {height:.0f}{path}V{height:.0f}"/>')
+    if is_found.any():
+        cut = float(scores[is_found].min())
+        words = "found from" if bool(is_found[scores >= cut].all()) else "the lowest found is"
+        drawn.append(_cut((cut - low) / (high - low), width, height, f"{words} {_named(cut, is_probability)}"))
+    ticks = axis(width, height, _ticks(low, high, is_probability))
+    return f'<svg class="scores" viewBox="0 -18 400 {height + 38:.0f}" role="img">{"".join(drawn)}{ticks}</svg>'
+
+
+def _named(value: float, is_probability: bool) -> str:
+    return _probability(1 / (1 + math.exp(-value))) if is_probability else number(value, ".3g")
+
+
+def _grid(top: float, width: float, height: float) -> str:
+    """Lines at some shares, with their names."""
+    drawn, last = "", height
+    for share in SHARES:
+        y = height * (1 - math.sqrt(share / top))
+        if 0 <= y < last - 16:
+            name = f'<text x="{width + 6:.0f}" y="{y + 4:.1f}">{100 * share:g}%</text>'
+            drawn += f'<line class="grid" x1="0" x2="{width:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>{name}'
+            last = y
+    return drawn
+
+
+def _cut(place: float, width: float, height: float, words: str) -> str:
+    """A line where the choice ends."""
+    x, anchor = place * width, "end" if place > 0.5 else "start"
+    line = f'<line class="cut" x1="{x:.1f}" x2="{x:.1f}" y1="-14" y2="{height:.0f}"/>'
+    aside = x - 5 if place > 0.5 else x + 5
+    return f'{line}<text class="at" x="{aside:.1f}" y="-6" text-anchor="{anchor}">{shown(words)}</text>'
+
+
+def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:
+    """Places from 0 to 1, with their names."""
+    if not is_probability:
+        return {place: number(low + (high - low) * place, ".3g") for place in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    ticks: dict[float, str] = {}
+    for probability in TICKS:
+        place = (math.log(probability / (1 - probability)) - low) / (high - low)
+        if 0.04 < place < 0.96 and all(abs(place - other) > ROOM for other in ticks):
+            ticks[place] = f"{100 * probability:g}%"
+    return ticks
+
+
+# -- what the answer rests on
+
+
+def _weights(found: Recovered) -> str:
+    """Of the calibration, those largest in magnitude first, for membership to the right."""
+    if found.learned is None:
+        return ""
+    by = found.learned.calibration
+    order = by.weights.abs().argsort(descending=True, stable=True).tolist()
+    largest = float(by.weights.abs().max()) if order else 0.0
+    rows = []
+    for place in order[:WEIGHTS]:
+        weight = float(by.weights[place])
+        rows.append(_line(by.names[place], _signed(weight / (largest or 1.0)), number(weight, "+.2f")))
+    told = (
+        "Log odds for each robust standard deviation of a kind of evidence; g is a row's gradient. "
+        "Kinds overlap: a small weight does not say that one is worthless."
+    )
+    if rest := order[WEIGHTS:]:
+        told += f" {len(rest):,} more weigh {float(by.weights[rest].abs().max()):.2f} at most."
+    key = '<span class="key"><i></i>for<i class="against"></i>against membership</span>'
+    inner = f'<div class="weights">{table(_head("evidence", "weight"), rows)}</div>'
+    return section("What the calibration went by", inner + said(told), key)
+
+
+def _signed(share: float) -> str:
+    """A bar from the middle; `share` from -1 to 1."""
+    length = max(0.3, 50 * abs(share)) if math.isfinite(share) else 0.0
+    kind, x = ("chosen", 50.0) if share > 0 else ("against", 50 - length)
+    bar = f'<rect class="{kind}" x="{x:.2f}" y="0" width="{length:.2f}" height="7"/>' if length else ""
+    return stretched("signed", 7, f'{bar}<line class="zero" x1="50" x2="50" y1="-1" y2="8"/>')
+
+
+def _layers(found: Recovered) -> str:
+    """Those that moved the most, over what rounding alone would give."""
+    if not found.layers:
+        return ""
+    moved = sorted((line for line in found.layers if line["norm"] > 0), key=lambda line: -line["norm"])
+    still = len(found.layers) - len(moved)
+    weak = sum(1 for line in moved if not line["carries_signal"])
+    ends = [line[name] for line in moved for name in ("norm", "noise")]
+    largest = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
+    rows = [
+        _line(
+            line["name"],
+            bars(*(line[name] / largest for name in ("norm", "noise"))),
+            number(line["norm"], ".3g"),
+            _times(line["signal"]),
+            number(line["relative"], ".2%"),
+            number(line["unchanged"], ".0%"),
+            wide=2,
+        )
+        for line in moved[:LAYERS]
+    ]
+    told = f"{still:,} of {len(found.layers):,} parameters did not move at all" if still else "All parameters moved"
+    told += f"; {weak:,} moved no more than rounding does." if weak else "."
+    if len(moved) > LAYERS:
+        told += f" {len(moved) - LAYERS:,} more moved less than these."
+    key = '<span class="key"><i></i>moved by<i class="pool"></i>by rounding alone</span>'
+    head = _head("parameter", "moved by", "over rounding", "of its norm", "unchanged", wide=2)
+    return section("What moved the most", f'<div class="stacked layers">{table(head, rows)}</div>{said(told)}', key)
+
+
+def _times(signal: float | None) -> str:
+    told = number(signal, ",.0f" if signal is not None and signal >= 10 else ".1f")
+    return told if told == "-" else f"{told} times"

@@ -1,0 +1,196 @@
+"""A selection as one HTML file that can be sent to a colleague: it runs nothing, loads nothing and needs no server.
+
+What was chosen stands beside the pool that it was chosen from, by source, by length and by score; then the rows at both
+ends of the choice and just below it, and what was left out and why. Corpus text is untrusted: it is escaped, and the
+page's policy allows no script and no address at all.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from html import escape
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from whence.reports.page import axis, bars, cut, document, fact_list, pick, section, shown, shown_row, table
+from whence.reports.select_tables import told_nearness
+from whence.selection.choice import BELOW
+from whence.selection.pipeline import Chosen, composition, lengths, nearness
+
+FIRST, LAST, NEAREST = 10, 5, 5
+"""Rows that are shown of the best of the choice, of its last, and of the best below it."""
+TARGETS = 12
+"""Targets that are listed."""
+BINS = 36
+"""Of a histogram."""
+
+
+def selection_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
+    """A selection as a self-contained HTML document, to be written as UTF-8.
+
+    Args:
+        chosen: What to show.
+        overlaps: Of other methods' choices under the same budget, by name; see `selection.overlap`.
+    """
+    selection, settings = chosen.selection, chosen.settings
+    tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""
+    lead = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}"
+    body = [
+        f'<p class="lead">{shown(lead)}</p><p class="how">by {shown(settings["method"])}, '
+        f"{shown(settings['selector'])}</p>",
+        *(f'<p class="note">{shown(note)}</p>' for note in selection.notes),
+        _sources(chosen),
+        _distributions(chosen),
+        _targets(chosen),
+        _overlaps(overlaps or {}),
+        _rows(chosen),
+        _left_out(chosen),
+        section("How this was made", fact_list(settings)),
+    ]
+    return document("the rows to train on", f"Whence: {lead}, by {settings['method']}", body)
+
+
+_KEY = '<span class="key"><i></i>chosen<i class="pool"></i>the pool</span>'
+
+
+def _sources(chosen: Chosen) -> str:
+    total, lines = len(chosen.selection.reasons), composition(chosen)
+    largest = max(max(line["share"], line["pool_rows"] / total) for line in lines)
+    rows = []
+    for line in lines:
+        pool = line["pool_rows"] / total
+        drawn = bars(line["share"] / largest, pool / largest)
+        cells = [f"{line['rows']:,}", f"{line['share']:.1%}", f"{pool:.1%}", f"{line['lift']:.2f}"]
+        cells += [f"{line['tokens']:,}"] if chosen.selection.tokens else []
+        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        rows.append(f'<tr><td>{shown(line["source"] or "-")}</td><td class="wide">{drawn}</td>{numbers}</tr>')
+    names = ["rows", "share", "of the pool", "lift"] + (["tokens"] if chosen.selection.tokens else [])
+    head = "<th>source</th><th></th>" + "".join(f'<th class="n">{name}</th>' for name in names)
+    return section("Where the rows come from", table(head, rows), _KEY)
+
+
+# -- lengths and scores
+
+
+def _distributions(chosen: Chosen) -> str:
+    able, rows = chosen.candidates.rankable(), chosen.selection.rows
+    parts = []
+    if chosen.selection.tokens:
+        size, tokens = lengths(chosen), chosen.candidates.tokens.double()
+        told = f"Median {size['median_tokens']:,.0f} tokens; in the pool {size['pool_median_tokens']:,.0f}."
+        drawn = _histogram(tokens[able].log2(), tokens[rows].log2(), lambda value: f"{2**value:,.0f}")
+        parts.append(section("Length in tokens", f'{drawn}<p class="say">{told}</p>', _KEY))
+    scores = chosen.candidates.scores.double().masked_fill(~chosen.candidates.scores.isfinite(), -math.inf).amax(0)
+    several = "each row's best over the targets" if len(chosen.candidates.targets) > 1 else "of the target"
+    drawn = _histogram(scores[able], scores[rows], lambda value: f"{value:.3g}")
+    told = f"Score, {several}; larger is more helpful. Bars are shares of each side."
+    if (nearer := nearness(chosen)) is not None:
+        told += f" {told_nearness(nearer)}."
+    parts.append(section("Score", f'{drawn}<p class="say">{told}</p>', _KEY))
+    return f'<div class="pair">{"".join(parts)}</div>'
+
+
+def _histogram(pool: Float[Tensor, " n"], chosen: Float[Tensor, " m"], named: Callable[[float], str]) -> str:
+    """Shares of either in equal bins between the pool's ends, as one SVG."""
+    low, high = float(pool.min()), float(pool.max())
+    if high <= low:
+        return f'<p class="say">All are {escape(named(low))}.</p>'
+    sides = [torch.histc(values, BINS, low, high) / max(1, len(values)) for values in (pool, chosen)]
+    top, width, height = max(float(side.max()) for side in sides), 400.0, 120.0
+    step, drawn = width / BINS, []
+    for kind, side, inset in (("pool", sides[0], 0.5), ("chosen", sides[1], step / 4)):
+        drawn += [
+            f'<rect class="{kind}" x="{number * step + inset:.1f}" y="{height * (1 - share / top):.1f}" '
+            f'width="{step - 2 * inset:.1f}" height="{height * share / top:.1f}"/>'
+            for number, share in enumerate(side.tolist())
+            if share
+        ]
+    places = (0.0, 0.25, 0.5, 0.75, 1.0)
+    ticks = axis(width, height, {place: named(low + (high - low) * place) for place in places})
+    return f'<svg viewBox="0 0 {width:.0f} {height + 20:.0f}" role="img">{"".join(drawn)}{ticks}</svg>'
+
+
+# -- targets, other methods
+
+
+def _targets(chosen: Chosen) -> str:
+    """How many rows were taken for each target, where there are several."""
+    taken: dict[str, int] = dict.fromkeys(chosen.candidates.targets, 0)
+    for target in chosen.selection.targets:
+        if target is not None:
+            taken[target] += 1
+    if len(taken) < 2 or not any(taken.values()):
+        return ""
+    order = sorted(taken, key=lambda name: -taken[name])
+    most = taken[order[0]]
+    rows = [
+        f'<tr><td>{shown(name)}</td><td class="wide">{bars(taken[name] / most)}</td>'
+        f'<td class="n">{taken[name]:,}</td></tr>'
+        for name in order[:TARGETS]
+    ]
+    rest = sum(1 for name in order if not taken[name])
+    more = f'<p class="say">{len(order) - TARGETS:,} more targets.</p>' if len(order) > TARGETS else ""
+    if rest:
+        more += f'<p class="say">{rest:,} of {len(order):,} targets have no row of their own.</p>'
+    head = '<th>target</th><th></th><th class="n">rows taken for it</th>'
+    return section("What the rows were taken for", table(head, rows) + more)
+
+
+def _overlaps(overlaps: Mapping[str, float]) -> str:
+    if not overlaps:
+        return ""
+    rows = [
+        f'<tr><td>{shown(name)}</td><td class="wide">{bars(share)}</td><td class="n">{share:.0%}</td></tr>'
+        for name, share in sorted(overlaps.items(), key=lambda item: -item[1])
+    ]
+    head = '<th>method</th><th></th><th class="n">rows in common</th>'
+    say = '<p class="say">Choices under the same budget; a share of the smaller one.</p>'
+    return section("Other methods", table(head, rows) + say)
+
+
+# -- rows
+
+
+def _rows(chosen: Chosen) -> str:
+    selection, count = chosen.selection, len(chosen.rows)
+    best, last = range(min(FIRST, count)), range(max(FIRST, count - LAST), count)
+    parts = [section("Chosen first", "".join(_chosen_row(chosen, place) for place in best))]
+    if last:
+        parts.append(section("Chosen last", "".join(_chosen_row(chosen, place) for place in last)))
+    below = [number for number, reason in enumerate(selection.reasons) if reason == BELOW]
+    scores = chosen.candidates.scores[:, below].amax(0)
+    nearest = [below[place] for place in scores.topk(min(NEAREST, len(below))).indices.tolist()] if below else []
+    if nearest:
+        inner = "".join(_other_row(chosen, number) for number in nearest)
+        parts.append(section("Best of those below the budget", inner))
+    return "\n".join(parts)
+
+
+def _chosen_row(chosen: Chosen, place: int) -> str:
+    selection = chosen.selection
+    facts = [f"<b>{selection.scores[place]:.4g}</b>"]
+    source, target = chosen.candidates.sources[selection.rows[place]], selection.targets[place]
+    facts += [shown(source)] if source else []
+    facts += [f"for {shown(target)}"] if target and len(chosen.candidates.targets) > 1 else []
+    return pick(str(place + 1), shown_row(chosen.rows[place]), facts)
+
+
+def _other_row(chosen: Chosen, number: int) -> str:
+    source = chosen.candidates.sources[number]
+    facts = [f"<b>{float(chosen.candidates.scores[:, number].amax()):.4g}</b>"] + ([shown(source)] if source else [])
+    return pick("", f"<div>{cut(chosen.candidates.texts[number])}</div>", facts)
+
+
+def _left_out(chosen: Chosen) -> str:
+    """Reasons, with how many rows each kept out and one of them."""
+    reasons = chosen.selection.reasons
+    rows = []
+    for kind, count in chosen.selection.tally().items():
+        number = next(n for n, reason in enumerate(reasons) if reason is not None and reason.startswith(kind))
+        text = " ".join(chosen.candidates.texts[number].split())[:160]
+        example = f"row {number + 1}{': ' + text if text else ''}"
+        rows.append(f'<tr><td>{shown(kind)}</td><td class="n">{count:,}</td><td>{shown(example)}</td></tr>')
+    if not rows:
+        return ""
+    return section("Left out", table('<th>why</th><th class="n">rows</th><th>one of them</th>', rows))

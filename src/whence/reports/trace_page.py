@@ -1,0 +1,194 @@
+"""A trace as one HTML file that can be sent to a colleague: it loads nothing, sends nothing and needs no server.
+
+The trace travels as JSON in a `<script type="application/json">`, which browsers do not run; `page_example.js` and
+`page.js`, joined, make the document from it with text nodes only. Corpus text is untrusted, so there are three walls:
+`<`, `>` and `&` never stand in the JSON; the script has no way from text to markup; and a Content-Security-Policy
+allows the one script and the one style of this file, by their hashes, and no address at all.
+
+Token matrices are most of a large report. Each row travels as int16 in units of its largest entry, in base64: 2.7
+bytes a number in place of the 10 of JSON, wrong by 1 part in 65,000 of that entry at most.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.catalogue import TRACE_METHODS
+from whence.tracing.results import Hit, Null, TokenMatrix, Trace, shown_text
+
+STEPS = 32767
+"""int16 values on each side of 0."""
+
+
+def trace_page(trace: Trace) -> str:
+    """A trace as a self-contained HTML document, to be written as UTF-8.
+
+    The part after `#` in the address chooses what is shown first: `#q=1&t=3` is the second query with the fourth of
+    its `Answer.query_tokens` pinned.
+
+    Args:
+        trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
+    """
+    style, script = packaged("trace_page.css"), packaged("trace_example.js") + packaged("trace_page.js")
+    asked = trace.answers[0].prompt if trace.answers else ""
+    return Template(packaged("trace_page.html")).substitute(
+        policy=content_policy(style, script),
+        title=html.escape(f"Whence: {' '.join(_visible(asked[:200]).split())[:80]}"),
+        style=style,
+        script=script,
+        data=_json(_trace(trace)),
+    )
+
+
+def packaged(name: str) -> str:
+    """A text file of the package."""
+    return files("whence.reports").joinpath(name).read_text("utf-8")
+
+
+def content_policy(style: str, script: str | None = None) -> str:
+    """No address, no inline handler, and no way from a string to markup (trusted types) even for our own script."""
+    allowed = "'none'" if script is None else _hash(script)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _trace(trace: Trace) -> dict[str, Any]:
+    method = TRACE_METHODS.get(trace.method)
+    named = trace.method if method is None else f"{trace.method}: {method.about}"
+    facts = {"method": named, "examples ranked": f"{trace.rows:,}"}
+    if trace.needed_z is not None:
+        facts["z of meaningless completions"] = f"{trace.needed_z:.2f}: 19 of 20 stay below"
+    return {
+        "isCosine": method is not None and method.cosine,
+        "isInfluence": method is None or method.scorer is None,
+        "neededZ": _number(trace.needed_z),
+        "notes": [_visible(note) for note in trace.notes],
+        "settings": [[_visible(name), _visible(value)] for name, value in (facts | trace.settings).items()],
+        "queries": [_query(trace, number) for number in range(len(trace.answers))],
+    }
+
+
+def _query(trace: Trace, number: int) -> dict[str, Any]:
+    answer = trace.answers[number]
+    return {
+        "prompt": _visible(answer.prompt),
+        "generated": answer.is_generated,
+        "tokens": _tokens(answer.tokens, answer.probabilities, answer.asked or [True] * len(answer.tokens)),
+        "contrast": _tokens(
+            answer.contrast_tokens, answer.contrast_probabilities, [True] * len(answer.contrast_tokens)
+        ),
+        "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
+        "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
+        "overlap": _number(trace.overlaps[number]) if number < len(trace.overlaps) else None,
+        "helpful": [_hit(hit) for hit in trace.of(number)],
+        "opposing": [_hit(hit) for hit in trace.of(number, opposing=True)],
+    }
+
+
+def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> list[dict[str, Any]]:
+    return [
+        {"text": _visible(text), "p": _number(p), "asked": is_asked}
+        for text, p, is_asked in zip(texts, probabilities, asked, strict=True)
+    ]
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    by_token = None if hit.tokens is not None else hit.by_token  # a matrix brings its own, of the exact score
+    shown = {
+        "rank": hit.rank,
+        "id": _visible(hit.id),
+        "source": None if hit.source is None else _visible(hit.source),
+        "score": _number(hit.score),
+        "exact": _number(hit.exact),
+        "null": None if hit.null is None else _null(hit.null),
+        "shares": None if by_token is None else [_number(share) for share in by_token],
+        "tokens": None if hit.tokens is None else _matrix(hit.tokens),
+    }
+    return shown | _text(hit)
+
+
+def _text(hit: Hit) -> dict[str, Any]:
+    """What the tokens do not show: all of the row, or with `loss`, which has no prompt tokens, its prompt."""
+    row = {name: _visible(text or "") for name, text in shown_text(hit.row).items()}
+    if hit.tokens is None:
+        return {"prompt": row.get("prompt", ""), "completion": row.get("completion", row.get("text", ""))}
+    return {"prompt": row.get("prompt", "") if hit.tokens.basis == "loss" else "", "completion": ""}
+
+
+def _null(null: Null) -> dict[str, Any]:
+    return {
+        "scores": [_number(score, digits=4) for score in null.scores if math.isfinite(score)],
+        "mean": _number(null.mean),
+        "z": _number(null.z),
+        "percentile": _number(null.percentile),
+        "generic": null.generic,
+    }
+
+
+def _matrix(tokens: TokenMatrix) -> dict[str, Any]:
+    matrix = torch.nan_to_num(tokens.matrix.detach().cpu(), nan=0.0, posinf=0.0, neginf=0.0)
+    peaks, steps = _packed(matrix)
+    sums = matrix.double().sum(0)
+    return {
+        "basis": tokens.basis,
+        "train": [_visible(text) for text in tokens.train],
+        "supervised": "".join("1" if is_supervised else "0" for is_supervised in tokens.supervised),
+        "shares": [_number(share) for share in tokens.matrix.double().sum(1).tolist()],
+        "peaks": peaks,
+        "sumPeak": _number(sums.abs().max().item()) if sums.numel() else 0.0,
+        "striking": int(sums.abs().argmax()) if sums.numel() else 0,
+        "steps": steps,
+    }
+
+
+def _packed(matrix: Float32[Tensor, "u s"]) -> tuple[list[float], str]:
+    """Largest magnitude of each row, and the entries in 1 / STEPS of it as little-endian int16 in base64."""
+    if not matrix.numel():
+        return [0.0] * len(matrix), ""
+    peaks = matrix.double().abs().amax(1)  # shape (u,)
+    units = torch.where(peaks > 0, peaks, 1.0) / STEPS
+    steps = (matrix.double() / units[:, None]).round().to(torch.int16)
+    return peaks.tolist(), base64.b64encode(steps.numpy().astype("<i2").tobytes()).decode()
+
+
+def _number(value: float | None, digits: int = 7) -> float | None:
+    """Short enough for a file, or None where JSON has no such number."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that could show text in another order than it has."""
+
+
+def _visible(text: str) -> str:
+    """Text that can be written as UTF-8, its control characters as Unicode pictures or escapes."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _HIDDEN.sub(lambda found: _picture(found[0]), whole)
+
+
+def _picture(char: str) -> str:
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    return f"\\x{ord(char):02x}" if char < "\u0100" else f"\\u{ord(char):04x}"

@@ -1,0 +1,226 @@
+"""What words say: BM25, which rows share a target's rarer words, and DSIR, which rows read like it.
+
+BM25: score(query, row) = sum over the query's words w of idf(w) * tf / (tf + k1 (1 - b + b |row| / mean |row|)), with
+tf the times that w stands in the row, |row| the row's words, and idf(w) = ln(1 + (n - df + 1/2) / (df + 1/2)) where df
+rows of the n have w. That is Lucene's variant, but for the row's length, which is exact here: idf is never negative,
+and the constant factor k1 + 1 is left out. A word that stands twice in the query counts twice. Its words are runs of
+letters, digits and underscores, case folded; none is stemmed or left out as common.
+Source: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, https://doi.org/10.1561/1500000019; the
+variant as in Kamphuis et al. 2020, Which BM25 Do You Mean?, https://doi.org/10.1007/978-3-030-45442-5_4.
+
+DSIR: score(target, row) = sum over buckets of c(row) (log p_target - log p_raw), the log of the row's importance weight
+under two bags of words and pairs of words, hashed to 10,000 buckets: p_raw of all rows, p_target of all the target's
+queries together, 1e-8 added to either. Its words are also runs of other signs, in lower case. What differs from the
+released code: rows from 10 words on have a score, not from 100 (which would leave out most instructions); the hash is
+CRC-32, which halves the time, with `hash="sha256"` for theirs bit by bit; the noise that it adds to sample without
+replacement is a selector's temperature of 1. Beware: the sum is not a mean, so that each word whose bucket the target
+lacks costs about ten nats, and from a short target short rows win; `length_normalised` divides by the row's n-grams.
+Source: Xie et al. 2023, Data Selection for Language Models via Importance Resampling, https://arxiv.org/abs/2302.03169.
+
+A row's text is its prompt and its completion, a query's likewise. A script that puts no spaces between words has few
+words here, and a baseline of words says little about it. Only text is read: no model is loaded. Cost: one pass over the
+corpus for all targets together; DSIR keeps its counts, about 12 bytes for each different n-gram of a row.
+"""
+
+import hashlib
+import itertools
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bm25s
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.errors import SettingError
+from whence.selection.protocols import QueryText, Target, View
+from whence.tracing.results import row_text
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG, which any root handler would print
+
+WORD = re.compile(r"\w+")
+WORD_OR_SIGNS = re.compile(r"\w+|[^\w\s]+")
+"""What NLTK's WordPunctTokenizer finds, which DSIR's released code uses."""
+
+HASHES: dict[str, Callable[[bytes], int]] = {
+    "crc32": zlib.crc32,
+    "sha256": lambda gram: int(hashlib.sha256(gram).hexdigest(), 16),
+}
+SMALLEST = 1e-8
+"""Added to every probability before its logarithm, as DSIR's released code does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BM25:
+    """Scores of 0 and above; 0 for a row that shares no word with a target, so also for one without words."""
+
+    seed: int = 0
+    """Not used."""
+    k1: float = 1.5
+    """How far repeating a word goes on counting: 0, not at all."""
+    b: float = 0.75
+    """How far a long row is marked down: from 0, not at all, to 1, by its full length."""
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Sums of inverse document frequencies, in nats; a target's are the mean over its queries."""
+        vocabulary: dict[str, int] = {}
+        rows = [
+            [vocabulary.setdefault(word, len(vocabulary)) for word in words(row_text(row))] for row in view.examples()
+        ]
+        scores = np.zeros((len(targets), len(rows)), dtype=np.float32)
+        if not vocabulary:  # the mean length would be 0
+            return torch.from_numpy(scores)
+        table = bm25s.BM25(method="lucene", k1=self.k1, b=self.b)
+        table.index((rows, vocabulary), create_empty_token=False, show_progress=False)
+        for total, target in zip(scores, targets, strict=True):
+            for query in target.queries:
+                asked = [vocabulary[word] for word in words(_query_text(query)) if word in vocabulary]
+                total += table.get_scores_from_ids(asked) / len(target.queries)
+        return torch.from_numpy(scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSIR:
+    """Log importance weights; -inf for a row of fewer words than `least_words`, and for one without any."""
+
+    seed: int = 0
+    """Not used."""
+    buckets: int = 10_000
+    hash: str = "crc32"
+    """Name in `HASHES`."""
+    least_words: int = 10
+    """Words and runs of signs that a row needs. Their code asks for 100."""
+    length_normalised: bool = False
+    """Divide by the row's n-grams, for nats each."""
+    pseudo_count: float = 0.0
+    """Added to each of the target's buckets. Their code adds none."""
+
+    def __post_init__(self):
+        if self.hash not in HASHES:
+            raise SettingError(f"hash {self.hash!r} of dsir: choose one of {', '.join(HASHES)}")
+        if self.buckets < 1 or self.pseudo_count < 0:
+            raise SettingError(
+                f"buckets {self.buckets} and pseudo_count {self.pseudo_count} of dsir: at least 1 and 0 are expected"
+            )
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Nats; a target's queries make one distribution.
+
+        Raises:
+            SettingError: A target has no word.
+        """
+        counts, lengths = self._counted(row_text(row) for row in view.examples())
+        raw = self._log_probabilities(counts.sum(0), 0.0)
+        differences = np.stack([self._of_target(target) - raw for target in targets], axis=1)  # [buckets, s]
+        weights = counts @ differences  # [n, s]
+        if self.length_normalised:
+            weights /= np.maximum(counts.sum(1), 1)[:, None]
+        weights[lengths < max(self.least_words, 1)] = -np.inf
+        return torch.from_numpy(np.ascontiguousarray(weights.T, dtype=np.float32))
+
+    def _of_target(self, target: Target) -> np.ndarray:
+        counts = self._counted(_query_text(query) for query in target.queries)[0].sum(0)
+        if not counts.sum():
+            raise SettingError(f"target {target.name!r} has no word for dsir to compare rows with; give other examples")
+        return self._log_probabilities(counts, self.pseudo_count)
+
+    def _counted(self, texts: Iterable[str]) -> tuple[Any, np.ndarray]:
+        """Times that each bucket occurs in each text, as a sparse [n, buckets], and the texts' words."""
+        return _counted(texts, self.buckets, self.hash)
+
+    def _log_probabilities(self, counts: np.ndarray, pseudo_count: float) -> np.ndarray:
+        return np.log(_probabilities(counts, pseudo_count) + SMALLEST)
+
+
+def kl_reduction(
+    selected: Iterable[str], target: Iterable[str], raw: Iterable[str], *, buckets: int = 10_000, hash: str = "crc32"
+) -> float:
+    """How much nearer the target's n-grams are to the selected texts' than to the raw texts', in nats.
+
+    KL(target || raw) - KL(target || selected), from the probabilities of hashed n-grams as DSIR counts them, 1e-8 added
+    to each. Above 0 the selection reads more like the target than the pool does.
+
+    Raises:
+        SettingError: One of the three has no word.
+
+    Source: Xie et al. 2023, https://arxiv.org/abs/2302.03169, section 5.
+    """
+    found = []
+    for name, texts in (("target", target), ("raw texts", raw), ("selection", selected)):
+        counts = _counted(texts, buckets, hash)[0].sum(0)
+        if not counts.sum():
+            raise SettingError(f"the {name} of a KL reduction: there is no word in it")
+        found.append(_probabilities(counts, 0.0))
+    asked, before, after = found
+    return float((asked * (np.log(after + SMALLEST) - np.log(before + SMALLEST))).sum())
+
+
+def words(text: str) -> list[str]:
+    """BM25's words in order, case folded.
+
+    >>> words("Straße 12, don't!")
+    ['strasse', '12', 'don', 't']
+    """
+    return WORD.findall(text.casefold())
+
+
+def grams(text: str) -> tuple[list[str], int]:
+    """DSIR's n-grams, single words and then pairs, and how many words there are.
+
+    >>> grams("Don't go!")
+    (['don', "'", 't', 'go', '!', "don '", "' t", 't go', 'go !'], 5)
+    """
+    single = WORD_OR_SIGNS.findall(text.lower())
+    pairs = [f"{first} {second}" for first, second in itertools.pairwise(single)]
+    return single + pairs, len(single)
+
+
+def _query_text(query: QueryText) -> str:
+    return f"{query.prompt} {query.completion}"
+
+
+def _counted(texts: Iterable[str], buckets: int, name: str) -> tuple[Any, np.ndarray]:
+    from scipy.sparse import csr_array
+
+    number = HASHES[name]
+    held, ends, lengths = [np.zeros(0, dtype=np.int32)], [0], []
+    for text in texts:
+        found, length = grams(text)
+        hashed = [number(gram.encode("utf-8", "surrogatepass")) % buckets for gram in found]
+        held.append(np.array(hashed, dtype=np.int32))
+        ends.append(ends[-1] + len(hashed))
+        lengths.append(length)
+    places = np.concatenate(held)
+    counts = csr_array((np.ones(len(places)), places, np.array(ends)), shape=(len(lengths), buckets))
+    counts.sum_duplicates()
+    return counts, np.array(lengths)
+
+
+def _probabilities(counts: np.ndarray, pseudo_count: float) -> np.ndarray:
+    """Of each bucket; all 0 where nothing was counted."""
+    counts = counts + pseudo_count
+    return counts / max(counts.sum(), 1)
+
+
+def gram_divergence(
+    target: Iterable[str], sources: Mapping[str, Iterable[str]], *, buckets: int = 10_000, hash: str = "crc32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of hashed n-grams: of the target [buckets], and of each source [sources, buckets], as DSIR's.
+
+    KL(target || sum of w_s source_s) of a mixture w is then `mixture_divergence`.
+    """
+    asked = _probabilities(_counted(target, buckets, hash)[0].sum(0), 0.0)
+    return asked, np.stack(
+        [_probabilities(_counted(texts, buckets, hash)[0].sum(0), 0.0) for texts in sources.values()]
+    )
+
+
+def mixture_divergence(target: np.ndarray, sources: np.ndarray, weights: Sequence[float]) -> float:
+    """KL(target || mixture) in nats, 1e-8 added to each bucket: smaller, the mixture reads more like the target."""
+    mixture = np.asarray(weights) @ sources
+    return float((target * (np.log(target + SMALLEST) - np.log(mixture + SMALLEST))).sum())

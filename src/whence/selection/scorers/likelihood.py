@@ -1,0 +1,247 @@
+"""What a model's own probabilities say of a row, whatever the target: loss, loss drop, Ask-LLM.
+
+    loss        mean over the row's supervised tokens of -log p(token | what is before it), in nats: the rows that the
+                model knows least come first, the unlearnable among them
+    loss_drop   loss under `base` less loss under the last model: what training in between has taught. With a last model
+                that was trained on the task this is Moore and Lewis's difference of cross-entropies
+    ask_llm     p(yes) / (p(yes) + p(no)) of a language model that is asked whether a text is worth training on
+
+Ask-LLM sums, for yes and for no, the probabilities of all single tokens that say the word (capitals, a space before);
+which those are is checked by decoding. The source reads p(yes) alone of Flan-T5; the ratio makes models comparable that
+put some of their probability elsewhere. Its question is about pre-training; give another for another purpose.
+
+Targets are not read: each gets the same row. Cost: one forward pass over every row, for a loss drop two.
+
+Source: Ask-LLM is Sachdeva et al. 2024, How to Train Data-Efficient LLMs, https://arxiv.org/abs/2402.09668. Loss as a
+filter: Marion et al. 2023, When Less is More, https://arxiv.org/abs/2309.04564. Loss drop: Moore and Lewis 2010,
+Intelligent Selection of Language Model Training Data, https://aclanthology.org/P10-2041.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from whence.corpus.tokens import Batch, Encoded, encode_prompt
+from whence.errors import ModelError, SettingError
+from whence.gradients.forward_passes import batches, losses
+from whence.models.loading import DTYPES, LoadedModel, load_model, tokenizer_digest
+from whence.selection.protocols import Target, View
+from whence.tracing.results import row_text
+
+QUESTION = """###
+{text}
+###
+
+Does the previous paragraph demarcated within ### and ### contain informative signal for pre-training a large-language \
+model? An informative datapoint should be well-formatted, contain some usable knowledge of the world, and strictly NOT \
+have any harmful, racist, sexist, etc. content.
+
+OPTIONS: yes / no
+ANSWER:"""
+"""Of arXiv 2402.09668."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Mean losses, 0 and above; -inf for a row that supervises nothing or whose loss is not finite."""
+
+    seed: int = 0
+    """Not used."""
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Nats a token; the same for every target."""
+        return _for_each(targets, _row_losses(view.model(), view))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossDrop:
+    """Differences of mean losses; -inf for a row that supervises nothing or where either loss is not finite."""
+
+    seed: int = 0
+    """Not used."""
+    base: str | Path | None = None
+    """The model before training: directory or Hub name. None: of a LoRA adapter, the model that it adapts."""
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Nats a token; the same for every target. Above 0: training has made the row more likely.
+
+        Raises:
+            SettingError: No base was named, and the model has no adapter that could be taken off.
+            ModelError: The base reads other tokens.
+        """
+        model = view.model()
+        if self.base is None and not model.has_adapter:
+            raise SettingError(
+                f"loss_drop compares {model.path} with the model that its training began from, and none was named. "
+                "Name it with --base MODEL."
+            )
+        after = _row_losses(model, view)
+        return _for_each(targets, self._before(model, view) - after)
+
+    def _before(self, model: LoadedModel, view: View) -> Float32[Tensor, " n"]:
+        if self.base is None:
+            with model.model.disable_adapter():  # type: ignore[operator]
+                return _row_losses(model, view)
+        dtype = next(model.model.parameters()).dtype
+        name = next((name for name, known in DTYPES.items() if known == dtype), None)
+        base = load_model(self.base, device=str(model.device), dtype=name)
+        if model.tokenizer is not None and tokenizer_digest(base.tokenizer) != tokenizer_digest(model.tokenizer):
+            raise ModelError(
+                f"--base {self.base}: its tokenizer is not that of {model.path}, so the two models' losses are of "
+                "different tokens. Name the model that the training began from."
+            )
+        return _row_losses(base, view)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskLLM:
+    """Probabilities of yes against no; -inf for a row without text or where the answer is not finite."""
+
+    seed: int = 0
+    """Not used."""
+    model: str | Path | None = None
+    """That is asked, causal or sequence to sequence: directory or Hub name. None: the corpus' own."""
+    question: str = QUESTION
+    """Where `{text}` stands, the row's text goes. A model with a chat template gets it as the user's turn."""
+    max_tokens: int = 512
+    """Of the row's text; what is longer loses its end. Less where the model's context asks for it."""
+
+    def __post_init__(self):
+        if "{text}" not in self.question:
+            raise SettingError(f"question of ask_llm: {{text}} must stand where the row's text goes; found none in "
+                               f"{self.question[:60]!r}")  # fmt: skip
+        if self.max_tokens < 1:
+            raise SettingError(f"max_tokens {self.max_tokens} of ask_llm: a number above 0 is expected")
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """From 0 to 1; the same for every target.
+
+        Raises:
+            ModelError: The tokenizer has no single token for yes, or for no.
+            SettingError: The question alone is longer than the model's context.
+        """
+        asked = _causal(view.model()) if self.model is None else _opened(self.model)
+        yes, no = answer_ids(asked.tokenizer, "yes"), answer_ids(asked.tokenizer, "no")
+        scores = torch.full((view.rows,), torch.nan)
+        for numbers, batch in batches(self._asked(view, asked), view.tokens_per_batch):
+            logits = asked.logits(batch.to(asked.device)).float()
+            odds = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
+            scores[numbers] = odds.sigmoid().cpu()
+        return _for_each(targets, scores)
+
+    def _asked(self, view: View, asked: "_Asked") -> Iterator[Encoded]:
+        for row in view.examples():
+            text = row_text(row)
+            ids = self._ids(text, asked) if text.strip() else []
+            yield Encoded(ids, [False] * len(ids))
+
+    def _ids(self, text: str, asked: "_Asked") -> list[int]:
+        """The question about a text, which is cut until both fit."""
+        words, longest = asked.tokenizer(text, add_special_tokens=False)["input_ids"], self.max_tokens
+        while True:
+            shown = text if len(words) <= longest else asked.tokenizer.decode(words[:longest])
+            ids = asked.encode(self.question.replace("{text}", shown))
+            excess = len(ids) - (asked.context or len(ids))
+            if excess <= 0:
+                return ids
+            longest = min(longest, len(words)) - excess
+            if longest < 1:
+                raise SettingError(
+                    f"question of ask_llm: it leaves no room for a text in the model's context of {asked.context} "
+                    "tokens. Give a shorter one, or another model."
+                )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model that answers."""
+
+    tokenizer: Any
+    device: torch.device
+    context: int | None
+    encode: Callable[[str], list[int]]
+    logits: Callable[[Batch], Float[Tensor, "b v"]]
+    """Of the answer's first token."""
+
+
+def answer_ids(tokenizer: Any, word: str) -> list[int]:
+    """Ids of the single tokens that say a word: in small letters, capitalised, in capitals, with or without a space.
+
+    Raises:
+        ModelError: There is none.
+    """
+    found = set()
+    for variant in (word, word.capitalize(), word.upper()):
+        for text in (variant, f" {variant}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1 and tokenizer.decode(ids).strip().lower() == word:
+                found.add(ids[0])
+    if not found:
+        raise ModelError(f"ask_llm reads the probability of the token {word!r}, and the tokenizer has no such token. "
+                         "Ask another model.")  # fmt: skip
+    return sorted(found)
+
+
+def _causal(model: LoadedModel) -> _Asked:
+    @torch.no_grad()
+    def logits(batch: Batch) -> Tensor:
+        states, head = model.decode(batch.ids, batch.mask)
+        last = batch.mask.sum(1).to(states.device) - 1
+        return head(states[torch.arange(len(last), device=states.device), last])
+
+    chat = bool(model.tokenizer.chat_template)
+    return _Asked(
+        model.tokenizer,
+        model.device,
+        model.context,
+        lambda text: encode_prompt(text, model.tokenizer, chat=chat),
+        logits,
+    )
+
+
+def _opened(path: str | Path) -> _Asked:
+    """A model by its directory or name."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError):  # an adapter has no configuration of a model; what is none is told by loading it
+        return _causal(load_model(path))
+    if not config.is_encoder_decoder:
+        return _causal(load_model(path))
+    try:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: not loadable as a sequence-to-sequence model ({reason})") from error
+    tokenizer.model_max_length = 10**30  # the text is cut here, without a warning
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def logits(batch: Batch) -> Tensor:
+        start = torch.full((len(batch.ids), 1), config.decoder_start_token_id, device=device)
+        return model(input_ids=batch.ids, attention_mask=batch.mask.long(), decoder_input_ids=start).logits[:, 0]
+
+    context = getattr(config, "max_position_embeddings", None)
+    return _Asked(tokenizer, device, context, lambda text: tokenizer(text)["input_ids"], logits)
+
+
+def _row_losses(model: LoadedModel, view: View) -> Float32[Tensor, " n"]:
+    """NaN where there is none."""
+    found = torch.full((view.rows,), torch.nan)
+    for numbers, some in losses(model, view.encoded(), view.tokens_per_batch):
+        found[numbers] = some
+    return found
+
+
+def _for_each(targets: Iterable[Target], scores: Float32[Tensor, " n"]) -> Float32[Tensor, "s n"]:
+    known = torch.where(torch.isfinite(scores), scores, -math.inf)
+    return torch.stack([known for _ in targets])

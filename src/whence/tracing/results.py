@@ -1,0 +1,181 @@
+"""What a trace found, as plain data: answers, the examples behind them, and how far each stands above chance.
+
+Everything that a person or a program reads of a trace is here; `report` and `page` only draw it. Scores are such that
+larger is more helpful.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.corpus.reading import Row, layout
+
+SURE = 0.5
+"""Probability of a token from which the model is called sure of it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query's completion as tokens, with how sure the model is of it."""
+
+    prompt: str
+    completion: str
+    is_generated: bool
+    tokens: list[str]
+    """The completion's tokens, as text, the closing one included where it is part of the query's layout."""
+    probabilities: list[float]
+    """Of each of them, given what is before it, under the last checkpoint."""
+    asked: list[bool] = field(default_factory=list)
+    """Which of them the query is about: all, or those of a span. Empty: all."""
+    contrast: str | None = None
+    """The completion that this one is compared with ("why this and not that")."""
+    contrast_tokens: list[str] = field(default_factory=list)
+    contrast_probabilities: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss of a token in nats: 1 is certain, the vocabulary's size is a blind guess."""
+        if not self.probabilities:
+            return math.nan
+        return math.exp(sum(-math.log(max(p, 1e-30)) for p in self.probabilities) / len(self.probabilities))
+
+    @property
+    def certainty(self) -> str:
+        """In words, how sure the model is of the completion."""
+        sure = sum(probability >= SURE for probability in self.probabilities)
+        words = f"{sure} of {len(self.tokens)} tokens at p >= {SURE}; perplexity {self.perplexity:,.2f} a token"
+        guesses = ". The model guesses here: expect generic influences."
+        return words + guesses if sure < len(self.tokens) / 2 else words
+
+    def query_tokens(self) -> list[str]:
+        """Text of the tokens that the query is about, those of the contrast after them: rows of a `TokenMatrix`."""
+        asked = self.asked or [True] * len(self.tokens)
+        return [token for token, is_asked in zip(self.tokens, asked, strict=True) if is_asked] + self.contrast_tokens
+
+
+@dataclass(frozen=True)
+class TokenMatrix:
+    """Influence of each training token on each query token: entries sum to the example's exact score."""
+
+    basis: str
+    """`position`: where in the training text the gradient arises. `loss`: which training token's own prediction."""
+    query: list[str]
+    """As `Answer.query_tokens`; a contrast's tokens carry their minus in the matrix."""
+    train: list[str]
+    """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
+    supervised: list[bool]
+    """Which of `train` the example is trained to say."""
+    matrix: Float32[Tensor, "u s"]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return {"basis": self.basis, "query": self.query, "train": self.train, "matrix": self.matrix.tolist()}
+
+
+@dataclass(frozen=True)
+class Null:
+    """What one training example scores for control queries, and where this query's score stands among that."""
+
+    scores: list[float]
+    """For each control query."""
+    mean: float
+    z: float
+    """(score - mean) / standard deviation of `scores`."""
+    percentile: float
+    """Share of control queries that this example scores lower for, 0 to 100."""
+    generic: bool
+    """It scores high whatever is asked; see `nulls`."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One training example behind an answer."""
+
+    query: int
+    """Number of the query, from 0."""
+    rank: int
+    """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
+    id: str
+    score: float
+    """From the index' vectors, or by the method named; with `specific`, less the mean over the controls."""
+    source: str | None
+    row: Row
+    """The corpus row."""
+    exact: float | None = None
+    """The same score from unprojected gradients, never corrected."""
+    null: Null | None = None
+    by_token: list[float] | None = None
+    """Share of each query token in `score`, from the index' vectors; sums to it, before any correction."""
+    tokens: TokenMatrix | None = None
+
+    def as_row(self) -> Row:
+        """For a file: the numbers beside the row's own text."""
+        shown: Row = {"query": self.query, "rank": self.rank, "id": self.id, "score": self.score}
+        if self.exact is not None:
+            shown["exact"] = self.exact
+        if self.null is not None:
+            shown |= {"z": self.null.z, "percentile": self.null.percentile, "generic": self.null.generic}
+        shown |= {"source": self.source} | shown_text(self.row)
+        if self.by_token is not None:
+            shown["by_token"] = self.by_token
+        if self.tokens is not None:
+            shown["tokens"] = self.tokens.as_json()
+        return shown
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Answers and the examples behind them."""
+
+    answers: list[Answer]
+    hits: list[Hit]
+    """By query and rank: helpful first, then opposing."""
+    method: str
+    rows: int
+    """Examples that could be ranked."""
+    verdicts: list[str] = field(default_factory=list)
+    """For each query, in words: whether anything stands above the null. Empty: there was no null."""
+    needed_z: float | None = None
+    """What the best z of 19 in 20 meaningless completions stays below; see `nulls`."""
+    overlaps: list[float] = field(default_factory=list)
+    """For each query, with `exact`: share of the index' best examples that are among the exact best."""
+    notes: list[str] = field(default_factory=list)
+    """What else a person should know, such as fewer rows than were asked for."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """How it was made, for a person: model, index, projection, objective, controls and so on."""
+
+    def of(self, query: int, *, opposing: bool = False) -> list[Hit]:
+        """Hits of one query on one side."""
+        return [hit for hit in self.hits if hit.query == query and (hit.rank < 0) == opposing]
+
+
+def shown_text(row: Row) -> Row:
+    """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
+    kind = layout(row)
+    if kind == "instruction":
+        asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
+        return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
+    if kind == "messages":
+        turns = row["messages"] or [{"role": "", "content": ""}]
+        said = [str(turn.get("content") or "") for turn in turns]
+        before = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], said, strict=False))
+        return {"prompt": before, "completion": said[-1]}
+    return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
+
+
+def row_text(row: Row) -> str:
+    """Text of a corpus row, whatever its layout; empty where nulls stand for text. UTF-8 can hold it.
+
+    >>> row_text({"prompt": "1 + 1?", "completion": "2"})
+    '1 + 1? 2'
+    """
+    text = " ".join(text for text in shown_text(row).values() if text)
+    return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+
+
+def _text(value: Any) -> str | None:
+    """One type a column, whatever stands in a row: a file of rows needs that."""
+    return None if value is None else str(value)

@@ -1,0 +1,146 @@
+"""How to train: the settings of `train`, their checks, and recipes that set several at once."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import SchedulerType
+
+from whence.errors import SettingError
+from whence.training.online_mixing import read_options
+
+IN_RUN = ("in_run", "in_run_every", "in_run_order", "in_run_rows")
+MIX = ("mix", "by", "mix_set")
+"""Settings that belong together: of what is measured meanwhile, and of the order of rows."""
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+"""By Whence's name, the Trainer's."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
+    "less": {
+        "fraction": 0.05,
+        "lora_rank": 128,
+        "lora_alpha": 512,
+        "lora_dropout": 0.1,
+        "lora_targets": "q_proj,k_proj,v_proj,o_proj",
+        "epochs": 4,
+        "lr": 2e-5,
+        "batch_size": 128,
+        "schedule": "linear",
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+    }
+}
+"""Settings by the name of a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. Epochs, learning rate, warm-up and length default to those of LESS (arXiv 2402.04333)."""
+
+    epochs: int | float = 4
+    """Passes over the corpus."""
+    lr: float = 2e-5
+    """Peak learning rate, for the mean loss of a batch's supervised tokens."""
+    batch_size: int = 16
+    """Rows of a step, on each device."""
+    micro_batch: int | None = None
+    """Rows of one pass, of which a step adds up several; a divisor of `batch_size`. None: all of them."""
+    max_steps: int | None = None
+    """Number of steps, in place of `epochs`."""
+    max_tokens: int | None = 2048
+    """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
+    tokenizer: str | None = None
+    """Directory or Hub name of the tokenizer to train with, and its chat template; None: the model's own."""
+    fraction: float = 1.0
+    """Share of the corpus to train on, chosen at random."""
+    lora_rank: int | None = None
+    """Train adapters of this rank; None trains all weights."""
+    lora_alpha: int | None = None
+    """Adapters' scale times their rank; None: twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    lora_targets: str | None = None
+    """Ends of the names of layers that get an adapter, with commas between; None: every linear layer of the blocks."""
+    checkpoints: int | None = None
+    """Checkpoints to keep at most, evenly spaced, the last step among them; None keeps one an epoch."""
+    schedule: str = "linear"
+    """How the learning rate falls after its warm-up: a schedule's name in transformers, such as `cosine`."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """For each step and unit of learning rate."""
+    optimizer: str = "adamw"
+    """"adamw", or "sgd", plain, without momentum."""
+    seed: int = 0
+    """Seed of the chosen rows, their order, dropout and the adapters' start."""
+    in_run: Any = None
+    """Validation rows, whatever `corpus.open_corpus` takes: measure what each row does to their loss; see `inrun`."""
+    in_run_every: int = 10
+    """Steps for which one draw of validation rows serves."""
+    in_run_order: int = 1
+    """Of the expansion of a step's effect: 1, or 2 at several times the cost."""
+    in_run_rows: int = 16
+    """Validation rows of a draw."""
+    mix: str | None = None
+    """"online": every step's rows come from one domain, drawn by the losses so far; see `online`."""
+    by: str | None = None
+    """Column whose values are the domains; None: `source`."""
+    mix_set: Mapping[str, Any] | None = None
+    """Options of the mixer by name; see `online.read_options`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train, by the name of their flag."""
+        counts = ("batch_size", "micro_batch", "max_steps", "max_tokens", "checkpoints")
+        for name in ("epochs", "lr", "lora_rank", "lora_alpha", *counts):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+        if not 0 < self.fraction <= 1:
+            raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
+        for flag, value in (("--warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
+            if not 0 <= value < 1:
+                raise SettingError(f"{flag} {value}: a share from 0 and below 1 is expected")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise SettingError(
+                f"--micro-batch {self.micro_batch}: a divisor of --batch-size {self.batch_size} is expected"
+            )
+        if self.lora_rank is None and (self.lora_alpha, self.lora_dropout, self.lora_targets) != (None, 0.0, None):
+            raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
+        if self.optimizer not in OPTIMIZERS:
+            raise SettingError(f"--optimizer {self.optimizer}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in (names := [kind.value for kind in SchedulerType]):
+            raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
+        self._check_in_run()
+        self._check_mix()
+
+    def _check_in_run(self) -> None:
+        for name in IN_RUN[1:]:
+            if self.in_run is None and getattr(self, name) != getattr(TrainSettings, name):
+                raise SettingError(f"--{name.replace('_', '-')} needs an --in-run VALIDATION")
+        for flag, value in (("--in-run-every", self.in_run_every), ("--in-run-rows", self.in_run_rows)):
+            if value < 1:
+                raise SettingError(f"{flag} {value}: a number above 0 is expected")
+        if self.in_run_order not in (1, 2):
+            raise SettingError(f"--in-run-order {self.in_run_order}: choose 1 or 2")
+
+    def _check_mix(self) -> None:
+        if self.mix is None and (self.by, self.mix_set) != (None, None):
+            raise SettingError("--by and --mix-set need --mix online")
+        if self.mix not in (None, "online"):
+            raise SettingError(f"--mix {self.mix}: online is expected")
+        read_options(self.mix_set or {})
+
+    def record(self) -> dict[str, Any]:
+        """Settings by name, for a run's record. Where `in_run` or `mix` is not used, nothing of it is recorded."""
+        unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
+        unused += ("tokenizer",) if self.tokenizer is None else ()
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
+
+
+def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:
+    """Settings by name, the others a preset's."""
+    if preset is not None and preset not in PRESETS:
+        raise SettingError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    return TrainSettings(**(PRESETS[preset] if preset else {}) | settings)

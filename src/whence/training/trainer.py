@@ -1,0 +1,369 @@
+"""Fine-tuning that keeps what attribution needs: a Hugging Face Trainer, fed with Whence's own tokenisation.
+
+The Trainer stays the trainer: its loop, its AdamW, its loss (the mean over a batch's supervised tokens),
+its directory. What is set here is that rows are tokenised and masked by `tokens.encode`, as the index does;
+that checkpoints are evenly spaced and keep the optimizer's moments; and that learning rates are logged, so
+that the mean over a checkpoint's interval can be read from `trainer_state.json`.
+
+Full training is in float32 whatever the weights are stored in: a step of AdamW at usual rates is smaller than
+the spacing of 16-bit weights and would be rounded away. Adapters are float32, on a base as it is stored.
+
+The corpus is tokenised into memory first, at 5 bytes a token. Rows of like length share a batch.
+
+A training that was stopped goes on when it is run again, and ends with the weights it would have had (`resuming`).
+
+Two things can go along: what each row does to a validation loss (`inrun`, which changes no weight), and a choice of the
+domain that each step's rows come from (`online`). Their states are kept with every checkpoint.
+
+What it does not do: preference tuning, several machines, or packing rows into one sequence (which leaves a row no
+gradient of its own). Train with your own Trainer for these; its directory is a Run too.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
+
+from whence.corpus.reading import Corpus, Example, Row, open_corpus
+from whence.corpus.tokens import Encoded, collate, encode
+from whence.errors import CorpusError, SettingError
+from whence.models.loading import LoadedModel, load_model
+from whence.models.runs import open_run
+from whence.numerics import mixed_seed
+from whence.training.in_run import HEURISTIC, InRun, InRunPlan
+from whence.training.online_mixing import OnlineBatches, domains_of, read_options
+from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
+from whence.training.resuming import Order, OrderKept, begin, finish, newest_checkpoint, read_order, step_of
+
+LOGGED_STEPS = 1000
+"""Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
+
+
+def train(
+    model: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    out: str | Path,
+    *,
+    preset: str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Fine-tune a model on a corpus, into a directory that is a Run; or go on doing so.
+
+    The same settings give the same weights, bit for bit, on the same machine, versions and thread count, whether the
+    training was stopped and run again or not.
+
+    Args:
+        model: Directory or Hub name. An adapter is trained on, its base untouched.
+        corpus: Whatever `corpus.open_corpus` takes. Rows without a supervised token are left out.
+        out: Directory of the Run, made where missing: `checkpoint-<step>` as the Trainer writes them, the
+            tokenizer in each and beside them, and the settings in `whence_train.json`; with `in_run` also
+            `in_run_scores.parquet` and what belongs to it, with `mix` the log `online_mixing.jsonl`.
+        preset: Name in `PRESETS`, whose settings hold where `settings` does not say otherwise.
+        progress: Show a bar on stderr.
+        settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CorpusError: The corpus or the validation rows cannot be read, no row has a supervised token, or rows have no
+            domain.
+        ModelError: The model cannot be loaded, or `in_run` cannot follow its training.
+        SettingError: A setting has a value that cannot work, or `out` holds another training's checkpoints.
+    """
+    chosen, directory = settings_of(preset, settings), Path(out)
+    # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
+    last = open_run(model).checkpoints[-1].path
+    source = Path(last).resolve() if Path(last).is_dir() else last
+    loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
+    texts = open_corpus(corpus)
+    rows = _training_rows(texts, loaded, chosen)
+    trainer = _trainer(loaded, rows, directory, chosen)
+    if progress:
+        trainer.add_callback(_Bar)
+    record = {"model": str(source), "corpus": texts.name, **rows.record(), **chosen.record()}
+    if chosen.in_run is not None:
+        trainer.in_run, told = _in_run(loaded, trainer, rows, chosen)
+        record |= told
+    if chosen.mix is not None:
+        domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
+        trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
+    begin(directory, record)
+    _run(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+    if trainer.in_run is not None:
+        heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
+        more = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
+        trainer.in_run.write(directory, rows.ids, rows.sources, more)
+    loaded.tokenizer.save_pretrained(directory)
+    finish(directory)
+    return directory
+
+
+def _run(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
+    """Train from the newest checkpoint, or from the start, what is not trained yet."""
+    for follower in trainer.followers():
+        follower.load(newest)
+    if newest is not None and step_of(newest) >= trainer.args.max_steps:
+        return
+    if newest is not None and step_of(newest) % steps_per_epoch and trainer.mixing is None:
+        trainer.order.resumed_from = read_order(newest)  # within an epoch, whose order was drawn before
+    with quiet_saving():
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+
+def _in_run(
+    loaded: LoadedModel, trainer: "_Trainer", rows: "_Rows", settings: TrainSettings
+) -> tuple[InRun, dict[str, Any]]:
+    """What measures contributions, and what the run's record says of the validation rows."""
+    if trainer.args.n_gpu > 1:
+        raise SettingError(f"--in-run follows a training on one device, of {trainer.args.n_gpu} here: hide the others")
+    if len(set(rows.ids)) < len(rows.ids):
+        twice = next(name for number, name in enumerate(rows.ids) if name in rows.ids[:number])
+        raise CorpusError(f"the id {twice!r} is given twice, and --in-run scores rows by their ids: make them unique")
+    corpus = open_corpus(settings.in_run)
+    found = _encoded(corpus, loaded, settings)
+    if not len(found):
+        raise CorpusError(f"--in-run {corpus.name}: no row has a supervised token, so there is no loss to follow.")
+    plan = InRunPlan(
+        order=settings.in_run_order,
+        every=settings.in_run_every,
+        rows=settings.in_run_rows,
+        rows_of_pass=settings.micro_batch or settings.batch_size,
+        seed=settings.seed,
+        save_steps=int(trainer.args.save_steps),
+    )
+    net: Any = trainer.model
+    model = LoadedModel(net, loaded.tokenizer, loaded.path, loaded.has_adapter or settings.lora_rank is not None)
+    validation = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in found.rows]
+    digest = found.record()["rows_digest"]
+    return InRun(model, validation, len(rows), plan), {"in_run": corpus.name, "in_run_digest": digest}
+
+
+@contextmanager
+def quiet_saving() -> Iterator[None]:
+    """Without the bar that transformers shows on stderr for each checkpoint that it writes."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar, on stderr, without the log lines that it writes to stdout."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        pass
+
+
+class _Rows(Dataset):
+    """Encoded rows as the Trainer reads them, each with its number; those without a supervised token are left out."""
+
+    def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
+        self.rows: list[dict[str, np.ndarray]] = []
+        self.ids: list[str] = []
+        self.sources: list[str | None] = []
+        self.domains: list[Any] = []
+        for example, row in rows:
+            if row.targets:
+                self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
+                self.ids.append(example.id)
+                self.sources.append(example.source)
+                self.domains.append(None if by is None else example.row.get(by))
+
+    def record(self) -> dict[str, Any]:
+        """What tells them from other rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row["input_ids"].tobytes() + row["supervised"].tobytes() + b"/")
+        return {"rows": len(self.rows), "rows_digest": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number] | {"row": number}
+
+
+def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
+    rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
+    if not len(rows):
+        raise CorpusError(f"{corpus.name}: no row has a supervised token, so there is nothing to train on.")
+    return rows
+
+
+def _encoded(
+    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
+) -> _Rows:
+    longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+    by = None if settings.mix is None else settings.by or "source"
+    found = corpus if chosen is None else chosen
+    return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in found), by)
+
+
+def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
+    if settings.fraction == 1:
+        return iter(corpus)
+    total = sum(1 for _ in corpus)
+    rng = random.Random(mixed_seed(settings.seed, "train", "fraction"))
+    chosen = set(rng.sample(range(total), max(1, round(settings.fraction * total))))
+    return (example for number, example in enumerate(corpus) if number in chosen)
+
+
+class _Trainer(Trainer):
+    """The Trainer, with an order of rows that can be drawn again, and with what follows or steers the training."""
+
+    in_run: InRun | None = None
+    mixing: OnlineBatches | None = None
+
+    def __init__(self, order: Order, **options: Any):
+        self.order = order
+        super().__init__(callbacks=[OrderKept(order), _Steps(self)], **options)
+
+    def followers(self) -> list[InRun | OnlineBatches]:
+        """Whatever keeps a state with each checkpoint."""
+        return [follower for follower in (self.in_run, self.mixing) if follower is not None]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Batches of a step: the epoch's next, or rows of the domain that is drawn."""
+        if self.mixing is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        size, dataset = self.args.per_device_train_batch_size, self.train_dataset
+        rows = self.mixing.draw(self.state.global_step, size * num_batches)
+        batches = [
+            self.data_collator([dataset[row] for row in rows[start : start + size]])  # type: ignore[index]
+            for start in range(0, len(rows), size)
+        ]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """A pass over a batch, whose row numbers are no input of the model."""
+        rows = inputs.pop("rows")
+        with nullcontext() if self.in_run is None else self.in_run.watching(inputs, rows):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.mixing is not None:
+            self.mixing.add(float(loss))
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights, and what goes with a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        for follower in self.followers():
+            follower.save(Path(output_dir or str(self.args.output_dir)))
+
+
+class _Steps(TrainerCallback):
+    """Tells what follows a training of its steps."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The gradient is clipped, and not yet taken."""
+        if self.trainer.in_run is not None:
+            self.trainer.in_run.step(self.trainer.optimizer, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """It is taken, and counted."""
+        if self.trainer.mixing is not None:
+            self.trainer.mixing.close(state.global_step - 1)
+
+
+def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> _Trainer:
+    set_seed(settings.seed)  # before the adapters draw their start
+    trainer = _Trainer(
+        Order(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),
+        model=_thawed(loaded, settings),
+        args=_arguments(directory, len(rows), settings),
+        train_dataset=rows,
+        data_collator=_collator(loaded.tokenizer.pad_token_id or 0),
+        processing_class=loaded.tokenizer,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)  # they print every log line to stdout, which is for results
+    return trainer
+
+
+def _collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        encoded = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in rows]
+        batch = collate(encoded, pad_id)
+        # Not shifted here: the model's own loss compares its logits at t - 1 with the label at t.
+        labels = batch.ids.masked_fill(~batch.supervised, -100)
+        numbers = torch.tensor([row["row"] for row in rows])
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "labels": labels, "rows": numbers}
+
+    return collated
+
+
+def _thawed(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
+    """The model with those weights thawed that are to be trained; loading froze all of them."""
+    if loaded.has_adapter:
+        if settings.lora_rank is not None:
+            raise SettingError(f"--lora-rank: {loaded.path} has an adapter already, and that is trained on.")
+        for name, weight in loaded.model.named_parameters():
+            weight.requires_grad_("lora_" in name)
+        return loaded.model
+    if settings.lora_rank is None:
+        return loaded.model.requires_grad_(True)
+    targets = [name.strip() for name in (settings.lora_targets or "").split(",")]
+    adapter = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(loaded.base, adapter)
+    except ValueError as error:
+        names = dict.fromkeys(name.rpartition(".")[2] for name in loaded.layers())
+        raise SettingError(
+            f"--lora-targets {settings.lora_targets}: this model has no such layers; its linear layers are called "
+            f"{', '.join(names)} ({' '.join(str(error).split())[:100]})"
+        ) from None
+
+
+def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:
+    steps_per_epoch = math.ceil(rows / settings.batch_size)
+    steps = settings.max_steps or math.ceil(settings.epochs * steps_per_epoch)
+    interval = math.ceil(steps / settings.checkpoints) if settings.checkpoints else steps_per_epoch
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=settings.micro_batch or settings.batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch or settings.batch_size),
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=math.ceil(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        optim=OPTIMIZERS[settings.optimizer],
+        train_sampling_strategy="group_by_length",
+        logging_steps=math.ceil(steps / LOGGED_STEPS),
+        save_strategy="steps",
+        save_steps=interval,
+        seed=settings.seed,
+        remove_unused_columns=False,  # columns are chosen by forward's arguments, and `supervised` is none
+        dataloader_pin_memory=torch.cuda.is_available(),  # asked for without a GPU, it warns
+        report_to="none",
+    )

@@ -1,0 +1,130 @@
+"""Grades against a slow loop, and a table whose numbers can be worked by hand."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import corpus_rows, random_examples, save_tiny_llama, tiny_model
+from whence.errors import CorpusError, SettingError
+from whence.evaluation import selection as measures
+from whence.evaluation.selection import Cell, Choice, Method, Recipe, evaluate_selection, grade
+from whence.numerics import crossed_bootstrap_interval
+
+QUICK = Recipe(steps=2, batch_size=2, lr=1e-2)
+POOL = corpus_rows(12)
+GRADED = {"yes": corpus_rows(3, first=50), "no": corpus_rows(4, first=70)}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("measures") / "model"))
+
+
+def methods():
+    return {
+        "first": Method(lambda task, seed: Choice(POOL[:4] if task == "yes" else POOL[4:8])),
+        "random": Method(lambda task, seed: Choice(POOL[seed::3]), per_task=False),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma"])
+def test_grades_are_those_of_a_loop(architecture):
+    model, rows = tiny_model(architecture), random_examples(9, seed=3)
+    with torch.no_grad():
+        for n, row in enumerate(rows):  # let some rows be right: the model's own choices become their targets
+            if n % 3 == 0:
+                for t in range(1, len(row.ids)):
+                    if row.supervised[t]:
+                        row.ids[t] = int(model.model(torch.tensor([row.ids[:t]])).logits[0, -1].argmax())
+    found = grade(model, rows, tokens_per_batch=40)
+    for n, row in enumerate(rows):
+        logits = model.model(torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
+        targets = [t for t in range(1, len(row.ids)) if row.supervised[t]]
+        loss = -sum(float(logits[t - 1, row.ids[t]]) for t in targets) / len(targets)
+        assert found.loss[n] == pytest.approx(loss, rel=1e-5)
+        assert bool(found.exact[n]) == all(int(logits[t - 1].argmax()) == row.ids[t] for t in targets)
+    assert found.exact.any() and not found.exact.all()
+
+
+def test_a_table_has_every_method_and_the_gain_over_chance(parent, tmp_path):
+    told = []
+    table = evaluate_selection(
+        parent, methods(), GRADED, work=tmp_path / "work", recipe=QUICK, seeds=(0, 1), progress=told.append
+    )
+    assert [(line.task, line.method) for line in table.lines] == [
+        (task, name) for task in GRADED for name in ("nothing", "first", "random")
+    ]
+    assert len(told) == 2 * 3, "two choices of `first`, one of `random`, for each seed"
+    by_name = {(line.method, line.task): line for line in table.lines}
+    assert by_name["random", "yes"].gain is None
+    first, chance = by_name["first", "yes"], by_name["random", "yes"]
+    assert first.gain == pytest.approx(chance.loss - first.loss, abs=1e-6)
+    assert first.gain_interval[0] <= first.gain <= first.gain_interval[1]
+    assert (first.seeds, first.rows, by_name["nothing", "yes"].seeds) == (2, 4, 1)
+    assert not list((tmp_path / "work").glob("training-*")), "trainings are removed once graded"
+
+
+def test_a_stopped_table_goes_on(parent, tmp_path, monkeypatch):
+    work, made, real = tmp_path / "work", [], measures.train
+
+    def counted(*args, **kwargs):
+        made.append(kwargs["seed"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(measures, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
+    assert not list(work.glob("training-*"))
+    stopped = evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
+    assert len(made) == 1 + 6, "the two finished cells are not made again"
+    whole = evaluate_selection(parent, methods(), GRADED, work=tmp_path / "other", recipe=QUICK, seeds=(0, 1))
+    assert [line.loss for line in stopped.lines] == [line.loss for line in whole.lines]
+
+
+def test_another_table_is_refused(parent, tmp_path):
+    work = tmp_path / "work"
+    evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
+    with pytest.raises(SettingError, match=r"another recipe .*\"steps\": 2.*\"steps\": 3"):
+        evaluate_selection(parent, methods(), GRADED, work=work, recipe=Recipe(steps=3), seeds=(0, 1))
+    with pytest.raises(SettingError, match="another graded"):
+        evaluate_selection(parent, methods(), {"yes": POOL}, work=work, recipe=QUICK, seeds=(0, 1))
+
+
+def test_what_cannot_be_told_is_refused(parent, tmp_path):
+    with pytest.raises(SettingError, match="two or more"):
+        evaluate_selection(parent, methods(), GRADED, work=tmp_path / "a", recipe=QUICK, seeds=(1, 1))
+    with pytest.raises(SettingError, match="'random'"):
+        evaluate_selection(parent, {}, GRADED, work=tmp_path / "b", recipe=QUICK)
+    with pytest.raises(CorpusError, match="none of its 0 rows"):
+        evaluate_selection(parent, methods(), {"none": []}, work=tmp_path / "c", recipe=QUICK)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "nothing is made for what is refused"
+
+
+def test_a_gain_worked_by_hand(tmp_path):
+    def cell(method, seed, loss):
+        return Cell(method, "t", seed, rows=1, tokens=9, loss=loss, exact=[0.0, 1.0], train_seconds=1.0)
+
+    cells = [cell("random", 0, [2.0, 4.0]), cell("random", 1, [4.0, 6.0])]
+    cells += [cell("m", 0, [1.0, 3.0]), cell("m", 1, [3.0, 5.0])]
+    line = measures._line("m", "t", cells, 0)
+    assert (line.loss, line.gain, line.gain_interval, line.exact) == (3.0, 1.0, (1.0, 1.0), 0.5)
+    untrained = [*cells, cell("nothing", 0, [5.0, 7.0])]
+    assert measures._line("nothing", "t", untrained, 0).gain == -2.0
+    assert json.loads(json.dumps(line.__dict__))["gain"] == 1.0
+
+
+def test_crossed_bootstrap_covers_both_kinds_of_chance():
+    rng = torch.Generator().manual_seed(0)
+    covered = 0
+    for trial in range(100):
+        values = sum(torch.randn(*shape, generator=rng) for shape in ((8, 1), (1, 30), (8, 30)))
+        low, high = crossed_bootstrap_interval(values, seed=trial, resamples=400)
+        covered += low <= 0 <= high
+    assert 88 <= covered <= 100
+    assert crossed_bootstrap_interval(torch.ones(2, 3), seed=0) == (1.0, 1.0)
+    for wrong in (torch.ones(1, 5), torch.ones(5, 1), torch.tensor([[1.0, float("nan")], [1.0, 2.0]])):
+        with pytest.raises(ValueError, match="bootstrap"):
+            crossed_bootstrap_interval(wrong, seed=0)

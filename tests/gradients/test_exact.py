@@ -1,0 +1,220 @@
+"""Exact scores and token matrices equal those of gradients taken one at a time by plain autograd."""
+
+import pytest
+import torch
+
+from conftest import random_examples, tiny_model
+from whence.corpus.tokens import Encoded, collate
+from whence.gradients import exact, tokenwise
+from whence.gradients.capture import OBJECTIVES, backward, gradients
+from whence.gradients.exact import Part
+from whence.selection.protocols import GradientSpace
+
+BUDGET = 40  # tokens of a pass: several batches
+SPACES = [(normalise, cosine) for normalise in ("none", "layer") for cosine in (False, True)]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "lora"])  # linear, Conv1D with tied head, adapters
+def loaded(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def traced(loaded):
+    """With the output head, where there is one that is no adapter's neighbour."""
+    return loaded.layers("*" if loaded.path == "gpt2" else None)
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, traced):
+    """One example's gradient by layer, taken once."""
+    taken = {}
+
+    def gradient(example, *, reduction="mean", objective="loss"):
+        key = (*example.ids, *example.supervised, objective)
+        if key not in taken:
+            taken[key] = gradients(loaded, traced, collate([example]), reduction="sum", objective=objective)[0]
+        return {name: x / (example.targets if reduction == "mean" else 1) for name, x in taken[key].items()}
+
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def of_query(whole, traced):
+    """A query's gradient by layer."""
+
+    def gradient(parts, **options):
+        found = [whole(part.encoded, **options) for part in parts]
+        return {name: sum(part.sign * x[name] for part, x in zip(parts, found, strict=True)) for name in traced}
+
+    return gradient
+
+
+def score(query, example, *, normalise="none", cosine=False):
+    """By definition, in double precision, layer by layer."""
+    pairs = [(query[name].double(), example[name].double()) for name in query]
+    if normalise == "layer":
+        unit = lambda x: x / x.norm() if x.norm() > 0 else x  # noqa: E731
+        pairs = [(unit(x), unit(y)) for x, y in pairs]
+    total = sum(float((x * y).sum()) for x, y in pairs)
+    norms = [sum(float(side.square().sum()) for side in sides) ** 0.5 for sides in zip(*pairs, strict=True)]
+    return total / (norms[0] * norms[1]) if cosine else total
+
+
+def alone(example, place):
+    """An example of which one token is supervised."""
+    return Encoded(example.ids, [number == place for number in range(len(example.ids))])
+
+
+def places_of(example):
+    return [place for place, is_target in enumerate(example.supervised) if is_target]
+
+
+def query_parts(contrast):
+    parts = [Part(example) for example in random_examples(2, seed=5)]
+    return [parts[0], Part(parts[1].encoded, sign=-1.0)] if contrast else parts[:1]
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_scores_are_inner_products_of_whole_gradients(loaded, traced, whole, of_query, contrast):
+    parts, rows = query_parts(contrast), random_examples(7, seed=6)
+    held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
+    inner = exact.inner(loaded, traced, held, rows, reduction="mean", tokens_per_batch=BUDGET)
+    for normalise, cosine in SPACES:
+        found = inner.scores(normalise=normalise, cosine=cosine)
+        true = [score(of_query(parts), whole(row), normalise=normalise, cosine=cosine) for row in rows]
+        assert found.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
+
+
+@pytest.mark.parametrize(("reduction", "objective"), [("mean", "loss"), ("sum", "margin")])
+def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduction, objective):
+    rows = [*random_examples(5, seed=6), Encoded([1, 2], [False, False])]
+    queries = [query_parts(False), query_parts(True)]
+    for normalise, cosine in SPACES:
+        space = GradientSpace(reduction=reduction, normalise=normalise)
+        found = exact.corpus_scores(
+            loaded, traced, queries, rows, space, cosine=cosine, objective=objective, tokens_per_batch=BUDGET
+        )
+        assert (found[:, -1] == -torch.inf).all(), "a row that supervises nothing has no score"
+        for number, parts in enumerate(queries):
+            query = of_query(parts, reduction=reduction, objective=objective)
+            examples = [whole(row, reduction=reduction) for row in rows[:-1]]
+            true = [score(query, example, normalise=normalise, cosine=cosine) for example in examples]
+            assert found[number, :-1].tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+@pytest.mark.parametrize("basis", tokenwise.BASES)
+def test_token_matrices_are_inner_products_of_single_tokens(
+    loaded, traced, whole, of_query, contrast, basis, monkeypatch
+):
+    """Rows by their own gradients; columns of `loss` by theirs; and everything sums to the exact score."""
+    monkeypatch.setitem(tokenwise.POSITIONS_AT_ONCE, "cpu", 8)  # several pieces
+    monkeypatch.setitem(tokenwise.PRODUCTS_AT_ONCE, "cpu", 64)
+    parts, rows = query_parts(contrast), random_examples(3, seed=6)
+    tokens = tokenwise.tokens_of(parts, "mean")
+    matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.targets) for row in rows]
+    for group in tokenwise.each_group_of_tokens(parts, tokens, traced):
+        some = [tokens[number] for number in group]
+        examples, weights = tokenwise.token_rows(parts, some), [token.weight for token in some]
+        pairs = tokenwise.held_tokens(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
+        factors = torch.ones(len(traced), len(rows))
+        found = tokenwise.token_products(
+            loaded, traced, pairs, len(some), rows, factors, basis=basis, reduction="mean", tokens_per_batch=BUDGET
+        )
+        for matrix, part in zip(matrices, found, strict=True):
+            matrix[group] += part
+    ones = [whole(alone(parts[token.part].encoded, token.place), reduction="sum") for token in tokens]
+    singles = [{name: token.weight * x for name, x in one.items()} for token, one in zip(tokens, ones, strict=True)]
+    for row, matrix in zip(rows, matrices, strict=True):
+        total = score(of_query(parts), whole(row))
+        close = {"rel": 1e-3, "abs": 1e-4 * abs(total)}
+        assert float(matrix.sum()) == pytest.approx(total, **close)
+        assert matrix.sum(1).tolist() == pytest.approx([score(one, whole(row)) for one in singles], **close)
+        if basis == "loss":
+            own = [whole(alone(row, place), reduction="sum") for place in places_of(row)]
+            for found, one in zip(matrix.tolist(), singles, strict=True):
+                assert found == pytest.approx([score(one, gradient) / row.targets for gradient in own], **close)
+
+
+def test_positions_are_told_apart_by_hand(loaded, of_query):
+    """Basis `position`: the example's gradient, restricted to one position's pairs at a time."""
+    traced, (row,), parts = loaded.layers(), random_examples(1, seed=9), query_parts(False)
+    held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
+    factors = torch.ones(len(traced), 1)
+    matrix = tokenwise.token_products(
+        loaded, traced, held, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
+    )[0]
+    query, captured = of_query(parts), {}
+    backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
+    for place in range(len(row.ids)):
+        true = sum(
+            float(torch.einsum("o,oi,i->", seen.g[0, place], query[layer][0], seen.a[0, place]))
+            for layer, seen in captured.items()
+        )
+        assert float(matrix[0, place]) == pytest.approx(true, rel=1e-3, abs=1e-5 * float(matrix.abs().max()) + 1e-9)
+
+
+def test_groups_of_tokens_stay_within_the_budget_and_never_mix_parts(traced, monkeypatch):
+    parts = query_parts(True)
+    tokens = tokenwise.tokens_of(parts, "sum")
+    monkeypatch.setattr(tokenwise, "HELD_BYTES", 1)
+    assert list(tokenwise.each_group_of_tokens(parts, tokens, traced)) == [[number] for number in range(len(tokens))]
+    monkeypatch.setattr(tokenwise, "HELD_BYTES", 2**31)
+    groups = list(tokenwise.each_group_of_tokens(parts, tokens, traced))
+    assert [{tokens[number].part for number in group} for group in groups] == [{0}, {1}]
+    assert [number for group in groups for number in group] == list(range(len(tokens)))
+
+
+def test_the_margin_is_the_log_odds(loaded):
+    traced, (example,) = loaded.layers(), random_examples(1, seed=3)
+    found, losses = gradients(loaded, traced, collate([example]), objective="margin", reduction="sum")
+    places = places_of(example)
+    weights = [layer.weight.requires_grad_() for layer in traced.values()]
+    with torch.enable_grad():
+        logits = loaded.model(input_ids=torch.tensor([example.ids])).logits[0].double()
+        odds = sum(
+            logits[t - 1].log_softmax(0)[example.ids[t]] - torch.log1p(-logits[t - 1].softmax(0)[example.ids[t]])
+            for t in places
+        )
+        true = torch.autograd.grad(-odds, weights, allow_unused=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+    largest = max(float(gradient.abs().max()) for gradient in true if gradient is not None)
+    for (name, layer), gradient in zip(traced.items(), true, strict=True):
+        shaped = found[name][0] if isinstance(layer, torch.nn.Linear) else found[name][0].T  # Conv1D keeps [i o]
+        assert torch.allclose(shaped, gradient, rtol=1e-3, atol=1e-5 * largest)
+    assert losses.nll[0, places].tolist() == pytest.approx(
+        [-float(logits[t - 1].detach().log_softmax(0)[example.ids[t]]) for t in places], rel=1e-4
+    )
+
+
+def test_the_margins_slope_does_not_vanish_where_the_model_is_sure():
+    logits, target, weight = torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([0]), torch.ones(1)
+    assert OBJECTIVES["margin"](logits, target, weight)[1].tolist() == [[-1.0, 0.5, 0.5]]
+    assert OBJECTIVES["loss"](logits, target, weight)[1].abs().max() < 1e-16
+
+
+def test_slopes_that_are_zero_are_not_held():
+    """Of two tokens one reaches positions 1 to 3 (with a 0 among them), one reaches none."""
+    a, g = torch.randn(5, 2), torch.zeros(2, 5, 3)
+    g[0, 1], g[0, 3] = 2.0, 3.0
+    pairs = exact.pairs_of(a, g, [4, 7], torch.tensor([0.5, 1.0]))
+    assert pairs.spans == [(4, 1, 4), (7, 0, 0)]
+    assert pairs.g.tolist() == [[1.0] * 3, [0.0] * 3, [1.5] * 3]
+    (own, slopes), (nothing, _) = pairs.by_token()
+    assert torch.equal(own, a[1:4])
+    assert torch.equal(slopes, pairs.g)
+    assert len(nothing) == 0
+
+
+def test_rows_share_a_pass_where_little_is_padded():
+    rows = random_examples(40, seed=2, longest=40)
+    seen = []
+    for numbers, batch in exact.batches(rows, 200):
+        lengths = [len(rows[number].ids) for number in numbers]
+        assert batch.ids.shape == (len(numbers), max(lengths))
+        assert batch.ids.numel() <= 200
+        assert min(lengths) >= 0.75 * max(lengths)
+        seen += numbers
+    assert sorted(seen) == list(range(40))
