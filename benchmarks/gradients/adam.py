@@ -18,9 +18,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from whence.corpus.tokens import Encoded, encode
+from whence.gradients.space import ADAM_MODES as MODES
 from whence.indexing.build import index
 from whence.selection.frozen_adam import FrozenView
-from whence.selection.protocols import ADAM_MODES as MODES
 from whence.selection.views import IndexView
 from whence.training.trainer import train
 

@@ -34,13 +34,13 @@ from torch import Tensor
 
 from whence.corpus.tokens import Batch
 from whence.gradients.capture import sketch
+from whence.gradients.space import GradientSpace
 from whence.indexing.speed import make_batches, training_pass
 from whence.indexing.vectors import IndexSettings, projection_for, transform_for
 from whence.models.loading import LoadedModel, load_model
 from whence.models.moments import read_moments
 from whence.models.runs import open_run
 from whence.numerics import generator, signs
-from whence.selection.protocols import GradientSpace
 from whence.training.trainer import train
 
 SIZE, LENGTH, WIDTH, BLOCK = 16, 128, 8192, 128

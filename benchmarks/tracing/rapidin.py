@@ -39,11 +39,12 @@ from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.gradients import exact
 from whence.gradients.capture import Captured, Sketches, backward, example_gradients, inverse
 from whence.gradients.exact import Part
+from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
 from whence.models.loading import LoadedModel, layer_shape, load_model
 from whence.models.runs import open_run
 from whence.numerics import auroc, average_precision, bootstrap_interval, generator
-from whence.selection.protocols import GradientSpace, QueryText, Target
+from whence.selection.protocols import QueryText, Target
 from whence.tracing.queries import Asked, Query, Sampling, ask
 from whence.training.trainer import train
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from whence.errors import WhenceError as WhenceError
     from whence.evaluation.joining import join as join
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
+    from whence.gradients.space import GradientSpace as GradientSpace
     from whence.indexing.build import Index as Index
     from whence.indexing.build import IndexSettings as IndexSettings
     from whence.indexing.build import append as append
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from whence.models.loading import load_model as load_model
     from whence.recovery.pipeline import recover as recover
     from whence.selection.pipeline import select as select
-    from whence.selection.protocols import GradientSpace as GradientSpace
     from whence.tracing.pipeline import trace as trace
     from whence.tracing.queries import Query as Query
     from whence.tracing.results import Trace as Trace
@@ -49,7 +49,7 @@ _HOMES = {
     "demo": "cli.demonstration",
     "evaluate_selection": "evaluation.selection",
     "Example": "corpus.reading",
-    "GradientSpace": "selection.protocols",
+    "GradientSpace": "gradients.space",
     "Index": "indexing.build",
     "index": "indexing.build",
     "IndexSettings": "indexing.build",

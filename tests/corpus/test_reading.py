@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from whence.corpus.reading import Corpus, layout, open_corpus, row_json
+from whence.corpus.layouts import layout
+from whence.corpus.reading import Corpus, open_corpus, row_json
 from whence.errors import CorpusError, MissingExtraError
 
 ROWS = [{"text": "first", "id": "a"}, {"text": "sécond 😀", "id": "b"}, {"text": "third\nline", "id": "c"}]

@@ -14,12 +14,12 @@ from whence.errors import ManifestMismatchError, ModelError
 from whence.gradients.adam import Frozen, Gamma
 from whence.gradients.capture import gradients, sketch
 from whence.gradients.projections.identity import Identity
+from whence.gradients.space import GradientSpace
 from whence.indexing.build import append, index, open_index
 from whence.indexing.speed import bench
 from whence.indexing.vectors import IndexSettings, projection_for
 from whence.models.loading import layer_shape, load_model
 from whence.models.moments import Moments, read_moments
-from whence.selection.protocols import GradientSpace
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query, ask, query_vectors
 

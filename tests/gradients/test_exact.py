@@ -8,7 +8,7 @@ from whence.corpus.tokens import Encoded, collate
 from whence.gradients import exact, tokenwise
 from whence.gradients.capture import OBJECTIVES, backward, gradients
 from whence.gradients.exact import Part
-from whence.selection.protocols import GradientSpace
+from whence.gradients.space import GradientSpace
 
 BUDGET = 40  # tokens of a pass: several batches
 SPACES = [(normalise, cosine) for normalise in ("none", "layer") for cosine in (False, True)]

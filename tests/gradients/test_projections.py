@@ -7,8 +7,8 @@ from whence import catalogue
 from whence.gradients.capture import example_gradients
 from whence.gradients.projections import count_sketch
 from whence.gradients.projections.shuffle_sum import ShuffleSum, shuffled
+from whence.gradients.protocols import Projection
 from whence.numerics import generator, hadamard, mixed_seed, signs
-from whence.selection.protocols import Projection
 
 SHAPES = {"first": (6, 5), "second": (4, 9)}
 WIDTHS = {"two_sided": 4, "sjlt": 16, "count_sketch": 16, "srht": 16, "rademacher": 16, "shuffle_sum": 16}

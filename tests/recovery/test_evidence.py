@@ -7,10 +7,10 @@ from conftest import byte_tokenizer, corpus_rows
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import encode
 from whence.errors import ManifestMismatchError, SettingError
+from whence.gradients.space import GradientSpace
 from whence.indexing.vectors import IndexSettings, projection_for
 from whence.models.loading import LoadedModel
 from whence.recovery.evidence import ROWS_PER_PART, gather, length_of, sketch_of, targets_by_layer
-from whence.selection.protocols import GradientSpace
 from whence.storage import Place
 
 ROWS = [*corpus_rows(9), {"id": "nothing", "prompt": "a", "completion": None}]

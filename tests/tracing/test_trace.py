@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import corpus_rows, cut_short, save_tiny_llama, write_jsonl
+from whence.corpus.layouts import shown_text
 from whence.corpus.tokens import collate, encode, encode_prompt
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError, UnknownNameError
 from whence.gradients.capture import sketch
@@ -20,7 +21,6 @@ from whence.models.loading import load_model
 from whence.reports.tables import trace_tables
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query, query_vectors
-from whence.tracing.results import shown_text
 
 PROMPT, COMPLETION = "5 and 3?", " yes, 12"
 

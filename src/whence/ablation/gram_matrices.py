@@ -35,8 +35,9 @@ from whence import runner
 from whence.ablation.member_training import PoolSettings, pool_partitions
 from whence.ablation.merging import ALPHA, Mixed, RegMean, mixed, parameters
 from whence.ablation.pool import Member, Pool
+from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition
-from whence.corpus.reading import Corpus, Row
+from whence.corpus.reading import Corpus
 from whence.corpus.tokens import Batch, Encoded, encode
 from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexError, SettingError
 from whence.gradients.forward_passes import batches

@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from whence.corpus.layouts import Row
 from whence.corpus.partitions import pieces_of
-from whence.corpus.reading import Row, open_corpus, row_json
+from whence.corpus.reading import open_corpus, row_json
 from whence.corpus.tokens import Encoded, encode, supervised_bytes
 from whence.errors import CorpusError, SettingError
 from whence.gradients.forward_passes import losses

@@ -24,8 +24,9 @@ from typing import Any
 from whence import runner
 from whence.ablation.merging import Mixture, checked
 from whence.ablation.pool import DTYPES, Pool, begin_pool
+from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
-from whence.corpus.reading import Corpus, Row, open_corpus
+from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, located, tokenizer_digest
 from whence.models.pairing import weights_by_name

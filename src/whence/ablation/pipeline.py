@@ -42,12 +42,12 @@ from whence.ablation.member_training import (
 from whence.ablation.merging import ALPHA, RegMean, mixed
 from whence.ablation.pool import Pool, open_pool
 from whence.ablation.rank_agreement import Agreement, agreement, centred, groups
+from whence.corpus.layouts import Row, row_text
 from whence.corpus.partitions import Partition
-from whence.corpus.reading import Corpus, Row, open_corpus
+from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_model
 from whence.selection.scorers.lexical import gram_divergence, mixture_divergence
-from whence.tracing.results import row_text
 
 PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
 

@@ -31,7 +31,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.errors import SettingError, StorageError
 from whence.indexing.build import Index
 from whence.indexing.build import index as build_index

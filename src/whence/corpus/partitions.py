@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from whence.corpus.reading import Corpus, Row, layout
+from whence.corpus.layouts import Row, layout
+from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
 

@@ -36,18 +36,12 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from whence.corpus.layouts import Row, layout
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -119,28 +113,6 @@ def rows_with_place(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row
         CorpusError: There is no such file, or a row cannot be read.
     """
     return _rows(origin)
-
-
-def layout(row: Row, where: str = "row") -> str:
-    """Name of the first of `LAYOUTS` whose columns a row fills; where nulls leave none, of the first that it has.
-
-    Raises:
-        CorpusError: It has none of them; the message lists the columns that it has.
-
-    >>> layout({"messages": None, "text": "a"}), layout({"prompt": "a", "completion": None})
-    ('text', 'prompt')
-    """
-    found = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
-    for name in found:
-        if all(row[column] is not None for column in LAYOUTS[name]):
-            return name
-    if found:
-        return found[0]
-    have = ", ".join(map(str, row)) or "none"
-    raise CorpusError(
-        f"{where}: columns are {have}; a row needs `text`, or `prompt` and `completion`, "
-        "or `instruction` and `output`, or `messages`."
-    )
 
 
 def row_json(row: Row) -> str:

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from whence.corpus.reading import Row, layout
+from whence.corpus.layouts import Row, layout
 from whence.errors import CorpusError
 
 logger = logging.getLogger(__name__)

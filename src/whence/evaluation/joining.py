@@ -28,8 +28,9 @@ from whence.ablation.member_training import pool_partitions
 from whence.ablation.pipeline import ablate
 from whence.ablation.pool import Pool, open_pool
 from whence.ablation.rank_agreement import centred, rank_correlation, spearman_of
+from whence.corpus.layouts import Row
 from whence.corpus.partitions import FILE
-from whence.corpus.reading import Corpus, Row
+from whence.corpus.reading import Corpus
 from whence.errors import SettingError
 from whence.indexing.build import Index
 from whence.selection.pipeline import made_scorer, open_view, targets_of

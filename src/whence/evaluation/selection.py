@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from whence import catalogue
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import token_losses

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch
 from whence.errors import ModelError
+from whence.gradients.protocols import Projection
 from whence.models.hooking import decoded, repeatable, vet, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import product
-from whence.selection.protocols import Projection
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""

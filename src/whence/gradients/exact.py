@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
 from whence.gradients.capture import Captured, backward, example_gradients, inner_products, inverse, squared_norms
+from whence.gradients.protocols import Projection
+from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
-from whence.selection.protocols import GradientSpace, Projection
 
 
 @dataclass(frozen=True)

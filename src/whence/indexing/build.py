@@ -20,10 +20,13 @@ from typing import Any
 from torch import nn
 
 from whence import runner
-from whence.corpus.reading import Corpus, Row, open_corpus
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
+from whence.gradients.protocols import Projection
+from whence.gradients.space import GradientSpace
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, part_again, refuse_known_ids
 from whence.indexing.manifest import MANIFEST, read_manifest
 from whence.indexing.repair import repair as mend
@@ -44,7 +47,6 @@ from whence.indexing.vectors import (
 from whence.models.loading import LoadedModel, check_files, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
 from whence.models.runs import open_run
-from whence.selection.protocols import GradientSpace, Projection
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)

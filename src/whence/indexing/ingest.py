@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from whence.corpus.reading import LAYOUTS, Corpus, Example, Row, layout, open_corpus, row_json
+from whence.corpus.layouts import LAYOUTS, Row, layout
+from whence.corpus.reading import Corpus, Example, open_corpus, row_json
 from whence.corpus.tokens import Tokenizer, render
 from whence.errors import CorpusError
 from whence.indexing.store import Store

@@ -27,11 +27,11 @@ from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import Batch, Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import Transform, sketch
+from whence.gradients.protocols import Projection
 from whence.indexing.codecs import codec as codec_of
 from whence.indexing.vectors import IndexSettings, batch_tokens, load_for, projection_for, transform_for, with_options
 from whence.models.loading import LoadedModel
 from whence.models.runs import open_run
-from whence.selection.protocols import Projection
 
 MEMORY_BATCHES = 3
 ROWS = 16

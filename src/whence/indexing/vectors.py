@@ -17,6 +17,8 @@ from whence.corpus.tokens import Encoded, bucketed, collate
 from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
+from whence.gradients.protocols import Projection
+from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec as codec_of
 from whence.indexing.ingest import Fingerprint
 from whence.indexing.manifest import Manifest
@@ -33,7 +35,6 @@ from whence.models.loading import (
 )
 from whence.models.moments import moments_digest, read_moments
 from whence.models.runs import Checkpoint
-from whence.selection.protocols import GradientSpace, Projection
 
 DEFAULT_CONTEXT = 2048
 """Longest row, in tokens, where neither the caller nor the model's configuration says."""

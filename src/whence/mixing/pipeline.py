@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence import catalogue
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.mixing.simplex import (
     CriticalRatio,

@@ -25,7 +25,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from whence.corpus.reading import Row, rows_with_place
+from whence.corpus.layouts import Row
+from whence.corpus.reading import rows_with_place
 from whence.errors import SettingError
 
 KEYS = ("index", "id", "name")

@@ -18,6 +18,7 @@ from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.errors import ModelError, SettingError
 from whence.gradients.ghost import interpolated
+from whence.gradients.space import GradientSpace
 from whence.indexing.ingest import Fingerprint
 from whence.indexing.vectors import IndexSettings, batch_tokens
 from whence.models.difference import WeightDifference, weight_difference
@@ -37,7 +38,6 @@ from whence.recovery.membership import Seen, with_short_list
 from whence.recovery.preconditioner import SAMPLE, UNDO, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.recovery.pseudo_labels import Labels, label_corpus
 from whence.runner import progress
-from whence.selection.protocols import GradientSpace
 from whence.storage import Place
 
 ROUNDED = ("nnls", "matching", "cosine")

@@ -34,10 +34,10 @@ from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import FORMED_ENTRIES, Captured, backward, example_gradients, inverse
+from whence.gradients.protocols import Projection
 from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
 from whence.models.loading import LoadedModel
 from whence.runner import Tick
-from whence.selection.protocols import Projection
 from whence.storage import Place
 
 ROWS_PER_PART = 512

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from whence.corpus.reading import Corpus, Row, open_corpus
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.difference import weight_difference

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from whence.corpus.reading import Corpus, Example, Row, open_corpus
+from whence.corpus.layouts import Row, row_text
+from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.forward_passes import losses
@@ -30,7 +31,6 @@ from whence.numerics import generator
 from whence.recovery.evidence import ROWS_PER_PART, claim, parts_of
 from whence.runner import Tick
 from whence.storage import Place
-from whence.tracing.results import row_text
 
 HOWS = ("hard", "sampled")
 PROBABILITY = "whence_label_p"

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.models.difference import weight_difference
 from whence.models.loading import located
 from whence.models.runs import open_run

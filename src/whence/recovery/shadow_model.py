@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.errors import ModelError
 from whence.models.difference import weight_difference
 from whence.models.rounding import round_stored

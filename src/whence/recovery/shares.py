@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from whence.corpus.reading import Corpus, Row
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus
 from whence.errors import SettingError
 from whence.numerics import generator
 from whence.recovery import pursuit

@@ -32,7 +32,7 @@ from jaxtyping import Float64, Int64
 from scipy import stats
 from torch import Tensor
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.models.difference import WeightDifference, weight_difference
 from whence.numerics import mixed_seed

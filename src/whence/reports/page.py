@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row, shown_text
 from whence.reports.svg import number, shown
 from whence.reports.trace_page import content_policy, packaged
-from whence.tracing.results import shown_text
 
 LONGEST = 600
 """Characters of a row that are shown."""

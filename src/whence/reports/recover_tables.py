@@ -4,9 +4,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whence.corpus.layouts import shown_text
 from whence.recovery.pipeline import Recovered
 from whence.reports.tables import visible
-from whence.tracing.results import shown_text
 
 SHOWN = 10
 """Rows."""

@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whence.corpus.layouts import shown_text
 from whence.evaluation.selection import NOTHING, RANDOM, Line, SelectionTable
 from whence.reports.tables import visible
 from whence.selection.pipeline import Chosen, composition, lengths, nearness
-from whence.tracing.results import shown_text
 
 SHOWN = 3
 """Examples from either end of a selection."""

@@ -24,7 +24,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.catalogue import TRACE_METHODS
-from whence.tracing.results import Hit, Null, TokenMatrix, Trace, shown_text
+from whence.corpus.layouts import shown_text
+from whence.tracing.results import Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
 """int16 values on each side of 0."""

@@ -14,12 +14,11 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row, row_text
 from whence.errors import SettingError
 from whence.selection.budget import Budget, Ledger, Limits
 from whence.selection.duplicates import KeptTexts
 from whence.selection.protocols import Pick, Selector, Target, View
-from whence.tracing.results import row_text
 
 EMPTY, UNSUPERVISED, NO_SCORE = "empty", "no supervised token", "no finite score"
 AT_CAP, DUPLICATE, BELOW = "source at its cap", "duplicate", "below the budget"

@@ -35,11 +35,11 @@ from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import SettingError
 from whence.gradients.adam import Frozen
 from whence.gradients.capture import Captured, backward, example_gradients, inverse
+from whence.gradients.protocols import Projection
 from whence.indexing.build import Index
 from whence.indexing.vectors import example_vectors
 from whence.models.moments import read_moments
 from whence.numerics import generator
-from whence.selection.protocols import Projection
 from whence.selection.views import IndexView
 
 SAMPLE = 64

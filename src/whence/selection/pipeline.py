@@ -18,7 +18,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
-from whence.corpus.reading import Corpus, Row, open_corpus
+from whence.corpus.layouts import Row, shown_text
+from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import CorpusError, SettingError
 from whence.indexing.build import Index, open_index
@@ -31,7 +32,6 @@ from whence.selection.protocols import QueryText, Scorer, Target, View
 from whence.selection.scorers.lexical import kl_reduction
 from whence.selection.views import CorpusView, IndexView
 from whence.storage import Place
-from whence.tracing.results import shown_text
 
 TASK = "task"
 """Column that names a row's task; rows without it are one task together."""

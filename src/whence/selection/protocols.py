@@ -1,124 +1,19 @@
-"""The Protocols that methods implement, and the settings that decide what vector an example becomes.
+"""What selection is made of: the view that a scorer reads, the scorer, and the selector.
 
-One alphabet in shapes: `b` batch, `t` tokens, `i` a layer's input, `o` its output, `k` sketch width, `n` training
-examples, `q` queries, `s` targets, `c` checkpoints, `l` layers, `v` vocabulary.
+Letters in shapes: `n` training examples, `q` queries, `s` targets, `c` checkpoints, `k` sketch width.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
 from whence.models.loading import LoadedModel
-
-VIEWS = ("sgd", "adam")
-ADAM_MODES = ("torch", "less")
-
-Shapes = Mapping[str, tuple[int, int]]
-"""`(o, i)` of every traced layer by name, in the model's own order."""
-
-
-@runtime_checkable
-class Projection(Protocol):
-    """A linear map from a model's gradient to `k` numbers, made of one map a layer.
-
-    The whole gradient's sketch is the sum over layers of `columns(layer)` filled with the layer's block: projections
-    that concatenate give every layer its own columns, projections that add give every layer all of them. For each
-    seed it is the same map on any device, worker and batch size, and over seeds its inner products are unbiased:
-    E <sketch(x), sketch(y)> = <x, y>.
-    """
-
-    width: int
-    """`k`, the numbers a row."""
-    forms_gradient: bool
-    """Whether `__call__` forms all examples' gradients [b o i]: then it gets so few at a time as memory bears."""
-
-    def columns(self, layer: str) -> slice:
-        """Where in a row the layer's block goes."""
-        ...
-
-    def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
-        """Sketch of `sum over t of g_t a_t^T`, as fp32; padded positions have g = 0.
-
-        `a` and `g` are fp32, or both of a model's own 16-bit type on a GPU: `numerics.product` sums those in fp32.
-        """
-        ...
-
-    def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
-        """The same of a gradient that is formed already: what an optimizer makes of one is no product of two."""
-        ...
-
-
-class MakeProjection(Protocol):
-    """What the catalogue lists: the layers' shapes, a width (None for the method's own) and a seed."""
-
-    def __call__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0) -> Projection: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSpace:
-    """All that decides what vector an example becomes. A query is scored only in the space of its index."""
-
-    layers: str | None = None
-    """Patterns of layer names; None for the default choice of `LoadedModel.layers`."""
-    reduction: str = "mean"
-    """Over an example's supervised tokens: "mean", as a Trainer's loss of one row, or "sum"."""
-    normalise: str = "none"
-    """"layer" divides each layer's gradient by its norm, as RapidIn does; a score then weighs all layers alike."""
-    view: str = "sgd"
-    """The optimizer's view of a training example: "sgd" takes its gradient as it is, "adam" as Adam with the
-    checkpoint's moments would (see `adam`). Queries are plain gradients under both."""
-    adam_mode: str = "torch"
-    """Of the view adam: "torch", the step that AdamW really takes, or "less", as LESS' released code has it."""
-    projection: str | None = None
-    """Name in `catalogue.PROJECTIONS`; None: `two_sided`, or `count_sketch` where the view needs the whole gradient."""
-    width: int | None = None
-    """Of the projection: a side of `two_sided` (16 gives 16 x 16 a layer), the total of the others; None: its own."""
-    seed: int = 0
-    shuffle_rounds: int | None = None
-    """RapidIn's lambda, of the projection `shuffle_sum`: rounds of two shuffles each; None for its own 20."""
-
-    def __post_init__(self):
-        if self.shuffle_rounds is not None and self.projection != "shuffle_sum":
-            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: it belongs to --projection shuffle_sum alone")
-        if self.shuffle_rounds is not None and self.shuffle_rounds < 1:
-            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: a positive number is expected")
-        if self.reduction not in ("mean", "sum"):
-            raise SettingError(f"--reduction {self.reduction}: choose mean or sum")
-        if self.normalise not in ("none", "layer"):
-            raise SettingError(f"--normalise {self.normalise}: choose none or layer")
-        if self.view not in VIEWS:
-            more = "; frozen-v is a view of `whence select`, on an index of --view sgd"
-            raise SettingError(
-                f"--view {self.view}: choose one of {', '.join(VIEWS)}{more if self.view == 'frozen-v' else ''}"
-            )
-        if self.adam_mode not in ADAM_MODES:
-            raise SettingError(f"--adam-mode {self.adam_mode}: choose one of {', '.join(ADAM_MODES)}")
-        if self.width is not None and self.width < 1:
-            raise SettingError(f"--width {self.width}: a positive number is expected")
-
-    @property
-    def sketch(self) -> str:
-        """Name of the projection."""
-        if self.projection is not None:
-            return self.projection
-        return "count_sketch" if self.view == "adam" else "two_sided"
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields by name, for a manifest.
-
-        `normalise` is left out where it is "none", `adam_mode` where the view is another, and `shuffle_rounds` where it
-        is not set, as in an index that was built before there was a choice.
-        """
-        unused = {"normalise"} if self.normalise == "none" else set()
-        unused |= {"adam_mode"} if self.view != "adam" else set()
-        unused |= {"shuffle_rounds"} if self.shuffle_rounds is None else set()
-        return {name: value for name, value in asdict(self).items() if name not in unused} | {"projection": self.sketch}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from whence.corpus.reading import Corpus, Row
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import SettingError
 from whence.indexing.build import Index, example_vectors

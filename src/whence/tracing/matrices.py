@@ -17,10 +17,10 @@ from whence.corpus.tokens import Encoded
 from whence.gradients import tokenwise
 from whence.gradients.capture import Captured, Consume, Sketches, inverse
 from whence.gradients.exact import Held, held_whole
+from whence.gradients.protocols import Projection
 from whence.gradients.tokenwise import Factors, Token
 from whence.indexing.build import Index
 from whence.models.loading import LoadedModel
-from whence.selection.protocols import Projection
 from whence.tracing.queries import Asked, last_first, token_text
 from whence.tracing.results import TokenMatrix
 

@@ -27,12 +27,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from whence.corpus.layouts import shown_text
 from whence.corpus.tokens import Encoded, encode_query
 from whence.gradients.capture import inverse
 from whence.indexing.build import Index
 from whence.indexing.scan import unit
 from whence.numerics import generator
-from whence.tracing.results import Null, shown_text
+from whence.tracing.results import Null
 
 CONTROLS = 128
 BYTES = 2**28

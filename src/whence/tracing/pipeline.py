@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from whence import catalogue
-from whence.corpus.reading import Row
+from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.indexing.build import Index, open_index
 from whence.tracing import nulls

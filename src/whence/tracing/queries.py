@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.corpus.reading import Row, rows_with_place
+from whence.corpus.layouts import Row, shown_text
+from whence.corpus.reading import rows_with_place
 from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import sketch, token_losses
@@ -24,7 +25,7 @@ from whence.gradients.exact import Part, held_whole, sketched
 from whence.indexing.build import Index
 from whence.models.generation import generate
 from whence.models.loading import LoadedModel
-from whence.tracing.results import Answer, shown_text
+from whence.tracing.results import Answer
 
 SHOWN = 60
 """Characters of a text that a message quotes."""

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.corpus.reading import Row, layout
+from whence.corpus.layouts import Row, shown_text
 
 SURE = 0.5
 """Probability of a token from which the model is called sure of it."""
@@ -150,32 +150,3 @@ class Trace:
     def of(self, query: int, *, opposing: bool = False) -> list[Hit]:
         """Hits of one query on one side."""
         return [hit for hit in self.hits if hit.query == query and (hit.rank < 0) == opposing]
-
-
-def shown_text(row: Row) -> Row:
-    """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
-    kind = layout(row)
-    if kind == "instruction":
-        asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
-    if kind == "messages":
-        turns = row["messages"] or [{"role": "", "content": ""}]
-        said = [str(turn.get("content") or "") for turn in turns]
-        before = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], said, strict=False))
-        return {"prompt": before, "completion": said[-1]}
-    return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
-
-
-def row_text(row: Row) -> str:
-    """Text of a corpus row, whatever its layout; empty where nulls stand for text. UTF-8 can hold it.
-
-    >>> row_text({"prompt": "1 + 1?", "completion": "2"})
-    '1 + 1? 2'
-    """
-    text = " ".join(text for text in shown_text(row).values() if text)
-    return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
-
-
-def _text(value: Any) -> str | None:
-    """One type a column, whatever stands in a row: a file of rows needs that."""
-    return None if value is None else str(value)

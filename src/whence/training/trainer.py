@@ -37,7 +37,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from whence.corpus.reading import Corpus, Example, Row, open_corpus
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.tokens import Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, load_model

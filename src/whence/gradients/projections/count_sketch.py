@@ -19,8 +19,8 @@ from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from whence.gradients.capture import example_gradients
+from whence.gradients.protocols import Shapes
 from whence.numerics import generator, signs
-from whence.selection.protocols import Shapes
 
 GATHERED_ENTRIES = 2**26
 """Entries of the gradients [b d] that are looked up at a time on a GPU: 256 MB."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whence.errors import SettingError
 from whence.gradients.capture import example_gradients
-from whence.selection.protocols import Shapes
+from whence.gradients.protocols import Shapes
 
 
 class Identity:

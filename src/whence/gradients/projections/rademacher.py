@@ -13,8 +13,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from whence.gradients.capture import example_gradients
+from whence.gradients.protocols import Shapes
 from whence.numerics import generator, signs
-from whence.selection.protocols import Shapes
 
 SIGNS_PER_BLOCK = 2**24
 KEPT_BYTES = 2**30

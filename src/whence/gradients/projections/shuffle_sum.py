@@ -28,8 +28,8 @@ from torch import Tensor
 
 from whence.errors import SettingError
 from whence.gradients.capture import example_gradients
+from whence.gradients.protocols import Shapes
 from whence.numerics import generator, signs
-from whence.selection.protocols import Shapes
 
 PADDING = 2**24
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.gradients.capture import example_gradients
+from whence.gradients.protocols import Shapes
 from whence.numerics import generator, hadamard, signs
-from whence.selection.protocols import Shapes
 
 
 class SRHT:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.gradients.protocols import Shapes
 from whence.numerics import generator, product, signs
-from whence.selection.protocols import Shapes
 
 
 class TwoSided:

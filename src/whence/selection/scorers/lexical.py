@@ -37,9 +37,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.corpus.layouts import row_text
 from whence.errors import SettingError
 from whence.selection.protocols import QueryText, Target, View
-from whence.tracing.results import row_text
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG, which any root handler would print
 

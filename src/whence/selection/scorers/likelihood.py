@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.corpus.layouts import row_text
 from whence.corpus.tokens import Batch, Encoded, encode_prompt
 from whence.errors import ModelError, SettingError
 from whence.gradients.forward_passes import batches, losses
 from whence.models.loading import DTYPES, LoadedModel, load_model, tokenizer_digest
 from whence.selection.protocols import Target, View
-from whence.tracing.results import row_text
 
 QUESTION = """###
 {text}

@@ -1,0 +1,73 @@
+"""The settings that decide what vector an example becomes.
+
+A query is scored only in the space of its index, so that these settings are written in the index' manifest.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from whence.errors import SettingError
+
+VIEWS = ("sgd", "adam")
+ADAM_MODES = ("torch", "less")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpace:
+    """All that decides what vector an example becomes. A query is scored only in the space of its index."""
+
+    layers: str | None = None
+    """Patterns of layer names; None for the default choice of `LoadedModel.layers`."""
+    reduction: str = "mean"
+    """Over an example's supervised tokens: "mean", as a Trainer's loss of one row, or "sum"."""
+    normalise: str = "none"
+    """"layer" divides each layer's gradient by its norm, as RapidIn does; a score then weighs all layers alike."""
+    view: str = "sgd"
+    """The optimizer's view of a training example: "sgd" takes its gradient as it is, "adam" as Adam with the
+    checkpoint's moments would (see `adam`). Queries are plain gradients under both."""
+    adam_mode: str = "torch"
+    """Of the view adam: "torch", the step that AdamW really takes, or "less", as LESS' released code has it."""
+    projection: str | None = None
+    """Name in `catalogue.PROJECTIONS`; None: `two_sided`, or `count_sketch` where the view needs the whole gradient."""
+    width: int | None = None
+    """Of the projection: a side of `two_sided` (16 gives 16 x 16 a layer), the total of the others; None: its own."""
+    seed: int = 0
+    shuffle_rounds: int | None = None
+    """RapidIn's lambda, of the projection `shuffle_sum`: rounds of two shuffles each; None for its own 20."""
+
+    def __post_init__(self):
+        if self.shuffle_rounds is not None and self.projection != "shuffle_sum":
+            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: it belongs to --projection shuffle_sum alone")
+        if self.shuffle_rounds is not None and self.shuffle_rounds < 1:
+            raise SettingError(f"--shuffle-rounds {self.shuffle_rounds}: a positive number is expected")
+        if self.reduction not in ("mean", "sum"):
+            raise SettingError(f"--reduction {self.reduction}: choose mean or sum")
+        if self.normalise not in ("none", "layer"):
+            raise SettingError(f"--normalise {self.normalise}: choose none or layer")
+        if self.view not in VIEWS:
+            more = "; frozen-v is a view of `whence select`, on an index of --view sgd"
+            raise SettingError(
+                f"--view {self.view}: choose one of {', '.join(VIEWS)}{more if self.view == 'frozen-v' else ''}"
+            )
+        if self.adam_mode not in ADAM_MODES:
+            raise SettingError(f"--adam-mode {self.adam_mode}: choose one of {', '.join(ADAM_MODES)}")
+        if self.width is not None and self.width < 1:
+            raise SettingError(f"--width {self.width}: a positive number is expected")
+
+    @property
+    def sketch(self) -> str:
+        """Name of the projection."""
+        if self.projection is not None:
+            return self.projection
+        return "count_sketch" if self.view == "adam" else "two_sided"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, for a manifest.
+
+        `normalise` is left out where it is "none", `adam_mode` where the view is another, and `shuffle_rounds` where it
+        is not set, as in an index that was built before there was a choice.
+        """
+        unused = {"normalise"} if self.normalise == "none" else set()
+        unused |= {"adam_mode"} if self.view != "adam" else set()
+        unused |= {"shuffle_rounds"} if self.shuffle_rounds is None else set()
+        return {name: value for name, value in asdict(self).items() if name not in unused} | {"projection": self.sketch}
