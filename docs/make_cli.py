@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line's own help. tests/test_docs.py fails where the two differ.
+"""Write docs/reference/cli.md from the command line's own help. tests/test_docs.py fails where the two differ.
 
 python docs/make_cli.py
 """
@@ -47,4 +47,4 @@ def help_pages() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("cli.md").write_text(help_pages())
+    (Path(__file__).parent / "reference/cli.md").write_text(help_pages())

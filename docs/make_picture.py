@@ -1,4 +1,4 @@
-"""Draw docs/trace.svg: real output of `whence trace` on the demo's index. Run after `make demo`.
+"""Draw docs/pictures/trace.svg: real output of `whence trace` on the demo's index. Run after `make demo`.
 
 python docs/make_picture.py [whence-demo]
 """
@@ -18,4 +18,4 @@ console = Console(record=True, width=104, file=io.StringIO())
 console.print(f'$ whence trace {place.name}/index --prompt "What does json.dump do?" --top 4 --tokens', markup=False)
 console.print()
 console.print(trace_tables(found))
-Path(__file__).with_name("trace.svg").write_text(console.export_svg(title="whence"))
+(Path(__file__).parent / "pictures/trace.svg").write_text(console.export_svg(title="whence"))

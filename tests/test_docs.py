@@ -13,7 +13,7 @@ def test_cli_page_is_the_help_of_today():
     spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs/make_cli.py")
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    assert (ROOT / "docs/cli.md").read_text() == made.help_pages(), "run: python docs/make_cli.py"
+    assert (ROOT / "docs/reference/cli.md").read_text() == made.help_pages(), "run: python docs/make_cli.py"
 
 
 def test_readme_lists_every_projection_and_is_short():
@@ -32,6 +32,6 @@ def test_every_projection_shows_its_source_in_its_file():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

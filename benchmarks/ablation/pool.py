@@ -1,6 +1,6 @@
 """Averages of models in place of models trained on mixtures: how well do they rank?
 
-    python benchmarks/ablation.py STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+    python -m benchmarks.ablation.pool STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
                                   [--tokens 98304] [--steps 48] [--seed 0]
 
 Stages, in order (`all` runs them all); each goes on where it was stopped:
@@ -17,8 +17,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     memory      of a merge to disk; alone
     join        scores of an index of 256 rows a set, summed by set, against leaving a set out of the pool
 
-Results go to benchmarks/results/ablation.json. Losses of real runs, two hours of one core, are kept beside it as they
-come, in ablation_truth.json: on another machine, too, the stages go on from there.
+Results go to benchmarks/ablation/results/pool.json. Losses of real runs, two hours of one core, are kept beside it as
+they come, in ablation_truth.json: on another machine, too, the stages go on from there.
 """
 
 import argparse
@@ -43,8 +43,8 @@ from whence.evaluation.joining import join
 from whence.indexing.build import index
 from whence.reports.join_tables import join_plot
 
-RESULTS = Path(__file__).parent / "results" / "ablation.json"
-TRUTH = RESULTS.with_name("ablation_truth.json")
+RESULTS = Path(__file__).parent / "results" / "pool.json"
+TRUTH = RESULTS.with_name("truth.json")
 HELD_OUT, MOST = 0.1, 30
 """Share of a set's rows that is held out, and the most of them."""
 SPLIT = 0

@@ -1,6 +1,6 @@
-"""Tables and plot of docs/ablate.md, from benchmarks/results/ablation.json. Needs matplotlib.
+"""Tables and plot of docs/results/ablation.md, from benchmarks/ablation/results/pool.json. Needs matplotlib.
 
-    python benchmarks/ablation_page.py
+    python -m benchmarks.ablation.pool_page
 
 Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else of the page is written by hand. Marks of
 agreement that the results file does not have (of some mixtures only) are computed here from its cells.
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.marked import filled
 
-from marked import filled
 from whence.ablation.rank_agreement import FEWEST, Agreement, agreement, regret
 from whence.numerics import spearman
 
-ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs" / "ablate.md", ROOT / "docs" / "ablate.svg"
-RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
+ROOT = Path(__file__).parents[2]
+PAGE, PLOT = ROOT / "docs/results/ablation.md", ROOT / "docs/pictures/ablate.svg"
+RESULTS = ROOT / "benchmarks/ablation/results/pool.json"
 MAIN = "seed 0, lr 0.0003"
 GROUPS = {"contained": True, "not contained": False}
 SAID = {

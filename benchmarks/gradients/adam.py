@@ -1,11 +1,11 @@
 """How far the optimizer's views agree: Adam in both modes, frozen-v on a plain index, and plain gradients.
 
-python benchmarks/adam.py ../shared/models/base-6m ../shared/data/instruct
+python -m benchmarks.gradients.adam ../shared/models/base-6m ../shared/data/instruct
 
 A LoRA of r = 8 (LESS' targets) is trained for 40 steps of 16 rows on a mixture of four sources. Under its checkpoints
 after 10 and 40 steps, 500 other rows are indexed without a projection (`identity`), by each view, and scored for 16
 queries. Two views agree by the rank correlation of a query's scores, and by the overlap of its best 5%, means over
-the queries. Numbers go to benchmarks/results/adam.json; about six minutes on one core.
+the queries. Numbers go to benchmarks/gradients/results/adam.json; about six minutes on one core.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time of exact ghost scores at two models, as a ratio to the plain forward passes of both.
 
-    python benchmarks/ghost_speed.py [--model DIR] [--data DIR] [--examples 192] [-o FILE]
+    python -m benchmarks.gradients.ghost_speed [--model DIR] [--data DIR] [--examples 192] [-o FILE]
 
 The second model is the first with its weights moved a little; the direction is their difference. Each batch of rows is
 timed in turn, at both models, as: `forward` (losses alone), `head` (`head_scores`), `all_layers` (`per_example_dot`
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--examples", type=int, default=192)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
-    parser.add_argument("-o", "--out", default="benchmarks/results/ghost_speed.json")
+    parser.add_argument("-o", "--out", default="benchmarks/gradients/results/ghost_speed.json")
     arguments = parser.parse_args()
     base, final = load_model(arguments.model), moved(load_model(arguments.model))
     rows = itertools.islice(open_corpus(f"{arguments.data}/instruct/alpaca.jsonl"), arguments.examples)

@@ -1,6 +1,6 @@
 """What only a GPU shows: that it agrees with a CPU, that it repeats itself, how fast it is, and what a trace takes.
 
-    python benchmarks/gpu.py PART [PART ...] [--model DIR] [--corpus FILE] [--text FILE] [-o FILE]
+    python -m benchmarks.indexing.gpu PART [PART ...] [--model DIR] [--corpus FILE] [--text FILE] [-o FILE]
 
     agree    one index on the CPU and one on the GPU, of the same rows: largest relative difference of a row's vector,
              least cosine, overlap of the first ten of five queries
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--corpus", type=Path, default="../shared/data/instruct/alpaca.jsonl")
     parser.add_argument("--text", type=Path, default="../shared/data/domains/wikitext.jsonl")
-    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/indexing/results/gpu.json"))
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     with TemporaryDirectory() as folder:

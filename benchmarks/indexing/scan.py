@@ -1,6 +1,6 @@
 """Speed of an exact scan over a warm store, beside the bandwidth of a plain fp32 `sum()` over as many bytes.
 
-    python benchmarks/scan.py [--rows 100000] [--width 4096] [--repeats 9] [--dir DIR] [-o FILE]
+    python -m benchmarks.indexing.scan [--rows 100000] [--width 4096] [--repeats 9] [--dir DIR] [-o FILE]
 
 Makes a store of random vectors in a temporary directory for each codec, in shards as an index has them, reads it
 for two seconds (warm), then alternates: a `sum()` of an fp32 tensor in memory of as many bytes, the same over the

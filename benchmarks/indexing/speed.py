@@ -1,6 +1,6 @@
 """Time of index building as a ratio to training, for every projection, and for LESS's way of doing it.
 
-    python benchmarks/speed.py [--model DIR] [--data DIR] [--batches 8] [-o FILE]
+    python -m benchmarks.indexing.speed [--model DIR] [--data DIR] [--batches 8] [-o FILE]
 
 Each row is one `whence bench` run: batches are timed in turn as forward + backward, as a training step with AdamW, and
 as an index, and medians are compared. Rows named LESS train a LoRA (r = 8 on q, k, v, o): `less_batched` is Whence with
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("-o", "--out", default="benchmarks/results/speed.json")
+    parser.add_argument("-o", "--out", default="benchmarks/indexing/results/speed.json")
     arguments = parser.parse_args()
     corpus, out = f"{arguments.data}/domains/wikitext.jsonl", Path(arguments.out)
     found = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "rows": {}}

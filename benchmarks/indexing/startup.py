@@ -1,6 +1,6 @@
 """How long a user waits: `whence --help`, and from `whence index` to the first batch, in fresh processes.
 
-    python benchmarks/startup.py [--model DIR] [--data DIR] [--repeats 5] [-o FILE]
+    python -m benchmarks.indexing.startup [--model DIR] [--data DIR] [--repeats 5] [-o FILE]
 
 The second is the time from the start of `python -m whence index` on all rows of alpaca to the first pass through the
 model, less what importing torch and loading that model take by themselves in the same process. Bars: 1 s and 4 s.
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/startup.json"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/indexing/results/startup.json"))
     args = parser.parse_args()
     corpus = f"{args.data}/instruct/alpaca.jsonl"
     rows = [to_first_batch(args.model, corpus) for _ in range(args.repeats)]

@@ -1,6 +1,6 @@
 """How well do mixing laws rank mixtures that they have not seen?
 
-    python benchmarks/laws.py [--data ../shared/data/mixtures] [--settings]
+    python -m benchmarks.mixing.laws [--data ../shared/data/mixtures] [--settings]
 
 RegMix's own tables: models of 1M parameters trained on 512 mixtures of 17 domains of the Pile, and on 256 others, with
 losses on 13 sets. Each law is fitted to the first 32, 64, 128, 256 and 512 of the 512, and to five random 64 of them;

@@ -2,8 +2,8 @@
 
 Not `select.py`, for SELECT: a script of that name hides the standard library's module from all that it imports.
 
-    python benchmarks/recover.py STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
-                                [--rows 10000] [--planted 500] [--seeds 0 1 2] [--kinds sgd adamw sgd-lora adamw-lora]
+    python -m benchmarks.recovery.recover STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work
+    DIR] [--rows 10000] [--planted 500] [--seeds 0 1 2] [--kinds sgd adamw sgd-lora adamw-lora]
 
 Stages; each goes on where it was stopped, and leaves out the cells that have results:
 
@@ -13,17 +13,14 @@ Stages; each goes on where it was stopped, and leaves out the cells that have re
     scale       100,000 rows by the command: seconds, memory as it goes, a kill and going on
     distribution  choose other text in place of what a model was trained on, and train anew: see that file
 
-Results go to benchmarks/results/recover.json.
+Results go to benchmarks/recovery/results/recover.json.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import recover_distribution
-import recover_mixture
-import recover_planted
-import recover_scale
+from benchmarks.recovery import distribution, mixture, planted, scale
 
 RESULTS = Path(__file__).parent / "results" / "recover.json"
 
@@ -38,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--planted", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", default=list(recover_planted.KINDS), choices=recover_planted.KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(planted.KINDS), choices=planted.KINDS)
     parser.add_argument("--tasks", nargs="+", default=["classes", "answers", "classes+"])
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -62,10 +59,10 @@ def keep(name: str, cell: str, found: object) -> None:
 
 
 STAGES = {
-    "planted": (recover_planted, "planted {planted} of {rows}"),
-    "mixture": (recover_mixture, "mixture"),
-    "scale": (recover_scale, "scale"),
-    "distribution": (recover_distribution, "distribution"),
+    "planted": (planted, "planted {planted} of {rows}"),
+    "mixture": (mixture, "mixture"),
+    "scale": (scale, "scale"),
+    "distribution": (distribution, "distribution"),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Tables and plot of docs/recover.md, from benchmarks/results/recover.json. Needs matplotlib.
+"""Tables and plot of docs/results/recovery.md, from benchmarks/recovery/results/recover.json. Needs matplotlib.
 
-    python benchmarks/recover_page.py
+    python -m benchmarks.recovery.recover_page
 
 Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else of the page is written by hand.
 
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from benchmarks.marked import filled
 from scipy import stats
 
-from marked import filled
-
-ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs" / "recover.md", ROOT / "docs" / "recover.svg"
-RESULTS = ROOT / "benchmarks" / "results" / "recover.json"
+ROOT = Path(__file__).parents[2]
+PAGE, PLOT = ROOT / "docs/results/recovery.md", ROOT / "docs/pictures/recover.svg"
+RESULTS = ROOT / "benchmarks/recovery/results/recover.json"
 OURS, SELECT = "calibrated", "cosine"
 KINDS = {"sgd": "SGD", "adamw": "AdamW", "sgd-lora": "SGD, LoRA", "adamw-lora": "AdamW, LoRA"}
 LABELS = {"calibrated": "**`calibrated`**", "calibrated, balanced": "**`calibrated`, balanced**",

@@ -1,6 +1,6 @@
 """Who was trained on? A toy whose answer is known: a linear softmax head, its features frozen.
 
-python benchmarks/toy_recover.py
+python -m benchmarks.recovery.toy
 
 8,000 candidates, of which 400 are planted: a head of V = 300 words on H = 64 features is trained on them, and only its
 weights before and after are given, with the candidates and their labels. A candidate's gradient is r h^T with
@@ -14,9 +14,9 @@ momentum) moves the head by .002 of its norm, Adam (betas .9, .999, eps 1e-8, no
 Gradients are taken at theta_0, at theta_f, and as the mean over both and their midpoint ("path"). "mean removed" is
 off the pool's mean gradient. For Adam, "undone" multiplies the target by the root of the second moment: Adam's own at
 the end ("oracle"), or one estimated for each row of the head from the pool at theta_0: the mean over the row of
-(E g)^2 + Var g / 16. Written to benchmarks/results/toy_recover.json are, as means over three seeds, precision among the
-first 400 (chance .05), auROC, |R| / |T|, and how many rows a method takes when it is not told a count. Three minutes
-a seed on one core.
+(E g)^2 + Var g / 16. Written to benchmarks/recovery/results/toy.json are, as means over three seeds, precision among
+the first 400 (chance .05), auROC, |R| / |T|, and how many rows a method takes when it is not told a count. Three
+minutes a seed on one core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from whence.numerics import auroc, generator
 from whence.recovery import pursuit
 from whence.recovery.atoms import Gram
 
-RESULTS = Path(__file__).with_name("results") / "toy_recover.json"
+RESULTS = Path(__file__).with_name("results") / "toy.json"
 V, H, N, PLANTED, EPOCHS, BATCH = 300, 64, 8000, 400, 3, 16
 RATES = {"sgd": 1.1e-3, "adam": 1.1e-4}
 L1 = 0.02  # chosen on seed 0, with Adam

@@ -1,6 +1,6 @@
 """LESS and its baselines on a pool of four sources: what is chosen, what training on it gives, what it costs.
 
-    python benchmarks/less.py STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+    python -m benchmarks.selection.less STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
 
 Stages, in order (`all` runs them all); each goes on where it was stopped:
 
@@ -13,7 +13,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
                 nothing, on held-out rows; cells are kept in WORK/cells-FRACTION
     budgets     less, random and bm25 at 1% and 20%
 
-Results go to benchmarks/results/less.json.
+Results go to benchmarks/selection/results/less.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from less_data import TASKS, load
+from benchmarks.selection.less_data import TASKS, load
 
 from whence import open_index, select
 from whence.corpus.tokens import Encoded as Tokens

@@ -1,4 +1,4 @@
-"""Write the measured part of docs/select.md, and its plot, from benchmarks/results/less.json."""
+"""Write the measured part of docs/results/selection.md, and its plot, from benchmarks/selection/results/less.json."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
 from whence.reports.select_tables import table_plot
 
-ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, PLOT = ROOT / "benchmarks/results/less.json", ROOT / "docs/select.md", ROOT / "docs/selection.svg"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/selection/results/less.json"
+PAGE, PLOT = ROOT / "docs/results/selection.md", ROOT / "docs/pictures/selection.svg"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 

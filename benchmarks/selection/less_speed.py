@@ -1,6 +1,6 @@
 """Time of `--view adam` beside a training step and beside LESS's way of making the same features.
 
-    python benchmarks/less_speed.py [--model DIR] [--data DIR] [--batches 6] [--ranks 8 16] [-o FILE]
+    python -m benchmarks.selection.less_speed [--model DIR] [--data DIR] [--batches 6] [--ranks 8 16] [-o FILE]
 
 A LoRA on q, k, v and o, as LESS trains it, is trained for some steps, so that its checkpoint has moments. Then the same
 batches of 16 examples of 128 tokens are gone through in turn, and medians are compared:
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import machine, whole_gradient
+from benchmarks.indexing.speed import machine, whole_gradient
 from torch import Tensor
 
 from whence.corpus.tokens import Batch
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("-o", "--out", default="benchmarks/results/less_speed.json")
+    parser.add_argument("-o", "--out", default="benchmarks/selection/results/less_speed.json")
     arguments = parser.parse_args()
     corpus, found = f"{arguments.data}/domains/wikitext.jsonl", {"machine": machine(), "rows": {}}
     for rank in arguments.ranks:

@@ -1,6 +1,6 @@
 """How often does the null let a query pass that it should not?
 
-    python benchmarks/nulls.py INDEX [--data ../shared/data] [--queries 100]
+    python -m benchmarks.tracing.nulls INDEX [--data ../shared/data] [--queries 100]
 
 INDEX is one of alpaca by base-6m:
 

@@ -1,8 +1,9 @@
 """RapidIn's experiments, scaled to a laptop: backdoors, error tracing, compression, speed.
 
-    python benchmarks/rapidin.py STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+    python -m benchmarks.tracing.rapidin STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work
+    DIR]
 
-Stages, in order (`all` runs them all); each leaves its results in WORK or in benchmarks/results/rapidin.json and is
+Stages, in order (`all` runs them all); each leaves its results in WORK or in benchmarks/tracing/results/rapidin.json and is
 skipped where they are there:
 
     train        alpaca with three poisons (`rapidin_data.py`) trains the model: all weights, and LoRA r = 8
@@ -31,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rapidin_data import POISONS, SWAPS, Poisoned, asked, poisoned
+from benchmarks.tracing.rapidin_data import POISONS, SWAPS, Poisoned, asked, poisoned
 from torch import Tensor
 
 from whence import catalogue

@@ -1,6 +1,6 @@
-"""Tables and plot of docs/rapidin.md, from benchmarks/results/rapidin.json. Needs matplotlib.
+"""Tables and plot of docs/results/tracing.md, from benchmarks/tracing/results/rapidin.json. Needs matplotlib.
 
-    python benchmarks/rapidin_page.py
+    python -m benchmarks.tracing.rapidin_page
 
 Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else of the page is written by hand.
 """
@@ -8,10 +8,10 @@ Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced; everything else o
 import json
 from pathlib import Path
 
-from marked import filled
+from benchmarks.marked import filled
 
-ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs" / "rapidin.md", ROOT / "docs" / "compression.svg"
+ROOT = Path(__file__).parents[2]
+PAGE, PLOT = ROOT / "docs/results/tracing.md", ROOT / "docs/pictures/compression.svg"
 DEPTHS = (5, 10, 50, 100, 500, 1000, "all")
 METHODS = {
     "reach": "**Whence: `--method reach`**, two_sided 16, bfloat16",
@@ -37,7 +37,7 @@ COLOURS = {"two_sided": "#0b6e99", "sjlt": "#c2571a", "count_sketch": "#5b8c2a",
 
 def main() -> None:
     """Fill in the page and draw the plot."""
-    found = json.loads((ROOT / "benchmarks" / "results" / "rapidin.json").read_text())
+    found = json.loads((ROOT / "benchmarks/tracing/results/rapidin.json").read_text())
     text = PAGE.read_text()
     for seed, results in found.items():
         for name in results:
@@ -50,7 +50,7 @@ def main() -> None:
             plot(results["compression"])
         if "speed" in results:
             text = filled(text, "speed", speed_table(results["speed"]))
-    nulls = json.loads((ROOT / "benchmarks" / "results" / "nulls.json").read_text())
+    nulls = json.loads((ROOT / "benchmarks/tracing/results/nulls.json").read_text())
     PAGE.write_text(filled(text, "nulls", nulls_table(nulls)))
 
 

@@ -1,6 +1,6 @@
 """What `whence train --in-run` costs and what its scores are worth, on base-6m.
 
-    python benchmarks/inrun.py [--model DIR] [--data DIR] [--pairs 20] [--parts speed,scores] [-o FILE]
+    python -m benchmarks.training.in_run [--model DIR] [--data DIR] [--pairs 20] [--parts speed,scores] [-o FILE]
 
 **speed**: real trainings (AdamW, batches of 16 rows x 128 tokens) of which every other step is `plain`, with nothing
 measured, and the steps between are `reused`, first order with a validation gradient that is kept; `fresh`, first order
@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=96, help="of each domain")
     parser.add_argument("--parts", default="speed,scores")
-    parser.add_argument("-o", "--out", default="benchmarks/results/inrun.json")
+    parser.add_argument("-o", "--out", default="benchmarks/training/results/in_run.json")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     found = json.loads(out.read_text()) if out.exists() else {}

@@ -677,4 +677,4 @@ def test_regmix_files_are_read_and_predicted():
     assert train.sets[0] == train.domains[0] == "the_pile_arxiv"
     predicted = ExpLaw.fit(train.rows(np.arange(64))).predict(test.mixtures)
     codes = _codes(np.stack([predicted, test.losses], -1))
-    assert _mean_spearman(codes) >= 0.93, "the bar of docs/mix.md"
+    assert _mean_spearman(codes) >= 0.93, "the bar of docs/results/mixing.md"

@@ -78,7 +78,7 @@ def test_it_is_exact_where_the_second_moment_does_not_move(run, tmp_path):
 def test_it_ranks_as_adam_does(run, tmp_path, mode, cosine, least):
     """Rank correlation over 60 examples, mean of 8 queries, after four steps of a tiny model: 0.89, 0.86 and 0.82.
 
-    `benchmarks/adam.py` measures it on a larger one.
+    `benchmarks/gradients/adam.py` measures it on a larger one.
     """
     plain = index(run, ROWS, tmp_path / "plain", **PLAIN)
     adam = index(run, ROWS, tmp_path / "adam", view="adam", adam_mode=mode, **PLAIN)

@@ -20,7 +20,7 @@ adapters it takes the layer with B A added.
 
 Sources: Na et al. 2024, https://arxiv.org/abs/2410.15661 (uniform means); task arithmetic, Ilharco et al. 2023,
 https://arxiv.org/abs/2212.04089; RegMean, Jin et al. 2023, https://arxiv.org/abs/2212.09849. Other weights than uniform
-are an extension of ours, measured in docs/ablate.md.
+are an extension of ours, measured in docs/results/ablation.md.
 """
 
 import json

@@ -391,7 +391,9 @@ def _cost(
 def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, lost: Sequence[str]) -> list[str]:
     notes = ["Merged losses rank mixtures; their level is not that of a model trained on the mixture."]
     if any(len({*candidate.weights.values()}) > 1 for candidate in candidates):
-        notes.append("Weights that are not uniform are Whence's extension of the method: docs/ablate.md measures it.")
+        notes.append(
+            "Weights that are not uniform are Whence's extension of the method: docs/results/ablation.md measures it."
+        )
     worse = [name for name in dict.fromkeys(cell.set for cell in cells)
              if all(cell.merged > cell.parent for cell in cells if cell.set == name)]  # fmt: skip
     if worse:

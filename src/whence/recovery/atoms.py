@@ -7,7 +7,7 @@ vectors are; sums over blocks, and what a residual is made of, in float64.
 `without` projects atoms and target off directions that count for nothing: the mean gradient of a corpus, which any text
 of the kind would give, or a direction of weight decay.
 
-Letters: `r` further directions; otherwise those of docs/numbers.md.
+Letters: `r` further directions; otherwise those of docs/reference/numbers.md.
 """
 
 from dataclasses import dataclass, field

@@ -7,7 +7,7 @@ model what membership looks like (`shadow`, `membership`) and gives a probabilit
 
 Larger scores are more likely rows. A row without a supervised token, or without finite evidence, is never chosen.
 
-Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553; docs/recover.md says what is done otherwise.
+Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553. What is done otherwise: docs/results/recovery.md.
 """
 
 import math

@@ -9,7 +9,7 @@ Rows are matched by their gradients, and T = theta_0 - theta_f is a sum of gradi
                      decoupled decay takes a share of every weight away, whatever the gradients
 
 Of s only the pattern counts: it is scaled to a mean of 1 over all entries. Whether undoing helps is measured in
-docs/recover.md: where the literature's toy gains much, a small language model did not.
+docs/results/recovery.md: where the literature's toy gains much, a small language model did not.
 
 Sources: AdamW, Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101; undoing it on a target, ours.
 """

@@ -17,14 +17,14 @@ mixture   the same fit with one atom for each source.
 
 Without a count the greedy methods stop where no atom is left to gain by. A member takes more off |R|^2 than its own
 norm puts on; an atom at random does not, unless the space is too small for the number of atoms. (In our toy,
-benchmarks/toy_recover.py, they stop at about the true number under SGD, and at twice that under Adam.) Without a count
+benchmarks/recovery/toy.py, they stop at about the true number under SGD, and at twice that under Adam.) Without a count
 nnls takes all rows of positive weight, most of them by little.
 
 A greedy step costs n numbers with `problems.Gram` and a pass over the vectors with `Atoms`, a step of nnls two over the
 rows that have or would grow a weight, of which it holds a copy. Vectors of k numbers cannot tell single members apart
 where k is far below 2 m ln(n / m), m of n being members; then only their kind is found.
 
-Letters: `r` further directions, `s` sources; otherwise those of docs/numbers.md.
+Letters: `r` further directions, `s` sources; otherwise those of docs/reference/numbers.md.
 """
 
 import math

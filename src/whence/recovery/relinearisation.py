@@ -12,7 +12,7 @@ and rows are matched to T' anew: rows that C lacks appear in it, rows that it sh
 where its training came nearer to theta_f than the one before, |theta_r - theta_f|; the first that does not ends it.
 All of it is in the space of the sketches, so that a round costs one training.
 
-Source: ours; measured in docs/recover.md.
+Source: ours; measured in docs/results/recovery.md.
 """
 
 from collections.abc import Sequence

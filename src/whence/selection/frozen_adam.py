@@ -13,10 +13,10 @@ a is about as long as D * g, and shares most of its direction with the query.
 
 What is lost is each example's own share in its second moment, and that is no trifle early in a training, where one
 example's g^2 is thousands of times the moment (a batch averages, and the moment begins at 0). Measured against the view
-adam on a LoRA of r = 8 after 10 and 40 steps, over 500 rows without a projection (`benchmarks/adam.py`): the cosine's
-rank correlation is 0.98 with `less` and 0.96 to 0.97 with `torch`, the best 5% overlap by 78 to 89%; plain gradients
-have 0.76 to 0.78 and 71 to 74%. Inner products agree less, 0.72 to 0.85, hardly better than plain gradients' 0.68 to
-0.81: use the cosine.
+adam on a LoRA of r = 8 after 10 and 40 steps, over 500 rows without a projection (`benchmarks/gradients/adam.py`): the
+cosine's rank correlation is 0.98 with `less` and 0.96 to 0.97 with `torch`, the best 5% overlap by 78 to 89%; plain
+gradients have 0.76 to 0.78 and 71 to 74%. Inner products agree less, 0.72 to 0.85, hardly better than plain gradients'
+0.68 to 0.81: use the cosine.
 
 Cost: two backward passes a query and one over the sample, a checkpoint; every row is read once.
 Source: none; LESS' features are those of `adam`.
