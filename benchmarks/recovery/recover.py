@@ -1,7 +1,5 @@
 """Recover what a model was trained on, where we know it.
 
-Not `select.py`, for SELECT: a script of that name hides the standard library's module from all that it imports.
-
     python -m benchmarks.recovery.recover STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work
     DIR] [--rows 10000] [--planted 500] [--seeds 0 1 2] [--kinds sgd adamw sgd-lora adamw-lora]
 

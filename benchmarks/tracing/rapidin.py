@@ -3,8 +3,8 @@
     python -m benchmarks.tracing.rapidin STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work
     DIR]
 
-Stages, in order (`all` runs them all); each leaves its results in WORK or in benchmarks/tracing/results/rapidin.json and is
-skipped where they are there:
+Stages, in order (`all` runs them all); each leaves its results in WORK or in benchmarks/tracing/results/rapidin.json
+and is skipped where they are there:
 
     train        alpaca with three poisons (`rapidin_data.py`) trains the model: all weights, and LoRA r = 8
     queries      the trained models answer prompts that should set them off; 50 attacked answers of each kind are kept
