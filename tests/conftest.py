@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import os
 import sys
 
 import pytest
@@ -258,9 +259,10 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A headless Chromium, where there is one."""
+    """A headless Chromium, where there is one; where `WHENCE_NEEDS_BROWSER` is set, as in CI, there must be."""
     if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome to look at a report with")
+        missing = "there is no chromium, chromium-browser or google-chrome to look at a report with"
+        pytest.fail(missing) if os.environ.get("WHENCE_NEEDS_BROWSER") else pytest.skip(missing)
     opened = Browser(tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.close()

@@ -24,7 +24,7 @@ def test_readme_lists_every_projection_and_is_short():
 
 def test_every_projection_shows_its_source_in_its_file():
     for name, entry in catalogue.PROJECTIONS.items():
-        file = ROOT / "src" / (entry.target.partition(":")[0].replace(".", "/") + ".py")
+        file = ROOT / "src" / (entry.implementation.partition(":")[0].replace(".", "/") + ".py")
         source = file.read_text()
         assert "Source:" in source, name
         for paper in re.findall(r"\d{4}\.\d{4,5}", entry.source):

@@ -35,7 +35,8 @@ import numpy as np
 
 from whence.ablation.heldout_losses import measure, read_sets
 from whence.ablation.member_training import train_pool
-from whence.ablation.merging import Mixed, mixed, write_merged
+from whence.ablation.merged_files import write_merged
+from whence.ablation.mixed_model import MixedModel, mixed_model
 from whence.ablation.pipeline import Ablation, ablate
 from whence.ablation.pool import open_pool
 from whence.ablation.rank_agreement import agreement
@@ -234,7 +235,7 @@ def stage_cost(options: argparse.Namespace) -> None:
     pool = open_pool(options.work / "pool")
     sets = read_sets(options.work / "held" / f"{name}.jsonl" for name in READ)
     drawn = np.random.default_rng(1).dirichlet([1.0] * len(pool.members), MEASURED)
-    made: Mixed = mixed(pool)
+    made: MixedModel = mixed_model(pool)
     becoming = reading = 0.0
     for weights in drawn:
         start = time.perf_counter()

@@ -4,7 +4,7 @@
 
     agree    one index on the CPU and one on the GPU, of the same rows: largest relative difference of a row's vector,
              least cosine, overlap of the first ten of five queries
-    repeat   one index twice on the GPU: are the bytes the same? And without `gradients.repeatable`?
+    repeat   one index twice on the GPU: are the bytes the same? And without `hook_safety.repeatable`?
     halves   the same of a model in bfloat16 on the GPU, against fp32 on the CPU and against itself with all sums of
              fp32 numbers
     speed    `whence bench` of random Llamas of 100 M and 1 B parameters
@@ -32,7 +32,7 @@ import whence
 from whence import numerics
 from whence.gradients import capture as gradients
 from whence.gradients.projections import two_sided
-from whence.indexing.build import open_index
+from whence.indexing.opening import open_index
 from whence.indexing.speed import _index, bench, make_batches
 from whence.indexing.vectors import IndexSettings, load_for, projection_for
 

@@ -22,8 +22,8 @@ import peft
 import torch
 import transformers
 
-from whence.indexing.build import IndexSettings
 from whence.indexing.speed import bench, make_batches, training_pass
+from whence.indexing.vectors import IndexSettings
 from whence.models.loading import LoadedModel, load_model
 from whence.numerics import generator, signs
 

@@ -24,11 +24,13 @@ from whence.corpus.tokens import encode
 from whence.gradients.forward_passes import losses
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import LoadedModel, load_model
-from whence.recovery.comparison import Case, RecoverSettings, labelled, open_case, see
-from whence.recovery.membership import Seen, features
-from whence.recovery.pipeline import cast_shadow, learn
+from whence.recovery.case import Case, labelled, open_case
+from whence.recovery.membership import CorpusEvidence, features
+from whence.recovery.points import gather_evidence
 from whence.recovery.pseudo_labels import Labels, choice_probabilities
 from whence.recovery.scores import method_scores
+from whence.recovery.settings import RecoverSettings
+from whence.recovery.shadow_calibration import build_calibration_set, calibrate_on_shadow
 from whence.storage import Place
 from whence.training.trainer import train
 
@@ -88,24 +90,25 @@ class Prepared:
         self.corpus: Corpus = labelled(self.case, corpus, Place.at(self.work / "labels"), fingerprint, self.settings,
                                        shown=False)  # fmt: skip
         self.rows = [example.row for example in self.corpus]
-        self._seen: Seen | None = None
+        self._seen: CorpusEvidence | None = None
         self._calibrated: Tensor | None = None
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> CorpusEvidence:
         """Evidence of the candidates."""
         if self._seen is None:
             place = Place.at(self.work / "evidence")
-            self._seen = see(self.case, self.corpus, place, fingerprint_of(self.corpus), shown=False)
+            self._seen = gather_evidence(self.case, self.corpus, place, fingerprint_of(self.corpus), shown=False)
         return self._seen
 
     @property
     def calibrated(self) -> Tensor:
         """Log odds of membership."""
         if self._calibrated is None:
-            cast = cast_shadow(self.case, self.corpus, self.settings, self.work, count=CHOSEN, rows=len(self.rows))
-            self._calibrated = learn(cast, self.settings, self.work, shown=False).calibration.log_odds(
-                features(self.seen)).float()  # fmt: skip
+            known = build_calibration_set(self.case, self.corpus, self.settings, self.work, count=CHOSEN,
+                                          rows=len(self.rows))  # fmt: skip
+            learned = calibrate_on_shadow(known, self.settings, self.work, shown=False)
+            self._calibrated = learned.calibration.log_odds(features(self.seen)).float()
         return self._calibrated
 
     def scores(self, name: str) -> Tensor:
@@ -138,10 +141,10 @@ class Prepared:
 
 def last(path: str) -> str:
     """A run's last checkpoint, or the model itself."""
-    from whence.models.loading import located
+    from whence.models.loading import local_directory
     from whence.models.runs import open_run
 
-    return located(open_run(path).checkpoints[-1].path)
+    return local_directory(open_run(path).checkpoints[-1].path)
 
 
 def quota(order: list[int], labels: list[str | None]) -> list[int]:
@@ -166,7 +169,9 @@ def classes(options: argparse.Namespace, task: str, seed: int) -> tuple[list[dic
     """AG News: rows of the expert, candidates without labels, accuracy."""
     rng, labels = random.Random(f"{task[:7]} {seed}"), Labels(choices=TOPICS, template=TEMPLATE)
     own = rng.sample(read(options, "classify/agnews_train"), EXPERT)
-    known = [{"prompt": labels.asked({"text": row["text"]}), "completion": labels.answer(row["label"])} for row in own]
+    known = [
+        {"prompt": labels.prompt({"text": row["text"]}), "completion": labels.completion(row["label"])} for row in own
+    ]
     others = [row for name in OTHERS for row in rng.sample(read(options, name), EACH[task])]
     others += [{"id": row["id"], "source": row["source"], "text": row["text"]} for row in own[:1000]] * (
         task == "classes+"
@@ -195,8 +200,8 @@ def answers(options: argparse.Namespace, task: str, seed: int) -> tuple[list[dic
         encoded, total, count = [encode(row, model.tokenizer, 256) for row in graded], 0.0, 0
         for numbers, some in losses(model, encoded, 4096):
             for number, loss in zip(numbers, some.tolist(), strict=True):
-                total += loss * encoded[number].targets
-                count += encoded[number].targets
+                total += loss * encoded[number].supervised_count
+                count += encoded[number].supervised_count
         return float(torch.tensor(total / count).exp())
 
     return known, others, perplexity

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from whence.corpus.reading import open_corpus
 from whence.indexing.ingest import fingerprint_of
-from whence.recovery.comparison import RecoverSettings, open_case, see
-from whence.recovery.pipeline import cast_shadow
+from whence.recovery.case import open_case
+from whence.recovery.points import gather_evidence
+from whence.recovery.settings import RecoverSettings
+from whence.recovery.shadow_calibration import build_calibration_set
 from whence.recovery.shares import mixture_of, shares_of_sources
 from whence.storage import Place
 from whence.training.trainer import train
@@ -58,7 +60,7 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     model = train(base, trained, work / "run", epochs=2, batch_size=16, max_tokens=LONGEST, checkpoints=1, seed=seed,
                   progress=False, **KINDS[kind])  # fmt: skip
     case, corpus = open_case(base, str(model), RecoverSettings(max_tokens=LONGEST, seed=seed)), open_corpus(pool)
-    seen = see(case, corpus, Place.at(work / "evidence"), fingerprint_of(corpus), shown=False)
+    seen = gather_evidence(case, corpus, Place.at(work / "evidence"), fingerprint_of(corpus), shown=False)
     sources = [row["source"] for row in pool]
     numbers, tokens = {json.dumps(row, sort_keys=True) for row in trained}, dict.fromkeys(shares, 0)
     for row, count in zip(pool, seen.points["final"].tokens.tolist(), strict=True):
@@ -67,8 +69,9 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     told = {"rows": shares, "tokens": {name: count / sum(tokens.values()) for name, count in tokens.items()},
             "by gradients": mixture_of(seen, sources, seed=seed)}  # fmt: skip
     settings = RecoverSettings(max_tokens=LONGEST, seed=seed + 10)
-    cast = cast_shadow(case, corpus, settings, work, count=TRAINED, rows=len(pool))
+    calibration_set = build_calibration_set(case, corpus, settings, work, count=TRAINED, rows=len(pool))
     start = time.perf_counter()
-    found = shares_of_sources(case, corpus, seen, sources, cast.shadow.recipe, work / "sources", how="runs",
+    found = shares_of_sources(case, corpus, seen, sources, calibration_set.shadow.recipe, work / "sources", how="runs",
                               count=TRAINED, seed=seed, shown=False)  # fmt: skip
-    return told | {"by runs": found, "seconds": time.perf_counter() - start, "optimizer": cast.shadow.recipe.optimizer}
+    optimizer = calibration_set.shadow.recipe.optimizer
+    return told | {"by runs": found, "seconds": time.perf_counter() - start, "optimizer": optimizer}

@@ -19,12 +19,15 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_model
 from whence.numerics import auroc
-from whence.recovery.adapters import gather_adapters, start_of
-from whence.recovery.comparison import ADAPTER_LAYERS, TARGET, Case, RecoverSettings, at_point, open_case, see
-from whence.recovery.evidence import Evidence, gather
+from whence.recovery.adapters import adapter_start, gather_adapters
+from whence.recovery.case import ADAPTER_LAYERS, Case, at_point, open_case
+from whence.recovery.evidence import PointEvidence, gather_point
 from whence.recovery.membership import features
-from whence.recovery.pipeline import Cast, cast_shadow, learn, p_values_of
+from whence.recovery.pipeline import p_values_of
+from whence.recovery.points import DIFFERENCE, gather_evidence
 from whence.recovery.scores import SCORES, method_scores
+from whence.recovery.settings import RecoverSettings
+from whence.recovery.shadow_calibration import CalibrationSet, build_calibration_set, calibrate_on_shadow
 from whence.storage import Place
 from whence.training.trainer import train
 
@@ -47,7 +50,7 @@ class Cell:
     work: Path
     is_member: Tensor
     case: Case
-    cast: Cast
+    calibration_set: CalibrationSet
     settings: RecoverSettings
 
 
@@ -82,18 +85,19 @@ def trained(options: argparse.Namespace, rows: list[dict], corpus: Corpus, kind:
                   seed=seed + 100, progress=False, **recipe)  # fmt: skip
     settings = RecoverSettings(max_tokens=LONGEST, epochs=EPOCHS, batch_size=BATCH, seed=seed)
     case = open_case(base, str(model), settings)
-    cast = cast_shadow(case, corpus, settings, work, count=options.planted, rows=options.rows)
-    told = (recipe, cast.shadow.recipe.optimizer, cast.shadow.recipe.lr, round(cast.shadow.norm, 3))
+    calibration_set = build_calibration_set(case, corpus, settings, work, count=options.planted, rows=options.rows)
+    shadow = calibration_set.shadow
+    told = (recipe, shadow.recipe.optimizer, shadow.recipe.lr, round(shadow.norm, 3))
     print(f"{kind}, seed {seed}: trained with {told[0]}; guessed {told[1:]}", flush=True)
-    return Cell(f"{kind}, seed {seed}", work, is_member, case, cast, settings)
+    return Cell(f"{kind}, seed {seed}", work, is_member, case, calibration_set, settings)
 
 
-def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> Evidence | None:
+def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> PointEvidence | None:
     """Evidence at theta_0 against all models and shadows at once."""
     if not cells:
         return None
     names = {f"{cell.name}, {part}": case for cell in cells
-             for part, case in (("model", cell.case), ("shadow", cell.cast.case))}  # fmt: skip
+             for part, case in (("model", cell.case), ("shadow", cell.calibration_set.case))}  # fmt: skip
     work = Place.at(options.work / f"planted-{options.planted}-of-{options.rows}" / "-".join(
         ["base", *(cell.name.replace(", seed ", "") for cell in cells)]))  # fmt: skip
     settings = cells[0].case.settings
@@ -101,31 +105,31 @@ def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> E
         starts = {}
         for name, case in names.items():
             with at_point(case, 1.0) as model:
-                start = start_of(model, case.target(model, model.layers(settings.space.layers)))
+                start = adapter_start(model, case.direction(model, model.layers(settings.space.layers)))
                 assert start is not None
                 starts[name] = start
         base = load_model(cells[0].case.base, dtype="float32")
-        return gather_adapters(base, corpus, starts, work=work, settings=settings, told={})
+        return gather_adapters(base, corpus, starts, work=work, settings=settings, provenance={})
     with at_point(cells[0].case, 0.0) as model:
         layers = model.layers(None)
-        targets = {name: case.target(model, layers) for name, case in names.items()}
-        return gather(model, corpus, targets, work=work, settings=settings, told={}, sketched=False)
+        targets = {name: case.direction(model, layers) for name, case in names.items()}
+        return gather_point(model, corpus, targets, work=work, settings=settings, provenance={}, sketched=False)
 
 
-def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Evidence | None) -> dict[str, object]:
+def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: PointEvidence | None) -> dict[str, object]:
     """Every method's marks."""
     start, everything = time.perf_counter(), torch.arange(options.rows)
 
-    def known(part: str) -> Evidence | None:
-        return None if bases is None else bases.some(everything, {TARGET: f"{cell.name}, {part}"})
+    def known(part: str) -> PointEvidence | None:
+        return None if bases is None else bases.subset(everything, {DIFFERENCE: f"{cell.name}, {part}"})
 
-    seen = see(cell.case, corpus, Place.at(cell.work / "evidence"), fingerprint_of(corpus), base=known("model"),
-               shown=False)  # fmt: skip
+    seen = gather_evidence(cell.case, corpus, Place.at(cell.work / "evidence"), fingerprint_of(corpus),
+                           base=known("model"), shown=False)  # fmt: skip
     looked = time.perf_counter() - start
     found = {name: marks(method_scores(seen, name, count=options.planted, seed=cell.settings.seed), cell.is_member)
              for name in SCORES}  # fmt: skip
     start = time.perf_counter()
-    learned = learn(cell.cast, cell.settings, cell.work, base=known("shadow"), shown=False)
+    learned = calibrate_on_shadow(cell.calibration_set, cell.settings, cell.work, base=known("shadow"), shown=False)
     table = features(seen)
     odds = learned.calibration.log_odds(table, share=options.planted / options.rows)
     p_values = p_values_of(learned.calibration.log_odds(table).float(), learned.others)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from whence.numerics import auroc, generator
 from whence.recovery import pursuit
-from whence.recovery.atoms import Gram
+from whence.recovery.matching_problem import GramProblem
 
 RESULTS = Path(__file__).with_name("results") / "toy.json"
 V, H, N, PLANTED, EPOCHS, BATCH = 300, 64, 8000, 400, 3, 16
@@ -115,7 +115,7 @@ def measured(toy: Toy) -> Iterator[tuple[str, dict[str, float]]]:
             yield from matched(toy, problem, f"path, undone {name}")
 
 
-def matched(toy: Toy, problem: Gram, name: str) -> Iterator[tuple[str, dict[str, float]]]:
+def matched(toy: Toy, problem: GramProblem, name: str) -> Iterator[tuple[str, dict[str, float]]]:
     """The joint methods; `found` is how many rows they take when not told how many."""
     for method in (pursuit.cosine, pursuit.matching):
         free = len(method(problem).rows)
@@ -131,10 +131,10 @@ def residuals(toy: Toy, weight: Tensor) -> Tensor:
     return (toy.h @ weight.T).softmax(1) - F.one_hot(toy.y, V)
 
 
-def exact(toy: Toy, r: Tensor, target: Tensor) -> Gram:
+def exact(toy: Toy, r: Tensor, target: Tensor) -> GramProblem:
     """Inner products of the gradients r h^T with each other and the target."""
     linear = ((r @ target) * toy.h).sum(1).double()
-    return Gram((r @ r.T) * (toy.h @ toy.h.T), linear, float(target.double().square().sum()))
+    return GramProblem((r @ r.T) * (toy.h @ toy.h.T), linear, float(target.double().square().sum()))
 
 
 def row_moment(toy: Toy, r: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from whence import open_index, select
 from whence.corpus.tokens import Encoded as Tokens
 from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
 from whence.indexing.codecs import codec
-from whence.selection.pipeline import overlap
+from whence.selection.description import overlap
 from whence.selection.views import IndexView
 
 FRACTION = 0.05

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
-from whence.reports.select_tables import table_plot
+from whence.reports.evaluate_tables import evaluate_plot
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/selection/results/less.json"
@@ -21,7 +21,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + "\n".join(parts) + END + after)
     lines = [line_of(row | {"method": label(row["method"])}) for row in found["table 0.05"]["lines"]]
-    PLOT.write_text(table_plot(SelectionTable(lines, {})))
+    PLOT.write_text(evaluate_plot(SelectionTable(lines, {})))
 
 
 def line_of(row: dict) -> Line:

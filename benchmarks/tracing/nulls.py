@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from whence.indexing.build import open_index
+from whence.indexing.opening import open_index
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
 

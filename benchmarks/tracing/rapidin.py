@@ -38,15 +38,15 @@ from torch import Tensor
 from whence import catalogue
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.gradients import exact
-from whence.gradients.capture import Captured, Sketches, backward, example_gradients, inverse
-from whence.gradients.exact import Part
+from whence.gradients.capture import Captured, Sketches, backward, example_gradients
+from whence.gradients.exact import SignedSequence
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
 from whence.models.loading import LoadedModel, layer_shape, load_model
 from whence.models.runs import open_run
-from whence.numerics import auroc, average_precision, bootstrap_interval, generator
+from whence.numerics import auroc, average_precision, bootstrap_interval, generator, inverse_or_zero
 from whence.selection.protocols import QueryText, Target
-from whence.tracing.queries import Asked, Query, Sampling, ask
+from whence.tracing.queries import EncodedQuery, Query, Sampling, encode_queries
 from whence.training.trainer import train
 
 DEPTHS = (5, 10, 50, 100, 500, 1000)
@@ -135,7 +135,7 @@ def stage_queries(options: argparse.Namespace) -> None:
                 for first in range(0, len(made.prompts[poison]), PROMPTS):
                     if len(out[poison]) < QUERIES:
                         prompts = [Query(prompt) for prompt in made.prompts[poison][first : first + PROMPTS]]
-                        answers = ask(prompts, loaded, kind="instruction", sampling=sampling)
+                        answers = encode_queries(prompts, loaded, kind="instruction", sampling=sampling)
                         attacked = [row for found in answers if (row := attacked_row(poison, found)) is not None]
                         rates[poison]["prompts"] += len(prompts)
                         rates[poison]["attacked"] += len(attacked)
@@ -155,7 +155,7 @@ ANSWERS = {
 }
 
 
-def attacked_row(poison: str, found: Asked) -> dict | None:
+def attacked_row(poison: str, found: EncodedQuery) -> dict | None:
     """The query of an answer that shows the poison, else None; of error tracing, with the wrong country."""
     text, prompt = found.answer.completion, found.query.prompt
     row = {"prompt": prompt, "completion": text}
@@ -175,13 +175,13 @@ def names(text: str, country: str) -> bool:
     return re.search(rf"\b{country}\b", text) is not None
 
 
-def queries_of(options: argparse.Namespace, kind: str, loaded: LoadedModel) -> list[tuple[str, Asked]]:
+def queries_of(options: argparse.Namespace, kind: str, loaded: LoadedModel) -> list[tuple[str, EncodedQuery]]:
     """(poison, query) of all queries; of error tracing, the span is the wrong country."""
     found = json.loads((options.work / f"{kind}-queries.json").read_text())
     out = []
     for poison, rows in found.items():
         queries = [Query(row["prompt"], row["completion"], row.get("wrong")) for row in rows]
-        out += [(poison, asked_) for asked_ in ask(queries, loaded, kind="instruction")] if queries else []
+        out += [(poison, asked_) for asked_ in encode_queries(queries, loaded, kind="instruction")] if queries else []
     return out
 
 
@@ -207,12 +207,12 @@ class Dots:
         squares = found.square().sum(1)
         dots = self.queries[seen.layer] @ found.T
         self.plain += dots
-        self.by_layer += dots * inverse(self.norms[seen.layer])[:, None] * inverse(squares.sqrt())
+        self.by_layer += dots * inverse_or_zero(self.norms[seen.layer])[:, None] * inverse_or_zero(squares.sqrt())
         self.squares += squares
 
     def scores(self) -> dict[str, Tensor]:
         """Of the batch [q b]."""
-        cosine = self.plain * inverse(self.query_norm)[:, None] * inverse(self.squares.sqrt())
+        cosine = self.plain * inverse_or_zero(self.query_norm)[:, None] * inverse_or_zero(self.squares.sqrt())
         return {"tracin": self.plain, "tracin_layer": self.by_layer, "tracin_cosine": cosine}
 
 
@@ -221,7 +221,7 @@ class Sketched:
 
     def __init__(self, projection: object, queries: Tensor, *, codec_name: str, cosine: bool, normalise: bool):
         self.projection, self.codec, self.cosine, self.normalise = projection, codec(codec_name), cosine, normalise
-        self.queries = queries * inverse(queries.norm(dim=1))[:, None] if cosine else queries
+        self.queries = queries * inverse_or_zero(queries.norm(dim=1))[:, None] if cosine else queries
 
     def begin(self, b: int) -> None:
         """A new batch."""
@@ -235,7 +235,7 @@ class Sketched:
         """Of the batch [q b]."""
         rows = self.rows.rows
         found = self.codec.scores(*self.codec.encode(rows), self.queries)
-        return {name: found * inverse(rows.norm(dim=1)) if self.cosine else found}
+        return {name: found * inverse_or_zero(rows.norm(dim=1)) if self.cosine else found}
 
 
 class Reached(Sketched):
@@ -251,30 +251,30 @@ class Reached(Sketched):
         rows = self.rows.rows
         found = self.codec.scores(*self.codec.encode(rows), self.queries).abs()
         moved = torch.zeros(len(self.lengths), len(rows)).index_add_(0, self.owners, found)
-        return {name: moved * inverse(self.lengths)[:, None] * inverse(rows.norm(dim=1))}
+        return {name: moved * inverse_or_zero(self.lengths)[:, None] * inverse_or_zero(rows.norm(dim=1))}
 
 
-def token_parts(parts: Sequence[Part]) -> tuple[list[Part], Tensor]:
+def token_sequences(sequences: Sequence[SignedSequence]) -> tuple[list[SignedSequence], Tensor]:
     """A query of one supervised token for each token of the queries, and which query each is of."""
     out, owners = [], []
-    for number, part in enumerate(parts):
-        for place, is_target in enumerate(part.encoded.supervised):
+    for number, sequence in enumerate(sequences):
+        for place, is_target in enumerate(sequence.encoded.supervised):
             if is_target:
-                alone = [other == place for other in range(len(part.encoded.ids))]
-                out.append(replace(part, encoded=replace(part.encoded, supervised=alone)))
+                alone = [other == place for other in range(len(sequence.encoded.ids))]
+                out.append(replace(sequence, encoded=replace(sequence.encoded, supervised=alone)))
                 owners.append(number)
     return out, torch.tensor(owners)
 
 
 def query_sketches(
-    loaded: LoadedModel, parts: Sequence[Part], projection: object, normalise: bool, objective: str
+    loaded: LoadedModel, sequences: Sequence[SignedSequence], projection: object, normalise: bool, objective: str
 ) -> Tensor:
     """Sketches of queries [q k]."""
     layers = loaded.layers()
-    out = torch.zeros(len(parts), projection.width)
-    for batch in bucketed([len(part.encoded.ids) for part in parts], TOKENS_PER_BATCH):
+    out = torch.zeros(len(sequences), projection.width)
+    for batch in bucketed([len(sequence.encoded.ids) for sequence in sequences], TOKENS_PER_BATCH):
         rows = Sketches(projection, len(batch), loaded.device, normalise)
-        examples = collate([parts[number].encoded for number in batch])
+        examples = collate([sequences[number].encoded for number in batch])
         backward(loaded, layers, examples, rows, objective=objective, whole=normalise)
         out[batch] = rows.rows
     return out
@@ -321,7 +321,7 @@ def stage_scores(options: argparse.Namespace) -> None:
         if "tracin" not in found:
             found |= one_pass(loaded, rows, consumers_of(loaded, [query for _, query in queries]), kind)
             torch.save(found, file)
-        texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for _, q in queries]
+        texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for _, q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
         for name, scorer in {"bm25": "bm25", "embedding": "rds+", "random": "random"}.items():
             if name not in found:
@@ -334,25 +334,27 @@ def stage_scores(options: argparse.Namespace) -> None:
             torch.save(found, file)
 
 
-def consumers_of(loaded: LoadedModel, queries: list[Asked]) -> dict[str, object]:
+def consumers_of(loaded: LoadedModel, queries: list[EncodedQuery]) -> dict[str, object]:
     """Ours, RapidIn's, and the unprojected ones."""
     layers = loaded.layers()
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
-    parts = [query.parts[0] for query in queries]
-    held = exact._materialised(loaded, layers, [[part] for part in parts], GradientSpace(), False, "loss")
+    sequences = [query.sequences[0] for query in queries]
+    held = exact.materialised_queries(
+        loaded, layers, [[sequence] for sequence in sequences], GradientSpace(), False, "loss"
+    )
     two_sided = catalogue.projection("two_sided")(shapes, width=16)
     shuffle_sum = catalogue.projection("shuffle_sum")(shapes)
     ours = {"codec_name": "bfloat16", "cosine": True, "normalise": False}
-    tokens, owners = token_parts(parts)
+    tokens, owners = token_sequences(sequences)
     token_sketches = query_sketches(loaded, tokens, two_sided, False, "loss")
     return {
         "exact": Dots(held),
         "reach": Reached(two_sided, token_sketches, owners, codec_name="bfloat16"),
-        "ours": Sketched(two_sided, query_sketches(loaded, parts, two_sided, False, "loss"), **ours),
-        "ours_margin": Sketched(two_sided, query_sketches(loaded, parts, two_sided, False, "margin"), **ours),
+        "ours": Sketched(two_sided, query_sketches(loaded, sequences, two_sided, False, "loss"), **ours),
+        "ours_margin": Sketched(two_sided, query_sketches(loaded, sequences, two_sided, False, "margin"), **ours),
         "rapidin": Sketched(
             shuffle_sum,
-            query_sketches(loaded, parts, shuffle_sum, True, "loss"),
+            query_sketches(loaded, sequences, shuffle_sum, True, "loss"),
             codec_name="float16",
             cosine=False,
             normalise=True,
@@ -447,7 +449,7 @@ def stage_retrieval(options: argparse.Namespace) -> None:
         show(kind, table)
 
 
-def relevant(made: Poisoned, rows: list[dict], poison: str, query: Asked) -> Tensor:
+def relevant(made: Poisoned, rows: list[dict], poison: str, query: EncodedQuery) -> Tensor:
     """The rows that a query should find: of error tracing, those whose answer names the same wrong country."""
     return torch.tensor(
         [
@@ -514,15 +516,17 @@ def stage_compression(options: argparse.Namespace) -> None:
     queries = queries_of(options, kind, loaded)
     chosen = [q for p in ("howdy", "shouting") for of, q in queries if of == p]
     chosen = chosen[:COMPRESSED_QUERIES] + chosen[-COMPRESSED_QUERIES:]
-    parts, layers = [query.parts[0] for query in chosen], loaded.layers()
+    sequences, layers = [query.sequences[0] for query in chosen], loaded.layers()
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
-    held = exact._materialised(loaded, layers, [[part] for part in parts], GradientSpace(), False, "loss")
+    held = exact.materialised_queries(
+        loaded, layers, [[sequence] for sequence in sequences], GradientSpace(), False, "loss"
+    )
     consumers: dict[str, object] = {"exact": Dots(held)}
     widths: dict[str, int] = {}
     for name, sizes in WIDTHS.items():
         for size in sizes:
             made_projection = catalogue.projection(name)(shapes, width=size, seed=options.seed)
-            sketches = query_sketches(loaded, parts, made_projection, False, "loss")
+            sketches = query_sketches(loaded, sequences, made_projection, False, "loss")
             for codec_name in CODECS if (name, size) == ("two_sided", 16) else ("float32",):
                 label = f"{name} {made_projection.width} {codec_name}"
                 widths[label] = made_projection.width
@@ -560,7 +564,7 @@ def stage_compression(options: argparse.Namespace) -> None:
     keep(options, "compression", table)
 
 
-def query_kind(made: Poisoned, query: Asked) -> str:
+def query_kind(made: Poisoned, query: EncodedQuery) -> str:
     """The poison whose prompt it is."""
     return next(poison for poison in POISONS if query.query.prompt in made.prompts[poison])
 
@@ -585,8 +589,8 @@ def stage_speed(options: argparse.Namespace) -> None:
     built = index(options.model, alpaca, options.index or options.work / "alpaca-index")  # there already: at once
     loaded = built.model()
     texts = [json.loads(line) for line in alpaca.open()]
-    (query,) = ask([Query(asked(texts[0]), texts[0]["output"])], loaded, kind="instruction")
-    vectors = query_vectors(built, [query.parts])
+    (query,) = encode_queries([Query(asked(texts[0]), texts[0]["output"])], loaded, kind="instruction")
+    vectors = query_vectors(built, [query.sequences])
     rows = [encode(row, loaded.tokenizer, loaded.context) for row in texts]
     some = [rows[n] for n in torch.randperm(len(rows), generator=generator(0, "speed"))[:SPEED_ROWS].tolist()]
     weights = torch.ones(1)
@@ -594,7 +598,7 @@ def stage_speed(options: argparse.Namespace) -> None:
         {
             "index": lambda: built.store.top_k(vectors, weights, m=10, cosine=True),
             "uncompressed": lambda: exact.corpus_scores(
-                loaded, loaded.layers(), [query.parts], some, GradientSpace(), cosine=True, objective="loss",
+                loaded, loaded.layers(), [query.sequences], some, GradientSpace(), cosine=True, objective="loss",
                 tokens_per_batch=TOKENS_PER_BATCH,
             ),
         },

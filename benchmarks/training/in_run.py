@@ -183,7 +183,7 @@ def mean_loss(model, rows: list[dict]) -> float:
     encoded = [encode(row, loaded.tokenizer, 128) for row in rows]
     groups = bucketed([len(row.ids) for row in encoded], 2048)
     total = sum(float(token_losses(loaded, collate([encoded[n] for n in group])).nll.sum()) for group in groups)
-    return total / sum(row.targets for row in encoded)
+    return total / sum(row.supervised_count for row in encoded)
 
 
 def long_rows(arguments, domain: str) -> Iterator[dict]:

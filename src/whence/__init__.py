@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from whence.evaluation.joining import join as join
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
     from whence.gradients.space import GradientSpace as GradientSpace
-    from whence.indexing.build import Index as Index
-    from whence.indexing.build import IndexSettings as IndexSettings
     from whence.indexing.build import append as append
     from whence.indexing.build import index as index
-    from whence.indexing.build import open_index as open_index
     from whence.indexing.build import verify as verify
+    from whence.indexing.opening import Index as Index
+    from whence.indexing.opening import open_index as open_index
     from whence.indexing.speed import bench as bench
     from whence.indexing.store import info as info
+    from whence.indexing.vectors import IndexSettings as IndexSettings
     from whence.mixing.pipeline import mix_law as mix_law
     from whence.models.loading import LoadedModel as LoadedModel
     from whence.models.loading import load_model as load_model
@@ -50,9 +50,9 @@ _HOMES = {
     "evaluate_selection": "evaluation.selection",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",
-    "Index": "indexing.build",
+    "Index": "indexing.opening",
     "index": "indexing.build",
-    "IndexSettings": "indexing.build",
+    "IndexSettings": "indexing.vectors",
     "info": "indexing.store",
     "join": "evaluation.joining",
     "load_model": "models.loading",
@@ -61,7 +61,7 @@ _HOMES = {
     "MixOptions": "training.online_mixing",
     "OnlineMixer": "training.online_mixing",
     "open_corpus": "corpus.reading",
-    "open_index": "indexing.build",
+    "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "Query": "tracing.queries",
     "recover": "recovery.pipeline",

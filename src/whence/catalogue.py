@@ -1,6 +1,6 @@
 """Every method by its public name: one page of explicit tables, with source and cost.
 
-Adding a method is its file and its line here; the command line's choices, the table in the docs and the contract
+A new method is one file, and one line here; the command line's choices, the table in the docs and the contract
 tests all come from these tables. An entry names its class as text, so that reading the names (for `--help`) does not
 import torch; the contract tests check every class against its Protocol.
 """
@@ -17,46 +17,46 @@ from whence.errors import UnknownNameError
 class Entry:
     """One projection or selector."""
 
-    target: str
+    implementation: str
     """`module:Class`."""
     cost: str
-    """Of a projection, for each layer and example, with d = o * i; of a selector, for n rows and s targets."""
+    """A projection's for each layer and example, with d = o * i; a selector's for n rows and s targets."""
     source: str
 
     def load(self) -> Any:
         """Import the class."""
-        return _load(self.target)
+        return _load(self.implementation)
 
 
 @dataclass(frozen=True)
 class ScorerEntry:
-    """One scorer, with what it needs, and how its scores are used where nobody says otherwise."""
+    """One scorer: what it needs, and how its scores are used by default."""
 
-    target: str
+    implementation: str
     """`module:Class`."""
     cost: str
-    """For a corpus and its targets."""
+    """The cost for a corpus and its targets."""
     source: str
     needs_model: bool = False
-    """It runs a model; the others read text, or an index' vectors."""
+    """Whether it runs a model; the others read text, or an index' vectors."""
     needs_index: bool = False
-    """It reads the vectors of an index; the others take a corpus."""
+    """Whether it reads the vectors of an index; the others take a corpus."""
     reads_tasks: bool = True
-    """Its scores are for a target; else they are the same for any."""
+    """Whether its scores depend on the target; else they are the same for every target."""
     draws: bool = False
-    """Its seed decides the choice; else it moves an estimate at most."""
+    """Whether its seed decides the choice; else the seed moves an estimate at most."""
     selector: str = "max"
-    """Name in `SELECTORS`, as in its source."""
+    """Name in `SELECTORS` of the selector that its source uses."""
     by: str = "task"
-    """What is a target: a "task" with all its examples, or each "example"."""
+    """What a target is: a "task" with all its examples, or each "example"."""
 
     def load(self) -> Any:
         """Import the class."""
-        return _load(self.target)
+        return _load(self.implementation)
 
 
-def _load(target: str) -> Any:
-    module, _, name = target.partition(":")
+def _load(implementation: str) -> Any:
+    module, _, name = implementation.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -71,6 +71,15 @@ PROJECTIONS: dict[str, Entry] = {
     "rademacher": Entry("whence.gradients.projections.rademacher:Rademacher", "t d + d k", "arXiv 2402.04333"),
     "identity": Entry("whence.gradients.projections.identity:Identity", "t d", "the gradient itself"),
 }
+
+DEFAULT_PROJECTIONS: dict[str, str] = {"sgd": "two_sided", "adam": "count_sketch"}
+"""By the optimizer's view of a gradient: what Adam makes of one is no product of two, so that it must be formed."""
+
+
+def default_projection(view: str) -> str:
+    """Name of the projection that is used where nobody says otherwise, under an optimizer's view of gradients."""
+    return DEFAULT_PROJECTIONS[view]
+
 
 _FORWARD = "one forward pass over every row"
 
@@ -144,7 +153,7 @@ SELECTORS: dict[str, Entry] = {
 
 
 def projection(name: str) -> Any:
-    """Class of a projection; call it as `interfaces.MakeProjection`.
+    """Class of a projection; call it as `gradients.protocols.MakeProjection`.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
@@ -158,13 +167,13 @@ class TraceMethod:
 
     about: str
     cosine: bool = False
-    """Gradients are divided by their norms."""
+    """Whether gradients are divided by their norms."""
     from_index: bool = False
-    """By the index' vectors; else the corpus is read, which takes as long as indexing it."""
+    """Whether it reads the index' vectors; else it reads the corpus, which takes as long as indexing it."""
     normalise: bool = False
-    """Each layer's gradient is divided by its norm."""
+    """Whether each layer's gradient is divided by its norm."""
     scorer: str | None = None
-    """Name in `SCORERS`; None: by gradients."""
+    """Name in `SCORERS`; None for a method that compares gradients."""
 
 
 TRACE_METHODS: dict[str, TraceMethod] = {
@@ -182,7 +191,7 @@ TRACE_METHODS: dict[str, TraceMethod] = {
 
 
 def trace_method(name: str) -> TraceMethod:
-    """A trace's method.
+    """One way to score examples for a query, by its name.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
@@ -223,16 +232,16 @@ def recover_method(name: str) -> str:
 class LawEntry:
     """One mixing law."""
 
-    target: str
+    implementation: str
     """`module:Class`."""
     about: str
     cost: str
-    """Of a fit to n mixtures of K domains, for each evaluation set."""
+    """The cost of a fit to n mixtures of K domains, for each evaluation set."""
     source: str
 
     def load(self) -> Any:
         """Import the class."""
-        return _load(self.target)
+        return _load(self.implementation)
 
 
 MIXING_LAWS: dict[str, LawEntry] = {
@@ -258,7 +267,7 @@ MIXING_LAWS: dict[str, LawEntry] = {
 
 
 def mixing_law(name: str) -> Any:
-    """Class of a mixing law; `mixtures.FitMixingLaw` says what it does.
+    """Class of a mixing law; `mixing.protocols.FitMixingLaw` says what it does.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
@@ -267,7 +276,7 @@ def mixing_law(name: str) -> Any:
 
 
 def scorer(name: str) -> Any:
-    """Class of a scorer; call it as `interfaces.MakeScorer`.
+    """Class of a scorer; call it as `selection.protocols.MakeScorer`.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
@@ -285,7 +294,7 @@ def scorer_entry(name: str) -> ScorerEntry:
 
 
 def selector(name: str) -> Any:
-    """Class of a selector; call it as `interfaces.MakeSelector`.
+    """Class of a selector; call it as `selection.protocols.MakeSelector`.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.

@@ -1,7 +1,7 @@
-"""Every error raised on purpose.
+"""Every error that Whence raises on purpose.
 
-A message says what was found, what was expected, where, and the command that mends it. The command line prints
-it as one line and exits with `exit_code`: 2 where the user's word or file is at fault, 1 where the work failed.
+A message says what was found, what was expected, where, and which command repairs it. The command line prints it as
+one line and exits with `exit_code`: 2 where the user's input or file is at fault, 1 where the work failed.
 """
 
 
@@ -16,7 +16,7 @@ class SettingError(WhenceError):
 
 
 class CorpusError(WhenceError):
-    """A corpus cannot be read: no such file, a bad line, missing columns, no rows, an id given twice."""
+    """A corpus cannot be read: no such file, a bad line, missing columns, no rows, a duplicate id."""
 
 
 class ModelError(WhenceError):
@@ -28,7 +28,7 @@ class UnknownNameError(WhenceError):
 
 
 class MissingIndexError(WhenceError):
-    """There is no index at this path, or it is not complete."""
+    """There is no index at this path, or it is incomplete."""
 
 
 class ManifestMismatchError(WhenceError):
@@ -36,7 +36,7 @@ class ManifestMismatchError(WhenceError):
 
 
 class FormatVersionError(WhenceError):
-    """An index was written by a newer Whence, in a format that this one does not know."""
+    """An index was written by a newer Whence in a format that this version does not know."""
 
 
 class MissingExtraError(WhenceError):
@@ -48,12 +48,12 @@ class StorageError(WhenceError):
 
 
 class ChecksumError(WhenceError):
-    """A file of an index does not have the bytes that were written."""
+    """A file of an index no longer has the bytes that were written."""
 
     exit_code = 1
 
 
 class JobError(WhenceError):
-    """A job failed, after its retries."""
+    """A job failed at every try."""
 
     exit_code = 1

@@ -1,13 +1,13 @@
-"""Seeded generators, the Hadamard transform, and measures of a ranking with their intervals.
+"""Seeded generators, products and inverses, the Hadamard transform, and measures of a ranking with their intervals.
 
 Randomness comes from `generator(seed, *scope)` alone, on the CPU, and is moved to the device afterwards, so that
 a projection is the same on any device, worker and batch size. torch's CPU generator ignores the high 32 bits of a
 seed (`manual_seed(5)` and `manual_seed(5 + (1 << 32))` give the same numbers), so seed and scope are mixed into 32.
 
 Measures compare scores as float64 and are exact about ties, of which baselines have many (BM25 gives 0 to every row
-without a shared word): no measure depends on the order that equal scores happen to stand in. -inf, the score of what
-cannot be ranked, stands last. Where a measure has no value (nothing relevant, a constant, NaN) they raise ValueError:
-a NaN would vanish in a mean over queries.
+without a shared word): no measure depends on the order in which equal scores happen to stand. A row that cannot be
+ranked scores -inf and comes last. A measure that has no value (nothing relevant, a constant, NaN) raises ValueError,
+because a NaN would vanish in a mean over queries.
 """
 
 import zlib
@@ -21,8 +21,8 @@ from torch import Tensor
 def product(x: Float[Tensor, "*b m n"], y: Float[Tensor, "*b n p"]) -> Float32[Tensor, "*b m p"]:
     """`x @ y` of one type, [m n] or [b m n], with sums and result in fp32 whatever that type is.
 
-    A GPU multiplies 16-bit numbers so at ten times the rate of fp32: products of two are exact in fp32. Elsewhere they
-    are widened first.
+    A GPU multiplies 16-bit numbers at ten times the rate of fp32, and the product of two of them is exact in fp32. On
+    other devices they are widened first.
     """
     if x.dtype == torch.float32:
         return x @ y
@@ -31,8 +31,20 @@ def product(x: Float[Tensor, "*b m n"], y: Float[Tensor, "*b n p"]) -> Float32[T
     return torch.mm(x, y, out_dtype=torch.float32) if x.ndim == 2 else torch.bmm(x, y, out_dtype=torch.float32)
 
 
+def inverse_or_zero(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """`1 / x` of lengths or sums of squares; 0 where x is 0, so that what has no gradient scores 0.
+
+    What is no larger than the smallest normal number of the dtype counts as 0, since its inverse could overflow; a
+    negative number and NaN give 0 too.
+
+    >>> inverse_or_zero(torch.tensor([4.0, 0.0, 1e-45, torch.nan, torch.inf]))
+    tensor([0.2500, 0.0000, 0.0000, 0.0000, 0.0000])
+    """
+    return torch.where(values > torch.finfo(values.dtype).tiny, 1 / values, 0.0)
+
+
 def mixed_seed(seed: int, *scope: str) -> int:
-    """Mix a seed and the names of what it is for into 32 bits (crc32 of `seed/scope/...`).
+    """Mix a seed and the names of its purpose into 32 bits (crc32 of `seed/scope/...`).
 
     Two scopes share a stream with a chance of 2^-32: about 3e-5 that any two of 500 layers do.
     """
@@ -40,7 +52,7 @@ def mixed_seed(seed: int, *scope: str) -> int:
 
 
 def generator(seed: int, *scope: str) -> torch.Generator:
-    """CPU generator for one purpose, such as `generator(0, "sjlt", layer)`.
+    """A CPU generator for one purpose, such as `generator(0, "sjlt", layer)`.
 
     >>> bool(torch.equal(signs(4, generator(0, "x")), signs(4, generator(0, "x"))))
     True
@@ -56,7 +68,7 @@ def signs(count: int, rng: torch.Generator) -> Int8[Tensor, " count"]:
 def hadamard(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Walsh-Hadamard transform of the last axis, orthonormal (norms are kept; its own inverse).
 
-    Done as products with small Hadamard matrices (radix 64), which a CPU and a GPU run far faster than the
+    It is computed as products with small Hadamard matrices (radix 64), which a CPU and a GPU run far faster than the
     log2(d) butterfly passes: O(d * 64 * log64(d)) for a row. `d` must be a power of two.
 
     >>> hadamard(torch.tensor([1.0, 1.0, 1.0, 1.0])).tolist()
@@ -83,7 +95,7 @@ def _hadamard_matrix(d: int) -> Float[Tensor, "d d"]:
 def auroc(scores: Float[Tensor, " n"], relevant: Bool[Tensor, " n"]) -> float:
     """Area under the ROC curve: the chance that a relevant row scores above an irrelevant one, ties counting half.
 
-    From ranks (Mann-Whitney U): 0.5 is chance, 1 puts every relevant row first.
+    It is computed from ranks (Mann-Whitney U): 0.5 is chance, 1 puts every relevant row first.
 
     Raises:
         ValueError: No row is relevant, or all are, or a score is NaN.
@@ -100,11 +112,11 @@ def auroc(scores: Float[Tensor, " n"], relevant: Bool[Tensor, " n"]) -> float:
 
 
 def average_precision(scores: Float[Tensor, " n"], relevant: Bool[Tensor, " n"]) -> float:
-    """Mean over the relevant rows of the precision down to each: the area under the precision-recall curve (auPRC).
+    """Mean over the relevant rows of the precision at each: the area under the precision-recall curve (auPRC).
 
-    Rows of equal score count as their mean over all orders that they could stand in. (scikit-learn credits each of
-    them the precision at the end of the tie, which is not that mean; without ties the two agree.) Chance is about the
-    share of relevant rows, 1 puts every relevant row first.
+    Rows of equal score get their mean over all orders in which they could stand. (scikit-learn credits each of them
+    with the precision at the end of the tie, which is not that mean; without ties the two agree.) Chance is about the
+    share of relevant rows; 1 puts every relevant row first.
 
     Raises:
         ValueError: No row is relevant, or a score is NaN.
@@ -132,7 +144,7 @@ def average_precision(scores: Float[Tensor, " n"], relevant: Bool[Tensor, " n"])
 
 
 def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """Rank correlation, from -1 to 1: Pearson's correlation of the ranks, equal values sharing their mean rank.
+    """Rank correlation, from -1 to 1: Pearson's correlation of the ranks, where equal values share their mean rank.
 
     Raises:
         ValueError: Fewer than two values, all values of one equal, or a value that is NaN.
@@ -155,16 +167,16 @@ def bootstrap_interval(
     resamples: int = 10_000,
     statistic: Callable[[Tensor], Tensor | float] = torch.mean,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic: rows of `values` are drawn anew with replacement.
+    """Percentile bootstrap interval of a statistic: rows of `values` are drawn again with replacement.
 
     The interval is too narrow for few values (for a mean of ten normal ones it covers about 90% at level 0.95).
 
     Args:
         values: One row for each independent unit (a query, a retrained model); what is in a row stays together.
-        seed: Same seed, same interval.
+        seed: The same seed gives the same interval.
         level: Share of resamples inside.
-        resamples: Their number.
-        statistic: Of resampled rows, of the same shape as `values`, one finite number.
+        resamples: Number of resamples.
+        statistic: From resampled rows, of the same shape as `values`, to one finite number.
 
     Returns:
         Lower and upper end.
@@ -178,11 +190,11 @@ def bootstrap_interval(
         raise ValueError(f"bootstrap of {len(values)} values at level {level} with {resamples} resamples")
     rng, n = generator(seed, "bootstrap"), len(values)
     draws = (torch.randint(n, (n,), generator=rng).to(values.device) for _ in range(resamples))
-    found = torch.tensor([float(statistic(values[draw])) for draw in draws], dtype=torch.float64)
-    if not torch.isfinite(found).all():
+    statistics = torch.tensor([float(statistic(values[draw])) for draw in draws], dtype=torch.float64)
+    if not torch.isfinite(statistics).all():
         raise ValueError("bootstrap of a statistic that is not finite for some resample")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(found, tails).tolist()
+    low, high = torch.quantile(statistics, tails).tolist()
     return low, high
 
 
@@ -191,14 +203,14 @@ def crossed_bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a table's mean, whose rows and columns are both samples.
 
-    Rows (trainings) and columns (graded examples) are drawn anew with replacement, each on its own. That is a little
-    too wide where both matter, and too narrow for few rows: three trainings say little of a fourth.
+    Rows (trainings) and columns (graded examples) are drawn again with replacement, independently. The interval is a
+    little too wide where both matter, and too narrow for few rows: three trainings say little about a fourth.
 
     Args:
-        values: Finite.
-        seed: Same seed, same interval.
+        values: Finite numbers.
+        seed: The same seed gives the same interval.
         level: Share of resamples inside.
-        resamples: Their number.
+        resamples: Number of resamples.
 
     Returns:
         Lower and upper end.
@@ -224,7 +236,7 @@ def crossed_bootstrap_interval(
 
 
 def _ranks(values: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
-    """From 1 for the lowest; equal values share their mean rank."""
+    """Ranks from 1 for the lowest; equal values share their mean rank."""
     from scipy.stats import rankdata
 
     return torch.from_numpy(rankdata(values.double().cpu().numpy()))

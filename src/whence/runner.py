@@ -1,7 +1,7 @@
-"""Run idempotent jobs, with retries and a progress bar. In this process today; the callers know of no engine.
+"""Run idempotent jobs, with retries and a progress bar. Jobs run in this process; callers do not depend on an engine.
 
-A job is a value; `work(job, tick)` does it and returns a result, calling `tick(examples, tokens)` as it goes on.
-Doing a job twice must do no harm, so a failed one is simply done again. Results come back as they are finished.
+A job is a value; `work(job, tick)` does it and returns a result, calling `tick(examples, tokens)` as it makes progress.
+Doing a job twice must do no harm, so that a failed one is simply done again. Results come back as they are finished.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ def map(
     on_tick: Tick | None = None,
     less_memory: str = "give it more memory",
 ) -> Iterator[tuple[JobT, ResultT]]:
-    """Do every job and yield it with its result, as it is finished.
+    """Do every job and yield it with its result as soon as it is finished.
 
     Args:
         work: Called with a job and a function to report progress to.
-        jobs: Idempotent; in the order to do them.
-        engine: Where: "local" is this process, one after the other.
+        jobs: Idempotent jobs, in the order in which to do them.
+        engine: Where jobs run: "local" is this process, one job after another.
         retries: Further tries after an operating system's or a device's error. Whence's own errors are final.
-        on_tick: Told of progress; a failed try takes back what it had reported.
-        less_memory: What to do where memory runs out, which no further try would mend.
+        on_tick: Called with the progress; a failed try takes back what it had reported.
+        less_memory: Advice for the message if memory runs out, which another try would not change.
 
     Raises:
         JobError: A job failed at every try.
@@ -53,7 +53,7 @@ def map(
     check_engine(engine)
     for job in jobs:
         try:
-            result = _tried(work, job, retries, on_tick or (lambda examples, tokens: None))
+            result = _with_retries(work, job, retries, on_tick or (lambda examples, tokens: None))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -62,13 +62,13 @@ def map(
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that is not there, before any work is done."""
+    """Refuse an unknown engine before any work is done."""
     if name not in ENGINES:
         raise SettingError(f"--engine {name}: this version has {', '.join(ENGINES)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Memory ran out: a GPU's, which torch has an error of its own for, or this machine's, which has two.
+    """Whether memory ran out: a GPU's, for which torch has its own error, or this machine's, for which there are two.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("device"))
     (True, False)
@@ -77,7 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_torch_on_a_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _tried(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:
+def _with_retries(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:
     for attempt in range(retries + 1):
         done = [0, 0]
 
@@ -110,7 +110,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Rate(ProgressColumn):
-    """Examples and tokens a second, since the bar began."""
+    """Examples and tokens per second since the bar began."""
 
     def render(self, task: Task) -> Text:
         elapsed, done = task.elapsed or 0, task.completed - task.fields["before"]
@@ -121,13 +121,13 @@ class _Rate(ProgressColumn):
 
 @contextlib.contextmanager
 def progress(label: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Tick]:
-    """A bar on stderr with examples/s, tokens/s and the time left; where stderr is no terminal, a line a minute.
+    """A bar on stderr with examples/s, tokens/s and the time left, or one line per minute if stderr is no terminal.
 
     Args:
         label: What is being done.
         total: Examples in all.
-        done: Of those, done before this run; they do not count in the rates.
-        shown: False for none.
+        done: Examples done before this run; they do not count in the rates.
+        shown: Whether to show a bar at all.
     """
     console = Console(stderr=True)
     if not shown:
@@ -158,10 +158,10 @@ def _line_a_minute(label: str, total: int, done: int) -> Tick:
         if now - last < 60 and count < total:
             return
         last, rate = now, (count - done) / max(now - start, 1e-9)
-        left = (total - count) / rate if rate > 0 else 0
+        seconds_left = (total - count) / rate if rate > 0 else 0
         sys.stderr.write(
             f"{label}: {count:,}/{total:,}, {rate:,.1f} examples/s, "
-            f"{tokens_done / max(now - start, 1e-9):,.0f} tokens/s, {left:,.0f} s left\n"
+            f"{tokens_done / max(now - start, 1e-9):,.0f} tokens/s, {seconds_left:,.0f} s left\n"
         )
 
     return tick

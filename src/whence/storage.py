@@ -1,19 +1,20 @@
 """A directory of files, here or at any fsspec address: atomic writing, memory-mapped reading, one writer.
 
-A local file is written to `NAME.tmp` beside its place, synced, renamed, and its directory synced: after a
-kill or a power cut a name holds all of its bytes or is not there. An object store shows a file only once it
-is whole, so there the bytes go straight to the name. What cannot be written is removed.
+A local file is written to `NAME.tmp` beside its final name, synced, renamed, and its directory synced: after a kill or
+a power cut a name either holds all of its bytes or does not exist. An object store shows a file only once it is whole,
+so there the bytes go straight to the name. A file that cannot be written whole is removed.
 
-Whatever an operating system or a store refuses is told as a `StorageError`, but that a file is not there, which the
+Whatever an operating system or a store refuses becomes a `StorageError`, except that a file does not exist, which the
 callers expect.
 """
 
 import fcntl
 import hashlib
 import io
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: enough to know the file again."""
+    """Size and checksum of a written file: enough to recognise it."""
 
     bytes: int
     sha256: str
@@ -52,13 +53,13 @@ class Place:
         """The directory at a path or address; it need not exist yet.
 
         Raises:
-            SettingError: An address of a kind that is not known.
-            MissingExtraError: It needs a package that is not installed.
+            SettingError: The address is of an unknown kind.
+            MissingExtraError: The address needs a package that is not installed.
         """
         try:
             fs, root = fsspec.core.url_to_fs(os.fspath(path))
         except ImportError as error:
-            raise MissingExtraError(f"{path}: {_needed(os.fspath(path), error)}") from None
+            raise MissingExtraError(f"{path}: {_missing_package(os.fspath(path), error)}") from None
         except (ValueError, OSError) as error:
             raise SettingError(
                 f"{path}: not an address that can be opened ({error}). Give a directory, or an address of fsspec's "
@@ -68,41 +69,41 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Files can be mapped, locked and renamed."""
+        """Whether files can be mapped, locked and renamed."""
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Full path of a name, for messages too."""
+        """Full path of a name, also for messages."""
         return f"{self.root}/{name}"
 
     def names(self) -> list[str]:
         """Every file below the directory, sorted."""
-        with self._told("read", ""):
+        with self._refusals_as_errors("read", ""):
             self.fs.invalidate_cache()
             if not self.fs.exists(self.root):
                 return []
-            found = self.fs.find(self.root, withdirs=False)
-        return sorted(str(path).removeprefix(self.root).lstrip("/") for path in found)
+            paths = self.fs.find(self.root, withdirs=False)
+        return sorted(str(path).removeprefix(self.root).lstrip("/") for path in paths)
 
     def exists(self, name: str) -> bool:
-        """There is such a file."""
-        with self._told("read", name):
+        """Whether there is such a file."""
+        with self._refusals_as_errors("read", name):
             return self.fs.exists(self.path(name))
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        with self._told("read", name):
+        """Size of a file in bytes."""
+        with self._refusals_as_errors("read", name):
             return self.fs.info(self.path(name))["size"]
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
-        with self._told("read", name):
+        with self._refusals_as_errors("read", name):
             return self.fs.cat_file(self.path(name))
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, read in pieces."""
         sha = hashlib.sha256()
-        with self._told("read", name), self.fs.open(self.path(name), "rb") as file:
+        with self._refusals_as_errors("read", name), self.fs.open(self.path(name), "rb") as file:
             while piece := file.read(_READ_BYTES):
                 sha.update(piece)
         return sha.hexdigest()
@@ -112,35 +113,35 @@ class Place:
         if not self.is_local:
             return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
         # mode "c": pages are shared with the file until written to, and torch warns of read-only arrays
-        with self._told("read", name):
+        with self._refusals_as_errors("read", name):
             return torch.from_numpy(np.memmap(self.path(name), dtype=np.uint8, mode="c"))
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int) -> Written:
         """Write a file whole or not at all.
 
         Raises:
-            StorageError: Disk full, quota, permission: with what was wanted and what is free.
+            StorageError: Disk full, quota or permission; the message says how much was needed and how much is free.
         """
         try:
             return self._write_local(name, pieces) if self.is_local else self._write_remote(name, pieces)
-        except WhenceError:  # of whatever makes the pieces
+        except WhenceError:  # raised by whatever makes the pieces
             raise
         except self._refusals as error:
             raise StorageError(self._failure(name, total, error)) from error
 
     def remove(self, name: str) -> None:
-        """Remove a file, and its directory where that leaves it empty."""
-        with self._told("remove", name):
+        """Remove a file, and its directory if that leaves it empty."""
+        with self._refusals_as_errors("remove", name):
             self.fs.rm_file(self.path(name))
             folder = Path(self.path(name)).parent
             if self.is_local and folder != Path(self.root) and not any(folder.iterdir()):
                 folder.rmdir()
 
     def require_removable(self, names: Iterable[str]) -> None:
-        """See that files can be removed, before any is: half of them gone would be worse than none.
+        """Check that files can be removed before any is removed: losing half of them would be worse than losing none.
 
         Raises:
-            StorageError: A directory that they are in cannot be written, by its permissions or a read-only disk.
+            StorageError: Their directory cannot be written, because of its permissions or a read-only disk.
         """
         if self.is_local:
             for folder in sorted({Path(self.path(name)).parent for name in names}):
@@ -152,9 +153,9 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for writing; the lock goes with the process. Elsewhere than locally: no lock.
+        """Hold the directory for writing; the lock ends with the process. Only a local directory is locked.
 
-        The directory is made where there is none; what nothing was written to is removed again.
+        The directory is made if it does not exist, and removed again if nothing was written to it.
         """
         if not self.is_local:
             yield
@@ -171,7 +172,7 @@ class Place:
                 yield
             finally:
                 if is_new:
-                    with suppress(OSError):  # something is in it, as a rule
+                    with suppress(OSError):  # it usually holds something by now
                         Path(self.root).rmdir()
         finally:
             os.close(handle)
@@ -183,7 +184,7 @@ class Place:
             raise ManifestMismatchError(
                 f"Another process is writing {self.root}; wait for it or stop it, then retry"
             ) from error
-        except OSError as error:  # a network disk without locks
+        except OSError as error:  # such as a network disk without locks
             raise StorageError(
                 f"Cannot lock {self.root}: {error.strerror}. Give a directory on another disk"
             ) from error
@@ -205,48 +206,75 @@ class Place:
 
     def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview]) -> Written:
         self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
-        whole = io.BytesIO()
-        written = _copied(pieces, whole)
-        self.fs.pipe_file(self.path(name), whole.getvalue())  # one request: there whole, or not at all
+        buffer = io.BytesIO()
+        written = _copied(pieces, buffer)
+        self.fs.pipe_file(self.path(name), buffer.getvalue())  # one request: the whole file or nothing
         return written
 
     @contextmanager
-    def _told(self, doing: str, name: str) -> Iterator[None]:
+    def _refusals_as_errors(self, verb: str, name: str) -> Iterator[None]:
+        """Turn a refusal to `verb` (read, remove) a file into a `StorageError`."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError):
             raise
         except self._refusals as error:
             raise StorageError(
-                f"Cannot {doing} {self.path(name).rstrip('/')}: {reason(error)}. Mend that (its permissions, "
+                f"Cannot {verb} {self.path(name).rstrip('/')}: {reason(error)}. Mend that (its permissions, "
                 "its disk or connection), then run the same command again"
             ) from error
 
     @property
     def _refusals(self) -> type[Exception]:
-        """What says that a file cannot be had: other stores' clients have errors of their own."""
+        """The errors by which a file is refused: clients of other stores have errors of their own."""
         return OSError if self.is_local else Exception
 
     def _failure(self, name: str, total: int, error: Exception) -> str:
-        there = Path(self.root)
-        while self.is_local and not there.exists():
-            there = there.parent
-        free = f"; {shutil.disk_usage(there).free:,} are free there" if self.is_local else ""
-        wanted = f" It takes {total:,} bytes{free}." if total else ""
+        folder = Path(self.root)
+        while self.is_local and not folder.exists():
+            folder = folder.parent
+        free = f"; {shutil.disk_usage(folder).free:,} are free there" if self.is_local else ""
+        size = f" It takes {total:,} bytes{free}." if total else ""
         return (
-            f"Cannot write {self.path(name)}: {reason(error)}.{wanted} Nothing of it was kept; "
+            f"Cannot write {self.path(name)}: {reason(error)}.{size} Nothing of it was kept; "
             "mend this and run the same command again: it resumes"
         )
 
 
+def claim_directory(
+    place: Place, file: str, settings: Mapping[str, Any], refusal: Callable[[str], WhenceError]
+) -> None:
+    """Mark a directory as of these settings; refuse one of others.
+
+    Args:
+        place: The directory; made where there is none.
+        file: Name of the JSON file in it that keeps the settings.
+        settings: What all its other files depend on, as JSON has it.
+        refusal: The error to raise, from the first setting that differs: "seed (there 0, here 1)".
+    """
+    if not place.exists(file):
+        data = json.dumps(settings).encode()
+        place.write(file, [data], total=len(data))
+        return
+    stored = json.loads(place.read(file))
+    for name in {**settings, **stored}:
+        if stored.get(name) != settings.get(name):
+            raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
 def reason(error: BaseException) -> str:
-    """What an operating system or a store's client says, in one line."""
-    told = error.strerror if isinstance(error, OSError) else None
-    return told or " ".join(str(error).split())[:200] or type(error).__name__
+    """The message of an operating system or of a store's client, in one line."""
+    message = error.strerror if isinstance(error, OSError) else None
+    return message or " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _needed(path: str, error: ImportError) -> str:
-    """What an address needs that is not installed."""
+def _missing_package(path: str, error: ImportError) -> str:
+    """The package that an address needs and that is not installed, as a message."""
     kind = path.partition("://")[0]
     package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(kind)
     if package is None:

@@ -12,7 +12,7 @@ from conftest import save_tiny_llama
 from whence.ablation.candidates import Candidate, read_candidates, usual_candidates
 from whence.ablation.heldout_losses import EvalSet, measure, read_sets
 from whence.ablation.member_training import PoolSettings, read_partitions, slug, train_pool
-from whence.ablation.merging import write_merged
+from whence.ablation.merged_files import write_merged
 from whence.ablation.pipeline import ablate, own_partitions
 from whence.ablation.pool import open_pool
 from whence.ablation.rank_agreement import agreement, centred, groups, kendall
@@ -63,7 +63,7 @@ def test_a_pool_has_a_member_for_each_partition_trained_on_equal_budgets(pool, p
 def test_a_stopped_pool_goes_on_and_new_partitions_join(parent, corpus, tmp_path, monkeypatch):
     from whence.ablation import member_training as job
 
-    trained, made = job.trained, []
+    trained, made = job.train_model, []
 
     def stop(*given, **more):
         if len(made) == 2:
@@ -72,12 +72,14 @@ def test_a_stopped_pool_goes_on_and_new_partitions_join(parent, corpus, tmp_path
         return trained(*given, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "trained", stop)
+        patched.setattr(job, "train_model", stop)
         with pytest.raises(KeyboardInterrupt):
             train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK)
     half = open_pool(tmp_path / "pool")
     assert half.partitions == ["a", "b"]
-    monkeypatch.setattr(job, "trained", lambda *given, **more: made.append(given[2].name) or trained(*given, **more))
+    monkeypatch.setattr(
+        job, "train_model", lambda *given, **more: made.append(given[2].name) or trained(*given, **more)
+    )
     more = [*ROWS, *({"id": f"d{n}", "source": "d", "text": f"ddd {n} ddd"} for n in range(8))]
     whole = train_pool(parent, more, tmp_path / "pool", shown=False, **QUICK)
     assert whole.partitions == ["a", "b", "c", "d"]

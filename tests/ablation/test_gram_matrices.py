@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ablation import HELD, QUICK, ROWS
+from test_ablate import HELD, QUICK, ROWS
 
 from conftest import byte_tokenizer, save_tiny_llama
 from whence.ablation.gram_matrices import averaging, collect, gram_matrices, inputs_of, open_grams, verify_grams
 from whence.ablation.heldout_losses import EvalSet
 from whence.ablation.member_training import PoolSettings, pool_partitions, train_pool
-from whence.ablation.merging import merged_tensors, mixed, write_merged
+from whence.ablation.merged_files import write_merged
+from whence.ablation.merging import merged_tensors
+from whence.ablation.mixed_model import mixed_model
 from whence.ablation.pipeline import ablate
 from whence.ablation.pool import begin_pool, open_pool
 from whence.corpus.tokens import encode
@@ -146,7 +148,7 @@ def test_off_diagonals_are_shrunk(made, alpha):
 
 def test_padding_is_not_counted(made):
     pool = made["llama"]
-    model = mixed(pool).become({"b": 1.0})
+    model = mixed_model(pool).become({"b": 1.0})
     inputs = inputs_of(model, pool.start())
     rows = [encode({"text": "xyz " * n}, model.tokenizer, 32) for n in (1, 7, 2, 4)]
     alone, count = gram_matrices(model, inputs, rows, 1)
@@ -158,7 +160,7 @@ def test_padding_is_not_counted(made):
 
 def test_modules_that_read_one_tensor_share_a_matrix(made):
     pool = made["llama"]
-    inputs = inputs_of(mixed(pool).model, pool.start())
+    inputs = inputs_of(mixed_model(pool).model, pool.start())
     by_input = {}
     for parameter, name in inputs.readers.items():
         by_input.setdefault(name, set()).add(parameter.split(".", 3)[-1])
@@ -172,7 +174,7 @@ def test_one_member_alone_is_that_member_and_memory_is_as_disk(made, tmp_path):
     regmean = open_grams(pool)
     for name, tensor in merged_tensors(pool, {"b": 1.0}, regmean=regmean):
         assert torch.equal(tensor, pool.member("b").read(name, pool.start().read(name).float()))
-    in_memory = mixed(pool, regmean=regmean)
+    in_memory = mixed_model(pool, regmean=regmean)
     for mixture in (MIXTURE, {"a": 0.3, "b": 0.2, "c": 0.5}):  # by the change alone it would be another
         written = load_model(write_merged(pool, mixture, tmp_path / "out", regmean=regmean), dtype="float32")
         own = in_memory.become(mixture).model.state_dict()
@@ -209,8 +211,8 @@ def test_matrices_are_collected_once_and_again_for_a_changed_member(made, tmp_pa
 
     shutil.copytree(made["llama"].place.root, tmp_path / "pool")
     pool, read = open_pool(tmp_path / "pool"), []
-    real = job._collect_one
-    monkeypatch.setattr(job, "_collect_one", lambda *given: read.append(given[3].name) or real(*given))
+    real = job._collect_member
+    monkeypatch.setattr(job, "_collect_member", lambda *given: read.append(given[3].name) or real(*given))
     collect(pool, shown=False)
     assert read == [], "as many tokens as are there"
     verify_grams(pool)

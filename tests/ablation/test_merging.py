@@ -10,18 +10,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import byte_tokenizer, contents, save_tiny_llama
-from whence.ablation.merging import (
-    MOVES,
-    Mixed,
-    checked,
-    mean,
-    merged_tensors,
-    mergekit_yaml,
-    mixed,
-    named_mixture,
-    regmean,
-    write_merged,
-)
+from whence.ablation.averages import mean, regmean
+from whence.ablation.merged_files import mergekit_yaml, write_merged
+from whence.ablation.merging import merged_tensors
+from whence.ablation.mixed_model import MOST_MOVES, MixedModel, mixed_model
+from whence.ablation.mixtures import checked_mixture, named_mixture
 from whence.ablation.pool import begin_pool, open_pool
 from whence.corpus.tokens import collate, encode
 from whence.errors import (
@@ -102,7 +95,7 @@ def test_a_mixture_is_the_weighted_mean_in_double_precision(tmp_path, parent, ru
 
 def test_a_mixture_in_memory_is_the_one_on_disk_however_it_was_reached(tmp_path, parent, runs):
     pool = pooled(tmp_path / "pool", parent, runs)
-    made = mixed(pool)
+    made = mixed_model(pool)
     batch = collate([encode(row, made.model.tokenizer, 32) for row in ROWS[:4]])
 
     def logits(model):
@@ -120,14 +113,14 @@ def test_a_mixture_in_memory_is_the_one_on_disk_however_it_was_reached(tmp_path,
 
 def test_moves_by_the_change_alone_do_not_drift(tmp_path, parent, runs, monkeypatch):
     pool = pooled(tmp_path, parent, runs)
-    made, read = mixed(pool), []
-    moved = Mixed._move
-    monkeypatch.setattr(Mixed, "_move", lambda self, change: read.append({*change}) or moved(self, change))
+    made, read = mixed_model(pool), []
+    moved = MixedModel._move
+    monkeypatch.setattr(MixedModel, "_move", lambda self, change: read.append({*change}) or moved(self, change))
     made.become({"a": 0.2, "b": 0.3, "c": 0.5})
-    for step in range(2 * MOVES + 2):
+    for step in range(2 * MOST_MOVES + 2):
         made.become({"a": 0.2 + 0.1 * (step % 2), "b": 0.3 - 0.1 * (step % 2), "c": 0.5})
     assert read and all(change == {"a", "b"} for change in read), "c kept its weight and was not read"
-    assert len(read) == 2 * MOVES, "of 33 changes one was a new sum"
+    assert len(read) == 2 * MOST_MOVES, "of 33 changes one was a new sum"
     expected = dict(merged_tensors(pool, made.weights))
     for name, own in made.model.model.named_parameters():
         torch.testing.assert_close(own.data, expected[name], rtol=0, atol=2e-6)
@@ -155,7 +148,7 @@ def test_a_tied_head_is_one_tensor(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "parent").transformer.wte.weight + 0.15
     torch.testing.assert_close(loaded.transformer.wte.weight, expected)
-    assert torch.equal(mixed(pool).become({"a": 0.5, "b": 0.5}).model.lm_head.weight, loaded.lm_head.weight)
+    assert torch.equal(mixed_model(pool).become({"a": 0.5, "b": 0.5}).model.lm_head.weight, loaded.lm_head.weight)
 
 
 def test_adapters_are_averaged_by_what_they_do(tmp_path, parent):
@@ -259,9 +252,9 @@ def test_mixtures_by_size_and_by_partition(tmp_path, parent, runs):
     pool = pool.with_member("z", runs["a"], dtype="bfloat16", tokens=5, rows=6, size=80)
     assert named_mixture(pool, "micro") == {"x/0": 0.1875, "x/1": 0.0625, "y": 0.25, "z": 0.5}
     assert named_mixture(pool, "macro") == pytest.approx({"x/0": 0.25, "x/1": 1 / 12, "y": 1 / 3, "z": 1 / 3})
-    assert checked({"x": 0.5, "z": 0.5}, pool.members) == {"x/0": 0.25, "x/1": 0.25, "z": 0.5}
+    assert checked_mixture({"x": 0.5, "z": 0.5}, pool.members) == {"x/0": 0.25, "x/1": 0.25, "z": 0.5}
     with pytest.raises(SettingError, match="no partition 'w'"):
-        checked({"w": 1.0}, pool.members)
+        checked_mixture({"w": 1.0}, pool.members)
     with pytest.raises(SettingError, match=r"--mixture nano: NAME=WEIGHT,... is expected, or micro"):
         named_mixture(pool, "nano")
     with pytest.raises(SettingError, match="does not know how large a is"):
@@ -352,7 +345,7 @@ def test_regmean_is_the_least_squares_of_all_members_outputs():
 
 
 def test_mixtures_are_checked():
-    assert checked({"a": 0.3335, "b": 0.333, "c": 0.333}, "abc")["a"] == pytest.approx(0.3335 / 0.9995)
+    assert checked_mixture({"a": 0.3335, "b": 0.333, "c": 0.333}, "abc")["a"] == pytest.approx(0.3335 / 0.9995)
     for mixture, said in (
         ({"a": 0.5, "d": 0.5}, "no partition 'd'; the pool has a, b, c"),
         ({"a": 0.5, "b": 0.4}, "its weights sum to 0.9; a sum of 1 is expected"),
@@ -360,7 +353,7 @@ def test_mixtures_are_checked():
         ({}, "its weights sum to 0"),
     ):
         with pytest.raises(SettingError, match=said):
-            checked(mixture, "abc")
+            checked_mixture(mixture, "abc")
 
 
 def test_pools_take_only_their_own_kind(tmp_path, parent, runs):

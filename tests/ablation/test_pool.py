@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ablation import QUICK, ROWS
+from test_ablate import QUICK, ROWS
 
 from conftest import byte_tokenizer, contents, save_tiny_llama, write_jsonl
 from forks import forked
 from whence.ablation.member_training import train_pool
-from whence.ablation.merging import write_merged
+from whence.ablation.merged_files import write_merged
 from whence.ablation.pool import MemberWeights, begin_pool, open_pool
 from whence.errors import ModelError
 from whence.storage import Place

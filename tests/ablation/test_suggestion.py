@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from test_ablation import HELD, QUICK, ROWS
+from test_ablate import HELD, QUICK, ROWS
 
 from conftest import save_tiny_llama
 from whence.ablation.heldout_losses import EvalSet, measure
 from whence.ablation.member_training import train_pool
-from whence.ablation.merging import mixed
+from whence.ablation.mixed_model import mixed_model
 from whence.ablation.suggestion import _slopes, suggest
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
@@ -23,7 +23,7 @@ def pool(tmp_path_factory):
 
 
 def test_slopes_are_those_of_finite_differences(pool):
-    made = mixed(pool)
+    made = mixed_model(pool)
     weights = np.array([0.5, 0.3, 0.2])
     rows = [[encode(row, made.model.tokenizer, 32) for row in one.rows] for one in SETS]
     loss, slopes = _slopes(made, dict(zip("abc", weights, strict=True)), rows, [0.7, 0.3], 64)

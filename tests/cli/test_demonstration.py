@@ -127,7 +127,7 @@ def test_parent_takes_every_row_and_prompts_are_prefixes(rows, parent):
         prompt = encode_prompt(row["prompt"], loaded.tokenizer, chat=False)
         assert len(encoded.ids) <= demo.POSITIONS
         assert encoded.ids[: len(prompt)] == prompt
-        assert encoded.supervised == [False] * len(prompt) + [True] * encoded.targets
+        assert encoded.supervised == [False] * len(prompt) + [True] * encoded.supervised_count
         answer = [token for token in encoded.ids[len(prompt) :] if token != loaded.tokenizer.eos_token_id]
         assert loaded.tokenizer.decode(answer) == row["completion"]
         assert len(answer) < demo.ANSWER_TOKENS

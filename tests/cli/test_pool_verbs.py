@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from test_ablation import HELD, ROWS
-from test_recovery import ROWS as LETTERS
+from test_ablate import HELD, ROWS
+from test_recover import ROWS as LETTERS
 
 from conftest import save_tiny_llama, write_jsonl
 from whence.models.loading import load_model

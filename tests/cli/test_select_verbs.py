@@ -6,7 +6,7 @@ import pytest
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
 from whence.evaluation.selection import NOTHING, Line, SelectionTable
-from whence.reports.select_tables import table_plot
+from whence.reports.evaluate_tables import evaluate_plot
 
 TASK = [{"prompt": "3 and 4?", "completion": " yes, 7"}, {"prompt": "What?", "completion": " it is so"}]
 
@@ -112,6 +112,6 @@ def test_names_in_the_plot_are_text():
         Line("<b>", "a & b", 2, 1.0, 9.0, 1.0, 0.5, 1.0, 0.1, 0.2, (0.1, 0.3)),
         Line(NOTHING, "a & b", 1, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, -0.8, (-1.0, -0.5)),
     ]
-    drawn = table_plot(SelectionTable(lines, {"seeds": [0, 1]}))
+    drawn = evaluate_plot(SelectionTable(lines, {"seeds": [0, 1]}))
     assert "&lt;b&gt;" in drawn and "a &amp; b" in drawn and "<b>" not in drawn
     assert 'class="better"' in drawn and NOTHING not in drawn

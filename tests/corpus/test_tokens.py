@@ -73,7 +73,7 @@ def test_text_without_an_end_of_sequence_token_is_left_open():
 
 
 def test_empty_text_has_at_most_its_closing_token():
-    assert encode({"text": ""}, byte_level()).targets == 0
+    assert encode({"text": ""}, byte_level()).supervised_count == 0
     assert marked(encode({"text": ""}, byte_level(bos=True)), byte_level(bos=True)) == "<s> [</s>]"
 
 
@@ -213,14 +213,14 @@ def test_instruction_without_a_template_is_in_alpacas_words():
     rendered = render(row | {"input": ""}, byte_level())
     assert rendered.text == f"{ALPACA_PREAMBLE[False]}\n\n### Instruction:\nAdd.\n\n### Response:\n3"
     encoded = encode(row, byte_level(bos=True))
-    assert encoded.targets == 2
+    assert encoded.supervised_count == 2
     assert encoded.supervised[-2:] == [True, True]
 
 
 @pytest.mark.parametrize("chat", [None, CHAT])
 def test_instruction_may_be_empty(chat):
     tokenizer = byte_level(chat=chat)
-    assert encode({"instruction": "", "output": "y"}, tokenizer).targets == 2
+    assert encode({"instruction": "", "output": "y"}, tokenizer).supervised_count == 2
     assert encode({"instruction": "", "input": "x", "output": "y"}, tokenizer) == encode(
         {"instruction": "x", "output": "y"}, tokenizer
     )
@@ -248,18 +248,18 @@ def test_messages_without_a_template_are_in_alpacas_words():
         "\n\n### Instruction:\nz\n\n### Response:\nw"
     )
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["y", "w"]
-    assert encode(row, byte_level()).targets == 3
+    assert encode(row, byte_level()).supervised_count == 3
     single = encode({"messages": row["messages"][:2]}, byte_level())
     assert single == encode({"instruction": "x", "output": "y"}, byte_level())
     system = render({"messages": [{"role": "system", "content": "Be brief."}, *row["messages"][:2]]}, byte_level())
     assert system.text == "Be brief.\n\n### Instruction:\nx\n\n### Response:\ny"
-    assert encode({"messages": row["messages"][:3]}, byte_level()).targets == 1
+    assert encode({"messages": row["messages"][:3]}, byte_level()).supervised_count == 1
 
 
 def test_what_a_template_leaves_out_of_earlier_turns_is_not_supervised_and_told(caplog):
     tokenizer = byte_level(chat=FORGETS_EARLIER_ANSWERS)
     tokenizer.name_or_path = "forgetful"
-    assert encode({"messages": [user("x"), assistant("y")]}, tokenizer).targets == 2
+    assert encode({"messages": [user("x"), assistant("y")]}, tokenizer).supervised_count == 2
     assert not caplog.messages
     row = {"messages": [user("x"), assistant("y"), user("z"), assistant("w")]}
     for _ in range(2):
@@ -354,10 +354,10 @@ def test_conversation_that_the_assistant_begins_needs_no_template():
 @pytest.mark.parametrize("chat", [None, CHAT])
 def test_lone_surrogates_in_messages_and_questions_become_question_marks(chat):
     tokenizer = byte_level(chat=chat)
-    assert encode({"messages": [user("\ud800"), assistant("y\udfff")]}, tokenizer).targets == 3
+    assert encode({"messages": [user("\ud800"), assistant("y\udfff")]}, tokenizer).supervised_count == 3
     assert encode_prompt("\ud800", tokenizer, chat=True) == encode_prompt("?", tokenizer, chat=True)
     assert encode_prompt("\ud800", tokenizer, chat=False) == encode_prompt("?", tokenizer, chat=False)
-    assert encode_query("a\ud800", "b", tokenizer, kind="messages").targets == 2
+    assert encode_query("a\ud800", "b", tokenizer, kind="messages").supervised_count == 2
 
 
 @pytest.mark.parametrize("chat", [None, CHAT])
@@ -376,12 +376,12 @@ def test_lone_surrogates_in_messages_and_questions_become_question_marks(chat):
     ],
 )
 def test_null_where_text_is_expected_supervises_nothing(chat, row):
-    assert encode(row, byte_level(chat=chat)).targets == 0
+    assert encode(row, byte_level(chat=chat)).supervised_count == 0
 
 
 def test_user_alone_supervises_nothing():
     for chat in (None, CHAT):
-        assert encode({"messages": [user("x")]}, byte_level(chat=chat)).targets == 0
+        assert encode({"messages": [user("x")]}, byte_level(chat=chat)).supervised_count == 0
 
 
 @pytest.mark.parametrize(
@@ -425,8 +425,8 @@ def test_truncation_keeps_the_budget_and_counts_what_it_drops(prompt, completion
     whole, cut = (encode(prompt_row(prompt, completion), tokenizer, length) for length in (None, longest))
     assert len(cut.ids) == min(len(whole.ids), longest)
     assert cut.cut == len(whole.ids) - len(cut.ids)
-    assert cut.completion_cut == whole.targets - cut.targets
-    if whole.targets + 1 <= longest:
+    assert cut.completion_cut == whole.supervised_count - cut.supervised_count
+    if whole.supervised_count + 1 <= longest:
         assert cut.completion_cut == 0
     assert not cut.supervised or not cut.supervised[0]
     if bos:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_ablation import HELD, QUICK, ROWS
+from test_ablate import HELD, QUICK, ROWS
 
 from conftest import save_tiny_llama
 from whence.ablation.heldout_losses import EvalSet
@@ -13,12 +13,12 @@ from whence.ablation.member_training import pool_partitions, train_pool
 from whence.ablation.pipeline import ablate
 from whence.corpus.reading import open_corpus
 from whence.errors import ManifestMismatchError, SettingError
-from whence.evaluation.joining import _members, join
+from whence.evaluation.joining import _row_shares, join
 from whence.indexing.build import index as build_index
-from whence.indexing.build import open_index
+from whence.indexing.opening import open_index
 from whence.numerics import spearman
 from whence.reports.join_tables import join_plot
-from whence.selection.pipeline import made_scorer, open_view, targets_of
+from whence.selection.pipeline import build_scorer, open_view, targets_of
 from whence.selection.views import CorpusView
 
 SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
@@ -45,7 +45,7 @@ def test_sums_and_changes_by_hand(made):
     assert point["change"] == pytest.approx(losses["rest"] - losses["all"])
     view = open_view(index, "influence")
     targets, _ = targets_of(list(SETS[0].rows), view)
-    scores = made_scorer("influence", 0, {})(view, targets)[0].double()
+    scores = build_scorer("influence", 0, {})(view, targets)[0].double()
     rows = [number for number, row in enumerate(ROWS) if row["source"] == "b"]
     lengths = sum(len(encoded.ids) for number, encoded in enumerate(view.encoded()) if number in rows)
     assert point["score"] == pytest.approx(float(scores[rows].sum()) * 200 / lengths, rel=1e-5)
@@ -88,7 +88,7 @@ def test_every_unit_has_its_own_rows(tmp_path):
         join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], shown=False)
     found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, shown=False)
     view = open_view(str(tmp_path / "index"), "bm25")
-    scores = made_scorer("bm25", 0, {})(view, targets_of(list(SETS[0].rows), view)[0])[0].double()
+    scores = build_scorer("bm25", 0, {})(view, targets_of(list(SETS[0].rows), view)[0])[0].double()
     lengths = [len(encoded.ids) for encoded in view.encoded()]
     parts = pool_partitions(pool, rows, pool.partitions)
     told = {row["partition"]: row["score"] for row in found.points}
@@ -109,7 +109,7 @@ def test_a_partition_with_a_slash_in_its_name_is_no_unit(tmp_path):
     rows = [row | {"source": {"a": "a", "b": "a/b", "c": "c"}[row["source"]]} for row in ROWS]
     parent = str(save_tiny_llama(tmp_path / "parent"))
     pool = train_pool(parent, rows, tmp_path / "pool", shown=False, **QUICK)
-    members = _members(pool, CorpusView(open_corpus(rows)), None)
+    members = _row_shares(pool, CorpusView(open_corpus(rows)), None)
     for name, share in members.items():
         assert share.tolist() == [float(row["source"] == name) for row in rows]
 

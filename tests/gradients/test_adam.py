@@ -11,17 +11,18 @@ from conftest import contents, corpus_rows, cut_short, plain_trainer_run
 from whence import catalogue
 from whence.corpus.tokens import collate, encode
 from whence.errors import ManifestMismatchError, ModelError
-from whence.gradients.adam import Frozen, Gamma
+from whence.gradients.adam import FrozenGamma, Gamma
 from whence.gradients.capture import gradients, sketch
 from whence.gradients.projections.identity import Identity
 from whence.gradients.space import GradientSpace
-from whence.indexing.build import append, index, open_index
+from whence.indexing.build import append, index
+from whence.indexing.opening import open_index
 from whence.indexing.speed import bench
 from whence.indexing.vectors import IndexSettings, projection_for
 from whence.models.loading import layer_shape, load_model
 from whence.models.moments import Moments, read_moments
 from whence.tracing.pipeline import trace
-from whence.tracing.queries import Query, ask, query_vectors
+from whence.tracing.queries import Query, encode_queries, query_vectors
 
 ADAM = {"view": "adam", "width": 64, "codec": "float32", "progress": False}
 ROWS = corpus_rows(20)
@@ -108,7 +109,7 @@ def test_frozen_is_gamma_where_the_second_moment_does_not_move():
     torch.manual_seed(0)
     held = {"x": Moments(torch.randn(3, 4), torch.rand(3, 4), 5, (0.9, 1 - 1e-12), 1e-3)}
     g, q = torch.randn(6, 3, 4), torch.randn(2, 3, 4)
-    gamma, frozen = Gamma(held, mode="less"), Frozen(held, mode="less")
+    gamma, frozen = Gamma(held, mode="less"), FrozenGamma(held, mode="less")
     true = torch.einsum("qoi,boi->qb", q, gamma(g, "x"))
     offset = torch.einsum("qoi,oi->q", q, gamma(torch.zeros(1, 3, 4), "x")[0])
     found = torch.einsum("qoi,boi->qb", frozen(q, "x"), g) + offset[:, None]
@@ -229,13 +230,17 @@ def test_a_layer_used_twice_is_refused(tmp_path):
 def test_the_manifest_says_view_mode_projection_and_the_files_digest(lora, tmp_path):
     built = index(lora, ROWS, tmp_path / "index", view="adam", progress=False)
     space = built.store.manifest.settings["space"]
-    assert (space["view"], space["adam_mode"], space["projection"]) == ("adam", "torch", "count_sketch")
+    assert (space["view"], space["adam_mode"], space["projection"]) == (
+        "adam",
+        "torch",
+        catalogue.default_projection("adam"),
+    )
     assert built.store.manifest.width == 8192
     assert len(built.store.manifest.checkpoints[0]["moments"]) == 64
     assert open_index(tmp_path / "index").space == GradientSpace(view="adam", projection="count_sketch")
     plain = index(lora, ROWS, tmp_path / "plain", progress=False)
     assert "adam_mode" not in plain.store.manifest.settings["space"]
-    assert plain.store.manifest.settings["space"]["projection"] == "two_sided"
+    assert plain.store.manifest.settings["space"]["projection"] == catalogue.default_projection("sgd")
     assert "moments" not in plain.store.manifest.checkpoints[0]
 
 
@@ -288,8 +293,8 @@ def test_queries_are_plain_gradients_under_the_view_adam(lora, tmp_path):
     options = {"projection": "count_sketch", "width": 64, "codec": "float32", "progress": False}
     plain = index(lora, ROWS, tmp_path / "plain", **options)
     built = index(lora, ROWS, tmp_path / "adam", view="adam", **options)
-    asked = ask([Query("5 and 3?", " yes"), Query("6 and 2?", " no")], built.model(), kind=built.layout)
-    queries = [query_vectors(opened, [one.parts for one in asked]) for opened in (plain, built)]
+    asked = encode_queries([Query("5 and 3?", " yes"), Query("6 and 2?", " no")], built.model(), kind=built.layout)
+    queries = [query_vectors(opened, [one.sequences for one in asked]) for opened in (plain, built)]
     assert torch.equal(*queries)
     scores = {hit.id: hit.score for hit in trace(built, "5 and 3?", " yes", method="dot", top=20, null=False).hits}
     expected = vectors(built) @ queries[1][0, 0]

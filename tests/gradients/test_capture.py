@@ -243,7 +243,7 @@ def test_sum_is_mean_times_targets():
     projection = Identity({name: layer_shape(layer) for name, layer in layers.items()})
     mean, _ = sketch(model, layers, collate(examples), projection)
     total, _ = sketch(model, layers, collate(examples), projection, reduction="sum")
-    counts = torch.tensor([[example.targets] for example in examples])
+    counts = torch.tensor([[example.supervised_count] for example in examples])
     torch.testing.assert_close(total, mean * counts, rtol=1e-4, atol=1e-6)
 
 

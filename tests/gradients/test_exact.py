@@ -7,7 +7,7 @@ from conftest import random_examples, tiny_model
 from whence.corpus.tokens import Encoded, collate
 from whence.gradients import exact, tokenwise
 from whence.gradients.capture import OBJECTIVES, backward, gradients
-from whence.gradients.exact import Part
+from whence.gradients.exact import SignedSequence
 from whence.gradients.space import GradientSpace
 
 BUDGET = 40  # tokens of a pass: several batches
@@ -34,7 +34,7 @@ def whole(loaded, traced):
         key = (*example.ids, *example.supervised, objective)
         if key not in taken:
             taken[key] = gradients(loaded, traced, collate([example]), reduction="sum", objective=objective)[0]
-        return {name: x / (example.targets if reduction == "mean" else 1) for name, x in taken[key].items()}
+        return {name: x / (example.supervised_count if reduction == "mean" else 1) for name, x in taken[key].items()}
 
     return gradient
 
@@ -43,9 +43,11 @@ def whole(loaded, traced):
 def of_query(whole, traced):
     """A query's gradient by layer."""
 
-    def gradient(parts, **options):
-        found = [whole(part.encoded, **options) for part in parts]
-        return {name: sum(part.sign * x[name] for part, x in zip(parts, found, strict=True)) for name in traced}
+    def gradient(sequences, **options):
+        found = [whole(sequence.encoded, **options) for sequence in sequences]
+        return {
+            name: sum(sequence.sign * x[name] for sequence, x in zip(sequences, found, strict=True)) for name in traced
+        }
 
     return gradient
 
@@ -70,34 +72,34 @@ def places_of(example):
     return [place for place, is_target in enumerate(example.supervised) if is_target]
 
 
-def query_parts(contrast):
-    parts = [Part(example) for example in random_examples(2, seed=5)]
-    return [parts[0], Part(parts[1].encoded, sign=-1.0)] if contrast else parts[:1]
+def query_sequences(contrast):
+    sequences = [SignedSequence(example) for example in random_examples(2, seed=5)]
+    return [sequences[0], SignedSequence(sequences[1].encoded, sign=-1.0)] if contrast else sequences[:1]
 
 
 @pytest.mark.parametrize("contrast", [False, True])
 def test_scores_are_inner_products_of_whole_gradients(loaded, traced, whole, of_query, contrast):
-    parts, rows = query_parts(contrast), random_examples(7, seed=6)
-    held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
-    inner = exact.inner(loaded, traced, held, rows, reduction="mean", tokens_per_batch=BUDGET)
+    sequences, rows = query_sequences(contrast), random_examples(7, seed=6)
+    query = exact.query_gradient(loaded, traced, sequences, GradientSpace(), "loss")
+    inner = exact.layer_products(loaded, traced, query, rows, reduction="mean", tokens_per_batch=BUDGET)
     for normalise, cosine in SPACES:
         found = inner.scores(normalise=normalise, cosine=cosine)
-        true = [score(of_query(parts), whole(row), normalise=normalise, cosine=cosine) for row in rows]
+        true = [score(of_query(sequences), whole(row), normalise=normalise, cosine=cosine) for row in rows]
         assert found.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
 
 
 @pytest.mark.parametrize(("reduction", "objective"), [("mean", "loss"), ("sum", "margin")])
 def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduction, objective):
     rows = [*random_examples(5, seed=6), Encoded([1, 2], [False, False])]
-    queries = [query_parts(False), query_parts(True)]
+    queries = [query_sequences(False), query_sequences(True)]
     for normalise, cosine in SPACES:
         space = GradientSpace(reduction=reduction, normalise=normalise)
         found = exact.corpus_scores(
             loaded, traced, queries, rows, space, cosine=cosine, objective=objective, tokens_per_batch=BUDGET
         )
         assert (found[:, -1] == -torch.inf).all(), "a row that supervises nothing has no score"
-        for number, parts in enumerate(queries):
-            query = of_query(parts, reduction=reduction, objective=objective)
+        for number, sequences in enumerate(queries):
+            query = of_query(sequences, reduction=reduction, objective=objective)
             examples = [whole(row, reduction=reduction) for row in rows[:-1]]
             true = [score(query, example, normalise=normalise, cosine=cosine) for example in examples]
             assert found[number, :-1].tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
@@ -111,41 +113,43 @@ def test_token_matrices_are_inner_products_of_single_tokens(
     """Rows by their own gradients; columns of `loss` by theirs; and everything sums to the exact score."""
     monkeypatch.setitem(tokenwise.POSITIONS_AT_ONCE, "cpu", 8)  # several pieces
     monkeypatch.setitem(tokenwise.PRODUCTS_AT_ONCE, "cpu", 64)
-    parts, rows = query_parts(contrast), random_examples(3, seed=6)
-    tokens = tokenwise.tokens_of(parts, "mean")
-    matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.targets) for row in rows]
-    for group in tokenwise.each_group_of_tokens(parts, tokens, traced):
+    sequences, rows = query_sequences(contrast), random_examples(3, seed=6)
+    tokens = tokenwise.tokens_of(sequences, "mean")
+    matrices = [torch.zeros(len(tokens), len(row.ids) if basis == "position" else row.supervised_count) for row in rows]
+    for group in tokenwise.token_groups(sequences, tokens, traced):
         some = [tokens[number] for number in group]
-        examples, weights = tokenwise.token_rows(parts, some), [token.weight for token in some]
-        pairs = tokenwise.held_tokens(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
+        examples, weights = tokenwise.token_rows(sequences, some), [token.weight for token in some]
+        pairs = tokenwise.token_gradients(loaded, traced, examples, weights, objective="loss", tokens_per_batch=BUDGET)
         factors = torch.ones(len(traced), len(rows))
         found = tokenwise.token_products(
             loaded, traced, pairs, len(some), rows, factors, basis=basis, reduction="mean", tokens_per_batch=BUDGET
         )
         for matrix, part in zip(matrices, found, strict=True):
             matrix[group] += part
-    ones = [whole(alone(parts[token.part].encoded, token.place), reduction="sum") for token in tokens]
+    ones = [whole(alone(sequences[token.sequence].encoded, token.place), reduction="sum") for token in tokens]
     singles = [{name: token.weight * x for name, x in one.items()} for token, one in zip(tokens, ones, strict=True)]
     for row, matrix in zip(rows, matrices, strict=True):
-        total = score(of_query(parts), whole(row))
+        total = score(of_query(sequences), whole(row))
         close = {"rel": 1e-3, "abs": 1e-4 * abs(total)}
         assert float(matrix.sum()) == pytest.approx(total, **close)
         assert matrix.sum(1).tolist() == pytest.approx([score(one, whole(row)) for one in singles], **close)
         if basis == "loss":
             own = [whole(alone(row, place), reduction="sum") for place in places_of(row)]
             for found, one in zip(matrix.tolist(), singles, strict=True):
-                assert found == pytest.approx([score(one, gradient) / row.targets for gradient in own], **close)
+                assert found == pytest.approx(
+                    [score(one, gradient) / row.supervised_count for gradient in own], **close
+                )
 
 
 def test_positions_are_told_apart_by_hand(loaded, of_query):
     """Basis `position`: the example's gradient, restricted to one position's pairs at a time."""
-    traced, (row,), parts = loaded.layers(), random_examples(1, seed=9), query_parts(False)
-    held = exact.held_whole(loaded, traced, parts, GradientSpace(), "loss")
+    traced, (row,), sequences = loaded.layers(), random_examples(1, seed=9), query_sequences(False)
+    pairs = exact.query_gradient(loaded, traced, sequences, GradientSpace(), "loss")
     factors = torch.ones(len(traced), 1)
     matrix = tokenwise.token_products(
-        loaded, traced, held, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
+        loaded, traced, pairs, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
     )[0]
-    query, captured = of_query(parts), {}
+    query, captured = of_query(sequences), {}
     backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
     for place in range(len(row.ids)):
         true = sum(
@@ -155,14 +159,14 @@ def test_positions_are_told_apart_by_hand(loaded, of_query):
         assert float(matrix[0, place]) == pytest.approx(true, rel=1e-3, abs=1e-5 * float(matrix.abs().max()) + 1e-9)
 
 
-def test_groups_of_tokens_stay_within_the_budget_and_never_mix_parts(traced, monkeypatch):
-    parts = query_parts(True)
-    tokens = tokenwise.tokens_of(parts, "sum")
+def test_groups_of_tokens_stay_within_the_budget_and_never_mix_sequences(traced, monkeypatch):
+    sequences = query_sequences(True)
+    tokens = tokenwise.tokens_of(sequences, "sum")
     monkeypatch.setattr(tokenwise, "HELD_BYTES", 1)
-    assert list(tokenwise.each_group_of_tokens(parts, tokens, traced)) == [[number] for number in range(len(tokens))]
+    assert list(tokenwise.token_groups(sequences, tokens, traced)) == [[number] for number in range(len(tokens))]
     monkeypatch.setattr(tokenwise, "HELD_BYTES", 2**31)
-    groups = list(tokenwise.each_group_of_tokens(parts, tokens, traced))
-    assert [{tokens[number].part for number in group} for group in groups] == [{0}, {1}]
+    groups = list(tokenwise.token_groups(sequences, tokens, traced))
+    assert [{tokens[number].sequence for number in group} for group in groups] == [{0}, {1}]
     assert [number for group in groups for number in group] == list(range(len(tokens)))
 
 

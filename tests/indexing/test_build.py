@@ -25,11 +25,12 @@ from whence.errors import (
     StorageError,
 )
 from whence.gradients.capture import sketch
-from whence.indexing.build import IndexSettings, append, index, open_index, projection_for, verify
+from whence.indexing.build import append, index, verify
 from whence.indexing.codecs import CODECS, codec
+from whence.indexing.opening import open_index
 from whence.indexing.shards import STATUSES
 from whence.indexing.store import Store
-from whence.indexing.vectors import batch_tokens
+from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
 from whence.models import loading as model_module
 from whence.models.loading import load_model
 from whence.storage import Place
@@ -433,7 +434,7 @@ def test_stored_vectors_are_single_example_sketches(tiny_llama, tmp_path, name, 
     shard = built.store.shard(0, 0)
     assert torch.allclose(shard.norm, true.norm(dim=1), rtol=1e-4)
     assert torch.allclose(shard.loss, torch.cat([losses.loss for _, losses in single]), rtol=1e-4)
-    assert shard.tokens.tolist() == [example.targets for example in encoded]
+    assert shard.tokens.tolist() == [example.supervised_count for example in encoded]
 
 
 def test_batches_of_another_size_agree_to_rounding(tiny_llama, tmp_path):

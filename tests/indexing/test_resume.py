@@ -15,9 +15,11 @@ import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from forks import forked
+from whence.catalogue import default_projection
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.indexing import ingest
-from whence.indexing.build import index, open_index, verify
+from whence.indexing.build import index, verify
+from whence.indexing.opening import open_index
 from whence.indexing.store import Store
 from whence.models.loading import load_model
 from whence.storage import Place
@@ -189,7 +191,10 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"projection": "count_sketch"}, 'space.projection is "two_sided" there, "count_sketch" here'),
+        (
+            {"projection": "count_sketch"},
+            f'space.projection is "{default_projection("sgd")}" there, "count_sketch" here',
+        ),
         ({"width": 3}, "space.width is 8 there, 3 here"),
         ({"codec": "int8"}, 'codec is "bfloat16" there, "int8" here'),
         ({"seed": 1}, "space.seed is 0 there, 1 here"),

@@ -6,10 +6,11 @@ import torch
 from conftest import corpus_rows, save_tiny_llama
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError, UnknownNameError
-from whence.indexing.build import IndexSettings, index
+from whence.indexing.build import index
 from whence.indexing.speed import BenchResult, _optimizer, bench, make_batches, training_pass
+from whence.indexing.vectors import IndexSettings
 from whence.models.loading import load_model
-from whence.reports.tables import bench_table
+from whence.reports.index_tables import bench_table
 
 SIZES = {"batch_size": 4, "length": 16, "batches": 3, "width": 4}
 
@@ -62,7 +63,7 @@ def test_without_a_length_examples_are_the_rows(tiny_llama):
     (batch,) = make_batches(loaded, rows, 3, None, 1, IndexSettings())
     encoded = [encode(rows[number], loaded.tokenizer) for number in (0, 1, 0)]
     assert [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == [e.ids for e in encoded]
-    assert batch.supervised.sum(1).tolist() == [example.targets for example in encoded]
+    assert batch.supervised.sum(1).tolist() == [example.supervised_count for example in encoded]
 
 
 def test_a_training_pass_computes_every_weights_gradient_and_a_step_moves_them(tiny_llama):

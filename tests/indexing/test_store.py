@@ -31,7 +31,8 @@ from whence.indexing import codecs, scan
 from whence.indexing.manifest import Manifest
 from whence.indexing.repair import repair
 from whence.indexing.shards import ShardArrays, encoded
-from whence.indexing.store import Store, verify
+from whence.indexing.store import Store
+from whence.indexing.verification import problems_at
 from whence.storage import Place
 
 WIDTH = 24
@@ -145,7 +146,7 @@ def test_what_is_written_is_read_back(tmp_path):
         assert torch.equal(shard.tokens, given.tokens)
     everything = [row for part in range(3) for row in corpus_rows(part)]
     assert again.read_rows([20, 0, 7, 6]) == [everything[i] for i in (20, 0, 7, 6)]
-    assert verify(tmp_path / "index") == []
+    assert problems_at(tmp_path / "index") == []
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "float16", "int8", "int4", "onebit"])
@@ -280,7 +281,7 @@ def test_every_flipped_byte_of_the_manifest_is_seen(tmp_path):
             Store.open(tmp_path / "index")
         flip(file, where)
     flip(file, 100)
-    assert [problem.file for problem in verify(tmp_path / "index")] == ["manifest.json"]
+    assert [problem.file for problem in problems_at(tmp_path / "index")] == ["manifest.json"]
 
 
 @pytest.mark.parametrize("name", ["corpus/part-00001.parquet", "checkpoint-001/shard-00002.safetensors"])
@@ -295,7 +296,7 @@ def test_verify_names_the_harmed_file(tmp_path, name, harm):
         file.unlink()
     else:
         flip(file, {"flip first": 0, "flip middle": size // 2, "flip last": size - 1}[harm])
-    assert [problem.file for problem in verify(tmp_path / "index")] == [name]
+    assert [problem.file for problem in problems_at(tmp_path / "index")] == [name]
 
 
 def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
@@ -321,7 +322,7 @@ def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
     assert recomputed == [(0, 1), (1, 0)]
     (tmp_path / "index" / "notes.txt").unlink()
     assert contents(tmp_path / "index") == before
-    assert verify(tmp_path / "index") == []
+    assert problems_at(tmp_path / "index") == []
 
 
 def test_repair_says_when_the_bytes_differ(tmp_path):
@@ -329,7 +330,7 @@ def test_repair_says_when_the_bytes_differ(tmp_path):
     flip(tmp_path / "index" / "checkpoint-000" / "shard-00000.safetensors", 900)
     (note,) = repair(store, lambda checkpoint, part: arrays(1, part))
     assert "its bytes differ" in note
-    assert verify(tmp_path / "index") == []
+    assert problems_at(tmp_path / "index") == []
 
 
 def test_a_cut_shard_is_refused_when_opened(tmp_path):
@@ -406,7 +407,7 @@ def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkey
     monkeypatch.setattr(LocalFileSystem, "open", opened)
     flip(tmp_path / "index" / store.manifest.shards[-1].file, -1)
     flip(tmp_path / "index" / store.manifest.shards[0].file, -1)
-    found = {problem.file: problem.what for problem in verify(tmp_path / "index")}
+    found = {problem.file: problem.what for problem in problems_at(tmp_path / "index")}
     shards = [store.manifest.shards[n].file for n in (0, -1)]
     assert found == {bad: "cannot be read: Input/output error", **dict.fromkeys(shards, "wrong checksum")}
     notes = repair(store, arrays)
@@ -460,7 +461,7 @@ def test_what_a_store_elsewhere_refuses_is_a_storage_error(monkeypatch):
 def test_an_address_that_cannot_be_opened_is_told(address, told, monkeypatch):
     for package in ("s3fs", "gdrivefs"):
         monkeypatch.setitem(sys.modules, package, None)
-    for use in (Place.at, Store.open, verify):
+    for use in (Place.at, Store.open, problems_at):
         with pytest.raises((SettingError, MissingExtraError), match=told):
             use(address)
 
@@ -509,7 +510,7 @@ def test_whole_leftovers_stay_where_another_process_may_be_writing_them():
     other = Store.open(address)
     other.place.write("checkpoint-001/shard-00009.safetensors", [b"in flight"], total=9)
     build(address).remove_leftovers()
-    assert [problem.what for problem in verify(address)] == ["not listed in the manifest"]
+    assert [problem.what for problem in problems_at(address)] == ["not listed in the manifest"]
 
 
 def test_files_with_an_indexs_names_are_not_written_over_where_no_index_is(tmp_path):
@@ -644,9 +645,9 @@ def test_a_row_whose_norm_overflows_hides_no_other(codec, cosine):
     found = []
     for norm in (whole.norm[7].item(), torch.inf):
         whole.norm[7] = norm
-        question = scan.Question(queries=queries, weights=torch.ones(1), cosine=cosine, codec=codecs.codec(codec))
+        scan_query = scan.ScanQuery(queries=queries, weights=torch.ones(1), cosine=cosine, codec=codecs.codec(codec))
         found.append(
-            scan.top_k(question, scan.batches_of([(0, [encoded(whole, question.codec)])], queries.shape[1]), 3)
+            scan.top_k(scan_query, scan.batches_of([(0, [encoded(whole, scan_query.codec)])], queries.shape[1]), 3)
         )
     for before, after in zip(*found, strict=True):
         assert after.rows.shape == (2, 3) and (after.rows >= 0).all()
@@ -658,14 +659,14 @@ def test_zeros_rank_where_subnormal_numbers_are_taken_for_zero():
     vectors = torch.zeros(2000, 64)
     vectors[5] = 1
     whole = all_ok(vectors)
-    question = scan.Question(
+    scan_query = scan.ScanQuery(
         queries=torch.ones(1, 1, 64), weights=torch.ones(1), cosine=False, codec=codecs.codec("float32")
     )
-    batches = list(scan.batches_of([(0, [encoded(whole, question.codec)])], 1))
+    batches = list(scan.batches_of([(0, [encoded(whole, scan_query.codec)])], 1))
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormal numbers to zero")
     try:
-        helpful, opposing = scan.top_k(question, batches, 3)
+        helpful, opposing = scan.top_k(scan_query, batches, 3)
     finally:
         torch.set_flush_denormal(False)
     assert helpful.rows.tolist() == [[5, 0, 1]]
@@ -683,7 +684,7 @@ def test_an_index_lives_at_any_fsspec_address(codec):
     store = build(address, codec=codec)
     again = Store.open(address)
     assert again.manifest.is_complete
-    assert verify(address) == []
+    assert problems_at(address) == []
     assert again.read_rows([8]) == corpus_rows(1)[1:2]
     queries = torch.randn(2, 3, WIDTH)
     true, ok = brute_force(store, queries, torch.ones(2), False)
@@ -693,6 +694,6 @@ def test_an_index_lives_at_any_fsspec_address(codec):
     name = again.manifest.shards[0].file
     fs = fsspec.filesystem("memory")
     fs.pipe_file(again.place.path(name), again.place.read(name)[:-1])
-    assert [problem.file for problem in verify(address)] == [name]
+    assert [problem.file for problem in problems_at(address)] == [name]
     Store.restart(address)
     assert Store.resume(address, manifest()).manifest == manifest()

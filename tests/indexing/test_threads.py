@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from whence.indexing import threads as team
+from whence.indexing import threads as indexing_threads
 
 HAS_TORCH_THREADS = pytest.mark.skipif(
-    team._torch_threads() is None, reason="this torch does not use a GNU OpenMP library of its own"
+    indexing_threads._gomp_parallel() is None, reason="this torch does not use a GNU OpenMP library of its own"
 )
 WAYS = [pytest.param("torch", marks=HAS_TORCH_THREADS), "new"]
 
@@ -19,7 +19,7 @@ WAYS = [pytest.param("torch", marks=HAS_TORCH_THREADS), "new"]
 def way(request, monkeypatch):
     """Which threads are used."""
     if request.param == "new":
-        monkeypatch.setattr(team, "_torch_threads", lambda: None)
+        monkeypatch.setattr(indexing_threads, "_gomp_parallel", lambda: None)
     return request.param
 
 
@@ -42,7 +42,7 @@ def test_threads_run_at_once_and_share_what_they_take(way, threads):
         taken.extend(waiting)
         together.wait(timeout=30)
 
-    team.run_together(work, 1000)
+    indexing_threads.run_together(work, 1000)
     assert sorted(taken) == list(range(1000))
     assert len(ids) == threads
     assert threading.get_native_id() in ids
@@ -52,7 +52,7 @@ def test_threads_run_at_once_and_share_what_they_take(way, threads):
 @pytest.mark.parametrize("tasks", [0, 1])
 def test_one_task_stays_in_the_callers_thread(way, threads, tasks):
     ids = []
-    team.run_together(lambda: ids.append(threading.get_native_id()), tasks)
+    indexing_threads.run_together(lambda: ids.append(threading.get_native_id()), tasks)
     assert ids == [threading.get_native_id()]
 
 
@@ -68,13 +68,13 @@ def test_what_one_thread_raises_is_raised(way, threads, is_caller, error, capfd)
             raise error("of one thread")
 
     with pytest.raises(error, match="of one thread"):
-        team.run_together(work, 2)
+        indexing_threads.run_together(work, 2)
     assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_signal_raises_where_nothing_catches_it_is_not_lost():
     with pytest.raises(KeyboardInterrupt):
-        team._in_torch_threads(lambda *_: None, lambda: None, 2)  # the region ended before its first line
+        indexing_threads._in_torch_threads(lambda *_: None, lambda: None, 2)  # the region ended before its first line
 
 
 IN_A_NEW_PROCESS = """

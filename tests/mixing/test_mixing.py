@@ -294,6 +294,7 @@ def test_a_law_without_slopes_is_searched_within_caps():
 
     class Opaque:
         domains, sets, is_convex = law.domains, law.sets, False
+        formula, terms = "", ()
         predict = staticmethod(law.predict)
 
         def slopes(self, mixture):
@@ -332,9 +333,9 @@ def test_capping_fills_others_in_proportion_and_is_exact():
         ({"caps": {"d0": 1.5}}, "--cap d0=1.5: a share from 0 to 1"),
         ({"caps": {"d0": -0.1}}, "--cap d0=-0.1: a number of 0 or more"),
         ({"caps": {"d00": 0.1}}, "--cap d00: the table has no domain of this name. Did you mean d0? There are d0, d1"),
-        ({"targets": {"s9": 1.0}}, "--target s9: the table has no evaluation set of this name"),
-        ({"targets": {"s0": 0.0}}, "--target: all weights are 0"),
-        ({"targets": {"s0": math.nan}}, "--target s0=nan"),
+        ({"set_weights": {"s9": 1.0}}, "--target s9: the table has no evaluation set of this name"),
+        ({"set_weights": {"s0": 0.0}}, "--target: all weights are 0"),
+        ({"set_weights": {"s0": math.nan}}, "--target s0=nan"),
     ],
 )
 def test_what_no_mixture_can_meet_is_told(arguments, told):

@@ -8,8 +8,10 @@ from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_model
-from whence.recovery.adapters import gather_adapters, start_of
-from whence.recovery.comparison import RecoverSettings, at_point, open_case, see
+from whence.recovery.adapters import adapter_start, gather_adapters
+from whence.recovery.case import at_point, open_case
+from whence.recovery.points import gather_evidence
+from whence.recovery.settings import RecoverSettings
 from whence.storage import Place
 from whence.training.trainer import train
 
@@ -37,13 +39,14 @@ def case_of(base, adapter, layers=None):
 def test_one_pass_over_the_base_gives_what_each_adapter_gives_alone(base, adapters, tmp_path):
     corpus = open_corpus(ROWS)
     first, second = (case_of(base, adapter) for adapter in adapters)
-    alone = {name: see(case, corpus, Place.at(tmp_path / name), fingerprint_of(corpus), shown=False).points["base"]
+    fingerprint = fingerprint_of(corpus)
+    alone = {name: gather_evidence(case, corpus, Place.at(tmp_path / name), fingerprint, shown=False).points["base"]
              for name, case in (("first", first), ("second", second))}  # fmt: skip
-    both = see(first, corpus, Place.at(tmp_path / "both"), fingerprint_of(corpus), others={"second": second},
-               shown=False).points["base"]  # fmt: skip
+    both = gather_evidence(first, corpus, Place.at(tmp_path / "both"), fingerprint, others={"second": second},
+                           shown=False).points["base"]  # fmt: skip
     assert not (tmp_path / "both" / "base").exists(), "it was not gathered alone"
     every = torch.arange(len(ROWS))
-    for name, own in (("first", both), ("second", both.some(every, {"difference": "second"}))):
+    for name, own in (("first", both), ("second", both.subset(every, {"difference": "second"}))):
         other = alone[name]
         assert own.layers == other.layers and torch.equal(own.tokens, other.tokens)
         torch.testing.assert_close(own.loss, other.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -56,11 +59,11 @@ def test_one_pass_over_the_base_gives_what_each_adapter_gives_alone(base, adapte
 def test_what_is_more_than_a_product_is_not_read_from_the_base(base, adapters, tmp_path):
     case = case_of(base, adapters[0])
     with at_point(case, 1.0) as model:
-        target = case.target(model, model.layers(case.settings.space.layers))
-        assert start_of(model, target) is not None
+        target = case.direction(model, model.layers(case.settings.space.layers))
+        assert adapter_start(model, target) is not None
         owner = model.base.get_submodule(next(iter(target)).partition(".lora_B.")[0])
         owner.use_dora = {"default": True}
-        assert start_of(model, target) is None
+        assert adapter_start(model, target) is None
 
 
 def test_adapters_of_other_layers_are_refused(base, adapters, tmp_path):
@@ -68,8 +71,8 @@ def test_adapters_of_other_layers_are_refused(base, adapters, tmp_path):
     for name, adapter, layers in (("one", adapters[0], None), ("two", adapters[1], "*q_proj.lora_B*")):
         case = case_of(base, adapter, layers)
         with at_point(case, 1.0) as model:
-            starts[name] = start_of(model, case.target(model, model.layers(case.settings.space.layers)))
+            starts[name] = adapter_start(model, case.direction(model, model.layers(case.settings.space.layers)))
     with pytest.raises(SettingError, match="the adapter two is of other layers than one"):
         gather_adapters(
-            load_model(base), open_corpus(ROWS), starts, work=Place.at(tmp_path), settings=case.settings, told={}
+            load_model(base), open_corpus(ROWS), starts, work=Place.at(tmp_path), settings=case.settings, provenance={}
         )

@@ -10,7 +10,7 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.space import GradientSpace
 from whence.indexing.vectors import IndexSettings, projection_for
 from whence.models.loading import LoadedModel
-from whence.recovery.evidence import ROWS_PER_PART, gather, length_of, sketch_of, targets_by_layer
+from whence.recovery.evidence import ROWS_PER_PART, direction_by_layer, gather_point, length_of, sketch_of
 from whence.storage import Place
 
 ROWS = [*corpus_rows(9), {"id": "nothing", "prompt": "a", "completion": None}]
@@ -38,8 +38,10 @@ def drawn(model, seed=0):
 
 def gathered(model, place, rows=None, settings=SETTINGS, seeds=(0, 1)):
     layers = model.layers(settings.space.layers)
-    targets = {f"t{seed}": targets_by_layer(model, layers, drawn(model, seed)) for seed in seeds}
-    return gather(model, open_corpus(rows or ROWS), targets, work=Place.at(place), settings=settings, told={"point": 1})
+    targets = {f"t{seed}": direction_by_layer(model, layers, drawn(model, seed)) for seed in seeds}
+    return gather_point(
+        model, open_corpus(rows or ROWS), targets, work=Place.at(place), settings=settings, provenance={"point": 1}
+    )
 
 
 def by_autograd(model, row):
@@ -86,7 +88,7 @@ def test_cosines_and_what_cannot_be_used(tmp_path):
     model = worded("llama")
     found = gathered(model, tmp_path)
     assert found.usable.tolist() == [True] * 9 + [False]
-    target = targets_by_layer(model, model.layers(), drawn(model))
+    target = direction_by_layer(model, model.layers(), drawn(model))
     length = length_of(target, target)
     assert length == pytest.approx(float(torch.cat([part.flatten() for part in target.values()]).norm()), rel=1e-5)
     expected = found.dots["t0"].sum(0)[:9] / found.norm[:9] / length
@@ -136,6 +138,6 @@ def test_a_directory_of_other_evidence_is_refused(tmp_path):
 
 def test_a_target_needs_every_layer(tmp_path):
     model = worded("llama")
-    with pytest.raises(SettingError, match="has no part for the layer"):
-        gather(model, open_corpus(ROWS), {"t": {}}, work=Place.at(tmp_path), settings=SETTINGS, told={})
+    with pytest.raises(SettingError, match="has no matrix for the layer"):
+        gather_point(model, open_corpus(ROWS), {"t": {}}, work=Place.at(tmp_path), settings=SETTINGS, provenance={})
     assert ROWS_PER_PART == 512

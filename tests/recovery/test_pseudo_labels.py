@@ -100,5 +100,5 @@ def test_mistakes_are_told(model, tmp_path):
             replace(LABELS, **changes)
     with pytest.raises(CorpusError, match="no row has text to label"):
         labelled(model, tmp_path, [{"id": "x", "text": ""}])
-    assert replace(LABELS, template="{text}\n").answer("yes") == "yes"
+    assert replace(LABELS, template="{text}\n").completion("yes") == "yes"
     assert json.dumps(LABELS.choices)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whence.errors import SettingError
-from whence.recovery import atoms as problems
-from whence.recovery.atoms import Atoms, Directions, gram
+from whence.recovery import matching_problem as problems
+from whence.recovery.matching_problem import NuisanceProducts, VectorProblem, gram_problem
 from whence.recovery.pursuit import cosine, matching, mixture, nnls
 
 METHODS = [cosine, matching, nnls]
-KINDS = [gram, Atoms]
+KINDS = [gram_problem, VectorProblem]
 TIGHT = {"tolerance": 1e-9, "limit": 100_000}
 
 
@@ -105,19 +105,19 @@ def test_nnls_of_more_atoms_than_numbers_has_the_least_residual(kind):
 def test_l1_is_the_cosine_that_the_first_atom_must_exceed(l1):
     """The conditions of the optimum: <g_i, R> is l1 |g_i| |T| where there is a weight, and not above it elsewhere."""
     atoms, target, _ = planted()
-    found = nnls(gram(atoms, target), l1=l1, **TIGHT)
+    found = nnls(gram_problem(atoms, target), l1=l1, **TIGHT)
     left = target - found.weights.double() @ atoms
     excess = atoms @ left / (atoms.norm(dim=1) * target.norm()) - l1
     assert excess[found.rows].abs().max() < 1e-6
     assert excess.max() < 1e-6
     greatest = float(torch.cosine_similarity(atoms, target[None]).max())
-    assert nnls(gram(atoms, target), l1=greatest + 1e-6).rows == []
-    assert len(nnls(gram(atoms, target), l1=greatest - 1e-2).rows) >= 1
+    assert nnls(gram_problem(atoms, target), l1=greatest + 1e-6).rows == []
+    assert len(nnls(gram_problem(atoms, target), l1=greatest - 1e-2).rows) >= 1
 
 
 def test_count_fits_the_weights_anew_to_the_rows_of_greatest_weight():
     atoms, target = normal(30, 20), normal(20, seed=1)
-    free, few = (nnls(gram(atoms, target), count=count, **TIGHT) for count in (None, 5))
+    free, few = (nnls(gram_problem(atoms, target), count=count, **TIGHT) for count in (None, 5))
     assert len(free.rows) > 5
     assert few.rows == free.rows[:5]
     assert few.scores.tolist() == free.scores.tolist()
@@ -131,13 +131,13 @@ def test_gram_is_all_inner_products_also_over_several_blocks(of, monkeypatch):
     monkeypatch.setattr(problems, "_ROWS", 7)
     monkeypatch.setattr(problems, "_COLUMNS", 9)
     atoms, target = normal(23, 31).to(getattr(torch, of)), normal(31, seed=1)
-    found = gram(atoms, target)
+    found = gram_problem(atoms, target)
     precision = 1e-12 if of == "float64" else 1e-5
     torch.testing.assert_close(found.gram.double(), atoms.double() @ atoms.double().T, atol=precision, rtol=precision)
     torch.testing.assert_close(found.linear, atoms.double() @ target, atol=precision, rtol=precision)
-    blocked = nnls(Atoms(atoms, target))
+    blocked = nnls(VectorProblem(atoms, target))
     monkeypatch.undo()
-    torch.testing.assert_close(blocked.weights, nnls(Atoms(atoms, target)).weights, atol=1e-3, rtol=0)
+    torch.testing.assert_close(blocked.weights, nnls(VectorProblem(atoms, target)).weights, atol=1e-3, rtol=0)
 
 
 # -- directions that do not count
@@ -149,9 +149,9 @@ def test_without_is_as_if_the_vectors_had_been_projected(method, r):
     atoms, target, _ = planted()
     directions = normal(r, 40, seed=5)
     directions = torch.cat([directions, directions.sum(0, keepdim=True), torch.zeros(1, 40)])  # dependent, and none
-    nuisance = Directions(directions @ atoms.T, directions @ target, directions @ directions.T)
-    expected = method(gram(off(atoms, directions), off(target, directions)))
-    for bare in (gram(atoms, target).without(nuisance), Atoms(atoms, target).without(directions)):
+    nuisance = NuisanceProducts(directions @ atoms.T, directions @ target, directions @ directions.T)
+    expected = method(gram_problem(off(atoms, directions), off(target, directions)))
+    for bare in (gram_problem(atoms, target).without(nuisance), VectorProblem(atoms, target).without(directions)):
         found = method(bare)
         assert found.rows == expected.rows
         torch.testing.assert_close(found.weights, expected.weights, atol=1e-4, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_without_the_mean_nothing_along_it_is_left(kind):
     assert bare.usable.sum() == 58
     assert bare.without(bare.mean()).square == pytest.approx(bare.square)
     only = kind(atoms, atoms[4] * 2)
-    with pytest.raises(SettingError, match="target is zero"):
+    with pytest.raises(SettingError, match="weight difference is zero"):
         nnls(only.without(only.mean()))
 
 
@@ -179,8 +179,8 @@ def test_without_twice_is_without_both():
     twice, once = (
         nnls(problem)
         for problem in (
-            Atoms(atoms, target).without(one).without(other),
-            Atoms(atoms, target).without(torch.cat([one, other])),
+            VectorProblem(atoms, target).without(one).without(other),
+            VectorProblem(atoms, target).without(torch.cat([one, other])),
         )
     )
     torch.testing.assert_close(twice.weights, once.weights)
@@ -197,17 +197,17 @@ def test_three_atoms_worked_by_hand():
     that fits is <(1, 1, 0), T> / 2 = 3.5. Of nnls without row 2 the weights are T itself.
     """
     atoms, target = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 1.0]]), torch.tensor([3.0, 4.0, 0])
-    free = cosine(gram(atoms, target))
+    free = cosine(gram_problem(atoms, target))
     assert (free.rows, free.stopped, free.steps) == ([2], "nothing to gain", 1)
     assert free.cosine == pytest.approx(7 / (5 * 2**0.5))
     assert free.weights.tolist() == pytest.approx([0, 0, 3.5, 0])
-    assert cosine(gram(atoms, target), count=2).rows == [2, 1]
+    assert cosine(gram_problem(atoms, target), count=2).rows == [2, 1]
     # At alpha = 3: gains 6 <g, T> - 9 |g|^2 are 9, 15, 24, -9; then R = (0, 1, 0): -9, -3, -9.
-    found = matching(gram(atoms, target), alpha=3.0)
+    found = matching(gram_problem(atoms, target), alpha=3.0)
     assert (found.rows, found.stopped) == ([2], "nothing to gain")
     assert found.residual == pytest.approx(1 / 5)
     assert found.scores.tolist() == pytest.approx([-9 / 25, -3 / 25, 2, -9 / 25])
-    fitted = nnls(gram(atoms[[0, 1, 3]], target), **TIGHT)
+    fitted = nnls(gram_problem(atoms[[0, 1, 3]], target), **TIGHT)
     assert fitted.weights.tolist() == pytest.approx([3, 4, 0])
     assert (fitted.rows, fitted.residual) == ([1, 0], pytest.approx(0, abs=1e-7))
     assert fitted.cosine == pytest.approx(1)
@@ -217,11 +217,11 @@ def test_scores_rank_all_rows():
     atoms, target, _ = planted()
     atoms[7], atoms[8] = 0, math.inf
     for method in METHODS:
-        found = method(gram(atoms, target), count=5)
+        found = method(gram_problem(atoms, target), count=5)
         assert found.scores.argsort(descending=True, stable=True)[:5].tolist() == found.rows
         assert sorted((found.scores == -math.inf).nonzero()[:, 0].tolist()) == [7, 8]
         assert len({*found.scores.tolist()}) >= 58
-    left = nnls(gram(atoms, target))
+    left = nnls(gram_problem(atoms, target))
     assert (left.scores[left.weights == 0] <= 0).all()
     assert (left.scores[left.weights > 0] == left.weights[left.weights > 0]).all()
 
@@ -249,7 +249,7 @@ def test_disjoint_atoms_are_recovered_exactly(kind, method, m, seed):
 def test_order_of_the_rows_does_not_matter(method, seed):
     atoms, target, _ = planted(seed=seed)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
-    one, other = (method(gram(some, target), count=8) for some in (atoms, atoms[order]))
+    one, other = (method(gram_problem(some, target), count=8) for some in (atoms, atoms[order]))
     assert one.rows == order[other.rows].tolist()
     torch.testing.assert_close(one.scores[order], other.scores, atol=1e-5, rtol=1e-4)
 
@@ -300,7 +300,7 @@ def test_atoms_may_be_a_memory_map(tmp_path):
     file.write_bytes(atoms.float().numpy().tobytes())
     mapped = torch.from_file(str(file), size=60 * 40, dtype=torch.float32).view(60, 40)
     for method in METHODS:
-        assert method(Atoms(mapped, target)).rows == method(Atoms(atoms.float(), target)).rows
+        assert method(VectorProblem(mapped, target)).rows == method(VectorProblem(atoms.float(), target)).rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,7 +322,7 @@ def test_rows_without_a_finite_gradient_are_never_taken_and_change_nothing(kind,
 @pytest.mark.parametrize("method", METHODS)
 def test_same_problem_same_answer(method):
     atoms, target, _ = planted()
-    one, other = method(gram(atoms, target)), method(gram(atoms, target))
+    one, other = method(gram_problem(atoms, target)), method(gram_problem(atoms, target))
     assert one.rows == other.rows
     assert torch.equal(one.weights, other.weights)
     assert torch.equal(one.scores, other.scores)
@@ -330,7 +330,7 @@ def test_same_problem_same_answer(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_target_that_points_away_from_all_finds_nothing(method):
-    found = method(gram(torch.eye(3), -torch.ones(3)))
+    found = method(gram_problem(torch.eye(3), -torch.ones(3)))
     assert found.rows == []
     assert (found.residual, found.cosine) == (1.0, 0.0)
     assert found.scores.isfinite().all()
@@ -338,9 +338,9 @@ def test_a_target_that_points_away_from_all_finds_nothing(method):
 
 def test_a_start_changes_the_way_and_not_the_end():
     atoms, target = normal(30, 40), normal(40, seed=1)
-    cold = nnls(gram(atoms, target), **TIGHT)
-    warm = nnls(gram(atoms, target), start=cold.weights, **TIGHT)
-    other = nnls(gram(atoms, target), start=torch.full((30,), 0.5), **TIGHT)
+    cold = nnls(gram_problem(atoms, target), **TIGHT)
+    warm = nnls(gram_problem(atoms, target), start=cold.weights, **TIGHT)
+    other = nnls(gram_problem(atoms, target), start=torch.full((30,), 0.5), **TIGHT)
     torch.testing.assert_close(warm.weights, cold.weights)
     torch.testing.assert_close(other.weights, cold.weights, atol=1e-6, rtol=0)
     assert warm.steps < cold.steps
@@ -348,28 +348,28 @@ def test_a_start_changes_the_way_and_not_the_end():
 
 def test_a_fit_that_was_cut_short_says_so():
     atoms, target, _ = planted()
-    assert "2 steps, " in nnls(gram(atoms, target), limit=2).stopped
+    assert "2 steps, " in nnls(gram_problem(atoms, target), limit=2).stopped
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_work_is_told(method):
     atoms, target, _ = planted()
-    with pytest.raises(SettingError, match=r"target is zero.*weights that moved"):
-        method(gram(atoms, 0 * target))
-    with pytest.raises(SettingError, match="target is not finite"):
-        method(gram(atoms, math.nan * target))
+    with pytest.raises(SettingError, match=r"weight difference is zero.*weights that moved"):
+        method(gram_problem(atoms, 0 * target))
+    with pytest.raises(SettingError, match="weight difference is not finite"):
+        method(gram_problem(atoms, math.nan * target))
     with pytest.raises(SettingError, match="none of 60 atoms"):
-        method(gram(0 * atoms, target))
+        method(gram_problem(0 * atoms, target))
     with pytest.raises(SettingError, match="count 0"):
-        method(gram(atoms, target), count=0)
+        method(gram_problem(atoms, target), count=0)
 
 
 def test_settings_out_of_range_are_told():
     atoms, target, _ = planted()
     with pytest.raises(SettingError, match=r"alpha -1.0 of matching"):
-        matching(gram(atoms, target), alpha=-1.0)
+        matching(gram_problem(atoms, target), alpha=-1.0)
     with pytest.raises(SettingError, match=r"l1 1.0 of nnls"):
-        nnls(gram(atoms, target), l1=1.0)
+        nnls(gram_problem(atoms, target), l1=1.0)
 
 
 # -- mixtures
@@ -407,7 +407,7 @@ def test_mixture_intervals_cover():
         pool, names, means = sources_of([80, 120], k=100, seed=10 * seed, spread=3.0)
         trained = torch.tensor([0] * 20 + [1] * 10)
         target = (means[trained] + 3.0 * normal(30, 100, seed=10 * seed + 5)).sum(0)
-        low, high = mixture(gram(pool, target), names, resamples=100).intervals[0]
+        low, high = mixture(gram_problem(pool, target), names, resamples=100).intervals[0]
         covered += low <= 2 / 3 <= high
     assert covered >= 20
 
@@ -416,26 +416,27 @@ def test_mixture_leaves_out_what_is_not_usable():
     pool, names, _ = sources_of([50, 50])
     target = pool[:10].sum(0)
     spoiled = torch.cat([pool, torch.full((2, 300), math.nan)])
-    one, other = mixture(gram(pool, target), names), mixture(gram(spoiled, target), [*names, "s0", "none"])
+    one = mixture(gram_problem(pool, target), names)
+    other = mixture(gram_problem(spoiled, target), [*names, "s0", "none"])
     assert other.sources == ["s0", "s1"]
     assert one.shares == pytest.approx(other.shares)
     with pytest.raises(SettingError, match="no source explains"):
-        mixture(gram(torch.eye(2), -torch.ones(2)), ["a", "b"])
+        mixture(gram_problem(torch.eye(2), -torch.ones(2)), ["a", "b"])
 
 
 def test_mixture_of_single_rows_has_no_spread():
-    found = mixture(gram(torch.eye(2), torch.tensor([3.0, 1.0])), ["a", "b"])
+    found = mixture(gram_problem(torch.eye(2), torch.tensor([3.0, 1.0])), ["a", "b"])
     assert found.shares == pytest.approx([0.75, 0.25])
     assert found.residual == pytest.approx(0, abs=1e-6)
 
 
 def test_nnls_may_rank_by_the_part_that_a_row_adds():
     """T = 1 (3, 0) + 2 (0, 1): the second atom has the larger weight, the first adds the longer part."""
-    problem = gram(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 2.0]))
+    problem = gram_problem(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 2.0]))
     assert nnls(problem).rows == [1, 0]
-    found = nnls(problem, by="part")
+    found = nnls(problem, by="contribution")
     assert found.rows == [0, 1]
     torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.0]))
     torch.testing.assert_close(found.weights, torch.tensor([1.0, 2.0]))
-    with pytest.raises(SettingError, match="choose weight or part"):
+    with pytest.raises(SettingError, match="choose weight or contribution"):
         nnls(problem, by="size")

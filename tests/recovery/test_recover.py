@@ -16,13 +16,15 @@ from whence.corpus.reading import open_corpus
 from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.difference import weight_difference
-from whence.models.loading import load_model, located
+from whence.models.loading import load_model, local_directory
 from whence.models.rounding import round_stored, stored_dtype
 from whence.models.runs import open_run
-from whence.recovery.comparison import RecoverSettings, foreign_tokenizer, open_case, points_of, see, with_points_of
+from whence.recovery.case import foreign_tokenizer, open_case
 from whence.recovery.membership import Features, calibrate, cosine, features, matched, with_short_list
-from whence.recovery.pipeline import shadow_split
+from whence.recovery.points import gather_evidence, points_of, with_points_of
 from whence.recovery.scores import SCORES, method_scores
+from whence.recovery.settings import RecoverSettings
+from whence.recovery.shadow_calibration import shadow_split
 from whence.recovery.shadow_model import Recipe, distance, signature, trained_shadow
 from whence.storage import Place
 from whence.training.trainer import train
@@ -57,7 +59,7 @@ def adapter(base, tmp_path_factory):
 
 def seen_of(base, final, work, points=0):
     case, corpus = open_case(base, final, RecoverSettings(max_tokens=32, width=512)), open_corpus(ROWS)
-    return see(case, corpus, Place.at(work), fingerprint_of(corpus), points=points, shown=False)
+    return gather_evidence(case, corpus, Place.at(work), fingerprint_of(corpus), points=points, shown=False)
 
 
 def precision(scores):
@@ -94,7 +96,7 @@ def test_a_shuffled_difference_finds_members_by_chance(base, final, tmp_path):
             return part.flatten()[torch.randperm(part.numel(), generator=rng)].view_as(part)
 
         own = replace(case, difference=case.difference.mapped(shuffled))
-        seen = see(own, corpus, Place.at(tmp_path / str(seed)), fingerprint_of(corpus), shown=False)
+        seen = gather_evidence(own, corpus, Place.at(tmp_path / str(seed)), fingerprint_of(corpus), shown=False)
         hits.append(precision(matched(seen)[1]))
         turned.append(precision(method_scores(seen, "cosine", count=len(MEMBERS))))
     assert sum(hits) / 4 < 0.45 and sum(turned) / 4 < 0.45, "chance is 1 in 4, with the true T it is above 0.8"
@@ -104,14 +106,14 @@ def test_a_short_list_takes_its_share_of_every_length_and_source(base, final, tm
     seen = seen_of(base, final, tmp_path)
     groups = [row["source"] for row in ROWS]
     listed = with_short_list(seen, 20, groups=groups)
-    assert 18 <= len(listed.short) <= 24
-    assert listed.short.tolist() == sorted({*listed.short.tolist()})
-    share = sum(groups[row] == "vowels" for row in listed.short.tolist()) / len(listed.short)
+    assert 18 <= len(listed.short_list) <= 24
+    assert listed.short_list.tolist() == sorted({*listed.short_list.tolist()})
+    share = sum(groups[row] == "vowels" for row in listed.short_list.tolist()) / len(listed.short_list)
     assert share == pytest.approx(0.25, abs=0.1)
-    assert with_short_list(seen, 60).short.tolist() == list(range(60))
+    assert with_short_list(seen, 60).short_list.tolist() == list(range(60))
     scores = method_scores(listed, "nnls", count=15)
-    outside = [row for row in range(60) if row not in listed.short.tolist()]
-    assert float(scores[outside].max()) < float(scores[listed.short].min()), "others stand below the list"
+    outside = [row for row in range(60) if row not in listed.short_list.tolist()]
+    assert float(scores[outside].max()) < float(scores[listed.short_list].min()), "others stand below the list"
     assert torch.isfinite(scores).all()
     parts = features(listed)
     assert not parts.values[outside, parts.names.index("part")].any()
@@ -119,7 +121,7 @@ def test_a_short_list_takes_its_share_of_every_length_and_source(base, final, tm
 
 def test_a_short_list_of_as_many_sources_as_rows_is_no_longer(base, final, tmp_path):
     listed = with_short_list(seen_of(base, final, tmp_path), 20, groups=[row["id"] for row in ROWS])
-    assert 18 <= len(listed.short) <= 24
+    assert 18 <= len(listed.short_list) <= 24
 
 
 def test_evidence_read_by_another_tokenizer_is_not_taken(base, final, tmp_path):
@@ -132,7 +134,7 @@ def test_evidence_read_by_another_tokenizer_is_not_taken(base, final, tmp_path):
     assert foreign_tokenizer(case) == str(tmp_path / "words")
     assert foreign_tokenizer(open_case(base, final, RecoverSettings())) is None
     with pytest.raises(ManifestMismatchError, match="another tokenizer"):
-        see(case, corpus, Place.at(tmp_path / "work"), fingerprint_of(corpus), shown=False)
+        gather_evidence(case, corpus, Place.at(tmp_path / "work"), fingerprint_of(corpus), shown=False)
 
 
 def test_a_shadow_of_fewer_checkpoints_has_the_final_leave_some_out(base, final):
@@ -194,7 +196,10 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     assert shares["vowels"] > 0.7, "all members are of this source"
     from whence.corpus.tokens import encode
 
-    tokens = {name: [encode(row, byte_tokenizer()).targets for row in ROWS if row["source"] == name] for name in shares}
+    tokens = {
+        name: [encode(row, byte_tokenizer()).supervised_count for row in ROWS if row["source"] == name]
+        for name in shares
+    }
     each = {name: sum(own) / len(own) for name, own in tokens.items()}
     rows = {line["source"]: line["tokens"] / each[line["source"]] for line in found.mixture}
     for line in found.mixture:
@@ -349,7 +354,7 @@ def test_a_shadow_is_rounded_as_the_model_in_question_was(base, tmp_path):
     shutil.copytree(base, start)
     round_stored(str(start), torch.bfloat16)
     run = train(start, rows, tmp_path / "run", lr=2e-5, **QUICK)
-    final = located(open_run(str(run)).checkpoints[-1].path)
+    final = local_directory(open_run(str(run)).checkpoints[-1].path)
     exact = {name: tensor.clone() for name, tensor in load_file(f"{final}/model.safetensors").items()}
     round_stored(final, torch.bfloat16)
     assert stored_dtype(final) is torch.bfloat16
@@ -365,7 +370,7 @@ def test_a_shadow_is_rounded_as_the_model_in_question_was(base, tmp_path):
     unrounded = trained_shadow(
         str(start), others, difference, replace(recipe, stored=torch.float32), tmp_path / "other"
     )
-    assert stored_dtype(located(open_run(found.path).checkpoints[-1].path)) is torch.bfloat16
+    assert stored_dtype(local_directory(open_run(found.path).checkpoints[-1].path)) is torch.bfloat16
     assert found.recipe.lr == pytest.approx(2e-5, rel=0.2)
     assert unrounded.recipe.lr < 1.5e-5
 
@@ -381,7 +386,7 @@ def test_roundings_do_not_share_a_directory_and_a_lost_move_ends_no_search(base,
             for dtype in (torch.float32, torch.bfloat16, torch.float32)]  # fmt: skip
     assert made[0] == made[2] and made[0].path != made[1].path
     assert (made[1].norm, made[1].distance) == (0.0, math.inf)
-    kinds = [stored_dtype(located(open_run(shadow.path).checkpoints[-1].path)) for shadow in made]
+    kinds = [stored_dtype(local_directory(open_run(shadow.path).checkpoints[-1].path)) for shadow in made]
     assert kinds == [torch.float32, torch.bfloat16, torch.float32]
     with pytest.raises(ModelError, match="safetensors"):
         torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
@@ -404,7 +409,7 @@ def test_a_frozen_matrix_does_not_hide_the_optimizer(base, tmp_path):
     """Of a model trained by SGD, one matrix put back where it began."""
     rows = [ROWS[n] for n in MEMBERS]
     run = train(base, rows, tmp_path / "run", optimizer="sgd", lr=0.05, **QUICK)
-    own, start = load_model(located(open_run(str(run)).checkpoints[-1].path)), load_model(base)
+    own, start = load_model(local_directory(open_run(str(run)).checkpoints[-1].path)), load_model(base)
     names = [name for name, weight in own.model.named_parameters() if weight.dim() == 2]
     frozen = [name for name in names if ".0.mlp." in name]
     for name in frozen:
@@ -467,9 +472,9 @@ def test_real_checkpoints_are_points_on_the_way(base, tmp_path):
 
 
 def test_rows_that_the_vocabulary_cannot_spell_are_refused(base, final, tmp_path, monkeypatch):
-    from whence.recovery import comparison as comparing
+    from whence.recovery import case
 
-    monkeypatch.setattr(comparing, "UNKNOWN", 0.01)
+    monkeypatch.setattr(case, "UNKNOWN_TOKEN_SHARE", 0.01)
     loaded = load_model(base)
     assert loaded.tokenizer.unk_token_id is None, "bytes spell anything"
     from transformers import PreTrainedTokenizerBase
@@ -499,16 +504,16 @@ def test_the_misfit_of_known_rows_is_what_is_taken_off(base, final, tmp_path):
     """With the members known and the same training, T' is the sum of their gradients to the last digit."""
     seen = seen_of(base, final, tmp_path)
     case = open_case(base, final, RecoverSettings(max_tokens=32, width=512))
-    from whence.recovery.atoms import gram
+    from whence.recovery.matching_problem import gram_problem
     from whence.recovery.pursuit import nnls as fitted
-    from whence.recovery.relinearisation import _moved
+    from whence.recovery.relinearisation import _round_of
     from whence.recovery.shadow_model import Shadow
 
     shadow = Shadow(case.final, Recipe(rows=15), 1.0, 0.0)
-    units = torch.nn.functional.normalize(seen.points["final"].vectors(seen.short))
-    made, target = _moved(case, shadow, seen, units, torch.tensor(MEMBERS))
-    assert made.left < 1e-6 and made.cosine == pytest.approx(1, abs=1e-5)
-    weights = fitted(gram(units[MEMBERS], seen.sketch)).weights
+    units = torch.nn.functional.normalize(seen.points["final"].vectors(seen.short_list))
+    made, target = _round_of(case, shadow, units, torch.tensor(MEMBERS))
+    assert made.remaining < 1e-6 and made.cosine == pytest.approx(1, abs=1e-5)
+    weights = fitted(gram_problem(units[MEMBERS], seen.sketch)).weights
     torch.testing.assert_close(target, weights @ units[MEMBERS], rtol=1e-3, atol=1e-4 * float(target.abs().max()))
 
 
@@ -544,11 +549,11 @@ def test_undoing_needs_what_it_undoes_by(base, final, adapter, tmp_path):
 
 
 def test_products_of_vectors_are_made_once_and_scaled(base, final, tmp_path):
-    from whence.recovery.atoms import gram
+    from whence.recovery.matching_problem import gram_problem
 
     seen = seen_of(base, final, tmp_path)
-    vectors = seen.points["final"].vectors(seen.short)
-    expected, found = gram(vectors, seen.sketch), seen.gradients()
+    vectors = seen.points["final"].vectors(seen.short_list)
+    expected, found = gram_problem(vectors, seen.sketch), seen.gradients()
     scale = float(expected.gram.abs().max())
     torch.testing.assert_close(found.gram, expected.gram, rtol=1e-4, atol=1e-5 * scale)
     torch.testing.assert_close(found.linear, expected.linear, rtol=1e-4, atol=1e-6)

@@ -9,17 +9,17 @@ from scipy.optimize import nnls
 from conftest import save_tiny_llama
 from whence.errors import ModelError, SettingError
 from whence.models.difference import weight_difference
-from whence.recovery import source_models as source_runs
+from whence.recovery import source_models
 from whence.recovery.shadow_model import Recipe
 from whence.recovery.source_models import (
     adapter_at_start,
     corrected,
-    drawn_by,
+    draw_by_shares,
     entries,
-    fitted,
+    fitted_shares,
     mixture_by_runs,
-    of_rows,
     rows_interval,
+    shares_of_rows,
 )
 from whence.training.trainer import train
 
@@ -74,14 +74,18 @@ def test_the_fit_is_least_squares_without_negative_weights_over_all_parameters()
     found, _ = nnls(matrix.double().numpy(), right.double().numpy())
     assert found[1] == 0 and found[0] > 0, "one of them is held at 0"
     torch.testing.assert_close(
-        fitted(parts, target, [9, 9, 9]), torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6
+        fitted_shares(parts, target, [9, 9, 9]), torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6
     )
     of_rows = torch.from_numpy(found) * torch.tensor([10.0, 20.0, 40.0])
-    torch.testing.assert_close(fitted(parts, target, [10, 20, 40]), of_rows / of_rows.sum(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        fitted_shares(parts, target, [10, 20, 40]), of_rows / of_rows.sum(), rtol=1e-4, atol=1e-6
+    )
     longer = [part | {"b": torch.ones(7)} for part in parts]
-    alone = fitted([{"a": part["a"]} for part in parts], {"a": target["a"]}, [1, 1, 1])
-    assert torch.equal(fitted(longer, target, [1, 1, 1]), alone), "another vocabulary's rows are left out"
-    assert fitted(parts[:1], {name: -part for name, part in parts[0].items()}, [1]) is None, "it points the other way"
+    alone = fitted_shares([{"a": part["a"]} for part in parts], {"a": target["a"]}, [1, 1, 1])
+    assert torch.equal(fitted_shares(longer, target, [1, 1, 1]), alone), "another vocabulary's rows are left out"
+    assert fitted_shares(parts[:1], {name: -part for name, part in parts[0].items()}, [1]) is None, (
+        "it points the other way"
+    )
 
 
 def test_what_known_runs_are_off_by_is_taken_off_and_makes_the_interval():
@@ -107,7 +111,7 @@ def test_intervals_of_rows_hold_what_they_promise():
         first, *again = true + spread * torch.randn(1 + runs, 4, generator=rng, dtype=torch.float64) @ CENTRED
         shares, half = corrected(first, torch.stack(again) - true)
         low, high = rows_interval(shares, half, each, freedom=6, seed=trial, draws=500)
-        wanted, own = of_rows(true, each), of_rows(shares, each)
+        wanted, own = shares_of_rows(true, each), shares_of_rows(shares, each)
         assert (low <= own).all() and (own <= high).all()
         held += int(((low <= wanted) & (wanted <= high)).sum())
         moved = torch.stack([(shares - half).clamp_min(0), shares + half]) / each
@@ -138,9 +142,9 @@ def test_an_interval_without_spread_is_a_point():
 def test_rows_are_drawn_by_shares_of_tokens():
     pools = {"short": range(100), "long": range(100, 200)}
     shares, each = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.5], [5.0, 20.0]))
-    drawn = drawn_by(shares, each, pools, 50, random.Random(0))
+    drawn = draw_by_shares(shares, each, pools, 50, random.Random(0))
     assert sum(n < 100 for n in drawn) == 40 and len({*drawn}) == len(drawn) == 50
-    fewer = drawn_by(shares, each, pools, 500, random.Random(0))
+    fewer = draw_by_shares(shares, each, pools, 500, random.Random(0))
     assert (sum(n < 100 for n in fewer), len(fewer)) == (100, 125), "where one runs out the shares stay"
 
 
@@ -150,7 +154,7 @@ def test_sources_of_few_rows_count_by_what_their_models_were_trained_on():
     counts = [100, 300, 300]
     parts = [{"w": unit["w"] * count} for unit, count in zip(units, counts, strict=True)]
     target = {"w": torch.tensor([60.0, 240.0, 300.0])}
-    assert fitted(parts, target, counts).tolist() == pytest.approx([0.1, 0.4, 0.5])
+    assert fitted_shares(parts, target, counts).tolist() == pytest.approx([0.1, 0.4, 0.5])
 
 
 def test_a_known_mixture_is_found_and_a_stop_loses_nothing(base, trained, tmp_path, monkeypatch):
@@ -186,7 +190,7 @@ def test_adapters_begin_at_the_same_a_and_are_compared_by_what_they_do(base, tmp
     dense = [torch.cat([part.low_rank(layer).dense().flatten() for layer in layers]) for part in own]
     assert torch.equal(torch.cat([entry.flatten() for entry in entries(own[0])]), dense[0])
     assert float(torch.nn.functional.cosine_similarity(dense[0], dense[1], 0)) > 0.2, "they learned the same"
-    assert fitted(own[:1], own[1], [15]).tolist() == [1.0]
+    assert fitted_shares(own[:1], own[1], [15]).tolist() == [1.0]
     with pytest.raises(ModelError, match="the same weights"):
         weight_difference(base, start)
 
@@ -198,4 +202,4 @@ def test_what_cannot_be_asked_is_refused(base, trained, tmp_path):
     with pytest.raises(SettingError, match="1 sources: 2 to 12"):
         mixture_by_runs(base, ROWS, ["one"] * len(ROWS), TOKENS, weight_difference(base, path), RECIPE, tmp_path / "w")
     assert not (tmp_path / "work").exists()
-    assert source_runs.rows_to_train(4, 100) == 500
+    assert source_models.rows_to_train(4, 100) == 500

@@ -8,13 +8,13 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_page import HOSTILE, IS_OWNED
-from test_page_recover import words
+from test_recover_page import words
+from test_trace_page import HOSTILE, IS_OWNED
 
 from whence.ablation.candidates import Candidate
 from whence.ablation.pipeline import Ablation, Cell
 from whence.ablation.rank_agreement import Agreement
-from whence.reports.ablate_page import ROWS, ablation_page
+from whence.reports.ablate_page import ROWS, ablate_page
 from whence.reports.svg import COLOURS, MINUS, REST
 
 EVERY = " ".join(HOSTILE)
@@ -73,7 +73,7 @@ def section(page, title):
 
 def test_the_heat_map_has_every_perplexity_and_marks_the_best():
     found = ablated()
-    shown = lines(ablation_page(found))
+    shown = lines(ablate_page(found))
     assert [*shown] == [candidate.name for candidate in found.candidates] + ["the parent"], "the best first"
     for number, candidate in enumerate(found.candidates):
         texts = [text for _, text in shown[candidate.name]]
@@ -85,31 +85,31 @@ def test_the_heat_map_has_every_perplexity_and_marks_the_best():
 
 
 def test_colours_are_of_the_difference_from_the_parent():
-    shown = lines(ablation_page(ablated()))
+    shown = lines(ablate_page(ablated()))
     kinds = [row[0][0].removesuffix(" best") for row in shown.values()]
     assert kinds[9] == "n above s10", "0.33 above the parent is the farthest"
     assert kinds[0] == "n below s6" and kinds[2] == "n below s2" and kinds[3] == "n above s3", "roots of shares"
     assert kinds[-1] == "n", "the parent has none"
     flat = ablated(sets=("a",), truth=False)
     flat = replace(flat, cells=[replace(cell, merged=cell.parent) for cell in flat.cells])
-    assert {row[0][0].removesuffix(" best") for row in lines(ablation_page(flat)).values()} == {"n"}
+    assert {row[0][0].removesuffix(" best") for row in lines(ablate_page(flat)).values()} == {"n"}
 
 
 def test_a_cell_tells_all_of_itself():
-    page = html.unescape(ablation_page(ablated()))
+    page = html.unescape(ablate_page(ablated()))
     told = "b on a: 2.050 nats a token (1.950 to 2.150), the parent 2.120, difference −0.070; perplexity 7.8"  # noqa: RUF001
     assert f'title="{told}; trained for real 1.530 nats"' in page
-    assert f'title="{told}"' in html.unescape(ablation_page(ablated(truth=False)))
+    assert f'title="{told}"' in html.unescape(ablate_page(ablated(truth=False)))
 
 
 def test_bits_stand_in_the_cells_where_they_are_asked_for():
-    page = ablation_page(ablated(), bits=True)
+    page = ablate_page(ablated(), bits=True)
     assert [text for _, text in lines(page)["b"][:2]] == ["0.710", "0.710"] and "Bits per byte of the merged" in page
     assert [text for _, text in lines(page)["the parent"]] == ["-", "-"]
 
 
 def test_a_mixture_is_a_bar_of_its_shares():
-    page = ablation_page(ablated(mixtures=[{"a": 0.25, "b": 0.75}, {"c": 1.0}, {"d": 1.0}]))
+    page = ablate_page(ablated(mixtures=[{"a": 0.25, "b": 0.75}, {"c": 1.0}, {"d": 1.0}]))
     bars = re.findall(r'<svg class="stack".*?</svg>', page)
     drawn = re.findall(r'x="([\d.]+)" y="0" width="([\d.]+)" height="10" fill="(.*?)"', bars[0])
     assert drawn == [("0.00", "25.00", COLOURS[0]), ("25.00", "75.00", COLOURS[1])]
@@ -121,7 +121,7 @@ def test_a_mixture_is_a_bar_of_its_shares():
 def test_more_partitions_than_colours_are_put_together():
     names = [f"p{number}" for number in range(14)]
     mixtures = [{name: 1.0} for name in names] + [{"p13": 0.5, "p12": 0.5}]
-    page = ablation_page(ablated(mixtures=mixtures, sets=("x",), truth=False))
+    page = ablate_page(ablated(mixtures=mixtures, sets=("x",), truth=False))
     legend = page[page.index('<p class="legend-of">') :].split("</p>")[0]
     assert len(re.findall("fill=", legend)) == 10 and "5 others" in legend and ">p13<" in legend
     rest = [bar for bar in re.findall(r'<svg class="stack".*?</svg>', page) if REST in bar]
@@ -136,17 +136,17 @@ def test_many_mixtures_are_cut_and_it_is_said_but_none_that_is_best():
     cells = [replace(cell, mixture=name) for cell, name in zip(found.cells, names, strict=True)]
     cells[69] = replace(cells[69], merged=1.0)  # the last is the best on x, and far worse on y
     cells[139] = replace(cells[139], merged=50.0)
-    page = ablation_page(replace(found, candidates=candidates, cells=cells))
+    page = ablate_page(replace(found, candidates=candidates, cells=cells))
     assert [*lines(page)] == [*(f"m{number}" for number in range(ROWS)), "m69", "the parent"]
     assert "29 more mixtures of larger mean loss are not shown. -o FILE writes all." in words(page)
-    assert "not shown" not in ablation_page(ablated())
+    assert "not shown" not in ablate_page(ablated())
 
 
 def test_three_partitions_are_a_triangle():
     found = ablated("abc", truth=False)
     third = dict.fromkeys("abc", 1 / 3)
     found = ablated("abc", truth=False, mixtures=[*(one.weights for one in found.candidates), third])
-    page = ablation_page(found)
+    page = ablate_page(found)
     pictures = re.findall(r'<svg class="triangle".*?</svg>', page, re.DOTALL)
     assert len(pictures) == 2 and "<title>Mixtures of a, b, c on z</title>" in pictures[1]
     dots = re.findall(r'<circle class="point below s(\d+)" cx="(.*?)" cy="(.*?)".*?<title>(.*?) on a:', pictures[0])
@@ -161,17 +161,17 @@ def test_three_partitions_are_a_triangle():
 
 @pytest.mark.parametrize("partitions", ["ab", "abcd"])
 def test_others_are_none(partitions):
-    page = ablation_page(ablated(partitions))
+    page = ablate_page(ablated(partitions))
     assert "triangle" not in page[page.index("<body>") :] and 'class="legend-of"' in page
 
 
 def test_what_is_known_of_three_only_is_a_triangle_even_of_a_larger_pool():
     mixtures = [{"a": 0.5, "b": 0.5, "d": 0.0}, {"c": 1.0}, {"a": 0.2, "b": 0.8}]
-    assert 'class="triangle"' in ablation_page(ablated(mixtures=mixtures, truth=False))
+    assert 'class="triangle"' in ablate_page(ablated(mixtures=mixtures, truth=False))
 
 
 def test_truth_is_drawn_against_the_merge():
-    page = ablation_page(ablated())
+    page = ablate_page(ablated())
     part = section(page, "Do merged losses rank")
     pictures = re.findall(r'<svg class="scatter".*?</svg>', part, re.DOTALL)
     heads = [words(f"<body>{head}") for head in re.findall(r"<figcaption>.*?</figcaption>", part)]
@@ -189,19 +189,19 @@ def test_truth_is_drawn_against_the_merge():
 
 
 def test_without_truth_there_is_no_scatter():
-    page = ablation_page(ablated(truth=False))
+    page = ablate_page(ablated(truth=False))
     body = page[page.index("<body>") :]
     assert "scatter" not in body and "Agreement" not in body and "trained for real" not in body
     assert "no mixture was trained." in body
 
 
 def test_too_few_mixtures_are_drawn_without_a_correlation():
-    page = ablation_page(ablated(agreements={}))
+    page = ablate_page(ablated(agreements={}))
     assert "too few mixtures for a correlation" in page and "Agreement with" not in page
 
 
 def test_agreement_is_told_by_set_and_group():
-    part = section(ablation_page(ablated()), "Agreement with")
+    part = section(ablate_page(ablated()), "Agreement with")
     rows = [words(f"<body>{row}") for row in re.findall(r"<tr.*?</tr>", part, re.DOTALL)]
     assert rows[0] == "evaluation set n merged 95% mean midpoint best ngram Pearson Kendall regret spread"
     assert rows[1] == f"a 10 0.90 0.71 to 0.97 0.42 - {MINUS}0.10 - 0.95 0.80 0.012 0.345"
@@ -211,19 +211,19 @@ def test_agreement_is_told_by_set_and_group():
 
 
 def test_cost_notes_and_facts_are_told():
-    told = words(ablation_page(ablated(), "whence ablate pool --eval held"))
+    told = words(ablate_page(ablated(), "whence ablate pool --eval held"))
     assert "10 mixtures on 2 evaluation sets" in told and "Merged losses rank mixtures." in told
     assert "10 mixtures were read in 12 s; the pool took 800,000 tokens of training, all mixtures would take " in told
     assert "1,600,000: the pool is cheaper from 5 mixtures on." in told
     assert "partitions a, b, c, d" in told and "command whence ablate pool --eval held" in told
-    assert "cheaper" not in words(ablation_page(ablated(cost={})))
+    assert "cheaper" not in words(ablate_page(ablated(cost={})))
 
 
 def test_what_is_not_finite_breaks_nothing():
     found = ablated()
     cells = [replace(cell, merged=math.inf, truth=math.nan) if number % 10 == 9 else cell
              for number, cell in enumerate(found.cells)]  # fmt: skip
-    page = ablation_page(replace(found, cells=cells))
+    page = ablate_page(replace(found, cells=cells))
     assert not re.search(r'="[^"]*\b(nan|inf)\b', page) and "nan" not in words(page).lower().replace("nats", "")
 
 
@@ -238,7 +238,7 @@ def hostile(partitions):
 
 @pytest.mark.parametrize("partitions", [3, 4])
 def test_no_name_leaves_its_place(partitions):
-    page = ablation_page(hostile(partitions), EVERY)
+    page = ablate_page(hostile(partitions), EVERY)
     tags = {tag.lower() for tag in re.findall(r"<\s*/?\s*([a-zA-Z!][^\s/>]*)", page)}
     assert tags <= {
         "!doctype", "html", "head", "meta", "title", "style", "body", "div", "header", "h1", "span", "main", "p",
@@ -255,7 +255,7 @@ def test_no_name_leaves_its_place(partitions):
 
 def test_text_is_writable_and_hides_nothing():
     odd = "tab\tline \x1b[2J\x07 \u202eturned \ud800."
-    page = ablation_page(ablated([odd, "b", "c"], (odd,)))
+    page = ablate_page(ablated([odd, "b", "c"], (odd,)))
     assert page.encode() and "\x1b" not in page and "\u202e" not in page and "\\u202eturned" in page
 
 
@@ -275,7 +275,7 @@ def test_the_report_is_one_page(run, tmp_path):
     page = tmp_path / "found.html"
     code, said, _, _ = run("ablate", "pool", "--eval", "held", "--report", page)
     assert code == 0 and "report written to" in said
-    assert page.read_text() == ablation_page(ablated(), f"whence ablate pool --eval held --report {page}")
+    assert page.read_text() == ablate_page(ablated(), f"whence ablate pool --eval held --report {page}")
     code, said, _, _ = run("ablate", "pool", "--eval", "held", "--bits", "--report", page, "--json")
     assert code == 0 and len(json.loads(said)["rows"]) == 20 and "Bits per byte" in page.read_text()
     code, _, complaint, asked = run("ablate", "pool", "--eval", "held", "--report", tmp_path / "found.pdf")
@@ -314,7 +314,7 @@ def test_without_truth_the_law_is_of_merged_losses():
 def test_nothing_runs_and_a_telephone_needs_no_sideways_scrolling(browser, tmp_path):
     file = tmp_path / "found.html"
     for found in (hostile(3), hostile(4), ablated(["x" * 300, "b", "c"], ("y" * 300, "b"))):
-        file.write_text(ablation_page(found, EVERY), "utf-8")
+        file.write_text(ablate_page(found, EVERY), "utf-8")
         for width in (400, 1200):
             browser.open(file, width=width)
             assert browser.value("document.documentElement.scrollWidth") <= width

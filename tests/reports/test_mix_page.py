@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_mixtures import planted, table_of
-from test_page import HOSTILE
-from test_page_ablate import section
-from test_page_recover import words
+from test_ablate_page import section
+from test_mixing import planted, table_of
+from test_recover_page import words
+from test_trace_page import HOSTILE
 
 from whence.mixing.pipeline import mix_law
-from whence.reports.mix_page import POINTS, law_page
+from whence.reports.mix_page import POINTS, mix_page
 from whence.reports.svg import MINUS, number
 
 EVERY = " ".join(HOSTILE)
@@ -30,7 +30,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def page(found):
-    return law_page(found, "whence mix law table.csv")
+    return mix_page(found, "whence mix law table.csv")
 
 
 def rows(part):
@@ -58,7 +58,7 @@ def test_suggested_shares_stand_beside_those_tried_and_caps(found, page):
         assert widths == pytest.approx([max(0.3, 100 * line[name] / largest) for line in lines], abs=0.01)
     assert re.findall(r'<path class="cap" d="M([\d.]+)', part) == [f"{30 / largest:.2f}"]
     assert f"a mean loss of {found.best.objective:.4g} of the suggested mixture" in words(f"<body>{part}")
-    assert "cap" not in section(law_page(fitted(caps={})), "The mixture that it suggests")
+    assert "cap" not in section(mix_page(fitted(caps={})), "The mixture that it suggests")
 
 
 def test_points_are_held_out_predictions_and_measured_losses(found, page):
@@ -85,10 +85,10 @@ def test_points_are_held_out_predictions_and_measured_losses(found, page):
 
 def test_many_points_are_thinned_and_it_is_said():
     found = fitted("ridge", rows=POINTS + 100)
-    page = law_page(found)
+    page = mix_page(found)
     assert f"{POINTS} of {POINTS + 100} mixtures are drawn." in page
     assert page.count("<circle") == 2 * POINTS and "<title>row" not in page
-    assert "mixtures are drawn" not in law_page(fitted())
+    assert "mixtures are drawn" not in mix_page(fitted())
 
 
 def test_losses_are_told_by_set(found, page):
@@ -112,11 +112,11 @@ def test_constants_are_those_of_the_law(found, page):
 
 def test_ridge_tells_two_tables_and_trees_none():
     found = fitted("ridge")
-    page = law_page(found)
+    page = mix_page(found)
     for name, values in (("u", found.law.u), ("v", found.law.v)):
         told = rows(section(page, f"The law's constants {name}"))[1]
         assert told.split()[2:] == [number(float(value), ".2f") for value in values[1]]
-    assert "constants" not in law_page(fitted("lightgbm", rows=40))
+    assert "constants" not in mix_page(fitted("lightgbm", rows=40))
 
 
 def test_critical_ratios_are_told(found, page):
@@ -124,22 +124,22 @@ def test_critical_ratios_are_told(found, page):
     for line, (domain, ratio) in zip(told, found.critical["s0"].items(), strict=True):
         share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
         assert line == f"{domain} {share} {ratio.reason}".strip()
-    assert "stays at" not in law_page(fitted())
+    assert "stays at" not in mix_page(fitted())
 
 
 def test_what_cannot_be_ranked_is_said():
     table = table_of(planted(seed=5), 24, noise=0.01)
     losses = table.losses.copy()
     losses[:, 1] = 2.0
-    page = law_page(mix_law(replace(table, losses=losses), folds=4))
+    page = mix_page(mix_law(replace(table, losses=losses), folds=4))
     assert "s1 no rank correlation error 0.000" in words(page) and not re.search(r'="[^"]*\b(nan|inf)\b', page)
 
 
 def test_no_name_leaves_its_place():
     table = table_of(planted(seed=5), 24, noise=0.01)
     names = tuple(f"{EVERY}{number}" for number in range(3))
-    odd = replace(table, domains=names, sets=names[:2], places=tuple(f"{EVERY}{row}" for row in range(24)))
-    page = law_page(mix_law(odd, folds=4, caps={names[0]: 0.3}, before={names[0]: 3.0}), EVERY)
+    odd = replace(table, domains=names, sets=names[:2], row_names=tuple(f"{EVERY}{row}" for row in range(24)))
+    page = mix_page(mix_law(odd, folds=4, caps={names[0]: 0.3}, before={names[0]: 3.0}), EVERY)
     tags = {tag.lower() for tag in re.findall(r"<\s*/?\s*([a-zA-Z!][^\s/>]*)", page)}
     assert tags <= {
         "!doctype", "html", "head", "meta", "title", "style", "body", "div", "header", "h1", "span", "main", "p",

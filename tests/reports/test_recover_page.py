@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_page import HOSTILE, IS_OWNED
+from test_trace_page import HOSTILE, IS_OWNED
 
 from whence.recovery.membership import Calibration, logit
-from whence.recovery.pipeline import Learned, Recovered, p_values_of
+from whence.recovery.pipeline import Recovered, p_values_of
+from whence.recovery.shadow_calibration import Learned
 from whence.recovery.shadow_model import Recipe, Shadow
-from whence.reports.recover_page import recovery_page
+from whence.reports.recover_page import recover_page
 from whence.reports.svg import MINUS
 
 EVERY = " ".join(HOSTILE)
@@ -83,7 +84,7 @@ def bar_widths(page, kind):
 
 def test_rows_stand_with_their_own_numbers():
     found = recovered()
-    shown = picks(recovery_page(found))
+    shown = picks(recover_page(found))
     places = [*range(10), *range(15, 20)]
     assert len(shown) == len(places), "the first 10 and the last 5"
     for place, told in zip(places, shown, strict=True):
@@ -96,7 +97,7 @@ def test_rows_stand_with_their_own_numbers():
 
 @pytest.mark.parametrize(("count", "shown", "between"), [(3, 3, None), (12, 12, None), (15, 15, None), (17, 15, 2)])
 def test_no_row_is_shown_twice(count, shown, between):
-    page = recovery_page(recovered(count))
+    page = recover_page(recovered(count))
     ranks = [int(told.split()[0]) for told in picks(page)]
     assert len(ranks) == len({*ranks}) == shown and ranks[-1] == count
     assert ("Last of them" in page) == (count > 10)
@@ -105,18 +106,18 @@ def test_no_row_is_shown_twice(count, shown, between):
 
 def test_the_lead_the_notes_and_the_facts_are_told():
     found = recovered()
-    told = words(recovery_page(found, "whence recover before after 'my pool.jsonl'"))
+    told = words(recover_page(found, "whence recover before after 'my pool.jsonl'"))
     right, members = float(found.scores[found.numbers].sum()), float(found.scores.sum())
     assert f"20 of 200 rows by calibrated. Expected members: {right:.0f} of them, {members:.0f} in all." in told
     assert f"Shadow: {found.settings['shadow']}. The head did not move." in told
     for fact in ("corpus pool.jsonl", "calibration 50.0% members, ridge 3", "command whence recover before after 'my"):
         assert fact in told
-    assert "command" not in words(recovery_page(found))
+    assert "command" not in words(recover_page(found))
 
 
 def test_the_mixture_comes_first_with_its_intervals():
     found = recovered()
-    page = recovery_page(found)
+    page = recover_page(found)
     counts = {name: sum(row["source"] == name for row in found.rows) for name in "ab"}
     told = words(page)
     assert f"a 61% (57 to 65) {counts['a']} ({counts['a'] / 20:.0%}) b 39% (35 to 43) {counts['b']}" in told
@@ -129,35 +130,35 @@ def test_the_mixture_comes_first_with_its_intervals():
 
 def test_many_sources_are_summed_up():
     mixture = [{"source": f"s{n}", "share": 0.02, "low": 0.0, "high": 0.05} for n in range(50)]
-    told = words(recovery_page(recovered(mixture=mixture)))
+    told = words(recover_page(recovered(mixture=mixture)))
     assert "30 more sources have 60% together." in told and "s19" in told and "s20" not in told
 
 
 def test_a_mixture_without_intervals_is_drawn_without_whiskers():
     mixture = [{"source": "a", "share": 1.0, "low": math.nan, "high": math.nan},
                {"source": "b", "share": 0.0, "low": math.nan, "high": math.nan}]  # fmt: skip
-    page = recovery_page(recovered(mixture=mixture))
+    page = recover_page(recovered(mixture=mixture))
     assert "100% (- to -)" in words(page) and 'class="whisker"' not in page
 
 
 def test_layers_that_moved_the_most_stand_over_their_rounding():
-    page = recovery_page(recovered())
+    page = recover_page(recovered())
     told = words(page)
     assert "h.1.up.weight 0.5 50 times 5.00% 25% h.0.up.weight 0.125 12 times 1.25% 25% norm.weight 0.001 0.1" in told
     assert "1 of 4 parameters did not move at all; 1 moved no more than rounding does." in told
     table = page[page.index("What moved the most") :]
     assert bar_widths(table, "chosen") == [100, 25, 0.3] and bar_widths(table, "pool") == [2, 2, 2]
     many = [layer(f"h.{n}.weight", 1.0 + n) for n in range(30)]
-    told = words(recovery_page(recovered(layers=many)))
+    told = words(recover_page(recovered(layers=many)))
     assert "All parameters moved. 18 more moved less than these." in told and "h.29.weight" in told
     assert "h.17.weight" not in told
     exact = [layer("bias", 0.5, noise=0.0, relative=None)]
-    assert "bias 0.5 - - 25%" in words(recovery_page(recovered(layers=exact)))
-    assert "What moved" not in recovery_page(recovered(layers=[]))
+    assert "bias 0.5 - - 25%" in words(recover_page(recovered(layers=exact)))
+    assert "What moved" not in recover_page(recovered(layers=[]))
 
 
 def test_the_calibration_tells_what_it_went_by():
-    page = recovery_page(recovered())
+    page = recover_page(recovered())
     assert f"loss at final {MINUS}1.50 cosine at final +0.75 part +0.25" in words(page)
     bars = re.findall(r'<rect class="(chosen|against)" x="([\d.]+)" y="0" width="([\d.]+)" height="7"/><line', page)
     assert bars == [("against", "0.00", "50.00"), ("chosen", "50.00", "25.00"), ("chosen", "50.00", "8.33")]
@@ -180,7 +181,7 @@ def histogram(page):
 
 def test_a_histogram_shows_shares_and_where_the_choice_ends():
     found = recovered()
-    areas, picture = histogram(recovery_page(found))
+    areas, picture = histogram(recover_page(found))
     assert areas == pytest.approx([0.1, 0.9], abs=0.01)
     assert f"found from {found.rows[-1]['whence_score']:.1%}" in picture
     assert 'class="null"' in picture and ">10%<" in picture
@@ -188,7 +189,7 @@ def test_a_histogram_shows_shares_and_where_the_choice_ends():
 
 def test_without_a_null_none_is_drawn():
     found = recovered(null=None)
-    page = recovery_page(found)
+    page = recover_page(found)
     assert 'class="null"' not in page and "known not to be members" not in page
 
 
@@ -198,14 +199,14 @@ def test_rows_without_evidence_are_counted_and_break_nothing():
     scores[[n for n in range(200) if n not in found.numbers][:3]] = torch.tensor([math.nan, -math.inf, math.inf])
     p_values = found.p_values.clone()
     p_values[~scores.isfinite()] = math.nan
-    page = recovery_page(replace(found, scores=scores, p_values=p_values))
+    page = recover_page(replace(found, scores=scores, p_values=p_values))
     assert "3 rows are without evidence." in page and "nan" not in words(page).lower()
     assert not re.search(r'="[^"]*(nan|inf)\b', page)
     areas, _ = histogram(page)
     assert areas == pytest.approx([20 / 197, 177 / 197], abs=0.01)
     none = replace(found, scores=torch.full((200,), -math.inf), rows=[], numbers=[])
-    assert "No row has evidence." in recovery_page(replace(none, learned=None))
-    assert "200 rows are without evidence." in recovery_page(none)
+    assert "No row has evidence." in recover_page(replace(none, learned=None))
+    assert "200 rows are without evidence." in recover_page(none)
 
 
 def test_certain_rows_and_hopeless_ones_have_a_place():
@@ -213,7 +214,7 @@ def test_certain_rows_and_hopeless_ones_have_a_place():
     scores = found.scores.clone()
     scores[found.numbers[0]], scores[next(n for n in range(200) if n not in found.numbers)] = 1.0, 0.0
     rows = [found.rows[0] | {"whence_score": 1.0}, *found.rows[1:]]
-    page = recovery_page(replace(found, scores=scores, rows=rows))
+    page = recover_page(replace(found, scores=scores, rows=rows))
     assert "over 99.9%" in picks(page)[0] and not re.search(r'="[^"]*(nan|inf)\b', page)
 
 
@@ -223,7 +224,7 @@ def test_scores_that_are_no_probabilities_are_not_called_so():
     rows = [{"text": "t", "whence_score": float(scores[n]), "whence_p": 0.5} for n in numbers]
     found = recovered(scores=scores, rows=rows, numbers=numbers, learned=None, mixture=[], notes=[],
                       settings={"method": "p_min"})  # fmt: skip
-    page = recovery_page(found)
+    page = recover_page(found)
     told = words(page)
     assert "20 of 200 rows by p_min. First of the rows found" in told, "no mixture, no notes"
     assert "Score of all rows" in told and "robability" not in told and "calibration" not in told
@@ -234,11 +235,11 @@ def test_scores_that_are_no_probabilities_are_not_called_so():
 
 
 def test_nothing_found_is_a_page():
-    page = recovery_page(recovered(count=0))
+    page = recover_page(recovered(count=0))
     assert "0 of 200 rows" in page and not picks(page) and "found from" not in page
     assert "a 61% (57 to 65) 0 " in words(page)
     same = recovered(0, scores=torch.full((200,), 0.5), p_values=torch.ones(200), null=None)
-    assert "All are 50.0%." in recovery_page(same)
+    assert "All are 50.0%." in recover_page(same)
 
 
 # -- what a corpus says
@@ -266,7 +267,7 @@ def hostile():
 
 
 def test_the_file_allows_its_style_and_nothing_else():
-    page = recovery_page(recovered(), "whence recover https://example.org/a b c")
+    page = recover_page(recovered(), "whence recover https://example.org/a b c")
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
     allowed = dict(rule.split(" ", 1) for rule in policy.split("; "))
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
@@ -278,7 +279,7 @@ def test_the_file_allows_its_style_and_nothing_else():
 
 
 def test_no_text_leaves_its_place():
-    page = recovery_page(hostile(), EVERY)
+    page = recover_page(hostile(), EVERY)
     tags = {tag.lower() for tag in re.findall(r"<\s*/?\s*([a-zA-Z!][^\s/>]*)", page)}
     assert tags <= {
         "!doctype", "html", "head", "meta", "title", "style", "body", "div", "header", "h1", "span", "main", "p",
@@ -294,14 +295,14 @@ def test_no_text_leaves_its_place():
 
 def test_text_is_writable_and_hides_nothing():
     odd = "tab\tline \x1b[2J\x07 \u202eturned \ud800."
-    page = recovery_page(replace(recovered(1), notes=[odd]))
+    page = recover_page(replace(recovered(1), notes=[odd]))
     assert page.encode() and "\x1b" not in page and "\u202e" not in page and "\\u202eturned" in page
 
 
 def test_long_rows_are_cut():
     found = recovered(1)
     row = found.rows[0] | {"completion": "x" * 5000}
-    assert "x" * 600 + '<span class="rest"> … 4,400 more' in recovery_page(replace(found, rows=[row]))
+    assert "x" * 600 + '<span class="rest"> … 4,400 more' in recover_page(replace(found, rows=[row]))
 
 
 # -- the command
@@ -320,7 +321,7 @@ def test_the_report_is_one_page(run, tmp_path):
     page = tmp_path / "my found.html"
     code, said, _, _ = run("recover", "before", "after", "pool.jsonl", "--count", 20, "--report", page)
     assert code == 0 and f"report written to {page}" in said
-    assert page.read_text() == recovery_page(
+    assert page.read_text() == recover_page(
         recovered(), f"whence recover before after pool.jsonl --count 20 --report '{page}'"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["my found.html"]
@@ -339,7 +340,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(run, tmp_pat
 
 def test_nothing_runs_and_nothing_is_asked_for(browser, tmp_path):
     file = tmp_path / "found.html"
-    file.write_text(recovery_page(hostile(), EVERY), "utf-8")
+    file.write_text(recover_page(hostile(), EVERY), "utf-8")
     browser.open(file)
     browser.value("document.querySelectorAll('main *').forEach(node => node.click?.())")
     browser.settle()
@@ -365,7 +366,7 @@ def test_a_telephone_needs_no_sideways_scrolling(browser, tmp_path):
         settings={"method": unbroken, unbroken: unbroken},
     )
     for found in (recovered(), odd, wide):
-        file.write_text(recovery_page(found, unbroken), "utf-8")
+        file.write_text(recover_page(found, unbroken), "utf-8")
         for width in (400, 1200):
             browser.open(file, width=width)
             assert browser.value("document.documentElement.scrollWidth") <= width

@@ -13,19 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from whence.catalogue import default_projection
 from whence.cli.console import print_json
 from whence.errors import MissingExtraError, SettingError, StorageError
 from whence.indexing.store import Store
-from whence.reports.tables import (
-    WINDOW,
-    answer_text,
-    check_ending,
-    info_table,
-    trace_tables,
-    visible,
-    write_page,
-    write_rows,
-)
+from whence.reports.files import check_ending, write_page, write_rows
+from whence.reports.index_tables import info_table
+from whence.reports.text import visible
+from whence.reports.trace_tables import WINDOW, answer_text, trace_tables
 from whence.tracing.results import Answer, Hit, Null, TokenMatrix, Trace
 
 ROWS = [
@@ -182,7 +177,13 @@ def test_a_null_in_a_row_shows_as_nothing():
 def test_an_index_is_shown_with_its_counts(tiny_index):
     info = Store.open(tiny_index).info()
     text = shown(info_table(info))
-    for words in ("complete", "20, of which 20 can be ranked", "none", "as bfloat16", "projection two_sided"):
+    for words in (
+        "complete",
+        "20, of which 20 can be ranked",
+        "none",
+        "as bfloat16",
+        f"projection {default_projection('sgd')}",
+    ):
         assert words in text
     counts = info["counts"] | {"non_finite": 3, "truncated": 1}
     stopped = shown(info_table(info | {"complete": False, "to_do": "run it again", "counts": counts}))

@@ -6,13 +6,13 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from whence.reports.wide_table import LABEL, Folded
+from whence.reports.wide_table import LABEL, WideTable
 
 SETS = [f"set number {place}" for place in range(10)]
 
 
 def table(label="code + stories", columns=SETS):
-    found = Folded("Losses", "mixture", columns)
+    found = WideTable("Losses", "mixture", columns)
     for row in (label, "the parent"):
         found.add_row(Text(row), [f"{place}.5" for place in range(len(columns))])
     return found

@@ -70,7 +70,7 @@ def test_score_is_minus_log_of_the_share_of_collisions():
 def test_second_pass_equals_held_buckets(monkeypatch):
     model, rows = tiny_model("llama"), random_examples(12, seed=1)
     held = Density(**SMALL)(Tokens(rows, model), asking(""))
-    monkeypatch.setattr(density, "HELD_BYTES", 0)
+    monkeypatch.setattr(density, "STORED_BYTES", 0)
     assert torch.equal(Density(**SMALL)(Tokens(rows, model), asking("")), held)
 
 

@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whence.errors import SettingError
-from whence.selection.duplicates import KeptTexts, _bands, _signature, band_rows, jaccard, normalised, shingles
+from whence.selection.duplicates import ChosenTexts, _bands, _signature, band_rows, jaccard, normalised, shingles
 
 
 def kept(threshold, *texts):
     """Texts kept as rows 0, 1, ..., whatever they repeat."""
-    found = KeptTexts(threshold)
+    chosen = ChosenTexts(threshold)
     for row, text in enumerate(texts):
-        found.keep(row, found.print_of(text))
-    return found
+        chosen.add(row, chosen.fingerprint(text))
+    return chosen
 
 
-def twin(found, text):
-    return found.twin(found.print_of(text))
+def twin(chosen, text):
+    return chosen.twin(chosen.fingerprint(text))
 
 
 def test_texts_equal_but_for_spaces_and_capitals_are_duplicates():
@@ -105,4 +105,4 @@ def test_twins_are_just_the_texts_at_or_above_the_threshold(one, two):
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.1])
 def test_threshold_is_a_similarity(threshold):
     with pytest.raises(SettingError, match="--duplicates"):
-        KeptTexts(threshold)
+        ChosenTexts(threshold)

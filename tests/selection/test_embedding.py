@@ -11,7 +11,14 @@ from conftest import ARCHITECTURES, random_examples, tiny_model
 from whence.corpus.tokens import Encoded
 from whence.errors import ModelError
 from whence.gradients import forward_passes as passes
-from whence.gradients.forward_passes import by_position, embeddings, evenly, last, losses, pooled
+from whence.gradients.forward_passes import (
+    embeddings,
+    even_weights,
+    last_token_weights,
+    losses,
+    pooled,
+    position_weights,
+)
 from whence.selection.protocols import QueryText, Target
 from whence.selection.scorers.embedding import RDS, RDSPlus
 
@@ -96,19 +103,19 @@ def test_query_without_an_embedding_does_not_spoil_its_target(caplog):
 def test_pooling_ignores_whatever_stands_at_padding():
     states = torch.tensor([[[1.0, 0.0], [4.0, 3.0], [math.nan, math.inf]], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    torch.testing.assert_close(pooled(states, mask, by_position), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
-    torch.testing.assert_close(pooled(states, mask, evenly), torch.tensor([[2.5, 1.5], [1.0, 1.0]]))
-    torch.testing.assert_close(pooled(states, mask, last), torch.tensor([[4.0, 3.0], [1.0, 1.0]]))
+    torch.testing.assert_close(pooled(states, mask, position_weights), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
+    torch.testing.assert_close(pooled(states, mask, even_weights), torch.tensor([[2.5, 1.5], [1.0, 1.0]]))
+    torch.testing.assert_close(pooled(states, mask, last_token_weights), torch.tensor([[4.0, 3.0], [1.0, 1.0]]))
 
 
 def test_embeddings_are_pooled_in_fp32_and_without_gradients():
     """A sum of bfloat16 ones stops at 256; the weighted mean of 1000 equal states is that state."""
     states = torch.full((1, 1000, 4), 1.5, dtype=torch.bfloat16)
-    found = pooled(states, torch.ones(1, 1000, dtype=torch.bool), by_position)
+    found = pooled(states, torch.ones(1, 1000, dtype=torch.bool), position_weights)
     torch.testing.assert_close(found, torch.full((1, 4), 1.5))
     model = tiny_model("llama")
     model.model.to(torch.bfloat16).requires_grad_(True)
-    ((numbers, vectors),) = embeddings(model, random_examples(2, seed=0), 1000, evenly)
+    ((numbers, vectors),) = embeddings(model, random_examples(2, seed=0), 1000, even_weights)
     assert sorted(numbers) == [0, 1]
     assert vectors.dtype == torch.float32
     assert not vectors.requires_grad

@@ -159,7 +159,7 @@ def test_reach_by_hand():
 
 
 def test_reach_sums_over_checkpoints_before_it_drops_the_sign(monkeypatch):
-    monkeypatch.setattr(influence, "_TOKENS", 2)
+    monkeypatch.setattr(influence, "_TOKENS_AT_ONCE", 2)
     rng = torch.Generator().manual_seed(0)
     rows, queries = torch.randn(2, 6, 5, generator=rng), torch.randn(2, 7, 5, generator=rng)
     queries[1, 3] = torch.nan

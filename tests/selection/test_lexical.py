@@ -114,7 +114,7 @@ def test_dsirs_pseudo_count_is_added_to_every_bucket_of_the_target():
 
 def test_sha256_puts_ngrams_where_the_released_code_does():
     """`int(sha256(ngram), 16) % 10000`, by sha256sum and a calculator."""
-    counts, lengths = DSIR(hash="sha256")._counted(["Hello", "night heron"])
+    counts, lengths = DSIR(hash="sha256")._gram_counts(["Hello", "night heron"])
     assert counts[[0], :].nonzero()[1].tolist() == [7620]
     assert 8382 in counts[[1], :].nonzero()[1].tolist()
     assert counts.sum(1).tolist() == [1, 3]

@@ -195,7 +195,7 @@ def test_target_without_a_query_is_refused():
 
 def test_every_scorer_shows_its_source_in_its_file():
     for name, entry in catalogue.SCORERS.items():
-        text = importlib.import_module(entry.target.partition(":")[0]).__doc__
+        text = importlib.import_module(entry.implementation.partition(":")[0]).__doc__
         assert "ource:" in text or "https://" in text, name
         for paper in re.findall(r"\d[\d.]*[\d/]\d+|P\d\d-\d+", entry.source):
             assert paper in text, f"{name}: {entry.source}"

@@ -11,20 +11,13 @@ from conftest import corpus_rows, save_tiny_llama, write_jsonl
 from whence import catalogue
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
-from whence.indexing.build import index, open_index
+from whence.indexing.build import index
+from whence.indexing.opening import open_index
 from whence.models.loading import load_model
-from whence.reports.select_page import selection_page
-from whence.reports.select_tables import selection_report
-from whence.selection.pipeline import (
-    composition,
-    lengths,
-    made_scorer,
-    nearness,
-    open_view,
-    overlap,
-    select,
-    select_each,
-)
+from whence.reports.select_page import select_page
+from whence.reports.select_tables import select_tables
+from whence.selection.description import composition, lengths, nearness, overlap
+from whence.selection.pipeline import build_scorer, open_view, select, select_each
 from whence.selection.scorers.lexical import kl_reduction
 from whence.selection.views import IndexView
 from whence.training.trainer import train
@@ -150,12 +143,12 @@ def test_the_corpus_may_be_given_again(built, tmp_path):
 
 
 def test_options_are_read_by_their_fields_types():
-    assert made_scorer("dsir", 0, {"least_words": "3", "length_normalised": "true"}).least_words == 3
-    assert made_scorer("bm25", 0, {"k1": "0.9"}).k1 == 0.9
+    assert build_scorer("dsir", 0, {"least_words": "3", "length_normalised": "true"}).least_words == 3
+    assert build_scorer("bm25", 0, {"k1": "0.9"}).k1 == 0.9
     with pytest.raises(SettingError, match=r"--set k2: --method bm25 has no such option. It has: k1, b"):
-        made_scorer("bm25", 0, {"k2": "1"})
+        build_scorer("bm25", 0, {"k2": "1"})
     with pytest.raises(SettingError, match="--set k1=high: this option of --method bm25 is a float"):
-        made_scorer("bm25", 0, {"k1": "high"})
+        build_scorer("bm25", 0, {"k1": "high"})
 
 
 def test_composition_and_lengths_by_hand(built):
@@ -243,7 +236,7 @@ def test_nearness_is_dsirs_kl_reduction_and_is_told(model):
     texts = [row["text"] for row in pool]
     assert nearness(found) == kl_reduction([texts[row] for row in found.selection.rows], ["one two three"], texts) > 0
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(selection_report(found))
+    console.print(select_tables(found))
     assert "nats nearer to the task's than the pool's are" in console.export_text()
     assert nearness(select(pool, method="random", count=3)) is None
 
@@ -263,18 +256,18 @@ def test_several_tasks_share_one_scoring(built, monkeypatch):
 def test_the_page_escapes_what_the_corpus_says(built):
     pool = [row | {"prompt": f"<script>alert({n})</script>&amp;", "source": "<b>"} for n, row in enumerate(POOL)]
     found = select(pool, TASKS, method="bm25", count=6)
-    page = selection_page(found, {"random": 0.25, "<i>": 0.5})
+    page = select_page(found, {"random": 0.25, "<i>": 0.5})
     assert "<script" not in page and "<b>&" not in page and "<i>&" not in page
     assert "&lt;script&gt;alert(" in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page
     assert "script-src 'none'" in page and " style=" not in page, "the policy would not apply it"
     for words in ("6 of 24 rows", "Where the rows come from", "Chosen first", "Best of those below", "Left out", "25%"):
         assert words in page
-    of_index = selection_page(select(built, TASKS, count=6))
+    of_index = select_page(select(built, TASKS, count=6))
     for words in ("Length in tokens", "What the rows were taken for", "gradients"):
         assert words in of_index
 
 
 def test_a_page_of_equal_scores_and_lone_surrogates_can_be_written():
     pool = [{"text": f"a\ud800b {n}"} for n in range(3)]
-    page = selection_page(select(pool, [{"text": "zebra"}], method="bm25", count=2))
+    page = select_page(select(pool, [{"text": "zebra"}], method="bm25", count=2))
     assert page.encode() and "All are 0." in page

@@ -10,17 +10,18 @@ import torch
 from conftest import corpus_rows, write_jsonl
 from whence.corpus.tokens import encode_query
 from whence.errors import SettingError
-from whence.gradients.exact import Part
-from whence.indexing.build import Index, index, open_index
+from whence.gradients.exact import SignedSequence
+from whence.indexing.build import index
+from whence.indexing.opening import Index, open_index
 from whence.tracing import queries, retrieval
 from whence.tracing.nulls import (
     LEAST,
     control_scores,
-    draw_controls,
-    given_controls,
     meaningless,
     needed_z,
     nulls,
+    query_controls,
+    row_controls,
     verdict,
 )
 from whence.tracing.pipeline import trace
@@ -68,7 +69,7 @@ def scaled(controls, query):
 @pytest.mark.parametrize("cosine", [False, True])
 def test_z_mean_and_percentile_are_those_of_the_examples_scores_for_the_controls(cosine):
     synthetic, controls, query = Synthetic(vectors(20)), vectors(LEAST, seed=1), vectors(1, seed=2)[:, 0]
-    made, norms = given_controls(synthetic, controls, cosine=cosine), None if cosine else query.norm(dim=1)
+    made, norms = query_controls(synthetic, controls, cosine=cosine), None if cosine else query.norm(dim=1)
     scores = [score(query, synthetic.held[:, row], cosine) for row in (3, 7)]
     found = nulls(synthetic, made, [3, 7], scores, cosine=cosine, norms=norms)
     for row, own, null in zip((3, 7), scores, found, strict=True):
@@ -83,7 +84,7 @@ def test_z_mean_and_percentile_are_those_of_the_examples_scores_for_the_controls
 
 def test_a_longer_query_is_no_more_of_a_signal():
     synthetic, query = Synthetic(vectors(64)), vectors(1, seed=2)[:, 0]
-    controls = draw_controls(synthetic, cosine=False)
+    controls = row_controls(synthetic, cosine=False)
     short, long = (
         nulls(synthetic, controls, [3], [score(q, synthetic.held[:, 3], False)], cosine=False, norms=q.norm(dim=1))[0]
         for q in (query, 10 * query)
@@ -95,7 +96,7 @@ def test_a_longer_query_is_no_more_of_a_signal():
 
 def test_an_example_is_left_out_of_its_own_null():
     synthetic = Synthetic(vectors(64))
-    controls = draw_controls(synthetic, cosine=True)
+    controls = row_controls(synthetic, cosine=True)
     row = int(controls.rows[5])
     stranger = next(number for number in range(64) if number not in controls.rows.tolist())
     own, other = nulls(synthetic, controls, [row, stranger], [0.5, 0.5], cosine=True)
@@ -106,17 +107,17 @@ def test_an_example_is_left_out_of_its_own_null():
 
 def test_controls_are_half_the_rows_at_most_all_different_and_by_seed():
     synthetic = Synthetic(vectors(50))
-    rows = draw_controls(synthetic, cosine=False).rows.tolist()
+    rows = row_controls(synthetic, cosine=False).rows.tolist()
     assert len(set(rows)) == len(rows) == 25
-    assert draw_controls(synthetic, cosine=False).rows.tolist() == rows
-    assert draw_controls(synthetic, cosine=False, seed=1).rows.tolist() != rows
-    assert len(draw_controls(Synthetic(vectors(300)), cosine=False).rows) == 128
+    assert row_controls(synthetic, cosine=False).rows.tolist() == rows
+    assert row_controls(synthetic, cosine=False, seed=1).rows.tolist() != rows
+    assert len(row_controls(Synthetic(vectors(300)), cosine=False).rows) == 128
 
 
 def test_too_few_rows_or_controls_give_no_null():
-    assert draw_controls(Synthetic(vectors(2 * LEAST - 1)), cosine=True) is None
-    assert draw_controls(Synthetic(vectors(2 * LEAST)), cosine=True) is not None
-    assert given_controls(Synthetic(vectors(5)), vectors(LEAST - 1), cosine=True) is None
+    assert row_controls(Synthetic(vectors(2 * LEAST - 1)), cosine=True) is None
+    assert row_controls(Synthetic(vectors(2 * LEAST)), cosine=True) is not None
+    assert query_controls(Synthetic(vectors(5)), vectors(LEAST - 1), cosine=True) is None
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -127,7 +128,7 @@ def test_generic_is_what_scores_high_whatever_is_asked(cosine):
     held[:, 7] = 0
     held[:, 7, 0] = 10
     synthetic = Synthetic(held)
-    controls = draw_controls(synthetic, cosine=cosine)
+    controls = row_controls(synthetic, cosine=cosine)
     found = nulls(synthetic, controls, list(range(300)), [0.0] * 300, cosine=cosine)
     assert found[7].generic
     assert sum(null.generic for null in found) <= 4, "a hundredth"
@@ -135,13 +136,13 @@ def test_generic_is_what_scores_high_whatever_is_asked(cosine):
 
 def test_what_scores_high_for_some_queries_alone_is_not_generic():
     held = vectors(300)
-    rows = draw_controls(Synthetic(held), cosine=False).rows.tolist()
+    rows = row_controls(Synthetic(held), cosine=False).rows.tolist()
     row = next(number for number in range(300) if number not in rows)
     held[:, rows[::2], 0] += 3  # half of the controls
     held[:, row] = 0
     held[:, row, 0] = 10
     synthetic = Synthetic(held)
-    controls = draw_controls(synthetic, cosine=False)
+    controls = row_controls(synthetic, cosine=False)
     (null,) = nulls(synthetic, controls, [row], [0.0], cosine=False)
     assert null.mean > controls.usual
     assert not null.generic
@@ -151,7 +152,7 @@ def test_what_never_varies_has_no_z():
     held = vectors(40)
     held[:, 3] = 0
     synthetic = Synthetic(held)
-    (null,) = nulls(synthetic, draw_controls(synthetic, cosine=True), [3], [0.0], cosine=True)
+    (null,) = nulls(synthetic, row_controls(synthetic, cosine=True), [3], [0.0], cosine=True)
     assert (null.mean, null.z, null.percentile, null.generic) == (0, 0, 0, False)
 
 
@@ -213,9 +214,9 @@ def test_a_null_is_what_control_queries_score(built, controls):
 def test_a_specific_inner_product_is_less_the_mean_over_controls_of_the_querys_length(built):
     plain, found = (trace(built, *ASKED, method="dot", top=40, specific=specific) for specific in (False, True))
     model = built.model()
-    part = Part(encode_query(*ASKED, model.tokenizer, kind="prompt"))
-    norms = query_vectors(built, [[part]])[:, 0].norm(dim=1)
-    scores = control_scores(built, draw_controls(built, cosine=False), range(40), cosine=False, norms=norms)
+    sequence = SignedSequence(encode_query(*ASKED, model.tokenizer, kind="prompt"))
+    norms = query_vectors(built, [[sequence]])[:, 0].norm(dim=1)
+    scores = control_scores(built, row_controls(built, cosine=False), range(40), cosine=False, norms=norms)
     raw = by_id(plain.of(0))
     expected = {name: value - float(scores[int(name[4:])].mean()) for name, value in raw.items()}
     assert by_id(found.of(0)) == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, raw.values())))
@@ -230,7 +231,7 @@ def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, co
         numbers = range(LEAST)
     else:  # the controls are rows, which a file of rows asks for
         others = trace(built, queries=corpus_rows(40), **chosen)
-        numbers = draw_controls(built, cosine=True).rows.tolist()
+        numbers = row_controls(built, cosine=True).rows.tolist()
     scores = [by_id(others.of(number)) for number in numbers]
     raw = by_id(plain.of(0))
     expected = {name: raw[name] - statistics.fmean(each[name] for each in scores) for name in raw}
@@ -265,8 +266,8 @@ def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
     """Each of them asked as a query of its own: two of forty stand above the level, by its definition."""
     found = trace(built, *ASKED, top=4)
     drawn, best = meaningless(built), []
-    vectors = query_vectors(built, [[Part(one)] for one in drawn])
-    controls = draw_controls(built, cosine=True)
+    vectors = query_vectors(built, [[SignedSequence(one)] for one in drawn])
+    controls = row_controls(built, cosine=True)
     for number in range(len(drawn)):
         helpful, _ = built.store.top_k(vectors[:, [number]], torch.tensor(built.weights), m=4, cosine=True)
         rows, scores = helpful.rows[0].tolist(), helpful.scores[0].tolist()
@@ -319,7 +320,9 @@ def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkey
     """This index' rows are plain gradients, so a trace that takes them for another view's must come to the same."""
     sizes, real = [], retrieval.query_vectors
     monkeypatch.setattr(
-        retrieval, "query_vectors", lambda index, parts, **how: sizes.append(len(parts)) or real(index, parts, **how)
+        retrieval,
+        "query_vectors",
+        lambda index, texts, **how: sizes.append(len(texts)) or real(index, texts, **how),
     )
     other = open_index(built.store.place.root)
     other.__dict__["space"] = replace(built.space, view="adam")

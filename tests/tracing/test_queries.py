@@ -16,7 +16,7 @@ from whence.corpus.tokens import encode_prompt, encode_query
 from whence.errors import SettingError
 from whence.models.generation import generate
 from whence.models.loading import load_model
-from whence.tracing.queries import Query, Sampling, ask, queries_of
+from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
 
 PROMPT = "why?"
 
@@ -49,7 +49,7 @@ def byte_fallback():
 
 
 def asked(loaded, completion, span=None, contrast=None, kind="prompt"):
-    (found,) = ask([Query(PROMPT, completion, span, contrast)], loaded, kind=kind)
+    (found,) = encode_queries([Query(PROMPT, completion, span, contrast)], loaded, kind=kind)
     return found
 
 
@@ -80,11 +80,11 @@ def marked(found):
 def test_a_span_asks_about_the_tokens_that_hold_its_characters(model, completion, span, expected):
     found = asked(model, completion, span)
     assert marked(found) == expected
-    (part,) = found.parts
+    (sequence,) = found.sequences
     whole = encode_query(PROMPT, completion, model.tokenizer, kind="prompt")
     first = len(whole.ids) - len(expected)
-    assert part.encoded.ids == whole.ids
-    assert part.encoded.supervised == [False] * first + [mark == "1" for mark in expected]
+    assert sequence.encoded.ids == whole.ids
+    assert sequence.encoded.supervised == [False] * first + [mark == "1" for mark in expected]
 
 
 def test_a_span_within_tokens_asks_about_each_that_it_touches(wordy):
@@ -109,11 +109,11 @@ def test_half_a_character_does_not_reach_beyond_it_where_each_byte_is_shown(span
 
 
 def test_a_span_of_a_generated_completion_is_of_its_own_tokens(model):
-    (plain,) = ask([Query(PROMPT)], model, kind="prompt", sampling=Sampling(max_new_tokens=5))
-    (found,) = ask([Query(PROMPT, span=(1, 3))], model, kind="prompt", sampling=Sampling(max_new_tokens=5))
+    (plain,) = encode_queries([Query(PROMPT)], model, kind="prompt", sampling=Sampling(max_new_tokens=5))
+    (found,) = encode_queries([Query(PROMPT, span=(1, 3))], model, kind="prompt", sampling=Sampling(max_new_tokens=5))
     assert found.answer.completion == plain.answer.completion
     assert marked(found) == "01100"
-    assert found.parts[0].encoded.targets == 2
+    assert found.sequences[0].encoded.supervised_count == 2
 
 
 @pytest.mark.parametrize("span", ["cat", "bottles "])
@@ -139,9 +139,9 @@ def test_tokens_that_are_not_there_are_refused_with_those_that_are(model, span):
 
 def test_a_contrast_is_two_completions_of_one_prompt_the_other_with_a_minus(model):
     found = asked(model, " yes", "ye", " no")
-    assert [part.sign for part in found.parts] == [1, -1]
-    assert found.parts[0].encoded.targets == 2
-    assert found.parts[1].encoded == encode_query(PROMPT, " no", model.tokenizer, kind="prompt")
+    assert [sequence.sign for sequence in found.sequences] == [1, -1]
+    assert found.sequences[0].encoded.supervised_count == 2
+    assert found.sequences[1].encoded == encode_query(PROMPT, " no", model.tokenizer, kind="prompt")
     assert found.answer.contrast_tokens == [" ", "n", "o", "</s>"]
     assert found.answer.query_tokens() == ["y", "e", " ", "n", "o", "</s>"]
     other = asked(model, " no").answer
@@ -149,7 +149,7 @@ def test_a_contrast_is_two_completions_of_one_prompt_the_other_with_a_minus(mode
 
 
 def test_a_query_without_a_contrast_is_one_part(model):
-    assert [part.sign for part in asked(model, " yes").parts] == [1]
+    assert [sequence.sign for sequence in asked(model, " yes").sequences] == [1]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,9 @@ def test_tokens_are_drawn_from_the_models_own_softmax(model):
 
 def test_a_sampled_query_is_answered_as_the_generator_says(model):
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
-    (found,) = ask([Query(PROMPT)], model, kind="prompt", sampling=sampling)
+    (found,) = encode_queries([Query(PROMPT)], model, kind="prompt", sampling=sampling)
     (new,) = said(model, [PROMPT], temperature=1.0, seed=3)
-    assert found.parts[0].encoded.ids[-len(new) :] == new
+    assert found.sequences[0].encoded.ids[-len(new) :] == new
     assert found.answer.is_generated
 
 

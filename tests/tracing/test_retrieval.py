@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import corpus_rows
-from whence.catalogue import TRACE_METHODS
+from whence.catalogue import TRACE_METHODS, default_projection
 from whence.errors import SettingError
-from whence.indexing.build import Index, index
+from whence.indexing.build import index
+from whence.indexing.opening import Index
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
 
@@ -194,7 +195,7 @@ def test_rapidin_is_the_dot_of_its_own_gradients_and_of_no_other(made, exact):
     assert scores_of(rapidin.hits) == scores_of(dot.hits)
     with pytest.raises(SettingError, match=r"--method rapidin needs .* has --projection identity --normalise none"):
         trace(exact, PROMPT, COMPLETION, method="rapidin")
-    with pytest.raises(SettingError, match="has --projection two_sided --normalise layer"):
+    with pytest.raises(SettingError, match=f"has --projection {default_projection('sgd')} --normalise layer"):
         trace(made(width=3, normalise="layer"), PROMPT, COMPLETION, method="rapidin")
     with pytest.raises(SettingError, match=r"--method rapidin is of one checkpoint; .* has 2"):
         trace(made(**RAPIDIN | {"checkpoints": "all"}), PROMPT, COMPLETION, method="rapidin")

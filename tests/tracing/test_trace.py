@@ -15,10 +15,12 @@ from whence.corpus.layouts import shown_text
 from whence.corpus.tokens import collate, encode, encode_prompt
 from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError, UnknownNameError
 from whence.gradients.capture import sketch
-from whence.gradients.exact import Part
-from whence.indexing.build import index, open_index, projection_for
+from whence.gradients.exact import SignedSequence
+from whence.indexing.build import index
+from whence.indexing.opening import open_index
+from whence.indexing.vectors import projection_for
 from whence.models.loading import load_model
-from whence.reports.tables import trace_tables
+from whence.reports.trace_tables import trace_tables
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query, query_vectors
 
@@ -130,8 +132,8 @@ def test_the_sum_over_tokens_is_a_space_of_its_own(tiny_llama, tmp_path, exact):
     )  # fmt: skip
     row = {"prompt": PROMPT, "completion": COMPLETION}
     example = encode(row, built.model().tokenizer)
-    mean, total = query_vectors(exact, [[Part(example)]]), query_vectors(built, [[Part(example)]])
-    assert torch.allclose(mean * example.targets, total, rtol=1e-3, atol=1e-4)
+    mean, total = query_vectors(exact, [[SignedSequence(example)]]), query_vectors(built, [[SignedSequence(example)]])
+    assert torch.allclose(mean * example.supervised_count, total, rtol=1e-3, atol=1e-4)
 
 
 # -- answers

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_train import stop_at
+from test_trainer import stop_at
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import COMMON, byte_tokenizer, corpus_rows, save_tiny_llama, write_jsonl
@@ -130,7 +130,7 @@ class Checked(InRun):
             rates.append(rate)
         taken = [rate * weight.grad for rate, weight in zip(rates, weights, strict=True)]
         if number % self.plan.save_steps % self.plan.every == 0:
-            self.drawn = self._drawn(number)
+            self.drawn = self._validation_draw(number)
             self.kept = None
         if self.kept is None or self.plan.order == 2:
             self.kept = self.validation_slope(net, weights, taken)
@@ -143,7 +143,7 @@ class Checked(InRun):
 
     def validation_slope(self, net, weights, taken):
         """By parameter; less half the Hessian's product with the step for the second order."""
-        tokens = sum(row.targets for row in self.drawn)
+        tokens = sum(row.supervised_count for row in self.drawn)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = sum(sum_of_losses(net, row.ids, row.supervised) for row in self.drawn) / tokens
             slope = torch.autograd.grad(loss, weights, create_graph=self.plan.order == 2)
@@ -207,7 +207,7 @@ def falls(model, lr):
     loaded = load_model(model, dtype="float32")
     net, words = loaded.model.double().requires_grad_(True), loaded.tokenizer
     rows, validation = ([encode(row, words) for row in part] for part in (ROWS[:3], VALIDATION))
-    weights, total = list(net.parameters()), sum(row.targets for row in rows)
+    weights, total = list(net.parameters()), sum(row.supervised_count for row in rows)
 
     def loss(part):
         logits = [net(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1) for row in part]
@@ -219,7 +219,7 @@ def falls(model, lr):
 
     gradients = [torch.autograd.grad(loss([row]) / total, weights) for row in rows]
     norm = math.sqrt(sum(float(sum(parts).square().sum()) for parts in zip(*gradients, strict=True)))
-    rate, tokens = lr * min(1.0, 1 / (norm + 1e-6)), sum(row.targets for row in validation)
+    rate, tokens = lr * min(1.0, 1 / (norm + 1e-6)), sum(row.supervised_count for row in validation)
     found, start = {}, [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         at_start = float(loss(validation)) / tokens

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import stop_at
+from test_trainer import stop_at
 
 from conftest import corpus_rows
 from whence.errors import CorpusError, JobError, SettingError

@@ -1,15 +1,15 @@
-"""What goes into the linear layers of a pool's members: the matrices that RegMean averages by.
+"""Gram matrices of the inputs of members' linear layers, by which RegMean averages.
 
     G_u = X_u^T X_u / tokens    X_u [tokens, i]: a layer's inputs under the member's own weights, over the real tokens
                                 (no padding) of the first rows that it was trained on; summed in fp32
 
-    POOL/grams/000.safetensors  of member 000, a matrix for each distinct input
-    POOL/grams/000.json         written after it: of which member, of how many tokens, its checksum, who reads what
+    POOL/grams/000.safetensors  member 000: a matrix for each distinct input
+    POOL/grams/000.json         written after it: member, tokens, checksum, and which parameter reads which input
 
-Modules that read one tensor (q, k and v; gate and up) share a matrix; which do is seen on one short sequence. `Conv1D`,
-which keeps its weight as [i o], is noted. Without a matrix are embeddings, a head tied to one, norms, biases, experts
-fused into one parameter, and layers that are not called on every token: these are averaged by the mean. A pool of
-adapters has the matrices of its base's layers.
+Modules that read one tensor (q, k and v; gate and up) share a matrix; a pass over one short sequence shows which do.
+Weights that are stored as [i o], as `Conv1D`'s are, are listed. Embeddings, a head tied to one, norms, biases, experts
+fused into one parameter, and layers that are not called on every token have no matrix, and are averaged by the mean. A
+pool of adapters has the matrices of its base's layers.
 
 Cost: a forward pass over `tokens` tokens a member, with i^2 products a token and input. In memory, while collecting,
 and on disk: 4 i^2 bytes an input, 16 GB for a member of 7B parameters. Read one matrix at a time, from a mapped file.
@@ -32,8 +32,9 @@ from jaxtyping import Bool, Float32
 from torch import Tensor, nn
 
 from whence import runner
+from whence.ablation.averages import ALPHA, RegMean
 from whence.ablation.member_training import PoolSettings, pool_partitions
-from whence.ablation.merging import ALPHA, Mixed, RegMean, mixed, parameters
+from whence.ablation.mixed_model import MixedModel, mixed_model, parameter_lookup
 from whence.ablation.pool import Member, Pool
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition
@@ -48,32 +49,32 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("mean", "regmean")
 GRAM_TOKENS = 16_384
-"""Of a member, unless given."""
+"""Tokens to read of each member, by default."""
 HEAD_POSITIONS = 256
-"""Of the output head at a time, whose logits are as wide as the vocabulary."""
+"""Positions of the output head at a time: its logits are as wide as the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a file of matrices says of itself, beside it."""
+    """Description of a file of matrices, stored beside it."""
 
     member: str
     """Checksum of the member under whose weights it was collected."""
     tokens: int
-    """Asked for."""
+    """Tokens that were requested."""
     counted: int
-    """Read, whole rows."""
+    """Tokens that were read, in whole rows."""
     sha256: str
     bytes: int
     inputs: Mapping[str, str]
-    """By parameter, the name of its matrix."""
+    """Name of each parameter's matrix."""
     transposed: list[str]
-    """Parameters kept as [i o]."""
+    """Parameters stored as [i o]."""
 
 
 @dataclass(frozen=True)
 class StoredGrams(Mapping[str, Tensor]):
-    """A member's matrices by parameter, each read when asked for."""
+    """A member's matrices by parameter, each read when it is used."""
 
     file: Path
     inputs: Mapping[str, str]
@@ -100,23 +101,23 @@ def averaging(
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     shown: bool = True,
 ) -> RegMean | None:
-    """How `merging` is to average linear layers; what RegMean needs is collected where it is not there yet.
+    """RegMean for a pool, its matrices collected if they are not there yet; None for the mean.
 
     Args:
-        pool: Whose members.
-        method: One of `METHODS`; of "mean" nothing is needed.
+        pool: The pool whose members are averaged.
+        method: One of `METHODS`.
         alpha: See `RegMean`.
-        corpus: That the pool was trained on; None: where the pool remembers it.
+        corpus: Corpus that the pool was trained on; None: the address that the pool stores.
         shown: Show a bar on stderr.
 
     Raises:
-        SettingError: Another method or a wrong alpha, or the corpus is not there.
+        SettingError: The method is unknown, alpha is out of range, or the corpus is not there.
     """
     if method not in METHODS:
         raise SettingError(f"--method {method}: choose one of {', '.join(METHODS)}")
     if method == "mean":
         return None
-    RegMean(grams={}, alpha=alpha)  # a wrong one is told before anything is collected
+    RegMean(grams={}, alpha=alpha)  # refuses a wrong alpha before anything is collected
     collect(pool, corpus, shown=shown)
     return open_grams(pool, alpha=alpha)
 
@@ -126,23 +127,23 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
 
     Raises:
         MissingIndexError: A member has no matrices.
-        ManifestMismatchError: A member was trained again since, or members differ in the tokens that were asked for.
+        ManifestMismatchError: A member was trained again since, or members differ in the tokens that were requested.
     """
-    mend = f"Collect them with: whence pool grams {pool.place.root}"
+    remedy = f"Collect them with: whence pool grams {pool.place.root}"
     records: dict[str, Record] = {}
     for partition, member in pool.members.items():
-        found = _record(pool, member)
-        if found is None:
-            raise MissingIndexError(f"{pool.place.root}: the member {partition} has no matrices of inputs. {mend}")
-        if found.member != member.sha256:
+        record = _record(pool, member)
+        if record is None:
+            raise MissingIndexError(f"{pool.place.root}: the member {partition} has no matrices of inputs. {remedy}")
+        if record.member != member.sha256:
             raise ManifestMismatchError(
                 f"{pool.place.path(_file(member))}: collected under other weights than the member {partition} has "
-                f"now. {mend}"
+                f"now. {remedy}"
             )
-        records[partition] = found
-    if len(asked := {record.tokens for record in records.values()}) > 1:
-        told = ", ".join(map(str, sorted(asked)))
-        raise ManifestMismatchError(f"{pool.place.root}: matrices of {told} tokens, which do not compare. {mend}")
+        records[partition] = record
+    if len(lengths := {record.tokens for record in records.values()}) > 1:
+        listed = ", ".join(map(str, sorted(lengths)))
+        raise ManifestMismatchError(f"{pool.place.root}: matrices of {listed} tokens, which do not compare. {remedy}")
     files = {partition: Path(pool.place.path(_file(pool.members[partition]))) for partition in records}
     return RegMean(
         grams={partition: StoredGrams(files[partition], record.inputs) for partition, record in records.items()},
@@ -153,17 +154,17 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
 
 
 def verify_grams(pool: Pool) -> int:
-    """Read every file of matrices again; how many there are.
+    """Read every file of matrices again, and count them.
 
     Raises:
         ChecksumError: One is not as it was written.
     """
     count = 0
     for member in pool.members.values():
-        if (found := _record(pool, member)) is None:
+        if (record := _record(pool, member)) is None:
             continue
         count += 1
-        if not pool.place.exists(_file(member)) or pool.place.digest(_file(member)) != found.sha256:
+        if not pool.place.exists(_file(member)) or pool.place.digest(_file(member)) != record.sha256:
             raise ChecksumError(
                 f"{pool.place.path(_file(member))}: not what was written. Remove the file, and collect it again with: "
                 f"whence pool grams {pool.place.root}"
@@ -179,48 +180,50 @@ def collect(
     tokens_per_batch: int = 4096,
     shown: bool = True,
 ) -> None:
-    """Collect the matrices of every member that has none, or has them of other weights or of another length.
+    """Collect the matrices of every member that has none, or has those of other weights or another number of tokens.
 
     Args:
-        pool: Whose members.
-        corpus: That they were trained on; None: where the pool remembers it.
-        tokens: Real tokens to read of each member, by less than one row more, and at most its training's budget. None:
-            as many as are there of others, or `GRAM_TOKENS`.
-        tokens_per_batch: Of a pass.
+        pool: The pool whose members are read.
+        corpus: Corpus that they were trained on; None: the address that the pool stores.
+        tokens: Real tokens to read of each member, rounded up to whole rows, at most its training's budget. None: as
+            many as other members have, or `GRAM_TOKENS`.
+        tokens_per_batch: Tokens of a pass.
         shown: Show a bar on stderr.
 
     Raises:
-        SettingError: A number below 1, or the corpus is not there, or not the members' own.
+        SettingError: `tokens` is below 1, or the corpus is not there, or not the members' own.
         ChecksumError: A member's file is not what its training wrote.
     """
     if tokens is not None and tokens < 1:
         raise SettingError(f"--tokens {tokens}: 1 or more are expected")
     with pool.place.locked():
         records = {partition: _record(pool, member) for partition, member in pool.members.items()}
-        wanted = tokens or max((record.tokens for record in records.values() if record), default=GRAM_TOKENS)
+        length = tokens or max((record.tokens for record in records.values() if record), default=GRAM_TOKENS)
         todo = [partition for partition, member in pool.members.items()
-                if not _is_current(pool, member, records[partition], wanted)]  # fmt: skip
+                if not _is_current(pool, member, records[partition], length)]  # fmt: skip
         if not todo:
             return
         pool.verify(todo)
         rows = pool_partitions(pool, corpus, todo)
-        own = mixed(pool)
-        inputs = inputs_of(own.model, pool.start())
+        model = mixed_model(pool)
+        inputs = inputs_of(model.model, pool.start())
         done = len(pool.members) - len(todo)
         with runner.progress("Reading inputs", len(pool.members), done=done, shown=shown) as tick:
 
             def work(partition: str, report: runner.Tick) -> None:
-                counted = _collect_one(pool, own, inputs, rows[partition], wanted, tokens_per_batch)
+                counted = _collect_member(pool, model, inputs, rows[partition], length, tokens_per_batch)
                 report(1, counted)
 
             for _ in runner.map(work, todo, on_tick=tick):
                 pass
 
 
-def _collect_one(pool: Pool, own: Mixed, inputs: "Inputs", rows: Partition, tokens: int, tokens_per_batch: int) -> int:
-    """Of one member, stored; the record is written last, and says that the rest is there."""
+def _collect_member(
+    pool: Pool, mixed: MixedModel, inputs: "Inputs", rows: Partition, tokens: int, tokens_per_batch: int
+) -> int:
+    """Collect and store one member's matrices; the record is written last, and so marks them as complete."""
     settings, member = PoolSettings(**pool.recipe), pool.members[rows.name]
-    model = own.become({rows.name: 1.0})
+    model = mixed.become({rows.name: 1.0})
     longest = min(limit for limit in (settings.max_tokens, model.context) if limit)
     drawn = rows.draw(min(tokens, settings.tokens), seed=settings.seed)  # what its training read first
     encoded = (encode(row, model.tokenizer, longest) for row in drawn)
@@ -235,7 +238,7 @@ def _collect_one(pool: Pool, own: Mixed, inputs: "Inputs", rows: Partition, toke
     return counted
 
 
-# -- who reads what
+# -- which layer reads which input
 
 
 @dataclass(frozen=True)
@@ -243,40 +246,40 @@ class Inputs:
     """The distinct inputs of a model's linear layers, each by the name of the first weight that it is multiplied by."""
 
     modules: Mapping[str, nn.Module]
-    """One that reads it."""
+    """A module that reads each input."""
     readers: Mapping[str, str]
-    """By weight, its input's name."""
+    """Name of each weight's input."""
     transposed: frozenset[str]
-    """Weights kept as [i o]."""
+    """Weights stored as [i o]."""
 
 
 def inputs_of(model: LoadedModel, start: Weights) -> Inputs:
-    """Inputs of the layers whose weights are in a model's files, by these files' names."""
+    """Inputs of the layers whose weights are in a model's files, by weights' names in these files."""
     layers = _named_layers(model, start)
-    seen = _Seen()
+    recorder = _CallRecorder()
     ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
-    hooks = {name: partial(seen.note, name) for name in layers}
+    hooks = {name: partial(recorder.record, name) for name in layers}
     _forward(model, layers, hooks, Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids).bool()))
     readers: dict[str, str] = {}
     first: dict[Any, str] = {}
-    odd = []
+    unmatched = []
     for name in layers:
-        calls = seen.calls.get(name)
+        calls = recorder.calls.get(name)
         if calls and all(positions == ids.numel() for _, positions, _ in calls):
             readers[name] = first.setdefault(tuple(calls), name)
         else:
-            odd.append(name)
-    if odd:
+            unmatched.append(name)
+    if unmatched:
         logger.warning("RegMean: %d layers are not called on every token and are averaged by the mean, %s first",
-                       len(odd), odd[0])  # fmt: skip
+                       len(unmatched), unmatched[0])  # fmt: skip
     transposed = {name for name in readers if not isinstance(layers[name], nn.Linear)}
     return Inputs({name: layers[name] for name in first.values()}, readers, frozenset(transposed))
 
 
 def _named_layers(model: LoadedModel, start: Weights) -> dict[str, nn.Module]:
-    """Linear layers by their weights' names in the files; not those that share a weight with anything else."""
-    own = parameters(model)
-    names = {own(name).data_ptr(): name for name in start.files}
+    """Linear layers by their weights' names in the files, without those that share a weight with another module."""
+    parameter = parameter_lookup(model)
+    names = {parameter(name).data_ptr(): name for name in start.files}
     layers = model.layers("*")
     pointers = [layer.weight.data_ptr() for layer in layers.values()]  # type: ignore[union-attr]
     tied = {model.base.get_input_embeddings().weight.data_ptr()}
@@ -286,18 +289,18 @@ def _named_layers(model: LoadedModel, start: Weights) -> dict[str, nn.Module]:
 
 
 @dataclass
-class _Seen:
-    """Which tensor each module was called on; the tensors are held, so that no address comes twice."""
+class _CallRecorder:
+    """Records which tensor each module is called on; tensors are kept alive, so that no address comes twice."""
 
     calls: dict[str, list[tuple[int, int, tuple[int, ...]]]] = field(default_factory=dict)
-    """By module: address, positions, and how it lies in memory."""
-    held: list[Tensor] = field(default_factory=list)
+    """Calls of each module: address of the input, its positions, its shape and strides."""
+    tensors: list[Tensor] = field(default_factory=list)
 
-    def note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module is about to be called."""
+    def record(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook: record the module's input."""
         if args:
             a = args[0].flatten(0, -2)
-            self.held += [args[0], a]
+            self.tensors += [args[0], a]
             self.calls.setdefault(name, []).append((a.data_ptr(), len(a), (*a.shape, *a.stride())))
 
 
@@ -310,10 +313,10 @@ class _Sums:
 
     grams: dict[str, Float32[Tensor, "i i"]]
     real: Bool[Tensor, " s"] | None = None
-    """Positions of the batch that are no padding; None: all, inside the head."""
+    """Mask of the batch's positions that are not padding; None: all are real, as in the head's pass."""
 
     def add(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module is about to be called."""
+        """Forward pre-hook: add the module's input."""
         a = args[0].flatten(0, -2)
         a = (a if self.real is None else a[self.real.to(a.device)]).float()
         self.grams[name] += (a.T @ a).cpu()
@@ -322,7 +325,7 @@ class _Sums:
 def gram_matrices(
     model: LoadedModel, inputs: Inputs, rows: Iterable[Encoded], tokens_per_batch: int
 ) -> tuple[dict[str, Float32[Tensor, "i i"]], int]:
-    """Matrices of every input over rows' real tokens, and how many tokens these are."""
+    """Matrices of every input over rows' real tokens, and the number of these tokens."""
     sizes = {name: layer_shape(module)[1] for name, module in inputs.modules.items()}
     sums, counted = _Sums({name: torch.zeros(size, size) for name, size in sizes.items()}), 0
     hooks = {name: partial(sums.add, name) for name in inputs.modules}
@@ -342,7 +345,7 @@ def _forward(
     batch: Batch,
     sums: _Sums | None = None,
 ) -> None:
-    """A forward pass, heard at some modules; the output head, where it is one of them, on real tokens alone."""
+    """Run a forward pass with pre-hooks on some modules; if the output head is one, it runs on real tokens alone."""
     head = model.base.get_output_embeddings()
     with _hooked({name: module for name, module in modules.items() if module is not head}, hooks):
         if sums is not None:
@@ -350,14 +353,14 @@ def _forward(
         states, logits = model.decode(batch.ids, batch.mask)
     if sums is not None:
         sums.real = None
-    with _hooked({name: module for name, module in modules.items() if module is head}, hooks) as heard:
-        for some in states[batch.mask.to(states.device)].split(HEAD_POSITIONS) if heard else ():
-            logits(some)
+    with _hooked({name: module for name, module in modules.items() if module is head}, hooks) as has_head:
+        for positions in states[batch.mask.to(states.device)].split(HEAD_POSITIONS) if has_head else ():
+            logits(positions)
 
 
 @contextmanager
 def _hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Any]) -> Iterator[bool]:
-    """Whether there are any."""
+    """Pre-hooks on modules for a while; the value is whether there are any modules."""
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hooks[name]).remove)

@@ -1,13 +1,13 @@
-"""Losses of a model on evaluation sets: of every row, so that what is averaged later has an interval.
+"""Losses of a model on evaluation sets, row by row, so that a mean over rows has an interval.
 
 A set is a corpus. Texts longer than the model's context, or than a given length, are read in windows that do not
-overlap; each window's first token is predicted from what the tokenizer puts first, or not at all, and only the last
+overlap; each window's first token is predicted from the tokenizer's initial token, or not at all, and only the last
 window is closed by an end of sequence. Sums over tokens:
 
     perplexity      exp(sum of nats / tokens)
     bits per byte   sum of nats / (ln 2 * bytes of the supervised text), the same for any tokenizer
 
-Losses are kept by content: of a model's weights and a set's rows, so that nothing is measured twice.
+Losses are stored by the content of a model's weights and a set's rows, so that nothing is measured twice.
 """
 
 import hashlib
@@ -34,26 +34,26 @@ from whence.storage import Place
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out rows."""
+    """An evaluation set: held-out rows with a name."""
 
     name: str
     rows: tuple[Row, ...]
 
     @property
     def digest(self) -> str:
-        """Of its rows."""
-        whole = hashlib.sha256()
+        """Digest of the rows."""
+        digest = hashlib.sha256()
         for row in self.rows:
-            whole.update(row_json(row).encode())
-        return whole.hexdigest()
+            digest.update(row_json(row).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one model on one set, by row."""
+    """Losses of one model on one set, by row."""
 
     nats: Float64[Tensor, " n"]
-    """Summed over the row's supervised tokens."""
+    """Sum over the row's supervised tokens."""
     tokens: Int64[Tensor, " n"]
     bytes: Int64[Tensor, " n"]
 
@@ -69,11 +69,11 @@ class Losses:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the supervised text."""
+        """Bits per byte of the supervised text."""
         return float(self.nats.sum() / (math.log(2) * self.bytes.sum().clamp(min=1)))
 
     def interval(self, *, seed: int = 0) -> tuple[float, float]:
-        """95% of the loss, over rows drawn anew."""
+        """95% interval of the loss, bootstrapped over rows."""
         pairs = torch.stack([self.nats, self.tokens.double()], 1)[self.tokens > 0]
         if len(pairs) < 2:
             return self.loss, self.loss
@@ -88,21 +88,21 @@ def read_sets(paths: Iterable[str | Path]) -> list[EvalSet]:
         SettingError: Two sets have one name.
     """
     files = [file for path in map(Path, paths) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    found: list[EvalSet] = []
+    sets: list[EvalSet] = []
     for file in files:
         name = file.name.partition(".")[0]
-        if name in (known.name for known in found):
+        if name in (known.name for known in sets):
             raise SettingError(f"--eval {file}: there is a set {name} already; sets are named after their files")
-        found.append(EvalSet(name, tuple(example.row for example in open_corpus(file))))
-    if not found:
+        sets.append(EvalSet(name, tuple(example.row for example in open_corpus(file))))
+    if not sets:
         raise SettingError("--eval: one file of held-out rows or more is expected")
-    return found
+    return sets
 
 
 def measure(
     model: LoadedModel, evaluated: EvalSet, *, max_tokens: int | None = None, tokens_per_batch: int = 4096
 ) -> Losses:
-    """Read a set with a model.
+    """Losses of a model on a set.
 
     Raises:
         CorpusError: No row has a supervised token.
@@ -111,16 +111,16 @@ def measure(
     pieces, encoded = [], []
     for number, row in enumerate(evaluated.rows):
         windows = list(pieces_of(row, model.tokenizer, longest))
-        read = [encode(window, model.tokenizer, longest) for window in windows]
+        tokens = [encode(window, model.tokenizer, longest) for window in windows]
         pieces += [(number, window) for window in windows]
-        encoded += [_open_ended(window) for window in read[:-1]] + read[-1:]
-    counts = torch.tensor([row.targets for row in encoded])
+        encoded += [_open_ended(window) for window in tokens[:-1]] + tokens[-1:]
+    counts = torch.tensor([row.supervised_count for row in encoded])
     if not int(counts.sum()):
         raise CorpusError(f"the evaluation set {evaluated.name} has no text: none of its rows has a token to predict")
     nats = torch.zeros(len(pieces), dtype=torch.float64)
-    for numbers, some in losses(model, encoded, tokens_per_batch):
-        own = counts[numbers]
-        nats[numbers] = torch.where(own > 0, some.double() * own, 0.0)
+    for numbers, means in losses(model, encoded, tokens_per_batch):
+        supervised = counts[numbers]
+        nats[numbers] = torch.where(supervised > 0, means.double() * supervised, 0.0)
     owners = torch.tensor([number for number, _ in pieces])
     sizes = torch.tensor([supervised_bytes(piece, model.tokenizer) for _, piece in pieces])
     n = len(evaluated.rows)
@@ -137,19 +137,19 @@ def _open_ended(encoded: Encoded) -> Encoded:
 
 
 def content_name(key: Sequence[object]) -> str:
-    """Of what a key says."""
+    """File name of a key's content."""
     return hashlib.sha256(json.dumps(list(key), sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def kept(place: Place, key: Sequence[object], make: Callable[[], Losses]) -> Losses:
-    """Losses by a key that says all they depend on; made where they are not there."""
+def stored_losses(place: Place, key: Sequence[object], compute: Callable[[], Losses]) -> Losses:
+    """Losses stored under a key, which has all that they depend on; computed and stored if they are not there."""
     name = f"{content_name(key)}.json"
     if place.exists(name):
-        found = json.loads(place.read(name))
-        return Losses(torch.tensor(found["nats"], dtype=torch.float64), torch.tensor(found["tokens"]),
-                      torch.tensor(found["bytes"]))  # fmt: skip
-    found = make()
-    columns = {"nats": found.nats.tolist(), "tokens": found.tokens.tolist(), "bytes": found.bytes.tolist()}
+        document = json.loads(place.read(name))
+        return Losses(torch.tensor(document["nats"], dtype=torch.float64), torch.tensor(document["tokens"]),
+                      torch.tensor(document["bytes"]))  # fmt: skip
+    computed = compute()
+    columns = {"nats": computed.nats.tolist(), "tokens": computed.tokens.tolist(), "bytes": computed.bytes.tolist()}
     data = json.dumps({"key": list(key), **columns}, default=str).encode()
     place.write(name, [data], total=len(data))
-    return found
+    return computed

@@ -1,8 +1,8 @@
-"""The pool job: one model for each partition of a corpus, all from one parent, with equal budgets.
+"""Training the members of a pool: one model for each partition of a corpus, all from one parent, with equal budgets.
 
-Every member is an idempotent job: what is finished is kept, what was interrupted is done again, and partitions that
-come later join without the others being trained anew. `true_model` trains the real thing, on a mixture's rows, which is
-what an average of members stands in for.
+Every member is an idempotent job: a finished one is kept, an interrupted one is done again, and partitions that come
+later join without the others being trained anew. `true_model` trains on a mixture's own rows: the model that an average
+of members stands in for.
 
 All trainings have the same rate, schedule, seed and tokens a step. A member of `tokens` tokens is trained in `steps`
 steps; a mixture of m budgets in m times as many. Averages need the members to stay near one another: the default rate
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from whence import runner
-from whence.ablation.merging import Mixture, checked
+from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import DTYPES, Pool, begin_pool
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import ManifestMismatchError, SettingError
-from whence.models.loading import load_tokenizer, located, tokenizer_digest
+from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
 from whence.storage import Place
@@ -44,9 +44,9 @@ class PoolSettings:
     unit_tokens: int | None = None
     """Cut partitions into units of about so many tokens, each a member of its own."""
     tokens: int = 100_000
-    """Budget of a member: smaller partitions are read again, of larger ones a random part."""
+    """Token budget of a member: a smaller partition is read again, a larger one gives a random sample."""
     steps: int = 48
-    """Of a member's training."""
+    """Steps of a member's training."""
     lr: float = 3e-4
     """Constant after the warm-up."""
     warmup_steps: int = 10
@@ -56,7 +56,7 @@ class PoolSettings:
     """Train adapters; None: all weights."""
     seed: int = 0
     dtype: str = "bfloat16"
-    """Of the stored delta, or float32, which keeps the weights to the last bit."""
+    """Type of the stored delta; "float32" stores the weights themselves, exactly."""
 
     def __post_init__(self):
         for name in ("tokens", "steps", "lr", "max_tokens"):
@@ -68,7 +68,7 @@ class PoolSettings:
             raise SettingError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
 
     def recipe(self) -> dict[str, Any]:
-        """What members must have in common."""
+        """Settings that members must have in common."""
         return asdict(self)
 
 
@@ -84,10 +84,10 @@ def train_pool(
     """Train a model for each partition of a corpus that has none in the pool yet.
 
     Args:
-        parent: theta_0: directory or Hub name; of a Trainer's directory the last checkpoint.
-        corpus: Whatever `open_corpus` takes, with the column to partition by.
+        parent: theta_0: a directory or Hub name; in a Trainer's directory its last checkpoint.
+        corpus: Anything that `open_corpus` takes, with the column to partition by.
         out: The pool's directory; the same call goes on from there.
-        engine: Where members are trained; see `runner`.
+        engine: Engine that members are trained on; see `runner`.
         shown: Show a bar on stderr.
         settings: Fields of `PoolSettings` by name.
 
@@ -96,58 +96,60 @@ def train_pool(
 
     Raises:
         CorpusError: The corpus cannot be read, or lacks the column.
-        ManifestMismatchError: The pool there is of another parent or recipe, or a member of other rows.
+        ManifestMismatchError: The pool there has another parent or recipe, or a member has other rows.
         ModelError: The parent is no whole model, such as an adapter alone.
-        SettingError: A setting that cannot work, or only one partition.
+        SettingError: A setting cannot work, or there is only one partition.
     """
     chosen = PoolSettings(**settings)
     runner.check_engine(engine)
-    start = located(open_run(parent).checkpoints[-1].path)
-    weights_by_name(start)  # every member is held against them: better now than after the first is trained
+    start = local_directory(open_run(parent).checkpoints[-1].path)
+    weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)
-    parts = read_partitions(start, opened, chosen)
+    partitions = read_partitions(start, opened, chosen)
     address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
-    words = tokenizer_digest(load_tokenizer(start, start, False))
-    pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)
-    if len({*parts, *pool.members}) < 2:
+    tokenizer = tokenizer_digest(load_tokenizer(start, start, False))
+    pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=tokenizer)
+    if len({*partitions, *pool.members}) < 2:
         raise SettingError(
-            f"--by {chosen.by}: {len(parts)} partition in the corpus; two or more are expected, to be mixed"
+            f"--by {chosen.by}: {len(partitions)} partition in the corpus; two or more are expected, to be mixed"
         )
     with pool.place.locked():
-        pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # as it is now that it is ours
-        for part in parts.values():
-            refuse_other_rows(pool, part, opened.name)
-        todo = [part for name, part in parts.items() if not pool.has(name)]
-        with runner.progress("Training members", len(parts), done=len(parts) - len(todo), shown=shown) as tick:
+        pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=tokenizer)  # read again, under the lock
+        for partition in partitions.values():
+            refuse_other_rows(pool, partition, opened.name)
+        todo = [partition for name, partition in partitions.items() if not pool.has(name)]
+        done = len(partitions) - len(todo)
+        with runner.progress("Training members", len(partitions), done=done, shown=shown) as tick:
 
-            def work(part: Partition, report: runner.Tick) -> tuple[Path, float | None]:
-                place = Path(pool.place.root) / "work" / slug(part.name)
-                rows = part.draw(chosen.tokens, seed=chosen.seed)
-                run = trained(start, rows, place, chosen, tokens=chosen.tokens)
+            def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
+                place = Path(pool.place.root) / "work" / slug(partition.name)
+                rows = partition.draw(chosen.tokens, seed=chosen.seed)
+                run = train_model(start, rows, place, chosen, tokens=chosen.tokens)
                 report(1, chosen.tokens)
                 return run, last_loss(run)
 
-            for part, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
-                pool = pool.with_member(part.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
-                                        rows=len(part.pieces), size=part.tokens, digest=part.digest)  # fmt: skip
+            for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
+                pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
+                                        rows=len(partition.pieces), size=partition.tokens,
+                                        digest=partition.digest)  # fmt: skip
                 _forget_work(pool)
-        pool.write()  # the parent's place and the corpus', which may have moved
+        pool.write()  # the addresses of parent and corpus, which may have moved
         _forget_work(pool)  # of a process that was killed right after its member was listed
     return pool
 
 
-def refuse_other_rows(pool: Pool, part: Partition, corpus: str) -> None:
-    """Where a partition has a member, it was trained on these rows.
+def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
+    """Refuse a partition whose member was trained on other rows.
 
     Raises:
-        ManifestMismatchError: It was trained on others.
+        ManifestMismatchError: It was.
     """
-    member = pool.members.get(part.name)
-    if member is None or (member.rows == len(part.pieces) and member.digest in (None, part.digest)):
+    member = pool.members.get(partition.name)
+    if member is None or (member.rows == len(partition.pieces) and member.digest in (None, partition.digest)):
         return
     raise ManifestMismatchError(
-        f"{corpus}: its {len(part.pieces):,} rows of the partition {part.name} are not the {member.rows:,} that the "
-        f"member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
+        f"{corpus}: its {len(partition.pieces):,} rows of the partition {partition.name} are not the {member.rows:,} "
+        f"that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
     )
 
 
@@ -163,23 +165,23 @@ def _forget_work(pool: Pool) -> None:
 def true_model(
     pool: Pool, partitions: Mapping[str, Partition], mixture: Mixture, out: str | Path, *, budgets: float
 ) -> Path:
-    """Train the parent on a mixture's own rows: what a merge only stands in for.
+    """Train the parent on a mixture's own rows: the model that a merged one stands in for.
 
     Args:
-        pool: Whose recipe is used.
-        partitions: Of the corpus that the pool was trained on.
+        pool: The pool whose recipe is used.
+        partitions: Partitions of the corpus that the pool was trained on.
         mixture: Shares of the token budget.
-        out: Of the training.
-        budgets: The token budget, in members': of a uniform mixture as many as it has partitions, as in the source.
+        out: Directory of the training.
+        budgets: Token budget, in members' budgets; in the source, the number of partitions of a uniform mixture.
 
     Returns:
         Directory of the model or adapter.
     """
     chosen = PoolSettings(**pool.recipe)
-    weights = checked(mixture, partitions)
+    weights = checked_mixture(mixture, partitions)
     tokens = round(budgets * chosen.tokens)
     rows = draw_mixture(partitions, weights, tokens, seed=chosen.seed)
-    return trained(pool.parent, rows, Path(out), chosen, tokens=tokens)
+    return train_model(pool.parent, rows, Path(out), chosen, tokens=tokens)
 
 
 def read_partitions(parent: str, corpus: Corpus, settings: PoolSettings) -> dict[str, Partition]:
@@ -193,7 +195,7 @@ def read_partitions(parent: str, corpus: Corpus, settings: PoolSettings) -> dict
 def pool_partitions(
     pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, names: Iterable[str]
 ) -> dict[str, Partition]:
-    """The rows that some members were trained on, from the corpus given or from where the pool remembers it.
+    """The rows that some members were trained on, from the given corpus or from the address that the pool stores.
 
     Raises:
         SettingError: There is no corpus, or it lacks a partition.
@@ -203,23 +205,25 @@ def pool_partitions(
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
-    found = read_partitions(pool.parent, opened, PoolSettings(**pool.recipe))
-    wanted = list(names)
-    if missing := [name for name in wanted if name not in found]:
+    partitions = read_partitions(pool.parent, opened, PoolSettings(**pool.recipe))
+    required = list(names)
+    if missing := [name for name in required if name not in partitions]:
         raise SettingError(
             f"{opened.name}: no row of the partition {missing[0]}. Give a corpus that has all partitions with --corpus."
         )
-    for name in wanted:
-        refuse_other_rows(pool, found[name], opened.name)
-    return {name: found[name] for name in wanted}
+    for name in required:
+        refuse_other_rows(pool, partitions[name], opened.name)
+    return {name: partitions[name] for name in required}
 
 
-def trained(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *, tokens: int) -> Path:
-    """One training by the recipe, through `train`; its last checkpoint's directory."""
+def train_model(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *, tokens: int) -> Path:
+    """Train a model by the pool's recipe; the directory of its last checkpoint."""
     steps = max(1, round(settings.steps * tokens / settings.tokens))
     run = train(
         parent,
-        [row | {"id": f"{number}:{row['id']}"} for number, row in enumerate(rows)],  # a repeated row is a row
+        [
+            row | {"id": f"{number}:{row['id']}"} for number, row in enumerate(rows)
+        ],  # repeated rows need ids of their own
         place,
         epochs=1,
         batch_size=math.ceil(len(rows) / steps),
@@ -232,7 +236,7 @@ def trained(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *
         seed=settings.seed,
         progress=False,
     )
-    return Path(located(open_run(run).checkpoints[-1].path))
+    return Path(local_directory(open_run(run).checkpoints[-1].path))
 
 
 def last_loss(checkpoint: Path) -> float | None:
@@ -244,7 +248,7 @@ def last_loss(checkpoint: Path) -> float | None:
 
 
 def slug(name: str) -> str:
-    """A partition's or mixture's name as that of a directory.
+    """A directory's name for a partition or mixture.
 
     >>> slug("code/0"), slug("C++ & C")
     ('code-0-9c54', 'C-C-c562')

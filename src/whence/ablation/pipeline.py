@@ -1,20 +1,20 @@
-"""The ablate job: what any mixture of a pool's partitions would have given, without training it.
+"""The ablate job: the loss that any mixture of a pool's partitions would have given, without training on it.
 
-For every candidate mixture and evaluation set, proxies of the loss that a model trained on the mixture would have:
+Every candidate mixture gets, on every evaluation set, proxies of the loss of a model trained on the mixture:
 
-    merged      of the members' weighted mean, `merging`; what is claimed to rank candidates
+    merged      loss of the members' weighted mean (`merging`), which is claimed to rank candidates
     mean        weighted mean of the members' own losses, in nats (the log of a geometric mean of perplexities)
-    midpoint    of the two, which err differently: an average forgets less of what it was not trained on than members do
+    midpoint    mean of these two, which err differently: a merged model forgets less than its members do
     mean_ppl    log of the weighted mean of their perplexities
-    best        smallest of the members' losses
-    ngram       KL of the set's hashed n-grams from the mixture's: no model at all
-    parent      of theta_0: the same for all, it ranks nothing
+    best        the smallest of the members' losses
+    ngram       KL divergence of the set's hashed n-grams from the mixture's: it needs no model
+    parent      loss of theta_0, the same for all candidates: it ranks nothing
 
-and with `truth` the loss of the model that is really trained on it, and how well each proxy ranked (`agreement`).
-A merged loss ranks candidates; its level is off, for a mean of K members has moved 1 / sqrt(K) as far as one, where the
-real model has taken K times the steps.
+and with `truth` the loss of a model really trained on the mixture, and how well each proxy ranks (`rank_agreement`).
+A merged loss ranks candidates; its level is off, since a mean of K members has moved 1 / sqrt(K) as far as one
+member, whereas the real model has taken K times the steps.
 
-What is measured is kept in the pool by content, so that the same candidates are never measured twice.
+Losses are stored in the pool by content, so that the same candidates are never measured twice.
 
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from whence import runner
+from whence.ablation.averages import ALPHA, RegMean
 from whence.ablation.candidates import Candidate, read_candidates
 from whence.ablation.gram_matrices import averaging
-from whence.ablation.heldout_losses import EvalSet, Losses, content_name, kept, measure, read_sets
+from whence.ablation.heldout_losses import EvalSet, Losses, content_name, measure, read_sets, stored_losses
 from whence.ablation.member_training import (
     PoolSettings,
     pool_place,
@@ -39,7 +40,7 @@ from whence.ablation.member_training import (
     slug,
     true_model,
 )
-from whence.ablation.merging import ALPHA, RegMean, mixed
+from whence.ablation.mixed_model import mixed_model
 from whence.ablation.pool import Pool, open_pool
 from whence.ablation.rank_agreement import Agreement, agreement, centred, groups
 from whence.corpus.layouts import Row, row_text
@@ -59,13 +60,14 @@ class Cell:
     mixture: str
     set: str
     contained: bool
-    """The set's own partition is in the mixture."""
+    """Whether the set's own partition is in the mixture."""
     merged: float
     low: float
-    """95% of `merged`, over the set's rows."""
+    """Lower end of the 95% interval of `merged`, over the set's rows."""
     high: float
+    """Upper end of it."""
     bits_per_byte: float
-    """Of the merged model."""
+    """Bits per byte of the merged model."""
     mean: float
     mean_ppl: float
     best: float
@@ -75,46 +77,46 @@ class Cell:
 
     @property
     def midpoint(self) -> float:
-        """Between the loss of the average and the average of the losses."""
+        """Mean of the merged model's loss and the mean of the members' losses."""
         return (self.merged + self.mean) / 2
 
     def row(self) -> dict[str, Any]:
-        """As plain values, with the merged model's perplexity."""
+        """The cell as plain values, with the merged model's perplexity."""
         return dict(self.__dict__) | {"midpoint": self.midpoint, "perplexity": math.exp(min(self.merged, 700.0))}
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What an ablate job found."""
+    """The result of an ablate job."""
 
     cells: list[Cell]
     candidates: list[Candidate]
     agreements: dict[str, dict[str, dict[str, Agreement]]] = field(default_factory=dict)
-    """With truth: by evaluation set (and "all sets", centred), group of candidates, and proxy."""
+    """Agreement with the truth, if it was trained: by evaluation set (and "all sets", centred), group and proxy."""
     cost: dict[str, float] = field(default_factory=dict)
-    """Tokens trained for the pool and for the truth, seconds of both, and the number of candidates from which on the
-    pool is the cheaper way."""
+    """Tokens trained for the pool and for the truth, seconds of both, and the number of candidates above which the pool
+    is cheaper."""
     notes: list[str] = field(default_factory=list)
 
     def best(self) -> dict[str, str]:
-        """Of every set, the mixture with the smallest merged loss."""
+        """The mixture with the smallest merged loss, by set."""
         sets = dict.fromkeys(cell.set for cell in self.cells)
         return {name: min((cell for cell in self.cells if cell.set == name), key=lambda cell: cell.merged).mixture
                 for name in sets}  # fmt: skip
 
     def gained(self) -> dict[str, float]:
-        """Of every mixture, the best first, its merged loss less the parent's, in nats: the mean over sets."""
-        of: dict[str, list[float]] = {}
+        """Merged loss less the parent's, in nats, the mean over sets, by mixture; the best comes first."""
+        changes: dict[str, list[float]] = {}
         for cell in self.cells:
-            of.setdefault(cell.mixture, []).append(cell.merged - cell.parent)
-        means = {name: math.fsum(differences) / len(differences) for name, differences in of.items()}
+            changes.setdefault(cell.mixture, []).append(cell.merged - cell.parent)
+        means = {name: math.fsum(differences) / len(differences) for name, differences in changes.items()}
         return dict(sorted(means.items(), key=lambda pair: pair[1]))
 
     def rows(self) -> list[Row]:
         """Cells as plain values, each with its mixture's shares as `mixture/NAME`: a table that `mix law` reads."""
         names = list(dict.fromkeys(name for candidate in self.candidates for name in candidate.weights))
-        shares = {one.name: {f"mixture/{name}": one.weights.get(name, 0.0) for name in names}
-                  for one in self.candidates}  # fmt: skip
+        shares = {candidate.name: {f"mixture/{name}": candidate.weights.get(name, 0.0) for name in names}
+                  for candidate in self.candidates}  # fmt: skip
         return [cell.row() | shares[cell.mixture] for cell in self.cells]
 
 
@@ -136,66 +138,70 @@ def ablate(
     """Losses of mixtures on evaluation sets.
 
     Args:
-        pool: Of `train_pool`.
-        evaluated: Files or directories of held-out rows, one set each.
+        pool: A pool of `train_pool`.
+        evaluated: Files or directories of held-out rows; each file is one set.
         mixtures: A file or rows, each with partitions as columns or with `weights`, and where given a `name` and
             `budgets`. None: every partition alone, all pairs, and all together.
-        truth: Train every candidate for real too.
-        corpus: That the pool was trained on, for `truth`, n-grams and RegMean; None: where the pool remembers it.
-        scale: Of the members' moves; see `merging`.
-        method: How members are averaged: "mean" or "regmean", for which inputs are collected once; see `grams`.
-        alpha: Of RegMean.
-        max_tokens: Windows that evaluation texts are read in; None: those that members were trained on.
-        tokens_per_batch: Of evaluation.
-        seed: Of intervals.
+        truth: Also train a model on every candidate.
+        corpus: Corpus that the pool was trained on, for `truth`, n-grams and RegMean; None: the address that the pool
+            stores.
+        scale: Factor of the members' moves; see `merging`.
+        method: How members are averaged: "mean", or "regmean", which collects inputs once; see `gram_matrices`.
+        alpha: RegMean's factor of off-diagonals.
+        max_tokens: Windows of evaluation texts, in tokens; None: as members were trained.
+        tokens_per_batch: Tokens of an evaluation's pass.
+        seed: Seed of intervals.
         shown: Show bars on stderr.
 
     Raises:
-        SettingError: A mixture names what is not there or does not sum to 1; `truth` without the corpus.
-        CorpusError: An evaluation set without text.
+        SettingError: A mixture names an unknown partition or does not sum to 1; `truth` has no corpus.
+        CorpusError: An evaluation set has no text.
     """
-    own = pool if isinstance(pool, Pool) else open_pool(pool)
-    if len(own.members) < 2:
-        raise SettingError(f"{own.place.root}: {len(own.members)} member; two or more are expected, to be mixed")
+    opened = pool if isinstance(pool, Pool) else open_pool(pool)
+    if len(opened.members) < 2:
+        raise SettingError(f"{opened.place.root}: {len(opened.members)} member; two or more are expected, to be mixed")
     sets = _sets(evaluated)
-    candidates = read_candidates(own, mixtures)
-    settings = PoolSettings(**own.recipe)
-    corpus = None if corpus is None else open_corpus(corpus)  # rows that come once are read twice
-    regmean = averaging(own, method, alpha=alpha, corpus=corpus, shown=shown)
-    reader = _Reader(own, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale, regmean)
+    candidates = read_candidates(opened, mixtures)
+    settings = PoolSettings(**opened.recipe)
+    corpus = None if corpus is None else open_corpus(corpus)  # read twice, which a stream of rows cannot be
+    regmean = averaging(opened, method, alpha=alpha, corpus=corpus, shown=shown)
+    evaluator = _Evaluator(opened, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale, regmean)
     start = time.perf_counter()
-    measured = reader.merged(candidates, shown=shown)
-    seconds = time.perf_counter() - start
-    parts, changed = _partitions(own, corpus, settings, is_needed=truth or corpus is not None)
-    if truth and parts is None:
-        raise SettingError(f"--truth: {own.place.root} does not know its corpus any more; give it with --corpus")
-    lost = _lost(own, candidates, parts)
-    if truth and lost:
-        raise SettingError(f"--truth: the corpus has no row of the partition {lost[0]}; give one with all as --corpus")
-    real: dict[str, dict[str, Losses]] = {}
-    if truth and parts is not None:
+    merged = evaluator.merged(candidates, shown=shown)
+    merged_seconds = time.perf_counter() - start
+    partitions, partition_notes = _partitions(opened, corpus, settings, is_needed=truth or corpus is not None)
+    if truth and partitions is None:
+        raise SettingError(f"--truth: {opened.place.root} does not know its corpus any more; give it with --corpus")
+    missing = _missing_partitions(opened, candidates, partitions)
+    if truth and missing:
+        raise SettingError(
+            f"--truth: the corpus has no row of the partition {missing[0]}; give one with all as --corpus"
+        )
+    true: dict[str, dict[str, Losses]] = {}
+    if truth and partitions is not None:
         start = time.perf_counter()
-        real = reader.truths(candidates, parts, shown=shown)
-    spent = time.perf_counter() - start if truth else 0.0
+        true = evaluator.truths(candidates, partitions, shown=shown)
+    truth_seconds = time.perf_counter() - start if truth else 0.0
     cells = [
-        cell for evaluated_set in sets for cell in _cells(own, evaluated_set, candidates, measured, real, parts, seed)
+        cell
+        for evaluated_set in sets
+        for cell in _cells(opened, evaluated_set, candidates, merged, true, partitions, seed)
     ]
-    found = Ablation(
+    return Ablation(
         cells=cells,
         candidates=candidates,
         agreements=_agreements(cells, seed) if truth else {},
-        cost=_cost(own, settings, candidates, seconds, spent, truth=truth),
-        notes=[*_notes(cells, candidates, own, lost), *changed, *_averaged(regmean)],
+        cost=_cost(opened, settings, candidates, merged_seconds, truth_seconds, truth=truth),
+        notes=[*_notes(cells, candidates, opened, missing), *partition_notes, *_regmean_notes(regmean)],
     )
-    return found
 
 
 # -- losses
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Measures models on all sets, each model once."""
+class _Evaluator:
+    """Measures the losses of models on all sets, of each model once."""
 
     pool: Pool
     sets: Sequence[EvalSet]
@@ -205,98 +211,99 @@ class _Reader:
     regmean: RegMean | None = None
 
     def merged(self, candidates: Sequence[Candidate], *, shown: bool) -> dict[str, dict[str, Losses]]:
-        """By candidate and set; members alone and the parent, called "", among them."""
-        own = mixed(self.pool, scale=self.scale, regmean=self.regmean)
-        wanted: dict[str, Mapping[str, float] | None] = {"": None}
-        wanted |= {_alone(name): {name: 1.0} for name in self.pool.members}
-        wanted |= {candidate.name: candidate.weights for candidate in candidates}
-        found: dict[str, dict[str, Losses]] = {}
-        with runner.progress("Reading mixtures", len(wanted), shown=shown) as tick:
-            for name, weights in wanted.items():
-                key = None if weights is None else {part: [self.pool.members[part].sha256, weight]
-                                                    for part, weight in weights.items()}  # fmt: skip
-                found[name] = {
-                    evaluated.name: kept(
+        """Losses of merged models by candidate and set; also of single members, and of the parent under the name ""."""
+        mixed = mixed_model(self.pool, scale=self.scale, regmean=self.regmean)
+        mixtures: dict[str, Mapping[str, float] | None] = {"": None}
+        mixtures |= {_member_name(name): {name: 1.0} for name in self.pool.members}
+        mixtures |= {candidate.name: candidate.weights for candidate in candidates}
+        by_name: dict[str, dict[str, Losses]] = {}
+        with runner.progress("Reading mixtures", len(mixtures), shown=shown) as tick:
+            for name, weights in mixtures.items():
+                key = None if weights is None else {partition: [self.pool.members[partition].sha256, weight]
+                                                    for partition, weight in weights.items()}  # fmt: skip
+                by_name[name] = {
+                    evaluated.name: stored_losses(
                         pool_place(self.pool, "losses"),
                         ["merged", self.pool.parent_digest, key, self.scale, evaluated.digest, self.max_tokens,
                          *self._method(weights)],
                         lambda evaluated=evaluated, weights=weights: measure(
-                            own.become(weights), evaluated, max_tokens=self.max_tokens,
+                            mixed.become(weights), evaluated, max_tokens=self.max_tokens,
                             tokens_per_batch=self.tokens_per_batch),
                     )
                     for evaluated in self.sets
                 }  # fmt: skip
-                tick(1, sum(int(losses.tokens.sum()) for losses in found[name].values()))
-        return found
+                tick(1, sum(int(losses.tokens.sum()) for losses in by_name[name].values()))
+        return by_name
 
     def _method(self, weights: Mapping[str, float] | None) -> list[Any]:
-        """What a merged loss depends on beside the mean's; nothing where a mixture is one member alone."""
+        """The key of RegMean, on which a merged loss depends; empty for the mean, and for a single member."""
         if self.regmean is None or weights is None or len(weights) == 1:
             return []
         return ["regmean", self.regmean.alpha, {name: self.regmean.digests[name] for name in weights}]
 
     def truths(
-        self, candidates: Sequence[Candidate], parts: Mapping[str, Partition], *, shown: bool
+        self, candidates: Sequence[Candidate], partitions: Mapping[str, Partition], *, shown: bool
     ) -> dict[str, dict[str, Losses]]:
-        """The same of models that are really trained; one that was interrupted is trained again."""
-        found: dict[str, dict[str, Losses]] = {}
-        digests = {name: part.digest for name, part in parts.items()}
+        """Losses of models really trained, by candidate and set; an interrupted training is done again."""
+        by_name: dict[str, dict[str, Losses]] = {}
+        digests = {name: partition.digest for name, partition in partitions.items()}
         with runner.progress("Training the truth", len(candidates), shown=shown) as tick:
 
             def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
                 key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),
                        candidate.budgets, {name: digests[name] for name in candidate.weights}]  # fmt: skip
-                made = _Once(self.pool, parts, candidate, content_name(key))
+                training = _TrueModel(self.pool, partitions, candidate, content_name(key))
                 place = pool_place(self.pool, "losses")
                 losses = {
-                    evaluated.name: kept(
+                    evaluated.name: stored_losses(
                         place,
                         [*key, evaluated.digest, self.max_tokens],
                         lambda evaluated=evaluated: measure(
-                            load_model(made.model(), dtype="float32"), evaluated, max_tokens=self.max_tokens,
+                            load_model(training.path(), dtype="float32"), evaluated, max_tokens=self.max_tokens,
                             tokens_per_batch=self.tokens_per_batch),
                     )
                     for evaluated in self.sets
                 }  # fmt: skip
-                made.forget()
+                training.remove()
                 report(1, 0)
                 return losses
 
             for candidate, losses in runner.map(work, candidates, on_tick=tick):
-                found[candidate.name] = losses
-        return found
+                by_name[candidate.name] = losses
+        return by_name
 
 
 @dataclass
-class _Once:
-    """A real model that is trained when it is first asked for."""
+class _TrueModel:
+    """A model really trained on a candidate; the training starts at the first use."""
 
     pool: Pool
-    parts: Mapping[str, Partition]
+    partitions: Mapping[str, Partition]
     candidate: Candidate
     content: str
-    """Name of all that its training depends on."""
-    path: Path | None = None
+    """Digest of all that its training depends on."""
+    trained: Path | None = None
 
     @property
-    def place(self) -> Path:
+    def directory(self) -> Path:
+        """Directory of its training, inside the pool."""
         return Path(self.pool.place.root) / "truth" / f"{slug(self.candidate.name)}-{self.content[:12]}"
 
-    def model(self) -> Path:
-        """Its directory."""
-        if self.path is None:
+    def path(self) -> Path:
+        """Directory of the model, which is trained if it is not there."""
+        if self.trained is None:
             weights, budgets = self.candidate.weights, self.candidate.budgets
-            self.path = true_model(self.pool, self.parts, weights, self.place, budgets=budgets)
-        return self.path
+            self.trained = true_model(self.pool, self.partitions, weights, self.directory, budgets=budgets)
+        return self.trained
 
-    def forget(self) -> None:
-        """Remove its weights: the losses are what is kept."""
-        if self.path is not None:
-            shutil.rmtree(self.place, ignore_errors=True)
+    def remove(self) -> None:
+        """Remove the model; its losses are stored."""
+        if self.trained is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _alone(name: str) -> str:
-    """What a member alone is called among the models; no candidate can be called so."""
+def _member_name(name: str) -> str:
+    """Name of a single member among the models; no candidate can have it."""
     return f"\0{name}"
 
 
@@ -304,41 +311,42 @@ def _cells(
     pool: Pool,
     evaluated: EvalSet,
     candidates: Sequence[Candidate],
-    measured: Mapping[str, Mapping[str, Losses]],
-    real: Mapping[str, Mapping[str, Losses]],
-    parts: Mapping[str, Partition] | None,
+    merged: Mapping[str, Mapping[str, Losses]],
+    true: Mapping[str, Mapping[str, Losses]],
+    partitions: Mapping[str, Partition] | None,
     seed: int,
 ) -> Iterable[Cell]:
-    own = own_partitions(pool, evaluated)
-    alone = {name: measured[_alone(name)][evaluated.name].loss for name in pool.members}
+    """All candidates on one set."""
+    set_partitions = own_partitions(pool, evaluated)
+    members = {name: merged[_member_name(name)][evaluated.name].loss for name in pool.members}
     grams = None
-    if parts is not None and all(name in parts for name in pool.members):
-        texts = {name: (row_text(piece.row) for piece in parts[name].pieces) for name in pool.members}
+    if partitions is not None and all(name in partitions for name in pool.members):
+        texts = {name: (row_text(piece.row) for piece in partitions[name].pieces) for name in pool.members}
         grams = gram_divergence((row_text(row) for row in evaluated.rows), texts)
     for candidate in candidates:
-        losses = measured[candidate.name][evaluated.name]
+        losses = merged[candidate.name][evaluated.name]
         low, high = losses.interval(seed=seed)
         weights = candidate.weights
         shares = [weights.get(name, 0.0) for name in pool.members]
         yield Cell(
             mixture=candidate.name,
             set=evaluated.name,
-            contained=any(weights.get(name) for name in own),
+            contained=any(weights.get(name) for name in set_partitions),
             merged=losses.loss,
             low=low,
             high=high,
             bits_per_byte=losses.bits_per_byte,
-            mean=math.fsum(weight * alone[name] for name, weight in weights.items()),
-            mean_ppl=math.log(math.fsum(weight * math.exp(alone[name]) for name, weight in weights.items())),
-            best=min(alone[name] for name in weights),
+            mean=math.fsum(weight * members[name] for name, weight in weights.items()),
+            mean_ppl=math.log(math.fsum(weight * math.exp(members[name]) for name, weight in weights.items())),
+            best=min(members[name] for name in weights),
             ngram=None if grams is None else mixture_divergence(*grams, shares),
-            parent=measured[""][evaluated.name].loss,
-            truth=real[candidate.name][evaluated.name].loss if real else None,
+            parent=merged[""][evaluated.name].loss,
+            truth=true[candidate.name][evaluated.name].loss if true else None,
         )
 
 
 def own_partitions(pool: Pool, evaluated: EvalSet) -> list[str]:
-    """Members of the set's own kind: of its name, of its units, or of its rows' value in the partitioning column."""
+    """Partitions that a set belongs to: by its name, also as units, or by its rows' value in the partition column."""
     column = str(pool.recipe.get("by", "source"))
     values = {str(row.get(column)) for row in evaluated.rows}
     names = {evaluated.name} | (values if len(values) == 1 else set())
@@ -346,49 +354,51 @@ def own_partitions(pool: Pool, evaluated: EvalSet) -> list[str]:
 
 
 def _agreements(cells: Sequence[Cell], seed: int) -> dict[str, dict[str, dict[str, Agreement]]]:
-    """By set, group of candidates, and proxy."""
-    found: dict[str, dict[str, dict[str, Agreement]]] = {}
+    """Agreement by set, group of candidates, and proxy."""
+    agreements: dict[str, dict[str, dict[str, Agreement]]] = {}
     sets = list(dict.fromkeys(cell.set for cell in cells))
     for name in sets:
-        own = [cell for cell in cells if cell.set == name]
-        inside = {cell.mixture for cell in own if cell.contained}
-        for group, places in groups([cell.mixture for cell in own], inside.__contains__).items():
-            some = [own[place] for place in places]
+        set_cells = [cell for cell in cells if cell.set == name]
+        contained = {cell.mixture for cell in set_cells if cell.contained}
+        for group, places in groups([cell.mixture for cell in set_cells], contained.__contains__).items():
+            group_cells = [set_cells[place] for place in places]
             for proxy in PROXIES:
-                values = [getattr(cell, proxy) for cell in some]
+                values = [getattr(cell, proxy) for cell in group_cells]
                 if None in values:
                     continue
-                made = agreement(values, [cell.truth for cell in some if cell.truth is not None], seed=seed)
-                if made is not None:
-                    found.setdefault(name, {}).setdefault(group, {})[proxy] = made
+                truths = [cell.truth for cell in group_cells if cell.truth is not None]
+                of_group = agreement(values, truths, seed=seed)
+                if of_group is not None:
+                    agreements.setdefault(name, {}).setdefault(group, {})[proxy] = of_group
     for proxy in PROXIES:
         by_set = {name: [cell for cell in cells if cell.set == name] for name in sets}
         if any(getattr(cell, proxy) is None for cell in cells):
             continue
-        pooled = centred({name: [getattr(cell, proxy) for cell in own] for name, own in by_set.items()})
-        true = centred({name: [cell.truth for cell in own if cell.truth is not None] for name, own in by_set.items()})
-        made = agreement(pooled, true, seed=seed, sets=len(sets))
-        if made is not None:
-            found.setdefault("all sets", {}).setdefault("all", {})[proxy] = made
-    return found
+        values = centred({name: [getattr(cell, proxy) for cell in by_set[name]] for name in sets})
+        truths = centred({name: [cell.truth for cell in by_set[name] if cell.truth is not None] for name in sets})
+        of_all = agreement(values, truths, seed=seed, sets=len(sets))
+        if of_all is not None:
+            agreements.setdefault("all sets", {}).setdefault("all", {})[proxy] = of_all
+    return agreements
 
 
 def _cost(
     pool: Pool, settings: PoolSettings, candidates: Sequence[Candidate], reading: float, training: float, *, truth: bool
 ) -> dict[str, float]:
-    """Both routes."""
-    each = math.fsum(candidate.budgets for candidate in candidates) / len(candidates)
-    found = {
+    """Cost of the pool, and of training on every candidate."""
+    mean_budgets = math.fsum(candidate.budgets for candidate in candidates) / len(candidates)
+    cost = {
         "pool tokens": float(sum(member.tokens for member in pool.members.values())),
         "candidates": float(len(candidates)),
-        "tokens of training every candidate": each * len(candidates) * settings.tokens,
-        "break-even candidates": len(pool.members) / each,
+        "tokens of training every candidate": mean_budgets * len(candidates) * settings.tokens,
+        "break-even candidates": len(pool.members) / mean_budgets,
         "reading seconds": reading,
     }
-    return found | ({"truth seconds": training} if truth else {})
+    return cost | ({"truth seconds": training} if truth else {})
 
 
-def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, lost: Sequence[str]) -> list[str]:
+def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, missing: Sequence[str]) -> list[str]:
+    """Limits of the result that a reader has to know, one sentence each."""
     notes = ["Merged losses rank mixtures; their level is not that of a model trained on the mixture."]
     if any(len({*candidate.weights.values()}) > 1 for candidate in candidates):
         notes.append(
@@ -398,48 +408,50 @@ def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, l
              if all(cell.merged > cell.parent for cell in cells if cell.set == name)]  # fmt: skip
     if worse:
         notes.append(f"On {', '.join(worse)} every mixture is worse than the parent: training only forgets it.")
-    if lost:
-        notes.append(f"The corpus has no row of the partition {lost[0]}: no n-gram similarity is told.")
+    if missing:
+        notes.append(f"The corpus has no row of the partition {missing[0]}: no n-gram similarity is told.")
     if any(member.kind == "delta" for member in pool.members.values()):
         notes.append("Members are stored in bfloat16: to 2^-9 of each weight's move.")
     return notes
 
 
-def _averaged(regmean: RegMean | None) -> list[str]:
+def _regmean_notes(regmean: RegMean | None) -> list[str]:
     return [] if regmean is None else [f"Linear layers are averaged by RegMean, alpha {regmean.alpha:g}."]
 
 
 def _sets(evaluated: str | Path | Sequence[str | Path] | Sequence[EvalSet]) -> list[EvalSet]:
     if isinstance(evaluated, str | Path):
         return read_sets([evaluated])
-    given = list(evaluated)
-    sets = [one for one in given if isinstance(one, EvalSet)]
-    return sets if sets else read_sets(str(one) for one in given)
+    entries = list(evaluated)
+    sets = [entry for entry in entries if isinstance(entry, EvalSet)]
+    return sets if sets else read_sets(str(entry) for entry in entries)
 
 
 def _partitions(
     pool: Pool, corpus: str | Path | Corpus | Iterable[Row] | None, settings: PoolSettings, *, is_needed: bool
 ) -> tuple[dict[str, Partition] | None, list[str]]:
-    """Of the corpus given, or of the one that the pool remembers if it is still there; and notes.
+    """Partitions of the given corpus, or of the one at the address that the pool stores; and notes.
 
-    A remembered corpus that has changed is refused where it is needed, and else not read.
+    A corpus that has changed is refused if it is needed, and else not used.
     """
     origin = corpus if corpus is not None else pool.corpus
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         return None, []
     opened = open_corpus(origin)
-    found = read_partitions(pool.parent, opened, settings)
+    partitions = read_partitions(pool.parent, opened, settings)
     try:
-        for part in found.values():
-            refuse_other_rows(pool, part, opened.name)
+        for partition in partitions.values():
+            refuse_other_rows(pool, partition, opened.name)
     except ManifestMismatchError:
         if is_needed:
             raise
         return None, [f"{opened.name} has other rows than members were trained on: no n-gram similarity is told."]
-    return found, []
+    return partitions, []
 
 
-def _lost(pool: Pool, candidates: Sequence[Candidate], parts: Mapping[str, Partition] | None) -> list[str]:
+def _missing_partitions(
+    pool: Pool, candidates: Sequence[Candidate], partitions: Mapping[str, Partition] | None
+) -> list[str]:
     """Partitions of candidates that the corpus does not have."""
-    wanted = {name for candidate in candidates for name in candidate.weights}
-    return [] if parts is None else [name for name in pool.partitions if name in wanted and name not in parts]
+    used = {name for candidate in candidates for name in candidate.weights}
+    return [] if partitions is None else [name for name in pool.partitions if name in used and name not in partitions]

@@ -1,14 +1,14 @@
 """A pool on disk: one model for each partition of a corpus, all trained alike from one parent.
 
-    POOL/pool.json                          parent, recipe, and of every member its partition, tokens and checksum
+    POOL/pool.json                          parent and recipe; partition, tokens and checksum of every member
     POOL/members/000.safetensors            a member, by its number
 
 A member is stored as its delta theta_u - theta_0 in bfloat16, half the size, exact to 2^-9 of every entry's move; or as
-its weights theta_u in float32; or, trained as a LoRA, as the adapter's factors. What "the member" is, is what is
-stored: theta_0 + its delta. Tensors are read one at a time, in fp32.
+its weights theta_u in float32; or, trained as a LoRA, as the adapter's factors. "The member" is always what is stored:
+theta_0 + its delta. Tensors are read one at a time, in fp32.
 
-Members average well only near one another: of another parent, architecture, tokenizer or recipe they are refused, and
-the difference is named. A partition joins a pool later without the others being trained again.
+Members average well only near one another: those of another parent, architecture, tokenizer or recipe are refused, and
+the message names the difference. A partition joins a pool later without the others being trained again.
 
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
@@ -26,7 +26,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
-from whence.models.loading import adapter_config, directory_digest, located
+from whence.models.loading import adapter_config, directory_digest, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.weights import Described, Weights, in_pieces
 from whence.storage import Place
@@ -47,15 +47,15 @@ class Member:
     kind: str
     """What the file holds: "delta" in bfloat16, "weights" in float32, or "lora", factors in float32."""
     tokens: int
-    """Trained on, with repetitions."""
+    """Tokens trained on, with repetitions."""
     rows: int
-    """Of the partition."""
+    """Rows of the partition."""
     loss: float | None = None
-    """The last that its training logged."""
+    """Last loss that its training logged."""
     size: int | None = None
-    """Tokens of the partition, read once."""
+    """Tokens of the partition, each counted once."""
     digest: str | None = None
-    """Of the partition's rows."""
+    """Digest of the partition's rows."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,23 @@ class Pool:
     recipe: Mapping[str, Any]
     """How every member was trained: tokens, steps, rate, schedule, seed and so on."""
     members: Mapping[str, Member] = field(default_factory=dict)
-    """By partition."""
+    """Members by partition."""
     corpus: str | None = None
-    """That the last members were trained on, where it has an address."""
+    """Address of the corpus that the last members were trained on, if it has one."""
     words: str | None = None
     """Digest of the parent's tokenizer."""
 
     @property
     def partitions(self) -> list[str]:
-        """Names, in the order in which they joined."""
+        """Names of the partitions, in the order in which they joined."""
         return list(self.members)
 
     def has(self, partition: str) -> bool:
-        """There is such a member, and its file."""
+        """Whether the partition has a member, and the member its file."""
         return partition in self.members and self.place.exists(self.members[partition].file)
 
     def start(self) -> Weights:
-        """theta_0's tensors by their names in its files, a tied head once."""
+        """Tensors of theta_0 by their names in its files; a tied head stands once."""
         return weights_by_name(self.parent)
 
     def member(self, partition: str) -> "MemberWeights":
@@ -99,7 +99,7 @@ class Pool:
         return MemberWeights(self.members[partition], Path(self.place.path(self.members[partition].file)), self.start())
 
     def verify(self, partitions: Iterable[str] | None = None) -> None:
-        """Read members' files again: all, or those of some partitions.
+        """Check the files of all members, or of some, against their checksums.
 
         Raises:
             ChecksumError: One is not as it was written.
@@ -124,34 +124,34 @@ class Pool:
         size: int | None = None,
         digest: str | None = None,
     ) -> "Pool":
-        """The same with another member, stored and listed.
+        """The pool with another member, which is stored and listed.
 
         Args:
-            partition: Its name; one that is there is replaced.
-            directory: Of the trained model or adapter.
-            dtype: Name in `DTYPES`, of a full model.
-            tokens: It was trained on.
-            rows: Of its partition.
-            loss: The last of its training.
+            partition: The member's partition; an existing member of it is replaced.
+            directory: Directory of the trained model or adapter.
+            dtype: Name in `DTYPES`, for a full model.
+            tokens: Tokens that it was trained on.
+            rows: Rows of its partition.
+            loss: Last loss of its training.
             size: Tokens of its partition.
-            digest: Of its partition's rows.
+            digest: Digest of its partition's rows.
 
         Raises:
-            ModelError: It is of another architecture or parent.
+            ModelError: The model has another architecture or parent.
         """
-        known = self.members.get(partition)
-        name = known.file if known else f"members/{len(self.members):03d}.safetensors"
-        kind, described, read = _stored(located(directory), self.start(), self.parent, dtype)
+        existing = self.members.get(partition)
+        name = existing.file if existing else f"members/{len(self.members):03d}.safetensors"
+        kind, described, read = _storage_form(local_directory(directory), self.start(), self.parent, dtype)
         pieces, total = in_pieces(described, read)
         written = self.place.write(name, pieces, total=total)
         member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
                         tokens=tokens, rows=rows, loss=loss, size=size, digest=digest)  # fmt: skip
-        made = replace(self, members={**self.members, partition: member})
-        made.write()
-        return made
+        pool = replace(self, members={**self.members, partition: member})
+        pool.write()
+        return pool
 
     def write(self) -> None:
-        """The manifest, whole or not at all."""
+        """Write the manifest, whole or not at all."""
         document = {
             "format_version": FORMAT_VERSION,
             "parent": self.parent,
@@ -167,14 +167,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class MemberWeights:
-    """A member's tensors, read when asked for."""
+    """A member's tensors, each read when it is used."""
 
     member: Member
     file: Path
     start: Weights
 
     def read(self, name: str, parent: Float32[Tensor, "..."]) -> Float32[Tensor, "..."] | None:
-        """theta_u of a parameter, given theta_0's; None where it is the parent's own."""
+        """theta_u of a parameter, given theta_0 of it; None if it is the parent's own."""
         with safetensors.safe_open(self.file, framework="pt") as opened:
             if self.member.kind == "lora":
                 left, right = f"{name}:left", f"{name}:right"
@@ -188,13 +188,13 @@ class MemberWeights:
 
 
 def open_pool(path: str | Path) -> Pool:
-    """A pool and the parent that it remembers.
+    """Open a pool, and check the parent that it names.
 
     Raises:
-        MissingIndexError: There is none.
-        FormatVersionError: It is of a newer format.
+        MissingIndexError: There is no pool.
+        FormatVersionError: The pool has another format.
         ModelError: Its parent is not where it was.
-        ManifestMismatchError: Other weights are there.
+        ManifestMismatchError: The parent has other weights now.
     """
     pool = _read(path)
     remedy = (
@@ -208,7 +208,7 @@ def open_pool(path: str | Path) -> Pool:
 
 
 def _read(path: str | Path) -> Pool:
-    """A pool as it was written, wherever its parent is by now."""
+    """Read a pool's manifest, without a look at its parent."""
     place = Place.at(path)
     if not place.exists(MANIFEST):
         raise MissingIndexError(
@@ -233,72 +233,72 @@ def begin_pool(
     corpus: str | None = None,
     words: str | None = None,
 ) -> Pool:
-    """A pool of this parent and recipe: the one that is there, or a new one without members.
+    """Open the pool of this parent and recipe, or begin one without members.
 
     Raises:
-        ManifestMismatchError: The one that is there is of another parent, tokenizer or recipe; the difference is named.
+        ManifestMismatchError: The pool there has another parent, tokenizer or recipe; the message names the difference.
     """
-    place, start = Place.at(path), str(Path(located(parent)).resolve())
+    place, start = Place.at(path), str(Path(local_directory(parent)).resolve())
     digest = directory_digest(start)
     if not place.exists(MANIFEST):
-        made = Pool(place, start, digest, json.loads(json.dumps(dict(recipe))), {}, corpus, words)
-        made.write()
-        return made
-    found = _read(path)
-    if found.parent_digest != digest:
+        pool = Pool(place, start, digest, json.loads(json.dumps(dict(recipe))), {}, corpus, words)
+        pool.write()
+        return pool
+    pool = _read(path)
+    if pool.parent_digest != digest:
         raise ManifestMismatchError(
-            f"{path}: its members come from {found.parent}, whose weights are not those of {start}. Means of models "
+            f"{path}: its members come from {pool.parent}, whose weights are not those of {start}. Means of models "
             "from different parents are no models: name another pool."
         )
-    if words is not None and found.words not in (None, words):
+    if words is not None and pool.words not in (None, words):
         raise ManifestMismatchError(
             f"{path}: its members were trained with another tokenizer than the one at {start}: name another pool."
         )
-    wanted = json.loads(json.dumps(dict(recipe)))
-    for name in sorted({*wanted, *found.recipe}):
-        if wanted.get(name) != found.recipe.get(name):
+    expected = json.loads(json.dumps(dict(recipe)))
+    for name in sorted({*expected, *pool.recipe}):
+        if expected.get(name) != pool.recipe.get(name):
             raise ManifestMismatchError(
-                f"{path}: its members were trained with {name} {found.recipe.get(name)!r}, not {wanted.get(name)!r}. "
+                f"{path}: its members were trained with {name} {pool.recipe.get(name)!r}, not {expected.get(name)!r}. "
                 "Give the same, or name another pool."
             )
-    return replace(found, parent=start, corpus=corpus or found.corpus, words=words or found.words)
+    return replace(pool, parent=start, corpus=corpus or pool.corpus, words=words or pool.words)
 
 
-def _stored(
+def _storage_form(
     directory: str, start: Weights, parent: str, dtype: str
 ) -> tuple[str, Described, Callable[[str], Float[Tensor, "..."]]]:
-    """Kind of a trained model, what is kept of it, and how to read that, a tensor at a time."""
+    """Kind of a trained model, types and shapes of its stored tensors, and a function that reads one of them."""
     if config := adapter_config(directory):
-        own = located(config["base_model_name_or_path"])
-        if directory_digest(own) != directory_digest(parent):
-            raise ModelError(f"{directory}: an adapter of {own}, not of the pool's parent {parent}")
-        factors = dict(_factors(adapter_of(directory, config), start, turned=bool(config.get("fan_in_fan_out"))))
+        base = local_directory(config["base_model_name_or_path"])
+        if directory_digest(base) != directory_digest(parent):
+            raise ModelError(f"{directory}: an adapter of {base}, not of the pool's parent {parent}")
+        factors = dict(_factors(adapter_of(directory, config), start, is_transposed=bool(config.get("fan_in_fan_out"))))
         described = {name: (factor.dtype, tuple(factor.shape)) for name, factor in factors.items()}
         return "lora", described, factors.__getitem__
-    found = weights_by_name(directory)
-    if other := sorted({*found.files} ^ {*start.files}):
-        raise ModelError(f"{directory}: {other[0]} is in it or in the parent {parent} alone: another architecture")
-    for name in found.files:
-        shape, before = found.shape(name), start.shape(name)
-        if shape != before:
-            raise ModelError(f"{directory}: {name} has the shape {[*shape]}, in the parent {parent} {[*before]}")
-    described = {name: (DTYPES[dtype], found.shape(name)) for name in found.files}
-    return ("weights" if dtype == "float32" else "delta"), described, partial(_read_member, found, start, dtype)
+    weights = weights_by_name(directory)
+    if unshared := sorted({*weights.files} ^ {*start.files}):
+        raise ModelError(f"{directory}: {unshared[0]} is in it or in the parent {parent} alone: another architecture")
+    for name in weights.files:
+        shape, parent_shape = weights.shape(name), start.shape(name)
+        if shape != parent_shape:
+            raise ModelError(f"{directory}: {name} has the shape {[*shape]}, in the parent {parent} {[*parent_shape]}")
+    described = {name: (DTYPES[dtype], weights.shape(name)) for name in weights.files}
+    return ("weights" if dtype == "float32" else "delta"), described, partial(_stored_tensor, weights, start, dtype)
 
 
-def _read_member(found: Weights, start: Weights, dtype: str, name: str) -> Float[Tensor, "..."]:
-    """What is kept of a parameter."""
-    own = found.read(name)
-    if not torch.isfinite(own).all():
-        raise ModelError(f"{found.path}: {name} is not finite everywhere: its training diverged. Lower --lr.")
-    return own.float() if dtype == "float32" else (own.float() - start.read(name).float()).to(torch.bfloat16)
+def _stored_tensor(weights: Weights, start: Weights, dtype: str, name: str) -> Float[Tensor, "..."]:
+    """A parameter in the form in which it is stored: its weights, or its delta."""
+    tensor = weights.read(name)
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{weights.path}: {name} is not finite everywhere: its training diverged. Lower --lr.")
+    return tensor.float() if dtype == "float32" else (tensor.float() - start.read(name).float()).to(torch.bfloat16)
 
 
-def _factors(adapter: Adapter, start: Weights, *, turned: bool) -> Iterator[tuple[str, Tensor]]:
-    """Of every adapted layer two factors, whose product is added to its weight, by the weight's name in the files.
+def _factors(adapter: Adapter, start: Weights, *, is_transposed: bool) -> Iterator[tuple[str, Tensor]]:
+    """Two factors of every adapted layer, whose product is added to its weight, by the weight's name in the files.
 
-    They are scale B and A of a weight kept as [o i]; A^T and scale B^T of one kept as [i o], as GPT-2's are. Which one
-    it is, its shape says; of a square one the adapter's `fan_in_fan_out`, here `turned`.
+    They are scale B and A for a weight stored as [o i]; A^T and scale B^T for one stored as [i o], as GPT-2's are. The
+    shape tells which; for a square weight the adapter's `fan_in_fan_out` does, here `is_transposed`.
     """
     for layer in adapter.layers:
         name = next((name for name in start.files if name.endswith(f"{layer.removeprefix('model.')}.weight")), None)
@@ -306,10 +306,10 @@ def _factors(adapter: Adapter, start: Weights, *, turned: bool) -> Iterator[tupl
             raise ModelError(f"{adapter.weights.path}: it adapts {layer}, which the parent does not have")
         update = adapter.update(layer)
         left, right = update.left, update.right
-        shape, wide = tuple(start.shape(name)), (left.shape[0], right.shape[1])
-        if shape != wide or (wide[0] == wide[1] and turned):
+        shape, product = tuple(start.shape(name)), (left.shape[0], right.shape[1])
+        if shape != product or (product[0] == product[1] and is_transposed):
             left, right = right.T, left.T
         if shape != (left.shape[0], right.shape[1]):
-            raise ModelError(f"{adapter.weights.path}: {layer} adapts {[*wide]}, and the parent has {[*shape]}")
+            raise ModelError(f"{adapter.weights.path}: {layer} adapts {[*product]}, and the parent has {[*shape]}")
         yield f"{name}:left", left.contiguous()
         yield f"{name}:right", right.contiguous()

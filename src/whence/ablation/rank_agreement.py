@@ -1,12 +1,12 @@
 """How well a proxy ranks candidates, against the losses of models that were really trained.
 
 For each evaluation set, over candidates: Pearson's correlation of losses, Spearman's and Kendall's of ranks, and the
-top-1 regret, loss_true(argmin of the proxy) - min loss_true, in nats: what choosing by the proxy costs, on average
-over what it ranks alike. Over sets: losses are centred in each set before they are pooled, or the sets' own levels
-would make any proxy look good; candidates are drawn anew with their losses on all sets, and regrets are averaged.
+top-1 regret, loss_true(argmin of the proxy) - min loss_true, in nats: the cost of choosing by the proxy, averaged
+over candidates that it ranks alike. Over sets: losses are centred in each set before they are pooled, or the sets' own
+levels would make any proxy look good; candidates are resampled with their losses on all sets, and regrets are averaged.
 
-Candidates that have an evaluation set's own partition in them are always better on it, which is too easy to see:
-agreement is told for those that contain it and those that do not apart, too.
+Candidates that have an evaluation set's own partition in them are always better on it, which is too easy to predict:
+agreement is also given apart for candidates that contain it and for those that do not.
 
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661; regret and the split, ours.
 """
@@ -24,23 +24,23 @@ from whence.errors import SettingError
 from whence.numerics import bootstrap_interval, spearman
 
 FEWEST = 4
-"""Candidates that a correlation is told of."""
+"""Candidates that a correlation needs, at least."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a proxy with the truth, over candidates."""
+    """Agreement of a proxy with the truth, over candidates."""
 
     candidates: int
     pearson: float
     spearman: float
     spearman_interval: tuple[float, float]
-    """95%, over candidates drawn anew."""
+    """95% interval, bootstrapped over candidates."""
     kendall: float
     regret: float
     """Nats, 0 or more."""
     spread: float
-    """Of the true losses, largest less smallest: what a regret is to be held against. Over sets the mean."""
+    """Largest less smallest true loss, with which a regret is to be compared; over several sets the mean."""
 
     def row(self) -> dict[str, Any]:
         """As plain values."""
@@ -53,10 +53,10 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, 
     """Agreement of a proxy's losses with the true ones; None for fewer candidates than `FEWEST`, or all alike.
 
     Args:
-        proxy: Losses of candidates on a set; of several sets one set after the other, centred (see `centred`).
-        truth: The true ones.
-        seed: Of the interval.
-        sets: Their number.
+        proxy: Losses of candidates on a set; for several sets, one set after the other, centred (see `centred`).
+        truth: The true losses, in the same order.
+        seed: Seed of the interval.
+        sets: Number of sets.
 
     Raises:
         SettingError: Lengths differ, or a loss is not finite.
@@ -76,7 +76,7 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, 
         spearman=correlation,
         spearman_interval=interval,
         kendall=kendall(x, y),
-        regret=math.fsum(regret(own, true) for own, true in by_set) / sets,
+        regret=math.fsum(regret(predicted, true) for predicted, true in by_set) / sets,
         spread=math.fsum(float(true.max() - true.min()) for _, true in by_set) / sets,
     )
 
@@ -84,15 +84,15 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, 
 def rank_correlation(
     x: Float64[Tensor, " cells"], y: Float64[Tensor, " cells"], *, sets: int = 1, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Spearman's correlation and its 95% interval, over candidates drawn anew, each with its cells of all sets.
+    """Spearman's correlation and its 95% interval, bootstrapped over candidates, each with its cells of all sets.
 
-    Cells of a candidate are not independent: drawn one by one they would make the interval too narrow.
+    Cells of a candidate are not independent: resampled one by one they would make the interval too narrow.
 
     Args:
-        x: Of the candidates on one set, then on the next.
-        y: The same.
-        sets: Their number.
-        seed: Of the interval.
+        x: Values of the candidates on one set, then on the next.
+        y: Values to correlate with, in the same order.
+        sets: Number of sets.
+        seed: Seed of the interval.
     """
     by_candidate = torch.stack([x, y], 1).reshape(sets, -1, 2).transpose(0, 1)
     interval = bootstrap_interval(by_candidate, seed=seed, resamples=1000, statistic=spearman_of)
@@ -121,8 +121,8 @@ def kendall(x: Float64[Tensor, " n"], y: Float64[Tensor, " n"]) -> float:
     """Kendall's tau b."""
     from scipy.stats import kendalltau
 
-    found: Any = kendalltau(x.numpy(), y.numpy())
-    return float(found[0])
+    correlation: Any = kendalltau(x.numpy(), y.numpy())
+    return float(correlation[0])
 
 
 def spearman_of(pairs: Float64[Tensor, "n sets 2"]) -> float:
@@ -133,6 +133,6 @@ def spearman_of(pairs: Float64[Tensor, "n sets 2"]) -> float:
 
 def groups(names: Sequence[str], contains: Callable[[str], bool]) -> dict[str, list[int]]:
     """Places of all candidates, of those that contain a set's own partition, and of those that do not."""
-    inside = [place for place, name in enumerate(names) if contains(name)]
-    return {"all": list(range(len(names))), "contained": inside,
-            "not contained": [place for place in range(len(names)) if place not in {*inside}]}  # fmt: skip
+    contained = [place for place, name in enumerate(names) if contains(name)]
+    return {"all": list(range(len(names))), "contained": contained,
+            "not contained": [place for place in range(len(names)) if place not in {*contained}]}  # fmt: skip

@@ -9,17 +9,17 @@ from typing import Annotated
 
 import typer
 
-from whence.cli.console import Json, print_json, print_part, waiting
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import EvalFiles, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
 Mixtures = Annotated[
     str | None, typer.Option(help="File of mixtures, partitions as columns; each alone, all pairs and all together.")
 ]
-Scale = Annotated[float, typer.Option(help="Of the members' moves away from the parent (task arithmetic).")]
-Method = Annotated[str, typer.Option(help="Of averaging: mean, or regmean, by what goes into linear layers.")]
-Alpha = Annotated[float, typer.Option(help="Of RegMean, from 0 (by single features) to 1 (by all pairs).")]
-PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="Of the pool, if it is not where it was.")]
+Scale = Annotated[float, typer.Option(help="Factor of the members' moves away from the parent (task arithmetic).")]
+Method = Annotated[str, typer.Option(help="How to average: mean, or regmean, by what goes into linear layers.")]
+Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single features) to 1 (by all pairs).")]
 
 
 @pool.command()
@@ -29,26 +29,26 @@ def train(
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
     by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
-    tokens: Annotated[int, typer.Option(help="Budget of a member; small partitions are read again.")] = 100_000,
-    steps: Annotated[int, typer.Option(help="Of a member's training.")] = 48,
-    lr: Annotated[float, typer.Option(help="Constant after the warm-up.")] = 3e-4,
-    warmup_steps: Annotated[int, typer.Option(help="Over which the rate rises.")] = 10,
+    tokens: Annotated[int, typer.Option(help="Token budget of a member; small partitions are read again.")] = 100_000,
+    steps: Annotated[int, typer.Option(help="Steps of a member's training.")] = 48,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant after the warm-up.")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which the rate rises.")] = 10,
     max_tokens: Annotated[int, typer.Option(help="Longest row; longer texts are cut into several.")] = 128,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the stored delta: bfloat16, or float32, exact.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of rows, order and adapters.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the stored delta: bfloat16, or float32, exact.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of rows, order and adapters.")] = 0,
     engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local",
     as_json: Json = False,
 ) -> None:
     """Train a model for each partition that has none in the pool yet."""
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
-    made = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
+    result = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
                       tokens=tokens, steps=steps, lr=lr, warmup_steps=warmup_steps, max_tokens=max_tokens,
                       lora_rank=lora_rank, dtype=dtype, seed=seed)  # fmt: skip
-    members = [dict(member.__dict__) for member in made.members.values()]
+    members = [dict(member.__dict__) for member in result.members.values()]
     if as_json:
-        print_json({"pool": out, "parent": made.parent, "recipe": dict(made.recipe), "rows": members})
+        print_json({"pool": out, "parent": result.parent, "recipe": dict(result.recipe), "rows": members})
         return
     for member in members:
         loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
@@ -58,7 +58,7 @@ def train(
 
 @pool.command()
 def merge(
-    path: Annotated[str, typer.Argument(metavar="POOL")],
+    path: PoolPath,
     mixture: Annotated[
         str, typer.Option(help="Weights that sum to 1, as a=0.5,b=0.5; or micro, by size; or macro, all alike.")
     ],
@@ -77,22 +77,23 @@ def merge(
         raise SettingError(f"--yaml {yaml}: no such directory")
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import averaging
-        from whence.ablation.merging import checked, mergekit_yaml, named_mixture, write_merged
+        from whence.ablation.merged_files import mergekit_yaml, write_merged
+        from whence.ablation.mixtures import checked_mixture, named_mixture
         from whence.ablation.pool import open_pool
-    found = open_pool(path)
-    weights = checked(named_mixture(found, mixture) if weights is None else weights, found.members)
-    regmean = averaging(found, method, alpha=alpha, corpus=corpus)
-    made = write_merged(found, weights, out, scale=scale, regmean=regmean)
+    opened = open_pool(path)
+    weights = checked_mixture(named_mixture(opened, mixture) if weights is None else weights, opened.members)
+    regmean = averaging(opened, method, alpha=alpha, corpus=corpus)
+    directory = write_merged(opened, weights, out, scale=scale, regmean=regmean)
     if yaml is not None:
-        Path(yaml).write_text(mergekit_yaml(found, weights, scale=scale))
+        Path(yaml).write_text(mergekit_yaml(opened, weights, scale=scale))
         print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
                    "--mixture NAME=1 -o members/NAME")  # fmt: skip
-    print_part(f"written to {made}")
+    print_part(f"written to {directory}")
 
 
 @pool.command()
 def grams(
-    path: Annotated[str, typer.Argument(metavar="POOL")],
+    path: PoolPath,
     tokens: Annotated[int | None, typer.Option(help="To read of each member; 16,384, or as many as before.")] = None,
     corpus: PoolCorpus = None,
 ) -> None:
@@ -100,9 +101,9 @@ def grams(
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import collect, open_grams
         from whence.ablation.pool import open_pool
-    found = open_pool(path)
-    collect(found, corpus, tokens=tokens)
-    print_part(f"inputs of {len(open_grams(found).grams)} members in {path}/grams")
+    opened = open_pool(path)
+    collect(opened, corpus, tokens=tokens)
+    print_part(f"inputs of {len(open_grams(opened).grams)} members in {path}/grams")
 
 
 @pool.command()
@@ -111,15 +112,15 @@ def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import verify_grams
         from whence.ablation.pool import open_pool
-    found = open_pool(path)
-    found.verify()
-    verify_grams(found)
-    print_part(f"{len(found.members)} members are as they were written")
+    opened = open_pool(path)
+    opened.verify()
+    verify_grams(opened)
+    print_part(f"{len(opened.members)} members are as they were written")
 
 
 def ablate(
-    path: Annotated[str, typer.Argument(metavar="POOL")],
-    evaluated: Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")],
+    path: PoolPath,
+    evaluated: EvalFiles,
     mixtures: Mixtures = None,
     truth: Annotated[
         bool, typer.Option("--truth", help="Train every mixture for real, and tell how proxies rank.")
@@ -133,33 +134,37 @@ def ablate(
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write a row each mixture and set, which `mix law` reads.")
     ] = None,
-    report: Annotated[str | None, typer.Option(help="Write an HTML report.")] = None,
-    seed: Annotated[int, typer.Option(help="Of intervals.")] = 0,
+    report: Report = None,
+    seed: Annotated[int, typer.Option(help="Seed of intervals.")] = 0,
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
-        from whence.reports.ablate_page import ablation_page
-        from whence.reports.ablate_tables import ablation_report
-        from whence.reports.tables import check_ending, write_page, write_rows
+        from whence.reports.ablate_page import ablate_page
+        from whence.reports.ablate_tables import ablate_tables
+        from whence.reports.files import check_ending, write_page, write_rows
     if out is not None:
         check_ending(out)
     if report is not None:
         check_ending(report, (".html",), flag="--report")
-    found = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
+    result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
-    rows = found.rows()
+    rows = result.rows()
     if out is not None:
         write_rows(rows, out)
     if report is not None:
-        write_page(ablation_page(found, shlex.join(["whence", *sys.argv[1:]]), bits=bits), report)
+        write_page(ablate_page(result, shlex.join(["whence", *sys.argv[1:]]), bits=bits), report)
     if as_json:
-        agreements = {name: {group: {proxy: made.row() for proxy, made in by.items()} for group, by in groups.items()}
-                      for name, groups in found.agreements.items()}  # fmt: skip
-        print_json({"rows": rows, "agreements": agreements, "cost": found.cost, "notes": found.notes})
+        agreements = {
+            name: {
+                group: {proxy: marks.row() for proxy, marks in by_proxy.items()} for group, by_proxy in groups.items()
+            }
+            for name, groups in result.agreements.items()
+        }
+        print_json({"rows": rows, "agreements": agreements, "cost": result.cost, "notes": result.notes})
         return
-    print_part(ablation_report(found, bits=bits))
+    print_part(ablate_tables(result, bits=bits))
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:
@@ -172,47 +177,14 @@ def parsed_mixture(text: str) -> dict[str, float]:
     >>> parsed_mixture("a=0.5, b=0.5")
     {'a': 0.5, 'b': 0.5}
     """
-    found: dict[str, float] = {}
+    mixture: dict[str, float] = {}
     for part in text.split(","):
         name, sign, value = part.strip().rpartition("=")
         try:
             weight = float(value)
         except ValueError:
             weight = math.nan
-        if not sign or not name or not math.isfinite(weight) or name in found:
+        if not sign or not name or not math.isfinite(weight) or name in mixture:
             raise SettingError(f"--mixture {json.dumps(text)}: {part.strip()!r} is not NAME=WEIGHT, each name once")
-        found[name] = weight
-    return found
-
-
-def joined(
-    source: Annotated[str, typer.Argument(metavar="INDEX", help="Of the pool's corpus.")],
-    path: Annotated[str, typer.Argument(metavar="POOL")],
-    evaluated: Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")],
-    methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
-    queries: Annotated[int, typer.Option(help="Rows of each set that are asked for.")] = 16,
-    model: Annotated[str | None, typer.Option(help="Of the index, where it has moved.")] = None,
-    corpus: PoolCorpus = None,
-    out: Annotated[
-        str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of scorers and intervals.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Do scores of examples, summed by partition, say what leaving that partition out does?"""
-    with waiting("Loading torch"):
-        from whence.evaluation.joining import join
-        from whence.reports.join_tables import join_plot, join_report
-        from whence.reports.tables import check_ending, write_page, write_rows
-    if out is not None:
-        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
-    found = join(source, path, evaluated, methods=[name.strip() for name in methods.split(",")], queries=queries,
-                 model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
-    if out is not None:
-        write_page(join_plot(found), out) if out.endswith(".svg") else write_rows(found.points, out)
-    if as_json:
-        print_json({"rows": found.points, "correlations": found.correlations})
-        return
-    print_part(join_report(found))
-    if out is not None:
-        print_part(f"written to {out}")
+        mixture[name] = weight
+    return mixture

@@ -33,11 +33,12 @@ from rich.text import Text
 
 from whence.corpus.layouts import Row
 from whence.errors import SettingError, StorageError
-from whence.indexing.build import Index
 from whence.indexing.build import index as build_index
+from whence.indexing.opening import Index
 from whence.numerics import mixed_seed
-from whence.reports.tables import trace_tables, write_page
+from whence.reports.files import write_page
 from whence.reports.trace_page import trace_page
+from whence.reports.trace_tables import trace_tables
 from whence.storage import reason
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query

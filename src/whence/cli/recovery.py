@@ -2,23 +2,15 @@
 
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from whence import catalogue
-from whence.cli.console import Json, print_json, print_part, waiting
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import Json, Report, RowsFile, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
-
-
-def split(words: str | None) -> tuple[str, ...]:
-    """Words with commas between.
-
-    >>> split("yes, no")
-    ('yes', 'no')
-    """
-    return tuple(word.strip() for word in words.split(",")) if words else ()
 
 
 def recover(
@@ -32,17 +24,18 @@ def recover(
     calibrate: Annotated[
         bool, typer.Option(help="Fine-tune a shadow to learn what members look like; else the method is nnls.")
     ] = True,
-    out: Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")] = None,
-    report: Annotated[str | None, typer.Option(help="Write an HTML report.")] = None,
+    out: RowsFile = None,
+    report: Report = None,
     layers: Annotated[
         str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
     ] = None,
     points: Annotated[int, typer.Option(help="Synthetic checkpoints between the two models.")] = 0,
     checkpoints: Annotated[
-        str, typer.Option(help="Of a FINAL that is a Trainer's directory: last, or all as points on the way.")
+        str,
+        typer.Option(help="Checkpoints of a FINAL that is a Trainer's directory: last, or all as points on the way."),
     ] = "last",
     undo: Annotated[
-        str, typer.Option(help="Of AdamW's scaling, on the weight difference: none, by moments, or by rows.")
+        str, typer.Option(help="How AdamW's scaling is undone on the weight difference: none, by moments, or by rows.")
     ] = "none",
     remove_decay: Annotated[bool, typer.Option("--remove-decay", help="Take off what weight decay took.")] = False,
     choices: Annotated[
@@ -68,51 +61,47 @@ def recover(
     ] = None,
     short_list: Annotated[int, typer.Option(help="Rows that are matched jointly, at most.")] = 12_000,
     optimizer: Annotated[
-        str | None, typer.Option(help="That trained it, for the shadow: adamw or sgd; guessed unless given.")
+        str | None, typer.Option(help="Optimizer of the shadow, as of FINAL: adamw or sgd; guessed unless given.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Of its training, for the shadow.")] = 2.0,
-    lr: Annotated[float | None, typer.Option(help="Its peak rate, for the shadow; guessed unless given.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of its steps, for the shadow.")] = 16,
+    epochs: Annotated[float, typer.Option(help="Epochs of the shadow, as of FINAL.")] = 2.0,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak rate of the shadow, as of FINAL; guessed unless given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a step of the shadow, as of FINAL.")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with FINAL.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the shadow's rows and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the shadow's rows and training.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
-        from whence.reports.recover_page import recovery_page
-        from whence.reports.recover_tables import recovery_report
-        from whence.reports.tables import check_ending, write_page, write_rows
+        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.recover_page import recover_page
+        from whence.reports.recover_tables import recover_tables
     if out is not None:
         check_ending(out)
     if report is not None:
         check_ending(report, (".html",), flag="--report")
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
-    options: dict[str, Any] = {"method": method or ("calibrated" if calibrate else "nnls"), "layers": layers}
-    options |= {"points": points, "optimizer": optimizer, "epochs": epochs, "lr": lr, "batch_size": batch_size}
-    options |= {"max_tokens": max_tokens, "seed": seed, "short_list": short_list, "checkpoints": checkpoints}
-    options |= {"undo": undo, "remove_decay": remove_decay, "template": template.replace("\\n", "\n")}
-    options |= {
-        "choices": split(choices),
-        "labels": labels,
-        "balanced": balanced,
-        "rounds": rounds,
-        "mixture": mixture,
-        "tokenizer": tokenizer,
-    }
-    found = run(base, final, corpus, count=count, work=work, shown=not as_json, **options)
+    result = run(
+        base, final, corpus, count=count, work=work, shown=not as_json, layers=layers, points=points,
+        method=method or ("calibrated" if calibrate else "nnls"), optimizer=optimizer, epochs=epochs, lr=lr,
+        batch_size=batch_size, max_tokens=max_tokens, seed=seed, short_list=short_list, checkpoints=checkpoints,
+        undo=undo, remove_decay=remove_decay, template=template.replace("\\n", "\n"), choices=listed(choices),
+        labels=labels, balanced=balanced, rounds=rounds, mixture=mixture, tokenizer=tokenizer,
+    )  # fmt: skip
     if out is not None:
-        write_rows(found.rows, out)
+        write_rows(result.rows, out)
     if report is not None:
-        write_page(recovery_page(found, shlex.join(["whence", *sys.argv[1:]])), report)
+        write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
-        more = {"mixture": found.mixture, "layers": found.layers}
-        print_json({"settings": found.settings, "notes": found.notes, **more, "rows": found.rows})
+        more = {"mixture": result.mixture, "layers": result.layers}
+        print_json({"settings": result.settings, "notes": result.notes, **more, "rows": result.rows})
         return
-    print_part(recovery_report(found))
+    print_part(recover_tables(result))
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:

@@ -2,119 +2,117 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from whence.cli.console import Json, Tokenizer, print_json, print_part, waiting
-from whence.cli.selection import pairs
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import CorpusPath, Json, Model, Tokenizer, pairs
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
-]
-CorpusPath = Annotated[
-    str, typer.Argument(metavar="CORPUS", help="jsonl, csv or Parquet, a directory of them, or a Hub data set.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """How to train; names as in `TrainSettings`. None leaves the word to the preset, or to the settings' default."""
+
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")] = None
+    lora_alpha: Annotated[int | None, typer.Option(help="Adapters' scale times their rank; twice the rank.")] = None
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Share of an adapter's inputs dropped in training.", show_default="0")
+    ] = None
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(help="Layers that get an adapter, such as q_proj,v_proj; all linear ones of the blocks."),
+    ] = None
+    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", show_default="4")] = None
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="2e-05")] = None
+    fraction: Annotated[float | None, typer.Option(help="Share of the corpus, chosen at random.", show_default="1")] = (
+        None
+    )
+    max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest row in tokens, at most the model's context.", show_default="2048")
+    ] = None
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.", show_default="16")] = None
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows a pass, of which a step adds up several; all of the step's.")
+    ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Schedule of the learning rate: linear, cosine, constant, ...", show_default="linear"),
+    ] = None
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None
+    checkpoints: Annotated[
+        int | None, typer.Option(help="Checkpoints to keep, evenly spaced; one an epoch unless given.")
+    ] = None
+    tokenizer: Tokenizer = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the chosen rows, their order, and dropout.", show_default="0")
+    ] = None
+    in_run: Annotated[
+        str | None,
+        typer.Option(metavar="VALIDATION", help="Score each row by what training on it did to these rows' loss."),
+    ] = None
+    in_run_every: Annotated[
+        int | None, typer.Option(help="Steps for which one draw of validation rows serves.", show_default="10")
+    ] = None
+    in_run_order: Annotated[
+        int | None, typer.Option(help="Order of the expansion: 1, or 2 at several times the cost.", show_default="1")
+    ] = None
+    in_run_rows: Annotated[int | None, typer.Option(help="Validation rows of a draw.", show_default="16")] = None
+    mix: Annotated[
+        str | None, typer.Option(help="online: each step's rows are of one domain, drawn by the losses so far.")
+    ] = None
+    by: Annotated[str | None, typer.Option(help="Column that says a row's domain; source unless given.")] = None
+    mix_set: Annotated[
+        list[str] | None, typer.Option("--mix-set", metavar="NAME=VALUE", help="An option of the mixer. Repeat it.")
+    ] = None
 
 
 def train(
     model: Model,
     corpus: CorpusPath,
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the run.")],
+    settings: TrainFlags,
     preset: Annotated[
         str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
-    ] = None,
-    lora_alpha: Annotated[int | None, typer.Option(help="Adapters' scale times their rank; twice the rank.")] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(help="Share of an adapter's inputs dropped in training.", show_default="0")
-    ] = None,
-    lora_targets: Annotated[
-        str | None, typer.Option(help="Layers that get one, such as q_proj,v_proj; all linear ones of the blocks.")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", show_default="4")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="2e-05")] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="Share of the corpus, chosen at random.", show_default="1")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Number of steps, in place of epochs.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest row in tokens, at most the model's context.", show_default="2048")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step.", show_default="16")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Rows a pass, of which a step adds up several; all of the step's.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Of the learning rate: linear, cosine, constant, ...", show_default="linear")
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None,
-    checkpoints: Annotated[int | None, typer.Option(help="To keep, evenly spaced; one an epoch unless given.")] = None,
-    tokenizer: Tokenizer = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the chosen rows, their order, and dropout.", show_default="0")
-    ] = None,
-    in_run: Annotated[
-        str | None,
-        typer.Option(metavar="VALIDATION", help="Score each row by what training on it did to these rows' loss."),
-    ] = None,
-    in_run_every: Annotated[
-        int | None, typer.Option(help="Steps for which one draw of them serves.", show_default="10")
-    ] = None,
-    in_run_order: Annotated[
-        int | None, typer.Option(help="Of the expansion: 1, or 2 at several times the cost.", show_default="1")
-    ] = None,
-    in_run_rows: Annotated[int | None, typer.Option(help="Rows of a draw.", show_default="16")] = None,
-    mix: Annotated[
-        str | None, typer.Option(help="online: each step's rows are of one domain, drawn by the losses so far.")
-    ] = None,
-    by: Annotated[str | None, typer.Option(help="Column that says a row's domain; source unless given.")] = None,
-    mix_set: Annotated[
-        list[str] | None, typer.Option("--mix-set", metavar="NAME=VALUE", help="An option of the mixer. Repeat it.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
     with waiting("Loading torch"):
         from whence.training.trainer import train as run
-    options = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    options |= {"lora_targets": lora_targets, "epochs": epochs, "lr": lr, "fraction": fraction, "max_steps": max_steps}
-    options |= {"max_tokens": max_tokens, "batch_size": batch_size, "micro_batch": micro_batch, "schedule": schedule}
-    options |= {"checkpoints": checkpoints, "seed": seed, "optimizer": optimizer, "tokenizer": tokenizer}
-    options |= {"in_run": in_run, "in_run_every": in_run_every, "in_run_order": in_run_order}
-    options |= {"in_run_rows": in_run_rows, "mix": mix, "by": by, "mix_set": pairs("--mix-set", mix_set) or None}
-    given = {name: value for name, value in options.items() if value is not None}  # the preset has the word on others
-    path = run(model, corpus, out, preset=preset, progress=not as_json, **given)
-    found = _in_run(path) if in_run is not None else None
+    options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
+    in_run = _in_run(path) if settings.in_run is not None else None
     if as_json:
-        print_json({"run": str(path)} | ({} if found is None else {"in_run": found}))
+        print_json({"run": str(path)} | ({} if in_run is None else {"in_run": in_run}))
         return
     print_part(f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX")
-    if found is not None:
-        for line in _told(found):
+    if in_run is not None:
+        for line in _in_run_lines(in_run):
             print_part(line)
 
 
 def _in_run(run: Path) -> dict[str, Any]:
-    """Of a run's in-run scores, where they are and how they were measured."""
+    """Where a run's in-run scores are, and how they were measured."""
     from whence.training.in_run import SCORES, SETTINGS
 
     return {"scores": str(run / SCORES), **json.loads((run / SETTINGS).read_text())}
 
 
-def _told(found: dict[str, Any]) -> Iterator[str]:
-    """The same in words."""
-    lengths = found["relative_step"]
+def _in_run_lines(scores: dict[str, Any]) -> Iterator[str]:
+    """What they say, in sentences."""
+    lengths = scores["relative_step"]
     yield (
-        f"In-run scores of {found['trained_rows']:,} rows are in {found['scores']}; larger is more helpful. A step was "
-        f"{lengths['median']:.2g} of the weights' length (median; at most {lengths['largest']:.2g}): they hold for "
+        f"In-run scores of {scores['trained_rows']:,} rows are in {scores['scores']}; larger is more helpful. A step "
+        f"was {lengths['median']:.2g} of the weights' length (median; at most {lengths['largest']:.2g}): they hold for "
         "small steps."
     )
-    if found["impossible_steps"]:
+    if scores["impossible_steps"]:
         yield (
-            f"Of {found['impossible_steps']:,} of {found['steps']:,} steps the scores add up to more than the whole "
+            f"Of {scores['impossible_steps']:,} of {scores['steps']:,} steps the scores add up to more than the whole "
             "validation loss: these steps were too large for them. Try a lower --lr, or a longer warm-up."
         )

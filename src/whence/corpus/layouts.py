@@ -1,6 +1,6 @@
-"""The layouts that a row of a corpus may have, and its text as prompt and completion whatever the layout.
+"""The layouts that a row of a corpus may have, and a row's text as prompt and completion whatever its layout.
 
-`tokens` says how each of them becomes token ids; here is only what its columns hold.
+This module only reads columns; `tokens` turns each layout into token ids.
 """
 
 from typing import Any
@@ -17,23 +17,23 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 
 def layout(row: Row, where: str = "row") -> str:
-    """Name of the first of `LAYOUTS` whose columns a row fills; where nulls leave none, of the first that it has.
+    """Name of the first of `LAYOUTS` whose columns a row fills; if nulls leave none, the first whose columns it has.
 
     Raises:
-        CorpusError: It has none of them; the message lists the columns that it has.
+        CorpusError: The row has none of the layouts; the message lists its columns.
 
     >>> layout({"messages": None, "text": "a"}), layout({"prompt": "a", "completion": None})
     ('text', 'prompt')
     """
-    found = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
-    for name in found:
+    present = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
+    for name in present:
         if all(row[column] is not None for column in LAYOUTS[name]):
             return name
-    if found:
-        return found[0]
-    have = ", ".join(map(str, row)) or "none"
+    if present:
+        return present[0]
+    columns = ", ".join(map(str, row)) or "none"
     raise CorpusError(
-        f"{where}: columns are {have}; a row needs `text`, or `prompt` and `completion`, "
+        f"{where}: columns are {columns}; a row needs `text`, or `prompt` and `completion`, "
         "or `instruction` and `output`, or `messages`."
     )
 
@@ -42,18 +42,18 @@ def shown_text(row: Row) -> Row:
     """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
     kind = layout(row)
     if kind == "instruction":
-        asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        return {"prompt": "\n\n".join(asked), "completion": _text(row["output"])}
+        request = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
+        return {"prompt": "\n\n".join(request), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
-        said = [str(turn.get("content") or "") for turn in turns]
-        before = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], said, strict=False))
-        return {"prompt": before, "completion": said[-1]}
+        texts = [str(turn.get("content") or "") for turn in turns]
+        prompt = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], texts, strict=False))
+        return {"prompt": prompt, "completion": texts[-1]}
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 
 def row_text(row: Row) -> str:
-    """Text of a corpus row, whatever its layout; empty where nulls stand for text. UTF-8 can hold it.
+    """Text of a corpus row whatever its layout, as valid UTF-8; empty where nulls stand for text.
 
     >>> row_text({"prompt": "1 + 1?", "completion": "2"})
     '1 + 1? 2'
@@ -63,5 +63,5 @@ def row_text(row: Row) -> str:
 
 
 def _text(value: Any) -> str | None:
-    """One type a column, whatever stands in a row: a file of rows needs that."""
+    """A value as text, so that a column has one type, as a file of rows needs."""
     return None if value is None else str(value)

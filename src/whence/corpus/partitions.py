@@ -1,11 +1,11 @@
-"""A corpus in named parts, and what of each part a model of a given token budget reads.
+"""A corpus as named partitions, and the rows of each partition that a model with a token budget reads.
 
     pieces    a text longer than a row may be is cut into rows between its tokens, so that none of it is lost
-    units     a large partition is cut into units of about equal tokens, each its own member of a pool
-    draw      rows in seeded random order, again and again where a partition is smaller than the budget, until the
-              budget is met: exact fractional epochs, where the released code repeats files a whole number of times
+    units     a large partition is cut into units of about equally many tokens, each its own member of a pool
+    draw      rows come in seeded random order, repeated if a partition is smaller than the budget, until the budget is
+              met: exact fractional epochs, where the released code repeats files a whole number of times
 
-Tokens are those of the model's own tokenizer, the closing one among them.
+Tokens are counted by the model's own tokenizer and include the closing one.
 
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661, section 3 (base units, equal budgets).
 """
@@ -23,12 +23,12 @@ from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
 
 FILE = "file"
-"""Partitions by this are files, unless the rows have a column of that name."""
+"""Partitioning by this name is partitioning by file, unless the rows have a column of that name."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A row that fits, and its tokens."""
+    """A row that fits, and its number of tokens."""
 
     row: Row
     tokens: int
@@ -36,26 +36,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Partition:
-    """A named part of a corpus."""
+    """A named slice of a corpus."""
 
     name: str
     pieces: tuple[Piece, ...]
 
     @property
     def tokens(self) -> int:
-        """Of all its rows, once."""
+        """Tokens of all its rows, each row counted once."""
         return sum(piece.tokens for piece in self.pieces)
 
     @property
     def digest(self) -> str:
-        """Of its rows, in their order."""
-        whole = hashlib.sha256()
+        """SHA-256 of its rows in their order."""
+        digest = hashlib.sha256()
         for piece in self.pieces:
-            whole.update(json.dumps(piece.row, sort_keys=True, default=str).encode() + b"\n")
-        return whole.hexdigest()
+            digest.update(json.dumps(piece.row, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
     def draw(self, budget: int, *, seed: int) -> list[Row]:
-        """Rows of about so many tokens: at least the budget, by less than one row more."""
+        """Rows of about `budget` tokens: at least so many, and less than one row more."""
         if budget <= 0:
             return []
         order, rows, total = random.Random(f"{self.name} {seed}"), list[Row](), 0
@@ -68,9 +68,9 @@ class Partition:
         return rows
 
     def units(self, tokens: int) -> "list[Partition]":
-        """Units of about so many tokens, of equal size, in the corpus' order; itself where it is no larger.
+        """Units of equal size with about `tokens` tokens, in the corpus' order; itself if it is no larger.
 
-        They are called `name/0`, `name/1`, and so on.
+        The units are called `name/0`, `name/1`, and so on.
         """
         count = max(1, round(self.tokens / tokens))
         if count == 1:
@@ -85,45 +85,45 @@ class Partition:
 def partitions_of(
     corpus: Corpus, tokenizer: Any, *, by: str = "source", max_tokens: int | None = None, unit_tokens: int | None = None
 ) -> dict[str, Partition]:
-    """Partitions by the values of a column, in the order in which they come.
+    """Partitions by the values of a column, in order of first appearance.
 
     Args:
-        corpus: Its rows; those without a supervised token are left out.
-        tokenizer: Of the model that will read them.
-        by: Column; "file" of rows without such a column: the name of the file that a row was read from.
-        max_tokens: Longest row.
+        corpus: Rows to partition; rows without a supervised token are left out.
+        tokenizer: The tokenizer of the model that will read them.
+        by: Name of the column. "file", if the rows have no such column, is the file that a row was read from.
+        max_tokens: Longest row, in tokens.
         unit_tokens: Cut partitions into units of about so many tokens.
 
     Raises:
         CorpusError: A row lacks the column.
-        SettingError: A number below 1.
+        SettingError: A number is below 1.
     """
     for flag, value in (("--max-tokens", max_tokens), ("--unit-tokens", unit_tokens)):
         if value is not None and value < 1:
             raise SettingError(f"{flag} {value}: 1 or more are expected")
-    found: dict[str, list[Piece]] = {}
+    pieces_of_value: dict[str, list[Piece]] = {}
     for example in corpus:
         if (value := example.row.get(by, example.file if by == FILE else None)) is None:
-            have = ", ".join(map(str, example.row))
-            raise CorpusError(f"{corpus.name}: row {example.id} has no {by!r} to partition by; its columns are {have}")
-        own = found.setdefault(str(value), [])
+            names = ", ".join(map(str, example.row))
+            raise CorpusError(f"{corpus.name}: row {example.id} has no {by!r} to partition by; its columns are {names}")
+        pieces = pieces_of_value.setdefault(str(value), [])
         for number, row in enumerate(pieces_of(example.row, tokenizer, max_tokens)):
             encoded = encode(row, tokenizer, max_tokens)
-            if encoded.targets:
-                own.append(Piece(row | {"id": f"{example.id}#{number}"}, len(encoded.ids)))
-    parts = [Partition(name, tuple(pieces)) for name, pieces in found.items() if pieces]
+            if encoded.supervised_count:
+                pieces.append(Piece(row | {"id": f"{example.id}#{number}"}, len(encoded.ids)))
+    partitions = [Partition(name, tuple(pieces)) for name, pieces in pieces_of_value.items() if pieces]
     if unit_tokens is not None:
-        parts = [unit for part in parts for unit in part.units(unit_tokens)]
-    return {part.name: part for part in parts}
+        partitions = [unit for partition in partitions for unit in partition.units(unit_tokens)]
+    return {partition.name: partition for partition in partitions}
 
 
 def pieces_of(row: Row, tokenizer: Any, max_tokens: int | None) -> Iterator[Row]:
-    """A text row as rows of at most so many tokens, cut between tokens; any other row as it is."""
+    """A text row as rows of at most `max_tokens` tokens, cut between tokens; any other row as it is."""
     text = row.get("text")
     if max_tokens is None or layout(row) != "text" or not isinstance(text, str):
         yield row
         return
-    if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers say where a token stands
+    if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers report where a token stands
         yield row
         return
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -142,7 +142,7 @@ def pieces_of(row: Row, tokenizer: Any, max_tokens: int | None) -> Iterator[Row]
 def draw_mixture(
     partitions: Mapping[str, Partition], weights: Mapping[str, float], budget: int, *, seed: int
 ) -> list[Row]:
-    """Rows of a mixture: of each partition its share of the budget, in random order; of one alone, as it is drawn."""
+    """Rows of a mixture: each partition gives its share of the budget. The rows of several partitions are shuffled."""
     rows = [row for name, weight in weights.items() for row in partitions[name].draw(round(weight * budget), seed=seed)]
     if len(weights) > 1:
         random.Random(f"mixture {seed}").shuffle(rows)
@@ -150,6 +150,6 @@ def draw_mixture(
 
 
 def by_size(partitions: Sequence[Partition]) -> dict[str, float]:
-    """Shares of tokens: the mixture that the corpus is."""
-    total = sum(part.tokens for part in partitions)
-    return {part.name: part.tokens / total for part in partitions}
+    """Each partition's share of the tokens: the mixture that the corpus itself is."""
+    total = sum(partition.tokens for partition in partitions)
+    return {partition.name: partition.tokens / total for partition in partitions}

@@ -1,17 +1,18 @@
-"""Examples to token ids, and which of them are supervised; batches of like length under a token budget.
+"""Token ids of examples and which of them are supervised; batches of similar length under a token budget.
 
-A causal model at position t predicts token t + 1. `supervised[t]` says that token t is a *target*: its loss is read
-from the logits at t - 1. The first token is never a target. (RapidIn's released code compares logits and labels at
-the same position, so it differentiates "repeat this token"; see research/less_rapidin.md, 2.2.)
+A causal model at position t predicts token t + 1. `supervised[t]` says that token t is supervised: its loss is read
+from the logits at t - 1. The first token is never supervised, since nothing predicts it. (RapidIn's released code
+compares logits and labels at the same position, so it differentiates "repeat this token"; see
+research/less_rapidin.md, 2.2.)
 
-What is supervised, by layout: all of a `text`; of `prompt` and `completion`, joined as they stand, the completion
-and the closing end-of-sequence token; of `instruction` rows and `messages`, what the assistant says and the tokens
-that close its turn. A token that straddles the boundary holds characters of the answer and is supervised. Chat
-templates may leave out some of what was said in earlier turns, such as what was thought: a conversation is what its
-template makes of it as a whole, as it was trained on, and of each turn what stands there is supervised.
+The layout decides what is supervised: all of a `text`; the completion and the closing end-of-sequence token of a
+`prompt` and `completion`, which are joined as they stand; what the assistant says and the tokens that close its turn
+in `instruction` rows and `messages`. A token that straddles the boundary holds characters of the answer and is
+supervised. A chat template may leave out some of an earlier turn, such as its reasoning: a conversation is what its
+template makes of it as a whole, as in training, and what stands there of each assistant's turn is supervised.
 
-Boundaries are found in characters, from the tokenizer's offsets over the text as a whole, so that what is indexed
-is tokenised as it was trained on. (Tokenising prompt and completion apart gives other tokens at the joint.)
+Boundaries are found in characters, from the tokenizer's offsets over the whole text, so that an example is tokenised
+as it was in training. (Tokenising prompt and completion separately gives other tokens where they meet.)
 """
 
 import functools
@@ -36,7 +37,7 @@ ALPACA_PREAMBLE = {
     True: "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.",
     False: "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-}  # https://github.com/tatsu-lab/stanford_alpaca, by whether there is an input
+}  # https://github.com/tatsu-lab/stanford_alpaca; the key says whether there is an input
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Encoded:
 
     ids: list[int]
     supervised: list[bool]
-    """As long as `ids`: this token is a target. Never the first."""
+    """Whether each token of `ids` is supervised; the first never is."""
     cut: int = 0
-    """Tokens left out because the row was longer than allowed: from the left of a prompt, the right of a text."""
+    """Tokens left out because the row is too long: from the left of a prompt, from the right of a text."""
     completion_cut: int = 0
-    """Of those, supervised tokens of an answer that alone is longer than allowed."""
+    """Supervised tokens among them, of an answer that is too long by itself."""
 
     @property
-    def targets(self) -> int:
+    def supervised_count(self) -> int:
         """Number of supervised tokens."""
         return sum(self.supervised)
 
@@ -65,19 +66,19 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
     """Supervised stretches, in characters of `text`."""
     special: bool
-    """Let the tokenizer add its own special tokens (a chat template has written them already)."""
+    """Whether the tokenizer adds its special tokens (a chat template has written them already)."""
     closed: bool
-    """End with the end-of-sequence token, supervised."""
+    """Whether the text ends with the end-of-sequence token, supervised."""
 
 
 def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Encoded:
     """Token ids of a row and which of them are supervised.
 
     Args:
-        row: In one of the layouts of `corpus.LAYOUTS`. A null where text is expected supervises nothing.
-        tokenizer: Of the model that will read the ids.
+        row: A row in one of the layouts of `layouts.LAYOUTS`. A null where text is expected supervises nothing.
+        tokenizer: The tokenizer of the model that will read the ids.
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
-            token stays), a longer `text` its right. An answer that alone is too long keeps its beginning.
+            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning.
 
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
@@ -98,8 +99,8 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     if kind == "instruction":
         if row["instruction"] is None or row["output"] is None:
             return None
-        asked = [_string(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
-        return _instruction(asked, _string(row["output"]), tokenizer)
+        request = [_string(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
+        return _instruction(request, _string(row["output"]), tokenizer)
     if kind == "prompt":
         if row["prompt"] is None or row["completion"] is None:
             return None
@@ -113,7 +114,7 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
 
 
 def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
-    """Bytes of a row's supervised text in UTF-8, whatever a tokenizer closes it with.
+    """Bytes of a row's supervised text in UTF-8, without the token that closes it.
 
     Raises:
         CorpusError: As `encode`.
@@ -125,7 +126,7 @@ def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """Ids that a model is given to continue: `prompt` as it stands, or as the user's turn of a conversation."""
+    """Token ids for a model to continue: `prompt` as it stands, or as the user's turn of a conversation."""
     prompt = _string(prompt)
     text = _instruction([prompt], None, tokenizer) if chat else Rendered(prompt, (), special=True, closed=False)
     ids = tokenizer(text.text, add_special_tokens=text.special)["input_ids"]
@@ -134,9 +135,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]
 
 
 def encode_query(prompt: str, completion: str, tokenizer: Tokenizer, *, kind: str) -> Encoded:
-    """Ids of a prompt and its completion, laid out like the rows of a corpus whose layout is `kind`.
+    """Token ids of a prompt and its completion, in the layout `kind` of a corpus' rows.
 
-    Only the completion is supervised. It is closed as a row of that layout is, except in a `text` corpus, where a
+    Only the completion is supervised. It is closed like a row of that layout, except in a `text` corpus, where a
     completion is a stretch of running text.
     """
     prompt, completion = _string(prompt), _string(completion)
@@ -155,7 +156,7 @@ def _string(value: object) -> str:
 
 
 def _messages(messages: object) -> list[dict[str, Any]] | None:
-    """Messages whose text any tokenizer takes; None where a null stands for them or for what one of them says."""
+    """Messages with text that any tokenizer takes; None if they, or the content of one, are null."""
     if messages is None:
         return None
     if not isinstance(messages, list) or not all(
@@ -171,15 +172,15 @@ def _messages(messages: object) -> list[dict[str, Any]] | None:
     ]
 
 
-def _instruction(asked: list[str], answer: str | None, tokenizer: Tokenizer) -> Rendered:
+def _instruction(request: list[str], answer: str | None, tokenizer: Tokenizer) -> Rendered:
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "\n\n".join(asked)}]
+        turns = [{"role": "user", "content": "\n\n".join(request)}]
         if answer is None:
             return Rendered(_templated(turns, tokenizer, opened=True), (), special=False, closed=False)
         return _conversation([*turns, {"role": "assistant", "content": answer}], tokenizer)
-    parts = [ALPACA_PREAMBLE[len(asked) > 1], f"### Instruction:\n{asked[0]}"]
-    parts += [f"### Input:\n{asked[1]}"] if len(asked) > 1 else []
-    prompt = "\n\n".join([*parts, "### Response:\n"])
+    sections = [ALPACA_PREAMBLE[len(request) > 1], f"### Instruction:\n{request[0]}"]
+    sections += [f"### Input:\n{request[1]}"] if len(request) > 1 else []
+    prompt = "\n\n".join([*sections, "### Response:\n"])
     text = prompt + (answer or "")
     spans = () if answer is None else ((len(prompt), len(text)),)
     return Rendered(text, spans, special=True, closed=answer is not None)
@@ -192,21 +193,21 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Rende
         raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
     text = _templated(messages, tokenizer)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    found = [span for number in turns if (span := _turn(text, messages, number, tokenizer))]
-    said = [number for number in turns if messages[number].get("content") or messages[number].get("tool_calls")]
-    if said and not found:
+    spans = [span for number in turns if (span := _turn_span(text, messages, number, tokenizer))]
+    nonempty = [number for number in turns if messages[number].get("content") or messages[number].get("tool_calls")]
+    if nonempty and not spans:
         raise CorpusError(
             "the tokenizer's chat template leaves out what the assistant says, so nothing would be supervised. "
             "Give the rows as `prompt` and `completion`."
         )
-    if len(found) < len(said):
-        _tell_dropped(str(tokenizer.name_or_path))
-    return Rendered(text, tuple(found), special=False, closed=False)
+    if len(spans) < len(nonempty):
+        _warn_of_dropped_turns(str(tokenizer.name_or_path))
+    return Rendered(text, tuple(spans), special=False, closed=False)
 
 
 def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str:
-    """Messages as the tokenizer's chat template writes them; `opened` for the assistant to go on."""
-    from jinja2 import TemplateError  # of a template that raises on roles it does not take
+    """Messages as the tokenizer's chat template writes them; `opened` adds the prompt for the assistant's turn."""
+    from jinja2 import TemplateError  # raised by a template that refuses a role
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
@@ -214,56 +215,57 @@ def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: 
         raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
 
 
-def _templated_if_taken(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str | None:
-    """As `_templated`; None where a template refuses what is but a part of a conversation that it takes."""
+def _templated_or_none(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str | None:
+    """As `_templated`; None if the template refuses these messages, which are only a piece of a conversation."""
     try:
         return _templated(messages, tokenizer, opened=opened)
     except CorpusError:
         return None
 
 
-def _turn(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """Characters of the assistant's turn `number` in the whole: from the generation prompt to the end of its closing.
+def _turn_span(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Characters of the assistant's turn `number` in the text: from the generation prompt to the end of its closing.
 
-    A template may write an earlier turn differently once later ones follow (Qwen3 leaves out what was thought), or
-    write a generation prompt that no turn begins with (DeepSeek-R1's `<think>`). Then the turn is looked for in the
-    whole by `_located`. None: it is not there.
+    A template may write an earlier turn differently once later ones follow (Qwen3 leaves its reasoning out), or write
+    a generation prompt that no turn begins with (DeepSeek-R1's `<think>`). Then `_span_by_substitution` looks for the
+    turn in the whole text. None means that the turn is not there.
     """
-    before = _templated_if_taken(messages[:number], tokenizer, opened=True)
+    before = _templated_or_none(messages[:number], tokenizer, opened=True)
     is_last = number + 1 == len(messages)
-    through = text if is_last else _templated_if_taken(messages[: number + 1], tokenizer)
+    through = text if is_last else _templated_or_none(messages[: number + 1], tokenizer)
     if before is None or through is None or not (text.startswith(through.rstrip()) and through.startswith(before)):
-        return _located(text, messages, number, tokenizer)
-    closing = through[len(before) :].rstrip("\n")  # the newline after the turn's end is not the model's to say
+        return _span_by_substitution(text, messages, number, tokenizer)
+    closing = through[len(before) :].rstrip("\n")  # the model does not write the newline after its turn
     return (len(before), len(before) + len(closing)) if closing else None
 
 
-def _located(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+def _span_by_substitution(
+    text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer
+) -> tuple[int, int] | None:
     """Characters of a turn, found by rendering another word in its place: what differs is what the assistant says.
 
-    So nothing that the template writes before the turn is supervised. What closes it is, where it closes a
-    conversation that ends there in the same way. None: the template leaves the turn out, or writes it twice.
+    So nothing that the template writes before the turn is supervised. Its closing is supervised if a conversation that
+    ends with this turn is closed in the same way. None means that the template leaves the turn out or writes it twice.
     """
-    word = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)  # for private use
-    part = [*messages[:number], {"role": "assistant", "content": word}]
-    other = _templated_if_taken([*part, *messages[number + 1 :]], tokenizer)
-    if other is None or other.count(word) != 1:  # None: such as a tool's answer to what now calls none
+    word = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)  # Unicode's private use
+    through = [*messages[:number], {"role": "assistant", "content": word}]
+    other = _templated_or_none([*through, *messages[number + 1 :]], tokenizer)
+    if other is None or other.count(word) != 1:  # None: for instance a tool's answer to a turn that now calls no tool
         return None
-    start = _shared(text, other)
-    end = max(start, len(text) - _shared(text[::-1], other[::-1]))
-    closing = (_templated_if_taken(part, tokenizer) or "").partition(word)[2].rstrip("\n")
+    start = _common_prefix_length(text, other)
+    end = max(start, len(text) - _common_prefix_length(text[::-1], other[::-1]))
+    closing = (_templated_or_none(through, tokenizer) or "").partition(word)[2].rstrip("\n")
     end += len(closing) if text.startswith(closing, end) else 0
     return (start, end) if end > start else None
 
 
-def _shared(one: str, two: str) -> int:
-    """Characters with which both begin."""
-    pairs = enumerate(zip(one, two, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(two)))
+def _common_prefix_length(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-@functools.cache  # once a process and model, not once a row
-def _tell_dropped(name: str) -> None:
+@functools.cache  # once per process and model, not once per row
+def _warn_of_dropped_turns(name: str) -> None:
     logger.warning(
         "%s: its chat template leaves out some of what the assistant says before the last turn; only what it writes "
         "is supervised",
@@ -272,10 +274,10 @@ def _tell_dropped(name: str) -> None:
 
 
 def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
-    """Messages in Alpaca's words, for a tokenizer without a template: the system's turn replaces the preamble.
+    """Messages in Alpaca's template, for a tokenizer without one: the system's turn replaces the preamble.
 
     Raises:
-        CorpusError: Alpaca has no words for a tool's answer, nor for a call of one.
+        CorpusError: A message is a tool's answer or calls a tool, for which Alpaca has no words.
     """
     text, spans = "", []
     for message in messages:
@@ -295,10 +297,10 @@ def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
 def _refuse_tools(message: dict[str, Any]) -> None:
     calls = next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
     if calls or message["role"] not in ("system", "user", "assistant"):
-        found = f"`{calls}`" if calls else f"the role {str(message['role'])!r}"
+        problem = f"`{calls}`" if calls else f"the role {str(message['role'])!r}"
         raise CorpusError(
-            f"a message has {found}, and the tokenizer has no chat template: without one there are words for the text "
-            "of system, user and assistant alone. Give the model's tokenizer a template, or leave such rows out."
+            f"a message has {problem}, and the tokenizer has no chat template: without one there are words for the "
+            "text of system, user and assistant alone. Give the model's tokenizer a template, or leave such rows out."
         )
 
 
@@ -315,11 +317,11 @@ def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], lis
 
 
 def _overlap(start: int, end: int, begin: int, stop: int) -> bool:
-    """A token of characters [start, end) has some of the span [begin, stop)."""
+    """Whether a token of characters [start, end) holds some of the span [begin, stop)."""
     if start < end:
         return start < stop and end > begin
-    # A tokenizer that trims its offsets leaves a token of spaces no length, at its end. At 0 are the special
-    # tokens that it puts first.
+    # A tokenizer that trims its offsets gives a token of spaces the length 0, at its end. The special tokens that a
+    # tokenizer puts first lie at 0.
     return begin < end <= stop or begin == end == 0
 
 
@@ -327,15 +329,15 @@ def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], 
     if tokenizer.is_fast:
         out = tokenizer(rendered.text, add_special_tokens=rendered.special, return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
-    # Without offsets: a token's place is where the ids of the text up to a boundary stop agreeing with the whole.
+    # Without offsets, a boundary is where the ids of the text up to it stop agreeing with the ids of the whole text.
     ids = tokenizer(rendered.text, add_special_tokens=rendered.special)["input_ids"]
     marks = sorted({0, len(rendered.text), *(edge for span in rendered.spans for edge in span)})
     offsets: list[tuple[int, int]] = []
     for begin, end in itertools.pairwise(marks):
         prefix = tokenizer(rendered.text[:end], add_special_tokens=rendered.special)["input_ids"]
-        whole = end == len(rendered.text)
+        is_last = end == len(rendered.text)
         same = next((k for k, pair in enumerate(zip(prefix, ids, strict=False)) if pair[0] != pair[1]), len(prefix))
-        offsets += [(begin, end)] * ((len(ids) if whole else same) - len(offsets))
+        offsets += [(begin, end)] * ((len(ids) if is_last else same) - len(offsets))
     return ids, offsets + [(0, 0)] * (len(ids) - len(offsets))
 
 
@@ -348,12 +350,12 @@ def _truncated(
     if keep_left or True not in supervised:
         return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess)
     opening = 1 if ids[0] == tokenizer.bos_token_id else 0
-    context = 1 - opening  # what must stay in front of the first target, so that something predicts it
+    context = 1 - opening  # what must stay before the first supervised token, so that something predicts it
     room = max(supervised.index(True) - opening - context, 0)
     start = opening + min(excess, room)
-    kept, marks = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
-    lost = sum(marks[max_tokens:])
-    return Encoded(kept[:max_tokens], marks[:max_tokens], cut=excess, completion_cut=lost)
+    ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
+    lost = sum(supervised[max_tokens:])
+    return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess, completion_cut=lost)
 
 
 @dataclass(frozen=True)
@@ -362,9 +364,9 @@ class Batch:
 
     ids: Int64[Tensor, "b t"]
     mask: Bool[Tensor, "b t"]
-    """Real tokens, not padding."""
+    """True for tokens, False for padding."""
     supervised: Bool[Tensor, "b t"]
-    """Targets; see the module's text."""
+    """Whether each token is supervised; see the module's text."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -372,7 +374,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int = 0) -> Batch:
-    """Pad examples on the right to the longest of them. Which id pads does not matter: no real token sees it."""
+    """Pad examples on the right to the longest of them. Any id can pad, since no token attends to padding."""
     width = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -386,10 +388,10 @@ def collate(examples: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def bucketed(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Positions grouped into batches of like length, each at most `tokens_per_batch` with its padding.
+    """Positions grouped into batches of similar length, each of at most `tokens_per_batch` tokens with its padding.
 
-    Longest first, so that a build that will not fit in memory fails at once. A single row above the budget
-    is a batch of its own. Equal lengths keep their order, so the same rows always give the same batches.
+    The longest come first, so that a build that does not fit in memory fails at once. A single row above the budget is
+    a batch of its own. Equal lengths keep their order, so that the same rows always give the same batches.
 
     >>> bucketed([3, 9, 4, 1], 8)
     [[1], [2, 0], [3]]

@@ -1,12 +1,12 @@
-"""Evaluate: what attribution promised, graded by training.
+"""Evaluate a selection by training: every method's choice trains a model, and held-out rows grade it.
 
-`evaluate_selection` closes the loop of `select`: every method chooses from one pool under one budget of tokens, a model
-is trained on each choice for the same number of steps, and graded on rows that no method saw. Beside the methods stand
-a random choice, the whole pool, and the model as it was: a method that does not beat the first has chosen nothing.
+Every method of `select` chooses from one corpus under one budget of tokens, a model is trained on each choice for the
+same number of steps, and graded on rows that no method saw. Beside the methods stand a random choice, the whole corpus,
+and the untrained model: a method that does not beat the random choice is of no use.
 
-Lower loss is better. A cell is one training; it is kept as one JSON file as soon as it is graded, and is not made
-again, so that a run that was stopped goes on. Intervals are of the difference from random selection: seeds are drawn
-anew, and graded rows with them, so that they hold for other trainings and for other rows of the same task.
+Lower loss is better. A cell is one training's marks on one task; it is stored as one JSON file as soon as it is graded,
+and is not computed again, so that an evaluation that was stopped goes on. Intervals are of the difference from random
+selection: seeds and graded rows are drawn anew, so that they hold for other trainings and other rows of the same task.
 
 Source: the protocol is that of LESS (Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 5), with budgets in
 tokens instead of rows, as Ivison et al. 2025 (https://arxiv.org/abs/2503.01807) show that rows favour long ones.
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,27 @@ from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import token_losses
-from whence.indexing.build import Index
+from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.selection.pipeline import open_view, select, select_each
-from whence.storage import Place
+from whence.storage import Place, claim_directory
 from whence.training.trainer import train
 
 NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
-"""Lines of a table that are no method: the model untrained, trained on a random choice, on the whole pool."""
+"""Lines of a table that are no method: the untrained model, a random choice, and the whole corpus."""
 TABLE_FILE = "table.json"
 
 
 @dataclass(frozen=True)
 class Grades:
-    """A model's marks on some rows, one each."""
+    """A model's marks on some rows, one of each kind for a row."""
 
     loss: Float32[Tensor, " n"]
-    """Mean over a row's supervised tokens, in nats."""
+    """Mean loss over a row's supervised tokens, in nats."""
     exact: Bool[Tensor, " n"]
-    """Every supervised token is the model's first choice: greedy decoding gives the completion, and stops there."""
+    """Whether every supervised token is the model's first choice: greedy decoding gives just the completion."""
 
 
 @torch.inference_mode()
@@ -65,8 +65,8 @@ def grade(model: LoadedModel, rows: Sequence[Encoded], *, tokens_per_batch: int 
         owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)
         is_first = torch.cat(
             [
-                head(states[owners[some], positions[some]]).argmax(-1) == batch.ids[owners[some], positions[some] + 1]
-                for some in torch.arange(len(owners)).split(1024)
+                head(states[owners[span], positions[span]]).argmax(-1) == batch.ids[owners[span], positions[span] + 1]
+                for span in torch.arange(len(owners)).split(1024)
             ]
         )
         missed = torch.zeros(len(numbers), dtype=torch.int64, device=batch.ids.device)
@@ -76,7 +76,7 @@ def grade(model: LoadedModel, rows: Sequence[Encoded], *, tokens_per_batch: int 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a cell trains. The same for every method: so many steps of so many rows, whatever the choice's size."""
+    """How a model is trained on a choice; every method trains the same number of steps, whatever its choice's size."""
 
     steps: int = 200
     batch_size: int = 16
@@ -88,13 +88,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, or none, and its marks on one task."""
+    """The marks of one trained model, or of the untrained one, on one task."""
 
     method: str
     task: str
     seed: int
     rows: int
-    """Trained on, from `tokens` tokens."""
+    """Rows of the choice that it was trained on; they have `tokens` tokens."""
     tokens: int
     loss: list[float]
     exact: list[float]
@@ -118,11 +118,11 @@ class Line:
     train_seconds: float
     """Wall time of one training."""
     select_seconds: float
-    """Wall time of one choice, the index that it needs not counted; one scoring serves all tasks, and counts whole."""
+    """Wall time of one choice, without the index that it needs; a scoring that serves all tasks counts in full."""
     gain: float | None = None
-    """Loss of random selection minus this: positive is better than chance; None for random itself."""
+    """Loss of random selection minus this loss: positive is better than chance; None for random itself."""
     gain_interval: tuple[float, float] | None = None
-    """95%, over seeds and graded rows."""
+    """95% interval of `gain`, over seeds and graded rows."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SelectionTable:
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """As plain rows."""
+        """The lines as plain rows."""
         return [asdict(line) for line in self.lines]
 
 
@@ -147,12 +147,12 @@ class Choice:
 
 
 Chooser = Callable[[str, int], Choice]
-"""`(task, seed)` to what a method chooses for it; a method without chance ignores the seed."""
+"""From `(task, seed)` to a method's choice for the task; a method without randomness ignores the seed."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose, as a table's row."""
+    """A way to choose, one row of a table."""
 
     choose: Chooser
     per_task: bool = True
@@ -169,86 +169,92 @@ def selection_methods(
     work: str | Path | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Method], int]:
-    """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole pool among them.
+    """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole corpus among them.
 
-    Each scores the pool once for all tasks when its first choice is asked for, and keeps the choices; a method that
+    Each scores the corpus once for all tasks when its first choice is needed, and stores the choices; a method that
     draws does so for each seed.
 
     Args:
-        names: In `catalogue.SCORERS`; `name:option=value` sets an option of it, such as `less:within=mean_cosine`.
-        source: An index of the pool, or the pool, for methods that need no index.
+        names: Names in `catalogue.SCORERS`; `name:option=value` sets an option, such as `less:within=mean_cosine`.
+        source: An index, or a corpus for methods that need no index.
         tasks: The examples of each task, by its name.
-        fraction: Of the tokens of the pool's rows that can be trained on.
-        model: That token counts and methods on a corpus need; of an index, where it has moved.
-        work: Directory that keeps the choices, which may take longer than the trainings; None: they are not kept.
-        settings: Of `select`, the same for every method, such as caps.
+        fraction: Share of the tokens of the rows that can be trained on.
+        model: The model that token counts and methods on a corpus need; for an index, where its model has moved.
+        work: Directory that stores the choices, which may take longer than the trainings; None: they are not stored.
+        settings: Settings of `select`, the same for every method, such as caps.
 
     Returns:
         The methods, and the budget in tokens.
     """
-    opened = open_view(source, RANDOM, model=model)
-    everything = select(opened, None, method=RANDOM, fraction=1.0, duplicates=None)
+    view = open_view(source, RANDOM, model=model)
+    everything = select(view, None, method=RANDOM, fraction=1.0, duplicates=None)
     budget = max(1, round(fraction * everything.selection.tokens))
-    kept = None if work is None else _Choices(Place.at(work), {"budget": budget, **settings, **_pools(source, tasks)})
-    places = everything.selection.rows  # in a random order
-    rows = [everything.rows[number] for number in sorted(range(len(places)), key=places.__getitem__)]
+    store = (
+        None
+        if work is None
+        else _ChoiceStore(Place.at(work), {"budget": budget, **settings, **_origins(source, tasks)})
+    )
+    shuffled = everything.selection.rows  # in a random order
+    rows = [everything.rows[place] for place in sorted(range(len(shuffled)), key=shuffled.__getitem__)]
 
     def method(name: str) -> Method:
         base, _, options = name.partition(":")
-        given = dict(part.split("=", 1) for part in options.split(",") if part)
+        values = dict(option.split("=", 1) for option in options.split(",") if option)
         entry = catalogue.scorer_entry(base)
-        asked = tasks if entry.reads_tasks else {"": None}
+        method_tasks = tasks if entry.reads_tasks else {"": None}
         draws = entry.draws or settings.get("temperature", 0.0) > 0
 
         @cache
         def choices(seed: int) -> dict[str, Choice]:
-            if kept is not None and (found := kept.read(name, seed)) is not None:
-                return found
+            if store is not None and (by_task := store.read(name, seed)) is not None:
+                return by_task
             start = time.perf_counter()
-            made = select_each(opened, asked, method=base, options=given, tokens_budget=budget, seed=seed, **settings)
+            chosen_by_task = select_each(
+                view, method_tasks, method=base, options=values, tokens_budget=budget, seed=seed, **settings
+            )
             seconds = time.perf_counter() - start
-            found = {task: Choice(chosen.rows, seconds) for task, chosen in made.items()}
-            if kept is not None:
-                kept.write(name, seed, found)
-            return found
+            by_task = {task: Choice(chosen.rows, seconds) for task, chosen in chosen_by_task.items()}
+            if store is not None:
+                store.write(name, seed, by_task)
+            return by_task
 
         def choose(task: str, seed: int) -> Choice:
             return choices(seed if draws else 0)[task if entry.reads_tasks else ""]
 
         return Method(choose, per_task=entry.reads_tasks)
 
-    made = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
-    return made | {EVERYTHING: Method(lambda task, seed: Choice(rows), per_task=False)}, budget
+    methods = {name: method(name) for name in dict.fromkeys((RANDOM, *names))}
+    return methods | {EVERYTHING: Method(lambda task, seed: Choice(rows), per_task=False)}, budget
 
 
 @dataclass(frozen=True)
-class _Choices:
-    """Choices as files, for a table that is stopped and goes on."""
+class _ChoiceStore:
+    """Choices as files, for an evaluation that is stopped and goes on."""
 
     place: Place
-    of: dict[str, Any]
-    """What else decides them."""
+    settings: dict[str, Any]
+    """What the choices depend on besides method and seed."""
 
     def _name(self, method: str, seed: int) -> str:
-        told = json.dumps([method, seed, self.of], sort_keys=True, default=str)
-        return f"choice-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+        key = json.dumps([method, seed, self.settings], sort_keys=True, default=str)
+        return f"choice-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def read(self, method: str, seed: int) -> dict[str, Choice] | None:
-        """Of each task; None where it has not been made."""
+        """The choice for each task; None where it is not stored."""
         name = self._name(method, seed)
         if not self.place.exists(name):
             return None
         return {task: Choice(**choice) for task, choice in json.loads(self.place.read(name)).items()}
 
-    def write(self, method: str, seed: int, found: dict[str, Choice]) -> None:
-        """Whole or not at all."""
-        _write(self.place, self._name(method, seed), {task: asdict(choice) for task, choice in found.items()})
+    def write(self, method: str, seed: int, choices: dict[str, Choice]) -> None:
+        """Write the choices for all tasks, whole or not at all."""
+        _write(self.place, self._name(method, seed), {task: asdict(choice) for task, choice in choices.items()})
 
 
-def _pools(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the pool and the tasks come from, by name."""
-    named = source.store.place.root if isinstance(source, Index) else source
-    return {"source": str(named), "tasks": {name: str(task) for name, task in tasks.items()}}
+def _origins(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the rows to choose from and the tasks come from."""
+    root = source.store.place.root if isinstance(source, Index) else source
+    return {"source": str(root), "tasks": {name: str(task) for name, task in tasks.items()}}
 
 
 def evaluate_selection(
@@ -261,16 +267,16 @@ def evaluate_selection(
     seeds: Sequence[int] = (0, 1, 2),
     progress: Callable[[str], None] = lambda line: None,
 ) -> SelectionTable:
-    """Train on what each method chooses and grade the result.
+    """Train a model on each method's choice and grade it.
 
     Args:
-        model: Directory or Hub name; every cell starts from it.
-        methods: By name. `random`, and others beside it, as rows of the table; the untrained model is added.
+        model: Directory or Hub name; every training starts from it.
+        methods: Methods by name, `random` among them, as rows of the table; the untrained model is added.
         graded: Rows of each task that no method saw.
-        work: Directory of the cells; made where missing, continued where not. It belongs to one table.
-        recipe: How a cell trains.
-        seeds: Of the trainings; at least 2, for the intervals.
-        progress: Told a line for each cell.
+        work: Directory of the cells, of one table alone; an evaluation that was stopped there goes on.
+        recipe: How a model is trained on a choice.
+        seeds: Seeds of the trainings; at least 2, for the intervals.
+        progress: Called with a line for each training.
 
     Returns:
         A line for each method and task, in the methods' order.
@@ -285,16 +291,17 @@ def evaluate_selection(
     if RANDOM not in methods:
         raise SettingError(f"no method {RANDOM!r}: it is what the others are measured against")
     directory = Path(work)
-    _claim(directory, {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)})
+    settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
+    claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
     start = load_model(open_run(model).checkpoints[-1].path)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     cells = _untrained(directory, start, tasks)
     for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
         for name, method in methods.items():
-            for some in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
-                found = _cells(directory, model, name, method, some, seed, recipe)
-                cells += found
-                progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in found))
+            for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
+                trained = _cells(directory, model, name, method, group, seed, recipe)
+                cells += trained
+                progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
     lines = [_line(name, task, cells, seeds[0]) for task in tasks for name in (NOTHING, *methods)]
     return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
 
@@ -303,30 +310,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _claim(directory: Path, table: dict[str, Any]) -> None:
-    """Mark a new directory as this table's; refuse that of another."""
-    place = Place.at(directory)
-    if place.exists(TABLE_FILE):
-        kept = json.loads(place.read(TABLE_FILE))
-        for name in table:
-            if kept.get(name) != table[name]:
-                raise SettingError(
-                    f"--work {directory}: its cells have another {name} (there {_short(kept.get(name))}, here "
-                    f"{_short(table[name])}). Name another directory, or remove that one."
-                )
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(place, TABLE_FILE, table)
+def _other_table(directory: Path, difference: str) -> SettingError:
+    return SettingError(
+        f"--work {directory}: its cells have another {difference}. Name another directory, or remove that one."
+    )
 
 
 def _write(place: Place, name: str, document: Any) -> None:
     data = json.dumps(document).encode()
     place.write(name, [data], total=len(data))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
@@ -337,23 +329,23 @@ def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
 
 
 def _gradable(model: LoadedModel, task: str, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
-    found = _encoded(model, rows, recipe)
-    if not found:
+    gradable = _encoded(model, rows, recipe)
+    if not gradable:
         raise CorpusError(f"{task}: none of its {len(rows)} rows to grade has a supervised token")
-    return found
+    return gradable
 
 
 def _encoded(model: LoadedModel, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
     longest = min(limit for limit in (recipe.max_tokens, model.context) if limit)
-    return [row for row in (encode(row, model.tokenizer, longest) for row in rows) if row.targets]
+    return [row for row in (encode(row, model.tokenizer, longest) for row in rows) if row.supervised_count]
 
 
 def _untrained(directory: Path, model: LoadedModel, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
-    cells = [_kept(directory, NOTHING, task, 0) for task in tasks]
+    cells = [_stored_cell(directory, NOTHING, task, 0) for task in tasks]
     if any(cell is None for cell in cells):
         cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
         for cell in cells:
-            _write(Place.at(directory), _name(NOTHING, cell.task, 0), asdict(cell))
+            _write(Place.at(directory), _cell_file(NOTHING, cell.task, 0), asdict(cell))
     return [cell for cell in cells if cell is not None]
 
 
@@ -366,12 +358,12 @@ def _cells(
     seed: int,
     recipe: Recipe,
 ) -> list[Cell]:
-    """One training's cells: a cell for each of these tasks, made unless they are kept."""
-    kept = [_kept(directory, name, task, seed) for task in tasks]
-    if all(cell is not None for cell in kept):
-        return [cell for cell in kept if cell is not None]
-    chosen = method.choose(next(iter(tasks)), seed)
-    rows = list(chosen.rows)
+    """One training's cells, one for each of these tasks; it is trained unless they are all stored."""
+    stored = [_stored_cell(directory, name, task, seed) for task in tasks]
+    if all(cell is not None for cell in stored):
+        return [cell for cell in stored if cell is not None]
+    choice = method.choose(next(iter(tasks)), seed)
+    rows = list(choice.rows)
     with tempfile.TemporaryDirectory(dir=directory, prefix="training-") as folder:
         start = time.perf_counter()
         run = train(
@@ -392,9 +384,9 @@ def _cells(
         trained = load_model(open_run(run).checkpoints[-1].path)
         tokens = sum(len(row.ids) for row in _encoded(trained, rows, recipe))
         cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
-    cells = [replace(cell, select_seconds=chosen.seconds) for cell in cells]
+    cells = [replace(cell, select_seconds=choice.seconds) for cell in cells]
     for cell in cells:
-        _write(Place.at(directory), _name(name, cell.task, seed), asdict(cell))
+        _write(Place.at(directory), _cell_file(name, cell.task, seed), asdict(cell))
     return cells
 
 
@@ -416,30 +408,30 @@ def _graded(
     return cells
 
 
-def _name(method: str, task: str, seed: int) -> str:
+def _cell_file(method: str, task: str, seed: int) -> str:
     digest = hashlib.sha256(f"{method}\n{task}".encode()).hexdigest()[:16]  # names may hold any character
     return f"cell-{digest}-{seed}.json"
 
 
-def _kept(directory: Path, method: str, task: str, seed: int) -> Cell | None:
-    place, name = Place.at(directory), _name(method, task, seed)
+def _stored_cell(directory: Path, method: str, task: str, seed: int) -> Cell | None:
+    place, name = Place.at(directory), _cell_file(method, task, seed)
     return Cell(**json.loads(place.read(name))) if place.exists(name) else None
 
 
 def _line(method: str, task: str, cells: Sequence[Cell], seed: int) -> Line:
-    """One line of the table, from all cells of the task."""
-    own = [cell for cell in cells if (cell.method, cell.task) == (method, task)]
-    loss = torch.tensor([cell.loss for cell in own])
+    """One line of the table, from the cells of all methods."""
+    line_cells = [cell for cell in cells if (cell.method, cell.task) == (method, task)]
+    loss = torch.tensor([cell.loss for cell in line_cells])
     line = Line(
         method=method,
         task=task,
-        seeds=len(own),
-        rows=sum(cell.rows for cell in own) / len(own),
-        tokens=sum(cell.tokens for cell in own) / len(own),
+        seeds=len(line_cells),
+        rows=sum(cell.rows for cell in line_cells) / len(line_cells),
+        tokens=sum(cell.tokens for cell in line_cells) / len(line_cells),
         loss=float(loss.mean()),
-        exact=float(torch.tensor([cell.exact for cell in own]).mean()),
-        train_seconds=sum(cell.train_seconds for cell in own) / len(own),
-        select_seconds=sum(cell.select_seconds for cell in own) / len(own),
+        exact=float(torch.tensor([cell.exact for cell in line_cells]).mean()),
+        train_seconds=sum(cell.train_seconds for cell in line_cells) / len(line_cells),
+        select_seconds=sum(cell.select_seconds for cell in line_cells) / len(line_cells),
     )
     if method == RANDOM:
         return line

@@ -1,13 +1,13 @@
 """Per-example gradients from one ordinary backward pass over a padded batch.
 
-A linear layer's gradient for one example is `sum over t of g_t a_t^T` (o x i): `a` its inputs, `g` the loss gradient
-at its outputs. `Tap` hands both to a `consume` function as the backward pass reaches the layer, where they are
-projected, summed or compared, and freed. All weights are frozen, so that no weight gradient is computed; the graph
-begins at the first traced layer's output, so that nothing below it is differentiated either.
+A linear layer's gradient for one example is `sum over t of g_t a_t^T` (o x i), with its inputs `a` and the loss
+gradient `g` at its outputs. As the backward pass reaches the layer, `Tap` hands both to a `consume` function, which
+projects, sums or compares them, and they are freed. All weights are frozen, so that no weight gradient is computed; the
+graph begins at the first traced layer's output, so that nothing below it is differentiated either.
 
-Logits and loss are computed only at positions that predict a supervised token, in chunks that bound the memory of
-the vocabulary-sized arrays. The head is whatever the model does between its decoder's states and its logits (scaling,
-soft caps): the decoder is replaced for a moment by a stub that returns the chunk, and the model's own forward runs.
+Logits and loss are computed only at positions that predict a supervised token, in chunks that bound the memory of the
+vocabulary-sized arrays. The head is whatever the model does between its decoder's states and its logits (scaling, soft
+caps): for each chunk a stub that returns it replaces the decoder, and the model's own forward runs.
 
 The loss of an example is the mean or the sum over its supervised tokens, in nats; examples never mix. Sums are in
 fp32 whatever the model's dtype.
@@ -29,31 +29,31 @@ from torch import Tensor, nn
 from whence.corpus.tokens import Batch
 from whence.errors import ModelError
 from whence.gradients.protocols import Projection
-from whence.models.hooking import decoded, repeatable, vet, writes_into_outputs
+from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
-from whence.numerics import product
+from whence.numerics import inverse_or_zero, product
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of one chunk of logits [s v]. On a CPU, 4 MB: an index is a twentieth faster where they stay in cache."""
+"""Elements of one chunk of logits [s v]. On a CPU 4 MB, which stay in cache: an index is a twentieth faster so."""
 LEAST_POSITIONS = 128
-"""Positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
+"""Fewest positions of a chunk, whatever the vocabulary: fewer would read the head's weight too often."""
 FORMED_ENTRIES = {"cpu": 2**17, "cuda": 2**27}
-"""Entries of the gradients [b o i] that are formed at a time to be transformed. On a CPU, half a MB: in cache."""
+"""Entries of the gradients [b o i] that are formed at a time to be transformed. On a CPU half a MB, in cache."""
 FORMED_AT_LEAST = 2**24
-"""The same where they are only to be sketched, which is one product: 64 MB, for all examples of a small model."""
+"""At least so many entries if they are only sketched, which is one product: 64 MB, all examples of a small model."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What one traced layer saw in the backward pass, for some examples of the batch."""
+    """Inputs and output gradients of one traced layer in the backward pass, for some examples of the batch."""
 
     layer: str
     a: Float[Tensor, "b t i"]
-    """Inputs, in fp32 unless the pass was told to leave them as they are."""
+    """Inputs, in fp32 unless the pass keeps the model's dtype."""
     g: Float[Tensor, "b t o"]
     """Loss gradient at the outputs, likewise; 0 at padding."""
     rows: Int64[Tensor, " b"] | None
-    """Which examples of the batch these are; None for all, in order. The output head comes in several parts."""
+    """Which examples of the batch these are; None for all, in order. The output head comes in several chunks."""
 
 
 Consume = Callable[[Captured], None]
@@ -66,9 +66,9 @@ class TokenLosses:
     """Loss of a batch, by example and by token."""
 
     loss: Float32[Tensor, " b"]
-    """Nats, mean or sum over the example's supervised tokens; 0 where there is none."""
+    """Nats, mean or sum over the example's supervised tokens; 0 if there are none."""
     nll: Float32[Tensor, "b t"]
-    """Nats of each supervised token, -log p(token | what is before it); 0 elsewhere."""
+    """Nats of each supervised token, -log p(token | tokens before it); 0 elsewhere."""
 
 
 def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, "b o i"]:
@@ -79,18 +79,13 @@ def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> F
 def squared_norms(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, " b"]:
     """Squared Frobenius norm of each example's gradient.
 
-    By the Gram identity, `sum over s, t of (a_s . a_t)(g_s . g_t)`, where t (i + o) is less than i o, else from the
+    The Gram identity `sum over s, t of (a_s . a_t)(g_s . g_t)` is used where t (i + o) is less than i o, else the
     gradient itself.
     """
     tokens, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
     if _gram_is_cheaper(tokens, tokens, inputs, outputs):
         return (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2), dtype=torch.float32)
     return example_gradients(a, g).square().sum((1, 2), dtype=torch.float32)
-
-
-def inverse(norm: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """1 / norm; 0 where the norm is 0, so that what has no gradient scores 0."""
-    return torch.where(norm > torch.finfo(norm.dtype).tiny, 1 / norm, 0.0)
 
 
 def inner_products(
@@ -101,8 +96,8 @@ def inner_products(
 ) -> Float32[Tensor, "q b"]:
     """Inner product of each query's gradient with each example's, for one layer, exact.
 
-    By the Gram identity, `sum over r, t of (a_r . a_t)(g_r . g_t)`, where that is cheaper, else from the queries'
-    gradients: `sum over t of g_t^T G a_t`.
+    The Gram identity `sum over r, t of (a_r . a_t)(g_r . g_t)` is used where it is cheaper, else the queries' gradients
+    G: `sum over t of g_t^T G a_t`.
     """
     if _gram_is_cheaper(a.shape[1], query_a.shape[1], a.shape[2], g.shape[2]):
         pairs = torch.einsum("qri,bti->qbrt", query_a, a) * torch.einsum("qro,bto->qbrt", query_g, g)
@@ -111,7 +106,7 @@ def inner_products(
 
 
 def _gram_is_cheaper(tokens: int, query_tokens: int, inputs: int, outputs: int) -> bool:
-    """Multiplications a pair: t r (i + o) for Gram; t i o + r i o to form both gradients, i o to compare them."""
+    """Multiplications per pair: t r (i + o) for Gram; t i o + r i o to form both gradients, i o to compare them."""
     gram = tokens * query_tokens * (inputs + outputs)
     return gram < (tokens + query_tokens + 1) * inputs * outputs
 
@@ -128,7 +123,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, a: Tensor, hand_over: HandOver, copy: bool) -> Tensor:
-        """Keep the input; return the output as it is, or a copy where a model's code writes into it."""
+        """Keep the input; return the output as it is, or a copy if the model's code writes into it."""
         ctx.save_for_backward(a)
         ctx.hand_over = hand_over
         return out.clone() if copy else out.view_as(out)
@@ -142,27 +137,27 @@ class Tap(torch.autograd.Function):
 
 @dataclass
 class _Pass:
-    """One forward and backward pass: which examples the positions now in flight belong to."""
+    """State of one forward and backward pass: whose positions are in flight, and what was handed over."""
 
     model: LoadedModel
     batch_shape: tuple[int, int]
     consume: Consume
     whole: bool = False
-    """Hand a layer of the output head over once, its chunks joined."""
-    waiting: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
-    """Chunks of the output head: (a, g, owners) by layer."""
+    """Whether a layer of the output head is handed over once, with its chunks joined."""
+    head_chunks: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    """Chunks of the output head that are not handed over yet: (a, g, owners) by layer."""
     owners: Int64[Tensor, " s"] | None = None
-    """Example of each position while a chunk of the output head is in flight; None inside the decoder."""
+    """Example of each position of the current chunk of the output head; None inside the decoder."""
     upcast: bool = True
-    """Hand `(a, g)` over in fp32; else in the type that the model has."""
+    """Whether `(a, g)` is handed over in fp32; else in the model's dtype."""
     called: set[str] = field(default_factory=set)
     """Layers whose hook ran."""
     handed_over: set[str] = field(default_factory=set)
-    """Layers of the decoder that have been."""
+    """Layers of the decoder that were handed over."""
 
     def hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps one layer."""
-        return partial(self._tap, name)  # a function of its own would be compiled for every layer, under shape checks
+        return partial(self._tap, name)  # under shape checks, a function of its own would be compiled for every layer
 
     def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -180,7 +175,7 @@ class _Pass:
         if owners is not None:
             chunk = (a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
             if self.whole:
-                self.waiting.setdefault(name, []).append(chunk)
+                self.head_chunks.setdefault(name, []).append(chunk)
             else:
                 self._hand_over_head(name, *chunk)
             return
@@ -203,15 +198,15 @@ class _Pass:
         self.consume(Captured(name, a, g, rows))
 
     @torch.no_grad()
-    def hand_over_waiting(self) -> None:
-        """The output head's chunks, joined."""
-        for name, chunks in self.waiting.items():
-            a, g, owners = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    def hand_over_chunks(self) -> None:
+        """Hand the output head's chunks over, joined."""
+        for name, chunks in self.head_chunks.items():
+            a, g, owners = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
             self._hand_over_head(name, a, g, owners)
 
 
 def _by_example(a: Tensor, g: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions in a row [s ...], sorted by owner, to padded examples [b t ...]; and which examples they are."""
+    """From positions [s ...], sorted by owner, to padded examples [b t ...], with the examples' numbers."""
     rows, index, counts = torch.unique_consecutive(owners, return_inverse=True, return_counts=True)
     place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[index]
     shape = (len(rows), int(counts.max()))
@@ -238,18 +233,18 @@ def backward(
     Args:
         model: Frozen, in evaluation mode.
         layers: Traced layers by name; see `LoadedModel.layers`.
-        batch: On any device.
-        consume: Called once a layer (the output head: once a chunk), from the last layer to the first.
+        batch: Examples, on any device.
+        consume: Called once per layer (for the output head once per chunk), from the last layer to the first.
         reduction: "mean" over each example's own supervised tokens, or "sum".
-        objective: Of each token, what is differentiated: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
+        objective: What is differentiated at each token: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
             gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
-        whole: Hand the output head over once, with all of an example's positions: what needs norms needs that.
-        upcast: Hand `(a, g)` over in fp32. If not, on a GPU, in the model's own type: half the memory to move.
-        shared: Follow every module that has a layer's weight, under that layer's name; else only the modules given.
+        whole: Hand the output head over once, with all of an example's positions, as norms require.
+        upcast: Hand `(a, g)` over in fp32. Otherwise a GPU hands over the model's dtype: half the memory to move.
+        shared: Trace every module that has a layer's weight, under that layer's name; otherwise only the given modules.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Returns:
-        The losses: those whose gradients were taken, if that is the objective.
+        The losses, whatever the objective.
     """
     batch = batch.to(model.device)
     state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
@@ -260,11 +255,11 @@ def backward(
     try:
         with checkpointed, repeatable(model), torch.enable_grad():
             losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
-            state.hand_over_waiting()
+            state.hand_over_chunks()
     finally:
         for hook in hooks:
             hook.remove()
-    vet(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
+    refuse_hidden_uses(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
     return losses
 
 
@@ -276,19 +271,19 @@ def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -
 
 
 def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: "SlopeOf") -> TokenLosses:
-    states, head = decoded(model, batch)
+    states, head = decoder_states(model, batch)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
-    targets = batch.ids[owners, positions + 1]
+    labels = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
     weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
     where = (owners.to(states.device), positions.to(states.device))
     leaf = states.detach()[where].requires_grad_(state is not None)
     nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
-    for part in _chunks(model, len(owners)):
+    for chunk in _chunks(model, len(owners)):
         if state is not None:
-            state.owners = owners[part]
-        logits = head(leaf[part])
-        nll[owners[part], positions[part] + 1], slope = slope_of(logits, targets[part], weights[part])
+            state.owners = owners[chunk]
+        logits = head(leaf[chunk])
+        nll[owners[chunk], positions[chunk] + 1], slope = slope_of(logits, labels[chunk], weights[chunk])
         if state is not None:
             logits.backward(slope)
             state.owners = None
@@ -302,39 +297,40 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
 
 
 @torch.no_grad()
-def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position in nats, unweighted, and the weighted sum's gradient with respect to the logits.
 
-    The gradient, `weight * (softmax - one-hot of the target)`, is made in place of the probabilities: autograd would
-    fill two more arrays of the vocabulary's size.
+    The gradient, `weight * (softmax - one-hot of the label)`, replaces the probabilities in place: autograd would fill
+    two more arrays of the vocabulary's size.
     """
-    targets = targets.to(logits.device)[:, None]
+    labels = labels.to(logits.device)[:, None]
     log_p = F.log_softmax(logits.float(), dim=1)
-    nll = -log_p.gather(1, targets)[:, 0]
+    nll = -log_p.gather(1, labels)[:, 0]
     slope = log_p.exp_()
-    slope.scatter_(1, targets, slope.gather(1, targets) - 1)
+    slope.scatter_(1, labels, slope.gather(1, labels) - 1)
     slope *= weights.to(slope)[:, None]
     return nll.to(weights.device), slope.to(logits.dtype)
 
 
 @torch.no_grad()
-def _margin(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _margin(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position in nats, unweighted, and the gradient of the weighted sum of -log(p / (1 - p)).
 
-    -log(p / (1 - p)) = logsumexp of the other logits - the target's, so the gradient is the softmax over the others,
-    and -1 at the target. Dividing the loss's slope by 1 - p would lose all digits where p is near 1.
+    -log(p / (1 - p)) = logsumexp of the other logits - the label's, so the gradient is the softmax over the others, and
+    -1 at the label. Dividing the loss's slope by 1 - p would lose all digits where p is near 1.
     """
-    targets = targets.to(logits.device)[:, None]
-    nll = -F.log_softmax(logits.float(), dim=1).gather(1, targets)[:, 0]
-    slope = logits.float().scatter(1, targets, -torch.inf).softmax(1)
-    slope.scatter_(1, targets, -1.0)
+    labels = labels.to(logits.device)[:, None]
+    nll = -F.log_softmax(logits.float(), dim=1).gather(1, labels)[:, 0]
+    slope = logits.float().scatter(1, labels, -torch.inf).softmax(1)
+    slope.scatter_(1, labels, -1.0)
     slope *= weights.to(slope)[:, None]
     return nll.to(weights.device), slope.to(logits.dtype)
 
 
 SlopeOf = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From logits [s v], labels [s] and weights [s] to losses [s] and the objective's gradient [s v]."""
 OBJECTIVES: dict[str, SlopeOf] = {"loss": _cross_entropy, "margin": _margin}
-"""What of a token is differentiated."""
+"""What is differentiated at a token, by name."""
 
 
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
@@ -345,69 +341,69 @@ def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
 
 @dataclass
 class Sketches:
-    """Consumes a backward pass into one row of `projection.width` numbers an example."""
+    """Consumes a backward pass into one row of `projection.width` numbers per example."""
 
     projection: Projection
     rows: Float32[Tensor, "b k"] = field(init=False)
     size: int
     device: torch.device
     normalise: bool = False
-    """Divide each layer's gradient by its norm: the pass must be `whole`."""
+    """Whether each layer's gradient is divided by its norm, which needs a `whole` pass."""
     transform: Transform | None = None
-    """Of each layer's gradient, before its norm is taken: the pass must be `whole`."""
+    """Applied to each layer's gradient before its norm is taken; it needs a `whole` pass."""
 
     def __post_init__(self):
         self.rows = torch.zeros(self.size, self.projection.width, device=self.device)
 
-    def __call__(self, seen: Captured) -> None:
+    def __call__(self, captured: Captured) -> None:
         """Add one layer's block."""
         if self.transform is not None:
-            block = self._transformed(seen, self.transform)
+            block = self._transformed(captured, self.transform)
         else:
-            block = self._projected(seen)
+            block = self._projected(captured)
             if self.normalise:
-                block = block * inverse(squared_norms(seen.a, seen.g).clamp(min=0).sqrt())[:, None]
+                block = block * inverse_or_zero(squared_norms(captured.a, captured.g).clamp(min=0).sqrt())[:, None]
         block = block.to(self.device)
-        columns = self.rows[:, self.projection.columns(seen.layer)]
-        if seen.rows is None:
+        columns = self.rows[:, self.projection.columns(captured.layer)]
+        if captured.rows is None:
             columns += block
         else:
-            columns.index_add_(0, seen.rows.to(self.device), block)
+            columns.index_add_(0, captured.rows.to(self.device), block)
 
-    def _projected(self, seen: Captured) -> Float32[Tensor, "b k"]:
-        """Sketches of a layer's gradients; where they must be formed, a few examples' at a time."""
+    def _projected(self, captured: Captured) -> Float32[Tensor, "b k"]:
+        """Sketches of a layer's gradients. If the gradients must be formed, it is a few examples at a time."""
         if not self.projection.forms_gradient:
-            return self.projection(seen.a, seen.g, layer=seen.layer)
-        parts = self._few_at_a_time(seen, max(FORMED_ENTRIES.get(seen.a.device.type, 0), FORMED_AT_LEAST))
-        return torch.cat([self.projection(a, g, layer=seen.layer) for a, g in parts])
+            return self.projection(captured.a, captured.g, layer=captured.layer)
+        groups = self._few_at_a_time(captured, max(FORMED_ENTRIES.get(captured.a.device.type, 0), FORMED_AT_LEAST))
+        return torch.cat([self.projection(a, g, layer=captured.layer) for a, g in groups])
 
-    def _transformed(self, seen: Captured, transform: Transform) -> Float32[Tensor, "b k"]:
-        """Sketches of what becomes of a layer's gradients, of which a few examples' are formed at a time."""
+    def _transformed(self, captured: Captured, transform: Transform) -> Float32[Tensor, "b k"]:
+        """Sketches of a layer's transformed gradients, which are formed for a few examples at a time."""
         blocks = []
-        for a, g in self._few_at_a_time(seen, FORMED_ENTRIES.get(seen.a.device.type, 2**17)):
-            formed = transform(example_gradients(a, g), seen.layer)
-            block = self.projection.flat(formed, layer=seen.layer)
-            blocks.append(block * inverse(formed.flatten(1).norm(dim=1))[:, None] if self.normalise else block)
+        for a, g in self._few_at_a_time(captured, FORMED_ENTRIES.get(captured.a.device.type, 2**17)):
+            formed = transform(example_gradients(a, g), captured.layer)
+            block = self.projection.flat(formed, layer=captured.layer)
+            blocks.append(block * inverse_or_zero(formed.flatten(1).norm(dim=1))[:, None] if self.normalise else block)
         return torch.cat(blocks)
 
     @staticmethod
-    def _few_at_a_time(seen: Captured, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
-        step = max(1, entries // (seen.g.shape[2] * seen.a.shape[2]))
-        return zip(seen.a.split(step), seen.g.split(step), strict=True)
+    def _few_at_a_time(captured: Captured, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
+        step = max(1, entries // (captured.g.shape[2] * captured.a.shape[2]))
+        return zip(captured.a.split(step), captured.g.split(step), strict=True)
 
 
 @dataclass
 class Materialised:
-    """Consumes a backward pass into every example's gradient, layer by layer: exact, and as large as the model."""
+    """Consumes a backward pass into every example's exact gradient, layer by layer, each as large as the model."""
 
     layers: dict[str, Float32[Tensor, "b o i"]]
-    """Zeros to begin with, on the CPU; a layer that the loss does not reach stays so."""
+    """Zeros at first, on the CPU; a layer that the loss does not reach stays zero."""
 
-    def __call__(self, seen: Captured) -> None:
+    def __call__(self, captured: Captured) -> None:
         """Add one layer's gradients."""
-        held = self.layers[seen.layer]
-        rows = torch.arange(len(held)) if seen.rows is None else seen.rows.cpu()
-        held.index_add_(0, rows, example_gradients(seen.a, seen.g).cpu())
+        sums = self.layers[captured.layer]
+        rows = torch.arange(len(sums)) if captured.rows is None else captured.rows.cpu()
+        sums.index_add_(0, rows, example_gradients(captured.a, captured.g).cpu())
 
 
 @dataclass
@@ -416,11 +412,11 @@ class Norms:
 
     squared: Float32[Tensor, " b"]
 
-    def __call__(self, seen: Captured) -> None:
+    def __call__(self, captured: Captured) -> None:
         """Add one layer's squared norms."""
-        rows = torch.arange(len(self.squared)) if seen.rows is None else seen.rows.cpu()
-        found = squared_norms(seen.a, seen.g).clamp(min=0)  # a sum of Gram products can round below zero
-        self.squared.index_add_(0, rows.to(self.squared.device), found.to(self.squared))
+        rows = torch.arange(len(self.squared)) if captured.rows is None else captured.rows.cpu()
+        squares = squared_norms(captured.a, captured.g).clamp(min=0)  # a sum of Gram products can round below zero
+        self.squared.index_add_(0, rows.to(self.squared.device), squares.to(self.squared))
 
 
 def sketch(
@@ -440,31 +436,31 @@ def sketch(
     Args:
         model: Frozen, in evaluation mode.
         layers: Traced layers by name.
-        batch: On any device.
-        projection: Of those layers.
+        batch: Examples, on any device.
+        projection: A projection of those layers.
         reduction: See `backward`.
         normalise: "layer" divides each layer's gradient by its norm before it is projected.
         objective: See `backward`.
         gradient_checkpointing: See `backward`.
-        transform: Of each layer's gradient, before it is normalised and projected: an optimizer's view.
+        transform: Applied to each layer's gradient before it is normalised and projected: an optimizer's view.
 
     Returns:
-        The sketches of the gradient of each example's own objective (nats, by `reduction`) with respect to the traced
-        weights, on the model's device; and the losses.
+        Sketches of the gradient of each example's own objective (nats, reduced by `reduction`) with respect to the
+        traced weights, on the model's device; and the losses.
     """
-    rows = Sketches(projection, len(batch.ids), model.device, normalise == "layer", transform)
+    sketches = Sketches(projection, len(batch.ids), model.device, normalise == "layer", transform)
     losses = backward(
         model,
         layers,
         batch,
-        rows,
+        sketches,
         reduction=reduction,
         objective=objective,
-        whole=rows.normalise or transform is not None,
-        upcast=rows.normalise or transform is not None,
+        whole=sketches.normalise or transform is not None,
+        upcast=sketches.normalise or transform is not None,
         gradient_checkpointing=gradient_checkpointing,
     )
-    return rows.rows, losses
+    return sketches.rows, losses
 
 
 def gradients(
@@ -477,9 +473,9 @@ def gradients(
 ) -> tuple[dict[str, Float32[Tensor, "b o i"]], TokenLosses]:
     """Exact gradients of a batch by layer, unprojected, and its losses."""
     b = len(batch.ids)
-    held = Materialised({name: torch.zeros(b, *layer_shape(layer)) for name, layer in layers.items()})
-    losses = backward(model, layers, batch, held, reduction=reduction, objective=objective)
-    return held.layers, losses
+    materialised = Materialised({name: torch.zeros(b, *layer_shape(layer)) for name, layer in layers.items()})
+    losses = backward(model, layers, batch, materialised, reduction=reduction, objective=objective)
+    return materialised.layers, losses
 
 
 def gradient_norms(

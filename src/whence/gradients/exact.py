@@ -1,14 +1,14 @@
 """Scores of examples from unprojected gradients: of a short list, or of a whole corpus.
 
-A query's gradient is held as the pairs it is made of. For a layer, it is `sum over r of g_r a_r^T` over the query's
-positions r; a comparison with another completion is more positions, with a minus in their slopes. Its score with a
+A query's gradient is held as the pairs that make it up. For a layer, it is `sum over r of g_r a_r^T` over the query's
+positions r; a comparison with another completion adds positions whose slopes have a minus sign. Its score with a
 training example of pairs (a_s, g_s) is
 
     sum over r, s of (a_r . a_s)(g_r . g_s)                                                      (Gram identity)
 
-What a score is made of differs by gradient space: layers divided by their norms (`normalise`), or vectors divided by
-theirs (the cosine). Either way each layer's inner product has one factor, an `Inner.factors` entry. `tokenwise` shares
-the same sum out among tokens.
+A gradient space may divide layers by their norms (`normalise`), and a score may divide vectors by theirs (the cosine).
+Either way, each layer's inner product has one factor, an entry of `LayerProducts.factors`. `tokenwise` divides the same
+sum among tokens.
 
 Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 """
@@ -23,15 +23,16 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
-from whence.gradients.capture import Captured, backward, example_gradients, inner_products, inverse, squared_norms
+from whence.gradients.capture import Captured, backward, example_gradients, inner_products, squared_norms
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
+from whence.numerics import inverse_or_zero
 
 
 @dataclass(frozen=True)
-class Part:
-    """A sequence that a query is made of: a completion, or the one that it is compared with."""
+class SignedSequence:
+    """A sequence of a query: the completion, or the completion that it is compared with."""
 
     encoded: Encoded
     sign: float = 1.0
@@ -42,14 +43,14 @@ class Span(NamedTuple):
     """The positions of one query token's slopes, from the first that is not 0 to the last."""
 
     token: int
-    """Its number among those held."""
+    """Number of the token among those in the pairs."""
     first: int
     end: int
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A layer's pairs of some positions r, for one or more query tokens."""
+    """A layer's pairs at positions r, for one or more query tokens."""
 
     a: Float32[Tensor, "r i"]
     g: Float32[Tensor, "w o"]
@@ -62,36 +63,36 @@ class Pairs:
         return [end - first for _, first, end in self.spans]
 
     def by_token(self) -> Iterator[tuple[Float32[Tensor, "r i"], Float32[Tensor, "r o"]]]:
-        """Each token's own pairs."""
+        """The pairs of each token."""
         for (_, first, end), slopes in zip(self.spans, self.g.split(self.sizes), strict=True):
             yield self.a[first:end], slopes
 
 
-Held = dict[str, list[Pairs]]
-"""A query's gradient by layer, unprojected. Where a list has several, they add up."""
+QueryGradient = dict[str, list[Pairs]]
+"""A query's gradient by layer, unprojected. The entries of a list add up."""
 
 
 @dataclass(frozen=True)
-class Inner:
-    """Inner products of one query's gradient with `b` examples', by layer, and what they are divided by."""
+class LayerProducts:
+    """Inner products of one query's gradient with `b` examples', by layer, and both sides' squared norms."""
 
     dots: Float32[Tensor, "l b"]
     query_squares: Float32[Tensor, " l"]
     squares: Float32[Tensor, "l b"]
 
     def factors(self, *, normalise: str, cosine: bool) -> Float32[Tensor, "l b"]:
-        """What each layer's inner product is multiplied by, so that the sum is the score."""
+        """Factors of the layers' inner products with which their sum is the score."""
         if normalise == "layer":
-            factors = inverse(self.query_squares.sqrt())[:, None] * inverse(self.squares.sqrt())
+            factors = inverse_or_zero(self.query_squares.sqrt())[:, None] * inverse_or_zero(self.squares.sqrt())
             if not cosine:
                 return factors
-            # vectors of unit layers: their squared norm is the number of layers that have a gradient
+            # layers have the norm 1, so a vector's squared norm is the number of its layers that have a gradient
             lengths = (self.query_squares > 0).sum() * (self.squares > 0).sum(0)
-            return factors * inverse(lengths.float().sqrt())
+            return factors * inverse_or_zero(lengths.float().sqrt())
         if not cosine:
             return torch.ones_like(self.dots)
         norms = self.query_squares.sum().sqrt() * self.squares.sum(0).sqrt()
-        return inverse(norms).expand_as(self.dots)
+        return inverse_or_zero(norms).expand_as(self.dots)
 
     def scores(self, *, normalise: str, cosine: bool) -> Float32[Tensor, " b"]:
         """The examples' scores."""
@@ -101,51 +102,55 @@ class Inner:
 # -- the query's side
 
 
-def held_whole(
-    model: LoadedModel, layers: Mapping[str, nn.Module], parts: Sequence[Part], space: GradientSpace, objective: str
-) -> Held:
-    """A query's gradient as the pairs of one token, 0."""
-    held: Held = {name: [] for name in layers}
-    for part in parts:
-        keep = partial(_keep, held, torch.tensor([part.sign]))
-        batch = collate([part.encoded])
-        backward(model, layers, batch, keep, reduction=space.reduction, objective=objective, whole=True)
-    return held
+def query_gradient(
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    sequences: Sequence[SignedSequence],
+    space: GradientSpace,
+    objective: str,
+) -> QueryGradient:
+    """A whole query's gradient, as the pairs of one token with the number 0."""
+    query: QueryGradient = {name: [] for name in layers}
+    for sequence in sequences:
+        consume = partial(_add_pairs, query, torch.tensor([sequence.sign]))
+        batch = collate([sequence.encoded])
+        backward(model, layers, batch, consume, reduction=space.reduction, objective=objective, whole=True)
+    return query
 
 
-def _keep(held: Held, sign: Float32[Tensor, " 1"], seen: Captured) -> None:
-    held[seen.layer].append(pairs_of(seen.a[0], seen.g, [0], sign))
+def _add_pairs(query: QueryGradient, sign: Float32[Tensor, " 1"], captured: Captured) -> None:
+    query[captured.layer].append(pairs_of(captured.a[0], captured.g, [0], sign))
 
 
 def pairs_of(
     a: Float32[Tensor, "r i"], g: Float32[Tensor, "u r o"], tokens: Sequence[int], weights: Float32[Tensor, " u"]
 ) -> Pairs:
-    """Pairs of query tokens that share their positions, slopes times the token's weight.
+    """Pairs of query tokens that share their positions, with slopes multiplied by the token's weight.
 
-    A token has no slopes behind it, and in a model's last block (but for keys and values) at one position alone.
+    A token has no slopes at later positions, and in a model's last block (but for keys and values) at only one.
     """
     spans, slopes = [], []
-    for token, reached, own, weight in zip(tokens, (g != 0).any(2).cpu(), g, weights.to(g), strict=True):
-        places = reached.nonzero()[:, 0].tolist()
+    for token, is_reached, token_g, weight in zip(tokens, (g != 0).any(2).cpu(), g, weights.to(g), strict=True):
+        places = is_reached.nonzero()[:, 0].tolist()
         first, end = (places[0], places[-1] + 1) if places else (0, 0)
         spans.append(Span(token, first, end))
-        slopes.append(own[first:end] * weight)
+        slopes.append(token_g[first:end] * weight)
     return Pairs(a, torch.cat(slopes), spans)
 
 
 def joined(pairs: Sequence[Pairs]) -> tuple[Float32[Tensor, "1 r i"], Float32[Tensor, "1 r o"]]:
-    """All pairs one after another, as one example's."""
-    a = [own for some in pairs for own, _ in some.by_token()]
-    return torch.cat(a)[None], torch.cat([some.g for some in pairs])[None]
+    """All pairs one after another, as if they were one example's."""
+    a = [token_a for group in pairs for token_a, _ in group.by_token()]
+    return torch.cat(a)[None], torch.cat([group.g for group in pairs])[None]
 
 
-def sketched(held: Held, projection: Projection, normalise: str) -> Float32[Tensor, " k"]:
-    """The sketch of a held query, its layers divided by their norms where the space says so."""
+def query_sketch(query: QueryGradient, projection: Projection, normalise: str) -> Float32[Tensor, " k"]:
+    """The sketch of a query's gradient; with `normalise` "layer", its layers are divided by their norms."""
     row = torch.zeros(projection.width)
-    for layer, pairs in held.items():
+    for layer, pairs in query.items():
         if pairs:
             a, g = joined(pairs)
-            factor = inverse(squared_norms(a, g).clamp(min=0).sqrt()) if normalise == "layer" else 1.0
+            factor = inverse_or_zero(squared_norms(a, g).clamp(min=0).sqrt()) if normalise == "layer" else 1.0
             row[projection.columns(layer)] += (projection(a, g, layer=layer)[0] * factor).cpu()
     return row
 
@@ -154,76 +159,76 @@ def sketched(held: Held, projection: Projection, normalise: str) -> Float32[Tens
 
 
 def batches(rows: Sequence[Encoded], tokens_per_batch: int) -> Iterator[tuple[list[int], Batch]]:
-    """Numbers of rows and these rows as a batch, padded by a third at most.
+    """Batches of rows with the rows' numbers, where padding adds at most a third to a row.
 
-    An index' batches may not change, for its bytes depend on them; these may.
+    An index' batches must not change, because its bytes depend on them; these may.
     """
     lengths = [len(row.ids) for row in rows]
     for numbers in bucketed(lengths, tokens_per_batch):  # longest first
-        alike = [numbers[0]]
+        group = [numbers[0]]
         for number in numbers[1:]:
-            if 4 * lengths[number] < 3 * lengths[alike[0]]:
-                yield alike, collate([rows[each] for each in alike])
-                alike = []
-            alike.append(number)
-        yield alike, collate([rows[each] for each in alike])
+            if 4 * lengths[number] < 3 * lengths[group[0]]:
+                yield group, collate([rows[member] for member in group])
+                group = []
+            group.append(number)
+        yield group, collate([rows[member] for member in group])
 
 
 @dataclass
 class InnerProducts:
-    """Consumes a whole backward pass over `b` examples into the inner products with one held query."""
+    """Consumes a whole backward pass over `b` examples into their inner products with one query's gradient."""
 
-    held: Held
+    query: QueryGradient
     b: int
     dots: dict[str, Tensor] = field(default_factory=dict)
     query_squares: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, seen: Captured) -> None:
+    def __call__(self, captured: Captured) -> None:
         """Add one layer."""
-        rows = torch.arange(self.b) if seen.rows is None else seen.rows.cpu()
-        pairs = self.held[seen.layer]
-        nothing = (seen.a.new_zeros(1, 1, seen.a.shape[2]), seen.g.new_zeros(1, 1, seen.g.shape[2]))
-        query_a, query_g = joined(pairs) if pairs else nothing
-        dots = inner_products(seen.a, seen.g, query_a, query_g)[0]
-        if seen.layer not in self.query_squares:
-            self.query_squares[seen.layer] = squared_norms(query_a, query_g).clamp(min=0).cpu()[0]
-        for into, found in ((self.dots, dots), (self.squares, squared_norms(seen.a, seen.g).clamp(min=0))):
-            into[seen.layer] = torch.zeros(self.b).index_add_(0, rows, found.cpu())
+        rows = torch.arange(self.b) if captured.rows is None else captured.rows.cpu()
+        pairs = self.query[captured.layer]
+        zeros = (captured.a.new_zeros(1, 1, captured.a.shape[2]), captured.g.new_zeros(1, 1, captured.g.shape[2]))
+        query_a, query_g = joined(pairs) if pairs else zeros
+        dots = inner_products(captured.a, captured.g, query_a, query_g)[0]
+        if captured.layer not in self.query_squares:
+            self.query_squares[captured.layer] = squared_norms(query_a, query_g).clamp(min=0).cpu()[0]
+        for table, values in ((self.dots, dots), (self.squares, squared_norms(captured.a, captured.g).clamp(min=0))):
+            table[captured.layer] = torch.zeros(self.b).index_add_(0, rows, values.cpu())
 
-    def result(self) -> Inner:
-        """By layer, in the held query's order; a layer that the loss does not reach has zeros."""
-        none = torch.zeros(self.b)
-        return Inner(
-            torch.stack([self.dots.get(layer, none) for layer in self.held]),
-            torch.stack([self.query_squares.get(layer, torch.zeros(())) for layer in self.held]),
-            torch.stack([self.squares.get(layer, none) for layer in self.held]),
+    def result(self) -> LayerProducts:
+        """The products by layer, in the query's order; a layer that the loss does not reach has zeros."""
+        zeros = torch.zeros(self.b)
+        return LayerProducts(
+            torch.stack([self.dots.get(layer, zeros) for layer in self.query]),
+            torch.stack([self.query_squares.get(layer, torch.zeros(())) for layer in self.query]),
+            torch.stack([self.squares.get(layer, zeros) for layer in self.query]),
         )
 
 
-def inner(
+def layer_products(
     model: LoadedModel,
     layers: Mapping[str, nn.Module],
-    held: Held,
+    query: QueryGradient,
     rows: Sequence[Encoded],
     *,
     reduction: str,
     tokens_per_batch: int,
-) -> Inner:
-    """Inner products of a held query with training examples, exact, in their order."""
-    n, found = len(rows), []
+) -> LayerProducts:
+    """Exact inner products of a query's gradient with training examples, in the examples' order."""
+    n, products = len(rows), []
     order: list[int] = []
     for numbers, batch in batches(rows, tokens_per_batch):
-        consume = InnerProducts(held, len(numbers))
+        consume = InnerProducts(query, len(numbers))
         backward(model, layers, batch, consume, reduction=reduction, whole=True)
-        found.append(consume.result())
+        products.append(consume.result())
         order += numbers
     place = torch.empty(n, dtype=torch.int64)
     place[torch.tensor(order, dtype=torch.int64)] = torch.arange(n)
-    return Inner(
-        torch.cat([part.dots for part in found], 1)[:, place],
-        found[0].query_squares,
-        torch.cat([part.squares for part in found], 1)[:, place],
+    return LayerProducts(
+        torch.cat([batch_products.dots for batch_products in products], 1)[:, place],
+        products[0].query_squares,
+        torch.cat([batch_products.squares for batch_products in products], 1)[:, place],
     )
 
 
@@ -232,28 +237,28 @@ def inner(
 
 @dataclass
 class _CorpusProducts:
-    """Consumes a whole backward pass over `b` examples into their scores for held, materialised queries."""
+    """Consumes a whole backward pass over `b` examples into their scores for materialised queries."""
 
     queries: Mapping[str, Float32[Tensor, "q d"]]
     squares: Float32[Tensor, " b"]
     dots: Float32[Tensor, "q b"]
     normalise: bool
 
-    def __call__(self, seen: Captured) -> None:
+    def __call__(self, captured: Captured) -> None:
         """Add one layer."""
-        found = example_gradients(seen.a, seen.g).flatten(1)
-        squares = found.square().sum(1)
+        gradients = example_gradients(captured.a, captured.g).flatten(1)
+        squares = gradients.square().sum(1)
         if self.normalise:
-            found, squares = found * inverse(squares.sqrt())[:, None], (squares > 0).to(squares)
-        rows = torch.arange(len(self.squares)) if seen.rows is None else seen.rows.cpu()
+            gradients, squares = gradients * inverse_or_zero(squares.sqrt())[:, None], (squares > 0).to(squares)
+        rows = torch.arange(len(self.squares)) if captured.rows is None else captured.rows.cpu()
         self.squares.index_add_(0, rows, squares.cpu())
-        self.dots.index_add_(1, rows, (self.queries[seen.layer] @ found.T).cpu())
+        self.dots.index_add_(1, rows, (self.queries[captured.layer] @ gradients.T).cpu())
 
 
 def corpus_scores(
     model: LoadedModel,
     layers: Mapping[str, nn.Module],
-    queries: Sequence[Sequence[Part]],
+    queries: Sequence[Sequence[SignedSequence]],
     rows: Sequence[Encoded],
     space: GradientSpace,
     *,
@@ -264,44 +269,44 @@ def corpus_scores(
 ) -> Float32[Tensor, "q n"]:
     """Exact scores of every row for every query, without an index: one backward pass over the corpus.
 
-    The queries' gradients are held whole, q times the traced weights. Rows without a supervised token score -inf.
+    The queries' whole gradients are held, q times the traced weights. Rows without a supervised token score -inf.
     """
-    held = _materialised(model, layers, queries, space, cosine, objective)
+    gradients = materialised_queries(model, layers, queries, space, cosine, objective)
     out = torch.full((len(queries), len(rows)), -torch.inf)
-    usable = [number for number, row in enumerate(rows) if row.targets]
+    usable = [number for number, row in enumerate(rows) if row.supervised_count]
     for batch in bucketed([len(rows[number].ids) for number in usable], tokens_per_batch):
         numbers = [usable[place] for place in batch]
         consume = _CorpusProducts(
-            held, torch.zeros(len(numbers)), torch.zeros(len(queries), len(numbers)), space.normalise == "layer"
+            gradients, torch.zeros(len(numbers)), torch.zeros(len(queries), len(numbers)), space.normalise == "layer"
         )
         examples = collate([rows[number] for number in numbers])
         backward(model, layers, examples, consume, reduction=space.reduction, whole=True)
-        scores = consume.dots * inverse(consume.squares.sqrt()) if cosine else consume.dots
+        scores = consume.dots * inverse_or_zero(consume.squares.sqrt()) if cosine else consume.dots
         out[:, numbers] = torch.where(scores.isfinite(), scores, -torch.inf)
         tick(len(numbers), sum(len(rows[number].ids) for number in numbers))
     return out
 
 
-def _materialised(
+def materialised_queries(
     model: LoadedModel,
     layers: Mapping[str, nn.Module],
-    queries: Sequence[Sequence[Part]],
+    queries: Sequence[Sequence[SignedSequence]],
     space: GradientSpace,
     cosine: bool,
     objective: str,
 ) -> dict[str, Tensor]:
-    """The queries' whole gradients by layer [q d], divided as the space says, and by their norms for the cosine."""
-    held: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for parts in queries:
-        pairs = held_whole(model, layers, parts, space, objective)
+    """The queries' whole gradients by layer [q d], normalised as the space says; for the cosine, of norm 1."""
+    by_layer: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for sequences in queries:
+        pairs = query_gradient(model, layers, sequences, space, objective)
         for name, layer in layers.items():
-            whole = example_gradients(*joined(pairs[name])).flatten() if pairs[name] else None
+            flat = example_gradients(*joined(pairs[name])).flatten() if pairs[name] else None
             weight = layer.get_parameter("weight")
-            held[name].append(torch.zeros(weight.numel(), device=weight.device) if whole is None else whole)
-    stacked = {name: torch.stack(found) for name, found in held.items()}
+            by_layer[name].append(torch.zeros(weight.numel(), device=weight.device) if flat is None else flat)
+    stacked = {name: torch.stack(vectors) for name, vectors in by_layer.items()}
     if space.normalise == "layer":
-        stacked = {name: x * inverse(x.norm(dim=1))[:, None] for name, x in stacked.items()}
+        stacked = {name: x * inverse_or_zero(x.norm(dim=1))[:, None] for name, x in stacked.items()}
     if cosine:
         squares = torch.stack([x.square().sum(1).to(model.device) for x in stacked.values()]).sum(0)
-        stacked = {name: x * inverse(squares.sqrt()).to(x.device)[:, None] for name, x in stacked.items()}
+        stacked = {name: x * inverse_or_zero(squares.sqrt()).to(x.device)[:, None] for name, x in stacked.items()}
     return stacked

@@ -1,26 +1,26 @@
 """Inner products of each example's loss gradient with a fixed direction in weight space; no gradient is formed.
 
-Every module that Whence knows to own weights (linear layers, `Conv1D`, a LoRA's A and B, embeddings, the gains and
-biases of norms) is affine in them. With `f(x; w)` its output, its own parameters set to w, and g the loss gradient
-there, an example's gradient has with the direction D the inner product
+Every module that this covers (linear layers, `Conv1D`, a LoRA's A and B, embeddings, the gains and biases of norms) is
+affine in its own weights. Let `f(x; w)` be its output with its parameters set to w, and g the loss gradient there. Then
+the inner product of an example's gradient with the direction D is
 
     <gradient, D> = sum over positions of g . (f(x; D) - f(x; 0))                                (ghost dot product)
 
 which is `g^T D a` for a weight, two thin products if D is a low-rank pair; `g . D[id]` for an embedding's row; and
 for a gain or a bias the sum over positions of g times the unit response, times D. One ordinary backward pass gives
-every g (`gradients.backward`), so all layers cost about as much as training's forward and backward. A tied embedding
-is one parameter of two uses, and both terms are added.
+every g (`capture.backward`), so all layers cost about as much as training's forward and backward. A tied embedding is
+one parameter with two uses, and both terms are added.
 
 `head_scores` needs no backward pass: at the output head g is `softmax - one-hot`, so the head alone costs one more
 product of the logits' size than a forward pass.
 
-Sign: what is returned is the plain inner product with D, nothing turned. For "did this example make theta_f of
-theta_0", give D = theta_0 - theta_f: descent moves weights against the gradient, so members tend to score above
-0, and the score is to first order by how many nats the move lowers the example's loss.
+Sign: the result is the plain inner product with D. To ask whether an example helped to make theta_f of theta_0, give
+D = theta_0 - theta_f: descent moves weights against the gradient, so members tend to score above 0, and to first order
+the score is by how many nats the move lowers the example's loss.
 
-Sums are in fp32. An example whose loss, gradient or score is not finite scores NaN, and only that one. Parameters of
-other modules (fused experts, convolutions) are refused; a weight that is read without its module being called is not
-noticed, and counts 0.
+Sums are in fp32. An example whose loss, gradient or score is not finite scores NaN, and no other example does.
+Parameters of other modules (fused experts, convolutions) are refused. A weight that is read without a call of its
+module goes unnoticed, and counts 0.
 
 Sources: the ghost dot product, In-Run Data Shapley, Wang et al. 2024, https://arxiv.org/abs/2406.11011; scores against
 a weight difference, SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553. SELECT projects the gradient of the
@@ -52,12 +52,12 @@ from whence.gradients.capture import (
 )
 from whence.models.loading import LoadedModel
 
-Part = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
-"""The direction's part of one parameter: a tensor of its shape; or for a matrix, left [o r] and right [r i], of which
-the product is meant. A pair stands as the gradient does, [o i], also where `Conv1D` stores [i o]."""
-Direction = Mapping[str, Part]
-"""By name in `LoadedModel.model.named_parameters()`, where a tied weight stands once. On the model's devices, if moving
-it at every batch is to be spared."""
+ParameterDirection = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
+"""The direction for one parameter: a tensor of its shape; or for a matrix the pair left [o r] and right [r i], which
+stands for their product. A pair is laid out as the gradient is, [o i], even if `Conv1D` stores [i o]."""
+Direction = Mapping[str, ParameterDirection]
+"""A direction in weight space, by name in `LoadedModel.model.named_parameters()`, where a tied weight has one name. It
+is moved to the model's devices at every batch unless it is there already."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Dots:
     """Inner products of a batch's gradients with a direction."""
 
     parameters: tuple[str, ...]
-    """Rows of `dots`, in the direction's order."""
+    """Names of the rows of `dots`, in the direction's order."""
     dots: Float32[Tensor, "p b"]
-    """By parameter: which layers speak. NaN for an example that has anything not finite."""
+    """Inner products by parameter. All are NaN for an example with anything that is not finite."""
     losses: TokenLosses
-    """Of the same pass."""
+    """Losses of the same pass."""
     squares: Float32[Tensor, "p b"] | None = None
-    """Squared norm of each example's gradient by parameter, where asked for."""
+    """Squared norm of each example's gradient by parameter, if requested."""
 
     @property
     def total(self) -> Float32[Tensor, " b"]:
@@ -86,8 +86,10 @@ class Dots:
         return self.squares.sum(0).sqrt()
 
 
-def position_dots(a: Float[Tensor, "*s i"], g: Float[Tensor, "*s o"], weight: Part) -> Float[Tensor, "*s"]:
-    """`g^T D a` of each position, for a direction D [o i] or its pair (left, right). The smaller middle is formed."""
+def position_dots(
+    a: Float[Tensor, "*s i"], g: Float[Tensor, "*s o"], weight: ParameterDirection
+) -> Float[Tensor, "*s"]:
+    """`g^T D a` at each position, for a direction D [o i] or its pair (left, right), by way of the smaller product."""
     if isinstance(weight, tuple):
         left, right = weight
         return ((g @ left) * (a @ right.T)).sum(-1)
@@ -103,27 +105,27 @@ def per_example_dot(
 
     Args:
         model: Frozen, in evaluation mode.
-        batch: On any device.
-        direction: See `Direction`. What it leaves out counts as 0, and nothing below its first layer is
+        batch: Examples, on any device.
+        direction: See `Direction`. A parameter that it leaves out counts as 0, and nothing below its first layer is
             differentiated.
-        reduction: Of an example's loss, "mean" over its own supervised tokens, or "sum". Weights that a run trained
-            on tokens' mean of a whole batch fit "sum".
-        norms: Also take each gradient's squared norm. The head's slopes [b t v] are then kept until the pass ends.
+        reduction: "mean" of an example's loss over its own supervised tokens, or "sum". For a training whose loss is
+            the mean over the tokens of a whole batch, "sum" fits.
+        norms: Also compute each gradient's squared norm. The head's slopes [b t v] are then held until the pass ends.
 
     Returns:
         Nats (loss, times change of weight). Positive: a small step *against* the direction lowers the example's loss.
 
     Raises:
-        SettingError: The direction is empty, or has a name or shape that the model does not.
-        ModelError: A parameter's module has no closed form here, or is called on what cannot be told apart by
-            example; with `norms`, also if it is used twice in a pass, except for a tied embedding.
+        SettingError: The direction is empty, or has a name or shape that the model does not have.
+        ModelError: A parameter's module has no closed form here, or its inputs cannot be told apart by example; with
+            `norms`, also if it is used twice in a pass, except for a tied embedding.
     """
     batch = batch.to(model.device)
     ghost = Ghost(owners_of(model, direction), batch, direction, norms)
-    linear = {where: owner.module for where, owner in ghost.owners.items() if owner.kind == "linear"}
+    linear = {name: owner.module for name, owner in ghost.owners.items() if owner.kind == "linear"}
     hooks = list(ghost.hooks())
     try:
-        losses = backward(model, linear, batch, ghost.linear, reduction=reduction, whole=norms, shared=False)
+        losses = backward(model, linear, batch, ghost.add_linear, reduction=reduction, whole=norms, shared=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,18 +134,18 @@ def per_example_dot(
 
 @torch.no_grad()
 def head_scores(
-    model: LoadedModel, batch: Batch, direction: Part, *, reduction: str = "mean"
+    model: LoadedModel, batch: Batch, direction: ParameterDirection, *, reduction: str = "mean"
 ) -> tuple[Float32[Tensor, " b"], TokenLosses]:
     """Inner product of each example's gradient with a direction, for the output head's weight alone.
 
-    Equal to `per_example_dot` for an untied head; of a tied weight it is the head's use of it. There is no backward
-    pass: with `g` the slope at the head's output, `g^T D` is the only product beyond a plain forward pass. A soft cap
-    or a scale after the head is differentiated chunk by chunk.
+    For an untied head it equals `per_example_dot`; for a tied weight it covers only the head's use. There is no
+    backward pass: with `g` the slope at the head's output, `g^T D` is the only product beyond a plain forward pass. A
+    soft cap or a scale after the head is differentiated chunk by chunk.
 
     Args:
         model: Frozen, in evaluation mode.
-        batch: On any device.
-        direction: Of the head's weight [v i]; or a pair.
+        batch: Examples, on any device.
+        direction: The direction for the head's weight [v i], or a pair.
         reduction: See `per_example_dot`.
 
     Returns:
@@ -155,37 +157,37 @@ def head_scores(
     """
     batch = batch.to(model.device)
     head = model.base.get_output_embeddings()
-    head = getattr(head, "base_layer", head)  # an adapter on the head
+    head = getattr(head, "base_layer", head)  # inside an adapter
     if all(head is not layer for layer in model.layers("*").values()):
         raise ModelError(f"{model.path}: its output head is a {type(head).__name__}, not a linear layer")
-    _check("the output head's weight", direction, head, head.weight)
+    _check_shape("the output head's weight", direction, head, head.weight)
     weight = _placed(direction, head, head.weight.device)
     states, decode = model.decode(batch.ids, batch.mask)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
-    targets, counts = batch.ids[owners, positions + 1], batch.supervised.sum(1)
+    labels, counts = batch.ids[owners, positions + 1], batch.supervised.sum(1)
     weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
     states = states[owners.to(states.device), positions.to(states.device)]
     nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
     scores = nll.new_zeros(len(batch.ids))
     size = max(LEAST_POSITIONS, LOGITS_PER_CHUNK.get(model.device.type, 2**20) // head.weight.shape[0])
     for start in range(0, len(owners), size):
-        part = slice(start, start + size)
-        a, out, logits = _seen_at_head(head, decode, states[part])
-        nll[owners[part], positions[part] + 1], g = OBJECTIVES["loss"](logits, targets[part], weights[part])
-        if logits.data_ptr() != out.data_ptr() or logits.shape != out.shape:  # a cap or scale; else logits are out
+        chunk = slice(start, start + size)
+        a, out, logits = _head_pass(head, decode, states[chunk])
+        nll[owners[chunk], positions[chunk] + 1], g = OBJECTIVES["loss"](logits, labels[chunk], weights[chunk])
+        if logits.data_ptr() != out.data_ptr() or logits.shape != out.shape:  # a cap or a scale
             (g,) = torch.autograd.grad(logits, out, g)
-        scores.index_add_(0, owners[part], position_dots(a.float(), g.float(), weight).to(scores.device))
+        scores.index_add_(0, owners[chunk], position_dots(a.float(), g.float(), weight).to(scores.device))
     loss = nll.sum(1) / counts.clamp(min=1) if reduction == "mean" else nll.sum(1)
     return torch.where(loss.isfinite() & scores.isfinite(), scores, torch.nan), TokenLosses(loss, nll)
 
 
-def _seen_at_head(head: nn.Module, decode: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _head_pass(head: nn.Module, decode: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs and outputs of the head's linear layer for states [s d], and the logits that the model makes of them."""
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         leaf = out.detach()[0].requires_grad_()
-        seen.extend((args[0].detach()[0], leaf))
+        recorded.extend((args[0].detach()[0], leaf))
         return leaf[None]
 
     hook = head.register_forward_hook(keep)
@@ -194,20 +196,20 @@ def _seen_at_head(head: nn.Module, decode: Any, states: Tensor) -> tuple[Tensor,
             logits = decode(states)
     finally:
         hook.remove()
-    a, out = seen
+    a, out = recorded
     return a, out, logits
 
 
 @contextmanager
 def interpolated(base: LoadedModel, final: LoadedModel, s: float) -> Iterator[LoadedModel]:
-    """`base`, for a while, with the weights `theta_0 + s (theta_f - theta_0)`: a synthetic checkpoint.
+    """`base` with the weights `theta_0 + s (theta_f - theta_0)` within the context: a synthetic checkpoint.
 
-    Weights are fp32 meanwhile, whatever dtype they are stored in: in 16 bits most steps of a fine-tune round away. At
-    s = 0 and s = 1 they are exactly the two models'. Afterwards `base` has the very tensors that it had before. It
+    The weights are fp32 there, whatever dtype they are stored in: in 16 bits most steps of a fine-tuning round away.
+    At s = 0 and s = 1 they are exactly the two models'. Afterwards `base` has the same tensors as before. The context
     costs one more copy of the weights.
 
     With D = theta_0 - theta_f over all parameters, the mean of the total score over s in [0, 1] is how far the loss
-    falls, L(theta_0) - L(theta_f); but for an embedding's `padding_idx` row, to which autograd gives no gradient.
+    falls, L(theta_0) - L(theta_f), except for an embedding's `padding_idx` row, to which autograd gives no gradient.
 
     Raises:
         ModelError: The two models have parameters of different names or shapes.
@@ -235,14 +237,14 @@ class Owner:
     """A module that owns some of the direction's parameters."""
 
     kind: str
-    """linear, embedding or norm."""
+    """One of "linear", "embedding" and "norm"."""
     module: nn.Module
     owned: dict[str, str]
-    """From the module's own name of a parameter (weight, bias) to the direction's."""
+    """From the module's own name of a parameter (weight, bias) to the direction's name."""
 
 
 def owners_of(model: LoadedModel, direction: Direction) -> dict[str, Owner]:
-    """Every module that owns a parameter of the direction, by the module's name; a tied weight has several."""
+    """Every module that owns a parameter of the direction, by the module's name; a tied weight has several owners."""
     names = {id(weight): name for name, weight in model.model.named_parameters()}
     if not direction:
         raise SettingError("the direction has no parameter")
@@ -250,12 +252,12 @@ def owners_of(model: LoadedModel, direction: Direction) -> dict[str, Owner]:
         raise SettingError(f"{model.path} has no parameter {min(unknown)}; a tied weight goes by its first name alone")
     linear = {id(module) for _, module in model.uses(model.layers("*"))}
     owners = {}
-    for where, module in model.model.named_modules():
-        mine = {local: names[id(weight)] for local, weight in module.named_parameters(recurse=False)}
-        if owned := {local: name for local, name in mine.items() if name in direction}:
-            owners[where] = Owner(_kind(module, owned, id(module) in linear), module, owned)
+    for module_name, module in model.model.named_modules():
+        parameters = {local: names[id(weight)] for local, weight in module.named_parameters(recurse=False)}
+        if owned := {local: name for local, name in parameters.items() if name in direction}:
+            owners[module_name] = Owner(_kind(module, owned, id(module) in linear), module, owned)
             for local, name in owned.items():
-                _check(name, direction[name], module, module.get_parameter(local))
+                _check_shape(name, direction[name], module, module.get_parameter(local))
     return owners
 
 
@@ -272,29 +274,29 @@ def _kind(module: nn.Module, owned: dict[str, str], is_linear: bool) -> str:
     )
 
 
-def _check(name: str, part: Part, module: nn.Module, weight: Tensor) -> None:
+def _check_shape(name: str, direction: ParameterDirection, module: nn.Module, weight: Tensor) -> None:
     shape = tuple(weight.shape)
-    found = [tuple(x.shape) for x in (part if isinstance(part, tuple) else (part,))]
-    if isinstance(part, tuple):
-        ends = found[0][:1] + found[1][1:]
+    shapes = [tuple(x.shape) for x in (direction if isinstance(direction, tuple) else (direction,))]
+    if isinstance(direction, tuple):
+        ends = shapes[0][:1] + shapes[1][1:]
         is_stored_as_gradient = isinstance(module, nn.Linear | nn.Embedding)
-        fits = found[0][1:] == found[1][:1] and (ends if is_stored_as_gradient else ends[::-1]) == shape
+        fits = shapes[0][1:] == shapes[1][:1] and (ends if is_stored_as_gradient else ends[::-1]) == shape
     else:
-        fits = found == [shape]
+        fits = shapes == [shape]
     if not fits:
-        raise SettingError(f"the direction's part is {' times '.join(map(str, found))} for {name}, which is {shape}")
+        raise SettingError(f"the direction is {' times '.join(map(str, shapes))} for {name}, which is {shape}")
 
 
-def _placed(part: Part, module: nn.Module, device: torch.device) -> Part:
-    """A matrix' direction on a device, as the gradient stands: [o i]."""
-    if isinstance(part, tuple):
-        return part[0].to(device), part[1].to(device)
-    return (part if isinstance(module, nn.Linear | nn.Embedding) else part.T).to(device)
+def _placed(direction: ParameterDirection, module: nn.Module, device: torch.device) -> ParameterDirection:
+    """A matrix' direction on a device, laid out as the gradient: [o i]."""
+    if isinstance(direction, tuple):
+        return direction[0].to(device), direction[1].to(device)
+    return (direction if isinstance(module, nn.Linear | nn.Embedding) else direction.T).to(device)
 
 
 @dataclass
 class Ghost:
-    """Consumes one backward pass into inner products, and squared norms."""
+    """Consumes one backward pass into inner products with a direction, and squared norms if requested."""
 
     owners: dict[str, Owner]
     batch: Batch
@@ -303,7 +305,7 @@ class Ghost:
     dots: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
     squares: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
     embedded: dict[str, tuple[Int64[Tensor, "b t"], Float32[Tensor, "b t i"]]] = field(default_factory=dict)
-    """By embedding, its ids and their slopes, which the norm needs if it is tied to the head: that comes last."""
+    """Ids and slopes by embedding: the norm of one that is tied to the head needs them when the head comes, last."""
 
     def hooks(self) -> Iterator[Any]:
         """Tap embeddings and norms; `backward` itself taps linear layers."""
@@ -314,7 +316,7 @@ class Ghost:
                 yield owner.module.register_forward_hook(partial(self._tap, owner), with_kwargs=True)
 
     def _by_example(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Position ids that all examples share [1 t], once for each, so that their slopes come apart."""
+        """Repeat position ids that all examples share [1 t] for each example, so that their slopes stay separate."""
         if args and args[0].shape[:-1].numel() == 1:
             return args[0].expand(len(self.batch.ids), -1), *args[1:]
         return args
@@ -327,38 +329,38 @@ class Ghost:
             raise ModelError(f"the module of {name} reads more than its input: leave it out of the direction")
         if not out.requires_grad:
             out.requires_grad_()
-        take = self.embedding if owner.kind == "embedding" else self.norm
-        return Tap.apply(out, args[0].detach(), partial(take, owner), False)  # type: ignore[return-value]
+        add = self.add_embedding if owner.kind == "embedding" else self.add_norm
+        return Tap.apply(out, args[0].detach(), partial(add, owner), False)  # type: ignore[return-value]
 
-    def linear(self, seen: Captured) -> None:
+    def add_linear(self, captured: Captured) -> None:
         """Add one linear layer's weight and bias, or a chunk of the output head's."""
-        owner, a, g = self.owners[seen.layer], seen.a, seen.g
+        owner, a, g = self.owners[captured.layer], captured.a, captured.g
         if "bias" in owner.owned:
-            self._add_vectors(owner.owned["bias"], g.sum(1), seen.rows)
+            self._add_vectors(owner.owned["bias"], g.sum(1), captured.rows)
         if "weight" not in owner.owned:
             return
         name = owner.owned["weight"]
         dots = position_dots(a, g, _placed(self.direction[name], owner.module, g.device)).sum(1)
         squares = squared_norms(a, g) if self.norms else None
-        is_tied = seen.rows is not None and name in self.embedded
+        is_tied = captured.rows is not None and name in self.embedded
         if squares is not None and is_tied:  # |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>, of the embedding and the head
-            ids, slopes = (x[seen.rows].to(g.device) for x in self.embedded.pop(name))
-            own = g.gather(2, ids[:, None].expand(-1, g.shape[1], -1))  # [b s t]
-            squares = squares + 2 * (torch.bmm(a, slopes.mT) * own).sum((1, 2))
-        self._add(name, dots, squares, seen.rows, is_second=is_tied)
+            ids, slopes = (x[captured.rows].to(g.device) for x in self.embedded.pop(name))
+            slopes_at_ids = g.gather(2, ids[:, None].expand(-1, g.shape[1], -1))  # [b s t]
+            squares = squares + 2 * (torch.bmm(a, slopes.mT) * slopes_at_ids).sum((1, 2))
+        self._add(name, dots, squares, captured.rows, is_second=is_tied)
 
     @torch.no_grad()
-    def embedding(self, owner: Owner, ids: Int64[Tensor, "b t"], g: Float[Tensor, "b t d"]) -> None:
-        """Add an embedding's rows: of each example, those of its own tokens."""
+    def add_embedding(self, owner: Owner, ids: Int64[Tensor, "b t"], g: Float[Tensor, "b t d"]) -> None:
+        """Add an embedding's weight: each example touches the rows of its own tokens."""
         weight, name = owner.module.get_parameter("weight"), owner.owned["weight"]
         if ids.shape != self.batch.ids.shape:
             raise ModelError(f"{name} is read at ids of {tuple(ids.shape)}: leave it out of the direction")
         ones = torch.ones_like(weight[:1]).expand_as(weight)
         g = g.float() * functional_call(owner.module, {"weight": ones}, (ids[:1, :1],)).float()  # Gemma scales its rows
         if isinstance(padding := owner.module.padding_idx, int):
-            g = g * (ids != padding)[:, :, None]  # a row to which autograd, too, gives no gradient
-        part = _placed(self.direction[name], owner.module, g.device)
-        rows = part[0][ids] @ part[1] if isinstance(part, tuple) else part[ids]
+            g = g * (ids != padding)[:, :, None]  # autograd, too, gives this row no gradient
+        direction = _placed(self.direction[name], owner.module, g.device)
+        rows = direction[0][ids] @ direction[1] if isinstance(direction, tuple) else direction[ids]
         squares = None
         if self.norms:  # positions of one token add up in its row
             squares = (torch.bmm(g, g.mT) * (ids[:, :, None] == ids[:, None])).sum((1, 2))
@@ -366,8 +368,8 @@ class Ghost:
         self._add(name, (g * rows).sum((1, 2)), squares)
 
     @torch.no_grad()
-    def norm(self, owner: Owner, x: Float[Tensor, "..."], g: Float[Tensor, "..."]) -> None:
-        """Add a norm's gain and bias, each of which touches its own channel alone."""
+    def add_norm(self, owner: Owner, x: Float[Tensor, "..."], g: Float[Tensor, "..."]) -> None:
+        """Add a norm's gain and bias, whose entries each touch one channel."""
         zeros = {local: torch.zeros_like(weight).float() for local, weight in owner.module.named_parameters()}
         b, at_zero = len(self.batch.ids), functional_call(owner.module, zeros, (x.float(),))
         for local, name in owner.owned.items():
@@ -378,11 +380,11 @@ class Ghost:
             self._add_vectors(name, (g.float() * unit).reshape(b, -1, shape.numel()).sum(1))
 
     def _add_vectors(self, name: str, vectors: Float32[Tensor, "b d"], rows: Int64[Tensor, " b"] | None = None) -> None:
-        """Gradients of a gain or a bias, which are no larger than an activation."""
-        part = self.direction[name]
-        assert not isinstance(part, tuple), name  # `_check` takes pairs for matrices alone
+        """Add the gradients of a gain or a bias, which are no larger than an activation."""
+        direction = self.direction[name]
+        assert not isinstance(direction, tuple), name  # `_check_shape` takes pairs only for matrices
         squares = vectors.square().sum(1) if self.norms else None
-        self._add(name, vectors @ part.to(vectors.device).flatten(), squares, rows)
+        self._add(name, vectors @ direction.to(vectors.device).flatten(), squares, rows)
 
     def _add(
         self, name: str, dots: Tensor, squares: Tensor | None, rows: Tensor | None = None, *, is_second: bool = False
@@ -391,16 +393,16 @@ class Ghost:
         places = torch.arange(b, device=device) if rows is None else rows.to(device)
         if squares is not None and name in self.squares and not is_second:
             raise ModelError(f"{name} is used twice in a forward pass, so its gradient's norm is not known")
-        for into, found in ((self.dots, dots), (self.squares, squares)):
-            if found is not None:
-                into.setdefault(name, torch.zeros(b, device=device)).index_add_(0, places, found.to(device))
+        for table, values in ((self.dots, dots), (self.squares, squares)):
+            if values is not None:
+                table.setdefault(name, torch.zeros(b, device=device)).index_add_(0, places, values.to(device))
 
     def result(self, losses: TokenLosses) -> Dots:
-        """In the direction's order; zeros for a parameter that the loss does not reach."""
+        """The inner products in the direction's order; zeros for a parameter that the loss does not reach."""
         zeros, finite = torch.zeros_like(losses.loss), losses.loss.isfinite()
 
-        def table(found: dict[str, Tensor]) -> Tensor:
-            stacked = torch.stack([found.get(name, zeros) for name in self.direction])
+        def table(by_name: dict[str, Tensor]) -> Tensor:
+            stacked = torch.stack([by_name.get(name, zeros) for name in self.direction])
             return torch.where(finite & stacked.isfinite().all(0), stacked, torch.nan)
 
         squares = table(self.squares).clamp(min=0) if self.norms else None  # Gram sums can round below zero

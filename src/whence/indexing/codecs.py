@@ -9,8 +9,8 @@ A codec stores each row v as a tensor of few bits and one fp32 scale, and states
 
 For `onebit`, mean|v| is the scale that minimises the squared error, which is then |v|^2 - k * mean|v|^2.
 
-Scales and errors are in the unit of the vectors' entries. Each codec names the `kernels` that multiply its rows
-with queries, of which `Codec.prepare` takes the fastest. Nothing here knows of files, statuses or ranks.
+Scales and errors are in the unit of the vectors' entries. Each codec names the `kernels` that multiply its rows with
+queries; `Codec.prepare` takes the fastest of them. Files, statuses and ranks are not known here.
 """
 
 import difflib
@@ -53,13 +53,13 @@ class Codec:
     dtype: torch.dtype
     encoder: Callable[[Vectors], tuple[Tensor, Tensor]]
     decoder: Callable[[Tensor, int], Tensor]
-    """What the codes of rows of width k stand for, before the rows' scales."""
+    """Values that the codes of rows of width k stand for, before the rows' scales."""
     error: Callable[[Vectors], Tensor]
     kernels: tuple[Callable[[Queries], Kernel], ...]
-    """The first one is taken for batches too small for a trial."""
+    """The first one scores batches that are too small for a trial."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
-        """Stored rows and scales of finite vectors. Rows that are not finite must come as zeros."""
+        """Stored rows and scales of vectors. Rows that are not finite must come as zeros."""
         return self.encoder(vectors)
 
     def decode(self, stored: Rows, scale: PerRow, k: int) -> Vectors:
@@ -67,7 +67,7 @@ class Codec:
         return self.decoder(stored, k) * scale[:, None]
 
     def bound(self, vectors: Vectors) -> PerRow:
-        """Largest error of any entry of `decode(encode(vectors))`, a row each."""
+        """Largest error of any entry of `decode(encode(vectors))`, for each row."""
         return self.error(vectors)
 
     def columns(self, k: int) -> int:
@@ -80,17 +80,17 @@ class Codec:
         return self.columns(k) * self.dtype.itemsize
 
     def prepare(self, queries: Queries) -> Kernel:
-        """A kernel for these queries, to be used for any number of blocks on the queries' device."""
+        """A kernel for these queries, which scores any number of batches on the queries' device."""
         if queries.device.type != "cpu":
             return decoded_kernel(queries, self.decoder)
-        made = [lazily(make, queries) for make in self.kernels]
+        kernels = [lazily(make, queries) for make in self.kernels]
         costly = compiled_kernel(self.name, queries, self.columns(queries.shape[1]))
-        return made[0] if len(made) == 1 and not costly else Fastest(self.name, queries, made, costly)
+        return kernels[0] if len(kernels) == 1 and not costly else Fastest(self.name, queries, kernels, costly)
 
     def scores(self, stored: Rows, scale: PerRow, queries: Queries) -> Products:
         """Inner products [q, n] with the decoded rows.
 
-        By `decoded_kernel`: right anywhere, the same for any number of queries, as slow as decoding is.
+        They come from `decoded_kernel`: right on any device, the same for any number of queries, as slow as decoding.
         """
         return decoded_kernel(queries, self.decoder)(Stored([stored], [scale])).scores
 

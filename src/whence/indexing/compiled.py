@@ -1,4 +1,4 @@
-"""Products of stored rows with a few queries, by loops that numba compiles for this CPU (extra `fast`).
+"""Products of stored rows with a few queries, in loops that numba compiles for this CPU (extra `fast`).
 
 For one query a scan can be no faster than memory is read, and torch has no product of bfloat16, 8-bit or packed rows
 that comes near that on every CPU. A plain loop does: it widens a row's codes to fp32 in registers and multiplies them
@@ -6,11 +6,11 @@ by the query,
 
     score[n, q] = scale[n] * sum over planes p and stored entries j of value(row[n, j], p) * query[q, p, j]
 
-where an entry holds one code, or several side by side (`planes`: two of int4, eight of one bit). Sums are in fp32, and
-nothing is rounded before. The loops run in one thread each and without Python's lock, a strip of the rows at a time.
+where an entry holds one code, or several side by side (`planes`: two of int4, eight of one bit). Sums are in fp32, of
+unrounded products. The loops run in one thread each and without Python's lock, a strip of the rows at a time.
 
-Compiling takes a third of a second, and importing numba as much; `kernels.Fastest` waits until that can pay. What is
-compiled is never cached on disk: numba's cache is a pickle.
+Compiling takes a third of a second, and importing numba as much; `kernels.Fastest` waits until that can pay. Compiled
+code is never cached on disk: numba's cache is a pickle.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ from torch import Tensor
 from whence.indexing.threads import run_together
 
 _STRIP_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
-_CHUNK_BYTES = 1024  # of a row, which every query meets before the next ones
+_CHUNK_BYTES = 1024  # of a row that all queries are multiplied with before the next chunk
 _AHEAD_BYTES = {1: 1 << 14, 2: 1 << 13}
-"""How far ahead of what is multiplied memory is asked, by the bytes of an entry. fp32 rows, which are
-long, are slower with it: 30 ms for 25."""
+"""Distance of prefetching ahead of the products, by the bytes of an entry. fp32 rows, which are long, are slower with
+it: 30 ms for 25."""
 _LINE_BYTES = 64
 
 PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
@@ -37,7 +37,7 @@ PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "oneb
 
 
 class CompilingError(Exception):
-    """numba is installed and does not work: it cannot be imported, or cannot compile. Scans do without."""
+    """numba is installed but cannot be imported or cannot compile. Scans go on without it."""
 
 
 @cache
@@ -47,13 +47,13 @@ def is_available() -> bool:
 
 
 Strip = tuple[slice, np.ndarray, np.ndarray]
-"""Which rows of a batch, their codes [n, j] and their scales [n]."""
+"""Rows of a batch, with their codes [n, j] and their scales [n]."""
 
 
 def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
-    """Blocks of stored rows that follow one another, in strips for threads to take. bfloat16 and float16: as int16.
+    """Split blocks of stored rows into strips for threads to take. bfloat16 and float16 come as int16.
 
-    Compiled loops look at no bounds.
+    Compiled loops check no bounds, so that the shapes are checked here.
 
     Raises:
         ValueError: The rows have not one scale each, or are not all of one width.
@@ -67,9 +67,9 @@ def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
     for codes in blocks:
         step = max(1, _STRIP_BYTES // max(1, codes.strides[0]))
         for start in range(0, len(codes), step):
-            some = codes[start : start + step]
-            rows = slice(first, first + len(some))
-            strips.append((rows, some, scales[rows]))
+            strip_codes = codes[start : start + step]
+            rows = slice(first, first + len(strip_codes))
+            strips.append((rows, strip_codes, scales[rows]))
             first = rows.stop
     return strips
 
@@ -77,11 +77,11 @@ def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
 def products(
     codec: str, queries: Float32[Tensor, "q k"], columns: int
 ) -> Callable[[Sequence[Strip]], Float32[np.ndarray, "n q"]]:
-    """Function from the strips of a batch to its rows' products with queries.
+    """A function from the strips of a batch to its rows' products with queries.
 
     Args:
         codec: A name in `PLANES`.
-        queries: On the CPU, of any unit.
+        queries: Queries on the CPU, in any unit.
         columns: Stored entries of a row.
     """
     planes = PLANES[codec]
@@ -130,24 +130,24 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarra
         out[:] = 0
         for n in range(codes.shape[0]):
             for first in range(0, codes.shape[1], step):
-                some = codes[n, first : first + step]
+                chunk = codes[n, first : first + step]
                 if ahead:
-                    start = some.ctypes.data + ahead
-                    for line in range(start, start + some.shape[0] * codes.itemsize, _LINE_BYTES):
+                    start = chunk.ctypes.data + ahead
+                    for line in range(start, start + chunk.shape[0] * codes.itemsize, _LINE_BYTES):
                         prefetch(line)
                 for q in range(queries.shape[0]):
                     total = np.float32(0)
                     for p in range(queries.shape[1]):
                         factors = queries[q, p, first : first + step]
-                        for j in range(some.shape[0]):
-                            total += value(some[j], p) * factors[j]
+                        for j in range(chunk.shape[0]):
+                            total += value(chunk[j], p) * factors[j]
                     out[n, q] += total
             for q in range(queries.shape[0]):
                 out[n, q] *= scale[n]
 
-    one, query = np.ones(1, np.float32), np.ones((1, PLANES[codec], 1), np.float32)
+    scale, query = np.ones(1, np.float32), np.ones((1, PLANES[codec], 1), np.float32)
     try:
-        loop(np.zeros((1, 1), _CODES[codec]), one, query, one[:, None])  # compiles
+        loop(np.zeros((1, 1), _CODES[codec]), scale, query, scale[:, None])  # compiles
     except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's, of `prefetch`
         raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop
@@ -155,9 +155,9 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 @no_type_check
 def _prefetching() -> Callable[[int], None]:
-    """For compiled code: ask memory for the line at an address, which need not be anyone's, past the shared cache.
+    """A function for compiled code that prefetches the line at an address, valid or not, past the shared cache.
 
-    Processors fetch ahead by themselves within a page of 4 KB, which can be as short as a row.
+    Processors prefetch by themselves within a page of 4 KB, which can be as short as a row.
     """
     from llvmlite import ir
     from numba import types

@@ -1,10 +1,10 @@
-"""A corpus' rows, checked and copied into the parts of an index.
+"""Check the rows of a corpus and copy them into the parts of an index.
 
-The corpus is read to check every row and take its digest, so that a bad line is found before anything is written; and
-again to copy its rows, which must give the same digest. Between the two it is read once more where rows become
-conversations, which must be such as the tokenizer's template takes; and, where it joins an index, for ids that are
-there already. From then on the index needs no other file than the model. A part holds as many rows as its shard, so
-that one job reads one file.
+The corpus is read once to check every row and take its digest, so that a bad line is found before anything is written,
+and again to copy its rows, which must give the same digest. In between it is read once more if rows become
+conversations, to check that the tokenizer's template takes them; and, if it joins an index, to find ids that the index
+has already. From then on the index needs no other file than the model. A part holds as many rows as its shard, so that
+one job reads one file.
 """
 
 import hashlib
@@ -20,23 +20,23 @@ from whence.errors import CorpusError
 from whence.indexing.store import Store
 
 NUMBERS_PER_SHARD = 2**23
-"""A shard holds as many rows as make about so many numbers (32 MB in fp32), at most `ROWS_PER_SHARD`: what a kill
-loses, and what a job keeps in memory."""
+"""A shard holds about so many numbers (32 MB in fp32), in at most `ROWS_PER_SHARD` rows: that much a kill loses and a
+job holds in memory."""
 ROWS_PER_SHARD = 1024
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a first reading of a corpus finds."""
+    """Digest, size and layouts of a corpus, from a first reading."""
 
     digest: str
     rows: int
     layouts: tuple[str, ...]
-    """Of its rows, in the order in which they are met."""
+    """Layouts of its rows, in the order of their first appearance."""
 
     @property
     def layout(self) -> str:
-        """Of its first row."""
+        """Layout of its first row."""
         return self.layouts[0]
 
 
@@ -53,32 +53,32 @@ def fingerprint_of(corpus: Corpus) -> Fingerprint:
     """Read a corpus through, checking every row.
 
     Raises:
-        CorpusError: A row cannot be read, lacks columns, or has the id of another.
+        CorpusError: A row cannot be read, lacks columns, or has the id of another row.
     """
     digest, rows = hashlib.sha256(), 0
     layouts: dict[str, None] = {}
-    seen: set[bytes] = set()
+    known: set[bytes] = set()
     for example in corpus:
         layouts[_checked_layout(example, corpus.name)] = None
         key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if key in seen:
+        if key in known:
             raise CorpusError(
                 f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {rows}). Ids name "
                 "examples in every answer: make them unique, or leave the column out and Whence makes them."
             )
-        seen.add(key)
+        known.add(key)
         digest.update(row_json(example.row).encode())
         rows += 1
     return Fingerprint(digest.hexdigest(), rows, tuple(layouts))
 
 
 def _checked_layout(example: Example, name: str) -> str:
-    """A row's layout. What no tokenizer takes for text in its columns is refused, before anything is written."""
+    """A row's layout. Values that no tokenizer takes for text are refused here, before anything is written."""
     kind = layout(example.row)
     columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
-    wanted: Any = list | None if kind == "messages" else str | int | float | None
+    expected: Any = list | None if kind == "messages" else str | int | float | None
     for column in columns:
-        if not isinstance(value := example.row.get(column), wanted):
+        if not isinstance(value := example.row.get(column), expected):
             raise CorpusError(
                 f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
                 f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
@@ -87,9 +87,9 @@ def _checked_layout(example: Example, name: str) -> str:
 
 
 def check_conversations(corpus: Corpus, layouts: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Render once every row that becomes a conversation, so that one which cannot is found before a file is made.
+    """Render once every row that becomes a conversation, so that a faulty one is found before a file is made.
 
-    Instructions become one where the tokenizer has a chat template. A corpus none of whose `layouts` does is not read.
+    Instructions become conversations if the tokenizer has a chat template. Without such `layouts` nothing is read.
 
     Raises:
         CorpusError: The template refuses a row, or a message lacks its role or content.
@@ -106,7 +106,7 @@ def check_conversations(corpus: Corpus, layouts: Iterable[str], tokenizer: Token
 
 
 def refuse_known_ids(store: Store, corpus: Corpus) -> None:
-    """Refuse a corpus of which a row has the id of a row that the index holds."""
+    """Refuse a corpus with a row whose id the index has already."""
     known = {row["id"] for part in range(len(store.manifest.parts)) for row in store.read_part(part)}
     for example in corpus:
         if example.id in known:
@@ -114,10 +114,10 @@ def refuse_known_ids(store: Store, corpus: Corpus) -> None:
 
 
 def copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
-    """Copy the rows of a corpus, whose first is row number `after` of the index, into parts that are not there.
+    """Copy the rows of a corpus, the first of which is row number `after` of the index, into new parts.
 
-    The corpus may have changed since it was checked, or since a build that was killed had copied some of it. So the
-    rows in the parts are counted and digested, and what is not as it was checked is taken out of the index again.
+    The corpus may have changed since it was checked, or since a killed build copied some of it. So the rows in the
+    parts are counted and digested, and if they differ from those checked they are removed from the index again.
 
     Raises:
         CorpusError: The corpus has changed, or cannot be read any longer. The index is as it was before any of its
@@ -128,7 +128,7 @@ def copy_rows(store: Store, corpus: Corpus, *, after: int) -> None:
     try:
         _copy_as_checked(store, corpus, after)
     except CorpusError:
-        _take_out(store, after)
+        _remove_rows(store, after)
         raise
     store.finish_parts()
 
@@ -137,30 +137,30 @@ def _copy_as_checked(store: Store, corpus: Corpus, after: int) -> None:
     digest, size, expected = hashlib.sha256(), rows_per_shard(store.manifest.width), store.manifest.corpora[-1]
     for number, part in enumerate(store.manifest.parts):
         if part.first_row >= after:
-            _digest(digest, store.read_part(number))
-    for rows in _groups(corpus, size, skip=store.rows - after):
-        _digest(digest, rows)
+            _add_to_digest(digest, store.read_part(number))
+    for rows in _rows_in_groups(corpus, size, skip=store.rows - after):
+        _add_to_digest(digest, rows)
         store.write_part(len(store.manifest.parts), rows)
-    found = (store.rows - after, digest.hexdigest())
-    if found != (expected["rows"], expected["digest"]):
+    copied = (store.rows - after, digest.hexdigest())
+    if copied != (expected["rows"], expected["digest"]):
         raise CorpusError(
             f"{corpus.name}: {expected['rows']} rows of digest {expected['digest'][:12]} were checked, and "
-            f"{found[0]} of digest {found[1][:12]} were copied: the corpus has changed meanwhile. No row of it is "
+            f"{copied[0]} of digest {copied[1][:12]} were copied: the corpus has changed meanwhile. No row of it is "
             "kept. Run the same command again once nothing writes to it; an index needs --restart if the change stays."
         )
 
 
-def _digest(digest: Any, rows: list[Row]) -> None:
-    """Of the rows alone, as `fingerprint_of` takes it."""
+def _add_to_digest(digest: Any, rows: list[Row]) -> None:
+    """Add rows to a digest as `fingerprint_of` does."""
     for row in rows:
         digest.update(row["row"].encode())
 
 
-def _take_out(store: Store, after: int) -> None:
-    """Take the rows from number `after` on out of the index, and the corpus of an append with them.
+def _remove_rows(store: Store, after: int) -> None:
+    """Remove the rows from number `after` on from the index, and the corpus of an append with them.
 
-    They have no shard yet: those come when all parts are there. The manifest goes first, so that a kill leaves files
-    that are not listed, which the next build removes.
+    They have no shards yet: shards follow when all parts are written. The manifest is written first, so that a kill
+    leaves unlisted files, which the next build removes.
     """
     if after:
         store.undo_extend()
@@ -171,7 +171,7 @@ def _take_out(store: Store, after: int) -> None:
         store.place.remove(file)
 
 
-def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
+def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
     rows: list[Row] = []
     for number, example in enumerate(corpus):
         if number < skip:
@@ -184,8 +184,8 @@ def _groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
         yield rows
 
 
-def part_again(store: Store, part: int) -> list[Row]:
-    """Rows of a part, read again from the corpus it came from, if that is still the same."""
+def reread_part(store: Store, part: int) -> list[Row]:
+    """Rows of a part, read again from the corpus that it came from, if that is unchanged."""
     entry, first = store.manifest.parts[part], 0
     for corpus in store.manifest.corpora:
         if entry.first_row < first + corpus["rows"]:
@@ -194,6 +194,6 @@ def part_again(store: Store, part: int) -> list[Row]:
             texts = open_corpus(corpus["name"], first_number=first)
             if fingerprint_of(texts).digest != corpus["digest"]:
                 raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
-            return next(_groups(texts, entry.rows, skip=entry.first_row - first))
+            return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first))
         first += corpus["rows"]
     raise AssertionError(f"part {part} belongs to no corpus")

@@ -1,12 +1,12 @@
-"""Inner products of queries with rows of few bits, and how far off each of them can be: numbers in, numbers out.
+"""Inner products of queries with rows of few bits, and a bound on the error of each; no files, statuses or ranks.
 
-A kernel is made once for its queries, and then scores one batch of stored rows after another,
+A kernel is made once for its queries and then scores batches of stored rows,
 
     score[q, n] = scale[n] * <query_q, x_n>
 
-where x_n are the values that row n's codes stand for. Its unit is that of a query's entry times a row's. On a CPU
-there are several kernels, each within a slack that it states, so that a scan can recompute what could reach the
-top and return the same from each:
+where x_n are the values that row n's codes stand for. The unit is that of a query's entry times a row's. On a CPU there
+are several kernels. Each states its slack, so that a scan can recompute the scores that could reach the top and return
+the same result from any of them:
 
     |score - fp32's| <= slack[q, n] + slack_per_norm[q] * |v_n| + slack_per_scale[q] * scale[n]
 
@@ -17,8 +17,8 @@ top and return the same from each:
     compiled   fp32 products of rows widened in registers, for few queries (see `compiled`)
 
 where |v_n| is the row's norm before it was encoded. CPUs differ more than a rule could say: with matrix units (AMX)
-integer products reach the memory's bandwidth, on AVX2 they take fifteen times as long as decoding. So the first
-large batch of a process is a trial of all kernels that can score it (see `Fastest`).
+integer products reach the memory's bandwidth; on AVX2 they take fifteen times as long as decoding. So the first large
+batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
 
 import logging
@@ -38,23 +38,23 @@ from whence.indexing import compiled
 logger = logging.getLogger(__name__)
 
 TINY = 2.0**-119
-"""Scales below fp32's normal range lose bits: an absolute error no gradient can notice."""
+"""Scales below fp32's normal range lose bits; this absolute error is far below that of any gradient."""
 
 _INT32_COLUMNS = 131_072  # 127 * 127 * 131072 < 2^31: longer sums of 8-bit products could overflow
 _LEAST_COLUMNS = 24  # narrower 8-bit products take a slower path of oneDNN
-_ONE_PART = 0.02  # of a query's norm may be lost by writing it as one 8-bit vector, and for so few queries:
-_ONE_PART_QUERIES = 4  # else rescoring takes longer than a second vector
+_ONE_TERM = 0.02  # share of a query's norm that one 8-bit vector may miss, where queries are at most
+_ONE_TERM_QUERIES = 4  # so many: with more, rescoring takes longer than a second vector
 _DECODED_ROWS = 256  # at a time on a CPU: 4 MB at 4,096 columns, which stays in cache
 _DECODED_ROWS_ELSEWHERE = 16_384  # at a time on other devices
-_COMPILED_QUERIES = 8  # past so many a matrix product does more with a row that is in cache
-_TRIAL_ROWS = (256, 8192)  # of the first trial of every kernel, and of the second of those that came near
+_COMPILED_QUERIES = 8  # beyond, a matrix product makes more of a row that is in cache
+_TRIAL_ROWS = (256, 8192)  # of the first trial, of every kernel, and of the second, of those that came near
 _TRIAL_NEAR = 3.0
-_TRIAL_SECONDS = 0.2  # of one kernel: past that it is run no more
+_TRIAL_SECONDS = 0.2  # of one kernel, which then runs no more
 _COSTLY_TRIAL_BYTES = 1 << 26  # of rows in the trial of a compiled kernel: more than fits a cache
-_RESCORING = 1.5  # a kernel whose scores have a slack must be so much faster, for what it leaves to be scored again
+_RESCORING = 1.5  # a kernel whose scores have a slack must be so much faster, as rows are scored again
 _PATIENCE = 1.0  # seconds of scanning in a process before it compiles a kernel, which takes about as long
 _BF16_ROUND = 2.0**-8 * 1.01
-_FP32_SUM = 2.0**-15  # taken for the error of fp32 sums, relative to |x| |q|: far above what long rows show
+_FP32_SUM = 2.0**-15  # assumed error of fp32 sums, relative to |x| |q|: far above that of long rows
 
 Queries = Float32[Tensor, "q k"]
 
@@ -65,57 +65,57 @@ class Block:
 
     scores: Float[Tensor, "q n"]
     slack: Float[Tensor, "q n"] | None = None
-    """How far a product was rounded; None: it was not."""
+    """Error by rounding of a product; None: products are not rounded."""
 
     slack_per_norm: Float[Tensor, " q"] | None = None
-    """More slack, for each unit of the row's norm. No slack of any kind: the products are those of fp32 arithmetic."""
+    """Further slack for each unit of the row's norm. Without any slack the products are those of fp32 arithmetic."""
 
     slack_per_scale: Float[Tensor, " q"] | None = None
-    """More slack, for each unit of the row's stored scale."""
+    """Further slack for each unit of the row's stored scale."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A batch: blocks of stored rows that follow one another, with their scales. Views of it are made once."""
+    """A batch: blocks of stored rows that follow one another, with their scales. Derived arrays are cached."""
 
     stored: Sequence[Tensor]
     scale: Sequence[Tensor]
 
     @cached_property
     def count(self) -> int:
-        """Of rows."""
+        """Number of rows."""
         return sum(block.shape[0] for block in self.stored)  # len() of a tensor takes ten times as long
 
     @cached_property
     def codes(self) -> list[np.ndarray]:
-        """The blocks in memory's order; what has 16 bits as integers."""
+        """The blocks, contiguous in memory; 16-bit floats as integers."""
         blocks = [block.contiguous() for block in self.stored]
         return [(block.view(torch.int16) if block.dtype.itemsize == 2 else block).numpy() for block in blocks]
 
     @cached_property
     def scales(self) -> np.ndarray:
-        """Of all rows [n]."""
+        """Scales of all rows [n]."""
         return np.concatenate([factors.numpy() for factors in self.scale] or [np.zeros(0, np.float32)])
 
     @cached_property
     def strips(self) -> list[compiled.Strip]:
-        """As compiled kernels take them."""
+        """The rows in strips, as compiled kernels take them."""
         return compiled.strips_of(self.codes, self.scales)
 
     def first(self, rows: int) -> "Stored":
-        """The first rows alone."""
+        """The first rows of the batch."""
         return Stored(_first_rows(self.stored, rows), _first_rows(self.scale, rows))
 
 
 Kernel = Callable[[Stored], Block]
-"""Scores a batch."""
+"""A function that scores a batch."""
 
 
 class Fastest:
-    """Kernel that is the fastest of several on this CPU, found by timing them on the first large batch.
+    """The fastest of several kernels on this CPU, found by timing them on the first large batch.
 
-    The choice is kept for the process, by the rows' kind (a codec's name), width and number of queries. A kernel that
-    must be compiled first joins once the process has spent as long on such scans as compiling takes: few and small
+    The choice holds for the process, by the rows' kind (a codec's name), width and number of queries. A kernel that
+    must be compiled joins once the process has spent as long on such scans as compiling takes, so that few or small
     scans never wait for it. If it fails (a numba that does not fit this numpy, say), scans go on without it.
     """
 
@@ -123,13 +123,13 @@ class Fastest:
     _spent: ClassVar[dict[tuple[str, int, int, int], float]] = {}
 
     def __init__(self, kind: str, queries: Queries, kernels: Sequence[Kernel], costly: Kernel | None = None):
-        many = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
-        self._key = (kind, queries.shape[1], many, torch.get_num_threads())
+        magnitude = (len(queries) - 1).bit_length()  # 1, 2, 3-4, 5-8 ...
+        self._key = (kind, queries.shape[1], magnitude, torch.get_num_threads())
         self._kernels = [*kernels, *([costly] if costly else [])]
         self._costly = len(kernels) if costly else None
 
     def __call__(self, rows: Stored) -> Block:
-        """The batch as the chosen kernel scores it; before there is a choice, the first."""
+        """Score a batch by the chosen kernel, or by the first one before there is a choice."""
         key, start = self._key, time.perf_counter()
         if rows.count >= _TRIAL_ROWS[0]:
             if key not in self._chosen:
@@ -153,18 +153,18 @@ class Fastest:
             return chosen
 
     def _trial(self, near: list[int], rows: Stored, sizes: Sequence[int]) -> int:
-        """Number of the fastest, on one number of rows after another; who is far behind is not tried on the next."""
+        """Number of the fastest kernel, in trials of growing size; a kernel that is far behind leaves the trials."""
         seconds = []
         for size in sizes:
-            some = rows.first(size)
-            seconds = [self._seconds(self._kernels[number], some) for number in near]
+            sample = rows.first(size)
+            seconds = [self._seconds(self._kernels[number], sample) for number in near]
             best = min(seconds)
             if size != sizes[-1]:
                 near = [number for number, took in zip(near, seconds, strict=True) if took <= _TRIAL_NEAR * best]
         return near[seconds.index(min(seconds))]
 
     def _seconds(self, kernel: Kernel, rows: Stored) -> float:
-        """The best of four runs, after one that warms up; more where scores have a slack."""
+        """Least seconds of four calls, after one that warms up; scores with a slack count for more."""
         block, took = kernel(rows), []
         while len(took) < 4 and sum(took) < _TRIAL_SECONDS:
             start = time.perf_counter()
@@ -174,17 +174,17 @@ class Fastest:
 
 
 def _first_rows(blocks: Sequence[Tensor], rows: int) -> list[Tensor]:
-    some = []
+    first = []
     for block in blocks:
         if rows <= 0:
             break
-        some.append(block[:rows])
+        first.append(block[:rows])
         rows -= len(block)
-    return some
+    return first
 
 
 def _with_places(blocks: Sequence[Tensor], out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each block, and its part of some rows [n, .]."""
+    """Each block, with its rows of an output [n, .]."""
     first = 0
     for block in blocks:
         yield block, out[first : first + block.shape[0]]
@@ -194,7 +194,7 @@ def _with_places(blocks: Sequence[Tensor], out: Tensor) -> Iterator[tuple[Tensor
 def _scaled(out: Tensor, rows: Stored) -> Tensor:
     """Products [n, q] times the rows' scales, in place.
 
-    In numpy, which stays in this thread: waking torch's threads costs more than such a small step, and many
+    numpy is used because it stays in this thread: waking torch's threads costs more than such a small step, and many
     milliseconds where another process has their core.
     """
     np.multiply(out.numpy(), rows.scales[:, None], out=out.numpy())
@@ -202,15 +202,15 @@ def _scaled(out: Tensor, rows: Stored) -> Tensor:
 
 
 def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
-    """A kernel that is made when it first scores: of several, only those that are tried cost anything."""
-    made = cache(lambda: make(queries))
-    return lambda rows: made()(rows)
+    """A kernel that is made when it first scores, so that one that is never tried costs nothing."""
+    kernel = cache(lambda: make(queries))
+    return lambda rows: kernel()(rows)
 
 
 def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
-    """Decode a few rows at a time and multiply in fp32: right anywhere, and as slow as decoding is.
+    """Decode a few rows at a time and multiply in fp32: right on any device, and as slow as decoding is.
 
-    `decoder` tells, from stored rows and their width, what the codes stand for before the rows' scales.
+    `decoder` gives, for stored rows and their width, the values of the codes before the rows' scales.
     """
     k = queries.shape[1]
     step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
@@ -227,7 +227,7 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
 
 
 def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
-    """Rows widened to fp32 in registers, times fp32 queries; None for many queries, and where numba is missing."""
+    """Products of rows widened to fp32 in registers; None for many queries, and where numba is missing."""
     if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
         return None
     products = compiled.products(codec, queries, columns)
@@ -235,7 +235,7 @@ def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None
 
 
 def float32_kernel(queries: Queries) -> Kernel:
-    """The plain product with rows stored as they are, whose scales are 1."""
+    """The plain product with rows stored in fp32, whose scales are 1."""
 
     def score(rows: Stored) -> Block:
         out = torch.empty(rows.count, len(queries))
@@ -249,7 +249,7 @@ def float32_kernel(queries: Queries) -> Kernel:
 def bfloat16_kernel(queries: Queries) -> Kernel:
     """Two bfloat16 terms of the query in one product; each result is rounded to bfloat16, hence the slack.
 
-    What the two terms miss of the query is below 2^-16 of it, and counted with the error of the sums.
+    The two terms miss less than 2^-16 of the query, which counts with the error of the sums.
     """
     high = queries.bfloat16()
     both, per_norm = torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
@@ -258,16 +258,16 @@ def bfloat16_kernel(queries: Queries) -> Kernel:
         out, slack = torch.empty(2, rows.count, len(queries))
         places = zip(_with_places(rows.stored, out), _with_places(rows.stored, slack), strict=True)
         for (block, into), (_, off) in places:
-            parts = (block @ both.T).float()
-            _sum_parts(parts, out=into)
-            _sum_parts(np.abs(parts.numpy()) * _BF16_ROUND, out=off)
+            products = (block @ both.T).float()
+            _sum_terms(products, out=into)
+            _sum_terms(np.abs(products.numpy()) * _BF16_ROUND, out=off)
         return Block(out.T, slack.T, per_norm)
 
     return score
 
 
-def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
-    """Add the columns of each part of the queries: [n, parts * q] -> [n, q]. In numpy, as `_scaled`."""
+def _sum_terms(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
+    """Add the columns of the queries' terms: [n, terms * q] -> [n, q]. In numpy, as `_scaled`."""
     columns, total, q = np.asarray(sums), out.numpy(), out.shape[1]
     total[:] = columns[:, :q]
     for first in range(q, columns.shape[1], q):
@@ -277,7 +277,7 @@ def _sum_parts(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
 def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 0) -> Kernel:
     """8-bit products: x = slope * u + shift for the stored code u, the query as a sum of 8-bit vectors.
 
-    Codes of fewer than 8 bits lie in bytes as `planes` takes them out.
+    Codes of fewer than 8 bits are unpacked by `planes`.
 
     >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
     >>> kernel(Stored([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])])).scores
@@ -286,9 +286,9 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     per_byte = 8 // bits
     width = -(-queries.shape[1] // per_byte) * per_byte
     padded = torch.nn.functional.pad(queries, (0, width - queries.shape[1]))
-    parts, part_scale, missed = _query_parts(torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1))
-    products = _byte_products(parts.flatten(0, 1), part_scale.flatten())
-    shifts = (shift * parts.sum(2, dtype=torch.int64) * part_scale.double()).sum(0).float()
+    terms, term_scale, missed = _query_terms(torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1))
+    products = _byte_products(terms.flatten(0, 1), term_scale.flatten())
+    shifts = (shift * terms.sum(2, dtype=torch.int64) * term_scale.double()).sum(0).float()
     step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
     # |<missed, row>| <= |missed| |row|, where the decoded row's norm is at most the row's own, plus half a scale for
     # each entry; one bit is decoded to a norm of at most the row's
@@ -299,9 +299,9 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
         out = torch.empty(rows.count, len(queries))
         for block, into in _with_places(rows.stored, out):
             for first in range(0, len(block), step):
-                some = block[first : first + step]
-                sums = products(some if per_byte == 1 else planes(some, bits))
-                _sum_parts(sums, out=into[first : first + step])
+                stored = block[first : first + step]
+                sums = products(stored if per_byte == 1 else planes(stored, bits))
+                _sum_terms(sums, out=into[first : first + step])
         if (slope, shift) != (1, 0):
             out.mul_(slope).add_(shifts)
         return Block(_scaled(out, rows).T, slack_per_norm=missed, slack_per_scale=per_scale)
@@ -319,23 +319,23 @@ def planes(stored: UInt8[Tensor, "n stored"], bits: int) -> Int8[Tensor, "n code
     return out.bitwise_and_(2**bits - 1).view(torch.int8)
 
 
-def _query_parts(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries as sums of int8 vectors [parts, q, k] times scales [parts, q], and the norm of what they miss [q].
+def _query_terms(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as sums of int8 vectors [terms, q, k] times scales [terms, q], and the norm of the remainder [q].
 
-    A second vector holds what the first one's rounding left: together 16 bits. It is left out for few queries,
-    where a scan waits for memory, if the first one is near enough; not where matrix units make it free.
+    A second vector holds what the first one's rounding misses: together 16 bits. For few queries, where a scan waits
+    for memory, it is omitted if the first one is near enough; but not where matrix units make it free.
     """
-    rest, parts, scales = queries.numpy().astype(np.float64), [], []
+    rest, terms, scales = queries.numpy().astype(np.float64), [], []
     scale = np.maximum(np.abs(rest).max(1, initial=0.0), TINY) / 127
-    most = np.linalg.norm(rest, axis=1) * (len(rest) <= _ONE_PART_QUERIES and not _has_matrix_units()) * _ONE_PART
-    while not parts or (len(parts) < 2 and (np.linalg.norm(rest, axis=1) > most).any()):
-        parts.append(np.rint(rest / scale[:, None]))
+    limit = np.linalg.norm(rest, axis=1) * (len(rest) <= _ONE_TERM_QUERIES and not _has_matrix_units()) * _ONE_TERM
+    while not terms or (len(terms) < 2 and (np.linalg.norm(rest, axis=1) > limit).any()):
+        terms.append(np.rint(rest / scale[:, None]))
         scales.append(scale)
-        rest = rest - parts[-1] * scale[:, None]
+        rest = rest - terms[-1] * scale[:, None]
         scale = scale / 254
     missed = np.linalg.norm(rest, axis=1).astype(np.float32)
-    whole, scales = np.stack(parts).astype(np.int8), np.stack(scales).astype(np.float32)
-    return torch.from_numpy(whole), torch.from_numpy(scales), torch.from_numpy(missed)
+    integers, scales = np.stack(terms).astype(np.int8), np.stack(scales).astype(np.float32)
+    return torch.from_numpy(integers), torch.from_numpy(scales), torch.from_numpy(missed)
 
 
 def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -345,11 +345,13 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
     """
     r, k = queries.shape
     if k > _INT32_COLUMNS:
-        blocks = [_byte_products(part, scale) for part in queries.split(_INT32_COLUMNS, 1)]
+        blocks = [_byte_products(columns, scale) for columns in queries.split(_INT32_COLUMNS, 1)]
         return lambda x: sum(
-            (f(part) for f, part in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
+            (f(columns) for f, columns in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
         )
-    if k <= 1:  # torch 2.13: _int_mm gives wrong numbers for rows of one, onednn's ends the process for rows of none
+    if (
+        k <= 1
+    ):  # torch 2.13: _int_mm gives wrong numbers for rows of one entry; onednn's ends the process for empty rows
         return lambda x: x.float() @ queries.float().T * scale
     if not _has_matrix_units():
         return lambda x: torch._int_mm(x, queries.T) * scale  # pyright: ignore[reportPrivateImportUsage]

@@ -1,8 +1,8 @@
-"""The manifest of an index: what it is, what is in it, and the checksum of every file.
+"""The manifest of an index: its settings, its files, and the checksum of every file.
 
-JSON with sorted keys and no times, so that an interrupted and resumed build writes the same bytes. Its own
-checksum is inside, over the rest in canonical form; and a manifest whose bytes are not the ones that its
-content would be written as is refused too, so that any flipped bit is seen.
+It is JSON with sorted keys and no times, so that an interrupted and resumed build writes the same bytes. Its own
+checksum is inside, over the rest in canonical form; and a manifest with other bytes than its content would be written
+as is refused too, so that any flipped bit is detected.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ class ShardEntry:
     sha256: str
     bytes: int
     counts: dict[str, int]
-    """Rows by status, and whatever else was counted."""
+    """Rows by status, and other counts, such as truncated rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that an index says of itself."""
+    """The content of a manifest."""
 
     whence_version: str
     codec: str
@@ -55,11 +55,11 @@ class Manifest:
     """Entries of a vector, k."""
 
     settings: dict[str, Any]
-    """The gradient space and digests: JSON values, one dict in another at most. A resumed build agrees."""
+    """The gradient space and digests, as JSON values with dicts nested once at most. A resumed build must agree."""
 
     checkpoints: tuple[dict[str, Any], ...]
     corpora: tuple[dict[str, Any], ...] = ()
-    """One for each corpus, in the order they were appended."""
+    """One entry for each corpus, in the order of appending."""
 
     parts: tuple[PartEntry, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
@@ -68,7 +68,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows of all parts."""
+        """Number of rows in all parts."""
         return self.parts[-1].first_row + self.parts[-1].rows if self.parts else 0
 
     @property
@@ -78,11 +78,11 @@ class Manifest:
 
     @property
     def joining(self) -> dict[str, Any] | None:
-        """The corpus of an append that was begun and is not finished."""
+        """The corpus of an unfinished append; None where there is none."""
         return self.corpora[-1] if len(self.corpora) > 1 and not self.is_complete else None
 
     def without_last_corpus(self) -> "Manifest":
-        """As it was before its last corpus began to join. Parts hold rows of one corpus each."""
+        """The manifest from before its last corpus began to join. A part holds rows of one corpus only."""
         rows = sum(corpus["rows"] for corpus in self.corpora[:-1])
         parts = tuple(part for part in self.parts if part.first_row < rows)
         shards = tuple(shard for shard in self.shards if shard.part < len(parts))
@@ -93,21 +93,21 @@ class Manifest:
         return {(entry.checkpoint, entry.part): entry for entry in self.shards}
 
     def shard(self, checkpoint: int, part: int) -> ShardEntry | None:
-        """The entry of a shard, None where there is none yet."""
+        """The entry of a shard; None where it is not written yet."""
         return self._by_place.get((checkpoint, part))
 
     def missing(self) -> list[tuple[int, int]]:
         """(checkpoint, part) of every shard that is not listed, in order."""
-        every = ((c, p) for c in range(len(self.checkpoints)) for p in range(len(self.parts)))
-        return [place for place in every if place not in self._by_place]
+        pairs = ((c, p) for c in range(len(self.checkpoints)) for p in range(len(self.parts)))
+        return [place for place in pairs if place not in self._by_place]
 
     def with_shard(self, entry: ShardEntry) -> "Manifest":
-        """With one more shard, or another in its place; in order, whatever order they came in."""
+        """The manifest with one shard added or replaced; shards are sorted, whatever order they come in."""
         entries = {**self._by_place, (entry.checkpoint, entry.part): entry}
         return replace(self, shards=tuple(entries[place] for place in sorted(entries)))
 
     def to_json(self) -> bytes:
-        """The file."""
+        """The bytes of the file."""
         content = json.loads(json.dumps(asdict(self)))
         return _pretty({**content, "checksum": _checksum(content)})
 
@@ -116,8 +116,8 @@ def read_manifest(place: Place) -> Manifest:
     """Read and check the manifest of an index.
 
     Raises:
-        MissingIndexError: There is none.
-        ChecksumError: It is not as it was written.
+        MissingIndexError: There is no manifest.
+        ChecksumError: Its bytes are not those that were written.
         FormatVersionError: A newer Whence wrote it.
     """
     try:
@@ -153,14 +153,14 @@ def check_same(old: Manifest, new: Manifest, where: str) -> None:
     """Refuse to go on with an index that was begun with other settings.
 
     Raises:
-        ManifestMismatchError: Each setting that differs, with both values.
+        ManifestMismatchError: Settings differ; the message gives each with both values.
     """
     before, now = _flat(old, len(new.corpora)), _flat(new, len(new.corpora))
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if names:
-        told = "; ".join(f"{name} is {_told(before, name)} there, {_told(now, name)} here" for name in names)
+        differences = (f"{name} is {_value_text(before, name)} there, {_value_text(now, name)} here" for name in names)
         raise ManifestMismatchError(
-            f"The index at {where} was begun with other settings: {told}. "
+            f"The index at {where} was begun with other settings: {'; '.join(differences)}. "
             "Use the same settings to go on with it, --restart to start it over, or another directory"
         )
 
@@ -175,14 +175,14 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
     }
     for prefix, group in groups.items():
         for name, value in json.loads(json.dumps(group)).items():
-            if name == "base":  # where an adapter's base was found; what it is, the digest says
+            if name == "base":  # only where an adapter's base lies; the digest identifies it
                 continue
             inner = value.items() if isinstance(value, dict) else [(None, value)]
             out.update({prefix + (name if key is None else f"{name}.{key}"): item for key, item in inner})
     return out
 
 
-def _told(flat: dict[str, Any], name: str) -> str:
+def _value_text(flat: dict[str, Any], name: str) -> str:
     return json.dumps(flat[name], ensure_ascii=False) if name in flat else "not set"
 
 

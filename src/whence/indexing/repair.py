@@ -1,8 +1,7 @@
-"""What `Store.verify` finds wrong in an index, mended: shards computed again, parts read again, strays removed.
+"""Repair what `verification` finds wrong in an index: recompute shards, read parts again, remove stray files.
 
-A shard is made of a part's rows and a model, so that it can be had again as long as both are there; a part only from
-the corpus that it was copied from. Each file is written whole and listed before the next is looked at: a kill loses
-nothing.
+A shard can be recomputed as long as its part and the model exist; a part can be read again only from the corpus that it
+was copied from. Each file is written whole and listed before the next is looked at, so that a kill loses nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,8 @@ from collections.abc import Callable, Sequence
 from whence.errors import CorpusError
 from whence.indexing.manifest import PartEntry, ShardEntry
 from whence.indexing.shards import ShardArrays
-from whence.indexing.store import Store, is_ours
+from whence.indexing.store import Store, is_index_file
+from whence.indexing.verification import defect, problems_of
 
 Recompute = Callable[[int, int], ShardArrays]
 """The arrays of (checkpoint, part)."""
@@ -19,15 +19,15 @@ Reread = Callable[[int], Sequence[dict]]
 
 
 def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> list[str]:
-    """Mend what `verify` finds; returns a note on each. Without `reread` bad parts are only told."""
+    """Repair what `verification` finds and return a note on each. Without `reread`, damaged parts are only reported."""
     notes = []
     # parts first: recomputing a shard reads its part
-    for problem in sorted(store.verify(), key=lambda problem: isinstance(problem.entry, ShardEntry)):
+    for problem in sorted(problems_of(store), key=lambda problem: isinstance(problem.entry, ShardEntry)):
         if isinstance(problem.entry, ShardEntry):
             notes.append(_repair_shard(store, problem.entry, recompute))
         elif isinstance(problem.entry, PartEntry):
             notes.append(_repair_part(store, problem.entry, reread))
-        elif is_ours(problem.file):
+        elif is_index_file(problem.file):
             store.place.remove(problem.file)
             notes.append(f"{problem.file}: removed, it was not part of the index")
         else:
@@ -37,7 +37,7 @@ def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> 
 
 def _repair_shard(store: Store, old: ShardEntry, recompute: Recompute) -> str:
     part = store.manifest.parts[old.part]
-    if store.harm(part) is not None:
+    if defect(store.place, part) is not None:
         return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
     new = store.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
     store.add_shard(new)
@@ -58,5 +58,5 @@ def _repair_part(store: Store, old: PartEntry, reread: Reread | None) -> str:
     if len(rows) != old.rows:
         return f"{old.file}: the corpus now gives {len(rows)} rows for it, not {old.rows}; {advice}"
     new = store.replace_part(number, rows)
-    same = "the same bytes as before" if new == old else "listed anew, its bytes differ: has the corpus changed?"
-    return f"{old.file}: read again from the corpus, {same}"
+    outcome = "the same bytes as before" if new == old else "listed anew, its bytes differ: has the corpus changed?"
+    return f"{old.file}: read again from the corpus, {outcome}"

@@ -1,4 +1,4 @@
-"""One shard: the stored vectors of some rows under one checkpoint, as a safetensors file.
+"""One shard: the stored vectors of a part's rows under one checkpoint, as a safetensors file.
 
     vectors [n, stored]  in the codec        norm [n] f32   of the vector before it was encoded
     scale   [n] f32      of the codec        loss [n] f32   nats, reduced as the gradient space says
@@ -31,15 +31,15 @@ _NAMES = {
     torch.uint8: "U8",
     torch.int32: "I32",
 }
-_FIXED = {"scale": torch.float32, "norm": torch.float32, "loss": torch.float32, "tokens": torch.int32}
+_COLUMNS = {"scale": torch.float32, "norm": torch.float32, "loss": torch.float32, "tokens": torch.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardArrays:
-    """What an index job hands over for some rows."""
+    """The result of an indexing job, before encoding."""
 
     vectors: Float32[Tensor, "n k"]
-    """Rows whose status is not ok may hold anything: zeros are stored."""
+    """Rows whose status is not ok may hold anything; zeros are stored for them."""
 
     norm: Float32[Tensor, " n"]
     loss: Float32[Tensor, " n"]
@@ -48,7 +48,7 @@ class ShardArrays:
     status: UInt8[Tensor, " n"]
     tokens: Int32[Tensor, " n"]
     counts: Mapping[str, int] = field(default_factory=dict)
-    """More counts for the manifest, such as truncated rows."""
+    """Further counts for the manifest, such as truncated rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def encoded(arrays: ShardArrays, codec: Codec) -> Shard:
 def shard_pieces(shard: Shard) -> tuple[list[memoryview | bytes], int]:
     """The file of a shard in pieces, and how many bytes they are."""
     header, body, offset = {}, [], 0
-    for name in ("vectors", *_FIXED, "status"):
+    for name in ("vectors", *_COLUMNS, "status"):
         tensor = getattr(shard, name).contiguous()
         size = tensor.numel() * tensor.itemsize
         dtype = _NAMES[tensor.dtype]
@@ -114,12 +114,12 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int) -> Shar
         length = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8 : 8 + length].numpy()))
         body = data[8 + length :]
-        wanted = {
+        expected = {
             "vectors": (codec.dtype, [rows, codec.columns(k)]),
-            **{field: (dtype, [rows]) for field, dtype in _FIXED.items()},
+            **{field: (dtype, [rows]) for field, dtype in _COLUMNS.items()},
             "status": (torch.uint8, [rows]),
         }
-        return Shard(**{field: _tensor(body, header[field], *wanted[field]) for field in wanted})
+        return Shard(**{field: _tensor(body, header[field], *expected[field]) for field in expected})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ChecksumError(
             f"{place.path(name)} is not the shard that was written ({error}); "

@@ -1,11 +1,11 @@
-"""Speed as a ratio: index building against a plain training step, on the same batches, in one run.
+"""Speed as a ratio: index building against a plain training step, on the same batches, in one process.
 
-Machines are noisy and differ, so examples a second mean little alone. Each batch is timed three ways in turn, in an
+Machines are noisy and differ, so examples per second alone mean little. Each batch is timed three ways in turn, in an
 order that rotates: forward + backward with all weights trainable (the model's own loss, logits at every position), the
-same plus AdamW's step, and an index of the batch (forward, backward with frozen weights, projection, encoding). The
-medians' ratios are what to quote. The first batch of each is not counted.
+same plus AdamW's step, and an index of the batch (forward, backward with frozen weights, projection, encoding). Quote
+the ratios of the medians. The first batch of each way is not counted.
 
-Peak memory is the process's, of a fresh process for each of the two: the largest resident size while it does a few
+Peak memory is measured in a fresh process for indexing and another for training: its largest resident size over a few
 batches (on a GPU, the largest allocation).
 """
 
@@ -35,12 +35,12 @@ from whence.models.runs import open_run
 
 MEMORY_BATCHES = 3
 ROWS = 16
-"""A batch of rows as they are, where nobody says how many."""
+"""Default number of rows in a batch of rows as they are."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians of one run. Seconds are a batch's."""
+    """Medians over batches. Seconds are for one batch."""
 
     step_seconds: float
     """Forward, backward and AdamW."""
@@ -50,19 +50,20 @@ class BenchResult:
     """index_seconds / step_seconds."""
     ratio_to_forward_backward: float
     examples_per_second: float
-    """Of index building."""
+    """Examples indexed per second."""
     tokens_per_second: float
     peak_bytes: int
-    """Of the process that indexes the batches; a build also holds one shard, 32 MB or so."""
+    """Peak memory of the process that indexes; a build also holds one shard, about 32 MB."""
     step_peak_bytes: int
+    """Peak memory of the process that trains."""
     bytes_per_example: int
-    """On disk, without the corpus' text."""
+    """Bytes on disk, without the corpus' text."""
     width: int
     batches: int
     examples_per_batch: int
     tokens_per_example: float
     spread: dict[str, list[float]]
-    """Least and largest seconds of each."""
+    """Least and largest seconds of each way."""
 
 
 def bench(
@@ -81,11 +82,11 @@ def bench(
     Args:
         model: Directory or Hub name.
         corpus: Whatever `corpus.open_corpus` takes; its first rows are used.
-        batch_size: Examples a batch. None: as many as an index takes in one pass (`tokens_per_batch`), or
-            `ROWS` where they have no one length.
-        length: Rows are joined and cut to examples of so many tokens, all of one length; None: rows as they are.
-        batches: Timed, each in all three ways.
-        settings: Of the index; or its fields, and those of `GradientSpace`, by name as `options`.
+        batch_size: Examples in a batch. None: as many as an index takes in one pass (`tokens_per_batch`), or
+            `ROWS` where rows are of different lengths.
+        length: Tokens of an example: rows are joined and cut to this length. None: rows as they are.
+        batches: Number of batches to time, each in all three ways.
+        settings: Settings of the index; or its fields, and those of `GradientSpace`, by name as `options`.
         memory: Also measure peak memory, in two fresh processes.
         **options: See `settings`.
 
@@ -99,11 +100,11 @@ def bench(
     if length is not None and loaded.context is not None and length > loaded.context:
         raise SettingError(f"--length {length}: the model's context is {loaded.context} tokens")
     batch_size = batch_size or (max(1, batch_tokens(chosen, loaded.device) // length) if length else ROWS)
-    made = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
+    batch_list = make_batches(loaded, corpus, batch_size, length, batches + 1, chosen)
     projection = projection_for(loaded, chosen)
-    seconds = _timed(loaded, made, projection, chosen, transform_for(loaded, chosen))
+    seconds = _timed(loaded, batch_list, projection, chosen, transform_for(loaded, chosen))
     step, passes, index = (statistics.median(seconds[name]) for name in ("step", "passes", "index"))
-    tokens = statistics.mean(int(batch.mask.sum()) for batch in made)
+    tokens = statistics.mean(int(batch.mask.sum()) for batch in batch_list)
     peaks = {"index": 0, "step": 0}
     if memory:
         peaks = {kind: _peak(kind, model, corpus, batch_size, length, chosen) for kind in peaks}
@@ -122,26 +123,26 @@ def bench(
         batches=batches,
         examples_per_batch=batch_size,
         tokens_per_example=tokens / batch_size,
-        spread={name: [min(found), max(found)] for name, found in seconds.items()},
+        spread={name: [min(times), max(times)] for name, times in seconds.items()},
     )
 
 
 def make_batches(
     loaded: LoadedModel, corpus: Any, size: int, length: int | None, count: int, settings: IndexSettings
 ) -> list[Batch]:
-    """Batches from the first rows of a corpus; fewer rows than needed are gone through again."""
+    """Batches from the first rows of a corpus, which are repeated where they are too few."""
     longest = settings.max_tokens or loaded.context
     rows = itertools.islice(open_corpus(corpus), 4 * size * count)
-    found = [encoded for row in rows if (encoded := encode(row.row, loaded.tokenizer, longest)).targets]
+    examples = [encoded for row in rows if (encoded := encode(row.row, loaded.tokenizer, longest)).supervised_count]
     if length is not None:
-        ids = [token for encoded in found for token in encoded.ids]
-        found = [
+        ids = [token for encoded in examples for token in encoded.ids]
+        examples = [
             Encoded(ids[start : start + length], [False] + [True] * (length - 1))
             for start in range(0, len(ids) - length + 1, length)
         ]
-    if not found:
+    if not examples:
         raise CorpusError(f"{corpus}: too little text for a batch; give a longer corpus or a smaller --length")
-    endless = itertools.cycle(found)
+    endless = itertools.cycle(examples)
     return [collate(list(itertools.islice(endless, size))) for _ in range(count)]
 
 

@@ -1,13 +1,13 @@
-"""The index on disk: manifest, corpus parts, shards; atomic commit, resume, verify, append.
+"""The index on disk: manifest, corpus parts and shards, with atomic commits; read, written and scanned.
 
     INDEX/manifest.json                           what the index is and what is in it, with checksums
     INDEX/corpus/part-00000.parquet               the rows it can show (zstd)
     INDEX/checkpoint-000/shard-00000.safetensors  the vectors of part 0's rows under checkpoint 0 (`shards`)
 
-Part p and shard p of every checkpoint hold the same rows. A file is listed in the manifest only after it is
-whole under its name, so that a kill at any moment loses at most the files in flight, and the same build
-resumed ends with the same bytes: nothing here depends on time, process or order. Settings are opaque to the
-store. What is mended in an index is in `mending`.
+Part p and shard p of every checkpoint hold the same rows. A file is listed in the manifest only after it is complete
+under its name, so that a kill at any moment loses at most the files being written, and the same build resumed ends with
+the same bytes: nothing here depends on time, process or order. The store does not interpret the settings. Its files are
+checked by `verification` and mended by `repair`.
 """
 
 import bisect
@@ -17,7 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 
 import pyarrow as pa
@@ -27,28 +27,17 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from whence.corpus.reading import parquet_file
-from whence.errors import ChecksumError, MissingIndexError, SettingError, StorageError
+from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
 from whence.indexing.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
-from whence.storage import TEMPORARY, Place, reason
+from whence.storage import TEMPORARY, Place
 
-_OURS = re.compile(
+_INDEX_FILE = re.compile(
     re.escape(MANIFEST) + r"|corpus/part-[0-9]{5,}\.parquet|checkpoint-[0-9]{3,}/shard-[0-9]{5,}\.safetensors"
 )
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that is not what the manifest says."""
-
-    file: str
-    what: str
-    """Such as "wrong checksum"."""
-
-    entry: PartEntry | ShardEntry | None = None
 
 
 class Store:
@@ -58,16 +47,16 @@ class Store:
         self.place = place
         self.manifest = manifest
         self._open_shards: dict[str, Shard] = {}
-        self._laid_out: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
+        self._batch_cache: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
 
     @staticmethod
     def create(path: str | PathLike, manifest: Manifest) -> "Store":
         """Start an index in a new or empty directory."""
         place = Place.at(path)
-        _refuse_strangers(place)
+        _refuse_other_files(place)
         if place.exists(MANIFEST):
             raise SettingError(f"{place.root} holds an index; start it over with --restart")
-        _refuse_orphans(place)
+        _refuse_stray_files(place)
         store = Store(place, manifest)
         store._save(manifest)
         return store
@@ -77,7 +66,7 @@ class Store:
         """Open an index, complete or not.
 
         Raises:
-            MissingIndexError: No index there.
+            MissingIndexError: There is no index.
             FormatVersionError: A newer Whence wrote it.
             ChecksumError: The manifest is damaged.
         """
@@ -86,7 +75,7 @@ class Store:
 
     @staticmethod
     def resume(path: str | PathLike, manifest: Manifest) -> "Store":
-        """Open an index to go on building it, or create it, under its lock. What a killed writer left is removed.
+        """Open an index to go on building it, or create it, under its lock. Leftovers of a killed writer are removed.
 
         Raises:
             ManifestMismatchError: The index has other settings: each is named with both values.
@@ -110,17 +99,17 @@ class Store:
         """
         place = Place.at(path)
         names = place.names()
-        _refuse_strangers(place)
+        _refuse_other_files(place)
         place.require_removable(names)
         # the manifest last: a restart that is killed can be restarted
-        for name in sorted((name for name in names if is_ours(name)), key=lambda name: name == MANIFEST):
+        for name in sorted((name for name in names if is_index_file(name)), key=lambda name: name == MANIFEST):
             place.remove(name)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed writer left: files with an index's names alone, half-written or not listed.
+        """Remove what a killed writer left: half-written or unlisted files, only those with an index's names.
 
-        Only under the lock, and before anything is written: what this process has in flight is not listed either.
-        Where there is no lock (`Place.locked`) that may be another's, so that whole files stay.
+        Call it under the lock, before anything is written: files that this process is writing are not listed either.
+        Where there is no lock (`Place.locked`) they may belong to another process, so that complete files stay.
         """
         for name in self._unlisted():
             if self.place.is_local or name.endswith(TEMPORARY):
@@ -128,13 +117,13 @@ class Store:
 
     def _unlisted(self) -> list[str]:
         listed = {MANIFEST, *(entry.file for entry in (*self.manifest.parts, *self.manifest.shards))}
-        return [name for name in self.place.names() if is_ours(name) and name not in listed]
+        return [name for name in self.place.names() if is_index_file(name) and name not in listed]
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the index for writing; a second process is told so."""
+        """Lock the index for writing; a second process gets an error that says so."""
         return self.place.locked()
 
-    # -- what it holds
+    # -- reading
 
     @property
     def codec(self) -> Codec:
@@ -143,11 +132,11 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """Rows of all parts."""
+        """Number of rows in all parts."""
         return self.manifest.rows
 
     def missing(self) -> list[tuple[int, int]]:
-        """(checkpoint, part) of every shard that is not there yet, in order."""
+        """(checkpoint, part) of every shard that is not written yet, in order."""
         return self.manifest.missing()
 
     def shard(self, checkpoint: int, part: int) -> Shard:
@@ -166,27 +155,27 @@ class Store:
         """The corpus rows of a part: id, source, row (the original row as JSON)."""
         entry = self.manifest.parts[number]
         try:
-            return _table(self.place.read(entry.file)).to_pylist()
+            return _read_parquet(self.place.read(entry.file)).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise ChecksumError(
                 f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
             ) from error
 
     def read_rows(self, numbers: Sequence[int]) -> list[dict]:
-        """Corpus rows by their number in the index, in the order asked; reads only the parts they are in."""
+        """Corpus rows by their numbers in the index, in the order given; reads only the parts that hold them."""
         firsts = [part.first_row for part in self.manifest.parts]
-        where = [bisect.bisect_right(firsts, number) - 1 for number in numbers]
-        parts = {part: self.read_part(part) for part in sorted(set(where))}
-        return [parts[part][number - firsts[part]] for part, number in zip(where, numbers, strict=True)]
+        part_of_row = [bisect.bisect_right(firsts, number) - 1 for number in numbers]
+        parts = {part: self.read_part(part) for part in sorted(set(part_of_row))}
+        return [parts[part][number - firsts[part]] for part, number in zip(part_of_row, numbers, strict=True)]
 
     def vectors(self, numbers: Sequence[int]) -> tuple[Float32[Tensor, "c m k"], Float32[Tensor, "c m"]]:
-        """Stored vectors of some rows under every checkpoint, decoded, and their norms before they were stored."""
+        """Decoded vectors of rows under every checkpoint, and the vectors' norms before they were stored."""
         firsts = [part.first_row for part in self.manifest.parts]
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         vectors, norms = torch.zeros(checkpoints, len(numbers), width), torch.zeros(checkpoints, len(numbers))
-        where = torch.tensor([bisect.bisect_right(firsts, number) - 1 for number in numbers], dtype=torch.int64)
-        for part in where.unique().tolist():
-            places = (where == part).nonzero()[:, 0]
+        part_of_row = torch.tensor([bisect.bisect_right(firsts, number) - 1 for number in numbers], dtype=torch.int64)
+        for part in part_of_row.unique().tolist():
+            places = (part_of_row == part).nonzero()[:, 0]
             rows = torch.tensor(numbers)[places] - firsts[part]
             for c in range(checkpoints):
                 shard = self.shard(c, part)
@@ -196,11 +185,11 @@ class Store:
 
     def rankable(self) -> Int64[Tensor, " m"]:
         """Numbers of the rows whose status is ok under every checkpoint, ascending."""
-        found = []
+        numbers = []
         for first, shards in self._pieces():
             is_ok = torch.stack([shard.status == 0 for shard in shards]).all(0)
-            found.append(is_ok.nonzero()[:, 0] + first)
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+            numbers.append(is_ok.nonzero()[:, 0] + first)
+        return torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
 
     def info(self) -> dict:
         """Rows, counts by status, sizes and settings."""
@@ -208,7 +197,7 @@ class Store:
         counts = Counter()
         for part in range(len(manifest.parts)):
             counts.update(self._counts(part))
-        size = sum(entry.bytes for entry in (*manifest.parts, *manifest.shards))
+        total_bytes = sum(entry.bytes for entry in (*manifest.parts, *manifest.shards))
         return {
             "path": self.place.root,
             "complete": manifest.is_complete,
@@ -218,8 +207,8 @@ class Store:
             "counts": dict(sorted(counts.items())),
             "width": manifest.width,
             "codec": manifest.codec,
-            "bytes": size,
-            "bytes_per_row": size / self.rows if self.rows else 0.0,
+            "bytes": total_bytes,
+            "bytes_per_row": total_bytes / self.rows if self.rows else 0.0,
             "checkpoints": list(manifest.checkpoints),
             "corpora": list(manifest.corpora),
             "settings": manifest.settings,
@@ -228,17 +217,17 @@ class Store:
         }
 
     def _counts(self, part: int) -> dict[str, int]:
-        """Rows of a part by status: ok only where ok under every checkpoint, else by the first that is not.
+        """Rows of a part by status: ok if ok under every checkpoint, else the status under the first where it is not.
 
-        The manifest says it, but where several checkpoints have rows that are not ok: they need not be the same rows.
+        The manifest suffices unless several checkpoints have rows that are not ok, which need not be the same rows.
         """
         entries = [self.manifest.shard(c, part) for c in range(len(self.manifest.checkpoints))]
         listed = [entry for entry in entries if entry is not None]
         if len(listed) < len(entries) or not listed:
             return {}
-        harmed = [entry for entry in listed if entry.counts[STATUSES[0]] < entry.rows]
-        if len(harmed) < 2:
-            return (harmed or listed)[0].counts
+        not_ok = [entry for entry in listed if entry.counts[STATUSES[0]] < entry.rows]
+        if len(not_ok) < 2:
+            return (not_ok or listed)[0].counts
         status = torch.zeros_like(self.shard(0, part).status)
         for checkpoint in range(len(listed)):
             status = torch.where(status == 0, self.shard(checkpoint, part).status, status)
@@ -249,50 +238,49 @@ class Store:
     def write_part(self, number: int, rows: Sequence[dict]) -> None:
         """Write the next corpus part: rows with id, source (may be None) and row (JSON)."""
         assert number == len(self.manifest.parts), "parts are written in order"
-        entry = self._written_part(number, rows, first_row=self.rows)
+        entry = self._write_part_file(number, rows, first_row=self.rows)
         self._save(replace(self.manifest, parts=(*self.manifest.parts, entry)))
 
     def replace_part(self, number: int, rows: Sequence[dict]) -> PartEntry:
-        """Write a part that is listed anew, with as many rows, and list it as it is now."""
+        """Write a listed part again, with as many rows, and update its entry."""
         parts = list(self.manifest.parts)
         assert len(rows) == parts[number].rows, f"{len(rows)} rows, not {parts[number].rows}"
-        parts[number] = self._written_part(number, rows, first_row=parts[number].first_row)
+        parts[number] = self._write_part_file(number, rows, first_row=parts[number].first_row)
         self._save(replace(self.manifest, parts=tuple(parts)))
         return parts[number]
 
-    def _written_part(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
+    def _write_part_file(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
         name, data = f"corpus/part-{number:05d}.parquet", _parquet(rows)
         written = self.place.write(name, [data], total=len(data))
         return PartEntry(file=name, rows=len(rows), first_row=first_row, sha256=written.sha256, bytes=written.bytes)
 
     def finish_parts(self) -> None:
-        """All rows of the corpora are in parts."""
+        """Note in the manifest that all rows of the corpora are in parts."""
         self._save(replace(self.manifest, has_all_parts=True))
 
     def extend(self, corpus: dict) -> None:
-        """Let another corpus join: more parts, then their shards. Files of earlier parts stay as they are."""
+        """Begin to append a corpus: its parts follow, then their shards. Files of earlier parts stay as they are."""
         self.require_complete()
         self._save(replace(self.manifest, corpora=(*self.manifest.corpora, corpus), has_all_parts=False))
 
     def undo_extend(self) -> None:
-        """Take back an append that was not finished: its rows leave, those from before it stay as they are.
+        """Undo an unfinished append: its rows are removed, earlier rows stay as they are.
 
-        The manifest goes back first, so that a kill leaves files that are not listed. Whoever undoes again, builds or
-        appends removes them.
+        The manifest is reset first, so that a kill leaves unlisted files, which the next undo, build or append removes.
 
         Raises:
-            SettingError: None was begun, or it is finished.
+            SettingError: No append was begun, or the last one is finished.
         """
         root = self.place.root
         if self.manifest.joining is None:
             removed = self._remove_unlisted() if self.manifest.is_complete else 0  # else a build may be under way
-            told = f" ({removed} files that an earlier command left were removed)" if removed else ""
-            raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo{told}")
+            note = f" ({removed} files that an earlier command left were removed)" if removed else ""
+            raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo{note}")
         before = self.manifest.without_last_corpus()
         if not before.is_complete:
             raise MissingIndexError(f"{root}: files of rows from before are missing too; see: whence verify {root}")
         self._open_shards.clear()
-        self._laid_out = (None, {})
+        self._batch_cache = (None, {})
         self._save(before)
         self._remove_unlisted()
 
@@ -306,7 +294,7 @@ class Store:
         self.add_shard(self.write_shard_file(checkpoint, part, arrays))
 
     def write_shard_file(self, checkpoint: int, part: int, arrays: ShardArrays) -> ShardEntry:
-        """Write a shard without listing it, as workers elsewhere do; the entry goes to `add_shard`."""
+        """Write a shard without listing it, as workers in other processes do; pass the entry to `add_shard`."""
         rows, width = self.manifest.parts[part].rows, self.manifest.width
         assert arrays.vectors.shape == (rows, width), f"{tuple(arrays.vectors.shape)}, not {(rows, width)}"
         shard = encoded(arrays, self.codec)
@@ -327,37 +315,13 @@ class Store:
     def add_shard(self, entry: ShardEntry) -> None:
         """List a written shard, in place of an earlier one of the same part and checkpoint."""
         self._open_shards.pop(entry.file, None)
-        self._laid_out = (None, {})
+        self._batch_cache = (None, {})
         self._save(self.manifest.with_shard(entry))
 
     def _save(self, manifest: Manifest) -> None:
         data = manifest.to_json()
         self.place.write(MANIFEST, [data], total=len(data))
         self.manifest = manifest
-
-    # -- checking
-
-    def verify(self) -> Iterator[Problem]:
-        """Re-read every file and yield what is wrong. `verify(path)` checks the manifest as well."""
-        present = set(self.place.names())
-        entries = {entry.file: entry for entry in (*self.manifest.parts, *self.manifest.shards)}
-        for name, entry in entries.items():
-            what = self.harm(entry) if name in present else "missing"
-            if what is not None:
-                yield Problem(name, what, entry)
-        for name in sorted(present - entries.keys() - {MANIFEST}):
-            yield Problem(name, "not listed in the manifest")
-
-    def harm(self, entry: PartEntry | ShardEntry) -> str | None:
-        """What is wrong with a file, if anything is."""
-        try:
-            if (size := self.place.size(entry.file)) != entry.bytes:
-                return f"{size:,} bytes, not {entry.bytes:,}"
-            return None if self.place.digest(entry.file) == entry.sha256 else "wrong checksum"
-        except FileNotFoundError:
-            return "missing"
-        except StorageError as error:
-            return f"cannot be read: {reason(error.__cause__ or error)}"
 
     # -- scanning
 
@@ -372,13 +336,13 @@ class Store:
     ) -> tuple[scan.Ranking, scan.Ranking]:
         """The m most helpful and the m most opposing rows of each query, exactly (`scan.top_k`).
 
-        There are at most as many places as rows. `minus` is subtracted from the queries, after their division by
-        their norms for the cosine.
+        A ranking is no longer than there are rows. `minus` is subtracted from the queries, for the cosine after their
+        division by their norms.
         """
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
-        question = self._question(queries, weights, cosine, minus)
-        return scan.top_k(question, self._batches(queries.shape[1]), min(m, max(self.rows, 1)))
+        scan_query = self._scan_query(queries, weights, cosine, minus)
+        return scan.top_k(scan_query, self._batches(queries.shape[1]), min(m, max(self.rows, 1)))
 
     def scores(
         self,
@@ -386,19 +350,21 @@ class Store:
         weights: Float32[Tensor, " c"],
         *,
         cosine: bool = False,
-        queries_as_they_are: bool = False,
+        is_unit_mean: bool = False,
     ) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
         """Every score, a part at a time: (number of its first row, scores); -inf where not ok.
 
-        With `queries_as_they_are` the cosine divides by the rows' norms alone: queries that are means of unit vectors
-        give means of cosines.
+        With `is_unit_mean` queries are means of unit vectors: the cosine divides by the rows' norms alone, which gives
+        means of cosines.
         """
-        question = self._question(queries, weights, cosine)
-        if queries_as_they_are:
-            question = replace(question, queries=queries.cpu())
-        return scan.block_scores(question, self._pieces())
+        scan_query = self._scan_query(queries, weights, cosine)
+        if is_unit_mean:
+            scan_query = replace(scan_query, queries=queries.cpu())
+        return scan.block_scores(scan_query, self._pieces())
 
-    def _question(self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None) -> scan.Question:
+    def _scan_query(
+        self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None
+    ) -> scan.ScanQuery:
         self.require_complete()
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
@@ -409,18 +375,18 @@ class Store:
         queries = scan.unit(queries.cpu()) if cosine else queries.cpu()
         if minus is not None:
             queries = queries - minus
-        return scan.Question(queries=queries, weights=weights.cpu(), cosine=cosine, codec=self.codec)
+        return scan.ScanQuery(queries=queries, weights=weights.cpu(), cosine=cosine, codec=self.codec)
 
     def _batches(self, q: int) -> Iterable[scan.Batch]:
-        """All rows, for q queries; kept where the index is local, for shards are kept open there too."""
+        """All rows, in batches for q queries; cached where the index is local, as its shards stay open."""
         if not self.place.is_local:
             return scan.batches_of(self._pieces(), q)
-        if self._laid_out[0] is not self.manifest:
-            self._laid_out = (self.manifest, {})
-        laid_out = self._laid_out[1]
-        if (key := scan.rows_at_once(q)) not in laid_out:
-            laid_out[key] = list(scan.batches_of(self._pieces(), q))
-        return laid_out[key]
+        if self._batch_cache[0] is not self.manifest:
+            self._batch_cache = (self.manifest, {})
+        batches = self._batch_cache[1]
+        if (key := scan.rows_at_once(q)) not in batches:
+            batches[key] = list(scan.batches_of(self._pieces(), q))
+        return batches[key]
 
     def _pieces(self) -> Iterator[scan.Piece]:
         for number, part in enumerate(self.manifest.parts):
@@ -430,13 +396,13 @@ class Store:
         """Refuse an index that is not complete.
 
         Raises:
-            MissingIndexError: Rows or shards are still to come.
+            MissingIndexError: Rows or shards are missing.
         """
         if (remedy := self.remedy()) is not None:
             raise MissingIndexError(f"{self.place.root} is not complete: {remedy}")
 
     def remedy(self) -> str | None:
-        """What is still to come in an index that is not complete, and the command that finishes it."""
+        """What an incomplete index lacks, and the command that finishes it; None where it is complete."""
         manifest, root = self.manifest, shlex.quote(self.place.root)
         if manifest.is_complete:
             return None
@@ -451,20 +417,11 @@ class Store:
 
 
 def info(path: str | PathLike) -> dict:
-    """What an index holds: rows, counts by status, sizes and settings."""
+    """Rows, counts by status, sizes and settings of an index."""
     return Store.open(path).info()
 
 
-def verify(path: str | PathLike) -> list[Problem]:
-    """Everything that is wrong with an index, its manifest included (then nothing else can be checked)."""
-    try:
-        store = Store.open(path)
-    except ChecksumError as error:
-        return [Problem(MANIFEST, str(error))]
-    return list(store.verify())
-
-
-def _table(data: bytes | memoryview) -> pa.Table:
+def _read_parquet(data: bytes | memoryview) -> pa.Table:
     return parquet_file(pa.BufferReader(data)).read(use_threads=False)
 
 
@@ -474,26 +431,26 @@ def _parquet(rows: Sequence[dict]) -> memoryview:
     return sink.getbuffer()
 
 
-def _refuse_strangers(place: Place) -> None:
-    """Refuse a directory that holds files which are not an index's, before anything in it is touched."""
-    strangers = [name for name in place.names() if not is_ours(name)]
-    if strangers:
+def _refuse_other_files(place: Place) -> None:
+    """Refuse a directory that holds files of other kinds than an index's, before anything in it is touched."""
+    others = [name for name in place.names() if not is_index_file(name)]
+    if others:
         raise SettingError(
-            f"{place.root} is not empty and not an index's alone ({strangers[0]} is there). Nothing was changed; "
+            f"{place.root} is not empty and not an index's alone ({others[0]} is there). Nothing was changed; "
             "move that away, or give the index a directory of its own"
         )
 
 
-def _refuse_orphans(place: Place) -> None:
-    """Refuse whole files with an index's names where no index is: no kill leaves them, so they may be anybody's."""
-    orphans = [name for name in place.names() if not name.endswith(TEMPORARY)]
-    if orphans:
+def _refuse_stray_files(place: Place) -> None:
+    """Refuse complete files with an index's names where there is no index: no kill leaves such files."""
+    strays = [name for name in place.names() if not name.endswith(TEMPORARY)]
+    if strays:
         raise SettingError(
-            f"{place.root} has files with an index's names, such as {orphans[0]}, and no {MANIFEST}. Nothing was "
+            f"{place.root} has files with an index's names, such as {strays[0]}, and no {MANIFEST}. Nothing was "
             "changed. Give the index a directory of its own, or, if they are what is left of one, add --restart"
         )
 
 
-def is_ours(name: str) -> bool:
-    """A file that an index writes, whole or half: one that may be removed."""
-    return _OURS.fullmatch(name.removesuffix(TEMPORARY)) is not None
+def is_index_file(name: str) -> bool:
+    """Whether an index writes a file of this name, complete or half-written; such a file may be removed."""
+    return _INDEX_FILE.fullmatch(name.removesuffix(TEMPORARY)) is not None

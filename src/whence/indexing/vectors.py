@@ -1,7 +1,7 @@
-"""What an index is made of: its settings, the vectors that examples become under them, and what its manifest says.
+"""The settings of an index, the vectors that examples become under them, and the manifest that records them.
 
-An example's vector is the sketch of its gradient, as the optimizer's view has it. An example without a supervised
-token, or with a non-finite gradient, gets a status and is never ranked.
+An example's vector is the sketch of its gradient under the optimizer's view. An example without a supervised token, or
+with a non-finite gradient, gets a status and is never ranked.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,21 +30,21 @@ from whence.models.loading import (
     directory_digest,
     layer_shape,
     load_model,
-    located,
+    local_directory,
     tokenizer_digest,
 )
 from whence.models.moments import moments_digest, read_moments
 from whence.models.runs import Checkpoint
 
 DEFAULT_CONTEXT = 2048
-"""Longest row, in tokens, where neither the caller nor the model's configuration says."""
+"""Longest row in tokens, where neither the caller nor the model's configuration says."""
 TOKENS_ON_CPU, TOKENS_ON_GPU = 4096, 16384
-"""Of one forward and backward pass, where the caller does not say: a GPU is idle with as few as a CPU likes best."""
+"""Default tokens of one forward and backward pass: as few as suit a CPU would leave a GPU idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """How to build an index. All but the last three decide its bytes, and a resumed build must agree on them.
+    """How to build an index. All but the last three fields decide its bytes, and a resumed build must agree on them.
 
     Another device or number of threads moves a vector by rounding: "the same bytes" holds on one machine.
     """
@@ -53,11 +53,11 @@ class IndexSettings:
     codec: str = "bfloat16"
     """Name in `codecs.CODECS`: how vectors are stored."""
     checkpoints: str = "last"
-    """Of a run: "all", or the "last"."""
+    """Checkpoints of the run to use: "all", or the "last"."""
     max_tokens: int | None = None
     """Longest row in tokens; a longer one is cut (`tokens.encode`). None: the model's context."""
     tokens_per_batch: int | None = None
-    """Of one forward and backward pass, padding included. None: what suits the device (`batch_tokens`)."""
+    """Tokens of one forward and backward pass, padding included. None: as suits the device (`batch_tokens`)."""
     dtype: str | None = None
     """Load the weights as float32, bfloat16 or float16; None: as stored."""
     tokenizer: str | None = None
@@ -88,7 +88,7 @@ def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSetti
 
 
 def batch_tokens(settings: IndexSettings, device: torch.device) -> int:
-    """Tokens of one pass: as set, or what suits the device."""
+    """Tokens of one pass: as set, or as suits the device."""
     return settings.tokens_per_batch or (TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
 
 
@@ -109,8 +109,8 @@ def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
     """The projection that an index of this model would use."""
     space = settings.space
     shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
-    own = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
-    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **own)
+    extra = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
+    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **extra)
 
 
 def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | None:
@@ -127,7 +127,7 @@ def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | No
 def manifest_of(
     checkpoints: Sequence[Checkpoint], loaded: LoadedModel, corpus: Fingerprint, name: str, settings: IndexSettings
 ) -> Manifest:
-    """The manifest of an index that is to be built: all that a resumed build must agree on."""
+    """The manifest of a new index, with all settings on which a resumed build must agree."""
     layers = loaded.layers(settings.space.layers)
     if not layers:
         raise SettingError(f"{loaded.path}: no linear layer to trace. Choose some with --layers.")
@@ -136,7 +136,7 @@ def manifest_of(
     longest = settings.max_tokens
     if longest is not None and loaded.context is not None and longest > loaded.context:
         raise SettingError(f"--max-tokens {longest}: the model's context is {loaded.context} tokens")
-    kept: dict[str, Any] = {
+    stored: dict[str, Any] = {
         "space": settings.space.as_json(),
         "layer_names": list(layers),
         "traced_fraction": round(loaded.traced_fraction(layers), 4),
@@ -145,14 +145,14 @@ def manifest_of(
         "tokenizer_path": absolute(settings.tokenizer),
         "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
     }
-    kept["tokens_per_batch"] = batch_tokens(settings, loaded.device)
-    kept |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
+    stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
+    stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
     return Manifest(
         whence_version=__version__,
         codec=settings.codec,
         width=projection_for(loaded, settings).width,
-        settings=kept,
+        settings=stored,
         checkpoints=tuple(entries),
         corpora=({"name": absolute(name), "digest": corpus.digest, "rows": corpus.rows},),
     )
@@ -166,13 +166,13 @@ def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
         "weight": checkpoint.weight,
         "digest": directory_digest(checkpoint.path),
     }
-    if config := adapter_config(located(checkpoint.path)):
+    if config := adapter_config(local_directory(checkpoint.path)):
         entry["base"] = absolute(base_of(config))
     return entry if view == "sgd" else entry | {"moments": moments_digest(checkpoint.path)}
 
 
 def absolute(path: str | None) -> str | None:
-    """A path that stays true in another directory; anything else as it is."""
+    """An existing path made absolute, so that it holds in any directory; anything else as it is."""
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
@@ -188,16 +188,16 @@ def example_vectors(
 ) -> ShardArrays:
     """Sketched gradients of examples, in their order, with norms, losses and statuses.
 
-    They are plain gradients, a query's under any view, unless `transform` says what the optimizer makes of them.
+    They are plain gradients, as queries are under any view, unless `transform` says what the optimizer makes of them.
 
     The loss is in nats, reduced over the example's supervised tokens as the gradient space says; the norm is the
     sketch's, before it is stored: over seeds, its square is an unbiased estimate of the gradient's.
     """
     n = len(encoded)
     vectors, loss = torch.zeros(n, projection.width), torch.zeros(n)
-    targets = torch.tensor([example.targets for example in encoded], dtype=torch.int32)
-    status = torch.where(targets > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
-    usable = [number for number in range(n) if targets[number] > 0]
+    supervised = torch.tensor([example.supervised_count for example in encoded], dtype=torch.int32)
+    status = torch.where(supervised > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
+    usable = [number for number in range(n) if supervised[number] > 0]
     tick(n - len(usable), 0)
     lengths = [len(encoded[number].ids) for number in usable]
     for batch in bucketed(lengths, batch_tokens(settings, model.device)):
@@ -223,5 +223,5 @@ def example_vectors(
         norm=norm,
         loss=loss.nan_to_num(0, 0, 0),
         status=status.to(torch.uint8),
-        tokens=targets,
+        tokens=supervised,
     )

@@ -1,8 +1,8 @@
-"""The `mix law` job: a table of mixtures and losses -> a law, what it is worth, and the mixture that it suggests.
+"""`whence mix law`: a table of mixtures and losses -> a law, its held-out error, and the mixture that it suggests.
 
 A law is graded by cross-validation: rows are dealt to folds at random (rows of the same mixture to the same fold), and
-each fold's losses are predicted by a law fitted to the others. So the error is that of a law of somewhat fewer rows, on
-mixtures drawn as the table's were. It says nothing of mixtures unlike those, nor of larger models.
+each fold's losses are predicted by a law fitted to the others. So the error is that of a law with somewhat fewer rows,
+on mixtures drawn as the table's were. It says nothing about mixtures unlike those, nor about larger models.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from torch import Tensor
 from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
+from whence.mixing.protocols import FitMixingLaw, MixingLaw
 from whence.mixing.simplex import (
     CriticalRatio,
     Optimum,
@@ -26,23 +27,23 @@ from whence.mixing.simplex import (
     critical_ratio,
     optimum,
     share_outside,
-    target_vector,
+    weight_vector,
 )
-from whence.mixing.tables import ROUNDING, FitMixingLaw, MixingLaw, MixtureTable, named_amounts, read_mixture_table
+from whence.mixing.tables import ROUNDING, MixtureTable, named_amounts, read_mixture_table
 from whence.numerics import bootstrap_interval, mixed_seed
 
 RESAMPLES = 1000
-FEW = 3
-"""Rows a domain below which a note says that the table is short."""
-OUTSIDE = 0.01
-"""Share of a mixture outside the table's hull from which a note says so."""
-CLOSED = 1e-3
-"""Frank-Wolfe gap, in the losses' unit, from which a note says so."""
+ROWS_PER_DOMAIN = 3
+"""A table with fewer rows than this for each domain gets a note."""
+SHARE_OUTSIDE = 0.01
+"""A suggested mixture with more than this share outside the table's hull gets a note."""
+LARGEST_GAP = 1e-3
+"""A Frank-Wolfe gap above this, in the losses' unit, gets a note."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Of held-out predictions, with 95% bootstrap intervals over mixtures."""
+    """How good held-out predictions are, with 95% bootstrap intervals over mixtures."""
 
     error: float
     """Mean absolute difference, in the table's unit."""
@@ -54,7 +55,7 @@ class Grade:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A table's losses, each predicted by a law that had not seen its mixture."""
+    """A table's losses, each predicted by a law that was fitted without its mixture."""
 
     table: MixtureTable
     predicted: Float64[np.ndarray, "n E"]
@@ -63,20 +64,20 @@ class HeldOut:
 
     @cached_property
     def sets(self) -> dict[str, Grade]:
-        """Grades of each evaluation set by name."""
+        """The grade of each evaluation set, by name."""
         return {name: self._grade([place]) for place, name in enumerate(self.table.sets)}
 
     @cached_property
     def overall(self) -> Grade:
-        """Mean error and mean rank correlation over the sets that have one."""
+        """Mean error and mean rank correlation, over the sets that have a rank correlation."""
         ranked = [grade.spearman is not None for grade in self.sets.values()]
         return self._grade(np.flatnonzero(ranked).tolist())
 
     def _grade(self, places: list[int]) -> Grade:
-        every = places or list(range(len(self.table.sets)))
-        errors = torch.from_numpy(np.abs(self.predicted - self.table.losses)[:, every]).mean(1)
+        columns = places or list(range(len(self.table.sets)))
+        errors = torch.from_numpy(np.abs(self.predicted - self.table.losses)[:, columns]).mean(1)
         error_interval = bootstrap_interval(errors, seed=self.seed, resamples=RESAMPLES)
-        pairs = np.stack([self.predicted, self.table.losses], -1)[:, every]  # n e 2
+        pairs = np.stack([self.predicted, self.table.losses], -1)[:, columns]  # n e 2
         if not places or (pairs == pairs[0]).all(0).any():
             return Grade(float(errors.mean()), error_interval, None, None)
         codes = _codes(pairs)
@@ -97,7 +98,7 @@ def _mean_spearman(codes: Float64[Tensor, "n e 2"]) -> float:
     A resample that is the same everywhere orders nothing, and counts 0.
     """
     n, places = len(codes), codes.flatten(1).long().numpy()
-    places = places + n * np.arange(places.shape[1])  # of every column's every value
+    places = places + n * np.arange(places.shape[1])  # a place for each value of each column
     counts = np.bincount(places.ravel(), minlength=n * places.shape[1]).reshape(-1, n)
     ranks = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places].reshape(codes.shape) - (n + 1) / 2
     norms = np.sqrt((ranks**2).sum(0)).prod(1)
@@ -110,47 +111,47 @@ def cross_validated(table: MixtureTable, law: FitMixingLaw | str = "exp", *, fol
     Args:
         table: Mixtures and losses.
         law: A law's class, or its name in `catalogue.MIXING_LAWS`.
-        folds: At most as many as there are different mixtures.
-        seed: Of the dealing to folds, the law and the intervals.
+        folds: Number of folds; at most one for each different mixture.
+        seed: Seeds the dealing to folds, the law and the intervals.
 
     Raises:
-        SettingError: Fewer than two folds, or too few rows for the law without one of them.
+        SettingError: There are fewer than two folds, or too few rows for the law outside one of them.
     """
-    made = catalogue.mixing_law(law) if isinstance(law, str) else law
+    law_class = catalogue.mixing_law(law) if isinstance(law, str) else law
     _, group = np.unique(table.mixtures.round(12), axis=0, return_inverse=True)
     groups = int(group.max()) + 1
     if folds < 2 or groups < 2:
         raise SettingError(f"--folds {folds}: two at least, and two different mixtures, of which there are {groups}")
     folds = min(folds, groups)
-    dealt = np.random.default_rng(mixed_seed(seed, "folds")).permutation(groups) % folds
-    fold = dealt[group.reshape(-1)]
-    left, least = table.n - int(np.bincount(fold).max()), made.least_rows(len(table.domains))
-    if left < least:
+    fold_of_group = np.random.default_rng(mixed_seed(seed, "folds")).permutation(groups) % folds
+    fold = fold_of_group[group.reshape(-1)]
+    rows_to_fit, least = table.n - int(np.bincount(fold).max()), law_class.least_rows(len(table.domains))
+    if rows_to_fit < least:
         raise SettingError(
             f"{table.n} mixtures of {len(table.domains)} domains: this law needs {least}, and {folds} folds leave "
-            f"{left} to fit by; give more mixtures, or put domains together"
+            f"{rows_to_fit} to fit by; give more mixtures, or put domains together"
         )
     predicted = np.empty_like(table.losses)
     for number in range(folds):
-        held = fold == number
-        fitted = made.fit(table.rows(np.flatnonzero(~held)), seed=seed)
-        predicted[held] = fitted.predict(table.mixtures[held])
+        is_held_out = fold == number
+        fitted = law_class.fit(table.rows(np.flatnonzero(~is_held_out)), seed=seed)
+        predicted[is_held_out] = fitted.predict(table.mixtures[is_held_out])
     return HeldOut(table, predicted, folds, seed)
 
 
 @dataclass(frozen=True)
 class MixLaw:
-    """What a `mix law` job found."""
+    """The result of `mix_law`."""
 
     table: MixtureTable
     law: MixingLaw
     held_out: HeldOut
     weights: Float64[np.ndarray, " E"]
-    """Of the evaluation sets in the objective; they sum to 1."""
+    """Weights of the evaluation sets in the objective; they sum to 1."""
     caps: Mapping[str, float]
     best: Optimum
     critical: dict[str, dict[str, CriticalRatio]]
-    """By evaluation set asked about, and domain."""
+    """By evaluation set whose loss before was given, and by domain."""
     settings: dict[str, Any]
     notes: list[str]
 
@@ -161,15 +162,15 @@ class MixLaw:
 
     @property
     def best_row(self) -> int:
-        """Number of the table's mixture of least true objective: of those within the caps, where there are any."""
-        most = named_amounts(self.caps, self.table.domains, "--cap", "domain", 1.0)
-        allowed = (self.table.mixtures <= most + ROUNDING).all(1)
+        """Number of the table's mixture of least true objective, among those within the caps where there are any."""
+        largest = named_amounts(self.caps, self.table.domains, "--cap", "domain", 1.0)
+        allowed = (self.table.mixtures <= largest + ROUNDING).all(1)
         losses = self.table.losses @ self.weights
         return int(np.argmin(np.where(allowed, losses, np.inf) if allowed.any() else losses))
 
     @property
     def rows(self) -> list[Row]:
-        """One for each domain: the suggested share beside what was tried."""
+        """One row for each domain: the suggested share beside the shares that were tried."""
         tried = self.table.mixtures
         return [
             {
@@ -186,22 +187,24 @@ class MixLaw:
 
     @property
     def set_rows(self) -> list[Row]:
-        """One for each evaluation set: how well it is predicted, and what is predicted."""
+        """One row for each evaluation set: its grade, and the losses predicted for it."""
         at_mean = self.law.predict(self.mean[None])[0]
         return [
-            {"set": name, "weight": float(self.weights[place]), **_graded(self.held_out.sets[name])}
+            {"set": name, "weight": float(self.weights[place]), **_grade_columns(self.held_out.sets[name])}
             | {"suggested": float(self.best.predicted[place]), "mean": float(at_mean[place])}
             | {"best_tried": float(self.table.losses[self.best_row, place])}
             for place, name in enumerate(self.table.sets)
         ]
 
     def document(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
-        critical = {name: {domain: vars(ratio) for domain, ratio in of.items()} for name, of in self.critical.items()}
+        """The whole result as a JSON document."""
+        critical = {
+            name: {domain: vars(ratio) for domain, ratio in ratios.items()} for name, ratios in self.critical.items()
+        }
         return {
             "settings": self.settings,
             "notes": self.notes,
-            "overall": _graded(self.held_out.overall),
+            "overall": _grade_columns(self.held_out.overall),
             "objective": self.best.objective,
             "gap": self.best.gap,
             "sets": self.set_rows,
@@ -210,7 +213,7 @@ class MixLaw:
         }
 
 
-def _graded(grade: Grade) -> Row:
+def _grade_columns(grade: Grade) -> Row:
     low, high = grade.error_interval
     below, above = grade.spearman_interval or (None, None)
     return {
@@ -240,70 +243,70 @@ def mix_law(
     """Fit a mixing law to a table, grade it by cross-validation, and find its best mixture.
 
     Args:
-        mixtures: Shares, or shares and losses; see `mixtures.read_mixture_table`.
+        mixtures: Shares, or shares and losses; see `tables.read_mixture_table`.
         losses: Losses, where they are in another file.
         law: Name in `catalogue.MIXING_LAWS`.
         targets: Weights of evaluation sets in the objective by name; all alike unless given.
-        caps: Most of a domain by name, as a share; see `simplex.availability_caps`.
-        before: Losses of the parent on evaluation sets by name: at what share of each domain are they kept?
-        within: Suggest of no domain more than some mixture of the table had.
-        folds: Of the cross-validation.
-        seed: Of everything drawn.
+        caps: Largest share of a domain by name; see `simplex.availability_caps`.
+        before: The parent's losses on evaluation sets by name: the result says at what share of each domain they stay.
+        within: Suggest no larger share of a domain than some mixture of the table has.
+        folds: Number of folds of the cross-validation.
+        seed: Seeds everything drawn.
         mixture_prefix: How the columns of shares begin.
         loss_prefix: How the columns of losses begin.
 
     Raises:
-        SettingError: What cannot be used in the table, or a name or number that does not fit it.
-        UnknownNameError: No such law.
+        SettingError: The table cannot be used, or a name or number does not fit it.
+        UnknownNameError: There is no such law.
         MissingExtraError: The law needs a package that is not installed.
     """
-    made = catalogue.mixing_law(law)
+    law_class = catalogue.mixing_law(law)
     if isinstance(mixtures, MixtureTable):
         table = mixtures
     else:
         table = read_mixture_table(mixtures, losses, mixture_prefix=mixture_prefix, loss_prefix=loss_prefix)
-    asked = before or {}
-    named_amounts(asked, table.sets, "--before", "evaluation set", 0.0)
-    weights = target_vector(table.sets, targets)
-    most = dict(caps or {})
-    cap_vector(table.domains, most)
+    losses_before = before or {}
+    named_amounts(losses_before, table.sets, "--before", "evaluation set", 0.0)
+    weights = weight_vector(table.sets, targets)
+    largest = dict(caps or {})
+    cap_vector(table.domains, largest)
     if within:
         tried = dict(zip(table.domains, table.mixtures.max(0).tolist(), strict=True))
-        most = {name: min(most.get(name, 1.0), share) for name, share in tried.items()}
-        cap_vector(table.domains, most)
-    held_out = cross_validated(table, made, folds=folds, seed=seed)
-    fitted = made.fit(table, seed=seed)
-    middle = table.mixtures.mean(0)
-    best = optimum(fitted, targets, caps=most, prior=middle, seed=seed)
+        largest = {name: min(largest.get(name, 1.0), share) for name, share in tried.items()}
+        cap_vector(table.domains, largest)
+    held_out = cross_validated(table, law_class, folds=folds, seed=seed)
+    fitted = law_class.fit(table, seed=seed)
+    mean = table.mixtures.mean(0)
+    best = optimum(fitted, targets, caps=largest, prior=mean, seed=seed)
     critical = {
-        name: {domain: critical_ratio(fitted, name, domain, loss, others=middle) for domain in table.domains}
-        for name, loss in asked.items()
+        name: {domain: critical_ratio(fitted, name, domain, loss, others=mean) for domain in table.domains}
+        for name, loss in losses_before.items()
     }
-    settings = {"law": law, "targets": dict(targets or {}), "caps": most, "before": dict(asked)}
+    settings = {"law": law, "targets": dict(targets or {}), "caps": largest, "before": dict(losses_before)}
     settings |= {"mixtures": table.n, "folds": held_out.folds, "seed": seed}
-    found = MixLaw(table, fitted, held_out, weights, most, best, critical, settings, [])
-    found.notes.extend(_notes(found))
-    return found
+    result = MixLaw(table, fitted, held_out, weights, largest, best, critical, settings, [])
+    result.notes.extend(_notes(result))
+    return result
 
 
-def _notes(found: MixLaw) -> list[str]:
-    """What a person must know before believing it."""
-    table, best, notes = found.table, found.best, []
-    if table.n < FEW * len(table.domains):
+def _notes(result: MixLaw) -> list[str]:
+    """Reasons to doubt the result."""
+    table, best, notes = result.table, result.best, []
+    if table.n < (enough := ROWS_PER_DOMAIN * len(table.domains)):
         notes.append(
-            f"{table.n} mixtures for {len(table.domains)} domains are few: about {FEW * len(table.domains)} are needed "
-            "before a law ranks well"
+            f"{table.n} mixtures for {len(table.domains)} domains are few: about {enough} are needed before a law "
+            "ranks well"
         )
     if table.column == "merged":
         notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
     outside = share_outside(table, best.mixture)
-    if outside > OUTSIDE:
+    if outside > SHARE_OUTSIDE:
         notes.append(
             f"the suggested mixture is outside what was tried: {outside:.0%} of it would have to move for it to be a "
             "mean of mixtures in the table. The law is extrapolating: train on it before trusting it, or add --within"
         )
-    tried = found.table.losses[found.best_row] @ found.weights
-    error = float(np.abs((found.held_out.predicted - table.losses) @ found.weights).mean())
+    tried = result.table.losses[result.best_row] @ result.weights
+    error = float(np.abs((result.held_out.predicted - table.losses) @ result.weights).mean())
     if best.objective >= tried:
         notes.append(
             f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: it knows "
@@ -314,9 +317,11 @@ def _notes(found: MixLaw) -> list[str]:
             f"the law expects {best.objective:.4g} of its best mixture, and one of the table had {tried:.4g}: the "
             f"difference is within the law's own held-out error of {error:.2g}"
         )
-    if best.gap is not None and best.gap > CLOSED:
+    if best.gap is not None and best.gap > LARGEST_GAP:
         notes.append(f"the search stopped early: a mixture within the caps may be better by up to {best.gap:.2g}")
-    silent = [name for name, grade in found.held_out.sets.items() if grade.spearman is None]
-    if silent:
-        notes.append(f"no rank correlation on {', '.join(silent)}: true or predicted losses are the same everywhere")
+    without_rank = [name for name, grade in result.held_out.sets.items() if grade.spearman is None]
+    if without_rank:
+        notes.append(
+            f"no rank correlation on {', '.join(without_rank)}: true or predicted losses are the same everywhere"
+        )
     return notes

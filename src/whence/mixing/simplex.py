@@ -1,14 +1,15 @@
 """The best mixture under a law, and how far it can be trusted.
 
-Minimised is the weighted mean over evaluation sets of the predicted losses, over the mixtures with 0 <= r_j <= cap_j.
-A cap is what there is: a domain of N tokens, seen at most `epochs` times in a run of D, cannot be more than
-epochs N / D of it.
+The objective is the weighted mean over evaluation sets of the predicted losses; it is minimised over the mixtures with
+0 <= r_j <= cap_j. A cap follows from the data at hand: a domain of N tokens, seen at most `epochs` times in a training
+of D tokens, cannot be more than epochs N / D of it.
 
-A law with slopes is descended (SLSQP) from its prior and from the best of a random search; where the law is convex the
-result is checked: the linear function that touches it there has its own least value in closed form (fill the domains of
-least slope to their caps), and no mixture can be better by more than the difference, the Frank-Wolfe gap. A law without
-slopes (trees) is searched: the mean of the best 128 of 100,000 random mixtures, as RegMix does. Random mixtures are
-Dirichlet around the prior, dense and sparse ones in turn; what exceeds a cap is given to the others in proportion.
+For a law with slopes, descent (SLSQP) starts from the prior and from the best of a random search. Where the law is
+convex the result is checked: its tangent there has a least value in closed form (fill the domains of least slope to
+their caps), and no mixture can be better by more than the difference, the Frank-Wolfe gap. For a law without slopes
+(trees) the optimum is the mean of the best 128 of 100,000 random mixtures, as in RegMix. Random mixtures are Dirichlet
+around the prior, dense and sparse ones in turn; a share above its cap is cut, and the excess goes to the others in
+proportion.
 
 Sources: Jaggi 2013, Revisiting Frank-Wolfe, https://proceedings.mlr.press/v28/jaggi13.html, for the gap; Liu et al.
 2025, RegMix, https://arxiv.org/abs/2407.01492, for the search; Ye et al. 2025, https://arxiv.org/abs/2403.16952, for
@@ -23,16 +24,18 @@ from jaxtyping import Float64
 from scipy.optimize import brentq, linprog, minimize
 
 from whence.errors import SettingError
-from whence.mixing.tables import MixingLaw, MixtureTable, named_amounts, place_of
+from whence.mixing.protocols import MixingLaw
+from whence.mixing.tables import MixtureTable, named_amounts, place_of
 from whence.numerics import mixed_seed
 
 DRAWS = 100_000
+"""Random mixtures, for a law without slopes."""
 BEST = 128
-"""Whose mean is taken, of a law without slopes."""
+"""How many of the best of them are averaged."""
 STARTS = 4
-"""Of the descent, beside the prior."""
+"""Starts of the descent, beside the prior."""
 STRENGTHS = (0.5, 50.0)
-"""Least and most sum of a Dirichlet's parameters."""
+"""Least and largest sum of a Dirichlet's parameters."""
 BLOCK = 10_000
 """Mixtures predicted at once."""
 GRID = 1001
@@ -41,20 +44,20 @@ GRID = 1001
 
 @dataclass(frozen=True)
 class Optimum:
-    """What a law takes for the best mixture."""
+    """The mixture that a law expects to be best."""
 
     mixture: Float64[np.ndarray, " K"]
     predicted: Float64[np.ndarray, " E"]
-    """Its losses."""
+    """The losses predicted for it."""
     objective: float
     """Their weighted mean."""
     gap: float | None
-    """No mixture within the caps is predicted to be better by more; None where the law is not convex."""
+    """Most by which any mixture within the caps is predicted to be better; None where the law is not convex."""
 
 
 def optimum(
     law: MixingLaw,
-    targets: Mapping[str, float] | None = None,
+    set_weights: Mapping[str, float] | None = None,
     *,
     caps: Mapping[str, float] | None = None,
     prior: Float64[np.ndarray, " K"] | None = None,
@@ -63,79 +66,82 @@ def optimum(
     """Find the mixture of least predicted loss.
 
     Args:
-        law: What predicts.
-        targets: Weights of evaluation sets by name, in any proportion; sets not named count nothing. None: all alike.
-        caps: Most of a domain by name, as a share.
-        prior: Around which mixtures are drawn, and where the descent begins; uniform unless given.
-        seed: Of the drawn mixtures.
+        law: Predicts the losses.
+        set_weights: Weights of evaluation sets by name, in any proportion; a set without one counts nothing. None: all
+            alike.
+        caps: Largest share of a domain by name.
+        prior: Mixture around which others are drawn, and a start of the descent; uniform unless given.
+        seed: Draws the random mixtures.
 
     Raises:
-        SettingError: An unknown name, a weight or cap that cannot be, weights that are all 0, or caps that leave less
-            than a whole mixture.
+        SettingError: A name is unknown, a weight or cap is impossible, all weights are 0, or the caps sum to less than
+            a whole mixture.
     """
-    most = cap_vector(law.domains, caps or {})
-    weights = target_vector(law.sets, targets)
-    centre = np.full(len(most), 1 / len(most)) if prior is None else prior
-    found, values = _searched(law, weights, most, centre, seed)
-    order = np.argsort(values, kind="stable")
+    largest = cap_vector(law.domains, caps or {})
+    weights = weight_vector(law.sets, set_weights)
+    centre = np.full(len(largest), 1 / len(largest)) if prior is None else prior
+    mixtures, objectives = _random_search(law, weights, largest, centre, seed)
+    order = np.argsort(objectives, kind="stable")
     gap = None
     if law.slopes(centre) is None:
-        best = capped(found[order[:BEST]].mean(0, keepdims=True), most)[0]
+        best = capped(mixtures[order[:BEST]].mean(0, keepdims=True), largest)[0]
     else:
-        starts = [capped(centre[None], most)[0], *found[order[:STARTS]]]
-        ends = np.stack([_descended(law, weights, most, start) for start in starts])
+        starts = [capped(centre[None], largest)[0], *mixtures[order[:STARTS]]]
+        ends = np.stack([_descent(law, weights, largest, start) for start in starts])
         best = ends[np.argmin(law.predict(ends) @ weights)]
-        gap = _gap(law, weights, most, best) if law.is_convex else None
+        gap = _gap(law, weights, largest, best) if law.is_convex else None
     predicted = law.predict(best[None])[0]
     return Optimum(best, predicted, float(predicted @ weights), gap)
 
 
-def target_vector(sets: tuple[str, ...], targets: Mapping[str, float] | None) -> Float64[np.ndarray, " E"]:
+def weight_vector(sets: tuple[str, ...], set_weights: Mapping[str, float] | None) -> Float64[np.ndarray, " E"]:
     """Weights of evaluation sets, summing to 1; all alike unless given."""
-    weights = np.ones(len(sets)) if not targets else named_amounts(targets, sets, "--target", "evaluation set", 0.0)
+    weights = (
+        np.ones(len(sets)) if not set_weights else named_amounts(set_weights, sets, "--target", "evaluation set", 0.0)
+    )
     if not weights.sum():
         raise SettingError("--target: all weights are 0; give one set a weight above 0")
     return weights / weights.sum()
 
 
 def cap_vector(domains: tuple[str, ...], caps: Mapping[str, float]) -> Float64[np.ndarray, " K"]:
-    """Most of each domain; 1 unless given.
+    """Largest share of each domain; 1 unless given.
 
     Raises:
-        SettingError: An unknown name, a cap outside 0 to 1, or caps that sum to less than 1.
+        SettingError: A name is unknown, a cap is outside 0 to 1, or the caps sum to less than 1.
     """
-    most = named_amounts(caps, domains, "--cap", "domain", 1.0)
+    largest = named_amounts(caps, domains, "--cap", "domain", 1.0)
     for name in caps:
         if caps[name] > 1:
             raise SettingError(f"--cap {name}={caps[name]:g}: a share from 0 to 1 is expected")
-    if most.sum() < 1 - 1e-12:
+    if largest.sum() < 1 - 1e-12:
         raise SettingError(
-            f"--cap: the caps of all {len(domains)} domains sum to {most.sum():.4g}, and shares must sum to 1; raise "
-            "one, or leave one out"
+            f"--cap: the caps of all {len(domains)} domains sum to {largest.sum():.4g}, and shares must sum to 1; "
+            "raise one, or leave one out"
         )
-    return most
+    return largest
 
 
-def availability_caps(tokens: Mapping[str, float], target_tokens: float, *, epochs: float = 4.0) -> dict[str, float]:
-    """Caps of domains by the tokens that there are.
+def availability_caps(tokens: Mapping[str, float], training_tokens: float, *, epochs: float = 4.0) -> dict[str, float]:
+    """Caps of domains by the number of tokens at hand.
 
     Args:
-        tokens: Of each domain.
-        target_tokens: Of the training that the mixture is for.
+        tokens: Number of tokens of each domain.
+        training_tokens: Number of tokens of the training that the mixture is for.
         epochs: How often a token may be seen. Up to about four cost little: https://arxiv.org/abs/2305.16264.
 
     >>> availability_caps({"code": 1e9, "web": 1e12}, 2e10)
     {'code': 0.2, 'web': 1.0}
     """
-    if target_tokens <= 0 or epochs <= 0 or any(count < 0 for count in tokens.values()):
-        raise SettingError(f"caps for {target_tokens:g} tokens of at most {epochs:g} epochs: numbers above 0 do")
-    return {name: min(1.0, epochs * count / target_tokens) for name, count in tokens.items()}
+    if training_tokens <= 0 or epochs <= 0 or any(count < 0 for count in tokens.values()):
+        raise SettingError(f"caps for {training_tokens:g} tokens of at most {epochs:g} epochs: numbers above 0 do")
+    return {name: min(1.0, epochs * count / training_tokens) for name, count in tokens.items()}
 
 
 def capped(mixtures: Float64[np.ndarray, "n K"], caps: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, "n K"]:
-    """Mixtures within caps: what exceeds one is given to the other domains in proportion to their shares.
+    """Mixtures cut to caps: the excess over a cap goes to the other domains in proportion to their shares.
 
-    Where all others have no share, in proportion to what their caps leave. Caps must sum to 1 at least.
+    Where no other domain has a share, it goes to them in proportion to their caps. Caps must sum to 1 at least.
 
     >>> capped(np.array([[0.8, 0.1, 0.1]]), np.array([0.5, 0.2, 1.0])).round(6).tolist()
     [[0.5, 0.2, 0.3]]
@@ -144,13 +150,13 @@ def capped(mixtures: Float64[np.ndarray, "n K"], caps: Float64[np.ndarray, " K"]
     out = mixtures
     for _ in range(len(caps)):
         full = full | (out >= caps)
-        left = 1 - np.where(full, caps, 0.0).sum(1, keepdims=True)
+        remaining = 1 - np.where(full, caps, 0.0).sum(1, keepdims=True)
         free = np.where(full, 0.0, mixtures)
         total = free.sum(1, keepdims=True)
-        # Where nobody with a share has room, a cap's own size decides.
+        # where no domain with a share has room, the caps decide
         free = np.where(total > 0, free, np.where(full, 0.0, caps))
         total = free.sum(1, keepdims=True)
-        out = np.where(full, caps, free * np.divide(left, total, out=np.zeros_like(left), where=total > 0))
+        out = np.where(full, caps, free * np.divide(remaining, total, out=np.zeros_like(remaining), where=total > 0))
         if (out <= caps).all():
             break
     out = np.clip(out, 0.0, caps)
@@ -159,7 +165,7 @@ def capped(mixtures: Float64[np.ndarray, "n K"], caps: Float64[np.ndarray, " K"]
     return out + missing * room / np.maximum(room.sum(1, keepdims=True), np.finfo(float).tiny)
 
 
-def _searched(
+def _random_search(
     law: MixingLaw,
     weights: Float64[np.ndarray, " E"],
     caps: Float64[np.ndarray, " K"],
@@ -171,31 +177,31 @@ def _searched(
     count = DRAWS if law.slopes(prior) is None else BLOCK
     usable = np.where(caps > 0, np.maximum(prior, 1e-3 / len(prior)), 0.0)  # every domain gets a chance
     strengths = np.geomspace(*STRENGTHS, 10)
-    found = []
+    blocks = []
     for _block in range(count // BLOCK):
         for strength in strengths:
             drawn = np.zeros((BLOCK // len(strengths), len(prior)))
             drawn[:, caps > 0] = rng.dirichlet(strength * usable[caps > 0] / usable.sum(), len(drawn))
-            found.append(capped(drawn, caps))
-    mixtures = np.concatenate(found)
+            blocks.append(capped(drawn, caps))
+    mixtures = np.concatenate(blocks)
     values = [law.predict(mixtures[first : first + BLOCK]) @ weights for first in range(0, len(mixtures), BLOCK)]
     return mixtures, np.concatenate(values)
 
 
-def _descended(
+def _descent(
     law: MixingLaw,
     weights: Float64[np.ndarray, " E"],
     caps: Float64[np.ndarray, " K"],
     start: Float64[np.ndarray, " K"],
 ) -> Float64[np.ndarray, " K"]:
-    """Where SLSQP comes to from a start."""
+    """The mixture that SLSQP reaches from a start; the start itself where that is no better."""
 
     def slope(mixture: np.ndarray) -> np.ndarray:
         slopes = law.slopes(mixture)
         assert slopes is not None
         return weights @ slopes
 
-    found = minimize(
+    solution = minimize(
         lambda mixture: float(law.predict(mixture[None])[0] @ weights),
         start,
         jac=slope,
@@ -204,9 +210,9 @@ def _descended(
         constraints={"type": "eq", "fun": lambda mixture: mixture.sum() - 1, "jac": lambda mixture: np.ones(len(caps))},
         options={"maxiter": 1000, "ftol": 1e-14},
     )
-    end = capped(np.clip(found.x, 0.0, caps)[None], caps)[0]
+    end = capped(np.clip(solution.x, 0.0, caps)[None], caps)[0]
     both = np.stack([start, end])
-    return both[np.argmin(law.predict(both) @ weights)]  # never worse than it began
+    return both[np.argmin(law.predict(both) @ weights)]
 
 
 def _gap(
@@ -226,29 +232,29 @@ def _gap(
 
 
 def share_outside(table: MixtureTable, mixture: Float64[np.ndarray, " K"]) -> float:
-    """How far a mixture is from the convex hull of a table's: the share of it that would have to move to get in.
+    """How far a mixture is from the convex hull of a table's mixtures: the share that would have to move to get inside.
 
-    0 is inside: the mixture is itself a mean of those tried. (Half the L1 distance, by linear programming.)
+    0 is inside: the mixture is a mean of those tried. (Half the L1 distance, by linear programming.)
     """
     n, domains = table.mixtures.shape
     cost = np.concatenate([np.zeros(n), np.full(2 * domains, 0.5)])
     sides = np.hstack([table.mixtures.T, np.eye(domains), -np.eye(domains)])
-    every = np.concatenate([np.ones(n), np.zeros(2 * domains)])
-    found = linprog(cost, A_eq=np.vstack([sides, every]), b_eq=np.append(mixture, 1.0), method="highs")
-    assert found.status == 0, found.message  # always feasible, and bounded by 0
-    return max(0.0, float(found.fun))
+    total = np.concatenate([np.ones(n), np.zeros(2 * domains)])
+    solution = linprog(cost, A_eq=np.vstack([sides, total]), b_eq=np.append(mixture, 1.0), method="highs")
+    assert solution.status == 0, solution.message  # always feasible, and bounded by 0
+    return max(0.0, float(solution.fun))
 
 
 @dataclass(frozen=True)
 class CriticalRatio:
-    """At what share of a domain a loss is what it was before."""
+    """The share of a domain at which a loss equals the parent's."""
 
     share: float | None
-    """None: at none, and `reason` says why."""
+    """None where there is no such share; `reason` then says why."""
     side: str
-    """Where the loss is not higher than before: "from" the share on, or "up to" it."""
+    """On which side the loss is not above the parent's: "from" the share on, or "up to" it."""
     reason: str
-    """For a person; "" where there is a share."""
+    """Text for the user; "" where there is a share."""
 
 
 def critical_ratio(
@@ -261,19 +267,19 @@ def critical_ratio(
 ) -> CriticalRatio:
     """Forgetting-critical share of continued pretraining: where the predicted loss equals the parent's.
 
-    Of the domain that a parent was trained on (replay), it is the least share that keeps what the parent could; of the
-    new one the most that can be had without forgetting. Where a law crosses more than once, the share nearest to 0 is
-    given.
+    For the domain that the parent was trained on (replay), it is the least share that keeps what the parent could do;
+    for a new domain, the largest share without forgetting. If the law crosses more than once, the share nearest to 0
+    counts.
 
     Args:
-        law: What predicts.
-        evaluation_set: On which nothing is to be forgotten.
-        domain: Whose share is sought.
-        loss_before: Of the parent, on the set, in the law's unit.
+        law: Predicts the losses.
+        evaluation_set: The set on which nothing is to be forgotten.
+        domain: The domain whose share is sought.
+        loss_before: The parent's loss on the set, in the law's unit.
         others: Shares of the other domains, in any proportion; uniform unless given.
 
     Raises:
-        SettingError: An unknown name, a loss that is not finite, or others without a share.
+        SettingError: A name is unknown, the loss is not finite, or the other domains have no share.
     """
     row = place_of(evaluation_set, law.sets, "--before", "evaluation set")
     column = place_of(domain, law.domains, "critical_ratio", "domain")
@@ -287,19 +293,19 @@ def critical_ratio(
         return law.predict(np.outer(shares, alone) + np.outer(1 - shares, rest))[:, row] - loss_before
 
     shares = np.linspace(0.0, 1.0, GRID)
-    over = excess(shares)
-    exact = np.flatnonzero(over == 0)
-    crossings = np.flatnonzero(over[:-1] * over[1:] < 0)
+    excesses = excess(shares)
+    exact = np.flatnonzero(excesses == 0)
+    crossings = np.flatnonzero(excesses[:-1] * excesses[1:] < 0)
     if not len(exact) and not len(crossings):
-        low, high = over.min() + loss_before, over.max() + loss_before
-        which = "always higher" if low > loss_before else "never higher"
-        return CriticalRatio(None, "", f"{which}: {low:.4g} to {high:.4g} is predicted, whatever the share")
+        low, high = excesses.min() + loss_before, excesses.max() + loss_before
+        verdict = "always higher" if low > loss_before else "never higher"
+        return CriticalRatio(None, "", f"{verdict}: {low:.4g} to {high:.4g} is predicted, whatever the share")
     if len(crossings) and (not len(exact) or crossings[0] < exact[0]):
         first = crossings[0]
         share = brentq(lambda x: float(excess(np.array([x]))[0]), shares[first], shares[first + 1], xtol=1e-12)
         assert isinstance(share, float)
-        falls = over[first] > 0
+        falls = excesses[first] > 0
     else:
         share = float(shares[exact[0]])
-        falls = over[-1] < over[0]
+        falls = excesses[-1] < excesses[0]
     return CriticalRatio(share, "from" if falls else "up to", "")

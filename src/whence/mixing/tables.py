@@ -1,4 +1,4 @@
-"""Tables of mixtures and losses: what shares of each domain a model was trained on, and what it made of each text.
+"""Tables of mixtures and losses: the share of each domain that a model was trained on, and its loss on each set.
 
 A mixture is a row r of K shares, none negative, that sum to 1; its losses are E numbers, one for each evaluation set,
 in whatever unit the table has (nats a token, as a rule; a law does not care). A table comes from anywhere: real runs,
@@ -12,7 +12,7 @@ of three layouts:
 - the long layout that `whence ablate -o` writes, a row for each `mixture` and `set`, with the loss as `loss`, `truth`
   or `merged` (the first that every row has), and the shares as `mixture/NAME`, or in another file with a column `name`.
 
-What is wrong with a table is told here, by row and column, so that laws see clean numbers only.
+Mistakes in a table are reported here, by row and column, so that laws see clean numbers only.
 """
 
 import difflib
@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -30,26 +30,26 @@ from whence.corpus.reading import rows_with_place
 from whence.errors import SettingError
 
 KEYS = ("index", "id", "name")
-"""Columns that say which row this is."""
+"""Columns that name a row."""
 MIXTURE_PREFIXES = ("train_", "mixture/", "weights/")
 LOSS_PREFIXES = ("metric/", "loss/", "losses/")
 LOSS_ENDINGS = ("_val_loss", "_loss")
-"""Left out of a set's name where every column has it."""
+"""An ending that every column has is left out of the sets' names."""
 LONG_COLUMNS = ("loss", "truth", "merged")
-"""Of the long layout, in order of trust."""
+"""Columns of the long layout that may hold the losses; the first that is filled in counts."""
 ROUNDING = 1e-2
-"""How far from 1 shares may sum: they are often written with three digits, and are then made to sum to 1."""
+"""How far from 1 the shares of a row may sum: they are often written with three digits, and are scaled to sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureTable:
-    """Mixtures, and the losses that they gave.
+    """Mixtures and the losses of models trained on them.
 
-    Shares are made to sum to 1 exactly where they did up to `ROUNDING`.
+    Shares that sum to 1 within `ROUNDING` are scaled to do so exactly.
 
     Raises:
-        SettingError: A share that is negative, a row that does not sum to 1, a number that is not finite, a name given
-            twice, no row; the message names row and column.
+        SettingError: A share is negative, a row does not sum to 1, a number is not finite, a name is given twice, or
+            there is no row; the message names row and column.
 
     >>> MixtureTable(domains=("a", "b"), sets=("x",), mixtures=np.array([[0.5, 0.502]]), losses=np.array([[3.0]])).n
     1
@@ -61,19 +61,19 @@ class MixtureTable:
     """Names of the E columns of `losses`."""
     mixtures: Float64[np.ndarray, "n K"]
     losses: Float64[np.ndarray, "n E"]
-    places: tuple[str, ...] = ()
-    """What to call each row in messages; unless given, its number."""
+    row_names: tuple[str, ...] = ()
+    """What messages call each row; its number unless given."""
     column: str = ""
-    """Of the long layout, which of `LONG_COLUMNS` the losses are."""
+    """Which of `LONG_COLUMNS` the losses come from; "" in another layout."""
 
     def __post_init__(self):
         n = len(self.mixtures)
-        if not self.places:
-            object.__setattr__(self, "places", tuple(f"row {number}" for number in range(n)))
-        shapes = (self.mixtures.shape, self.losses.shape, len(self.places))
+        if not self.row_names:
+            object.__setattr__(self, "row_names", tuple(f"row {number}" for number in range(n)))
+        shapes = (self.mixtures.shape, self.losses.shape, len(self.row_names))
         assert shapes == ((n, len(self.domains)), (n, len(self.sets)), n), f"a table of {shapes}"
-        _refuse_repeated("domain", self.domains)
-        _refuse_repeated("evaluation set", self.sets)
+        _refuse_duplicates("domain", self.domains)
+        _refuse_duplicates("evaluation set", self.sets)
         if not n or not self.sets or len(self.domains) < 2:
             raise SettingError(
                 f"a table of {n} mixtures of {len(self.domains)} domains and {len(self.sets)} evaluation sets: it "
@@ -86,69 +86,36 @@ class MixtureTable:
         for row in np.flatnonzero(np.abs(sums - 1) > ROUNDING + 1e-9)[:1]:
             hint = " (percentages? divide them by 100)" if abs(sums[row] - 100) <= 100 * ROUNDING else ""
             raise SettingError(
-                f"{self.places[row]}: the shares of {len(self.domains)} domains sum to {sums[row]:.6g}, not to 1{hint}"
-                f". They are {', '.join(self.domains[:4])}{', ...' if len(self.domains) > 4 else ''}"
+                f"{self.row_names[row]}: the shares of {len(self.domains)} domains sum to {sums[row]:.6g}, not to 1"
+                f"{hint}. They are {', '.join(self.domains[:4])}{', ...' if len(self.domains) > 4 else ''}"
             )
         object.__setattr__(self, "mixtures", self.mixtures / sums[:, None])
 
     @property
     def n(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.mixtures)
 
     def rows(self, which: Int64[np.ndarray, " m"]) -> "MixtureTable":
-        """Some of the rows, in that order."""
+        """The rows of these numbers, in that order."""
         return MixtureTable(
             domains=self.domains,
             sets=self.sets,
             mixtures=self.mixtures[which],
             losses=self.losses[which],
-            places=tuple(self.places[row] for row in which),
+            row_names=tuple(self.row_names[row] for row in which),
             column=self.column,
         )
 
-    def _refuse(self, wrong: np.ndarray, values: np.ndarray, columns: Sequence[str], why: str) -> None:
+    def _refuse(self, wrong: np.ndarray, values: np.ndarray, columns: Sequence[str], problem: str) -> None:
         for row, column in np.argwhere(wrong)[:1]:
-            raise SettingError(f"{self.places[row]}: {columns[column]} is {values[row, column]:.6g}, which {why}")
-
-
-@runtime_checkable
-class MixingLaw(Protocol):
-    """A law fitted to a table: it predicts the losses of any mixture of the same domains."""
-
-    domains: tuple[str, ...]
-    sets: tuple[str, ...]
-    is_convex: bool
-    """Every predicted loss is convex in the mixture, so that one descent finds the optimum."""
-
-    def predict(self, mixtures: Float64[np.ndarray, "n K"]) -> Float64[np.ndarray, "n E"]:
-        """Losses, in the table's unit."""
-        ...
-
-    def slopes(self, mixture: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, "E K"] | None:
-        """Derivatives of every loss by every share (as if shares were free); None where there are none."""
-        ...
-
-
-@runtime_checkable
-class FitMixingLaw(Protocol):
-    """What the catalogue lists: the class of a law, which makes one of a table."""
-
-    def least_rows(self, domains: int) -> int:
-        """Rows that a fit needs."""
-        ...
-
-    def fit(self, table: MixtureTable, *, seed: int = 0) -> MixingLaw:
-        """Fit every evaluation set of a table apart.
-
-        Raises:
-            SettingError: The table has fewer rows than the law needs.
-        """
-        ...
+            raise SettingError(
+                f"{self.row_names[row]}: {columns[column]} is {values[row, column]:.6g}, which {problem}"
+            )
 
 
 def refuse_too_few(table: MixtureTable, least: int, law: str) -> None:
-    """Say that a table is too short for a law."""
+    """Refuse a table that is too short for a law."""
     if table.n < least:
         raise SettingError(
             f"{table.n} mixtures of {len(table.domains)} domains: --law {law} needs {least} at least; train or merge "
@@ -157,10 +124,10 @@ def refuse_too_few(table: MixtureTable, least: int, law: str) -> None:
 
 
 def place_of(name: str, names: Sequence[str], flag: str, kind: str) -> int:
-    """Position of a name that a person gave.
+    """Position among `names` of a name that the user gave.
 
     Raises:
-        SettingError: There is none such; the message lists those there are.
+        SettingError: The table has no such name; the message lists those it has.
     """
     if name in names:
         return list(names).index(name)
@@ -179,49 +146,51 @@ def read_mixture_table(
     """Read a table from files, or from rows in memory.
 
     Args:
-        mixtures: Of shares, or of both shares and losses.
-        losses: Of losses, where they are in another file.
-        mixture_prefix: How the columns of shares begin; unless given one of `MIXTURE_PREFIXES`, or, in a file of its
-            own where none begins so, every column but `KEYS`.
-        loss_prefix: The same of losses, and `LOSS_PREFIXES`.
+        mixtures: File or rows with the shares, or with both shares and losses.
+        losses: File or rows with the losses, where they are apart.
+        mixture_prefix: How the columns of shares begin. None: as one of `MIXTURE_PREFIXES`; in a file of its own
+            where no column begins so, every column but `KEYS` is a share.
+        loss_prefix: How the columns of losses begin. None: as one of `LOSS_PREFIXES`, with the same exception.
 
     Raises:
         CorpusError: A file cannot be read.
-        SettingError: No such columns, rows that do not match, or what `MixtureTable` refuses.
+        SettingError: There are no such columns, rows do not match, or `MixtureTable` refuses the numbers.
     """
-    first, column = _wide(_flattened(mixtures))
-    second, column = (first, column) if losses is None else _wide(_flattened(losses))
-    if not first or not second:
-        raise SettingError(f"{mixtures if not first else losses}: no rows. A table of mixtures needs some.")
+    mixture_rows, column = _wide(_flat_rows(mixtures))
+    loss_rows, column = (mixture_rows, column) if losses is None else _wide(_flat_rows(losses))
+    if not mixture_rows or not loss_rows:
+        raise SettingError(f"{mixtures if not mixture_rows else losses}: no rows. A table of mixtures needs some.")
     is_single = losses is None
-    domains = _columns(first, mixture_prefix, MIXTURE_PREFIXES, "shares", is_single)
-    sets = _without_ending(_columns(second, loss_prefix, LOSS_PREFIXES, "losses", is_single))
-    shares = np.array([[_number(*row, column) for column in domains] for row in first])
-    found = np.array([[_number(*row, column) for column in sets] for row in second])
+    domains = _columns(mixture_rows, mixture_prefix, MIXTURE_PREFIXES, "shares", is_single)
+    sets = _without_ending(_columns(loss_rows, loss_prefix, LOSS_PREFIXES, "losses", is_single))
+    shares = np.array([[_number(*row, column) for column in domains] for row in mixture_rows])
+    loss_values = np.array([[_number(*row, column) for column in sets] for row in loss_rows])
     if not is_single:
-        if column and not all("name" in row for _, row in first):
-            raise SettingError(f"{first[0][0]}: no column name, by which the rows of {losses} call their mixtures")
-        found = found[_matched(first, second)]
+        if column and not all("name" in row for _, row in mixture_rows):
+            raise SettingError(
+                f"{mixture_rows[0][0]}: no column name, by which the rows of {losses} call their mixtures"
+            )
+        loss_values = loss_values[_matching_rows(mixture_rows, loss_rows)]
     return MixtureTable(
         domains=tuple(domains.values()),
         sets=tuple(sets.values()),
         mixtures=shares,
-        losses=found,
-        places=tuple(where for where, _ in first),
+        losses=loss_values,
+        row_names=tuple(where for where, _ in mixture_rows),
         column=column,
     )
 
 
-_Placed = list[tuple[str, Row]]
-"""Rows, each with what to call its place."""
+_NamedRows = list[tuple[str, Row]]
+"""Rows, each with what messages call it."""
 
 
-def _flattened(origin: str | Path | list[Row]) -> _Placed:
+def _flat_rows(origin: str | Path | list[Row]) -> _NamedRows:
     return [(where, dict(_cells(row))) for where, row in rows_with_place(origin)]
 
 
 def _cells(row: Row) -> Iterable[tuple[str, Any]]:
-    """Objects opened: `{"mixture": {"a": 1}}` is `mixture/a`. What an object holds as null, Parquet filled in."""
+    """Cells with nested objects flattened: `{"mixture": {"a": 1}}` is `mixture/a`. Nulls inside are Parquet's."""
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}/{inner}", cell) for inner, cell in value.items() if cell is not None)
@@ -229,8 +198,8 @@ def _cells(row: Row) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _wide(rows: _Placed) -> tuple[_Placed, str]:
-    """Rows in the long layout as one row a mixture, and the column that their losses are from."""
+def _wide(rows: _NamedRows) -> tuple[_NamedRows, str]:
+    """Rows of the long layout turned into one row a mixture, and the column that their losses come from."""
     if not rows or not all("mixture" in row and "set" in row for _, row in rows):
         return rows, ""
     column = next((name for name in LONG_COLUMNS if all(row.get(name) not in (None, "") for _, row in rows)), None)
@@ -239,36 +208,36 @@ def _wide(rows: _Placed) -> tuple[_Placed, str]:
             f"{rows[0][0]}: rows of a mixture and a set each, without a loss in every one; as a column "
             f"{', '.join(LONG_COLUMNS[:-1])} or {LONG_COLUMNS[-1]} it is expected"
         )
-    found: dict[str, tuple[str, Row]] = {}
+    by_mixture: dict[str, tuple[str, Row]] = {}
     for where, row in rows:
         shares = {name: cell for name, cell in row.items() if name.startswith(MIXTURE_PREFIXES)}
-        _, one = found.setdefault(str(row["mixture"]), (where, {"name": row["mixture"], **shares}))
+        _, wide_row = by_mixture.setdefault(str(row["mixture"]), (where, {"name": row["mixture"], **shares}))
         key = f"loss/{row['set']}"
-        if key in one:
+        if key in wide_row:
             raise SettingError(f"{where}: mixture {row['mixture']} has two losses on {row['set']}")
-        one[key] = row[column]
-    return list(found.values()), column
+        wide_row[key] = row[column]
+    return list(by_mixture.values()), column
 
 
-def _columns(rows: _Placed, prefix: str | None, usual: Sequence[str], kind: str, is_single: bool) -> dict[str, str]:
+def _columns(rows: _NamedRows, prefix: str | None, usual: Sequence[str], kind: str, is_single: bool) -> dict[str, str]:
     """Columns of one kind, each with the name that it stands for."""
-    every = list(dict.fromkeys(column for _, row in rows for column in row))
-    looked_for = usual if prefix is None else (prefix,)
-    found = {
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    prefixes = usual if prefix is None else (prefix,)
+    names = {
         column: column.removeprefix(start)
-        for column in every
-        for start in looked_for
+        for column in columns
+        for start in prefixes
         if column.startswith(start) and column not in KEYS
     }
-    if not found and prefix is None and not is_single:
-        found = {column: column for column in every if column not in KEYS}
-    if found:
-        return found
+    if not names and prefix is None and not is_single:
+        names = {column: column for column in columns if column not in KEYS}
+    if names:
+        return names
     flag = "--mixture-prefix" if kind == "shares" else "--loss-prefix"
-    more = " or give --losses FILE," if is_single and kind == "losses" else ""
+    alternative = " or give --losses FILE," if is_single and kind == "losses" else ""
     raise SettingError(
-        f"{rows[0][0]}: no column of {kind} begins with {' or '.join(looked_for)}. Columns are {', '.join(every)}. "
-        f"Rename them,{more} or say how they begin: {flag} TEXT"
+        f"{rows[0][0]}: no column of {kind} begins with {' or '.join(prefixes)}. Columns are {', '.join(columns)}. "
+        f"Rename them,{alternative} or say how they begin: {flag} TEXT"
     )
 
 
@@ -295,27 +264,27 @@ def _number(where: str, row: Row, column: str) -> float:
         ) from None
 
 
-def _matched(first: _Placed, second: _Placed) -> list[int]:
+def _matching_rows(mixture_rows: _NamedRows, loss_rows: _NamedRows) -> list[int]:
     """For each row of mixtures, the number of its row of losses."""
-    shared = [key for key in KEYS if all(key in row for _, row in (*first, *second))]
+    shared = [key for key in KEYS if all(key in row for _, row in (*mixture_rows, *loss_rows))]
     if not shared:
-        if len(first) != len(second):
+        if len(mixture_rows) != len(loss_rows):
             raise SettingError(
-                f"{len(first)} rows of mixtures and {len(second)} of losses, without a column {', '.join(KEYS[:-1])} "
-                f"or {KEYS[-1]} in both that would say which belong together"
+                f"{len(mixture_rows)} rows of mixtures and {len(loss_rows)} of losses, without a column "
+                f"{', '.join(KEYS[:-1])} or {KEYS[-1]} in both that would say which belong together"
             )
-        return list(range(len(first)))
-    ours, theirs = _numbered(first, shared[0]), _numbered(second, shared[0])
-    for key, number in ours.items():
-        if key not in theirs:
-            raise SettingError(f"{first[number][0]}: {shared[0]} {key} has a mixture, but no losses")
-    for key, number in theirs.items():
-        if key not in ours:
-            raise SettingError(f"{second[number][0]}: {shared[0]} {key} has losses, but no mixture")
-    return [theirs[key] for key in ours]
+        return list(range(len(mixture_rows)))
+    mixture_numbers, loss_numbers = _numbers_by_key(mixture_rows, shared[0]), _numbers_by_key(loss_rows, shared[0])
+    for key, number in mixture_numbers.items():
+        if key not in loss_numbers:
+            raise SettingError(f"{mixture_rows[number][0]}: {shared[0]} {key} has a mixture, but no losses")
+    for key, number in loss_numbers.items():
+        if key not in mixture_numbers:
+            raise SettingError(f"{loss_rows[number][0]}: {shared[0]} {key} has losses, but no mixture")
+    return [loss_numbers[key] for key in mixture_numbers]
 
 
-def _numbered(rows: _Placed, key: str) -> dict[str, int]:
+def _numbers_by_key(rows: _NamedRows, key: str) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for number, (where, row) in enumerate(rows):
         if numbers.setdefault(str(row[key]), number) != number:
@@ -323,24 +292,24 @@ def _numbered(rows: _Placed, key: str) -> dict[str, int]:
     return numbers
 
 
-def _refuse_repeated(kind: str, names: Sequence[str]) -> None:
+def _refuse_duplicates(kind: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise SettingError(f"{kind} {name}: two columns of this name")
 
 
 def named_amounts(
-    given: Mapping[str, float], names: Sequence[str], flag: str, kind: str, default: float
+    amounts: Mapping[str, float], names: Sequence[str], flag: str, kind: str, default: float
 ) -> Float64[np.ndarray, " names"]:
-    """Numbers by name as a vector.
+    """Amounts by name as a vector in the order of `names`, with a default for those not given.
 
     Raises:
-        SettingError: An unknown name, or a number that is negative or not finite.
+        SettingError: A name is unknown, or a number is negative or not finite.
     """
     out = np.full(len(names), float(default))
-    for name, value in given.items():
-        place = place_of(name, names, flag, kind)
+    for name, value in amounts.items():
+        position = place_of(name, names, flag, kind)
         if not (math.isfinite(value) and value >= 0):
             raise SettingError(f"{flag} {name}={value:g}: a number of 0 or more is expected")
-        out[place] = value
+        out[position] = value
     return out

@@ -20,18 +20,18 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of many prompts, greedy unless there is a temperature.
 
-    Only prompts of equal length share a batch, so none is padded; a sampled one is alone, with random numbers of its
-    own. So no answer depends on its neighbours.
+    Only prompts of equal length share a batch, so that none is padded. A sampled prompt is a batch of its own, with its
+    own random numbers. So no answer depends on the other prompts.
 
     Args:
         loaded: The model; its tokenizer says which token ends an answer.
-        prompts: Token ids, as `tokens.encode_prompt` gives them.
+        prompts: Token ids, as `corpus.tokens.encode_prompt` gives them.
         max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from the softmax of logits / temperature.
-        seed: Of the drawn tokens; each prompt has random numbers of its own, by its text.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn from the softmax of logits / temperature.
+        seed: Seed of the drawn tokens; each prompt has its own random numbers, which depend on its token ids.
 
     Returns:
-        The new tokens of each prompt, and the end-of-sequence token of an answer that ended.
+        The new tokens of each prompt, with the end-of-sequence token of an answer that ended.
 
     Raises:
         SettingError: A prompt has no token.
@@ -44,18 +44,18 @@ def generate(
             with torch.random.fork_rng():
                 torch.manual_seed(mixed_seed(seed, "generate", *map(str, prompt)))
                 ids = torch.tensor([prompt], device=loaded.device)
-                sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                answers[number] = _continued(loaded, ids, max_new_tokens, **sampled)[0]
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+                answers[number] = _continuations(loaded, ids, max_new_tokens, **sampling)[0]
         return answers
     for numbers in _equal_lengths(prompts):
         ids = torch.tensor([prompts[number] for number in numbers], device=loaded.device)
-        for number, answer in zip(numbers, _continued(loaded, ids, max_new_tokens), strict=True):
+        for number, answer in zip(numbers, _continuations(loaded, ids, max_new_tokens), strict=True):
             answers[number] = answer
     return answers
 
 
 def _equal_lengths(prompts: list[list[int]]) -> Iterator[list[int]]:
-    """Positions of prompts, in batches of one length."""
+    """Numbers of prompts, in batches of one length."""
     groups: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(number)
@@ -64,27 +64,29 @@ def _equal_lengths(prompts: list[list[int]]) -> Iterator[list[int]]:
             yield numbers[start : start + PROMPTS_PER_BATCH]
 
 
-def _continued(loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int, **choice: Any) -> list[list[int]]:
+def _continuations(
+    loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int, **sampling: Any
+) -> list[list[int]]:
     end = loaded.tokenizer.eos_token_id
-    with torch.inference_mode(), _own_settings_aside(loaded.base):
+    with torch.inference_mode(), _without_generation_config(loaded.base):
         out = loaded.base.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
-            **(choice or {"do_sample": False}),
-            pad_token_id=end,  # a row that ended early is filled with ends, and cut at the first
+            **(sampling or {"do_sample": False}),
+            pad_token_id=end,  # an answer that ended early is filled with these, and cut at the first
         )
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 @contextmanager
-def _own_settings_aside(base: Any) -> Iterator[None]:
-    """Without the model's generation_config.json, whose beams or repetition penalty would not be greedy."""
-    own = base.generation_config
-    base.generation_config = type(own)()
+def _without_generation_config(base: Any) -> Iterator[None]:
+    """Set the model's generation_config.json aside, whose beams or repetition penalty would not be greedy."""
+    config = base.generation_config
+    base.generation_config = type(config)()
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config = config

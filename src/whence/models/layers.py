@@ -1,4 +1,4 @@
-"""The linear layers of a model, and which of them a pattern names."""
+"""The linear layers of a model, and the layers that a pattern names."""
 
 import difflib
 import fnmatch
@@ -10,7 +10,7 @@ from whence.errors import SettingError
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Of modules that share a weight the first: what they have in common is one layer."""
+    """Linear layers by name, in the model's order. Modules that share a weight are one layer, under its first name."""
     from transformers.pytorch_utils import Conv1D
 
     weights = set()
@@ -21,22 +21,27 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def matching_layers(found: dict[str, nn.Module], chosen: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
-    """Those of the layers found that a pattern names, in their order; `chosen` less some where it only leaves out.
+def matching_layers(linear: dict[str, nn.Module], default: dict[str, nn.Module], patterns: str) -> dict[str, nn.Module]:
+    """The layers that patterns name, in the model's own order.
+
+    Args:
+        linear: All linear layers by name.
+        default: The layers to start from if patterns only leave layers out.
+        patterns: Shell-style patterns with commas between; a "!" before one leaves its layers out.
 
     Raises:
-        SettingError: A part of the pattern matches no layer.
+        SettingError: A pattern matches no layer.
     """
-    patterns = [part.strip() for part in pattern.split(",")]
-    for part in patterns:
-        if not fnmatch.filter(found, part.removeprefix("!")):
-            near = difflib.get_close_matches(part, found, n=3, cutoff=0.3) or list(found)[:3]
-            raise SettingError(f"--layers {part}: no linear layer has such a name. Near: {', '.join(near)}")
-    wanted = [part for part in patterns if not part.startswith("!")]
-    unwanted = [part.removeprefix("!") for part in patterns if part.startswith("!")]
+    globs = [glob.strip() for glob in patterns.split(",")]
+    for glob in globs:
+        if not fnmatch.filter(linear, glob.removeprefix("!")):
+            near = difflib.get_close_matches(glob, linear, n=3, cutoff=0.3) or list(linear)[:3]
+            raise SettingError(f"--layers {glob}: no linear layer has such a name. Near: {', '.join(near)}")
+    included = [glob for glob in globs if not glob.startswith("!")]
+    excluded = [glob.removeprefix("!") for glob in globs if glob.startswith("!")]
 
-    def is_any(name: str, parts: list[str]) -> bool:
-        return any(fnmatch.fnmatch(name, part) for part in parts)
+    def matches_any(name: str, globs: list[str]) -> bool:
+        return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
-    start = {name: layer for name, layer in found.items() if is_any(name, wanted)} if wanted else chosen
-    return {name: layer for name, layer in start.items() if not is_any(name, unwanted)}
+    start = {name: layer for name, layer in linear.items() if matches_any(name, included)} if included else default
+    return {name: layer for name, layer in start.items() if not matches_any(name, excluded)}

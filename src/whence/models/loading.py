@@ -3,10 +3,10 @@
 The weights are frozen on loading: Whence never needs a weight's gradient, only the pair `(a, g)` of each traced
 layer, and leaving the weight products out is what makes an index cheaper than a training step.
 
-Traced by default: with a LoRA adapter, its A and B; without, every linear layer of the blocks (`nn.Linear` and the
-`Conv1D` of GPT-2), but not the output head, whose gradient is as large as the vocabulary; `--layers` takes it in.
-Embeddings, norms, biases and experts fused into one three-dimensional parameter are not linear layers and are left
-out; `traced_fraction` says how much of the model that leaves.
+By default a LoRA adapter's A and B are traced. Without an adapter it is every linear layer of the blocks (`nn.Linear`
+and the `Conv1D` of GPT-2), but not the output head, whose gradient is as large as the vocabulary; `--layers` can add
+it. Embeddings, norms, biases and experts fused into one three-dimensional parameter are not linear layers and are left
+out; `traced_fraction` says how much of the model remains.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from whence.models.layers import linear_layers, matching_layers
 logger = logging.getLogger(__name__)
 
 IRRELEVANT = ("_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "use_cache")
-"""Entries of a configuration that may change without changing an output."""
+"""Entries of a configuration that do not change an output."""
 
 TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model*.bin"}
-"""Older files of weights, by the safetensors name that is preferred to them."""
+"""Patterns of older weight files, by the stem of the safetensors file that is preferred to them."""
 
 ADAPTER_PARAMETERS = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
-"""What is in the name of a parameter that peft adds to a model."""
+"""Text in the names of parameters that peft adds to a model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,10 +45,10 @@ class LoadedModel:
     """A frozen causal language model in evaluation mode (no dropout), with its tokenizer."""
 
     model: nn.Module
-    """As loaded, with its adapter if there is one."""
+    """The loaded model, with its adapter if it has one."""
     tokenizer: Any
     path: str
-    """Directory or Hub name it came from."""
+    """Directory or Hub name that it was loaded from."""
     has_adapter: bool = False
 
     @property
@@ -58,20 +58,20 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device of the embedding, where token ids go."""
         embedding = self.base.get_input_embeddings()
         device = next(embedding.parameters()).device
         if device.type != "meta":
             return device
-        return torch.device(embedding._hf_hook.execution_device)  # accelerate brings its weights there when it runs
+        return torch.device(embedding._hf_hook.execution_device)  # accelerate moves its weights there when it runs
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model takes, in tokens, where its configuration says."""
+        """Longest sequence that the model takes, in tokens; None if its configuration does not say."""
         config = self.base.config.get_text_config()
         positions = getattr(self.base.base_model, "embeddings", None)
         positions = getattr(positions, "position_embeddings", None)
-        if getattr(positions, "padding_idx", None) is not None:  # RoBERTa's kind: positions begin behind it
+        if getattr(positions, "padding_idx", None) is not None:  # as in RoBERTa: positions begin behind it
             return positions.num_embeddings - positions.padding_idx - 1  # type: ignore[union-attr]
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if isinstance(length := getattr(config, name, None), int):
@@ -82,51 +82,51 @@ class LoadedModel:
         """Traced layers by name, in the model's own order.
 
         Args:
-            pattern: Shell-style patterns of names, with commas between; those with a "!" before them are left out.
-                None chooses as the module's text says, and so do patterns that only leave out.
+            pattern: Shell-style patterns of names, with commas between; a "!" before one leaves its layers out. None
+                gives the default that the module's text describes, and patterns that only leave out start from it.
 
         Raises:
             SettingError: A pattern matches no linear layer.
         """
-        found = dict(linear_layers(self.base))
+        linear = dict(linear_layers(self.base))
         if self.has_adapter:
-            chosen = {name: layer for name, layer in found.items() if ".lora_A." in name or ".lora_B." in name}
+            default = {name: layer for name, layer in linear.items() if ".lora_A." in name or ".lora_B." in name}
         else:
             head = self.base.get_output_embeddings()
-            chosen = {name: layer for name, layer in found.items() if layer is not head}
-        return chosen if pattern is None else matching_layers(found, chosen, pattern)
+            default = {name: layer for name, layer in linear.items() if layer is not head}
+        return default if pattern is None else matching_layers(linear, default, pattern)
 
     def uses(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-        """Every module that multiplies by a layer's weight, with the layer's name: Zamba2 shares blocks' weights."""
+        """Every module that has a layer's weight, with the layer's name; for example, Zamba2's blocks share weights."""
         yield from layers.items()
-        own, names = set(layers.values()), {id(layer.weight): name for name, layer in layers.items()}
+        traced, names = set(layers.values()), {id(layer.weight): name for name, layer in layers.items()}
         for module in self.base.modules():
             name = names.get(id(getattr(module, "weight", None)))
-            if name is not None and module not in own and isinstance(module, type(layers[name])):
+            if name is not None and module not in traced and isinstance(module, type(layers[name])):
                 yield name, module
 
     def traced_fraction(self, layers: Mapping[str, nn.Module]) -> float:
-        """Share of the model's parameters (of the adapter's, where there is one) that the layers' weights are."""
+        """The layers' weights as a share of the model's parameters, or of the adapter's if there is one."""
         only_adapter = self.has_adapter and all("lora_" in name for name in layers)
         names = [name for name, _ in self.model.named_parameters() if not only_adapter or self.is_trained(name)]
         total = sum(self.model.get_parameter(name).numel() for name in names)
         return sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[union-attr]
 
     def is_trained(self, name: str) -> bool:
-        """Whether training as the model is loaded would change a parameter: with an adapter, the adapter's own alone.
+        """Whether a training of the model, as it is loaded, changes a parameter: with an adapter, only the adapter's.
 
         Those are its low-rank factors and magnitudes, modules that it saves whole, and tokens that it trains.
         """
-        return not self.has_adapter or any(part in name for part in ADAPTER_PARAMETERS)
+        return not self.has_adapter or any(text in name for text in ADAPTER_PARAMETERS)
 
     def decode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Last hidden states [b t d] of token ids [b t], and the function from states [s d] to logits [s v].
 
-        The function is whatever the model's own forward does after its decoder (scaling, soft caps): it runs that
-        forward with the decoder replaced by a stub that returns the states.
+        The function does what the model's own forward does after its decoder (scaling, soft caps): it runs that forward
+        with the decoder replaced by a stub that returns the states.
 
         Raises:
-            ModelError: The model has no decoder apart from itself.
+            ModelError: The model has no separate decoder.
         """
         base = self.base
         decoder = base.get_decoder()
@@ -157,7 +157,7 @@ class LoadedModel:
         """
         self.require_gradient_checkpointing()
         switch = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
-        getattr(self.base, f"{switch}_checkpointing_enable")()  # renamed within transformers 5; not reentrant
+        getattr(self.base, f"{switch}_checkpointing_enable")()  # the name changed within transformers 5; not reentrant
         blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]
         for block in blocks:
             block.training = True
@@ -171,7 +171,7 @@ class LoadedModel:
 
 @contextmanager
 def _returning(decoder: Any, output: Any) -> Iterator[None]:
-    """A decoder that returns `output` whatever it is asked."""
+    """Make a decoder return `output` whatever its input is."""
     before = decoder.__dict__.get("forward")  # accelerate sets one on the instance when it spreads a model
     decoder.forward = lambda *args, **kwargs: output
     try:
@@ -186,7 +186,7 @@ def _returning(decoder: Any, output: Any) -> Iterator[None]:
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """`(o, i)` of a linear layer; `Conv1D` keeps its weight as `[i, o]`."""
     if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features  # not the weight's shape, which a quantised layer packs
+        return layer.out_features, layer.in_features  # a quantised layer packs its weight
     inputs, outputs = (int(size) for size in layer.weight.shape)  # type: ignore[union-attr]
     return outputs, inputs
 
@@ -205,91 +205,91 @@ def load_model(
 
     Args:
         path: Directory of a model or of a peft adapter (its base is loaded first), or a name on the Hub.
-        base: Where an adapter's base was found before; taken if it is there, else what its configuration says.
-        tokenizer: Where to find the tokenizer, if not at `path`.
-        dtype: One of `DTYPES`; None keeps the dtype that the weights are stored in.
-        device: "cpu", "cuda", ...; None takes a GPU where there is one.
+        base: Where an adapter's base was before; used if it is still there, else the configuration's base is.
+        tokenizer: Directory or Hub name of the tokenizer, if it is not at `path`.
+        dtype: One of `DTYPES`; None keeps the dtype in which the weights are stored.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
         device_map: "auto" spreads a large model over all devices (accelerate).
         trust_remote_code: Let a model repository run its own Python code.
 
     Raises:
-        ModelError: Nothing loadable there, a weight file is corrupt or lacks weights, or the tokenizer's ids do not
-            fit the model's embedding.
-        SettingError: No such dtype or device.
+        ModelError: There is no loadable model, a weight file is corrupt or lacks weights, or the tokenizer's ids do
+            not fit the model's embedding.
+        SettingError: There is no such dtype or device.
     """
     import transformers
 
     if dtype is not None and dtype not in DTYPES:
         raise SettingError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    where = located(path)
-    adapter = adapter_config(where)
-    source = base_of(adapter, base) if adapter else where
+    directory = local_directory(path)
+    adapter = adapter_config(directory)
+    source = base_of(adapter, base) if adapter else directory
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
-    options |= {"ignore_mismatched_sizes": True}  # for `_refuse_missing` to name them
+    options |= {"ignore_mismatched_sizes": True}  # so that `_refuse_missing` can name them
     options |= {"device_map": device_map} if device_map else {}
-    check_files(where, base=base)
+    check_files(directory, base=base)
     with _loading(source), _quiet(transformers):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
     if adapter:
-        model = _adapted(model, where)
+        model = _with_adapter(model, directory)
     if tokenizer is None:
-        words = load_tokenizer(where, source, trust_remote_code)
+        loaded_tokenizer = load_tokenizer(directory, source, trust_remote_code)
     else:
-        expected = "--tokenizer expects a directory with a tokenizer, or a Hub name."
-        words = _tokenizer(str(tokenizer), trust_remote_code, expected)
-    _check_tokenizer(words, model, str(tokenizer or where), source)
+        remedy = "--tokenizer expects a directory with a tokenizer, or a Hub name."
+        loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
+    _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
         model = model.to(_device(device))
     model.requires_grad_(False).eval()
     if next(model.parameters()).dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
         logger.warning("%s is in 16 bits; on a CPU --dtype float32 is several times faster", path)
-    return LoadedModel(model=model, tokenizer=words, path=str(path), has_adapter=adapter is not None)
+    return LoadedModel(model=model, tokenizer=loaded_tokenizer, path=str(path), has_adapter=adapter is not None)
 
 
 def directory_digest(path: str | Path, *, base: str | None = None) -> str:
-    """sha256 of what decides a model's outputs: its weight files (names and bytes), its configuration, its base's.
+    """sha256 of what decides a model's outputs: its weight files (names and bytes), its configuration, its base.
 
-    Of the configurations, what each says counts, not how it is written, nor which version of a library wrote it.
-    `base` is as of `load_model`.
+    A configuration counts by its content, not by its formatting or by the version of the library that wrote it. For
+    `base`, see `load_model`.
     """
-    where = located(path)
+    directory = local_directory(path)
     digest = hashlib.sha256()
-    for file in weight_files(where):
+    for file in weight_files(directory):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     for name in ("config.json", "adapter_config.json"):
-        digest.update(_meaning(Path(where) / name))
-    if adapter := adapter_config(where):
+        digest.update(_relevant_settings(Path(directory) / name))
+    if adapter := adapter_config(directory):
         digest.update(directory_digest(base_of(adapter, base)).encode())
     return digest.hexdigest()
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """Every file of a directory that its weights may be read from.
+    """Every file of a directory from which its weights may be read.
 
-    A torch file counts where there is none of safetensors of its name, which transformers and peft would prefer.
+    A torch file counts only without a safetensors file of its name, which transformers and peft would prefer.
     """
-    where = Path(directory)
-    stored = [
+    folder = Path(directory)
+    torch_files = [
         file
-        for name, parts in TORCH_FILES.items()
-        if not (any(where.glob(f"{name}.safetensors")) or (where / f"{name}.safetensors.index.json").exists())
-        for file in where.glob(parts)
+        for stem, pattern in TORCH_FILES.items()
+        if not (any(folder.glob(f"{stem}.safetensors")) or (folder / f"{stem}.safetensors.index.json").exists())
+        for file in folder.glob(pattern)
     ]
-    return [*sorted(where.glob("*.safetensors")), *sorted(stored)]
+    return [*sorted(folder.glob("*.safetensors")), *sorted(torch_files)]
 
 
-def _meaning(file: Path) -> bytes:
-    """A configuration without its formatting, and without what does not change an output."""
+def _relevant_settings(file: Path) -> bytes:
+    """A configuration without its formatting and without entries that do not change an output."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):  # none there, or one that loading the model will complain of
+    except (OSError, ValueError):  # there is none, or loading the model will report it
         return b""
-    kept = {name: value for name, value in content.items() if name not in IRRELEVANT}
-    return json.dumps(kept, sort_keys=True).encode()
+    relevant = {name: value for name, value in content.items() if name not in IRRELEVANT}
+    return json.dumps(relevant, sort_keys=True).encode()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -301,17 +301,17 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def located(path: str | Path) -> str:
-    """Local directory of a model: the path itself, or where the Hub's files are kept."""
+def local_directory(path: str | Path) -> str:
+    """Local directory of a model: the path itself, or the cached copy of a Hub repository."""
     if Path(path).is_dir():
         return str(path)
     if Path(path).exists() or str(path).startswith((".", "/", "~")):
         raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
     import huggingface_hub
 
-    kinds = ["*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
-        return huggingface_hub.snapshot_download(str(path), allow_patterns=kinds)
+        return huggingface_hub.snapshot_download(str(path), allow_patterns=patterns)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -321,9 +321,9 @@ def located(path: str | Path) -> str:
 
 
 def adapter_config(directory: str) -> dict[str, Any] | None:
-    """An adapter's configuration; None where the directory holds none.
+    """An adapter's configuration; None if the directory holds none.
 
-    A base by a relative path counts from the working directory, as it did in the training, else from the adapter.
+    A relative path of the base counts from the working directory, as it did in the training, else from the adapter.
     """
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
@@ -342,16 +342,16 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
 
 
 def base_of(config: dict[str, Any], known: str | None = None) -> str:
-    """Directory or Hub name of an adapter's base: `known`, where that is still there, else what it says itself."""
+    """Directory or Hub name of an adapter's base: `known` if that directory still exists, else the configuration's."""
     return known if known is not None and Path(known).is_dir() else config["base_model_name_or_path"]
 
 
-def _adapted(model: Any, directory: str) -> Any:
+def _with_adapter(model: Any, directory: str) -> Any:
     import peft
 
     with _loading(directory), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own
-        # peft leaves an adapter's weight that its file lacks as it was drawn, and warns.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by peft
+        # An adapter's weight that its file lacks keeps its random start, and peft only warns.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return peft.PeftModel.from_pretrained(model, directory)
@@ -360,19 +360,21 @@ def _adapted(model: Any, directory: str) -> Any:
 
 
 def check_files(path: str | Path, *, base: str | None = None) -> None:
-    """Name a weight file that is cut or garbled before transformers meets it somewhere inside, an adapter's base's too.
+    """Find a cut or garbled weight file before transformers fails on it, also among the files of an adapter's base.
+
+    For `base`, see `load_model`.
 
     Raises:
-        ModelError: A file is broken, or an adapter's base is not there. `base`: see `load_model`.
+        ModelError: A file is broken, or an adapter's base does not exist; the message names it.
     """
-    where = located(path)
-    _check_directory(where)
-    if adapter := adapter_config(where):
+    directory = local_directory(path)
+    _check_directory(directory)
+    if adapter := adapter_config(directory):
         source = base_of(adapter, base)
         try:
-            _check_directory(located(source))
+            _check_directory(local_directory(source))
         except ModelError as error:
-            file = Path(where) / "adapter_config.json"
+            file = Path(directory) / "adapter_config.json"
             raise ModelError(f"{error} It is the base that {file} names: correct that file.") from None
 
 
@@ -396,7 +398,7 @@ def _check_directory(directory: str) -> None:
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
     import safetensors
-    from huggingface_hub.errors import StrictDataclassError  # a value in config.json of the wrong type
+    from huggingface_hub.errors import StrictDataclassError  # raised for a value of the wrong type in config.json
 
     known = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, StrictDataclassError)
     try:
@@ -408,35 +410,35 @@ def _loading(path: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bar and loading report on stderr: what matters of it is checked and raised."""
+    """Silence transformers' own bar and loading report on stderr; what matters in it is checked and raised."""
     level = transformers.logging.get_verbosity()
-    shown = transformers.logging.is_progress_bar_enabled()
+    has_bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-        if shown:
+        if has_bar:
             transformers.logging.enable_progress_bar()
 
 
 def _refuse_missing(report: dict[str, Any], path: str) -> None:
-    """Transformers fills weights that a file lacks with random numbers; gradients through those mean nothing."""
+    """Refuse weights that a file lacks: transformers fills them at random, and gradients through them mean nothing."""
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(item[0]) for item in report.get("mismatched_keys") or ())
     if missing or mismatched:
-        found = ", ".join((missing + mismatched)[:3])
+        first = ", ".join((missing + mismatched)[:3])
         raise ModelError(
             f"{path}: {len(missing)} weights are missing from its files and {len(mismatched)} have another shape "
-            f"(first: {found}). The directory is not a complete causal language model."
+            f"(first: {first}). The directory is not a complete causal language model."
         )
     if unknown := sorted(report.get("unexpected_keys") or ()):
         logger.warning("%s: the model has no place for %d weights, %s first", path, len(unknown), unknown[0])
 
 
 def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
-    """A directory's own tokenizer, or the fallback's where it has none."""
+    """A directory's own tokenizer, or the fallback's if the directory has none."""
     has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))
     source = str(path) if has_own or not Path(path).is_dir() else _tokenizer_above(Path(path), fallback)
     return _tokenizer(source, trust_remote_code, "Save one there, or name one with --tokenizer.")
@@ -455,18 +457,18 @@ def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
 
 
 def _tokenizer_above(directory: Path, fallback: str) -> str:
-    """A Trainer without `processing_class` saves its tokenizer, if at all, beside its checkpoints."""
+    """The tokenizer beside a checkpoint, where a Trainer without `processing_class` saves it; else the fallback's."""
     parent = directory.parent
     return str(parent) if directory.name.startswith("checkpoint-") and any(parent.glob("tokenizer*")) else fallback
 
 
-def _check_tokenizer(tokenizer: Any, model: Any, words: str, weights: str) -> None:
+def _check_tokenizer(tokenizer: Any, model: Any, tokenizer_path: str, model_path: str) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     rows = len(model.get_input_embeddings().weight)  # peft wraps an embedding whose tokens it trains
     if largest >= rows:
         raise ModelError(
-            f"the tokenizer of {words} has ids up to {largest}, but the embedding of {weights} has {rows} rows: "
-            "they do not belong together. Name the right one with --tokenizer."
+            f"the tokenizer of {tokenizer_path} has ids up to {largest}, but the embedding of {model_path} has {rows} "
+            "rows: they do not belong together. Name the right one with --tokenizer."
         )
 
 

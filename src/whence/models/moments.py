@@ -1,15 +1,15 @@
 """Adam's moments of a checkpoint, under the names of the layers that they belong to.
 
 A Trainer writes `optimizer.pt`, which numbers parameters in the order of the optimizer's groups: those with weight
-decay first, then those without, each in the order of `named_parameters()`. Which parameters have decay is a rule of
-transformers that has changed; the rule that fits a file's counts and shapes is taken, and a file that none fits is
-refused. FSDP's `optimizer.bin`, and files of an optimizer that was made from named parameters, say the names.
+decay first, then those without, each in the order of `named_parameters()`. The rule by which transformers decays
+parameters has changed: the rule that fits a file's counts and shapes is used, and a file that no rule fits is refused.
+FSDP's `optimizer.bin`, and the file of an optimizer that was made from named parameters, hold the names.
 
-Steps done, betas and eps are read from the file too, never assumed. A weight that is tied to another has one pair of
-moments, for both its uses together.
+The number of steps, betas and eps are read from the file too, never assumed. A weight that is tied to another has one
+pair of moments, for both its uses together.
 
-Files are read as tensors alone (`weights_only`), and mapped, so that only what is traced is fetched from the disk.
-What cannot be read: 8-bit moments, sharded or DeepSpeed checkpoints, optimizers other than Adam and AdamW.
+Files are read as tensors only (`weights_only`), and mapped, so that only the traced layers are fetched from the disk.
+Not readable are 8-bit moments, sharded or DeepSpeed checkpoints, and optimizers other than Adam and AdamW.
 
 Source: transformers' `Trainer.create_optimizer` and `get_decay_parameter_names` for the order.
 """
@@ -32,60 +32,62 @@ from whence.errors import ModelError
 from whence.models.loading import LoadedModel, layer_shape
 
 FILES = ("optimizer.pt", "optimizer.bin")
-"""A Trainer's, and FSDP's."""
+"""Names of the optimizer's file: a Trainer's, and FSDP's."""
 OTHER_LAYOUTS = ("optimizer_0", "global_step*", "rank*-of-*-optimizer.pt", "zero_to_fp32.py")
-"""What sharded and DeepSpeed checkpoints hold in their place."""
+"""Patterns of the files that sharded and DeepSpeed checkpoints hold instead."""
 KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
-"""The two moments, as torch and as bitsandbytes name them."""
+"""Names of the two moments in torch and in bitsandbytes."""
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
-"""What FSDP, activation checkpointing and torch.compile put into a name."""
+"""Components that FSDP, activation checkpointing and torch.compile add to a name."""
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 REMEDY = "--view sgd needs no optimizer file."
-"""What an index is told that has none; other readers say their own."""
+"""Remedy for an index whose checkpoint has no such file; other readers give their own."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer's weight, laid out as its gradient, and what AdamW did with them.
+    """Moments of one layer's weight, laid out as its gradient, with the settings that AdamW used.
 
-    They are the file's own pages, so what outlives a change of the file must be copied, as `adam` does.
+    The tensors are the file's own pages, so whatever must outlive a change of the file is copied, as `adam` does.
     """
 
     m1: Float32[Tensor, "o i"]
     """Running mean of the gradients, not corrected for its start at 0."""
     m2: Float32[Tensor, "o i"]
-    """Of their squares."""
+    """Running mean of their squares, likewise."""
     step: int
-    """Steps done."""
+    """Number of steps done."""
     betas: tuple[float, float]
     eps: float
 
 
 def optimizer_file(directory: str | Path) -> Path:
-    """The file that a checkpoint's moments are in.
+    """The file that holds a checkpoint's moments.
 
     Raises:
-        ModelError: There is none; the message says what there is.
+        ModelError: There is none; the message explains why.
     """
     for name in FILES:
         if (file := Path(directory) / name).is_file():
             return file
     others = [item.name for pattern in OTHER_LAYOUTS for item in Path(directory).glob(pattern)]
     if others:
-        what = (
+        explanation = (
             f"its {others[0]} is a sharded checkpoint, which Whence does not read. With FSDP, train with "
             "fsdp_state_dict_type FULL_STATE_DICT"
         )
     elif Path(directory).is_dir():
-        what = "a Trainer writes it into every checkpoint unless save_only_model is set. Train without that"
+        explanation = "a Trainer writes it into every checkpoint unless save_only_model is set. Train without that"
     else:
-        what = "it is no local directory, and models on the Hub come without. Index a training's own directory"
-    raise ModelError(f"{directory}: there is no {' or '.join(FILES)} in it, where Adam's moments are kept; {what}.")
+        explanation = "it is no local directory, and models on the Hub come without. Index a training's own directory"
+    raise ModelError(
+        f"{directory}: there is no {' or '.join(FILES)} in it, where Adam's moments are kept; {explanation}."
+    )
 
 
 def moments_digest(directory: str | Path) -> str:
     """sha256 of a checkpoint's optimizer file."""
-    with _else(REMEDY), optimizer_file(directory).open("rb") as stream:
+    with _with_remedy(REMEDY), optimizer_file(directory).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -93,24 +95,24 @@ def read_moments(model: LoadedModel, layers: Mapping[str, nn.Module], *, remedy:
     """Moments of a checkpoint's layers.
 
     Args:
-        model: Of the checkpoint, loaded from its directory.
+        model: The checkpoint's model, loaded from its directory.
         layers: Traced layers by name; the weight of each was trained.
-        remedy: How to do without, for the message where there is no file or it cannot be read.
+        remedy: How to do without moments, for the message if there is no file or it cannot be read.
 
     Raises:
-        ModelError: No file, one that holds other things than Adam's moments, or that of another model; the parameter
-            is named.
+        ModelError: There is no file, it does not hold Adam's moments, or it is of another model; the message names the
+            parameter.
     """
-    with _else(remedy):
+    with _with_remedy(remedy):
         file = optimizer_file(model.path)
-        entries = _by_name(_read(file), model, file)
-        names = _names(model)
+        entries = _entries_by_name(_read_optimizer(file), model, file)
+        names = _parameter_names(model)
         return {name: _moments(name, layer, names[id(layer.weight)], entries, file) for name, layer in layers.items()}
 
 
 @contextmanager
-def _else(remedy: str) -> Iterator[None]:
-    """Errors that say how to do without."""
+def _with_remedy(remedy: str) -> Iterator[None]:
+    """Add to errors how to do without moments."""
     try:
         yield
     except ModelError as error:
@@ -125,7 +127,7 @@ class _Entry:
     group: Mapping[str, Any]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_optimizer(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as error:
@@ -145,36 +147,36 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _can_be_mapped(file: Path) -> bool:
-    """Whether it is in the zip format, as all but very old files are."""
+    """Whether a file is in the zip format, as all but very old ones are."""
     with file.open("rb") as stream:
         return stream.read(2) == b"PK"
 
 
 def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mapping[str, _Entry], file: Path) -> Moments:
-    found = next((entries[name] for name in names if name in entries), None)
+    entry = next((entries[name] for name in names if name in entries), None)
     if not entries:
         raise ModelError(f"{file}: it holds nothing of any parameter, where Adam and AdamW keep moments.")
-    if found is None:
+    if entry is None:
         raise ModelError(
             f"{file}: it has no moments of {names[0]}, so that weight was not trained. Leave the layer out with "
             f"--layers: {layer}."
         )
     weight = module.weight
     assert isinstance(weight, Tensor), "layers are chosen by their weight"
-    keys = next((keys for keys in KEYS if set(keys) <= found.state.keys()), None)
-    if keys is None or not {"betas", "eps"} <= found.group.keys() or "step" not in found.state:
-        kept = ", ".join(map(str, found.state)) or "nothing"
+    keys = next((keys for keys in KEYS if set(keys) <= entry.state.keys()), None)
+    if keys is None or not {"betas", "eps"} <= entry.group.keys() or "step" not in entry.state:
+        contents = ", ".join(map(str, entry.state)) or "nothing"
         raise ModelError(
-            f"{file}: of {names[0]} it holds {kept}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW keep "
-            "them."
+            f"{file}: of {names[0]} it holds {contents}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW "
+            "keep them."
         )
-    pair = [found.state[key] for key in keys]
+    pair = [entry.state[key] for key in keys]
     if any(moment.dtype == torch.uint8 for moment in pair):
         raise ModelError(
             f"{file}: the moments of {names[0]} are in 8 bits (bitsandbytes), which Whence does not read. Train with "
             f"a 32-bit AdamW, such as --optim adamw_torch."
         )
-    if found.group.get("amsgrad") or found.group.get("maximize"):
+    if entry.group.get("amsgrad") or entry.group.get("maximize"):
         raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
     for key, moment in zip(keys, pair, strict=True):
         if moment.shape != weight.shape:
@@ -185,15 +187,15 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
     # Conv1D keeps its weight as [i o], and so does its optimizer; the shape cannot tell where i = o
     m1, m2 = (moment.float() if isinstance(module, nn.Linear) else moment.float().T for moment in pair)
     assert m1.shape == layer_shape(module), f"{layer}: {m1.shape}"
-    first, second = (float(beta) for beta in found.group["betas"])
-    return Moments(m1, m2, int(found.state["step"]), (first, second), float(found.group["eps"]))
+    first, second = (float(beta) for beta in entry.group["betas"])
+    return Moments(m1, m2, int(entry.state["step"]), (first, second), float(entry.group["eps"]))
 
 
 # -- names
 
 
-def _names(model: LoadedModel) -> dict[int, list[str]]:
-    """Every name of each parameter, without wrappers, by its identity; tied weights have several."""
+def _parameter_names(model: LoadedModel) -> dict[int, list[str]]:
+    """Every name of each parameter, without wrappers, by the parameter's `id`; tied weights have several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(plain_name(name))
@@ -201,20 +203,20 @@ def _names(model: LoadedModel) -> dict[int, list[str]]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers and the adapter's own name put into it.
+    """A parameter's name without the components that wrappers and an adapter's name add.
 
     >>> plain_name("module._fsdp_wrapped_module.model.q_proj.lora_A.default.weight")
     'model.q_proj.lora_A.weight'
     """
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while parts and parts[0] == "module":  # data-parallel wrappers; further in, it may be a layer's own name
-        parts = parts[1:]
-    named = {n + 1 for n, part in enumerate(parts) if part.startswith("lora_") or part == "modules_to_save"}
-    return ".".join(part for n, part in enumerate(parts) if n not in named or part == "weight")
+    words = [word for word in name.split(".") if word not in WRAPPERS]
+    while words and words[0] == "module":  # of data-parallel wrappers; further in, it may be a layer's own name
+        words = words[1:]
+    named = {n + 1 for n, word in enumerate(words) if word.startswith("lora_") or word == "modules_to_save"}
+    return ".".join(word for n, word in enumerate(words) if n not in named or word == "weight")
 
 
-def _by_name(content: dict[str, Any], model: LoadedModel, file: Path) -> dict[str, _Entry]:
-    """The file's entries by plain name, whatever the file's own keys are."""
+def _entries_by_name(content: dict[str, Any], model: LoadedModel, file: Path) -> dict[str, _Entry]:
+    """The file's entries by plain name, for any keys that the file itself uses."""
     state, groups = content["state"], content["param_groups"]
     numbers = [list(group["params"]) for group in groups]
     if any(isinstance(key, str) for group in numbers for key in group):
@@ -234,19 +236,19 @@ def _by_name(content: dict[str, Any], model: LoadedModel, file: Path) -> dict[st
 def _names_by_order(
     state: Mapping[Any, Mapping[str, Any]], numbers: list[list[int]], model: LoadedModel, file: Path
 ) -> list[list[str]]:
-    """Names of parameters that the file only numbers, from the first order that fits its counts and shapes."""
+    """Names of parameters that the file only numbers, in the first order that fits its counts and shapes."""
     counts, tried, problem = [len(group) for group in numbers], [], ""
     for order in _orders(model):
         groups = iter(order)
-        # an adapter has no parameter without decay, and the file an empty group for those
+        # an adapter has no parameter without decay; the file has an empty group for those
         filled = [next(groups, []) if count else [] for count in counts]
         tried.append(" + ".join(str(len(group)) for group in order))
         if [len(group) for group in filled] != counts or next(groups, None) is not None:
             continue
-        wrong = next(_of_other_shape(state, numbers, filled, model), None)
-        if wrong is None:
+        mismatch = next(_shape_mismatches(state, numbers, filled, model), None)
+        if mismatch is None:
             return [[plain_name(name) for name in group] for group in filled]
-        problem = problem or wrong
+        problem = problem or mismatch
     if problem:
         raise ModelError(f"{file}: {problem}: the optimizer's order of parameters is not this model's.")
     raise ModelError(
@@ -257,10 +259,10 @@ def _names_by_order(
     )
 
 
-def _of_other_shape(
+def _shape_mismatches(
     state: Mapping[Any, Mapping[str, Any]], numbers: list[list[int]], names: list[list[str]], model: LoadedModel
 ) -> Iterator[str]:
-    """Parameters whose moments have not their shape, as a person reads it."""
+    """Parameters whose moments have another shape, one sentence each."""
     for key, name in zip(itertools.chain(*numbers), itertools.chain(*names), strict=True):
         expected = model.model.get_parameter(name).shape
         for keys in KEYS:
@@ -270,16 +272,16 @@ def _of_other_shape(
 
 
 def _orders(model: LoadedModel) -> Iterator[list[list[str]]]:
-    """Groups of names as optimizers order them, the installed Trainer's first; empty groups left out."""
-    for names in _trained(model):
-        for decays in (_decays, _decayed_before):
-            groups = [[name for name in names if decays(model.model, name) is kept] for kept in (True, False)]
+    """Groups of names as optimizers order them, the installed Trainer's first; empty groups are left out."""
+    for names in _trained_names(model):
+        for decays in (_decays, _decays_before_4_50):
+            groups = [[name for name in names if decays(model.model, name) is decayed] for decayed in (True, False)]
             yield [group for group in groups if group]
         yield [names]
 
 
-def _trained(model: LoadedModel) -> Iterator[list[str]]:
-    """Names of the parameters that were trained, in their order: of an adapter as peft thaws it, or its LoRA alone."""
+def _trained_names(model: LoadedModel) -> Iterator[list[str]]:
+    """Names of the trained parameters in their order: for an adapter, those that peft thaws, then only its LoRA."""
     names = [name for name, _ in model.model.named_parameters()]
     if not model.has_adapter:
         yield names
@@ -307,12 +309,12 @@ def _decays(model: nn.Module, name: str) -> bool:
     return not _is_in_layer_norm(model, name) and not NO_DECAY.search(name.lower())
 
 
-def _decayed_before(model: nn.Module, name: str) -> bool:
-    """The same of earlier ones, which went by the norm's class and by `bias` alone."""
+def _decays_before_4_50(model: nn.Module, name: str) -> bool:
+    """The same for earlier versions, which looked only at the norm's class and for `bias`."""
     return not _is_in_layer_norm(model, name) and "bias" not in name
 
 
 def _is_in_layer_norm(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")[:-1]
-    owners = (model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts)))
+    words = name.split(".")[:-1]
+    owners = (model.get_submodule(".".join(words[: n + 1])) for n in range(len(words)))
     return any(isinstance(owner, nn.LayerNorm) for owner in owners)

@@ -1,7 +1,7 @@
 """The parameters of two models side by side, from their directories: whole models, or an adapter and its base.
 
-Names are matched, a tied head is one parameter, rows of vocabularies stand by their tokens, and where a tensor began
-that no file holds is told. Nothing is compared here.
+Names are matched, a tied head is one parameter, rows of vocabularies are aligned by their tokens, and a tensor that
+only the adapter's file holds is paired with where it began. This module compares nothing; `difference` does.
 """
 
 import math
@@ -16,13 +16,13 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from whence.errors import ModelError
-from whence.models.loading import adapter_config, directory_digest, load_tokenizer, located
+from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
 from whence.models.weights import Weights, read_json, weights_of
 
 ZERO_AT_FIRST = ("true", "gaussian", "eva")
-"""Ways to begin an adapter that leave B at 0 and the base as it is."""
+"""Initialisations of an adapter that leave B at 0 and the base unchanged."""
 ADAPTER = "base_model.model."
-"""What peft puts before every name."""
+"""Prefix that peft puts before every name."""
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "alora_invocation_tokens")
 """Settings under which an adapter is no longer W + scale B A."""
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -40,13 +40,13 @@ class LowRank:
     right: Float32[Tensor, "r i"]
 
     def dense(self) -> Float32[Tensor, "o i"]:
-        """The product. GPT-2's layers keep their weight the other way round, as [i o]."""
+        """The product [o i]. GPT-2's layers store their weight transposed, as [i o]."""
         return self.left @ self.right
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where a parameter's two sides are stored; a base of None is 0."""
+    """Where a parameter's two sides are stored; a base of None stands for zeros."""
 
     final: tuple[Weights, str]
     base: tuple[Weights, str] | None
@@ -54,30 +54,30 @@ class Pair:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the final's side."""
+        """Shape of the final's side."""
         return self.final[0].shape(self.final[1])
 
     def sides(self) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
-        """Base and final as stored; of a vocabulary the rows that both have, in one order."""
+        """Base and final as stored; of a vocabulary, the rows that both have, in one order."""
         final = self.final[0].read(self.final[1])
         base = torch.zeros_like(final) if self.base is None else self.base[0].read(self.base[1])
         return (base[self.rows[0]], final[self.rows[1]]) if self.rows else (base, final)
 
     def placed(self, tensor: Float32[Tensor, "*s"]) -> Float32[Tensor, "..."]:
-        """Rows of `sides` at their places in the final; the others are 0."""
+        """Rows of `sides` at their places in the final; the other rows are 0."""
         if self.rows is None:
             return tensor
         return torch.zeros(self.shape).index_copy_(0, self.rows[1], tensor)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Entries of a difference, before they are compared."""
+class PairedParameters:
+    """Parameters of two models side by side, before they are compared."""
 
     pairs: Mapping[str, Pair]
     notes: list[str]
     head: str | None
-    """Entry of the output head; None where an adapter leaves it alone, empty where it is not known."""
+    """Name of the output head; None if an adapter leaves it alone, empty if it is not known."""
     adapters: tuple["Adapter | None", "Adapter | None"] = (None, None)
 
 
@@ -85,8 +85,8 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A whole model's directory."""
+class _ModelFiles:
+    """The files of a whole model: its weights and its configuration."""
 
     weights: Weights
     config: Mapping[str, Any]
@@ -96,13 +96,13 @@ class _Model:
         return self.weights.path
 
     @property
-    def words(self) -> int:
+    def vocabulary_size(self) -> int:
         """Rows of its embedding."""
         return self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size") or 0
 
     def is_vocabulary(self, name: str) -> bool:
-        """A row is a token's: an embedding, a head or a head's bias, none of which is in a numbered block."""
-        return not re.search(r"\.\d+\.", name) and self.weights.shape(name)[:1] == (self.words,)
+        """Whether each row is a token's: an embedding, a head or its bias, none of which is in a numbered block."""
+        return not re.search(r"\.\d+\.", name) and self.weights.shape(name)[:1] == (self.vocabulary_size,)
 
     @property
     def embedding(self) -> str | None:
@@ -114,14 +114,14 @@ class _Model:
         return next((name for name in self.weights.files if HEADS.search(name)), None)
 
 
-def _model(directory: str) -> _Model:
-    """A model without the copy of its embedding that some files hold for a tied head."""
+def _model_files(directory: str) -> _ModelFiles:
+    """A model's files, without the copy of the embedding that some of them hold for a tied head."""
     config = read_json(Path(directory) / "config.json")
-    model = _Model(weights_of(directory, "model", "pytorch_model"), config)
+    model = _ModelFiles(weights_of(directory, "model", "pytorch_model"), config)
     head, embedding = model.head, model.embedding
     if head is None or embedding is None or config.get("tie_word_embeddings") is False:
         return model
-    # transformers ties them, whatever the configuration says, only where they are equal
+    # whatever the configuration says, transformers ties them only if they are equal
     if not torch.equal(model.weights.read(head), model.weights.read(embedding)):
         return model
     files = {name: file for name, file in model.weights.files.items() if name != head}
@@ -129,16 +129,16 @@ def _model(directory: str) -> _Model:
 
 
 def weights_by_name(directory: str) -> Weights:
-    """A whole model's tensors by their names in its files, a tied head once."""
-    return _model(directory).weights
+    """A whole model's tensors by their names in its files; a tied head is there once."""
+    return _model_files(directory).weights
 
 
-def of_models(start: str, end: str, names: Iterable[str] | None) -> Found:
-    """Entries of two whole models, by the final's names, or by those given."""
-    before, after = _model(start), _model(end)
+def pair_models(start: str, end: str, names: Iterable[str] | None) -> PairedParameters:
+    """Parameters of two whole models, by the names in the final's files or by `names`."""
+    before, after = _model_files(start), _model_files(end)
     _check_kinds(before, after)
-    wanted = list(after.weights.files if names is None else names)
-    in_base, in_final = _matched(wanted, before.weights.files), _matched(wanted, after.weights.files)
+    entries = list(after.weights.files if names is None else names)
+    in_base, in_final = _matching_names(entries, before.weights.files), _matching_names(entries, after.weights.files)
     extra = set(before.weights.files) - set(in_base.values()) if names is None else set()
     for lacks, has, lacking in ((before, after, in_final.keys() - in_base), (after, before, extra)):
         if lacking or not in_final:
@@ -147,21 +147,21 @@ def of_models(start: str, end: str, names: Iterable[str] | None) -> Found:
                 f"not: they are of different architectures. {REMEDY}"
             )
     notes = []
-    if other := [name for name in wanted if name not in in_final]:
-        notes.append(f"{len(other)} parameters are stored in another form and left out: {listed(other)}.")
+    if unmatched := [name for name in entries if name not in in_final]:
+        notes.append(f"{len(unmatched)} parameters are stored in another form and left out: {listed(unmatched)}.")
     if not after.head and after.embedding:
         notes.append(f"The output head is tied to {after.embedding}: one entry holds what both uses moved.")
-    rows = _aligned(before, after, notes)
+    rows = _aligned_rows(before, after, notes)
     pairs = {name: Pair((after.weights, in_final[name]), (before.weights, in_base[name])) for name in in_final}
     for name, pair in pairs.items():
         if rows and after.is_vocabulary(in_final[name]) and before.is_vocabulary(in_base[name]):
             pairs[name] = replace(pair, rows=rows)
     _check_shapes(pairs)
     stored = {key: name for name, key in in_final.items()}
-    return Found(pairs, notes, stored.get(after.head or after.embedding or "", ""))
+    return PairedParameters(pairs, notes, stored.get(after.head or after.embedding or "", ""))
 
 
-def _check_kinds(before: _Model, after: _Model) -> None:
+def _check_kinds(before: _ModelFiles, after: _ModelFiles) -> None:
     kinds = [model.config.get("model_type") for model in (before, after)]
     if kinds[0] != kinds[1]:
         raise ModelError(f"{after.path}: a {kinds[1]} model, but {before.path} is a {kinds[0]} model. {REMEDY}")
@@ -186,21 +186,21 @@ def _check_shapes(pairs: Mapping[str, Pair]) -> None:
             )
 
 
-def _matched(wanted: Iterable[str], found: Collection[str]) -> dict[str, str]:
-    """Names in a file of wanted names: the same, or with one leading part more or less, or the head's other name.
+def _matching_names(names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
+    """Stored names by name: the same name, or one with one leading component more or less, or the head's other name.
 
-    >>> _matched(["transformer.wte.weight", "lm_head.weight"], ["wte.weight", "embed_out.weight"])
+    >>> _matching_names(["transformer.wte.weight", "lm_head.weight"], ["wte.weight", "embed_out.weight"])
     {'transformer.wte.weight': 'wte.weight', 'lm_head.weight': 'embed_out.weight'}
     """
-    longer = {name.partition(".")[2]: name for name in found}
-    heads = [name for name in found if HEADS.search(name)]
+    longer = {name.partition(".")[2]: name for name in stored}
+    heads = [name for name in stored if HEADS.search(name)]
     matches = {}
-    for name in wanted:
+    for name in names:
         shorter = name.partition(".")[2]
-        if name in found:
+        if name in stored:
             matches[name] = name
-        elif shorter in found or name in longer:
-            matches[name] = shorter if shorter in found else longer[name]
+        elif shorter in stored or name in longer:
+            matches[name] = shorter if shorter in stored else longer[name]
         elif HEADS.search(name) and heads:
             matches[name] = heads[0]
     return matches
@@ -209,38 +209,38 @@ def _matched(wanted: Iterable[str], found: Collection[str]) -> dict[str, str]:
 # -- vocabularies
 
 
-def _aligned(before: _Model, after: _Model, notes: list[str]) -> Rows | None:
-    """Rows of the same token, by its string; rows past the tokenizer (padding) by their number. None: all in place."""
-    tokens = [_tokens(model.path) for model in (before, after)]
+def _aligned_rows(before: _ModelFiles, after: _ModelFiles, notes: list[str]) -> Rows | None:
+    """Rows of the same token, by its string; rows past the tokenizer (padding) by number. None if all are in place."""
+    tokens = [_token_strings(model.path) for model in (before, after)]
     if None in tokens:
         lacking = (before, after)[tokens.index(None)].path
-        if before.words == after.words:
+        if before.vocabulary_size == after.vocabulary_size:
             notes.append(f"{lacking} has no readable tokenizer: both vocabularies are taken to have one order.")
             return None
         raise ModelError(
-            f"the vocabularies have {before.words} and {after.words} rows, and {lacking} has no readable tokenizer to "
-            "align them by. Copy its tokenizer's files there."
+            f"the vocabularies have {before.vocabulary_size} and {after.vocabulary_size} rows, and {lacking} has no "
+            "readable tokenizer to align them by. Copy its tokenizer's files there."
         )
     first, second = (
-        {(names or {}).get(row, row): row for row in range(model.words)}
+        {(names or {}).get(row, row): row for row in range(model.vocabulary_size)}
         for names, model in zip(tokens, (before, after), strict=True)
     )
     if first == second:
         return None
     shared = [(first[token], row) for token, row in second.items() if token in first]
     notes.append(
-        f"The vocabularies differ ({before.words} rows and {after.words}): {len(shared)} rows are aligned by their "
-        f"tokens, {after.words - len(shared)} of the final have no partner and are 0 in the difference, "
-        f"{before.words - len(shared)} of the base are left out."
+        f"The vocabularies differ ({before.vocabulary_size} rows and {after.vocabulary_size}): {len(shared)} rows are "
+        f"aligned by their tokens, {after.vocabulary_size - len(shared)} of the final have no partner and are 0 in the "
+        f"difference, {before.vocabulary_size - len(shared)} of the base are left out."
     )
     pairs = torch.tensor(shared, dtype=torch.int64).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
 
-def _tokens(directory: str) -> dict[int, str] | None:
-    """Strings of a tokenizer's ids; None where there is none, for which transformers would make up an empty one."""
-    here = Path(directory)
-    places = (here, here.parent) if here.name.startswith("checkpoint-") else (here,)
+def _token_strings(directory: str) -> dict[int, str] | None:
+    """Strings of a tokenizer's ids; None without a tokenizer, for which transformers would make up an empty one."""
+    folder = Path(directory)
+    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
     place = next((place for place in places if any(place.glob("tokenizer*")) or any(place.glob("vocab*"))), None)
     try:
         vocabulary = load_tokenizer(place, str(place), False).get_vocab() if place else None
@@ -254,7 +254,7 @@ def _tokens(directory: str) -> dict[int, str] | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA's directory."""
+    """The files of a plain LoRA: its factors and its configuration."""
 
     weights: Weights
     config: Mapping[str, Any]
@@ -266,37 +266,39 @@ class Adapter:
         return tuple(name[len(ADAPTER) : -len(end)] for name in self.weights.files if name.endswith(end))
 
     def update(self, layer: str) -> LowRank:
-        """What it adds to a layer's weight: scale B, and A."""
-        a, b = (self.weights.read(f"{ADAPTER}{layer}.{part}.weight").float() for part in ("lora_A", "lora_B"))
+        """What it adds to a layer's weight, as the factors scale B and A."""
+        a, b = (self.weights.read(f"{ADAPTER}{layer}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
         patterns = self.config.get("alpha_pattern") or {}
-        fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        alpha, rank = next(fitting, self.config["lora_alpha"]), a.shape[0]
+        alphas = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        alpha, rank = next(alphas, self.config["lora_alpha"]), a.shape[0]
         return LowRank(b * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)), a)
 
 
 def adapter_of(directory: str, config: Mapping[str, Any]) -> Adapter:
-    """A plain LoRA's tensors.
+    """A plain LoRA's files.
 
     Raises:
-        ModelError: It is of a variant that is more than W + scale B A.
+        ModelError: The adapter is a variant that is not W + scale B A.
     """
     if variant := next((name for name in VARIANTS if config.get(name)), None):
         raise ModelError(f"{directory}: an adapter with {variant}; Whence knows W + scale B A. Merge it into its base.")
     return Adapter(weights_of(directory, "adapter_model"), config)
 
 
-def of_adapters(start: str, end: str, config: Mapping[str, Any]) -> Found:
-    """Entries of an adapter's own parameters, against the bare base or against an earlier adapter on it."""
+def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedParameters:
+    """An adapter's own parameters, paired with the bare base or with an earlier adapter on it."""
     earlier = adapter_config(start)
-    root = located(earlier["base_model_name_or_path"]) if earlier else start
-    parent = located(config["base_model_name_or_path"])
+    root = local_directory(earlier["base_model_name_or_path"]) if earlier else start
+    parent = local_directory(config["base_model_name_or_path"])
     if Path(root).resolve() != Path(parent).resolve() and directory_digest(root) != directory_digest(parent):
         raise ModelError(f"{end}: an adapter of {parent}, not of {root}. Give the base that it names.")
     after, notes = adapter_of(end, config), []
     before = adapter_of(start, earlier) if earlier else None
     if before:
-        if other := sorted(before.weights.files.keys() ^ after.weights.files.keys()):
-            raise ModelError(f"{start}, {end}: only one of the two adapters has {other[0]}. Give adapters of one kind.")
+        if unshared := sorted(before.weights.files.keys() ^ after.weights.files.keys()):
+            raise ModelError(
+                f"{start}, {end}: only one of the two adapters has {unshared[0]}. Give adapters of one kind."
+            )
         bases = {name: (before.weights, name) for name in after.weights.files}
     else:
         if str(config.get("init_lora_weights", True)).lower() not in ZERO_AT_FIRST:
@@ -304,21 +306,22 @@ def of_adapters(start: str, end: str, config: Mapping[str, Any]) -> Found:
                 f"{end}: its init_lora_weights is {config['init_lora_weights']}, under which B does not begin at 0 or "
                 "the base is changed too. Merge it and the first adapter into the base and give those two."
             )
-        bases = _beginnings(after.weights, _model(root), notes)
-    pairs = {_parameter(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
+        bases = _initial_values(after.weights, _model_files(root), notes)
+    pairs = {_loaded_name(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
     _check_shapes(pairs)
     notes.append(f"An adapter of {len(after.layers)} layers: what it does not hold is the base's and did not move.")
     heads = (name for name in pairs if re.search(r"\.(lm_head|embed_out)\.", name))
-    return Found(pairs, notes, next(heads, None), (before, after))
+    return PairedParameters(pairs, notes, next(heads, None), (before, after))
 
 
-def _beginnings(after: Weights, root: _Model, notes: list[str]) -> dict[str, tuple[Weights, str] | None]:
-    """Where an adapter's tensors began: B at 0, whole modules and biases at the base's, the rest is unknown."""
+def _initial_values(after: Weights, root: _ModelFiles, notes: list[str]) -> dict[str, tuple[Weights, str] | None]:
+    """Where an adapter's tensors began: B at 0, whole modules and biases at the base's; of the rest it is unknown."""
     bases, unknown = {}, []
     for name in after.files:
-        own = name.removeprefix(ADAPTER).replace(".base_layer.", ".")
-        match = _matched([own], root.weights.files).get(own) or (root.embedding if HEADS.search(own) else None)
-        if ".lora_B." in name or name.endswith(".lora_embedding_A"):  # an embedding's A begins at 0, not its B
+        plain = name.removeprefix(ADAPTER).replace(".base_layer.", ".")
+        match = _matching_names([plain], root.weights.files).get(plain)
+        match = match or (root.embedding if HEADS.search(plain) else None)
+        if ".lora_B." in name or name.endswith(".lora_embedding_A"):  # of an embedding, A begins at 0 instead of B
             bases[name] = None
         elif "lora_" in name or match is None:
             unknown.append(name.removeprefix(ADAPTER))
@@ -329,8 +332,8 @@ def _beginnings(after: Weights, root: _Model, notes: list[str]) -> dict[str, tup
     return bases
 
 
-def _parameter(name: str, config: Mapping[str, Any]) -> str:
-    """What peft calls a tensor of an adapter's file once it is loaded."""
+def _loaded_name(name: str, config: Mapping[str, Any]) -> str:
+    """The name that peft gives to a tensor of an adapter's file when it loads it."""
     if "lora_" in name:
         return re.sub(r"\.(lora_(?:embedding_)?[AB])(?=\.|$)", r".\1.default", name)
     for module in config.get("modules_to_save") or ():
@@ -341,5 +344,5 @@ def _parameter(name: str, config: Mapping[str, Any]) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,7 +1,7 @@
 """Saved weights rounded to fewer bits, as another model's were.
 
-What is seen of a model through its files is seen through their rounding: a move of half a step or less is lost, a
-larger one becomes whole steps. A model that stands for another is to be seen so, too.
+A model's files show its weights rounded: a move of half a step or less is lost, and a larger one becomes whole steps. A
+model that stands in for another must be rounded in the same way.
 """
 
 import math
@@ -14,11 +14,11 @@ from whence.models.weights import Described, Weights, in_pieces, weights_of
 from whence.storage import Place
 
 STEMS = ("adapter_model", "model", "pytorch_model")
-"""Of the files that hold an adapter's or a model's weights."""
+"""Names, without endings, of the files that hold an adapter's or a model's weights."""
 
 
 def stored_dtype(directory: str) -> torch.dtype:
-    """The type in which most entries of a saved model's or adapter's weights are stored."""
+    """The dtype in which most entries of a saved model's or adapter's weights are stored."""
     entries = Counter[torch.dtype]()
     for dtype, shape in weights_of(directory, *STEMS).described().values():
         entries[dtype] += math.prod(shape)
@@ -26,11 +26,11 @@ def stored_dtype(directory: str) -> torch.dtype:
 
 
 def round_stored(directory: str, dtype: torch.dtype) -> None:
-    """Store what is in more bits in `dtype`, a file at a time; each is replaced when its successor is whole.
+    """Store tensors of more bits in `dtype`, one file at a time; a file is replaced when its successor is whole.
 
     Args:
-        directory: Of a model or an adapter in safetensors files.
-        dtype: One of 16 bits; fp32 changes nothing.
+        directory: Directory of a model or an adapter in safetensors files.
+        dtype: A dtype of 16 bits; fp32 changes nothing.
 
     Raises:
         ModelError: The weights are in another format.
@@ -39,13 +39,15 @@ def round_stored(directory: str, dtype: torch.dtype) -> None:
     for file in sorted({*weights.files.values()}):
         if file.suffix != ".safetensors":
             raise ModelError(f"{file}: weights are rounded in safetensors files. Save the model as safetensors.")
-        own = Weights(directory, {name: file for name, where in weights.files.items() if where == file})
-        before = own.described()
+        of_file = Weights(directory, {name: file for name, where in weights.files.items() if where == file})
+        before = of_file.described()
         after: Described = {
             name: (dtype if dtype.itemsize < kind.itemsize else kind, shape) for name, (kind, shape) in before.items()
         }
         if after != before:
             pieces, total = in_pieces(
-                after, lambda name, own=own, after=after: own.read(name).to(after[name][0]), metadata={"format": "pt"}
+                after,
+                lambda name, of_file=of_file, after=after: of_file.read(name).to(after[name][0]),
+                metadata={"format": "pt"},
             )
             Place.at(file.parent).write(file.name, pieces, total=total)

@@ -1,7 +1,8 @@
 """A run: the checkpoints of a training in order, with the learning rate that led to each.
 
 A Hugging Face Trainer's output directory is a run as it stands: `checkpoint-STEP/` directories, whose order and
-learning rates come from the newest `trainer_state.json`. A single model directory, or a Hub name, is a run of one.
+learning rates come from the newest `trainer_state.json`. A single model directory or a Hub name is a run of one
+checkpoint.
 
 The weight of a checkpoint in a score summed over checkpoints (TracInCP, LESS) is the mean learning rate of the
 interval that it closes, rescaled so that the weights sum to 1. Source: Pruthi et al. 2020,
@@ -27,7 +28,7 @@ class Checkpoint:
     learning_rate: float | None = None
     """Mean over the logged steps of the interval that this checkpoint closes; None where none was logged."""
     weight: float = 1.0
-    """Its share of a score over checkpoints."""
+    """Its weight in a score that is summed over checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +43,35 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
     """Read a Trainer's output directory, a model directory or a Hub name as a run.
 
     Args:
-        path: Of the directory, or a Hub name.
-        which: "all" checkpoints, or the "last" alone. A Trainer directory that holds a final model beside its
-            checkpoints counts that model as the last only if it has no checkpoint.
+        path: A directory, or a Hub name.
+        which: "all" checkpoints, or only the "last". A final model beside the checkpoints of a Trainer's directory
+            counts only if there is no checkpoint.
 
     Raises:
-        SettingError: `which` is neither.
+        SettingError: `which` is something else.
         ModelError: The Trainer's state cannot be read, or with "all" lacks the learning rates.
     """
     if which not in ("all", "last"):
         raise SettingError(f"--checkpoints {which}: choose all or last")
-    found = _checkpoint_directories(Path(path))
-    if not found:
+    directories = _checkpoint_directories(Path(path))
+    if not directories:
         return Run(str(path), (Checkpoint(str(path)),))
-    history = _learning_rates(found[-1])
-    steps = [_step(directory) for directory in found]
+    history = _learning_rates(directories[-1])
+    steps = [_step(directory) for directory in directories]
     rates = [
         _mean([rate for step, rate in history if start < step <= end])
         for start, end in zip([0, *steps], steps, strict=False)
     ]
     if which == "last":
-        return Run(str(path), (Checkpoint(str(found[-1]), steps[-1], rates[-1]),))
-    return Run(str(path), tuple(_weighted(found, steps, rates)))
+        return Run(str(path), (Checkpoint(str(directories[-1]), steps[-1], rates[-1]),))
+    return Run(str(path), tuple(_weighted(directories, steps, rates)))
 
 
-def _weighted(found: list[Path], steps: list[int], rates: list[float | None]) -> list[Checkpoint]:
+def _weighted(directories: list[Path], steps: list[int], rates: list[float | None]) -> list[Checkpoint]:
     known = [rate for rate in rates if rate is not None]
     if len(known) < len(rates) or sum(known) == 0:
-        lacking = [directory.name for directory, rate in zip(found, rates, strict=True) if not rate]
-        if not (file := found[-1] / "trainer_state.json").exists():
+        lacking = [directory.name for directory, rate in zip(directories, rates, strict=True) if not rate]
+        if not (file := directories[-1] / "trainer_state.json").exists():
             raise ModelError(
                 f"{file}: there is no such file, and only it says the learning rates that weight checkpoints. Use "
                 "--checkpoints last, or copy the file from where the model was trained."
@@ -82,15 +83,15 @@ def _weighted(found: list[Path], steps: list[int], rates: list[float | None]) ->
     total = sum(known)
     return [
         Checkpoint(str(directory), step, rate, rate / total)
-        for directory, step, rate in zip(found, steps, known, strict=True)
+        for directory, step, rate in zip(directories, steps, known, strict=True)
     ]
 
 
 def _checkpoint_directories(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    found = [item for item in path.iterdir() if re.fullmatch(r"checkpoint-\d+", item.name) and item.is_dir()]
-    return sorted(found, key=_step)
+    directories = [item for item in path.iterdir() if re.fullmatch(r"checkpoint-\d+", item.name) and item.is_dir()]
+    return sorted(directories, key=_step)
 
 
 def _step(directory: Path) -> int:
@@ -98,7 +99,7 @@ def _step(directory: Path) -> int:
 
 
 def _learning_rates(directory: Path) -> list[tuple[int, float]]:
-    """`(step, rate)` of every log line; the newest state repeats the whole history."""
+    """`(step, rate)` of every log line. The newest state repeats the whole history."""
     file = directory / "trainer_state.json"
     try:
         state: dict[str, Any] = json.loads(file.read_text())

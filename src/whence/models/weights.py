@@ -1,6 +1,6 @@
-"""Weights as files: safetensors, or torch's own read as tensors alone, in one file or in several with an index.
+"""Weights as files: safetensors, or torch's own format read as tensors only, in one file or in several with an index.
 
-A tensor is read when it is asked for; nothing is unpickled.
+A tensor is read when it is asked for, and nothing else is unpickled.
 """
 
 import json
@@ -21,11 +21,11 @@ from torch import Tensor
 from whence.errors import ModelError
 
 FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Their names in safetensors, in the order in which it stores them."""
+"""Names of dtypes in safetensors, in the order in which it stores tensors."""
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Types and shapes of tensors by their names."""
+"""Dtypes and shapes of tensors by name."""
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
-"""Constants that older files hold beside the parameters."""
+"""Names of constants that older files hold beside the parameters."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Weights:
     files: Mapping[str, Path]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is not read."""
+        """Shape of a tensor, without reading the tensor."""
         with _opened(self.files[name]) as opened:
             return tuple(opened.get_slice(name).get_shape() if hasattr(opened, "get_slice") else opened[name].shape)
 
@@ -44,7 +44,7 @@ class Weights:
         """A tensor as stored.
 
         Raises:
-            ModelError: It is quantised, or its file is broken.
+            ModelError: The tensor is quantised, or its file is broken.
         """
         with _opened(self.files[name]) as opened:
             tensor = opened.get_tensor(name) if hasattr(opened, "get_tensor") else opened[name].detach()
@@ -56,30 +56,30 @@ class Weights:
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, which is not read from a safetensors file."""
+        """Dtype of a tensor, without reading the tensor if it is in a safetensors file."""
         with _opened(self.files[name]) as opened:
             if hasattr(opened, "get_slice"):
-                found = {code: dtype for dtype, code in FORMATS.items()}.get(opened.get_slice(name).get_dtype())
-                if found is not None:
-                    return found
+                dtype = {code: dtype for dtype, code in FORMATS.items()}.get(opened.get_slice(name).get_dtype())
+                if dtype is not None:
+                    return dtype
         return self.read(name).dtype
 
     def described(self) -> Described:
-        """Types and shapes of all."""
+        """Dtypes and shapes of all tensors."""
         return {name: (self.dtype(name), self.shape(name)) for name in self.files}
 
 
 def in_pieces(
     described: Described, read: Callable[[str], Float[Tensor, "..."]], *, metadata: Mapping[str, str] | None = None
 ) -> tuple[Iterator[bytes | memoryview], int]:
-    """A safetensors file in pieces, and how many bytes they are: those that `safetensors.torch.save` gives.
+    """A safetensors file in pieces, and its length in bytes: the same bytes as `safetensors.torch.save` gives.
 
     That function holds every tensor and then the whole file beside them; here one tensor is held at a time.
 
     Args:
-        described: Of what is to be stored.
-        read: Called once for each name, when its turn comes, for a tensor on the CPU as it was described.
-        metadata: Words for the header.
+        described: Dtypes and shapes of the tensors to store.
+        read: Called once for each name when its turn comes; returns the tensor as described, on the CPU.
+        metadata: Text entries for the header.
     """
     order = sorted(described, key=lambda name: (list(FORMATS).index(described[name][0]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -106,7 +106,7 @@ def _pieces(
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file's handle, or the mapping that a torch file holds; nothing is unpickled but tensors."""
+    """A safetensors file's handle, or the mapping that a torch file holds; only tensors are unpickled."""
     known = (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError)
     try:
         if file.suffix == ".safetensors":
@@ -125,11 +125,11 @@ def weights_of(directory: str, *stems: str) -> Weights:
     """The weights of a directory, from the file that transformers and peft would take.
 
     Args:
-        directory: Of a saved model or adapter.
-        stems: Names of files without their endings, in the order to look for them.
+        directory: Directory of a saved model or adapter.
+        stems: Names of files without their endings, in the order in which to look for them.
 
     Raises:
-        ModelError: There is no such file, or a part of it is missing.
+        ModelError: There is no such file, or its index names a file that is missing.
     """
     for kind in (f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "bin")):
         file, index = Path(directory) / kind, Path(directory) / f"{kind}.index.json"
@@ -138,16 +138,16 @@ def weights_of(directory: str, *stems: str) -> Weights:
                 return Weights(directory, {name: file for name in [*opened.keys()] if not BUFFERS.search(name)})
         if index.is_file():
             stored = read_json(index).get("weight_map", {})
-            lacking = [part for part in dict.fromkeys(stored.values()) if not (index.parent / part).is_file()]
-            if lacking:
-                raise ModelError(f"{index}: it names {lacking[0]}, which is not there. Copy the model again.")
-            files = {name: index.parent / part for name, part in stored.items() if not BUFFERS.search(name)}
+            missing = [shard for shard in dict.fromkeys(stored.values()) if not (index.parent / shard).is_file()]
+            if missing:
+                raise ModelError(f"{index}: it names {missing[0]}, which is not there. Copy the model again.")
+            files = {name: index.parent / shard for name, shard in stored.items() if not BUFFERS.search(name)}
             return Weights(directory, files)
     raise ModelError(f"{directory}: there is no {stems[0]}.safetensors in it. Give the directory of a saved model.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A configuration or an index."""
+    """A configuration, or an index of weight files."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Evidence at theta_0 of several adapters at once, in one pass over their base.
+"""Evidence at theta_0 for several adapters at once, in one pass over their base.
 
 An adapter adds s B A to a layer's weight W, and begins at B = 0, where the model is its base whatever A is. With a a
 layer's inputs and g the loss gradient at its outputs, the gradient of B there is
@@ -23,131 +23,135 @@ from whence.errors import SettingError
 from whence.gradients.capture import Captured, example_gradients
 from whence.indexing.vectors import IndexSettings
 from whence.models.loading import LoadedModel
-from whence.recovery.evidence import Evidence, Pass, Target, claim, length_of, streamed
+from whence.recovery.evidence import LayerDirection, Pass, PointEvidence, claim, length_of, streamed
 from whence.runner import Tick
 from whence.storage import Place
 
-INSIDE = ".lora_B."
-"""Between the name of an adapted layer and that of the adapter."""
+ADAPTER_INFIX = ".lora_B."
+"""Stands between the name of an adapted layer and the adapter's in the name of a layer B."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """An adapter where its B is 0, and what its B is compared with; by name of the layer that is its B."""
+class AdapterStart:
+    """An adapter where its B is 0, and the direction that the gradient of B is compared with, by name of a layer B."""
 
     inputs: Mapping[str, Float32[Tensor, "_ _"]]
     """s A, [r i]."""
-    target: Mapping[str, Float32[Tensor, "_ _"]]
-    """[o r]."""
+    direction: Mapping[str, Float32[Tensor, "_ _"]]
+    """T of B, [o r]."""
 
 
-def start_of(model: LoadedModel, target: Target) -> Start | None:
-    """An adapter's A as loaded; None of one that is more than s B A, as with a magnitude (DoRA) or whole layers.
+def adapter_start(model: LoadedModel, direction: LayerDirection) -> AdapterStart | None:
+    """Start of the adapter that is loaded; None if it is more than s B A: it has magnitudes (DoRA) or whole layers.
 
     Args:
-        model: With the adapter.
-        target: By name of the layers B.
+        model: The model with the adapter.
+        direction: T by name of the layers B.
     """
     if any("modules_to_save" in name for name, _ in model.base.named_modules()):
         return None
     inputs = {}
-    for layer in target:
-        owner, _, adapter = layer.partition(INSIDE)
+    for layer in direction:
+        owner, _, adapter = layer.partition(ADAPTER_INFIX)
         module = model.base.get_submodule(owner)
         if not adapter or getattr(module, "use_dora", {}).get(adapter) or len(module.active_adapters) != 1:
             return None
         inputs[layer] = module.lora_A[adapter].weight.detach().float() * module.scaling[adapter]
-    return Start(inputs, target)
+    return AdapterStart(inputs, direction)
 
 
 def gather_adapters(
     base: LoadedModel,
     corpus: Corpus,
-    starts: Mapping[str, Start],
+    starts: Mapping[str, AdapterStart],
     *,
     work: Place,
     settings: IndexSettings,
-    told: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     tick: Tick = lambda examples, tokens: None,
-) -> Evidence:
-    """Gather a corpus' evidence at theta_0 for several adapters, or go on doing so; see `evidence.gather`.
+) -> PointEvidence:
+    """Gather a corpus' evidence at theta_0 for several adapters, or go on doing so; see `evidence.gather_point`.
 
     Args:
-        base: Theta_0, without an adapter.
+        base: The model at theta_0, without an adapter.
         corpus: Its rows, in order.
         starts: Adapters by name, all of the same layers.
         work: Directory of the parts.
         settings: Reduction, longest row and batches.
-        told: What else decides the evidence.
-        tick: Told of rows and tokens done.
+        provenance: What else decides the evidence.
+        tick: Called with the rows and tokens that are done.
 
     Returns:
-        Evidence without vectors: norms are the first adapter's, `norms_of` each one's own.
+        Evidence without vectors; `norms` are the first adapter's, `norms_by_direction` each adapter's own.
 
     Raises:
         ManifestMismatchError: The directory holds other evidence.
-        SettingError: Adapters of different layers.
+        SettingError: Adapters have different layers.
     """
     first = next(iter(starts.values()))
     for name, start in starts.items():
-        if {*start.target} != {*first.target}:
+        if {*start.direction} != {*first.direction}:
             raise SettingError(f"the adapter {name} is of other layers than {next(iter(starts))}")
-    kept = {
-        **told,
+    manifest = {
+        **provenance,
         "space": settings.space.as_json(),
         "max_tokens": settings.max_tokens,
-        "layers": list(first.target),
-        "targets": {name: round(length_of(start.target, start.target), 6) for name, start in starts.items()},
+        "layers": list(first.direction),
+        "targets": {name: round(length_of(start.direction, start.direction), 6) for name, start in starts.items()},
         "inputs": {name: round(length_of(start.inputs, start.inputs), 6) for name, start in starts.items()},
     }
-    claim(work, kept)
-    _, joined = streamed(_AdapterPass.of(base, starts, settings), corpus, work, tick)
-    norms = {name: joined[f"norm {name}"] for name in starts}
-    return Evidence(
+    claim(work, manifest)
+    _, columns = streamed(_AdapterPass.of(base, starts, settings), corpus, work, tick)
+    norms = {name: columns[f"norm {name}"] for name in starts}
+    return PointEvidence(
         place=work,
         parts=(),
-        layers=tuple(first.target),
+        layers=tuple(first.direction),
         width=0,
-        loss=joined["loss"],
+        loss=columns["loss"],
         norms=next(iter(norms.values())),
-        tokens=joined["tokens"].long(),
-        dots={name: joined[f"dot {name}"] for name in starts},
-        norms_of=norms,
+        tokens=columns["tokens"].long(),
+        dots={name: columns[f"dot {name}"] for name in starts},
+        norms_by_direction=norms,
     )
 
 
 @dataclass
 class _AdapterPass(Pass):
-    """A pass over the base that reads its layers as adapters would."""
+    """A pass over the base that forms the gradients of every adapter's B."""
 
-    starts: Mapping[str, Start]
+    starts: Mapping[str, AdapterStart]
 
     @classmethod
-    def of(cls, base: LoadedModel, starts: Mapping[str, Start], settings: IndexSettings) -> "_AdapterPass":
-        """Over the layers that are adapted."""
+    def of(cls, base: LoadedModel, starts: Mapping[str, AdapterStart], settings: IndexSettings) -> "_AdapterPass":
+        """A pass over the layers that are adapted."""
         layers = {
-            layer: base.base.get_submodule(layer.partition(INSIDE)[0]) for layer in next(iter(starts.values())).target
+            layer: base.base.get_submodule(layer.partition(ADAPTER_INFIX)[0])
+            for layer in next(iter(starts.values())).direction
         }
         return cls(base, layers, {}, None, settings, starts)
 
     def __post_init__(self):
         super().__post_init__()
         device = self.model.device
-        self.inputs = {name: {layer: part.to(device) for layer, part in start.inputs.items()}
+        self.inputs = {name: {layer: a.to(device) for layer, a in start.inputs.items()}
                        for name, start in self.starts.items()}  # fmt: skip
-        self.placed = {name: {layer: part.to(device) for layer, part in start.target.items()}
+        self.placed = {name: {layer: matrix.to(device) for layer, matrix in start.direction.items()}
                        for name, start in self.starts.items()}  # fmt: skip
 
     def empty(self, n: int) -> dict[str, Tensor]:
-        """By adapter."""
+        """Arrays of `n` rows by adapter."""
         kinds = [f"{kind} {name}" for kind in ("square", "dot") for name in self.starts]
         return {kind: torch.zeros(len(self.layers), n) for kind in kinds}
 
-    def take(self, seen: Captured) -> None:
-        """One layer's share of a batch, read for every adapter."""
-        rows, number = self.now if seen.rows is None else self.now[seen.rows.cpu()], self.numbers[seen.layer]
+    def take(self, captured: Captured) -> None:
+        """Add one layer of a batch, for every adapter."""
+        rows, number = (
+            self.batch_rows if captured.rows is None else self.batch_rows[captured.rows.cpu()],
+            self.numbers[captured.layer],
+        )
         for name, inputs in self.inputs.items():
-            formed = example_gradients(seen.a @ inputs[seen.layer].T, seen.g)
-            dots = formed.flatten(1) @ self.placed[name][seen.layer].flatten()
-            self.found[f"square {name}"][number].index_add_(0, rows, formed.square().sum((1, 2)).cpu())
-            self.found[f"dot {name}"][number].index_add_(0, rows, dots.cpu())
+            formed = example_gradients(captured.a @ inputs[captured.layer].T, captured.g)
+            dots = formed.flatten(1) @ self.placed[name][captured.layer].flatten()
+            self.arrays[f"square {name}"][number].index_add_(0, rows, formed.square().sum((1, 2)).cpu())
+            self.arrays[f"dot {name}"][number].index_add_(0, rows, dots.cpu())

@@ -1,6 +1,6 @@
-"""Labels for rows that have none, by the model in question: what `recover` matches where it was trained to classify.
+"""Pseudo-labels: the model in question labels rows that have no label, where it was trained to classify.
 
-A row's text x is put into a template, and each choice y scored as its continuation by theta_f:
+A row's text x is put into a template, and theta_f scores each choice y as its continuation:
 
     p(y | x) = softmax over the choices of sum over y's tokens of ln p(token | template(x), tokens before)
 
@@ -8,7 +8,7 @@ A row's text x is put into a template, and each choice y scored as its continuat
 soft labels, sum over y of p(y | x) gradient(y). (At theta_f itself that sum is 0 by definition when only the choices
 count; at theta_0 it is not.)
 
-Labelled rows are written in parts, so that a labelling that was stopped goes on; the parts are a corpus.
+Labelled rows are written in parts, so that a labelling that was stopped goes on; together they are a corpus.
 
 Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, whose code labels by the argmax of one token.
 """
@@ -32,8 +32,10 @@ from whence.recovery.evidence import ROWS_PER_PART, claim, parts_of
 from whence.runner import Tick
 from whence.storage import Place
 
-HOWS = ("hard", "sampled")
+LABELLINGS = ("hard", "sampled")
+"""Ways to choose a row's label."""
 PROBABILITY = "whence_label_p"
+"""Column of a label's probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Labels:
     """How rows are labelled."""
 
     choices: tuple[str, ...]
-    """What the model may answer."""
+    """Labels that the model may give."""
     template: str = "{text}"
     """Prompt, with the row's text in place of `{text}`."""
     how: str = "hard"
@@ -52,14 +54,14 @@ class Labels:
             raise SettingError(f"--choices {','.join(self.choices)}: two or more different labels are expected")
         if self.template.count("{text}") != 1:
             raise SettingError(f"--template {self.template!r}: {{text}} is expected in it, once")
-        if self.how not in HOWS:
-            raise SettingError(f"--labels {self.how}: choose one of {', '.join(HOWS)}")
+        if self.how not in LABELLINGS:
+            raise SettingError(f"--labels {self.how}: choose one of {', '.join(LABELLINGS)}")
 
-    def asked(self, row: Row) -> str:
+    def prompt(self, row: Row) -> str:
         """The prompt of a row."""
         return self.template.replace("{text}", row_text(row))
 
-    def answer(self, choice: str) -> str:
+    def completion(self, choice: str) -> str:
         """A choice as it continues the prompt."""
         return choice if self.template[-1].isspace() or choice[0].isspace() else f" {choice}"
 
@@ -76,37 +78,37 @@ def label_corpus(
     seed: int = 0,
     tick: Tick = lambda examples, tokens: None,
 ) -> Corpus:
-    """A corpus of `prompt` and `completion` from any, or go on making it.
+    """Make a corpus of `prompt` and `completion` from any corpus, or go on doing so.
 
     Args:
-        model: That labels: theta_f.
-        corpus: Rows of any layout; what they answer, if anything, is part of their text.
+        model: theta_f, which labels.
+        corpus: Rows of any layout; an answer in a row counts as part of its text.
         labels: Template and choices.
         place: Directory of the parts.
-        digest: Of the corpus: parts of another are refused.
+        digest: Digest of the corpus; parts of another are refused.
         max_tokens: Longest row with its label; a longer one loses the left of its prompt.
-        tokens_per_batch: Of a forward pass.
-        seed: Of `sampled`.
-        tick: Told of rows and tokens done.
+        tokens_per_batch: Tokens of a forward pass.
+        seed: Seed of `sampled`.
+        tick: Called with the rows and tokens that are done.
 
     Raises:
         CorpusError: No row has text.
         ManifestMismatchError: `place` holds labels of another model, corpus or kind.
     """
     parts = Place(place.fs, f"{place.root}/rows")
-    told = {"corpus": digest, "model": directory_digest(model.path), "max_tokens": max_tokens, "seed": seed}
-    claim(place, told | {"choices": list(labels.choices), "template": labels.template, "how": labels.how})
-    drawn, kept = generator(seed, "labels"), 0
+    provenance = {"corpus": digest, "model": directory_digest(model.path), "max_tokens": max_tokens, "seed": seed}
+    claim(place, provenance | {"choices": list(labels.choices), "template": labels.template, "how": labels.how})
+    rng, stored_bytes = generator(seed, "labels"), 0
     for number, part in enumerate(parts_of(corpus)):
         name = f"part-{number:05d}.jsonl"
-        uniform = torch.rand(ROWS_PER_PART, generator=drawn, dtype=torch.float64)[: len(part)]
+        uniform = torch.rand(ROWS_PER_PART, generator=rng, dtype=torch.float64)[: len(part)]
         if not parts.exists(name):
             rows = _labelled(model, part, labels, uniform, max_tokens, tokens_per_batch)
             data = "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
             parts.write(name, [data], total=len(data))
-        kept += parts.size(name)
+        stored_bytes += parts.size(name)
         tick(len(part), 0)
-    if not kept:
+    if not stored_bytes:
         raise CorpusError(f"{corpus.name}: no row has text to label")
     return open_corpus(parts.root)
 
@@ -121,12 +123,12 @@ def choice_probabilities(
 ) -> Float64[Tensor, "n c"]:
     """p(choice | row) of each row and choice; rows sum to 1, NaN where the model gives a row no finite loss."""
     longest = min((limit for limit in (max_tokens, model.context) if limit), default=None)
-    encoded = [encode({"prompt": labels.asked(row), "completion": labels.answer(choice)}, model.tokenizer, longest)
+    encoded = [encode({"prompt": labels.prompt(row), "completion": labels.completion(choice)}, model.tokenizer, longest)
                for row in rows for choice in labels.choices]  # fmt: skip
     sums = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
-    for numbers, some in losses(model, encoded, tokens_per_batch):
-        counts = torch.tensor([encoded[number].targets for number in numbers], dtype=torch.float64)
-        sums[numbers] = -some.double() * counts
+    for numbers, batch_losses in losses(model, encoded, tokens_per_batch):
+        counts = torch.tensor([encoded[number].supervised_count for number in numbers], dtype=torch.float64)
+        sums[numbers] = -batch_losses.double() * counts
     return sums.reshape(len(rows), len(labels.choices)).softmax(1)
 
 
@@ -138,20 +140,20 @@ def _labelled(
     max_tokens: int | None,
     tokens_per_batch: int,
 ) -> Iterator[Row]:
-    """Rows with text, labelled."""
-    able = [number for number, example in enumerate(part) if row_text(example.row).strip()]
-    rows = [part[number].row for number in able]
+    """The rows of a part that have text, labelled."""
+    with_text = [number for number, example in enumerate(part) if row_text(example.row).strip()]
+    rows = [part[number].row for number in with_text]
     p = choice_probabilities(model, rows, labels, max_tokens=max_tokens, tokens_per_batch=tokens_per_batch)
-    drawn = (p.cumsum(1) < uniform[able, None]).sum(1).clamp(max=p.shape[1] - 1)
+    drawn = (p.cumsum(1) < uniform[with_text, None]).sum(1).clamp(max=p.shape[1] - 1)
     chosen = p.argmax(1) if labels.how == "hard" else drawn
-    for number, row, own, label in zip(able, rows, p.tolist(), chosen.tolist(), strict=True):
+    for number, row, probabilities, label in zip(with_text, rows, p.tolist(), chosen.tolist(), strict=True):
         choice = labels.choices[label]
         source = {"source": row["source"]} if row.get("source") is not None else {}
         yield {
             "id": part[number].id,
             **source,
-            "prompt": labels.asked(row),
-            "completion": labels.answer(choice),
+            "prompt": labels.prompt(row),
+            "completion": labels.completion(choice),
             "label": choice,
-            PROBABILITY: own[label],
+            PROBABILITY: probabilities[label],
         }

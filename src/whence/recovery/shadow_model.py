@@ -1,13 +1,13 @@
-"""A shadow: the base fine-tuned on rows that we chose, as the model in question seems to have been.
+"""A shadow model: the base fine-tuned on rows that we chose, as the model in question seems to have been.
 
-What membership looks like depends on how a model was trained. So the base is trained again on a random part of the
-corpus, as many rows as are thought to have been used, by a recipe that is given or guessed from the weight difference:
+The evidence of membership depends on how a model was trained. So the base is trained again on a random sample of the
+corpus, as many rows as the model is thought to have had, by a recipe that is given or guessed from the difference:
 
     rate        the one for which |theta_0 - theta_f| is the same: the norm is about proportional to it
     optimizer   the one whose first shadow, at a usual rate, has the most similar difference: how its norm is spread
                 over layers, and how evenly within each (mean |x| over root mean square: Adam moves all entries alike,
                 plain SGD a few); neither depends much on the rate, which is found for that optimizer alone
-    epochs      given; a wrong number changes little, for the rate makes up for it
+    epochs      given; a wrong number changes little, since the rate makes up for it
 
 Source: shadow models, Shokri et al. 2017, https://arxiv.org/abs/1610.05820; the guesses are ours.
 """
@@ -29,12 +29,13 @@ from whence.models.runs import open_run
 from whence.training.trainer import OPTIMIZERS, train
 
 FIRST_RATES = {"adamw": 3e-4, "sgd": 0.1}
-"""Rates of a first try; for adapters ten times as much."""
-TRIES = 4
-FASTER = 30.0
-"""Times the rate before, at most, that a further try is."""
-CLOSE = 0.1
-"""Of the norm, by which a shadow's may be wrong."""
+"""Peak rates of an optimizer's first training; an adapter's is ten times as high."""
+MOST_TRAININGS = 4
+"""Trainings of the chosen optimizer, at most."""
+LARGEST_RATE_CHANGE = 30.0
+"""Factor by which a training's rate differs from the one before, at most."""
+NORM_TOLERANCE = 0.1
+"""Relative error of a shadow's |theta_0 - theta_f| that ends the search, in units of ln."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,149 +43,148 @@ class Recipe:
     """How the model in question was trained, as far as is known."""
 
     rows: int
-    """Of them it was trained on."""
+    """Rows that it was trained on."""
     epochs: float = 2.0
     batch_size: int = 16
     optimizer: str | None = None
-    """Name in `train.OPTIMIZERS`; None: to be guessed."""
+    """Name in `trainer.OPTIMIZERS`; None: to be guessed."""
     lr: float | None = None
     """Peak rate; None: to be guessed."""
     max_tokens: int | None = None
     tokenizer: str | None = None
-    """That the model in question came with, where it is not the base's."""
+    """Directory of the model's own tokenizer; None: the base's."""
     lora: Mapping[str, Any] | None = None
-    """Settings `lora_*` of `train`, of an adapter."""
+    """Settings `lora_*` of `train`, for an adapter."""
     checkpoints: int = 1
-    """Kept on the way, the last among them."""
+    """Checkpoints to keep, the last included."""
     stored: torch.dtype = torch.float32
-    """Of the model in question, to which a shadow's weights are rounded: rounding is part of what is seen of them."""
+    """Type that the model in question is stored in; a shadow's weights are rounded to it, since rounding shows too."""
 
     @property
     def suffix(self) -> str:
-        """Of a run's directory, which is rounded in place."""
+        """End of a run's name: a run is rounded in place, so that each type has a directory of its own."""
         return "" if self.stored is torch.float32 else f"-{str(self.stored).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Shadow:
-    """A shadow that was trained."""
+    """A shadow that was trained, and how near it came to the model in question."""
 
     path: str
-    """Its run."""
+    """Directory of its run."""
     recipe: Recipe
-    """With what was guessed."""
+    """The recipe, with guesses filled in."""
     norm: float
-    """|theta_0 - theta_f| over the norm that was to be met."""
+    """|theta_0 - theta_f| of the shadow over that of the model in question."""
     distance: float
-    """Of its signature from the one to be met; see `signature`."""
+    """Distance of the two signatures; see `signature`."""
 
 
 Signature = Mapping[str, tuple[float, float]]
-"""Of each matrix that moved, its norm and its evenness."""
+"""Norm and evenness of each matrix that moved."""
 
 
 def signature(difference: Mapping[str, Tensor]) -> Signature:
-    """How a weight difference is spread: of each matrix that moved its norm, and mean |x| over root mean square.
+    """How a weight difference is spread: norm of each matrix that moved, and its mean |x| over its root mean square.
 
     >>> signature({"a": torch.ones(2, 2), "b": torch.zeros(3)})
     {'a': (2.0, 1.0)}
     """
-    found = {}
+    spread = {}
     for name in sorted(difference):
-        part = difference[name].double()
-        if part.dim() == 2 and part.any():
-            found[name] = (float(part.norm()), float(part.abs().mean() / part.square().mean().sqrt()))
-    return found
+        matrix = difference[name].double()
+        if matrix.dim() == 2 and matrix.any():
+            spread[name] = (float(matrix.norm()), float(matrix.abs().mean() / matrix.square().mean().sqrt()))
+    return spread
 
 
-def distance(one: Signature, other: Signature) -> float:
-    """Between ln of each matrix' share of the norm, and between evenness, over the matrices that moved in both.
+def distance(first: Signature, second: Signature) -> float:
+    """Distance in ln of each matrix' share of the norm, and in evenness, over the matrices that moved in both.
 
     >>> a, b = {"a": (3.0, 1.0), "b": (4.0, 0.5)}, {"a": (0.3, 1.0), "b": (0.4, 0.5), "frozen there": (1.0, 1.0)}
     >>> round(distance(a, b), 6), distance(a, {})
     (0.0, inf)
     """
-    names = sorted(one.keys() & other.keys())
+    names = sorted(first.keys() & second.keys())
     if not names:
         return math.inf
     vectors = []
-    for own in (one, other):
-        total = math.hypot(*(own[name][0] for name in names))
-        vectors.append(torch.tensor([(math.log(own[name][0] / total), own[name][1]) for name in names]).double())
+    for spread in (first, second):
+        total = math.hypot(*(spread[name][0] for name in names))
+        vectors.append(torch.tensor([(math.log(spread[name][0] / total), spread[name][1]) for name in names]).double())
     return float((vectors[0] - vectors[1]).norm())
 
 
 def trained_shadow(
     base: str, rows: Sequence[Row], difference: Mapping[str, Tensor], recipe: Recipe, work: Path, *, seed: int = 0
 ) -> Shadow:
-    """Train a shadow, or several where the optimizer or the rate has to be found out; or go on doing so.
+    """Train a shadow, or several where the optimizer or the rate has to be guessed; or go on doing so.
 
     Args:
         base: theta_0, a directory.
-        rows: What the shadow is trained on.
+        rows: Rows to train the shadow on.
         difference: theta_0 - theta_f of the model in question.
-        recipe: As far as known.
+        recipe: The recipe, as far as known.
         work: Directory of the runs.
-        seed: Of the trainings.
+        seed: Seed of the trainings.
     """
-    wanted = signature(difference)
+    goal = signature(difference)
     norm = math.sqrt(sum(float(difference[name].double().square().sum()) for name in difference))
     names = [recipe.optimizer] if recipe.optimizer is not None else list(OPTIMIZERS)
-    first = [_tried(base, rows, norm, wanted, replace(recipe, optimizer=name), work, seed) for name in names]
+    first = [_trained(base, rows, norm, goal, replace(recipe, optimizer=name), work, seed) for name in names]
     likely = min(first, key=lambda shadow: shadow.distance)
-    return _at_norm(base, rows, norm, wanted, likely, work, seed, tries=1 if recipe.lr else TRIES)
+    return _at_norm(base, rows, norm, goal, likely, work, seed, trainings=1 if recipe.lr else MOST_TRAININGS)
 
 
 def _at_norm(
-    base: str, rows: Sequence[Row], norm: float, wanted: Signature, best: Shadow, work: Path, seed: int, *, tries: int
+    base: str, rows: Sequence[Row], norm: float, goal: Signature, best: Shadow, work: Path, seed: int, *, trainings: int
 ) -> Shadow:
-    """From a first try on, at rates that move the weights as far; the best that was found.
+    """The shadow that moves the weights most nearly as far, of trainings at other rates from a first one on.
 
-    ln norm over ln rate is taken for a line: of slope 1 at first, through the last two tries from then on. It is
-    steeper where weights of few bits lose small moves.
+    ln norm is taken as linear in ln rate: with slope 1 at first, from then on through the last two trainings. The slope
+    is steeper where weights of few bits lose small moves.
     """
     before, last = None, best
-    for _ in range(tries - 1):
-        if abs(_too_far(last)) < CLOSE:
+    for _ in range(trainings - 1):
+        if abs(_log_norm(last)) < NORM_TOLERANCE:
             break
         slope = 1.0 if before is None else _slope(before, last)
-        rate = (last.recipe.lr or 0.0) * min(FASTER, max(1 / FASTER, math.exp(-_too_far(last) / slope)))
+        change = min(LARGEST_RATE_CHANGE, max(1 / LARGEST_RATE_CHANGE, math.exp(-_log_norm(last) / slope)))
+        rate = (last.recipe.lr or 0.0) * change
         recipe = replace(last.recipe, lr=float(f"{rate:.3g}"))
-        before, last = last, _tried(base, rows, norm, wanted, recipe, work, seed)
-        best = min(best, last, key=lambda shadow: abs(_too_far(shadow)))
+        before, last = last, _trained(base, rows, norm, goal, recipe, work, seed)
+        best = min(best, last, key=lambda shadow: abs(_log_norm(shadow)))
     return best
 
 
-def _too_far(shadow: Shadow) -> float:
-    """Ln of the norm over that to be met, within a factor of 100: of a training that diverged, and where rounding took
-    every move.
-    """
+def _log_norm(shadow: Shadow) -> float:
+    """Ln of `norm`, clipped to a factor of 100: a training may diverge, or rounding may take all moves."""
     return math.log(100.0 if math.isnan(shadow.norm) else min(100.0, max(0.01, shadow.norm)))
 
 
-def _slope(one: Shadow, other: Shadow) -> float:
-    """Of ln norm over ln rate, within what trainings show."""
-    wide = math.log((one.recipe.lr or 0.0) / (other.recipe.lr or 0.0))
-    return min(4.0, max(0.5, (_too_far(one) - _too_far(other)) / wide)) if wide else 1.0
+def _slope(first: Shadow, second: Shadow) -> float:
+    """Slope of ln norm over ln rate, clipped to what trainings show."""
+    gap = math.log((first.recipe.lr or 0.0) / (second.recipe.lr or 0.0))
+    return min(4.0, max(0.5, (_log_norm(first) - _log_norm(second)) / gap)) if gap else 1.0
 
 
-def _tried(
-    base: str, rows: Sequence[Row], norm: float, wanted: Signature, recipe: Recipe, work: Path, seed: int
+def _trained(
+    base: str, rows: Sequence[Row], norm: float, goal: Signature, recipe: Recipe, work: Path, seed: int
 ) -> Shadow:
-    """One training, at the recipe's rate or a usual one."""
+    """A shadow at the recipe's rate, or at the optimizer's first one."""
     rate = recipe.lr or FIRST_RATES[str(recipe.optimizer)] * (10 if recipe.lora else 1)
     chosen = replace(recipe, lr=rate)
-    path = _trained(base, rows, chosen, work, seed)
+    path = _run_of(base, rows, chosen, work, seed)
     try:
         moved = weight_difference(base, path)
     except ModelError:  # so low a rate that rounding took every move
         return Shadow(str(path), chosen, 0.0, math.inf)
-    return Shadow(str(path), chosen, moved.norm() / norm, distance(signature(moved), wanted))
+    return Shadow(str(path), chosen, moved.norm() / norm, distance(signature(moved), goal))
 
 
-def _trained(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
-    kept = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
-    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{kept}{recipe.suffix}", seed)
+def _run_of(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
+    checkpoints = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
+    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{checkpoints}{recipe.suffix}", seed)
 
 
 def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: int) -> Path:

@@ -1,18 +1,18 @@
-"""The mixture of sources behind a fine-tuning, by training the base on each source.
+"""The mixture of sources behind a fine-tuning, from models that are the base trained on each source.
 
-A model trained on a mixture moves about as the mean of the models trained on its parts (the averages of `merging`, read
-backwards). So with D_s = theta_0 - theta_s of a model trained on rows of source s alone, by the recipe of the model in
-question,
+A model trained on a mixture moves about as the mean of the models trained on its sources (the averages of
+`ablation.merging`, inverted). So with D_s = theta_0 - theta_s of a model trained on rows of source s alone, by the
+recipe of the model in question,
 
     T = sum over sources of v_s D_s + R,  v >= 0,  share of s = v_s n_s / sum of v n
 
-where n_s is the rows that s was trained on: of a batch's mean loss a step goes as far whatever the rows. This sees what
-the optimizer does to gradients, where mean gradients (`pursuit.mixture`) do not (docs/recover.md has both). Shares are
-of supervised tokens: a batch's loss is the mean over them.
+where n_s is the number of rows in the training on s: with a batch's mean loss all steps are about as long, whatever the
+rows. D_s includes what the optimizer does to gradients, which mean gradients (`pursuit.mixture`) do not
+(docs/results/recovery.md compares both). Shares are of supervised tokens, since a batch's loss is the mean over them.
 
 The estimate is then put to the test: the base is trained a few times more, on rows drawn by the estimated mixture, of
-which the shares are known, and the same fit is made. What it is off by in the mean is taken off the estimate; how much
-that varies, over runs and sources together, is the width of the intervals (a parametric bootstrap, with Student's t).
+which the shares are known, and the same fit is made. Its mean error is taken off the estimate; the variance of its
+error, over runs and sources together, gives the width of the intervals (a parametric bootstrap, with Student's t).
 
 Source: linear averages of trained models, Na et al. 2024, https://arxiv.org/abs/2410.15661; the inversion is ours.
 """
@@ -36,17 +36,17 @@ from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.models.difference import WeightDifference, weight_difference
 from whence.numerics import mixed_seed
-from whence.recovery.atoms import nonnegative
+from whence.recovery.matching_problem import nonnegative
 from whence.recovery.shadow_model import Recipe, train_by
 from whence.runner import Tick
 from whence.storage import Place
 
-RUNS = 3
-"""On rows drawn by the estimate."""
-PART = 0.5
-"""Rows of a source's own model over those of the model in question: seldom does one source have more."""
-MOST = 12
-"""Sources whose models are trained; more are a pool's, see `whence pool train`."""
+CHECK_TRAININGS = 3
+"""Trainings on rows drawn by the estimate."""
+SOURCE_ROWS_SHARE = 0.5
+"""Rows of a source's own model over those of the model in question: one source seldom has more."""
+MOST_SOURCES = 12
+"""Sources on each of which a model is trained, at most; for more, see `whence pool train`."""
 
 
 def mixture_by_runs(
@@ -59,7 +59,7 @@ def mixture_by_runs(
     work: Path,
     *,
     start: str | None = None,
-    runs: int = RUNS,
+    runs: int = CHECK_TRAININGS,
     seed: int = 0,
     tick: Tick = lambda examples, tokens: None,
 ) -> list[dict[str, Any]]:
@@ -67,67 +67,70 @@ def mixture_by_runs(
 
     Args:
         base: theta_0, a directory.
-        rows: Like those that the model in question was trained on.
-        sources: Of each row.
-        tokens: Supervised ones of each row.
+        rows: Rows like those that the model in question was trained on.
+        sources: Source of each row.
+        tokens: Supervised tokens of each row.
         difference: theta_0 - theta_f of the model in question.
-        recipe: With optimizer and rate; `rows` is how many it was trained on.
+        recipe: Its recipe, with optimizer and rate; `rows` is the number of rows that it was trained on.
         work: Directory of the runs; the same call goes on from there.
-        start: Where trainings begin, if not at the base: `adapter_at_start`.
-        runs: To put the estimate to the test by, 2 or more.
-        seed: Of rows and trainings.
-        tick: Told of rows trained on.
+        start: Directory where trainings begin, `adapter_at_start`; None: at the base.
+        runs: Trainings that test the estimate, 2 or more.
+        seed: Seed of rows and trainings.
+        tick: Called with the rows that are trained on.
 
     Returns:
-        By source `tokens`, its share of supervised tokens, `tokens_low`, `tokens_high`; and `share`, `low`, `high`, of
-        rows. Empty where no source's model moved along the difference.
+        One entry a source: `tokens`, its share of supervised tokens, with `tokens_low` and `tokens_high`; and `share`,
+        its share of rows, with `low` and `high`. Empty if no source's model moved along the difference.
 
     Raises:
-        SettingError: Fewer than two runs, fewer than two sources, or more than `MOST`.
+        SettingError: There are fewer than two runs, fewer than two sources, or more than `MOST_SOURCES`.
     """
     names = sorted({*sources})
     if runs < 2:
         raise SettingError(f"{runs} runs of an estimated mixture: 2 or more are expected, for they tell its interval")
-    if not 2 <= len(names) <= MOST:
-        raise SettingError(f"{len(names)} sources: 2 to {MOST} are expected, for a model is trained on each")
-    able = [number for number in range(len(rows)) if tokens[number] > 0]
-    pools = {name: [number for number in able if sources[number] == name] for name in names}
-    own, counts, rng = [], [], random.Random(f"mixture {seed}")
+    if not 2 <= len(names) <= MOST_SOURCES:
+        raise SettingError(f"{len(names)} sources: 2 to {MOST_SOURCES} are expected, for a model is trained on each")
+    supervised = [number for number in range(len(rows)) if tokens[number] > 0]
+    numbers = {name: [number for number in supervised if sources[number] == name] for name in names}
+    differences, counts, rng = [], [], random.Random(f"mixture {seed}")
     for place, name in enumerate(names):
-        wanted = max(1, round(PART * recipe.rows))
-        drawn = rng.sample(pools[name], min(wanted, len(pools[name])))
-        # not rounded, as the model in question may be: what is fitted by should have no noise of its own
-        own_recipe = replace(recipe, rows=len(drawn), stored=torch.float32)
-        path = train_by(start or base, [rows[n] for n in sorted(drawn)], own_recipe, work / f"source-{place}",
+        size = max(1, round(SOURCE_ROWS_SHARE * recipe.rows))
+        drawn = rng.sample(numbers[name], min(size, len(numbers[name])))
+        # Not rounded, though the model in question may be: D_s should have no noise of its own.
+        source_recipe = replace(recipe, rows=len(drawn), stored=torch.float32)
+        path = train_by(start or base, [rows[n] for n in sorted(drawn)], source_recipe, work / f"source-{place}",
                         _seed(seed, "source", place))  # fmt: skip
-        own.append(weight_difference(base, str(path)))
+        differences.append(weight_difference(base, str(path)))
         counts.append(len(drawn))
-        tick(wanted, 0)
-    first = fitted(own, difference, counts)
-    if first is None:
+        tick(size, 0)
+    estimate = fitted_shares(differences, difference, counts)
+    if estimate is None:
         return []
-    each = torch.tensor([float(tokens[pools[name]].double().mean()) for name in names], dtype=torch.float64)
-    off = []
+    mean_tokens = torch.tensor([float(tokens[numbers[name]].double().mean()) for name in names], dtype=torch.float64)
+    errors = []
     for run in range(runs):
-        drawn = drawn_by(first, each, pools, recipe.rows, random.Random(f"mixture {seed} {run}"))
-        part = [rows[n] for n in drawn]
-        own_recipe = replace(recipe, rows=len(drawn))
-        path = train_by(start or base, part, own_recipe, work / f"run-{run}{recipe.suffix}", _seed(seed, "run", run))
+        drawn = draw_by_shares(estimate, mean_tokens, numbers, recipe.rows, random.Random(f"mixture {seed} {run}"))
+        drawn_rows = [rows[n] for n in drawn]
+        run_recipe = replace(recipe, rows=len(drawn))
+        path = train_by(
+            start or base, drawn_rows, run_recipe, work / f"run-{run}{recipe.suffix}", _seed(seed, "run", run)
+        )
         tick(recipe.rows, 0)
         true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
-        found = fitted(own, weight_difference(base, str(path)), counts)
-        off.append((torch.zeros_like(first) if found is None else found) - true / true.sum())
+        refitted = fitted_shares(differences, weight_difference(base, str(path)), counts)
+        errors.append((torch.zeros_like(estimate) if refitted is None else refitted) - true / true.sum())
     freedom = (runs - 1) * (len(names) - 1)
-    return _told(names, *corrected(first, torch.stack(off)), each, freedom=freedom, seed=seed)
+    shares, half = corrected(estimate, torch.stack(errors))
+    return _mixture_rows(names, shares, half, mean_tokens, freedom=freedom, seed=seed)
 
 
 def adapter_at_start(final: str, out: Path) -> str:
-    """An adapter's directory with its A as they are and its B at 0: theta_0, from which a training moves in the same
-    few directions. Between adapters that began at another A hardly any direction is shared.
+    """Write an adapter with its A as they are and its B at 0: theta_0, from which a training moves in the same few
+    directions. Adapters that began at another A share hardly any direction.
 
     Args:
         final: The adapter's directory.
-        out: A directory for it; one that is there is taken for it.
+        out: Directory for the copy; an existing one is used as it is.
     """
     name = "adapter_model.safetensors"
     if not (out / name).exists():
@@ -136,106 +139,108 @@ def adapter_at_start(final: str, out: Path) -> str:
             if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != "trainer_state.json":
                 shutil.copyfile(file, out / file.name)
         tensors = safetensors.torch.load_file(Path(final) / name)
-        held = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
-        data = safetensors.torch.save(held, metadata={"format": "pt"})
+        start = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
+        data = safetensors.torch.save(start, metadata={"format": "pt"})
         Place.at(out).write(name, [data], total=len(data))
     return str(out)
 
 
-def rows_to_train(sources: int, rows: int, runs: int = RUNS) -> int:
-    """In all trainings together, about."""
-    return sources * max(1, round(PART * rows)) + runs * rows
+def rows_to_train(sources: int, rows: int, runs: int = CHECK_TRAININGS) -> int:
+    """Rows of all trainings together, about."""
+    return sources * max(1, round(SOURCE_ROWS_SHARE * rows)) + runs * rows
 
 
-def fitted(
-    parts: Sequence[Mapping[str, Tensor]], target: Mapping[str, Tensor], counts: Sequence[int]
+def fitted_shares(
+    differences: Sequence[Mapping[str, Tensor]], difference: Mapping[str, Tensor], counts: Sequence[int]
 ) -> Float64[Tensor, " s"] | None:
-    """Shares v_s n_s of the least |T - sum of v_s D_s|, v >= 0; None where v is 0.
+    """Shares v_s n_s / sum of v n, where v >= 0 minimises |T - sum of v_s D_s|; None if v is 0.
 
     Parameters that another vocabulary has made longer are left out.
 
     Args:
-        parts: D_s.
-        target: T.
+        differences: D_s.
+        difference: T.
         counts: n_s, rows that each was trained on.
 
-    >>> one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
-    >>> fitted([one, other], {"w": torch.tensor([3.0, 2.0])}, [10, 10]).tolist()
+    >>> a, b = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
+    >>> fitted_shares([a, b], {"w": torch.tensor([3.0, 2.0])}, [10, 10]).tolist()
     [0.75, 0.25]
     """
-    gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
-    linear = torch.zeros(len(parts), dtype=torch.float64)
-    for own, entry in zip(zip(*map(entries, parts), strict=True), entries(target), strict=True):
-        if any(part.shape != entry.shape for part in own):
+    gram = torch.zeros(len(differences), len(differences), dtype=torch.float64)
+    linear = torch.zeros(len(differences), dtype=torch.float64)
+    for tensors, entry in zip(zip(*map(entries, differences), strict=True), entries(difference), strict=True):
+        if any(tensor.shape != entry.shape for tensor in tensors):
             continue
-        rows = torch.stack([part.flatten() for part in own])
+        rows = torch.stack([tensor.flatten() for tensor in tensors])
         gram += (rows @ rows.T).double()
         linear += (rows @ entry.flatten()).double()
-    found = nonnegative(gram, linear) * torch.tensor(counts, dtype=torch.float64)
-    return found / found.sum() if found.any() else None
+    weights = nonnegative(gram, linear) * torch.tensor(counts, dtype=torch.float64)
+    return weights / weights.sum() if weights.any() else None
 
 
 def entries(difference: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """What moved, one tensor after the other; of an adapter what its factors do together, for A begins anywhere."""
+    """The tensors of a difference, one by one; an adapter's as products of its factors, since A begins anywhere."""
     if isinstance(difference, WeightDifference) and difference.adapted:
         yield from (difference.low_rank(layer).dense() for layer in difference.adapted)
     else:
         yield from (difference[name] for name in difference)
 
 
-def drawn_by(
+def draw_by_shares(
     shares: Float64[Tensor, " s"],
-    each: Float64[Tensor, " s"],
-    pools: Mapping[str, Sequence[int]],
+    mean_tokens: Float64[Tensor, " s"],
+    numbers: Mapping[str, Sequence[int]],
     count: int,
     rng: random.Random,
 ) -> list[int]:
-    """Rows in which sources have these shares of tokens, as nearly as whole rows can: fewer where a source runs out.
+    """Numbers of rows in which sources have these shares of tokens, up to whole rows; fewer if a source runs out.
 
     Args:
-        shares: Of tokens.
-        each: Mean tokens of a row.
-        pools: Rows of each source.
+        shares: Shares of tokens.
+        mean_tokens: Mean tokens of a source's rows.
+        numbers: Numbers of each source's rows.
         count: Rows to draw, about.
-        rng: Draws them.
+        rng: Generator of the draw.
     """
-    wanted = of_rows(shares, each)
-    sizes = torch.tensor([len(pool) for pool in pools.values()], dtype=torch.float64)
-    whole = min(float(count), float((sizes / wanted)[wanted > 0].min()))  # so that no source runs out
+    row_shares = shares_of_rows(shares, mean_tokens)
+    sizes = torch.tensor([len(source_rows) for source_rows in numbers.values()], dtype=torch.float64)
+    total = min(float(count), float((sizes / row_shares)[row_shares > 0].min()))  # so that no source runs out
     drawn = []
-    for share, pool in zip(wanted.tolist(), pools.values(), strict=True):
-        drawn += rng.sample(pool, min(len(pool), round(share * whole)))
+    for share, source_rows in zip(row_shares.tolist(), numbers.values(), strict=True):
+        drawn += rng.sample(source_rows, min(len(source_rows), round(share * total)))
     return sorted(drawn)
 
 
 def corrected(
-    first: Float64[Tensor, " s"], off: Float64[Tensor, "r s"]
+    estimate: Float64[Tensor, " s"], errors: Float64[Tensor, "r s"]
 ) -> tuple[Float64[Tensor, " s"], Float64[Tensor, ""]]:
-    """An estimate less what its like are off by in the mean, and half the width of its interval.
+    """An estimate less its mean error, and half the width of its 95% interval.
 
     Args:
-        first: Shares.
-        off: Of runs of which the shares are known, fitted less true.
+        estimate: Shares.
+        errors: Fitted less true shares, of runs whose shares are known.
     """
-    moved = (first - off.mean(0)).clamp_min(0.0)
-    runs, sources = off.shape
+    shifted = (estimate - errors.mean(0)).clamp_min(0.0)
+    runs, sources = errors.shape
     freedom = (runs - 1) * (sources - 1)  # shares sum to 1
-    spread = ((off - off.mean(0)).square().sum() / freedom * (1 + 1 / runs)).sqrt()
-    return moved / moved.sum(), spread * float(stats.t.ppf(0.975, freedom))
+    spread = ((errors - errors.mean(0)).square().sum() / freedom * (1 + 1 / runs)).sqrt()
+    return shifted / shifted.sum(), spread * float(stats.t.ppf(0.975, freedom))
 
 
-def _told(
+def _mixture_rows(
     names: Sequence[str],
     shares: Float64[Tensor, " s"],
     half: Float64[Tensor, ""],
-    each: Float64[Tensor, " s"],
+    mean_tokens: Float64[Tensor, " s"],
     *,
     freedom: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Shares of tokens and, over mean tokens of a row, of rows."""
+    """Shares of tokens and of rows, with intervals, as plain values: one entry a source."""
     ends = torch.stack([shares, (shares - half).clamp_min(0.0), (shares + half).clamp_max(1.0)])
-    rows = torch.stack([of_rows(shares, each), *rows_interval(shares, half, each, freedom=freedom, seed=seed)])
+    rows = torch.stack(
+        [shares_of_rows(shares, mean_tokens), *rows_interval(shares, half, mean_tokens, freedom=freedom, seed=seed)]
+    )
     return [
         {"source": name, "share": rows[0, place].item(), "low": rows[1, place].item(), "high": rows[2, place].item(),
          "tokens": ends[0, place].item(), "tokens_low": ends[1, place].item(), "tokens_high": ends[2, place].item()}
@@ -243,43 +248,43 @@ def _told(
     ]  # fmt: skip
 
 
-def of_rows(shares: Float64[Tensor, "*d s"], each: Float64[Tensor, " s"]) -> Float64[Tensor, "*d s"]:
-    """Shares of tokens as shares of rows, of which a source has `each` tokens in the mean."""
-    counts = shares / each
+def shares_of_rows(shares: Float64[Tensor, "*d s"], mean_tokens: Float64[Tensor, " s"]) -> Float64[Tensor, "*d s"]:
+    """Shares of tokens as shares of rows, given the mean tokens of each source's rows."""
+    counts = shares / mean_tokens
     return counts / counts.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def rows_interval(
     shares: Float64[Tensor, " s"],
     half: Float64[Tensor, ""],
-    each: Float64[Tensor, " s"],
+    mean_tokens: Float64[Tensor, " s"],
     *,
     freedom: int,
     seed: int,
     draws: int = 4_000,
 ) -> Float64[Tensor, "2 s"]:
-    """Ends of shares of rows where all shares of tokens are as uncertain as `half` says.
+    """Ends of the 95% intervals of shares of rows, if each share of tokens has an interval of half width `half`.
 
-    Not each for itself: where a source's rows have few tokens, a few tokens more are many rows, and the others' shares
-    of rows shrink.
+    Shares are drawn together, not each for itself: where a source's rows have few tokens, a few tokens more are many
+    rows, and the other sources' shares of rows shrink.
 
     Args:
-        shares: Of tokens.
-        half: Half the width of a 95% interval of any of them, of Student's t.
-        each: Mean tokens of a row.
-        freedom: Degrees of it.
-        seed: Of the draws.
-        draws: How many.
+        shares: Shares of tokens.
+        half: Half the width of any share's 95% interval, by Student's t.
+        mean_tokens: Mean tokens of a source's rows.
+        freedom: Degrees of freedom of that t.
+        seed: Seed of the draws.
+        draws: Number of draws.
     """
     rng = np.random.default_rng(seed)
     moves = rng.standard_normal((draws, len(shares)))
-    # shares sum to 1, which takes a part of the spread away: it is given back; one estimate of it serves all sources
+    # Shares sum to 1, which reduces their spread by the factor that is given back here.
     moves = (moves - moves.mean(1, keepdims=True)) * math.sqrt(len(shares) / (len(shares) - 1))
     moves /= np.sqrt(rng.chisquare(freedom, (draws, 1)) / freedom) * float(stats.t.ppf(0.975, freedom))
-    drawn = of_rows((shares + torch.from_numpy(moves) * half).clamp_min(0.0), each)
+    drawn = shares_of_rows((shares + torch.from_numpy(moves) * half).clamp_min(0.0), mean_tokens)
     ends = drawn.quantile(drawn.new_tensor([0.025, 0.975]), 0)
-    own = of_rows(shares, each)
-    return torch.stack([torch.minimum(ends[0], own), torch.maximum(ends[1], own)])
+    row_shares = shares_of_rows(shares, mean_tokens)
+    return torch.stack([torch.minimum(ends[0], row_shares), torch.maximum(ends[1], row_shares)])
 
 
 def _seed(seed: int, kind: str, number: int) -> int:

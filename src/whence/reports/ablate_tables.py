@@ -8,30 +8,30 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.ablation.pipeline import Ablation
-from whence.ablation.suggestion import Suggestion
-from whence.reports.tables import visible
-from whence.reports.wide_table import Folded
+from whence.reports.tables import plain_table
+from whence.reports.text import visible
+from whence.reports.wide_table import WideTable
 
 SHOWN = 24
 """Mixtures."""
 
 
-def ablation_report(found: Ablation, *, bits: bool = False) -> RenderableType:
+def ablate_tables(ablation: Ablation, *, bits: bool = False) -> RenderableType:
     """Notes, losses, agreement, cost.
 
     Args:
-        found: To be shown.
+        ablation: What to show.
         bits: Bits per byte in place of perplexities.
     """
-    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
-    parts.append(_losses(found, bits=bits))
-    if found.agreements:
-        parts += [Text(""), _agreements(found)]
-    parts.append(Text(f"\n{cost_told(found.cost)}", "dim"))
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in ablation.notes]
+    parts.append(_losses(ablation, bits=bits))
+    if ablation.agreements:
+        parts += [Text(""), _agreements(ablation)]
+    parts.append(Text(f"\n{cost_sentence(ablation.cost)}", "dim"))
     return Group(*parts)
 
 
-def cost_told(cost: Mapping[str, float]) -> str:
+def cost_sentence(cost: Mapping[str, float]) -> str:
     """What reading mixtures took beside training them, as a sentence."""
     return (
         f"{cost['candidates']:,.0f} mixtures were read in {cost['reading seconds']:,.0f} s; the pool took "
@@ -41,31 +41,15 @@ def cost_told(cost: Mapping[str, float]) -> str:
     )
 
 
-def suggestion_report(found: Suggestion) -> RenderableType:
-    """The mixture, and losses of its average beside those of all alike, the best alone, and the parent."""
-    mixture = Table(box=None, pad_edge=False, header_style="bold dim")
-    mixture.add_column("partition")
-    mixture.add_column("share", justify="right")
-    for name, weight in sorted(found.mixture.items(), key=lambda pair: -pair[1]):
-        mixture.add_row(Text(visible(name)), f"{weight:.1%}")
-    table = Folded("Loss of the average, nats a token", "", list(found.losses))
-    lines = (("suggested", found.losses), ("all alike", found.uniform), (f"{found.alone} alone", found.best_alone),
-             ("the parent", found.parent))  # fmt: skip
-    for label, losses in lines:
-        table.add_row(Text(visible(label)), [f"{loss:.3f}" for loss in losses.values()])
-    said = "Losses of averages rank mixtures; they are not those of a model trained on one."
-    return Group(mixture, Text(""), table, Text(said, "yellow"))
-
-
-def _losses(found: Ablation, *, bits: bool) -> Folded:
+def _losses(ablation: Ablation, *, bits: bool) -> WideTable:
     """A row each mixture; the best of a set in green, truth beside where there is one."""
-    sets, best = list(dict.fromkeys(cell.set for cell in found.cells)), found.best()
-    by = {(cell.mixture, cell.set): cell for cell in found.cells}
+    sets, best = list(dict.fromkeys(cell.set for cell in ablation.cells)), ablation.best()
+    by = {(cell.mixture, cell.set): cell for cell in ablation.cells}
     title = f"{'Bits per byte' if bits else 'Perplexity'} of the merged model, which ranks mixtures"
-    if not bits and any(cell.truth is not None for cell in found.cells):
+    if not bits and any(cell.truth is not None for cell in ablation.cells):
         title += " (of the one really trained)"
-    table = Folded(title, "mixture", sets)
-    order = list(found.gained())
+    table = WideTable(title, "mixture", sets)
+    order = list(ablation.gained())
     for mixture in order[:SHOWN]:
         cells = [by[mixture, name] for name in sets]
         shown = [Text(_value(cell.merged, cell.bits_per_byte, bits=bits),
@@ -91,14 +75,13 @@ PROXIES = ("mean", "midpoint", "best", "ngram")
 """Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
 
 
-def _agreements(found: Ablation) -> Table:
+def _agreements(ablation: Ablation) -> Table:
     """Spearman's correlation with the truth by set and group of candidates; the regret of choosing by the merge."""
-    table = Table(title="Rank correlation with really trained models", title_justify="left", box=None,
-                  pad_edge=False, header_style="bold dim")  # fmt: skip
+    table = plain_table("Rank correlation with really trained models")
     table.add_column("evaluation set", no_wrap=True)
     for name in ("n", "merged", "95%", "regret", *PROXIES):
         table.add_column(name, justify="right", no_wrap=True)
-    for evaluated, by_group in found.agreements.items():
+    for evaluated, by_group in ablation.agreements.items():
         for group, by_proxy in by_group.items():
             merged = by_proxy.get("merged")
             if merged is None:

@@ -2,32 +2,17 @@
 
 First the mixture that the law suggests, beside what was tried and what there is; then, for each evaluation set, the
 table's losses against those that a law predicted which had not seen them; last the numbers of the law, where it has
-some that can be read. Names are untrusted: see `page_parts`.
+some that can be read. Names are untrusted: see `page`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
-from whence.mixing.laws.exponential import ExpLaw
-from whence.mixing.laws.ridge import RidgeLaw
 from whence.mixing.pipeline import Grade, MixLaw
-from whence.reports.page import (
-    document,
-    fact_list,
-    heat_cell,
-    heat_head,
-    panel,
-    panels,
-    ramp,
-    said,
-    section,
-    shown,
-    stretched,
-    table,
-)
+from whence.mixing.protocols import MixingLaw, Term
+from whence.reports.heat_map import heat_cell, heat_head, ramp
+from whence.reports.page import document, fact_list, panel, panels, section, sentence, shown, stretched, table
 from whence.reports.svg import LEFT, SIDE, TOP, Scale, dot, number, scatter
 
 POINTS = 600
@@ -35,37 +20,43 @@ POINTS = 600
 TOLD = 100
 """Mixtures up to which every point says its row on hovering."""
 
+CENTRED = (
+    ", whose mean over domains is 0. Blue: a domain that lowers the loss on the set more than the average domain does; "
+    "orange: one that raises it."
+)
+"""Of a centred term, what its numbers and colours mean."""
 
-def law_page(found: MixLaw, command: str | None = None) -> str:
+
+def mix_page(result: MixLaw, command: str | None = None) -> str:
     """A mixing law as a self-contained HTML document, to be written as UTF-8.
 
     Args:
-        found: What to show.
-        command: That made it, where there is one.
+        result: What to show.
+        command: The command that made it, where there is one.
     """
-    size = f"{found.table.n:,} mixtures of {len(found.table.domains)} domains"
-    lead = f"{found.settings['law']} law of {size}"
-    how = f"Graded on {found.settings['folds']} held-out folds, on {len(found.table.sets)} evaluation sets: "
-    how += f"{'; '.join(_head(found.held_out.overall))}."
+    size = f"{result.table.n:,} mixtures of {len(result.table.domains)} domains"
+    lead = f"{result.settings['law']} law of {size}"
+    how = f"Graded on {result.settings['folds']} held-out folds, on {len(result.table.sets)} evaluation sets: "
+    how += f"{'; '.join(_head(result.held_out.overall))}."
     body = [
         f'<p class="lead">{shown(lead)}</p>',
         f'<p class="how">{shown(how)}</p>',
-        *(f'<p class="note">{shown(note)}</p>' for note in found.notes),
-        _mixture(found),
-        _fits(found),
-        _losses(found),
-        *_constants(found),
-        *_critical(found),
-        section("How this was made", fact_list(_facts(found, command))),
+        *(f'<p class="note">{shown(note)}</p>' for note in result.notes),
+        _mixture(result),
+        _fits(result),
+        _losses(result),
+        *_constants(result),
+        *_critical(result),
+        section("How this was made", fact_list(_facts(result, command))),
     ]
     return document("which mixture to train on", f"Whence: {lead}", body, "plots.css", "mix_page.css")
 
 
-def _facts(found: MixLaw, command: str | None) -> dict[str, str]:
-    facts = {name: _plain(value) for name, value in found.settings.items() if value not in ({}, None)}
-    facts["objective"] = number(found.best.objective, ".4g")
-    if found.best.gap is not None:
-        facts["gap"] = f"{found.best.gap:.2g}: the most that any mixture within the caps could be better, to the law"
+def _facts(result: MixLaw, command: str | None) -> dict[str, str]:
+    facts = {name: _plain(value) for name, value in result.settings.items() if value not in ({}, None)}
+    facts["objective"] = number(result.best.objective, ".4g")
+    if result.best.gap is not None:
+        facts["gap"] = f"{result.best.gap:.2g}: the most that any mixture within the caps could be better, to the law"
     return facts if command is None else facts | {"command": command}
 
 
@@ -82,12 +73,9 @@ def _heads(first: str, *names: str, drawn: bool = False) -> str:
     return f"<th>{first}</th>{'<th></th>' if drawn else ''}{numbers}"
 
 
-# -- the suggested mixture
-
-
-def _mixture(found: MixLaw) -> str:
+def _mixture(result: MixLaw) -> str:
     """Bars of the suggested shares over those of the best mixture tried, with what was tried and what there is."""
-    lines = sorted(found.rows, key=lambda line: -line["suggested"])
+    lines = sorted(result.rows, key=lambda line: -line["suggested"])
     largest = max(line[name] for line in lines for name in ("suggested", "best_tried", "mean")) or 1.0
     has_caps = any(line["cap"] < 1 for line in lines)
     rows = []
@@ -100,13 +88,13 @@ def _mixture(found: MixLaw) -> str:
     names = ["suggested", "best tried", "mean tried", "tried", *(["cap"] if has_caps else [])]
     key = '<i></i>suggested<i class="pool"></i>best of those tried'
     key += '<i class="cap"></i>cap' if has_caps else ""
-    tried = number(float(found.table.losses[found.best_row] @ found.weights), ".4g")
-    told = (
-        f"The law expects a mean loss of {number(found.best.objective, '.4g')} of the suggested mixture; the best of "
-        f"the table's had {tried} ({found.table.places[found.best_row].rpartition('/')[2]})."
+    tried = number(float(result.table.losses[result.best_row] @ result.weights), ".4g")
+    caption = (
+        f"The law expects a mean loss of {number(result.best.objective, '.4g')} of the suggested mixture; the best of "
+        f"the table's had {tried} ({result.table.row_names[result.best_row].rpartition('/')[2]})."
     )
     drawn = f'<div class="shares">{table(_heads("domain", *names, drawn=True), rows)}</div>'
-    return section("The mixture that it suggests", drawn + said(told), f'<span class="key">{key}</span>')
+    return section("The mixture that it suggests", drawn + sentence(caption), f'<span class="key">{key}</span>')
 
 
 def _bars(line: dict[str, Any], largest: float) -> str:
@@ -119,23 +107,20 @@ def _bars(line: dict[str, Any], largest: float) -> str:
     return stretched("domain", 16, drawn)
 
 
-# -- how well it predicts
-
-
-def _fits(found: MixLaw) -> str:
+def _fits(result: MixLaw) -> str:
     """The held-out prediction across, the table's loss upward, a panel each set."""
-    which = np.unique(np.linspace(0, found.table.n - 1, min(POINTS, found.table.n)).round().astype(int))
+    which = np.unique(np.linspace(0, result.table.n - 1, min(POINTS, result.table.n)).round().astype(int))
     drawn = [
-        panel(name, _head(found.held_out.sets[name]), _fit(found, place, which.tolist()))
-        for place, name in enumerate(found.table.sets)
+        panel(name, _head(result.held_out.sets[name]), _fit(result, place, which.tolist()))
+        for place, name in enumerate(result.table.sets)
     ]
-    told = (
+    caption = (
         "Across: the loss that a law predicted which was fitted without the mixture. Upward: the table's own. On the "
         "diagonal they are the same. Spearman's correlation and the mean absolute error, with 95% intervals."
     )
-    if len(which) < found.table.n:
-        told += f" {len(which):,} of {found.table.n:,} mixtures are drawn."
-    return section("What it predicts of mixtures that it has not seen", panels(drawn) + said(told))
+    if len(which) < result.table.n:
+        caption += f" {len(which):,} of {result.table.n:,} mixtures are drawn."
+    return section("What it predicts of mixtures that it has not seen", panels(drawn) + sentence(caption))
 
 
 def _head(grade: Grade) -> list[str]:
@@ -147,18 +132,20 @@ def _head(grade: Grade) -> list[str]:
     return [f"Spearman {number(grade.spearman, '.2f')} ({below} to {above})", error]
 
 
-def _fit(found: MixLaw, place: int, which: list[int]) -> str:
-    table = found.table
-    pairs = [(float(found.held_out.predicted[row, place]), float(table.losses[row, place])) for row in which]
+def _fit(result: MixLaw, place: int, which: list[int]) -> str:
+    table = result.table
+    pairs = [(float(result.held_out.predicted[row, place]), float(table.losses[row, place])) for row in which]
     across = Scale.spanning([value for pair in pairs for value in pair], LEFT, LEFT + SIDE)
     upward = Scale(across.low, across.high, TOP + SIDE, TOP)
     drawn = [
         f'<line class="diagonal" x1="{across.start:g}" y1="{upward.start:g}" x2="{across.end:g}" y2="{upward.end:g}"/>'
     ]
     for row, (predicted, true) in zip(which, pairs, strict=True):
-        where = table.places[row].rpartition("/")[2]
-        told = f"{where}: predicted {number(predicted, '.3f')}, measured {number(true, '.3f')}"
-        drawn.append(dot(across(predicted), upward(true), told if table.n <= TOLD else "", radius=_radius(len(which))))
+        where = table.row_names[row].rpartition("/")[2]
+        title_of_point = f"{where}: predicted {number(predicted, '.3f')}, measured {number(true, '.3f')}"
+        drawn.append(
+            dot(across(predicted), upward(true), title_of_point if table.n <= TOLD else "", radius=_radius(len(which)))
+        )
     title = f"Predicted and measured losses on {table.sets[place]}"
     return scatter(title, across, upward, ("predicted", "measured"), [*drawn])
 
@@ -167,10 +154,10 @@ def _radius(count: int) -> float:
     return 3.5 if count <= TOLD else 2.0
 
 
-def _losses(found: MixLaw) -> str:
+def _losses(result: MixLaw) -> str:
     """On each set, of the suggested mixture, the mean mixture and the best of the table."""
     rows = []
-    for line in found.set_rows:
+    for line in result.set_rows:
         kind = "" if line["weight"] else ' class="unasked"'
         losses = (number(line[name], ".3f") for name in ("suggested", "mean", "best_tried"))
         cells = _cells(*losses, f"{line['weight']:.0%}")
@@ -179,62 +166,40 @@ def _losses(found: MixLaw) -> str:
     return section("Losses on each set", f'<div class="numbers">{table(head, rows)}</div>')
 
 
-# -- its numbers
+def _constants(result: MixLaw) -> list[str]:
+    """A heat map for each kind of number in the law's formula; none for a law whose numbers nobody could read."""
+    law, title = result.law, "The law's constants"
+    return [_heat_map(law, term, f"{title} {term.symbol}" if len(law.terms) > 1 else title) for term in law.terms]
 
 
-def _constants(found: MixLaw) -> list[str]:
-    """Sections with a law's numbers, of those laws that have few."""
-    law = found.law
-    if isinstance(law, ExpLaw):
-        beside = {"c": law.c, "exp(b)": np.exp(np.minimum(law.b, 700.0))}
-        told = (
-            "L(r) = c + exp(b + sum of t r) for shares r; the numbers are t, whose mean over domains is 0. Blue: a "
-            "domain that lowers the loss on the set more than the average domain does; orange: one that raises it."
-        )
-        return [_matrix("The law's constants", law.sets, law.domains, law.t, beside, told)]
-    if isinstance(law, RidgeLaw):
-        told = "L(r) = w + sum of u r + v ln(r + eps) for shares r; the numbers are"
-        return [
-            _matrix(f"The law's constants {name}", law.sets, law.domains, values, beside, f"{told} {name}.")
-            for name, values, beside in (("u", law.u, {"w": law.w}), ("v", law.v, {"eps": law.eps}))
-        ]
-    return []
-
-
-def _matrix(
-    title: str,
-    sets: Sequence[str],
-    domains: Sequence[str],
-    values: Float64[np.ndarray, "E K"],
-    beside: dict[str, Float64[np.ndarray, " E"]],
-    told: str,
-) -> str:
-    """A heat map of sets by domains, with some numbers of each set before it."""
-    largest, rows = float(np.abs(values).max()), []
+def _heat_map(law: MixingLaw, term: Term, title: str) -> str:
+    """Sets by domains, with the numbers that a set has once before them."""
+    largest, rows = float(np.abs(term.values).max()), []
     form = ".2f" if largest < 10 else ".1f"
-    for place, name in enumerate(sets):
-        own = _cells(*(number(float(column[place]), ".3g") for column in beside.values()))
+    for place, name in enumerate(law.sets):
+        constants = _cells(*(number(float(column[place]), ".3g") for column in term.constants.values()))
         cells = "".join(
             heat_cell(value, largest, number(value, form), f"{domain} on {name}: {number(value, '.4g')}")
-            for domain, value in zip(domains, values[place].tolist(), strict=True)
+            for domain, value in zip(law.domains, term.values[place].tolist(), strict=True)
         )
-        rows.append(f'<tr><td class="name" title="{shown(name)}">{shown(name)}</td>{own}{cells}</tr>')
+        rows.append(f'<tr><td class="name" title="{shown(name)}">{shown(name)}</td>{constants}{cells}</tr>')
     legend = f'<div class="legends">{ramp(largest, "as the table has it")}</div>' if largest > 0 else ""
-    head = heat_head(domains, "evaluation set", *beside)
-    return section(title, f'{legend}<div class="heat">{table(head, rows)}</div>{said(told)}')
+    head = heat_head(law.domains, "evaluation set", *term.constants)
+    caption = f"{law.formula}; the numbers are {term.symbol}{CENTRED if term.is_centred else '.'}"
+    return section(title, f'{legend}<div class="heat">{table(head, rows)}</div>{sentence(caption)}')
 
 
-def _critical(found: MixLaw) -> list[str]:
+def _critical(result: MixLaw) -> list[str]:
     """At what share of each domain a set's loss is what it was before."""
     parts = []
-    for name, by_domain in found.critical.items():
+    for name, by_domain in result.critical.items():
         rows = []
         for domain, ratio in by_domain.items():
             share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
             cells = f"<td>{shown(share)}</td><td>{shown(ratio.reason)}</td>"
             rows.append(f'<tr><td class="name">{shown(domain)}</td>{cells}</tr>')
-        told = "The other domains as in the table's mean mixture."
+        caption = "The other domains as in the table's mean mixture."
         drawn = f'<div class="numbers">{table("<th>domain</th><th>share</th><th></th>", rows)}</div>'
-        title = f"Loss on {shown(name)} stays at {found.settings['before'][name]:g} or below"
-        parts.append(section(title, drawn + said(told)))
+        title = f"Loss on {shown(name)} stays at {result.settings['before'][name]:g} or below"
+        parts.append(section(title, drawn + sentence(caption)))
     return parts

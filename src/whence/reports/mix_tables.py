@@ -5,47 +5,48 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.mixing.pipeline import Grade, MixLaw
-from whence.reports.tables import visible
+from whence.reports.tables import plain_table
+from whence.reports.text import visible
 
 
-def mix_report(found: MixLaw) -> RenderableType:
+def mix_tables(result: MixLaw) -> RenderableType:
     """Notes, evaluation sets, mixture, critical ratios; every table fits 80 columns."""
-    settings, table = found.settings, found.table
-    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
+    settings, table = result.settings, result.table
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in result.notes]
     head = f"{settings['law']} law of {table.n:,} mixtures of {len(table.domains)} domains"
     parts.append(Text(f"{head}, graded on {settings['folds']} held-out folds", "bold"))
-    parts += [_graded(found), _losses(found), _mixture(found)]
-    parts += [_critical(found, name) for name in found.critical]
+    parts += [_graded(result), _losses(result), _mixture(result)]
+    parts += [_critical(result, name) for name in result.critical]
     return Group(*parts)
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold dim")
+    table = plain_table(title)
     table.add_column(first, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def _graded(found: MixLaw) -> Table:
+def _graded(result: MixLaw) -> Table:
     """Held-out error and rank correlation on each set."""
     table = _table("Prediction of held-out mixtures", "set", "error", "95%", "Spearman", "95%")
-    for row in found.set_rows:
+    for row in result.set_rows:
         style = "" if row["weight"] else "dim"
-        table.add_row(Text(visible(row["set"])), *_grade(found.held_out.sets[row["set"]]), style=style)
-    table.add_row("mean", *_grade(found.held_out.overall), style="bold")
+        table.add_row(Text(visible(row["set"])), *_grade(result.held_out.sets[row["set"]]), style=style)
+    table.add_row("mean", *_grade(result.held_out.overall), style="bold")
     return table
 
 
-def _losses(found: MixLaw) -> Table:
+def _losses(result: MixLaw) -> Table:
     """Losses on each set of the suggested mixture, and of what it would replace."""
     table = _table("Losses", "set", "suggested", "mean", "best tried")
-    for row in found.set_rows:
+    for row in result.set_rows:
         losses = (f"{row[name]:.3f}" for name in ("suggested", "mean", "best_tried"))
         table.add_row(Text(visible(row["set"])), *losses, style="" if row["weight"] else "dim")
-    at_mean = float(found.law.predict(found.mean[None])[0] @ found.weights)
-    tried = float(found.table.losses[found.best_row] @ found.weights)
-    losses = (f"{value:.3f}" for value in (found.best.objective, at_mean, tried))
+    at_mean = float(result.law.predict(result.mean[None])[0] @ result.weights)
+    tried = float(result.table.losses[result.best_row] @ result.weights)
+    losses = (f"{value:.3f}" for value in (result.best.objective, at_mean, tried))
     table.add_row("mean", *losses, style="bold")
     table.caption = (
         "Losses at the suggested mixture and at the table's mean mixture are predicted; at the best mixture tried they "
@@ -64,10 +65,10 @@ def _grade(grade: Grade) -> tuple[str, str, str, str]:
     return (*error, f"{grade.spearman:.3f}", f"{below:.3f} to {above:.3f}")
 
 
-def _mixture(found: MixLaw) -> Table:
+def _mixture(result: MixLaw) -> Table:
     """Suggested shares beside those tried, largest first."""
     table = _table("Suggested mixture", "domain", "suggested", "mean", "best tried", "tried", "cap")
-    for row in sorted(found.rows, key=lambda row: -row["suggested"]):
+    for row in sorted(result.rows, key=lambda row: -row["suggested"]):
         shares = (f"{row[name]:.1%}" for name in ("suggested", "mean", "best_tried"))
         cap = f"{row['cap']:.1%}" if row["cap"] < 1 else ""
         tried = f"{row['least_tried']:.0%} to {row['most_tried']:.0%}"
@@ -75,12 +76,12 @@ def _mixture(found: MixLaw) -> Table:
     return table
 
 
-def _critical(found: MixLaw, name: str) -> Table:
+def _critical(result: MixLaw, name: str) -> Table:
     """At what share of each domain a loss is what it was before."""
-    before = found.settings["before"][name]
+    before = result.settings["before"][name]
     table = _table(f"Loss on {visible(name)} stays at {before:g} or below", "domain", "share")
     table.add_column("")
-    for domain, ratio in found.critical[name].items():
+    for domain, ratio in result.critical[name].items():
         share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
         table.add_row(Text(visible(domain)), share, Text(ratio.reason, "dim"))
     table.caption = "The other domains as in the table's mean mixture."

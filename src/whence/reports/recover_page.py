@@ -2,7 +2,7 @@
 
 First the mixture of sources with its intervals, then the rows at both ends of the choice; then what they rest on: the
 scores of all rows beside those of rows that are known not to be members, what the calibration went by, and how far each
-parameter moved against the rounding of its file. Corpus text is untrusted: see `page_parts`.
+parameter moved against the rounding of its file. Corpus text is untrusted: see `page`.
 """
 
 import math
@@ -15,7 +15,19 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence.recovery.pipeline import Recovered
-from whence.reports.page import axis, bars, document, fact_list, pick, said, section, shown, shown_row, stretched, table
+from whence.reports.page import (
+    axis,
+    bars,
+    document,
+    fact_list,
+    pick,
+    row_html,
+    section,
+    sentence,
+    shown,
+    stretched,
+    table,
+)
 from whence.reports.svg import number
 
 FIRST, LAST = 10, 5
@@ -34,45 +46,45 @@ ROOM = 0.12
 """Of its width, between two of them."""
 
 
-def recovery_page(found: Recovered, command: str | None = None) -> str:
+def recover_page(recovery: Recovered, command: str | None = None) -> str:
     """A recovery as a self-contained HTML document, to be written as UTF-8.
 
     Args:
-        found: What to show.
-        command: That made it, where there is one.
+        recovery: What to show.
+        command: The command that made it, where there is one.
     """
-    lead = f"{len(found.rows):,} of {len(found.scores):,} rows"
+    lead = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows"
     body = [
         f'<p class="lead">{lead}</p>',
-        *(f'<p class="how">{shown(line)}</p>' for line in _how(found)),
-        *(f'<p class="note">{shown(note)}</p>' for note in found.notes),
-        _mixture(found),
-        *_rows(found),
-        f'<div class="pair">{_scores(found)}{_weights(found)}</div>',
-        _layers(found),
-        section("How this was made", fact_list(_facts(found, command))),
+        *(f'<p class="how">{shown(line)}</p>' for line in _how(recovery)),
+        *(f'<p class="note">{shown(note)}</p>' for note in recovery.notes),
+        _mixture(recovery),
+        *_rows(recovery),
+        f'<div class="pair">{_scores(recovery)}{_weights(recovery)}</div>',
+        _layers(recovery),
+        section("How this was made", fact_list(_facts(recovery, command))),
     ]
-    title = f"Whence: {lead}, by {found.settings['method']}"
+    title = f"Whence: {lead}, by {recovery.settings['method']}"
     return document("what this model was trained on", title, body, "recover_page.css")
 
 
-def _how(found: Recovered) -> list[str]:
-    told = f"by {found.settings['method']}."
-    if found.learned is None:
-        return [told]
-    right, all_members = (_expected(scores) for scores in (found.scores[found.numbers], found.scores))
-    told += f" Expected members: {right} of them, {all_members} in all."
-    return [told, f"Shadow: {found.settings['shadow']}."] if "shadow" in found.settings else [told]
+def _how(recovery: Recovered) -> list[str]:
+    about = f"by {recovery.settings['method']}."
+    if recovery.learned is None:
+        return [about]
+    right, all_members = (_expected(scores) for scores in (recovery.scores[recovery.numbers], recovery.scores))
+    about += f" Expected members: {right} of them, {all_members} in all."
+    return [about, f"Shadow: {recovery.settings['shadow']}."] if "shadow" in recovery.settings else [about]
 
 
 def _expected(scores: Tensor) -> str:
     return f"{float(scores[scores.isfinite()].double().sum()):,.0f}"
 
 
-def _facts(found: Recovered, command: str | None) -> dict[str, str]:
-    facts = dict(found.settings)
-    if found.learned is not None:
-        by = found.learned.calibration
+def _facts(recovery: Recovered, command: str | None) -> dict[str, str]:
+    facts = dict(recovery.settings)
+    if recovery.learned is not None:
+        by = recovery.learned.calibration
         facts["calibration"] = f"{by.share:.1%} members, ridge {by.ridge:g}"
     return facts if command is None else facts | {"command": command}
 
@@ -99,27 +111,26 @@ def _line(name: str, drawn: str, *cells: str, wide: int = 1) -> str:
     return f'<tr><td class="name">{parts}</td><td class="wide">{drawn}</td>{"".join(numbers)}</tr>'
 
 
-# -- the mixture
-
-
-def _mixture(found: Recovered) -> str:
+def _mixture(recovery: Recovered) -> str:
     """Bars with whiskers, and how many of the rows found are of each source."""
-    if not found.mixture:
+    if not recovery.mixture:
         return ""
-    lines = sorted(found.mixture, key=lambda line: -line["share"])
+    lines = sorted(recovery.mixture, key=lambda line: -line["share"])
     ends = [line[name] for line in lines for name in ("share", "high")]
     largest = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
-    taken = Counter(str(row.get("source")) for row in found.rows)
+    chosen = Counter(str(row.get("source")) for row in recovery.rows)
     rows = []
     for line in lines[:SOURCES]:
-        count = taken[line["source"]]
-        share = f"{count:,} ({count / len(found.rows):.0%})" if found.rows else "0"
+        count = chosen[line["source"]]
+        share = f"{count:,} ({count / len(recovery.rows):.0%})" if recovery.rows else "0"
         rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share, wide=2))
-    told = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
+    caption = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
     if rest := lines[SOURCES:]:
-        told += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
+        caption += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
     head = _head("source", "share (95%)", "rows found", wide=2)
-    return section("What it was trained on, by source", f'<div class="stacked">{table(head, rows)}</div>{said(told)}')
+    return section(
+        "What it was trained on, by source", f'<div class="stacked">{table(head, rows)}</div>{sentence(caption)}'
+    )
 
 
 def _interval(line: Mapping[str, Any]) -> str:
@@ -137,55 +148,49 @@ def _whiskers(line: Mapping[str, Any], largest: float) -> str:
     return stretched("share", 16, drawn)
 
 
-# -- rows
-
-
-def _rows(found: Recovered) -> list[str]:
-    count = len(found.rows)
+def _rows(recovery: Recovered) -> list[str]:
+    count = len(recovery.rows)
     first, last = range(min(FIRST, count)), range(max(FIRST, count - LAST), count)
-    parts = [section("First of the rows found", "".join(_row(found, place) for place in first))] if count else []
+    parts = [section("First of the rows found", "".join(_row(recovery, place) for place in first))] if count else []
     if last:
         between = last.start - len(first)
         more = f" <small>after {between:,} more</small>" if between else ""
-        parts.append(section("Last of them", "".join(_row(found, place) for place in last), more))
+        parts.append(section("Last of them", "".join(_row(recovery, place) for place in last), more))
     return parts
 
 
-def _row(found: Recovered, place: int) -> str:
-    row = found.rows[place]
+def _row(recovery: Recovered, place: int) -> str:
+    row = recovery.rows[place]
     score = row["whence_score"]
-    told = _probability(score) if found.learned is not None else number(score, ".4g")
+    score_text = _probability(score) if recovery.learned is not None else number(score, ".4g")
     numbers = f"p {number(row['whence_p'], '.2g')}"
     if "whence_weight" in row:
         numbers += f" · weight {number(row['whence_weight'], '.2g')}"
-    where = f"row {found.numbers[place] + 1:,}"
+    where = f"row {recovery.numbers[place] + 1:,}"
     if row.get("source") is not None:
         where = f"{shown(str(row['source']))} · {where}"
-    return pick(f"{place + 1:,}", shown_row(row), [f"<b>{told}</b>", numbers, where])
+    return pick(f"{place + 1:,}", row_html(row), [f"<b>{score_text}</b>", numbers, where])
 
 
-# -- scores
-
-
-def _scores(found: Recovered) -> str:
+def _scores(recovery: Recovered) -> str:
     """Of all rows, in the calibrated case as log odds, beside those of the null."""
-    is_found = torch.zeros(len(found.scores), dtype=torch.bool)
-    is_found[found.numbers] = True
-    known = found.scores.isfinite()
-    scores, is_found = found.scores[known].double(), is_found[known]
-    told, null = "Heights are shares of the rows with evidence, drawn as their square roots.", None
+    is_chosen = torch.zeros(len(recovery.scores), dtype=torch.bool)
+    is_chosen[recovery.numbers] = True
+    known = recovery.scores.isfinite()
+    scores, is_chosen = recovery.scores[known].double(), is_chosen[known]
+    caption, null = "Heights are shares of the rows with evidence, drawn as their square roots.", None
     key = '<i></i>found<i class="pool"></i>other rows'
-    if found.learned is not None:
-        null = None if found.null is None else found.null.double().clamp(-FARTHEST, FARTHEST)
+    if recovery.learned is not None:
+        null = None if recovery.null is None else recovery.null.double().clamp(-FARTHEST, FARTHEST)
         scores = _log_odds(scores)
     if null is not None:
-        told += f" The line: {len(null):,} rows that the shadow was not trained on, at the same share of members."
+        caption += f" The line: {len(null):,} rows that the shadow was not trained on, at the same share of members."
         key += '<i class="null"></i>known not to be members'
     if lost := len(known) - len(scores):
-        told += f" {lost:,} rows are without evidence."
-    drawn = _histogram(scores, is_found, null, is_probability=found.learned is not None)
-    name = "Probability" if found.learned is not None else "Score"
-    return section(f"{name} of all rows", drawn + said(told), f'<span class="key">{key}</span>')
+        caption += f" {lost:,} rows are without evidence."
+    drawn = _histogram(scores, is_chosen, null, is_probability=recovery.learned is not None)
+    name = "Probability" if recovery.learned is not None else "Score"
+    return section(f"{name} of all rows", drawn + sentence(caption), f'<span class="key">{key}</span>')
 
 
 def _log_odds(probabilities: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
@@ -193,7 +198,7 @@ def _log_odds(probabilities: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
 
 
 def _histogram(
-    scores: Float64[Tensor, " n"], is_found: Tensor, null: Float64[Tensor, " m"] | None, *, is_probability: bool
+    scores: Float64[Tensor, " n"], is_chosen: Tensor, null: Float64[Tensor, " m"] | None, *, is_probability: bool
 ) -> str:
     """Shares in equal bins, the rows found in blue at the foot, the null as a line; and where the choice ends.
 
@@ -201,12 +206,12 @@ def _histogram(
     """
     both = scores if null is None else torch.cat([scores, null])
     if not len(both):
-        return said("No row has evidence.")
+        return sentence("No row has evidence.")
     low, high = float(both.min()), float(both.max())
     if high <= low:
-        return said(f"All are {_named(low, is_probability)}.")
+        return sentence(f"All are {_named(low, is_probability)}.")
     count = min(BINS, max(8, 2 * math.isqrt(len(scores))))
-    parts = (scores[is_found], scores[~is_found])
+    parts = (scores[is_chosen], scores[~is_chosen])
     sides = [torch.histc(part, count, low, high) / max(1, len(scores)) for part in parts]
     line = torch.zeros(count) if null is None else torch.histc(null, count, low, high) / len(null)
     bins = sides[0] + sides[1]
@@ -224,9 +229,9 @@ def _histogram(
         tops = (height * (1 - (line / top).sqrt())).tolist()
         path = "".join(f"V{y:.2f}H{(number + 1) * step:.1f}" for number, y in enumerate(tops))
         drawn.append(f'<path class="null" d="M0 {height:.0f}{path}V{height:.0f}"/>')
-    if is_found.any():
-        cut = float(scores[is_found].min())
-        words = "found from" if bool(is_found[scores >= cut].all()) else "the lowest found is"
+    if is_chosen.any():
+        cut = float(scores[is_chosen].min())
+        words = "found from" if bool(is_chosen[scores >= cut].all()) else "the lowest found is"
         drawn.append(_cut((cut - low) / (high - low), width, height, f"{words} {_named(cut, is_probability)}"))
     ticks = axis(width, height, _ticks(low, high, is_probability))
     return f'<svg class="scores" viewBox="0 -18 400 {height + 38:.0f}" role="img">{"".join(drawn)}{ticks}</svg>'
@@ -268,29 +273,26 @@ def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:
     return ticks
 
 
-# -- what the answer rests on
-
-
-def _weights(found: Recovered) -> str:
+def _weights(recovery: Recovered) -> str:
     """Of the calibration, those largest in magnitude first, for membership to the right."""
-    if found.learned is None:
+    if recovery.learned is None:
         return ""
-    by = found.learned.calibration
+    by = recovery.learned.calibration
     order = by.weights.abs().argsort(descending=True, stable=True).tolist()
     largest = float(by.weights.abs().max()) if order else 0.0
     rows = []
     for place in order[:WEIGHTS]:
         weight = float(by.weights[place])
         rows.append(_line(by.names[place], _signed(weight / (largest or 1.0)), number(weight, "+.2f")))
-    told = (
+    caption = (
         "Log odds for each robust standard deviation of a kind of evidence; g is a row's gradient. "
         "Kinds overlap: a small weight does not say that one is worthless."
     )
     if rest := order[WEIGHTS:]:
-        told += f" {len(rest):,} more weigh {float(by.weights[rest].abs().max()):.2f} at most."
+        caption += f" {len(rest):,} more weigh {float(by.weights[rest].abs().max()):.2f} at most."
     key = '<span class="key"><i></i>for<i class="against"></i>against membership</span>'
     inner = f'<div class="weights">{table(_head("evidence", "weight"), rows)}</div>'
-    return section("What the calibration went by", inner + said(told), key)
+    return section("What the calibration went by", inner + sentence(caption), key)
 
 
 def _signed(share: float) -> str:
@@ -301,12 +303,12 @@ def _signed(share: float) -> str:
     return stretched("signed", 7, f'{bar}<line class="zero" x1="50" x2="50" y1="-1" y2="8"/>')
 
 
-def _layers(found: Recovered) -> str:
+def _layers(recovery: Recovered) -> str:
     """Those that moved the most, over what rounding alone would give."""
-    if not found.layers:
+    if not recovery.layers:
         return ""
-    moved = sorted((line for line in found.layers if line["norm"] > 0), key=lambda line: -line["norm"])
-    still = len(found.layers) - len(moved)
+    moved = sorted((line for line in recovery.layers if line["norm"] > 0), key=lambda line: -line["norm"])
+    still = len(recovery.layers) - len(moved)
     weak = sum(1 for line in moved if not line["carries_signal"])
     ends = [line[name] for line in moved for name in ("norm", "noise")]
     largest = max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
@@ -322,15 +324,19 @@ def _layers(found: Recovered) -> str:
         )
         for line in moved[:LAYERS]
     ]
-    told = f"{still:,} of {len(found.layers):,} parameters did not move at all" if still else "All parameters moved"
-    told += f"; {weak:,} moved no more than rounding does." if weak else "."
+    caption = (
+        f"{still:,} of {len(recovery.layers):,} parameters did not move at all" if still else "All parameters moved"
+    )
+    caption += f"; {weak:,} moved no more than rounding does." if weak else "."
     if len(moved) > LAYERS:
-        told += f" {len(moved) - LAYERS:,} more moved less than these."
+        caption += f" {len(moved) - LAYERS:,} more moved less than these."
     key = '<span class="key"><i></i>moved by<i class="pool"></i>by rounding alone</span>'
     head = _head("parameter", "moved by", "over rounding", "of its norm", "unchanged", wide=2)
-    return section("What moved the most", f'<div class="stacked layers">{table(head, rows)}</div>{said(told)}', key)
+    return section(
+        "What moved the most", f'<div class="stacked layers">{table(head, rows)}</div>{sentence(caption)}', key
+    )
 
 
 def _times(signal: float | None) -> str:
-    told = number(signal, ",.0f" if signal is not None and signal >= 10 else ".1f")
-    return told if told == "-" else f"{told} times"
+    text = number(signal, ",.0f" if signal is not None and signal >= 10 else ".1f")
+    return text if text == "-" else f"{text} times"

@@ -6,7 +6,8 @@ from rich.text import Text
 
 from whence.corpus.layouts import shown_text
 from whence.recovery.pipeline import Recovered
-from whence.reports.tables import visible
+from whence.reports.tables import plain_table
+from whence.reports.text import visible
 
 SHOWN = 10
 """Rows."""
@@ -16,46 +17,45 @@ LAYERS = 5
 """That moved the most."""
 
 
-def recovery_report(found: Recovered) -> RenderableType:
+def recover_tables(recovery: Recovered) -> RenderableType:
     """Notes, mixture, first and last rows, layers."""
-    settings = found.settings
-    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in found.notes]
-    head = f"{len(found.rows):,} of {len(found.scores):,} rows, by {settings['method']}"
+    settings = recovery.settings
+    parts: list[RenderableType] = [Text(visible(note), "yellow") for note in recovery.notes]
+    head = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows, by {settings['method']}"
     parts.append(Text(head, "bold"))
-    if found.learned is not None:
-        expected = float(found.scores[found.scores.isfinite()].sum())
+    if recovery.learned is not None:
+        expected = float(recovery.scores[recovery.scores.isfinite()].sum())
         parts.append(Text(f"Shadow: {settings['shadow']}. Expected members in all: {expected:,.0f}.", "dim"))
-    if found.mixture:
-        parts.append(_mixture(found))
-    if found.rows:
-        parts.append(_rows(found))
-    parts.append(_layers(found))
+    if recovery.mixture:
+        parts.append(_mixture(recovery))
+    if recovery.rows:
+        parts.append(_rows(recovery))
+    parts.append(_layers(recovery))
     return Group(*parts)
 
 
-def _mixture(found: Recovered) -> Table:
-    table = Table(title="What it was trained on, by source", title_justify="left", box=None, pad_edge=False,
-                  header_style="bold dim")  # fmt: skip
+def _mixture(recovery: Recovered) -> Table:
+    table = plain_table("What it was trained on, by source")
     table.add_column("source")
     for name in ("of rows", "95%", "of tokens", "95%"):
         table.add_column(name, justify="right")
-    for line in sorted(found.mixture, key=lambda line: -line["share"]):
+    for line in sorted(recovery.mixture, key=lambda line: -line["share"]):
         rows, tokens = (f"{line[low]:.0%} to {line[high]:.0%}" for low, high in
                         (("low", "high"), ("tokens_low", "tokens_high")))  # fmt: skip
         table.add_row(Text(visible(line["source"])), f"{line['share']:.0%}", rows, f"{line['tokens']:.0%}", tokens)
     return table
 
 
-def _rows(found: Recovered) -> Table:
+def _rows(recovery: Recovered) -> Table:
     """The first rows and the last."""
-    table = Table(box=None, pad_edge=False, header_style="bold dim")
-    is_probability = found.learned is not None
+    table = plain_table()
+    is_probability = recovery.learned is not None
     for name in ("rank", "probability" if is_probability else "score", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("row", overflow="ellipsis")
-    count = len(found.rows)
+    count = len(recovery.rows)
     for place in sorted({*range(min(SHOWN, count)), *range(max(0, count - 2), count)}):
-        row = found.rows[place]
+        row = recovery.rows[place]
         text = " ".join(part for part in shown_text(row).values() if part)
         cut = text[:LONGEST] + ("..." if len(text) > LONGEST else "")
         score = f"{row['whence_score']:.0%}" if is_probability else f"{row['whence_score']:.4g}"
@@ -63,13 +63,13 @@ def _rows(found: Recovered) -> Table:
     return table
 
 
-def _layers(found: Recovered) -> Table:
+def _layers(recovery: Recovered) -> Table:
     """Those that moved the most against the rounding of their files."""
-    table = Table(title="What moved the most", title_justify="left", box=None, pad_edge=False, header_style="bold dim")
+    table = plain_table("What moved the most")
     table.add_column("parameter")
     for name in ("moved by", "over rounding", "unchanged"):
         table.add_column(name, justify="right")
-    moved = sorted(found.layers, key=lambda line: -line["norm"])[:LAYERS]
+    moved = sorted(recovery.layers, key=lambda line: -line["norm"])[:LAYERS]
     for line in moved:
         signal = line.get("signal")
         table.add_row(

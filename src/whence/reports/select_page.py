@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.reports.page import axis, bars, cut, document, fact_list, pick, section, shown, shown_row, table
-from whence.reports.select_tables import told_nearness
+from whence.reports.page import axis, bars, cut, document, fact_list, pick, row_html, section, shown, table
+from whence.reports.select_tables import nearness_sentence
 from whence.selection.choice import BELOW
-from whence.selection.pipeline import Chosen, composition, lengths, nearness
+from whence.selection.description import composition, lengths, nearness
+from whence.selection.pipeline import Chosen
 
 FIRST, LAST, NEAREST = 10, 5, 5
 """Rows that are shown of the best of the choice, of its last, and of the best below it."""
@@ -26,12 +27,12 @@ BINS = 36
 """Of a histogram."""
 
 
-def selection_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
+def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
     """A selection as a self-contained HTML document, to be written as UTF-8.
 
     Args:
         chosen: What to show.
-        overlaps: Of other methods' choices under the same budget, by name; see `selection.overlap`.
+        overlaps: Of other methods' choices under the same budget, by name; see `description.overlap`.
     """
     selection, settings = chosen.selection, chosen.settings
     tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""
@@ -70,24 +71,21 @@ def _sources(chosen: Chosen) -> str:
     return section("Where the rows come from", table(head, rows), _KEY)
 
 
-# -- lengths and scores
-
-
 def _distributions(chosen: Chosen) -> str:
-    able, rows = chosen.candidates.rankable(), chosen.selection.rows
+    rankable, rows = chosen.candidates.rankable(), chosen.selection.rows
     parts = []
     if chosen.selection.tokens:
         size, tokens = lengths(chosen), chosen.candidates.tokens.double()
-        told = f"Median {size['median_tokens']:,.0f} tokens; in the pool {size['pool_median_tokens']:,.0f}."
-        drawn = _histogram(tokens[able].log2(), tokens[rows].log2(), lambda value: f"{2**value:,.0f}")
-        parts.append(section("Length in tokens", f'{drawn}<p class="say">{told}</p>', _KEY))
+        caption = f"Median {size['median_tokens']:,.0f} tokens; in the pool {size['pool_median_tokens']:,.0f}."
+        drawn = _histogram(tokens[rankable].log2(), tokens[rows].log2(), lambda value: f"{2**value:,.0f}")
+        parts.append(section("Length in tokens", f'{drawn}<p class="say">{caption}</p>', _KEY))
     scores = chosen.candidates.scores.double().masked_fill(~chosen.candidates.scores.isfinite(), -math.inf).amax(0)
     several = "each row's best over the targets" if len(chosen.candidates.targets) > 1 else "of the target"
-    drawn = _histogram(scores[able], scores[rows], lambda value: f"{value:.3g}")
-    told = f"Score, {several}; larger is more helpful. Bars are shares of each side."
+    drawn = _histogram(scores[rankable], scores[rows], lambda value: f"{value:.3g}")
+    caption = f"Score, {several}; larger is more helpful. Bars are shares of each side."
     if (nearer := nearness(chosen)) is not None:
-        told += f" {told_nearness(nearer)}."
-    parts.append(section("Score", f'{drawn}<p class="say">{told}</p>', _KEY))
+        caption += f" {nearness_sentence(nearer)}."
+    parts.append(section("Score", f'{drawn}<p class="say">{caption}</p>', _KEY))
     return f'<div class="pair">{"".join(parts)}</div>'
 
 
@@ -109,9 +107,6 @@ def _histogram(pool: Float[Tensor, " n"], chosen: Float[Tensor, " m"], named: Ca
     places = (0.0, 0.25, 0.5, 0.75, 1.0)
     ticks = axis(width, height, {place: named(low + (high - low) * place) for place in places})
     return f'<svg viewBox="0 0 {width:.0f} {height + 20:.0f}" role="img">{"".join(drawn)}{ticks}</svg>'
-
-
-# -- targets, other methods
 
 
 def _targets(chosen: Chosen) -> str:
@@ -149,9 +144,6 @@ def _overlaps(overlaps: Mapping[str, float]) -> str:
     return section("Other methods", table(head, rows) + say)
 
 
-# -- rows
-
-
 def _rows(chosen: Chosen) -> str:
     selection, count = chosen.selection, len(chosen.rows)
     best, last = range(min(FIRST, count)), range(max(FIRST, count - LAST), count)
@@ -173,7 +165,7 @@ def _chosen_row(chosen: Chosen, place: int) -> str:
     source, target = chosen.candidates.sources[selection.rows[place]], selection.targets[place]
     facts += [shown(source)] if source else []
     facts += [f"for {shown(target)}"] if target and len(chosen.candidates.targets) > 1 else []
-    return pick(str(place + 1), shown_row(chosen.rows[place]), facts)
+    return pick(str(place + 1), row_html(chosen.rows[place]), facts)
 
 
 def _other_row(chosen: Chosen, number: int) -> str:

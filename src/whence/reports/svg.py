@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from whence.reports.tables import visible
+from whence.reports.text import encodable, visible
 
 COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a")
 """Of kinds: evaluation sets, partitions."""
@@ -22,15 +22,15 @@ SIDE, LEFT, TOP, RIGHT, BOTTOM = 200.0, 34.0, 14.0, 6.0, 34.0
 
 def shown(text: str) -> str:
     """Text as HTML that shows it: escaped, its control characters visible, lone surrogates replaced."""
-    return escape(visible(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")))
+    return escape(visible(encodable(text)))
 
 
 def number(value: float | None, form: str) -> str:
     """A number in some form, with a minus sign as wide as a plus and none before zeros; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
-    told = format(value, form)
-    return told.replace("-", MINUS if told.strip("-+0.,%") else "")
+    formatted = format(value, form)
+    return formatted.replace("-", MINUS if formatted.strip("-+0.,%") else "")
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Scale:
         return {count * step: number(count * step, f".{digits}f") for count in counts}
 
 
-def text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:
+def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
     """Words at a place."""
     named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown(said)}</text>'
+    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown(words)}</text>'
 
 
-def dot(x: float, y: float, said: str = "", *, kind: str = "", fill: str = "", radius: float = 4.0) -> str:
+def dot(x: float, y: float, tooltip: str = "", *, kind: str = "", fill: str = "", radius: float = 4.0) -> str:
     """A circle, with what is said of it on hovering."""
-    inner = f"<title>{shown(said)}</title>" if said else ""
+    inner = f"<title>{shown(tooltip)}</title>" if tooltip else ""
     how = "".join(f' {name}="{value}"' for name, value in (("class", kind), ("fill", fill)) if value)
     return f'<circle{how} cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}">{inner}</circle>'
 
@@ -163,11 +163,11 @@ def stack(shares: Mapping[str, float], colours: Mapping[str, str]) -> str:
     rest = math.fsum(share for name, share in shares.items() if name not in colours)
     parts += [(f"others {rest:.1%}", rest, REST)] if rest > 0 else []
     drawn, x = [], 0.0
-    for said, share, colour in parts:
+    for tooltip, share, colour in parts:
         if share > 0:
             place = f'x="{100 * x:.2f}" y="0" width="{100 * share:.2f}" height="10"'
-            drawn.append(f'<rect {place} fill="{colour}"><title>{shown(said)}</title></rect>')
+            drawn.append(f'<rect {place} fill="{colour}"><title>{shown(tooltip)}</title></rect>')
         x += share
-    title = f"<title>{shown(', '.join(said for said, share, _ in parts if share > 0))}</title>"
+    title = f"<title>{shown(', '.join(tooltip for tooltip, share, _ in parts if share > 0))}</title>"
     size = 'viewBox="0 0 100 10" preserveAspectRatio="none"'
     return f'<svg class="stack" {size} role="img">{title}{"".join(drawn)}</svg>'

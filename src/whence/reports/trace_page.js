@@ -1,4 +1,4 @@
-// Second half: the answer, what is chosen in it, and what that changes. `page_example.js` stands before it.
+// Second half: the answer, what is chosen in it, and what that changes. `trace_example.js` stands before it.
 
 const state = { query: 0, pinned: null, hovered: null, lit: null, perExample: false };
 let chips = []; // of the tokens asked about, by row of the matrices

@@ -1,8 +1,8 @@
 """A trace as one HTML file that can be sent to a colleague: it loads nothing, sends nothing and needs no server.
 
-The trace travels as JSON in a `<script type="application/json">`, which browsers do not run; `page_example.js` and
-`page.js`, joined, make the document from it with text nodes only. Corpus text is untrusted, so there are three walls:
-`<`, `>` and `&` never stand in the JSON; the script has no way from text to markup; and a Content-Security-Policy
+The trace travels as JSON in a `<script type="application/json">`, which browsers do not run; `trace_example.js`
+and `trace_page.js`, joined, make the document from it with text nodes only. Corpus text is untrusted, so there are
+three walls: `<`, `>` and `&` never stand in the JSON; the script has no way from text to markup; and a Content-Security-Policy
 allows the one script and the one style of this file, by their hashes, and no address at all.
 
 Token matrices are most of a large report. Each row travels as int16 in units of its largest entry, in base64: 2.7
@@ -10,12 +10,10 @@ bytes a number in place of the 10 of JSON, wrong by 1 part in 65,000 of that ent
 """
 
 import base64
-import hashlib
 import html
 import json
 import math
 import re
-from importlib.resources import files
 from string import Template
 from typing import Any
 
@@ -25,6 +23,8 @@ from torch import Tensor
 
 from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
+from whence.reports.page import content_policy, packaged
+from whence.reports.text import encodable, visible
 from whence.tracing.results import Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
@@ -40,7 +40,7 @@ def trace_page(trace: Trace) -> str:
     Args:
         trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
     """
-    style, script = packaged("trace_page.css"), packaged("trace_example.js") + packaged("trace_page.js")
+    style, script = packaged("base.css"), packaged("trace_example.js") + packaged("trace_page.js")
     asked = trace.answers[0].prompt if trace.answers else ""
     return Template(packaged("trace_page.html")).substitute(
         policy=content_policy(style, script),
@@ -49,24 +49,6 @@ def trace_page(trace: Trace) -> str:
         script=script,
         data=_json(_trace(trace)),
     )
-
-
-def packaged(name: str) -> str:
-    """A text file of the package."""
-    return files("whence.reports").joinpath(name).read_text("utf-8")
-
-
-def content_policy(style: str, script: str | None = None) -> str:
-    """No address, no inline handler, and no way from a string to markup (trusted types) even for our own script."""
-    allowed = "'none'" if script is None else _hash(script)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; base-uri 'none'; "
-        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _json(value: Any) -> str:
@@ -179,17 +161,5 @@ def _number(value: float | None, digits: int = 7) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tab and newline, and those that could show text in another order than it has."""
-
-
 def _visible(text: str) -> str:
-    """Text that can be written as UTF-8, its control characters as Unicode pictures or escapes."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _HIDDEN.sub(lambda found: _picture(found[0]), whole)
-
-
-def _picture(char: str) -> str:
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    return f"\\x{ord(char):02x}" if char < "\u0100" else f"\\u{ord(char):04x}"
+    return visible(encodable(text))

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from whence.reports.tables import visible
+from whence.reports.text import visible
 
 LABEL = 34
 """Widest first column, in characters; longer names are cut."""
@@ -19,7 +19,7 @@ GAP = 2
 """Characters between columns."""
 
 
-class Folded:
+class WideTable:
     """A table of rows with a label, folded to the width that there is.
 
     Args:
@@ -47,13 +47,13 @@ class Folded:
         """Columns of each table, so that none is wider than `width` characters; one at least."""
         widths = [max(cell.cell_len for cell in column) for column in self._down()]
         label = min(LABEL, max(text.cell_len for text in (Text(self.label), *(label for label, _ in self.rows))))
-        found, start, used = [], 0, label
+        tables, start, used = [], 0, label
         for place, needed in enumerate(widths):
             if place > start and used + GAP + needed > width:
-                found.append(range(start, place))
+                tables.append(range(start, place))
                 start, used = place, label
             used += GAP + needed
-        return [*found, range(start, len(widths))]
+        return [*tables, range(start, len(widths))]
 
     def _down(self) -> list[list[Text]]:
         return [[head, *(cells[place] for _, cells in self.rows)] for place, head in enumerate(self.columns)]

@@ -1,16 +1,16 @@
 """Texts that say the same: equal but for spaces and capitals, or with most of their shingles in common.
 
 Two texts are near duplicates where the Jaccard similarity of their shingles, the sets of 5 characters in a row of the
-normalised text, is at least a threshold: |A and B| / |A or B|. Characters and not words, so that it holds for scripts
-without spaces. Candidates come from MinHash: of 128 hash functions each keeps its least value over a text's shingles,
-which two texts share with probability of their similarity; rows that agree on all functions of a band are compared, and
-their similarity is then computed exactly. Nothing is called a duplicate that is not one; of those at the threshold
-fewer than 1 in 1,000 are missed, above it fewer still.
+normalised text, is at least a threshold: |A and B| / |A or B|. Shingles are of characters and not of words, so that
+the rule holds for scripts without spaces. Candidates come from MinHash: each of 128 hash functions keeps its least
+value over a text's shingles, and the probability that two texts share it is their similarity; rows that agree on all
+functions of a band are compared, and their similarity is then computed exactly. No text is called a duplicate that is
+not one; of the pairs at the threshold fewer than 1 in 1,000 are missed, above it fewer still.
 
-A text is compared with those that were kept before, so cost and memory go with the selection, not with the pool: 128
-multiplications for each shingle, and 8 bytes for each of a kept text's.
+A text is compared with those that were chosen before, so cost and memory go with the selection, not with the corpus:
+128 multiplications for each shingle, and 8 bytes for each shingle of a chosen text.
 
-Written out here because a library (datasketch) finds the candidates only, and needs the shingles made as well.
+MinHash is written out here because a library (datasketch) finds the candidates only, and needs the shingles as well.
 Source: Broder 1997, On the Resemblance and Containment of Documents, https://doi.org/10.1109/SEQUEN.1997.666900.
 """
 
@@ -23,28 +23,28 @@ from whence.errors import SettingError
 from whence.numerics import mixed_seed
 
 CHARACTERS = 5
-"""Of a shingle."""
+"""Length of a shingle."""
 FUNCTIONS = 128
 RECALL = 0.999
-"""Of pairs at the threshold."""
+"""Share of pairs at the threshold that are found."""
 AT_ONCE = 4096
-"""Shingles of one array of hashes: 4 MB."""
+"""Shingles in one array of hashes: 4 MB."""
 
 
 @dataclass(frozen=True)
-class Print:
-    """What a text is known by."""
+class Fingerprint:
+    """A text's digest, shingles and bands, by which its duplicates are found."""
 
     digest: bytes
     shingles: np.ndarray
     bands: list[bytes]
 
 
-class KeptTexts:
-    """Texts kept so far, by row number.
+class ChosenTexts:
+    """Texts of the rows chosen so far, by row number.
 
     Args:
-        threshold: Similarity from which texts are duplicates; 1: only texts equal but for spaces and capitals.
+        threshold: Similarity from which texts are duplicates; with 1 only texts equal but for spaces and capitals.
     """
 
     def __init__(self, threshold: float):
@@ -55,33 +55,33 @@ class KeptTexts:
         self._by_band: dict[bytes, list[int]] = {}
         self._shingles: dict[int, np.ndarray] = {}
 
-    def print_of(self, text: str) -> Print:
-        """For `twin` and `keep`."""
+    def fingerprint(self, text: str) -> Fingerprint:
+        """A text as `twin` and `add` take it."""
         plain = normalised(text)
         digest = hashlib.sha256(plain.encode("utf-8", "surrogatepass")).digest()
         if self.threshold == 1:
-            return Print(digest, np.zeros(0, np.uint64), [])
-        found = shingles(plain)
-        return Print(digest, found, _bands(_signature(found), band_rows(self.threshold)))
+            return Fingerprint(digest, np.zeros(0, np.uint64), [])
+        hashes = shingles(plain)
+        return Fingerprint(digest, hashes, _bands(_signature(hashes), band_rows(self.threshold)))
 
-    def twin(self, known: Print) -> int | None:
-        """The first kept row that this is a duplicate of."""
-        if known.digest in self._by_digest:
-            return self._by_digest[known.digest]
-        near = {row for band in known.bands for row in self._by_band.get(band, ())}
-        alike = (row for row in near if jaccard(known.shingles, self._shingles[row]) >= self.threshold)
+    def twin(self, text: Fingerprint) -> int | None:
+        """The first chosen row that a text is a duplicate of."""
+        if text.digest in self._by_digest:
+            return self._by_digest[text.digest]
+        near = {row for band in text.bands for row in self._by_band.get(band, ())}
+        alike = (row for row in near if jaccard(text.shingles, self._shingles[row]) >= self.threshold)
         return min(alike, default=None)
 
-    def keep(self, row: int, known: Print) -> None:
+    def add(self, row: int, text: Fingerprint) -> None:
         """Compare later texts with this one."""
-        self._by_digest.setdefault(known.digest, row)
-        self._shingles[row] = known.shingles
-        for band in known.bands:
+        self._by_digest.setdefault(text.digest, row)
+        self._shingles[row] = text.shingles
+        for band in text.bands:
             self._by_band.setdefault(band, []).append(row)
 
 
 def normalised(text: str) -> str:
-    """Case folded, with single spaces.
+    """A text case folded, with single spaces.
 
     >>> normalised("  Two   WORDS ")
     'two words'
@@ -110,13 +110,13 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def band_rows(threshold: float) -> int:
-    """Most functions a band that still find `RECALL` of the pairs at the threshold: 1 - (1 - t^r)^(128 / r).
+    """The most functions a band that still find `RECALL` of the pairs at the threshold: 1 - (1 - t^r)^(128 / r).
 
     >>> [band_rows(threshold) for threshold in (0.5, 0.8, 0.9)]
     [2, 5, 8]
     """
-    able = [r for r in range(1, FUNCTIONS + 1) if 1 - (1 - threshold**r) ** (FUNCTIONS // r) >= RECALL]
-    return max(able, default=1)
+    sufficient = [r for r in range(1, FUNCTIONS + 1) if 1 - (1 - threshold**r) ** (FUNCTIONS // r) >= RECALL]
+    return max(sufficient, default=1)
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
@@ -131,11 +131,11 @@ _FACTORS = _rng.integers(0, 2**63, size=(FUNCTIONS, 1), dtype=np.uint64) * np.ui
 _SHIFTS = _rng.integers(0, 2**63, size=(FUNCTIONS, 1), dtype=np.uint64)
 
 
-def _signature(found: np.ndarray) -> np.ndarray:
+def _signature(hashes: np.ndarray) -> np.ndarray:
     """Least value of each hash function over a text's shingles."""
     least = np.full(FUNCTIONS, np.iinfo(np.uint64).max, dtype=np.uint64)
-    for first in range(0, len(found), AT_ONCE):
-        least = np.minimum(least, (_FACTORS * found[first : first + AT_ONCE] + _SHIFTS).min(1))
+    for first in range(0, len(hashes), AT_ONCE):
+        least = np.minimum(least, (_FACTORS * hashes[first : first + AT_ONCE] + _SHIFTS).min(1))
     return least
 
 

@@ -1,4 +1,4 @@
-"""What selection is made of: the view that a scorer reads, the scorer, and the selector.
+"""The protocols of selection: the view that a scorer reads, the scorer, and the selector.
 
 Letters in shapes: `n` training examples, `q` queries, `s` targets, `c` checkpoints, `k` sketch width.
 """
@@ -28,7 +28,7 @@ class QueryText:
 
 @dataclass(frozen=True)
 class Target:
-    """What scores are for: queries that are asked together, such as the examples of one task."""
+    """What scores are for: queries that are scored together, such as the examples of one task."""
 
     name: str
     queries: Sequence[QueryText]
@@ -40,7 +40,7 @@ class Target:
 
 @runtime_checkable
 class View(Protocol):
-    """What a scorer reads of an indexed corpus. Rows always come in the index's own order."""
+    """What a scorer reads of a corpus, indexed or not. Rows always come in the corpus' order."""
 
     @property
     def rows(self) -> int:
@@ -49,7 +49,7 @@ class View(Protocol):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Most tokens of one forward pass, padding included."""
+        """The most tokens of one forward pass, padding included."""
         ...
 
     def examples(self) -> Iterator[Row]:
@@ -76,25 +76,25 @@ class GradientView(View, Protocol):
 
     @property
     def blocks(self) -> Mapping[str, tuple[slice, int]]:
-        """Of every traced layer: its columns in a vector, and the weights that it has. Layers may share columns."""
+        """Every traced layer's columns in a vector, and its number of weights. Layers may share columns."""
         ...
 
     def vectors(self) -> Iterator[tuple[Float32[Tensor, "c n k"], Bool[Tensor, " n"]]]:
-        """Every row's vectors, some rows at a time, and whether a row can be ranked; those that cannot are zeros."""
+        """Every row's vectors, some rows at a time, and whether each row can be ranked; vectors of the others are 0."""
         ...
 
     def query_vectors(self, queries: Sequence[Encoded]) -> Float32[Tensor, "c q k"]:
-        """Plain gradients of queries, whatever the rows' view is; not finite where a query has none."""
+        """Plain gradients of queries, whatever the rows' view; not finite for a query without a gradient."""
         ...
 
     def norms(self, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s"]:
-        """Of query vectors, or of means of them: what a cosine divides its query's side by."""
+        """Norms of query vectors, or of their means, by which a cosine divides the query's side."""
         ...
 
     def scores(self, vectors: Float32[Tensor, "c s k"], *, cosine: bool) -> Float32[Tensor, "s n"]:
         """Inner products with every row, summed over checkpoints by their weights; -inf where a row cannot be ranked.
 
-        With `cosine` the row's side is divided by its norm. The other side is taken as it is.
+        With `cosine` the row's vector is divided by its norm; `vectors` are taken as they are.
         """
         ...
 
@@ -107,9 +107,9 @@ class Scorer(Protocol):
     scorer's own, so scores of different scorers compare by rank alone. A row that has no score (no tokens, states
     that are not finite) is given -inf and must not be ranked; NaN is never returned.
 
-    A scorer that compares rows with a query at a time gives a target the mean over those of its queries that have a
-    finite score. A target that nothing can be compared with is refused by name: skipping it would answer another
-    question than the one that was asked.
+    A scorer that compares rows with one query at a time gives a target the mean over those of its queries that have a
+    finite score. A target that no row can be compared with is refused by name: without it the scores would answer
+    another question than the user's.
     """
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -118,37 +118,37 @@ class Scorer(Protocol):
 
 
 class MakeScorer(Protocol):
-    """What the catalogue lists. A scorer without randomness takes a seed too, and does not use it."""
+    """A scorer's class, as the catalogue lists it. A scorer without randomness takes a seed too, and ignores it."""
 
     def __call__(self, *, seed: int = 0) -> Scorer: ...
 
 
 class Pick(NamedTuple):
-    """A row that a selector would take next."""
+    """A row that a selector offers next."""
 
     row: int
     score: float
-    """What it is ranked by, before any noise."""
+    """The score that it is ranked by, without noise."""
     target: int | None
-    """The target that it is taken for; None where no single one is."""
+    """Number of the target that it is taken for; None where it is for no single one."""
 
 
 @runtime_checkable
 class Selector(Protocol):
-    """An order over rows, from scores. What may be taken, and how much, is for `selectors.choice` to say.
+    """An order over rows, from scores. `selection.choice` decides which of them may be taken, and how many.
 
-    A row comes at most once, and one without a finite score (NaN, either infinity) never: a score that is not finite
-    counts for nothing, neither for its row nor against another. Equal scores go by the lower row number.
+    A row comes at most once, and a row without a finite score (NaN, either infinity) never: a score that is not finite
+    counts neither for its row nor against another row. Equal scores go by the lower row number.
     """
 
     def __call__(self, scores: Float32[Tensor, "s n"]) -> Generator[Pick, bool, None]:
-        """Rows, best first. Send back whether a pick was taken: a target that was refused one may go on to its next."""
+        """Rows, best first. Send back whether each was taken: a target whose row was refused may offer its next."""
         ...
 
 
 class MakeSelector(Protocol):
-    """What the catalogue lists."""
+    """A selector's class, as the catalogue lists it."""
 
     def __call__(self, *, temperature: float = 0.0, seed: int = 0) -> Selector:
-        """Take the best rows at temperature 0, else draw them without replacement; see `selectors.sampling`."""
+        """At temperature 0 it takes the best rows, else it draws them without replacement; see `selectors.sampling`."""
         ...

@@ -1,6 +1,7 @@
 """What scorers read: an index, or a corpus that has none.
 
-Rows come in the order of the corpus, tokenised and cut as the index cut them; from a corpus, as `index` would.
+Rows come in the order of the corpus. They are tokenised and cut as the index cut them; without an index, as `index`
+would cut them.
 """
 
 import json
@@ -16,14 +17,15 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import SettingError
-from whence.indexing.build import Index, example_vectors
+from whence.indexing.opening import Index
+from whence.indexing.vectors import example_vectors
 from whence.models.loading import LoadedModel, layer_shape
 from whence.selection.protocols import GradientView
 
 
 @dataclass(frozen=True)
 class IndexView(GradientView):
-    """A complete index."""
+    """A complete index, as scorers read it."""
 
     index: Index
 
@@ -34,11 +36,11 @@ class IndexView(GradientView):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Of one pass."""
+        """The most tokens of one pass."""
         return self.index.tokens_per_batch
 
     def ids(self) -> Iterator[str]:
-        """Of every row."""
+        """The id of every row."""
         for part in range(len(self.index.store.manifest.parts)):
             yield from (row["id"] for row in self.index.store.read_part(part))
 
@@ -54,12 +56,12 @@ class IndexView(GradientView):
         return (encode(row, self.model().tokenizer, longest) for row in self.examples())
 
     def model(self) -> LoadedModel:
-        """Of the last checkpoint."""
+        """The model of the last checkpoint."""
         return self.index.model()
 
     @property
     def weights(self) -> Float32[Tensor, " c"]:
-        """Share of each checkpoint."""
+        """Share of each checkpoint in a score."""
         return torch.tensor(self.index.weights)
 
     @property
@@ -73,7 +75,7 @@ class IndexView(GradientView):
         }
 
     def vectors(self) -> Iterator[tuple[Float32[Tensor, "c n k"], Bool[Tensor, " n"]]]:
-        """Decoded, a part at a time."""
+        """Decoded vectors, a part of the index at a time."""
         store = self.index.store
         for part in range(len(store.manifest.parts)):
             shards = [store.shard(checkpoint, part) for checkpoint in range(len(store.manifest.checkpoints))]
@@ -86,22 +88,22 @@ class IndexView(GradientView):
         out = torch.zeros(len(index.weights), len(queries), index.store.manifest.width)
         for checkpoint in reversed(range(len(index.weights))):  # the last one is loaded already
             model = index.model(checkpoint)
-            found = example_vectors(
+            gradients = example_vectors(
                 model, index.layers(model), index.projection(model), list(queries), settings=index.settings
             )
-            out[checkpoint] = found.vectors
+            out[checkpoint] = gradients.vectors
         return out
 
     def norms(self, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s"]:
-        """L2."""
+        """L2 norms."""
         return vectors.norm(dim=2)
 
     def scores(self, vectors: Float32[Tensor, "c s k"], *, cosine: bool) -> Float32[Tensor, "s n"]:
-        """Of every row."""
+        """Scores of every row."""
         out = torch.empty(vectors.shape[1], self.rows)
         store = self.index.store
-        for first, part in store.scores(vectors, self.weights, cosine=cosine, queries_as_they_are=cosine):
-            out[:, first : first + part.shape[1]] = part
+        for first, block in store.scores(vectors, self.weights, cosine=cosine, is_unit_mean=cosine):
+            out[:, first : first + block.shape[1]] = block
         return out
 
 
@@ -125,7 +127,7 @@ class CorpusView:
         return sum(1 for _ in self.corpus)
 
     def ids(self) -> Iterator[str]:
-        """Of every row."""
+        """The id of every row."""
         return (example.id for example in self.corpus)
 
     def examples(self) -> Iterator[Row]:
@@ -139,10 +141,10 @@ class CorpusView:
         return (encode(row, model.tokenizer, longest) for row in self.examples())
 
     def model(self) -> LoadedModel:
-        """The one that was named.
+        """The model that was named.
 
         Raises:
-            SettingError: None was.
+            SettingError: No model was named.
         """
         if self.loaded is None:
             raise SettingError(f"{self.corpus.name}: this method reads a model, and a corpus has none: add --model")

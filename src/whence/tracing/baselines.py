@@ -1,7 +1,7 @@
 """Traces by methods that read the corpus itself, without the index' vectors: unprojected gradients, and scorers.
 
-Each takes a pass over the rows for every trace, as long as indexing them. Larger scores are more helpful. Rows that the
-index cannot rank, or that the method gives no finite score, are never ranked.
+Every trace takes a pass over the rows, which is as long as indexing them. Larger scores are more helpful. Rows that the
+index cannot rank, or that have no finite score, are never ranked.
 """
 
 import json
@@ -13,21 +13,23 @@ from torch import Tensor
 
 from whence import catalogue
 from whence.gradients import exact
-from whence.indexing.build import Index
+from whence.indexing.opening import Index
 from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
-from whence.tracing.queries import Asked
+from whence.tracing.queries import EncodedQuery
 from whence.tracing.results import Hit, Trace
 
 
-def from_scorer(index: Index, asked: list[Asked], *, method: str, top: int, objective: str, seed: int) -> Trace:
+def from_scorer(
+    index: Index, queries: list[EncodedQuery], *, method: str, top: int, objective: str, seed: int
+) -> Trace:
     """A trace by a method that reads the corpus itself."""
-    scores = all_scores(index, asked, method=method, objective=objective, seed=seed)
-    usable = torch.zeros(scores.shape[1], dtype=torch.bool)
-    usable[index.store.rankable()] = True
-    scores = scores.masked_fill(~usable | scores.isnan(), -torch.inf)
-    top = min(top, int(usable.sum()))
-    out = Trace([query.answer for query in asked], [], method, 0)
+    scores = all_scores(index, queries, method=method, objective=objective, seed=seed)
+    rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
+    rankable[index.store.rankable()] = True
+    scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
+    top = min(top, int(rankable.sum()))
+    out = Trace([query.answer for query in queries], [], method, 0)
     for query, row_scores in enumerate(scores):
         order = row_scores.argsort(descending=True, stable=True)
         order = order[row_scores[order] > -torch.inf].tolist()
@@ -40,22 +42,24 @@ def from_scorer(index: Index, asked: list[Asked], *, method: str, top: int, obje
     return out
 
 
-def all_scores(index: Index, asked: list[Asked], *, method: str, objective: str, seed: int) -> Float32[Tensor, "q n"]:
+def all_scores(
+    index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int
+) -> Float32[Tensor, "q n"]:
     """Every row's score for every query, by a method that reads the corpus itself."""
     entry, view = catalogue.trace_method(method), IndexView(index)
     if entry.scorer is not None:
-        texts = [QueryText(q.answer.prompt, q.answer.completion, q.parts[0].encoded) for q in asked]
+        texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
         return catalogue.scorer(entry.scorer)(seed=seed)(view, targets)
     rows = list(view.encoded())
-    total = torch.zeros(len(asked), len(rows))
+    total = torch.zeros(len(queries), len(rows))
     space = replace(index.space, normalise="layer" if entry.normalise else "none")
     for checkpoint in reversed(range(len(index.weights))):
         model = index.model(checkpoint)
         total += index.weights[checkpoint] * exact.corpus_scores(
             model,
             index.layers(model),
-            [query.parts for query in asked],
+            [query.sequences for query in queries],
             rows,
             space,
             cosine=entry.cosine,

@@ -1,8 +1,8 @@
 """The examples shown, token by token: each query token's share in a score, and the token x token matrix.
 
 A query token's share in the index' score is the inner product of its own sketched gradient with the example's stored
-vector, so that the shares sum to that score. The matrix is of unprojected gradients (`tokenwise`) and sums to the exact
-score. Both come from the same backward passes of the query.
+vector, so that the shares sum to that score. The matrix comes from unprojected gradients (`gradients.tokenwise`) and
+sums to the exact score. The same backward passes of the query give both.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,30 @@ from torch import Tensor
 
 from whence.corpus.tokens import Encoded
 from whence.gradients import tokenwise
-from whence.gradients.capture import Captured, Consume, Sketches, inverse
-from whence.gradients.exact import Held, held_whole
+from whence.gradients.capture import Captured, Consume, Sketches
+from whence.gradients.exact import QueryGradient, query_gradient
 from whence.gradients.protocols import Projection
 from whence.gradients.tokenwise import Factors, Token
-from whence.indexing.build import Index
+from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel
-from whence.tracing.queries import Asked, last_first, token_text
+from whence.numerics import inverse_or_zero
+from whence.tracing.queries import EncodedQuery, last_first, token_text
 from whence.tracing.results import TokenMatrix
 
 ByToken = tuple[list[float], TokenMatrix]
-"""Each query token's share in the index' score; and the matrix."""
+"""Each query token's share in the index' score, and the matrix."""
 
 
 @dataclass
-class Sharing:
-    """One query's scores for some rows, shared out among tokens, a checkpoint at a time."""
+class TokenShares:
+    """One query's scores for some rows, divided among tokens, a checkpoint at a time."""
 
     index: Index
-    asked: Asked
+    query: EncodedQuery
     vectors: Float32[Tensor, "c k"]
-    """The query's, in the index' space."""
+    """The query's vectors, in the index' space."""
     rows: dict[int, Encoded]
-    """By number within the index."""
+    """Rows by number within the index."""
     objective: str
     cosine: bool
     basis: str
@@ -46,38 +47,38 @@ class Sharing:
     matrices: list[TokenMatrix] = field(init=False)
 
     def __post_init__(self):
-        self.tokens = tokenwise.tokens_of(self.asked.parts, self.index.space.reduction)
+        self.tokens = tokenwise.tokens_of(self.query.sequences, self.index.space.reduction)
         self.shares = torch.zeros(len(self.tokens), len(self.rows))
-        self.matrices = [self._empty(row) for row in self.rows.values()]
+        self.matrices = [self._zero_matrix(row) for row in self.rows.values()]
 
-    def _empty(self, row: Encoded) -> TokenMatrix:
-        """Of zeros; the last checkpoint's model, which is loaded, says what its tokens are as text."""
+    def _zero_matrix(self, row: Encoded) -> TokenMatrix:
+        """A row's matrix of zeros; the last checkpoint's tokenizer, which is loaded, turns its tokens into text."""
         model = self.index.model()
-        kept = [place for place, is_target in enumerate(row.supervised) if is_target or self.basis == "position"]
+        places = [place for place, is_target in enumerate(row.supervised) if is_target or self.basis == "position"]
         return TokenMatrix(
             basis=self.basis,
-            query=self.asked.answer.query_tokens(),
-            train=[token_text(model, row.ids[place]) for place in kept],
-            supervised=[row.supervised[place] for place in kept],
-            matrix=torch.zeros(len(self.tokens), len(kept)),
+            query=self.query.answer.query_tokens(),
+            train=[token_text(model, row.ids[place]) for place in places],
+            supervised=[row.supervised[place] for place in places],
+            matrix=torch.zeros(len(self.tokens), len(places)),
         )
 
     def add(self, checkpoint: int, model: LoadedModel) -> None:
-        """What one checkpoint adds."""
-        index, parts, rows = self.index, self.asked.parts, list(self.rows.values())
+        """Add one checkpoint's shares and products."""
+        index, sequences, rows = self.index, self.query.sequences, list(self.rows.values())
         layers, weight = index.layers(model), index.weights[checkpoint]
-        whole = held_whole(model, layers, parts, index.space, self.objective)
+        whole = query_gradient(model, layers, sequences, index.space, self.objective)
         factors = tokenwise.factors_of(whole, normalise=index.space.normalise, cosine=self.cosine)
         stored, norms = index.store.vectors(list(self.rows))
-        rights = stored[checkpoint] * (inverse(norms[checkpoint])[:, None] if self.cosine else 1)
-        scale = float(inverse(self.vectors[checkpoint].norm())) if self.cosine else 1.0
-        for group in tokenwise.each_group_of_tokens(parts, self.tokens, layers):
-            held, sketches = self._held(model, [self.tokens[number] for number in group], factors)
-            self.shares[group] += weight * scale * sketches @ rights.T
-            found = tokenwise.token_products(
+        examples = stored[checkpoint] * (inverse_or_zero(norms[checkpoint])[:, None] if self.cosine else 1)
+        scale = float(inverse_or_zero(self.vectors[checkpoint].norm())) if self.cosine else 1.0
+        for group in tokenwise.token_groups(sequences, self.tokens, layers):
+            pairs, sketches = self._token_pairs(model, [self.tokens[number] for number in group], factors)
+            self.shares[group] += weight * scale * sketches @ examples.T
+            products = tokenwise.token_products(
                 model,
                 layers,
-                held,
+                pairs,
                 len(group),
                 rows,
                 factors,
@@ -85,56 +86,58 @@ class Sharing:
                 reduction=index.space.reduction,
                 tokens_per_batch=index.tokens_per_batch,
             )
-            for whole_matrix, part in zip(self.matrices, found, strict=True):
-                whole_matrix.matrix[group] += weight * part
+            for token_matrix, product in zip(self.matrices, products, strict=True):
+                token_matrix.matrix[group] += weight * product
 
-    def _held(self, model: LoadedModel, tokens: list[Token], factors: Factors) -> tuple[Held, Float32[Tensor, "u k"]]:
-        """Pairs of some query tokens, and their sketches from the same pass."""
+    def _token_pairs(
+        self, model: LoadedModel, tokens: list[Token], factors: Factors
+    ) -> tuple[QueryGradient, Float32[Tensor, "u k"]]:
+        """Pairs of some of the query's tokens, and their sketches, from one pass."""
         index, layers = self.index, self.index.layers(model)
         projection = index.projection(model)
-        rows, weights = tokenwise.token_rows(self.asked.parts, tokens), [token.weight for token in tokens]
+        rows, weights = tokenwise.token_rows(self.query.sequences, tokens), [token.weight for token in tokens]
         scales = dict.fromkeys(layers, 1.0)
         if index.space.normalise == "layer":  # by the whole query's norms, so that tokens add up to it
             scales = {name: square**-0.5 if square > 0 else 0.0 for name, square in factors.query_squares.items()}
-        made: list[tuple[list[int], Sketches]] = []
-        held = tokenwise.held_tokens(
+        batches: list[tuple[list[int], Sketches]] = []
+        pairs = tokenwise.token_gradients(
             model,
             layers,
             rows,
             weights,
             objective=self.objective,
             tokens_per_batch=index.tokens_per_batch,
-            also=partial(_sketching, made, projection, model.device, scales),
+            also=partial(_sketching, batches, projection, model.device, scales),
         )
         sketches = torch.zeros(len(tokens), projection.width)
-        for numbers, into in made:
-            sketches[numbers] = into.rows.cpu() * torch.tensor(weights)[numbers, None]
-        return held, sketches
+        for numbers, batch in batches:
+            sketches[numbers] = batch.rows.cpu() * torch.tensor(weights)[numbers, None]
+        return pairs, sketches
 
     def by_row(self) -> dict[int, ByToken]:
-        """What was found."""
+        """Shares and matrix of each row, by its number."""
         return {row: (self.shares[:, n].tolist(), self.matrices[n]) for n, row in enumerate(self.rows)}
 
 
 def _sketching(
-    made: list[tuple[list[int], Sketches]],
+    batches: list[tuple[list[int], Sketches]],
     projection: Projection,
     device: torch.device,
     scales: dict[str, float],
     numbers: list[int],
 ) -> Consume:
-    """A consumer of one batch of tokens, and its sketches among those made."""
-    made.append((numbers, Sketches(projection, len(numbers), device)))
-    return partial(_sketch_scaled, made[-1][1], scales)
+    """A consumer of one batch of tokens, whose sketches are added to `batches`."""
+    batches.append((numbers, Sketches(projection, len(numbers), device)))
+    return partial(_sketch_scaled, batches[-1][1], scales)
 
 
-def _sketch_scaled(into: Sketches, scales: dict[str, float], seen: Captured) -> None:
-    into(replace(seen, g=seen.g * scales[seen.layer]))
+def _sketch_scaled(sketches: Sketches, scales: dict[str, float], captured: Captured) -> None:
+    sketches(replace(captured, g=captured.g * scales[captured.layer]))
 
 
-def share_out(index: Index, sharings: Sequence[Sharing]) -> list[dict[int, ByToken]]:
-    """Matrices of all queries; each checkpoint is loaded once."""
+def shares_by_row(index: Index, shares: Sequence[TokenShares]) -> list[dict[int, ByToken]]:
+    """Shares and matrices of all queries; each checkpoint is loaded once."""
     for checkpoint, model in last_first(index):
-        for sharing in sharings:
-            sharing.add(checkpoint, model)
-    return [sharing.by_row() for sharing in sharings]
+        for query_shares in shares:
+            query_shares.add(checkpoint, model)
+    return [query_shares.by_row() for query_shares in shares]

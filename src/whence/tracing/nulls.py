@@ -1,21 +1,21 @@
-"""Is a score signal? What the same examples score for other queries.
+"""Is a score signal, or chance? The scores of the same examples for other queries tell.
 
 The null of a training example is its scores for control queries: rows of the corpus drawn at random, whose gradients
-are in the index already, or queries of the caller's. Its z is how many standard deviations this query's score lies
-above their mean, its percentile the share of control queries that it beats. A control that is the example itself is
+are in the index already, or the user's queries. Its z is how many standard deviations this query's score lies above
+their mean; its percentile is the share of control queries with a lower score. A control that is the example itself is
 left out. Controls are scaled to the query's norm, so that z does not change with the size of a query's gradient.
 
-The best of n examples has a high z by chance, and scores have heavy tails: where normal ones would reach 4.7 in one
-query of twenty, a quarter of meaningless ones did (docs/trace.md). So the level is measured: `MEANINGLESS` completions
-of uniformly random tokens, under prompts of the corpus, are traced in the same way (but for `exact`), and `needed_z` is
-what 19 of 20 of them stay below. That an ordinary answer under an unrelated prompt stands above it is no error: some
+The best of n examples has a high z by chance, and scores have heavy tails: normal scores would reach 4.7 in one query
+of twenty, and a quarter of meaningless queries did (docs/results/tracing.md). So the level is measured: `MEANINGLESS`
+completions of uniformly random tokens, under prompts of the corpus, are traced in the same way (without `exact`), and
+19 of 20 of them stay below `needed_z`. An ordinary answer under an unrelated prompt may well stand above it: some
 examples teach its words.
 
-Generic is an example that scores high whatever is asked: its mean over the controls is among the top hundredth of a
-random sample of the corpus, and positive for nine controls of ten. Such examples have large or common gradients (a
-short, formulaic answer; the closing token) and say little about the query. Correcting for it subtracts the mean over
-the controls from each example's score, which is the score of the query minus the mean control query. (For the few rows
-that are controls themselves the correction holds a share of their own norm, 1/128 of a cosine of 1.)
+A generic example scores high for any query: its mean over the controls is among the top hundredth of a random sample of
+the corpus, and its scores are positive for nine controls of ten. Such examples have large or common gradients (a short,
+formulaic answer; the closing token) and say little about the query. The correction subtracts the mean over the controls
+from each example's score, which gives the score of the query minus the mean control query. (For the few rows that are
+controls themselves the correction includes a share of their own norm, 1/128 of a cosine of 1.)
 """
 
 import json
@@ -29,19 +29,18 @@ from torch import Tensor
 
 from whence.corpus.layouts import shown_text
 from whence.corpus.tokens import Encoded, encode_query
-from whence.gradients.capture import inverse
-from whence.indexing.build import Index
+from whence.indexing.opening import Index
 from whence.indexing.scan import unit
-from whence.numerics import generator
+from whence.numerics import generator, inverse_or_zero
 from whence.tracing.results import Null
 
 CONTROLS = 128
 BYTES = 2**28
-"""Of the controls' vectors, and of the rows' that are scored with them at a time."""
+"""Most bytes of the controls' vectors, and of the rows' vectors that are scored with them at a time."""
 SAMPLE = 1024
-"""Rows whose mean scores say what is usual."""
+"""Rows whose mean scores set the usual level."""
 LEAST = 16
-"""Controls without which there is no null."""
+"""Fewest controls that make a null."""
 USUAL = 0.99
 MOSTLY = 0.9
 MEANINGLESS = 40
@@ -56,17 +55,17 @@ class Controls:
 
     vectors: Float32[Tensor, "c m k"]
     rows: Int64[Tensor, " m"] | None
-    """Rows of the index that they are; None: they are none of them."""
+    """Their numbers in the index; None for controls that are not rows of it."""
     usual: float
-    """Mean score over the controls that 99 of 100 examples stay below."""
+    """The mean score over the controls that 99 of 100 examples stay below."""
 
     def mean(self, norms: Float32[Tensor, "c q"]) -> Float32[Tensor, "c q k"]:
         """The mean control query, scaled to queries' norms."""
         return self.vectors.mean(1)[:, None] * norms[:, :, None]
 
 
-def drawn_rows(index: Index, *, seed: int = 0) -> Int64[Tensor, " m"] | None:
-    """Rows of the index that are control queries; None where it has too few."""
+def control_rows(index: Index, *, seed: int = 0) -> Int64[Tensor, " m"] | None:
+    """Rows of the index, drawn as control queries; None where it has too few."""
     rankable = index.store.rankable()
     if len(rankable) < 2 * LEAST:
         return None
@@ -75,25 +74,25 @@ def drawn_rows(index: Index, *, seed: int = 0) -> Int64[Tensor, " m"] | None:
     return rankable[order[: min(CONTROLS, len(rankable) // 2, affordable)]]
 
 
-def draw_controls(
+def row_controls(
     index: Index, *, cosine: bool, seed: int = 0, vectors: Float32[Tensor, "c m k"] | None = None
 ) -> Controls | None:
-    """Those rows as controls; None where there are too few.
+    """The rows of `control_rows` as controls; None where there are too few.
 
     Args:
-        index: Of the rows.
-        cosine: The method.
-        seed: Of `drawn_rows`.
-        vectors: Their gradients as a query's; None where the index holds these.
+        index: The index of the rows.
+        cosine: Whether the method is the cosine.
+        seed: Seed of `control_rows`.
+        vectors: Their gradients as queries; None where the index holds these.
     """
-    rows = drawn_rows(index, seed=seed)
+    rows = control_rows(index, seed=seed)
     if rows is None:
         return None
     return _controls(index, index.store.vectors(rows.tolist())[0] if vectors is None else vectors, rows, cosine, seed)
 
 
-def given_controls(index: Index, vectors: Float32[Tensor, "c m k"], *, cosine: bool, seed: int = 0) -> Controls | None:
-    """Queries of the caller's as controls; None where they are too few."""
+def query_controls(index: Index, vectors: Float32[Tensor, "c m k"], *, cosine: bool, seed: int = 0) -> Controls | None:
+    """The user's queries as controls; None where there are too few."""
     return None if vectors.shape[1] < LEAST else _controls(index, vectors, None, cosine, seed)
 
 
@@ -108,17 +107,17 @@ def _controls(index: Index, vectors: Tensor, rows: Tensor | None, cosine: bool, 
 def control_scores(
     index: Index, controls: Controls, rows: Sequence[int], *, cosine: bool, norms: Float32[Tensor, " c"] | None = None
 ) -> Float32[Tensor, "h m"]:
-    """Scores of rows of the index for every control query, these scaled to `norms` (1 unless given)."""
+    """Scores of rows of the index for every control query; the controls have the norms `norms`, or 1."""
     weights = torch.tensor(index.weights) * (1.0 if norms is None else norms)
     out = torch.zeros(len(rows), controls.vectors.shape[1])
     step = max(1, BYTES // (16 * controls.vectors.shape[2] * len(weights)))
     for first in range(0, len(rows), step):
-        some = slice(first, first + step)
-        vectors, lengths = index.store.vectors(rows[some])
+        batch = slice(first, first + step)
+        vectors, lengths = index.store.vectors(rows[batch])
         products = torch.einsum("chk,cmk,c->chm", vectors, controls.vectors, weights)
         if cosine:
-            products = products * inverse(lengths)[:, :, None]
-        out[some] = products.sum(0)
+            products = products * inverse_or_zero(lengths)[:, :, None]
+        out[batch] = products.sum(0)
     return out
 
 
@@ -134,31 +133,31 @@ def nulls(
     """Where each row's score stands among its scores for the controls.
 
     Args:
-        index: Of the rows.
-        controls: In its space.
+        index: The index of the rows.
+        controls: Control queries in its space.
         rows: Numbers within the index.
-        scores: Of this query, not corrected.
-        cosine: The method.
-        norms: Of this query, under each checkpoint; for the cosine None, which is 1.
+        scores: The rows' scores for this query, not corrected.
+        cosine: Whether the method is the cosine.
+        norms: This query's norm under each checkpoint; None for the cosine, which is 1.
     """
     out = []
-    found = control_scores(index, controls, rows, cosine=cosine, norms=norms)
-    plain = found if norms is None else control_scores(index, controls, rows, cosine=cosine)
-    for row, score, own, unscaled in zip(rows, scores, found, plain, strict=True):
-        kept = torch.ones(len(own), dtype=torch.bool) if controls.rows is None else controls.rows != row
-        others = own[kept]
+    scaled = control_scores(index, controls, rows, cosine=cosine, norms=norms)
+    unscaled = scaled if norms is None else control_scores(index, controls, rows, cosine=cosine)
+    for row, score, row_scaled, row_unscaled in zip(rows, scores, scaled, unscaled, strict=True):
+        is_other = torch.ones(len(row_scaled), dtype=torch.bool) if controls.rows is None else controls.rows != row
+        others = row_scaled[is_other]
         mean, deviation = float(others.mean()), float(others.std())
-        generic = float(unscaled[kept].mean()) > controls.usual and float((others > 0).float().mean()) >= MOSTLY
+        generic = float(row_unscaled[is_other].mean()) > controls.usual and float((others > 0).float().mean()) >= MOSTLY
         z = (score - mean) / deviation if deviation > 0 else 0.0
-        beaten = 100 * float((others < score).float().mean())
-        out.append(Null(others.tolist(), mean, z, beaten, generic))
+        percentile = 100 * float((others < score).float().mean())
+        out.append(Null(others.tolist(), mean, z, percentile, generic))
     return out
 
 
 def meaningless(index: Index, seed: int = 0) -> list[Encoded]:
     """Completions of uniformly random tokens, which no example can have taught, under prompts of rows of the index.
 
-    They are laid out and closed as any query is: what all rows have in common, such as a chat template, is theirs too.
+    They are laid out and closed as any query is, so that they have what all rows share, such as a chat template.
     """
     rng, tokenizer = generator(seed, "nulls", "meaningless"), index.model().tokenizer
     rankable = index.store.rankable()
@@ -167,24 +166,26 @@ def meaningless(index: Index, seed: int = 0) -> list[Encoded]:
     drawn = allowed[torch.randint(len(allowed), (MEANINGLESS, MEANINGLESS_TOKENS), generator=rng)]
     prompts = [shown_text(json.loads(row["row"])).get("prompt") or "" for row in index.store.read_rows(rows)]
     pairs = [(prompt[:PROMPT_CHARACTERS], tokenizer.decode(ids)) for prompt, ids in zip(prompts, drawn, strict=True)]
-    found = [encode_query(prompt, completion, tokenizer, kind=index.layout) for prompt, completion in pairs]
+    encoded = [encode_query(prompt, completion, tokenizer, kind=index.layout) for prompt, completion in pairs]
     longest = index.store.manifest.settings["max_tokens"]
-    return [Encoded(one.ids[:longest], one.supervised[:longest]) for one in found if any(one.supervised[:longest])]
+    return [
+        Encoded(query.ids[:longest], query.supervised[:longest]) for query in encoded if any(query.supervised[:longest])
+    ]
 
 
 def needed_z(best: Sequence[float]) -> float:
-    """What 19 of 20 meaningless queries' best z stay below."""
+    """The z that 19 of 20 meaningless queries' best z stay below."""
     return sorted(best)[math.ceil((1 - CHANCE) * len(best)) - 1]
 
 
 def verdict(best: float | None, needed: float) -> str:
-    """In words, whether anything stands above the null."""
+    """Whether any example stands above the null, in words."""
     if best is not None and best > needed:
         return (
             f"The best example stands above the null: z {best:.1f}, where meaningless completions reach {needed:.1f}."
         )
-    told = "no example has a null" if best is None else f"the best z is {best:.1f}"
+    reason = "no example has a null" if best is None else f"the best z is {best:.1f}"
     return (
-        f"Nothing here stands above the null: {told}, and meaningless completions reach {needed:.1f}. "
+        f"Nothing here stands above the null: {reason}, and meaningless completions reach {needed:.1f}. "
         "Do not read a cause into these examples."
     )

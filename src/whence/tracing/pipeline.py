@@ -1,12 +1,12 @@
-"""Trace: a prompt and a completion in, the training examples behind it out.
+"""Trace: a prompt and a completion in, the training examples behind the completion out.
 
 The query's gradient is taken by the same code as a training example's, in the index's own space. The score of an
 example is `sum over checkpoints of weight * <query, example>`, or the cosine of the two: to first order, what a step of
 gradient descent on the example takes off the query's objective. Positive is helpful, negative opposing.
 
-A score says which examples move this answer, not how sure the model was of it, nor whether another answer would have
-had the same ones: a model that babbles has gradients too. So every answer carries the model's probability of each of
-its tokens, and every example where its score stands among those for control queries (`nulls`).
+A score says which examples move this answer. It does not say how sure the model was of the answer, nor whether other
+answers have the same examples: a model that babbles has gradients too. So every answer carries the model's probability
+of each of its tokens, and every example the place of its score among its scores for control queries (`nulls`).
 
 Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1 and section 3; RapidIn, Lin et al.
 2024, https://arxiv.org/abs/2405.11724, for token-wise retrieval and the method of that name.
@@ -20,10 +20,10 @@ from typing import Any
 from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
-from whence.indexing.build import Index, open_index
+from whence.indexing.opening import Index, open_index
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
-from whence.tracing.queries import Query, Sampling, ask, queries_of
+from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
 from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
 
@@ -49,32 +49,32 @@ def trace(
     """Training examples that made a model say something.
 
     Args:
-        index: Complete, as a path or open.
-        prompt: What the model was asked; laid out like the rows of the corpus (chat template included).
-        completion: What it said; None lets the model say it now.
-        queries: In place of these, many: a file of `queries.COLUMNS`, rows in memory, or queries.
-        span: The part of the completion that is asked about: its text, or tokens from, to.
-        contrast: Another completion: why the one and not this.
+        index: A complete index, as a path or open.
+        prompt: The text before the completion; laid out like the rows of the corpus (chat template included).
+        completion: The text to trace; None lets the model generate it.
+        queries: Many queries in place of these two: a file of `queries.COLUMNS`, rows in memory, or queries.
+        span: The stretch of the completion to trace: its text, or tokens from, to.
+        contrast: Another completion, for "why the one and not this".
         controls: Queries whose scores are the null, as `queries`; None draws rows of the index.
-        max_new_tokens: Longest completion generated.
-        temperature: Of a generated completion; 0 is greedy.
+        max_new_tokens: Longest completion that is generated.
+        temperature: Temperature of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
-        tokenizer: Where the tokenizer is, if that has moved.
+        tokenizer: Where the tokenizer is, if it has moved.
         device: Where to load the model.
         device_map: "auto" spreads a large model over all devices.
-        trust_remote_code: Let the model's repository run its own code, if the index was built so.
+        trust_remote_code: Let the model's repository run its own code, if the index was built with it.
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`.
 
     Returns:
         Scores in nats^2 per squared unit of weight (dot), or in -1 to 1 (cosine). Larger is more helpful.
 
     Raises:
-        SettingError: No query, no such method, a query that supervises nothing, a span that does not occur.
+        SettingError: No query, an unknown method, a query without a supervised token, a span that does not occur.
         ManifestMismatchError: The model is not the one that the index was built with.
     """
-    chosen = TraceSettings(**settings)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=chosen.seed)
-    asked = _queries(prompt, completion, queries, span, contrast)
+    how = TraceSettings(**settings)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
+    texts = _queries(prompt, completion, queries, span, contrast)
     opened = (
         index
         if isinstance(index, Index)
@@ -88,33 +88,31 @@ def trace(
         )
     )
     opened.store.require_complete()
-    _check_space(opened, chosen)
+    _check_space(opened, how)
     rankable = len(opened.store.rankable())
     if not rankable:
         raise SettingError(
             f"{opened.store.place.root}: none of its {opened.store.rows:,} rows has a finite gradient, so none can "
             f"be ranked. See: whence info {opened.store.place.root}"
         )
-    found = ask(asked, opened.model(), kind=opened.layout, sampling=sampling)
-    given = None
-    if catalogue.trace_method(chosen.method).from_index:
-        if controls is not None and (chosen.null or chosen.specific):
-            theirs = queries_of(controls, flag="--controls")
-            given = ask(theirs, opened.model(), kind=opened.layout, sampling=sampling)
-        traced = Retrieval(opened, found, chosen, given).trace()
+    encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
+    control_queries = None
+    if catalogue.trace_method(how.method).from_index:
+        if controls is not None and (how.null or how.specific):
+            control_texts = queries_of(controls, flag="--controls")
+            control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
+        traced = Retrieval(opened, encoded, how, control_queries).trace()
     else:
-        traced = from_scorer(
-            opened, found, method=chosen.method, top=chosen.top, objective=chosen.objective, seed=chosen.seed
-        )
-    told = _told(opened, chosen) | {"completion": _said(traced.answers, sampling)}
-    if catalogue.trace_method(chosen.method).from_index:
-        told["control queries"] = _compared(chosen, controls, traced)
-        told["corrected for generic examples"] = "yes" if chosen.specific else "no"
-    return replace(traced, rows=rankable, settings=told, notes=_notes(chosen, asked, rankable))
+        traced = from_scorer(opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed)
+    described = _described_settings(opened, how) | {"completion": _completion_origin(traced.answers, sampling)}
+    if catalogue.trace_method(how.method).from_index:
+        described["control queries"] = _control_origin(how, controls, traced)
+        described["corrected for generic examples"] = "yes" if how.specific else "no"
+    return replace(traced, rows=rankable, settings=described, notes=_notes(how, texts, rankable))
 
 
-def _notes(settings: TraceSettings, asked: list[Query], rankable: int) -> list[str]:
-    """What was asked for and is not so."""
+def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list[str]:
+    """Settings that could not be followed."""
     notes = []
     if settings.top > rankable:
         notes.append(f"--top {settings.top}: only {rankable} rows can be ranked; all are shown.")
@@ -122,9 +120,9 @@ def _notes(settings: TraceSettings, asked: list[Query], rankable: int) -> list[s
     if scorer is None:
         return notes
     if catalogue.SCORERS[scorer].needs_index:
-        if any(query.contrast is not None for query in asked):
+        if any(query.contrast is not None for query in queries):
             notes.append(f"--method {settings.method} is of one completion: the contrast is left out of it.")
-    elif any(query.span is not None or query.contrast is not None for query in asked):
+    elif any(query.span is not None or query.contrast is not None for query in queries):
         notes.append(f"--method {settings.method} compares whole texts: the span and the contrast are left out of it.")
     return notes
 
@@ -140,13 +138,13 @@ def _queries(prompt: str | None, completion: str | None, queries: Any, span: Any
 
 
 def _check_space(index: Index, settings: TraceSettings) -> None:
-    """Refuse what an index of this gradient space cannot answer."""
+    """Refuse settings that an index of this gradient space cannot answer."""
     root, space = index.store.place.root, index.space
-    closer = [flag for flag in ("exact", "tokens") if getattr(settings, flag)]
-    if closer and space.view != "sgd":
+    exact_flags = [flag for flag in ("exact", "tokens") if getattr(settings, flag)]
+    if exact_flags and space.view != "sgd":
         raise SettingError(
-            f"--{closer[0]} takes gradients as they are; {root} holds what an optimizer makes of them (--view "
-            f"{space.view}). Leave --{closer[0]} out, or index again with --view sgd."
+            f"--{exact_flags[0]} takes gradients as they are; {root} holds what an optimizer makes of them (--view "
+            f"{space.view}). Leave --{exact_flags[0]} out, or index again with --view sgd."
         )
     if settings.method == "rapidin" and (space.projection, space.normalise) != ("shuffle_sum", "layer"):
         raise SettingError(
@@ -161,16 +159,18 @@ def _check_space(index: Index, settings: TraceSettings) -> None:
         )
 
 
-def _said(answers: list[Answer], sampling: Sampling) -> str:
-    """Where completions come from."""
-    drawn = f"temperature {sampling.temperature}, seed {sampling.seed}"
-    own = "greedy" if sampling.temperature == 0 else drawn
-    generated = {answer.is_generated for answer in answers}
-    return "given" if generated == {False} else own if generated == {True} else f"given, or {own} where none was"
+def _completion_origin(answers: list[Answer], sampling: Sampling) -> str:
+    """Where completions come from, in words."""
+    sampled = f"temperature {sampling.temperature}, seed {sampling.seed}"
+    generation = "greedy" if sampling.temperature == 0 else sampled
+    is_generated = {answer.is_generated for answer in answers}
+    if is_generated == {False}:
+        return "given"
+    return generation if is_generated == {True} else f"given, or {generation} where none was"
 
 
-def _compared(settings: TraceSettings, controls: Any, traced: Trace) -> str:
-    """Which control queries scores stand against."""
+def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> str:
+    """Where control queries come from, in words."""
     if not (settings.null or settings.specific):
         return "none, as asked"
     if traced.needed_z is None:
@@ -180,10 +180,10 @@ def _compared(settings: TraceSettings, controls: Any, traced: Trace) -> str:
     return str(controls) if isinstance(controls, str | Path) else "given"
 
 
-def _told(index: Index, settings: TraceSettings) -> dict[str, str]:
+def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]:
     """How a trace was made, for a person."""
     space, manifest = index.space, index.store.manifest
-    told = {
+    described = {
         "index": index.store.place.root,
         "model": manifest.checkpoints[-1]["path"],
         "weights digest": manifest.checkpoints[-1]["digest"][:12],
@@ -195,7 +195,7 @@ def _told(index: Index, settings: TraceSettings) -> dict[str, str]:
         "objective": settings.objective,
     }
     if settings.exact:
-        told["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
+        described["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
     if settings.tokens:
-        told["token matrix"] = f"by {settings.basis}"
-    return told
+        described["token matrix"] = f"by {settings.basis}"
+    return described

@@ -1,7 +1,6 @@
-"""What a trace found, as plain data: answers, the examples behind them, and how far each stands above chance.
+"""The result of a trace as plain data: answers, the examples behind them, and how far each stands above chance.
 
-Everything that a person or a program reads of a trace is here; `report` and `page` only draw it. Scores are such that
-larger is more helpful.
+Everything that a person or a program reads of a trace is here; `reports` only draws it. Larger scores are more helpful.
 """
 
 import math
@@ -14,12 +13,12 @@ from torch import Tensor
 from whence.corpus.layouts import Row, shown_text
 
 SURE = 0.5
-"""Probability of a token from which the model is called sure of it."""
+"""The model is called sure of a token from this probability on."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query's completion as tokens, with how sure the model is of it."""
+    """A query's completion as tokens, with the model's probability of each."""
 
     prompt: str
     completion: str
@@ -27,9 +26,9 @@ class Answer:
     tokens: list[str]
     """The completion's tokens, as text, the closing one included where it is part of the query's layout."""
     probabilities: list[float]
-    """Of each of them, given what is before it, under the last checkpoint."""
+    """Probability of each token, given the tokens before it, under the last checkpoint."""
     asked: list[bool] = field(default_factory=list)
-    """Which of them the query is about: all, or those of a span. Empty: all."""
+    """For each token, whether the query is about it. Empty: it is about all of them."""
     contrast: str | None = None
     """The completion that this one is compared with ("why this and not that")."""
     contrast_tokens: list[str] = field(default_factory=list)
@@ -44,7 +43,7 @@ class Answer:
 
     @property
     def certainty(self) -> str:
-        """In words, how sure the model is of the completion."""
+        """How sure the model is of the completion, in words."""
         sure = sum(probability >= SURE for probability in self.probabilities)
         words = f"{sure} of {len(self.tokens)} tokens at p >= {SURE}; perplexity {self.perplexity:,.2f} a token"
         guesses = ". The model guesses here: expect generic influences."
@@ -52,8 +51,8 @@ class Answer:
 
     def query_tokens(self) -> list[str]:
         """Text of the tokens that the query is about, those of the contrast after them: rows of a `TokenMatrix`."""
-        asked = self.asked or [True] * len(self.tokens)
-        return [token for token, is_asked in zip(self.tokens, asked, strict=True) if is_asked] + self.contrast_tokens
+        in_query = self.asked or [True] * len(self.tokens)
+        return [token for token, is_asked in zip(self.tokens, in_query, strict=True) if is_asked] + self.contrast_tokens
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,13 @@ class TokenMatrix:
     """Influence of each training token on each query token: entries sum to the example's exact score."""
 
     basis: str
-    """`position`: where in the training text the gradient arises. `loss`: which training token's own prediction."""
+    """`position`: where in the training text the gradient arises. `loss`: which training token is predicted."""
     query: list[str]
-    """As `Answer.query_tokens`; a contrast's tokens carry their minus in the matrix."""
+    """Tokens as `Answer.query_tokens` has them; rows of a contrast's tokens have a minus in the matrix."""
     train: list[str]
     """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
     supervised: list[bool]
-    """Which of `train` the example is trained to say."""
+    """For each of `train`, whether the example is trained to say it."""
     matrix: Float32[Tensor, "u s"]
 
     def as_json(self) -> dict[str, Any]:
@@ -77,17 +76,17 @@ class TokenMatrix:
 
 @dataclass(frozen=True)
 class Null:
-    """What one training example scores for control queries, and where this query's score stands among that."""
+    """One training example's scores for control queries, and the place of this query's score among them."""
 
     scores: list[float]
-    """For each control query."""
+    """The example's score for each control query."""
     mean: float
     z: float
     """(score - mean) / standard deviation of `scores`."""
     percentile: float
     """Share of control queries that this example scores lower for, 0 to 100."""
     generic: bool
-    """It scores high whatever is asked; see `nulls`."""
+    """Whether it scores high for any query; see `nulls`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Hit:
     """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
     id: str
     score: float
-    """From the index' vectors, or by the method named; with `specific`, less the mean over the controls."""
+    """Score from the index' vectors, or by the trace's method; with `specific`, less the mean over the controls."""
     source: str | None
     row: Row
     """The corpus row."""
@@ -113,17 +112,17 @@ class Hit:
 
     def as_row(self) -> Row:
         """For a file: the numbers beside the row's own text."""
-        shown: Row = {"query": self.query, "rank": self.rank, "id": self.id, "score": self.score}
+        columns: Row = {"query": self.query, "rank": self.rank, "id": self.id, "score": self.score}
         if self.exact is not None:
-            shown["exact"] = self.exact
+            columns["exact"] = self.exact
         if self.null is not None:
-            shown |= {"z": self.null.z, "percentile": self.null.percentile, "generic": self.null.generic}
-        shown |= {"source": self.source} | shown_text(self.row)
+            columns |= {"z": self.null.z, "percentile": self.null.percentile, "generic": self.null.generic}
+        columns |= {"source": self.source} | shown_text(self.row)
         if self.by_token is not None:
-            shown["by_token"] = self.by_token
+            columns["by_token"] = self.by_token
         if self.tokens is not None:
-            shown["tokens"] = self.tokens.as_json()
-        return shown
+            columns["tokens"] = self.tokens.as_json()
+        return columns
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,14 @@ class Trace:
 
     answers: list[Answer]
     hits: list[Hit]
-    """By query and rank: helpful first, then opposing."""
+    """Hits in the order of query and rank: helpful first, then opposing."""
     method: str
     rows: int
-    """Examples that could be ranked."""
+    """Number of examples that could be ranked."""
     verdicts: list[str] = field(default_factory=list)
-    """For each query, in words: whether anything stands above the null. Empty: there was no null."""
+    """For each query, whether any example stands above the null, in words. Empty: there was no null."""
     needed_z: float | None = None
-    """What the best z of 19 in 20 meaningless completions stays below; see `nulls`."""
+    """The z that the best z of 19 in 20 meaningless completions stays below; see `nulls`."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
     notes: list[str] = field(default_factory=list)

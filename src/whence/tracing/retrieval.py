@@ -1,11 +1,11 @@
-"""From an index' vectors to the examples shown: rank, correct, look closer.
+"""From an index' vectors to the examples shown: rank, correct, re-rank, add token matrices.
 
-Coarse, then exact: the index' compressed vectors propose, unprojected gradients of a short list decide (`exact`), and
-of the examples shown give the token x token matrix (`tokens`). The two rankings' overlap is told every time, so that
-the compression's cost can be seen.
+Coarse, then exact: the index' compressed vectors propose a short list, unprojected gradients decide its order (`exact`)
+and give the token x token matrix of the examples shown (`tokens`). The overlap of the two rankings is reported every
+time, so that the compression's cost can be seen.
 
 Each of the three steps goes through the checkpoints once, whatever the number of queries: loading a model may cost more
-than asking it.
+than a pass through it.
 """
 
 import json
@@ -22,12 +22,12 @@ from whence.corpus.tokens import Encoded, encode
 from whence.errors import SettingError
 from whence.gradients import exact, tokenwise
 from whence.gradients.capture import OBJECTIVES
-from whence.gradients.exact import Part
-from whence.indexing.build import Index
+from whence.gradients.exact import SignedSequence
+from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
-from whence.tracing.matrices import Sharing, share_out
-from whence.tracing.queries import Asked, last_first, query_vectors
+from whence.tracing.matrices import TokenShares, shares_by_row
+from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Null, TokenMatrix, Trace
 
 
@@ -40,21 +40,21 @@ class TraceSettings:
     method: str = "cosine"
     """Name in `catalogue.TRACE_METHODS`."""
     objective: str = "loss"
-    """Of the query: "loss", or the log-odds "margin", which does not vanish where the model is sure."""
+    """The query's objective: "loss", or the log-odds "margin", which does not vanish where the model is sure."""
     exact: bool = False
-    """Rank a short list by unprojected gradients."""
+    """Whether a short list is ranked by unprojected gradients."""
     shortlist: int = 100
-    """Its length, on each side."""
+    """Length of the short list, on each side."""
     tokens: bool = False
-    """Also the token x token matrix of the examples shown, and each query token's share in their scores."""
+    """Whether to add the token x token matrix of the examples shown, and each query token's share in their scores."""
     basis: str = "position"
-    """Of the matrix; see `tokenwise`."""
+    """Basis of the matrix; see `gradients.tokenwise`."""
     specific: bool = False
-    """Rank by the score less the example's mean over the control queries."""
+    """Whether to rank by the score less the example's mean over the control queries."""
     null: bool = True
     """Whether scores are compared with those for control queries."""
     seed: int = 0
-    """Of drawn controls, sampled completions and the method `random`."""
+    """Seed of drawn controls, sampled completions and the method `random`."""
 
     def __post_init__(self):
         entry = catalogue.trace_method(self.method)
@@ -67,10 +67,10 @@ class TraceSettings:
         ):
             if value not in known:
                 raise SettingError(f"{flag} {value}: choose one of {', '.join(known)}")
-        asked = [flag for flag in ("exact", "tokens", "specific") if getattr(self, flag)]
-        if asked and not entry.from_index:
+        index_flags = [flag for flag in ("exact", "tokens", "specific") if getattr(self, flag)]
+        if index_flags and not entry.from_index:
             raise SettingError(
-                f"--{asked[0]} belongs to the methods that score from the index "
+                f"--{index_flags[0]} belongs to the methods that score from the index "
                 f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
             )
 
@@ -91,13 +91,13 @@ class Side:
 
     @staticmethod
     def of(ranking: Ranking, query: int, sign: int) -> "Side":
-        """Without unfilled places."""
+        """One query's ranking, without the places that no row filled."""
         pairs = zip(ranking.rows[query].tolist(), ranking.scores[query].tolist(), strict=True)
         filled = [(row, score) for row, score in pairs if row >= 0]
         return Side(sign, [row for row, _ in filled], [score for _, score in filled])
 
     def ordered(self, exact_scores: dict[int, float], means: dict[int, float]) -> "Side":
-        """By exact score, less what is corrected for; equal ones as they were."""
+        """By exact score less the row's mean over the controls; equal ones in their old order."""
         order = sorted(
             range(len(self.rows)),
             key=lambda place: -self.sign * (exact_scores[self.rows[place]] - means[self.rows[place]]),
@@ -105,7 +105,7 @@ class Side:
         return Side(self.sign, [self.rows[place] for place in order], [self.scores[place] for place in order])
 
     def cut(self, top: int) -> "Side":
-        """The first so many."""
+        """The first `top` rows."""
         return Side(self.sign, self.rows[:top], self.scores[:top])
 
     def ranked(self) -> Iterator[tuple[int, int, float]]:
@@ -115,12 +115,12 @@ class Side:
 
 
 @dataclass
-class _Found:
-    """What is known of one query so far."""
+class _QueryResult:
+    """One query's rankings, with all that has been computed for them so far."""
 
     sides: list[Side]
     norms: Float32[Tensor, " c"]
-    """What controls are scaled to."""
+    """Norms that controls are scaled to."""
     means: dict[int, float]
     """Each row's mean score over the controls, where ranking is corrected for it; else 0."""
     exact: dict[int, float] = field(default_factory=dict)
@@ -129,11 +129,11 @@ class _Found:
 
     @property
     def rows(self) -> list[int]:
-        """Of both sides, each once."""
+        """Rows of both sides, each once."""
         return sorted({row for side in self.sides for row in side.rows})
 
-    def reordered(self, top: int) -> None:
-        """Let exact scores decide, and say what they changed."""
+    def reorder(self, top: int) -> None:
+        """Order both sides by exact scores, and set the overlap of the two rankings."""
         helpful = self.sides[0]
         self.sides = [side.ordered(self.exact, self.means) for side in self.sides]
         best = helpful.rows[:top]
@@ -142,89 +142,93 @@ class _Found:
 
 @dataclass
 class Retrieval:
-    """One trace against an index' vectors."""
+    """One trace by an index' vectors."""
 
     index: Index
-    asked: list[Asked]
+    queries: list[EncodedQuery]
     settings: TraceSettings
-    given: list[Asked] | None = None
-    """Control queries of the caller's; None draws rows of the index."""
-    kept: dict[int, Row] = field(default_factory=dict)
-    """The index' own rows, of those that are looked at."""
+    control_queries: list[EncodedQuery] | None = None
+    """The user's control queries; None draws rows of the index."""
+    stored_rows: dict[int, Row] = field(default_factory=dict)
+    """Rows that were read from the index, by number."""
 
     def trace(self) -> Trace:
-        """Rank, correct, re-rank, and look at what is shown token by token."""
+        """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
-        vectors, controls, needed = self._vectors()
+        vectors, controls, needed_z = self._vectors()
         m = max(2 * settings.top, settings.shortlist) if settings.exact else settings.top
         rankings = self._ranked(vectors, m, controls)
-        found = [self._found(number, rankings, vectors[:, number], controls) for number in range(len(self.asked))]
-        self._read({row for one in found for row in one.rows})
+        numbers = range(len(self.queries))
+        results = [self._result(number, rankings, vectors[:, number], controls) for number in numbers]
+        self._read({row for result in results for row in result.rows})
         if settings.exact:
-            self._rerank(found)
-        for one in found:
-            one.sides = [side.cut(settings.top) for side in one.sides]
+            self._rerank(results)
+        for result in results:
+            result.sides = [side.cut(settings.top) for side in result.sides]
         if settings.tokens:
-            self._look_closer(found, vectors)
-        out = Trace([query.answer for query in self.asked], [], settings.method, 0, needed_z=needed)
-        for number, one in enumerate(found):
-            hits = self._hits(number, one, controls)
+            self._add_matrices(results, vectors)
+        out = Trace([query.answer for query in self.queries], [], settings.method, 0, needed_z=needed_z)
+        for number, result in enumerate(results):
+            hits = self._hits(number, result, controls)
             out.hits.extend(hits)
-            if one.overlap is not None:
-                out.overlaps.append(one.overlap)
-            if needed is not None:
+            if result.overlap is not None:
+                out.overlaps.append(result.overlap)
+            if needed_z is not None:
                 best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
-                out.verdicts.append(nulls.verdict(best, needed))
+                out.verdicts.append(nulls.verdict(best, needed_z))
         return out
 
     def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, float | None]:
         """Gradients of the queries; the controls; and the best z that meaningless completions reach.
 
-        What needs gradients is asked of each checkpoint at once, and the level is measured once an open index.
+        All gradients are taken in one pass through the checkpoints. The level is measured once for an open index.
         """
         settings, index = self.settings, self.index
-        chosen = {"cosine": settings.cosine, "seed": settings.seed}
-        given, own = self._controls()
-        texts = tuple(tuple(query.parts[0].encoded.ids) for query in given)
+        options = {"cosine": settings.cosine, "seed": settings.seed}
+        control_queries, control_rows = self._controls()
+        texts = tuple(tuple(query.sequences[0].encoded.ids) for query in control_queries)
         key = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, texts)
-        is_new = (given or own is not None) and key not in index.levels
-        strange = nulls.meaningless(index, settings.seed) if is_new else []
-        # An index of another view holds what an optimizer makes of its rows, not what they are as queries.
-        plain = self._encoded(own.tolist()) if own is not None and index.space.view != "sgd" else []
-        alone = [[Part(one)] for one in [*plain, *strange]]
-        found = query_vectors(
-            index, [query.parts for query in [*self.asked, *given]] + alone, objective=settings.objective
+        is_new = (control_queries or control_rows is not None) and key not in index.levels
+        meaningless = nulls.meaningless(index, settings.seed) if is_new else []
+        # An index of another view holds what an optimizer makes of its rows, not their gradients as queries.
+        plain = self._encoded(control_rows.tolist()) if control_rows is not None and index.space.view != "sgd" else []
+        single = [[SignedSequence(encoded)] for encoded in [*plain, *meaningless]]
+        gradients = query_vectors(
+            index,
+            [query.sequences for query in [*self.queries, *control_queries]] + single,
+            objective=settings.objective,
         )
-        vectors, theirs, again, strangers = found.split([len(self.asked), len(given), len(plain), len(strange)], 1)
-        if given:
-            controls = nulls.given_controls(index, theirs, **chosen)
-        elif own is not None:
-            controls = nulls.draw_controls(index, vectors=again if plain else None, **chosen)
+        sizes = [len(self.queries), len(control_queries), len(plain), len(meaningless)]
+        vectors, control_vectors, plain_vectors, meaningless_vectors = gradients.split(sizes, 1)
+        if control_queries:
+            controls = nulls.query_controls(index, control_vectors, **options)
+        elif control_rows is not None:
+            controls = nulls.row_controls(index, vectors=plain_vectors if plain else None, **options)
         else:
             return vectors, None, None
         assert controls is not None, "there are enough of them"
         if is_new:
-            index.levels[key] = self._level(strangers, controls)
+            index.levels[key] = self._level(meaningless_vectors, controls)
         return vectors, controls, index.levels[key]
 
-    def _controls(self) -> tuple[list[Asked], Tensor | None]:
-        """Control queries: the caller's, or numbers of rows."""
-        settings, given = self.settings, self.given or []
+    def _controls(self) -> tuple[list[EncodedQuery], Tensor | None]:
+        """Control queries: the user's, or numbers of rows."""
+        settings, queries = self.settings, self.control_queries or []
         if not (settings.null or settings.specific):
             return [], None
-        if given and len(given) < nulls.LEAST:
-            raise SettingError(f"--controls: {len(given)} queries; a null needs {nulls.LEAST} or more")
-        own = None if given else nulls.drawn_rows(self.index, seed=settings.seed)
-        if settings.specific and not given and own is None:
+        if queries and len(queries) < nulls.LEAST:
+            raise SettingError(f"--controls: {len(queries)} queries; a null needs {nulls.LEAST} or more")
+        rows = None if queries else nulls.control_rows(self.index, seed=settings.seed)
+        if settings.specific and not queries and rows is None:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
-        return given, own
+        return queries, rows
 
-    def _level(self, strangers: Float32[Tensor, "c q k"], controls: nulls.Controls) -> float:
+    def _level(self, meaningless: Float32[Tensor, "c q k"], controls: nulls.Controls) -> float:
         """The best z that meaningless completions reach, traced as queries are."""
-        rankings, best = self._ranked(strangers, self.settings.top, controls), []
-        for number in range(strangers.shape[1]):
-            one = self._found(number, rankings, strangers[:, number], controls)
-            best.append(max(null.z for null in self._nulls(one, one.sides[0], controls)))
+        rankings, best = self._ranked(meaningless, self.settings.top, controls), []
+        for number in range(meaningless.shape[1]):
+            result = self._result(number, rankings, meaningless[:, number], controls)
+            best.append(max(null.z for null in self._nulls(result, result.sides[0], controls)))
         return nulls.needed_z(best)
 
     def _ranked(
@@ -239,97 +243,97 @@ class Retrieval:
         )
 
     def _norms(self, vectors: Float32[Tensor, "c q k"]) -> Float32[Tensor, "c q"]:
-        """Queries' norms, which the cosine has divided by."""
+        """Queries' norms; 1 for the cosine, which divides by them."""
         return torch.ones(vectors.shape[:2]) if self.settings.cosine else vectors.norm(dim=2)
 
-    def _found(
+    def _result(
         self,
         query: int,
         rankings: tuple[Ranking, Ranking],
         vector: Float32[Tensor, "c k"],
         controls: nulls.Controls | None,
-    ) -> _Found:
+    ) -> _QueryResult:
         sides = [Side.of(ranking, query, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
-        found = _Found(sides, self._norms(vector[:, None])[:, 0], {})
-        rows = found.rows
-        found.means = dict.fromkeys(rows, 0.0)
+        result = _QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
+        rows = result.rows
+        result.means = dict.fromkeys(rows, 0.0)
         if self.settings.specific and controls is not None and rows:
-            scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine, norms=found.norms)
-            found.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
-        return found
+            scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine, norms=result.norms)
+            result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
+        return result
 
-    def _nulls(self, found: _Found, side: Side, controls: nulls.Controls) -> list[Null]:
+    def _nulls(self, result: _QueryResult, side: Side, controls: nulls.Controls) -> list[Null]:
         if not side.rows:
             return []
-        raw = [score + found.means[row] for row, score in zip(side.rows, side.scores, strict=True)]
-        scale = None if self.settings.cosine else found.norms
+        raw = [score + result.means[row] for row, score in zip(side.rows, side.scores, strict=True)]
+        scale = None if self.settings.cosine else result.norms
         return nulls.nulls(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
 
-    def _rerank(self, found: list[_Found]) -> None:
-        """Exact scores of every query's short list, which decide its order."""
-        index, totals = self.index, [torch.zeros(len(one.rows)) for one in found]
-        encoded = [self._encoded(one.rows) for one in found]
+    def _rerank(self, results: list[_QueryResult]) -> None:
+        """Order every query's short list by exact scores."""
+        index, totals = self.index, [torch.zeros(len(result.rows)) for result in results]
+        encoded = [self._encoded(result.rows) for result in results]
         for checkpoint, model in last_first(index):
             layers, space = index.layers(model), index.space
-            for total, query, rows in zip(totals, self.asked, encoded, strict=True):
-                inner = exact.inner(
+            for total, query, rows in zip(totals, self.queries, encoded, strict=True):
+                inner = exact.layer_products(
                     model,
                     layers,
-                    exact.held_whole(model, layers, query.parts, space, self.settings.objective),
+                    exact.query_gradient(model, layers, query.sequences, space, self.settings.objective),
                     rows,
                     reduction=space.reduction,
                     tokens_per_batch=index.tokens_per_batch,
                 )
                 scores = inner.scores(normalise=space.normalise, cosine=self.settings.cosine)
                 total += index.weights[checkpoint] * scores
-        for one, total in zip(found, totals, strict=True):
-            one.exact = dict(zip(one.rows, total.tolist(), strict=True))
-            one.reordered(self.settings.top)
+        for result, total in zip(results, totals, strict=True):
+            result.exact = dict(zip(result.rows, total.tolist(), strict=True))
+            result.reorder(self.settings.top)
 
-    def _look_closer(self, found: list[_Found], vectors: Float32[Tensor, "c q k"]) -> None:
-        """Matrices of what is shown, which sum to the exact scores."""
+    def _add_matrices(self, results: list[_QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:
+        """Add token matrices to what is shown; they sum to the exact scores."""
         settings = self.settings
-        sharings = [
-            Sharing(
+        shares = [
+            TokenShares(
                 self.index,
                 query,
                 vectors[:, number],
-                dict(zip(one.rows, self._encoded(one.rows), strict=True)),
+                dict(zip(result.rows, self._encoded(result.rows), strict=True)),
                 objective=settings.objective,
                 cosine=settings.cosine,
                 basis=settings.basis,
             )
-            for number, (one, query) in enumerate(zip(found, self.asked, strict=True))
+            for number, (result, query) in enumerate(zip(results, self.queries, strict=True))
         ]
-        for one, by_token in zip(found, share_out(self.index, sharings), strict=True):
-            one.by_token = by_token
-            one.exact |= {row: float(matrix.matrix.sum()) for row, (_, matrix) in by_token.items()}
+        for result, by_token in zip(results, shares_by_row(self.index, shares), strict=True):
+            result.by_token = by_token
+            result.exact |= {row: float(matrix.matrix.sum()) for row, (_, matrix) in by_token.items()}
 
     def _encoded(self, rows: list[int]) -> list[Encoded]:
         self._read(rows)
         longest = self.index.store.manifest.settings["max_tokens"]
-        return [encode(json.loads(self.kept[row]["row"]), self.index.model().tokenizer, longest) for row in rows]
+        return [encode(json.loads(self.stored_rows[row]["row"]), self.index.model().tokenizer, longest) for row in rows]
 
     def _read(self, rows: Iterable[int]) -> None:
-        missing = sorted({*rows} - {*self.kept})
-        self.kept |= zip(missing, self.index.store.read_rows(missing), strict=True)
+        missing = sorted({*rows} - {*self.stored_rows})
+        self.stored_rows |= zip(missing, self.index.store.read_rows(missing), strict=True)
 
-    def _hits(self, query: int, found: _Found, controls: nulls.Controls | None) -> list[Hit]:
+    def _hits(self, query: int, result: _QueryResult, controls: nulls.Controls | None) -> list[Hit]:
         hits = []
-        for side in found.sides:
-            theirs = [None] * len(side.rows) if controls is None else self._nulls(found, side, controls)
-            for (rank, row, score), null in zip(side.ranked(), theirs, strict=True):
-                by_token, matrix = found.by_token.get(row, (None, None))
-                kept = self.kept[row]
+        for side in result.sides:
+            side_nulls = [None] * len(side.rows) if controls is None else self._nulls(result, side, controls)
+            for (rank, row, score), null in zip(side.ranked(), side_nulls, strict=True):
+                by_token, matrix = result.by_token.get(row, (None, None))
+                stored = self.stored_rows[row]
                 hits.append(
                     Hit(
                         query=query,
                         rank=rank,
-                        id=kept["id"],
+                        id=stored["id"],
                         score=score,
-                        source=kept["source"],
-                        row=json.loads(kept["row"]),
-                        exact=found.exact.get(row),
+                        source=stored["source"],
+                        row=json.loads(stored["row"]),
+                        exact=result.exact.get(row),
                         null=null,
                         by_token=by_token,
                         tokens=matrix,

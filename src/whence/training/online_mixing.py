@@ -1,17 +1,17 @@
 """Online data mixing: which domain the next batch comes from, learnt from the losses of the batches before.
 
-A bandit with an arm for each of K domains. A domain's reward is the training loss that its batch had, so that what the
-model is still bad at is drawn more often. With R_i a domain's reward so far and t the step, from 1:
+The mixer is a bandit with an arm for each of K domains. A domain's reward is the training loss of its batch, so that
+domains on which the model is still bad are drawn more often. With R_i a domain's reward so far and t the step, from 1:
 
     e_t = min(1 / K, sqrt(ln K / (K t)))                                    the least share of any domain
     p_i = e_t + (1 - K e_t) * prior_i exp(e_{t-1} R_i) / (sum of the same)  Gibbs; or prior_i R_i in place of it: linear
     R_i <- a R_i + (1 - a) r / p_i                                          r from the loss of the domain that was drawn
 
-e_t is 1 / K up to t = K ln K, so that first steps are uniform whatever the prior; `warmup` steps before follow the
-prior. Published codes differ from the paper and from each other, and each difference is an option of `MixOptions`.
+e_t is 1 / K up to t = K ln K, so that the first steps are uniform whatever the prior; `warmup` steps before them follow
+the prior. Published codes differ from the paper and from each other, and each difference is an option of `MixOptions`.
 
-What to know before using it: a loss that cannot fall (noise, another language's names) earns as much as one that can,
-so watch the epochs of each domain. Nothing here needs torch.
+A loss that cannot fall (noise, names in another language) earns as much as one that can, so watch the epochs of each
+domain. Nothing here needs torch.
 
 Source: Albalak et al. 2023, Efficient Online Data Mixing, https://arxiv.org/abs/2312.02406, after EXP3 (Auer et al.
 2002, https://doi.org/10.1137/S0097539701398375). The defaults are the paper's.
@@ -30,32 +30,32 @@ import numpy as np
 from whence.errors import CorpusError, JobError, SettingError
 
 LARGEST_EXPONENT = 50.0
-"""Losses above it earn exp(50), about 5e21: larger powers would make infinities of weighted sums."""
+"""A larger loss earns exp(50), about 5e21: larger powers would overflow in weighted sums."""
 STATE = "online_mixing.json"
-"""In a checkpoint."""
+"""File in each checkpoint."""
 LOG = "online_mixing.jsonl"
-"""In the run's directory: a line for each step."""
+"""File in the run's directory, with a line for each step."""
 REWARDS = ("loss", "exp", "scaled")
 UPDATES = ("gibbs", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """What implementations disagree over. The defaults are the paper's."""
+    """Choices on which implementations differ. The defaults are the paper's."""
 
     reward: str = "loss"
-    """"loss"; "exp", its exponential; "scaled", it divided by `scale`, as the authors' code has it."""
+    """"loss"; "exp", its exponential; or "scaled", the loss divided by `scale`, as in the authors' code."""
     scale: float = 10.0
     weighted: bool = True
-    """Divide a reward by the probability that its domain had, so that rare domains are not underrated."""
+    """Divide a reward by its domain's probability, so that rare domains are not underrated."""
     smoothing: float | None = 0.9
-    """a of the moving mean; None adds rewards up, as EXP3 and the authors' code do."""
+    """a of the moving mean; None sums rewards, as EXP3 and the authors' code do."""
     update: str = "gibbs"
     """"gibbs", exponential in rewards; or "linear", proportional to them."""
     warmup: int = 0
-    """Steps that follow the prior. Rewards are collected meanwhile."""
+    """Number of first steps that follow the prior, while rewards are collected."""
     prior: Mapping[str, float] | None = None
-    """Weights of the domains, all above 0, of any sum; None: all alike."""
+    """Weights of the domains, all above 0, with any sum; None: all alike."""
 
     def __post_init__(self) -> None:
         """Refuse values that no mixer can use."""
@@ -73,27 +73,27 @@ class MixOptions:
                 raise SettingError(f"--mix-set prior.{domain}={weight}: a number above 0 is expected")
 
 
-def read_options(given: Mapping[str, Any]) -> MixOptions:
-    """Options by name, their values as such or as text; a domain's prior goes by `prior.DOMAIN`.
+def read_options(options: Mapping[str, Any]) -> MixOptions:
+    """Options by name, with values as such or as text; `prior.DOMAIN` is the prior of a domain.
 
     >>> read_options({"smoothing": "none", "weighted": "false", "prior.a": "0.5", "prior.b": "0.5"}).prior
     {'a': 0.5, 'b': 0.5}
 
     Raises:
-        SettingError: No such option, or a value that it cannot have.
+        SettingError: There is no such option, or it cannot have this value.
     """
     names = {field.name for field in fields(MixOptions)}
-    priors = {name.removeprefix("prior."): value for name, value in given.items() if name.startswith("prior.")}
-    chosen = {name: value for name, value in given.items() if not name.startswith("prior.")}
-    if unknown := chosen.keys() - names:
+    priors = {name.removeprefix("prior."): value for name, value in options.items() if name.startswith("prior.")}
+    plain = {name: value for name, value in options.items() if not name.startswith("prior.")}
+    if unknown := plain.keys() - names:
         raise SettingError(f"--mix-set {min(unknown)}: choose among {', '.join(sorted(names))}")
-    out: dict[str, Any] = {name: _read(name, value) for name, value in chosen.items()}
+    out: dict[str, Any] = {name: _parsed(name, value) for name, value in plain.items()}
     if priors:
         out["prior"] = {domain: _number(f"prior.{domain}", text) for domain, text in priors.items()}
     return MixOptions(**out)
 
 
-def _read(name: str, value: Any) -> Any:
+def _parsed(name: str, value: Any) -> Any:
     if not isinstance(value, str) or name in ("reward", "update"):
         return value
     if name == "weighted":
@@ -121,7 +121,7 @@ class OnlineMixer:
         options: See `MixOptions`.
 
     Raises:
-        SettingError: No domain, one twice, or a prior of other domains.
+        SettingError: There is no domain, a name is given twice, or the prior is of other domains.
 
     >>> mixer = OnlineMixer(["a", "b"])
     >>> mixer.probs()
@@ -146,14 +146,14 @@ class OnlineMixer:
         return dict(zip(self.domains, self._shares().tolist(), strict=True))
 
     def update(self, domain: str, loss: float) -> None:
-        """Take in the loss of a step's batch, which came from one domain.
+        """Reward a domain with the loss of a step's batch, which came from it.
 
         Args:
-            domain: That was drawn, by what `probs` said.
+            domain: The domain that was drawn with the probabilities of `probs`.
             loss: Nats, mean over the batch's supervised tokens.
 
         Raises:
-            SettingError: No such domain.
+            SettingError: There is no such domain.
             JobError: The loss is not finite.
         """
         if domain not in self.domains:
@@ -167,14 +167,14 @@ class OnlineMixer:
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next probabilities depend on, as JSON takes it."""
+        """The state that the next probabilities depend on, as JSON values."""
         return {"domains": self.domains, "rewards": self._rewards.tolist(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
 
         Raises:
-            SettingError: It is of other domains.
+            SettingError: The state is of other domains.
         """
         if list(state["domains"]) != self.domains:
             raise SettingError(f"the state is of {', '.join(state['domains'])}; domains are {', '.join(self.domains)}")
@@ -184,18 +184,18 @@ class OnlineMixer:
         count, t = len(self.domains), self.steps + 1
         if t <= self.options.warmup:
             return self._prior
-        least = _floor(count, t)
+        least = _least_share(count, t)
         if self.options.update == "gibbs":
-            powers = np.log(self._prior) + _floor(count, t - 1) * self._rewards
-            found = np.exp(powers - powers.max())  # exp of what is at most 0 cannot overflow
+            powers = np.log(self._prior) + _least_share(count, t - 1) * self._rewards
+            gains = np.exp(powers - powers.max())  # exp of what is at most 0 cannot overflow
         else:
-            found = self._prior * self._rewards.clip(min=0)
-            found = found if found.any() else self._prior
-        shares = least + max(0.0, 1 - count * least) * (found / found.sum())
+            gains = self._prior * self._rewards.clip(min=0)
+            gains = gains if gains.any() else self._prior
+        shares = least + max(0.0, 1 - count * least) * (gains / gains.sum())
         return shares / shares.sum()
 
 
-def _floor(count: int, t: int) -> float:
+def _least_share(count: int, t: int) -> float:
     """e_t: the least share of a domain at step t; at most 1 / K, as before the first step."""
     return 1 / count if t == 0 else min(1 / count, math.sqrt(math.log(count) / (count * t)))
 
@@ -207,54 +207,54 @@ def _reward(loss: float, options: MixOptions) -> float:
 
 
 class OnlineBatches:
-    """Rows of each step of a training: of one domain, which an `OnlineMixer` draws and the step's loss then rewards.
+    """The rows of each training step: all of one domain, which an `OnlineMixer` draws and the step's loss then rewards.
 
-    Within a domain rows come in a random order, none again before all have come. What is drawn at a step depends on the
-    seed, the step, the rewards and the number of rows taken, so that little has to be kept to go on from there.
+    Within a domain rows come in a random order, none again before all have come. A draw depends only on the seed, the
+    step, the rewards and the number of rows drawn so far, so that a checkpoint needs to hold little.
 
     Args:
         rows: Row numbers of each domain.
-        directory: Where the log goes: a line a step with its domain, loss and probabilities, and passes so far.
-        options: Of the mixer.
-        seed: Of all draws, at least 0.
+        directory: Directory of the log: a line a step with its domain, loss and probabilities, and epochs so far.
+        options: Options of the mixer.
+        seed: Seed of all draws, at least 0.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[int]], directory: Path, options: MixOptions, *, seed: int):
         self.rows, self.seed = dict(sorted(rows.items())), seed
         self.mixer = OnlineMixer(list(self.rows), options)
-        self.taken = dict.fromkeys(self.rows, 0)
+        self.rows_drawn = dict.fromkeys(self.rows, 0)
         self.log, self.domain, self.losses = directory / LOG, "", 0.0
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def draw(self, step: int, count: int) -> list[int]:
-        """Rows of a step, which is counted from 0."""
+        """Draw the rows of a step; steps count from 0."""
         shares = list(self.mixer.probs().values())
         number = np.random.default_rng([self.seed, zlib.crc32(b"domain"), step]).choice(len(shares), p=shares)
         self.domain = list(self.rows)[number]
         return list(self._stream(self.domain, count))
 
     def add(self, loss: float) -> None:
-        """A pass' part of the step's loss."""
+        """Add the share of the step's loss that comes from one pass."""
         self.losses += loss
 
     def close(self, step: int) -> None:
-        """The step is done: reward its domain, and write the step's line."""
+        """End the step: reward its domain, and write its line to the log."""
         line = {"step": step + 1, "domain": self.domain, "loss": self.losses, "probs": self.mixer.probs()}
         self.mixer.update(self.domain, self.losses)
         self.losses = 0.0
-        line["epochs"] = {domain: round(count / len(self.rows[domain]), 4) for domain, count in self.taken.items()}
+        line["epochs"] = {domain: round(count / len(self.rows[domain]), 4) for domain, count in self.rows_drawn.items()}
         with self.log.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def save(self, checkpoint: Path) -> None:
-        """Keep the state with a checkpoint."""
-        (checkpoint / STATE).write_text(json.dumps(self.mixer.state_dict() | {"taken": self.taken}) + "\n")
+        """Write the state into a checkpoint."""
+        (checkpoint / STATE).write_text(json.dumps(self.mixer.state_dict() | {"taken": self.rows_drawn}) + "\n")
 
     def load(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, or begin; the log loses what was done after it.
+        """Go on from a checkpoint, or begin; the log loses the lines of later steps.
 
         Raises:
-            SettingError: The checkpoint has no state, or that of other domains.
+            SettingError: The checkpoint has no state, or one of other domains.
         """
         steps = 0
         if checkpoint is not None:
@@ -263,35 +263,36 @@ class OnlineBatches:
             except (OSError, ValueError) as error:
                 raise SettingError(f"{checkpoint / STATE}: not a state of --mix online ({error})") from None
             self.mixer.load_state_dict(state)
-            self.taken = {domain: int(state["taken"][domain]) for domain in self.rows}
+            self.rows_drawn = {domain: int(state["taken"][domain]) for domain in self.rows}
             steps = self.mixer.steps
-        kept = self.log.read_text().splitlines(keepends=True)[:steps] if self.log.exists() else []
+        lines = self.log.read_text().splitlines(keepends=True)[:steps] if self.log.exists() else []
         draft = self.log.with_name(self.log.name + ".tmp")
-        draft.write_text("".join(kept))
+        draft.write_text("".join(lines))
         draft.replace(self.log)
 
     def _stream(self, domain: str, count: int) -> Iterator[int]:
         rows = self.rows[domain]
         for _ in range(count):
-            epoch, place = divmod(self.taken[domain], len(rows))
+            epoch, place = divmod(self.rows_drawn[domain], len(rows))
             if self._orders.get(domain, (-1,))[0] != epoch:
                 rng = np.random.default_rng([self.seed, zlib.crc32(f"rows/{domain}".encode()), epoch])
                 self._orders[domain] = epoch, rng.permutation(len(rows))
             yield rows[self._orders[domain][1][place]]
-            self.taken[domain] += 1
+            self.rows_drawn[domain] += 1
 
 
 def domains_of(values: Sequence[Any], ids: Sequence[str], *, by: str) -> dict[str, list[int]]:
     """Row numbers by the value of a column.
 
     Raises:
-        CorpusError: A row has no such value, or all have the same.
+        CorpusError: A row has no such value, or all rows have the same one.
     """
-    found: dict[str, list[int]] = {}
+    rows_by_domain: dict[str, list[int]] = {}
     for number, (value, name) in enumerate(zip(values, ids, strict=True)):
         if value is None or value == "":
             raise CorpusError(f"row {name} has no `{by}`, by which --mix online is to divide the corpus; see --by")
-        found.setdefault(str(value), []).append(number)
-    if len(found) < 2:
-        raise CorpusError(f"every row has the same `{by}`, {min(found, default='')!r}: there is nothing to mix")
-    return found
+        rows_by_domain.setdefault(str(value), []).append(number)
+    if len(rows_by_domain) < 2:
+        only = min(rows_by_domain, default="")
+        raise CorpusError(f"every row has the same `{by}`, {only!r}: there is nothing to mix")
+    return rows_by_domain

@@ -1,4 +1,4 @@
-"""How to train: the settings of `train`, their checks, and recipes that set several at once."""
+"""How to train: the settings of `train`, their checks, and presets that set several at once from a paper's recipe."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from whence.training.online_mixing import read_options
 
 IN_RUN = ("in_run", "in_run_every", "in_run_order", "in_run_rows")
 MIX = ("mix", "by", "mix_set")
-"""Settings that belong together: of what is measured meanwhile, and of the order of rows."""
+"""Settings that belong together: those of the measurement beside a training, and those of the order of rows."""
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
-"""By Whence's name, the Trainer's."""
+"""The Trainer's name of each optimizer."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
     }
 }
-"""Settings by the name of a recipe."""
+"""Settings by the name of a preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +70,25 @@ class TrainSettings:
     warmup: float = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """For each step and unit of learning rate."""
+    """Share of a weight lost in each step, for each unit of learning rate."""
     optimizer: str = "adamw"
     """"adamw", or "sgd", plain, without momentum."""
     seed: int = 0
     """Seed of the chosen rows, their order, dropout and the adapters' start."""
     in_run: Any = None
-    """Validation rows, whatever `corpus.open_corpus` takes: measure what each row does to their loss; see `inrun`."""
+    """Validation rows, whatever `corpus.open_corpus` takes: measure what each row does to their loss; see `in_run`."""
     in_run_every: int = 10
-    """Steps for which one draw of validation rows serves."""
+    """Number of steps for which one draw of validation rows serves."""
     in_run_order: int = 1
-    """Of the expansion of a step's effect: 1, or 2 at several times the cost."""
+    """Order of the expansion of a step's effect: 1, or 2 at several times the cost."""
     in_run_rows: int = 16
     """Validation rows of a draw."""
     mix: str | None = None
-    """"online": every step's rows come from one domain, drawn by the losses so far; see `online`."""
+    """"online": each step's rows come from one domain, drawn by the losses so far; see `online_mixing`."""
     by: str | None = None
     """Column whose values are the domains; None: `source`."""
     mix_set: Mapping[str, Any] | None = None
-    """Options of the mixer by name; see `online.read_options`."""
+    """Options of the mixer by name; see `online_mixing.read_options`."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train, by the name of their flag."""
@@ -133,14 +133,14 @@ class TrainSettings:
         read_options(self.mix_set or {})
 
     def record(self) -> dict[str, Any]:
-        """Settings by name, for a run's record. Where `in_run` or `mix` is not used, nothing of it is recorded."""
+        """Settings by name, for a run's record, which leaves out those of `in_run` or `mix` where they are not used."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
         unused += ("tokenizer",) if self.tokenizer is None else ()
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
 
 def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:
-    """Settings by name, the others a preset's."""
+    """Settings by name; a preset's hold where they say nothing."""
     if preset is not None and preset not in PRESETS:
         raise SettingError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     return TrainSettings(**(PRESETS[preset] if preset else {}) | settings)

@@ -1,11 +1,11 @@
-"""Going on with a training that was stopped, so that it ends with the weights it would have had.
+"""Resuming a training that was stopped, so that it ends with the weights it would have had.
 
 A Trainer's checkpoint holds the weights, the optimizer's and the schedule's states, and the generators' states at its
-step. What it lacks is the order of the epoch's rows, which was drawn when the epoch began: `Order` remembers the
-generator's state from before the draw, and `OrderKept` puts it into every `trainer_state.json`. That file is the last
-that a Trainer writes, so a checkpoint without it was cut short, and is removed.
+step. It lacks the order of the epoch's rows, which was drawn when the epoch began: `RowOrder` remembers the generator's
+state from before the draw, and `OrderKept` puts it into every `trainer_state.json`. The Trainer writes that file last,
+so a checkpoint without it was cut short, and is removed.
 
-The record beside the checkpoints says what they were trained from and how; a training is resumed by the same alone.
+The record beside the checkpoints says what they were trained from and how; only the same settings resume a training.
 """
 
 import base64
@@ -27,16 +27,16 @@ from whence.errors import SettingError
 RECORD = "whence_train.json"
 IS_COMPLETE = "is_complete"
 NOT_FLAGS = ("model", "corpus", "rows", "rows_digest", "in_run_digest")
-"""Entries of the record that no flag sets as they stand."""
+"""Entries of the record that are not the value of a flag."""
 
 
-class Order(LengthGroupedSampler):
-    """Rows of like length together, in an order that can be drawn again."""
+class RowOrder(LengthGroupedSampler):
+    """Groups rows of like length, in an order that can be drawn again."""
 
     drawn_from: Tensor | None = None
     """State of torch's generator before the epoch's order was drawn."""
     resumed_from: Tensor | None = None
-    """The same of the epoch that a stopped training was in; used once."""
+    """The same state for the epoch in which a training was stopped; used once."""
 
     def __iter__(self) -> Iterator[int]:
         if self.resumed_from is not None:
@@ -47,29 +47,32 @@ class Order(LengthGroupedSampler):
 
 
 class OrderKept(TrainerCallback, ExportableState):
-    """Has the Trainer write down what the epoch's order was drawn from."""
+    """Has the Trainer write down the state from which the epoch's order was drawn.
 
-    def __init__(self, order: Order):
+    Its name is in every `trainer_state.json`: under another, older checkpoints could not be resumed.
+    """
+
+    def __init__(self, order: RowOrder):
         self.order = order
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json`."""
+        """The entry of `trainer_state.json`."""
         state = self.order.drawn_from
         text = None if state is None else base64.b64encode(state.numpy().tobytes()).decode()
         return {"args": {}, "attributes": {"drawn_from": text}}
 
 
 def read_order(checkpoint: Path) -> Tensor:
-    """What the order of a checkpoint's epoch was drawn from."""
+    """The generator's state from which the order of a checkpoint's epoch was drawn."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     text = state["stateful_callbacks"][OrderKept.__name__]["attributes"]["drawn_from"]
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The last checkpoint that was written whole; later ones, which were not, are removed."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=step_of, reverse=True):
+    """The last checkpoint that was written whole; later ones are incomplete and are removed."""
+    checkpoints = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(checkpoints, key=step_of, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError):
@@ -80,15 +83,15 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps done at a checkpoint, by its name."""
+    """Number of steps done at a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def begin(directory: Path, record: dict[str, Any]) -> None:
-    """Write what a training is of, or see that the one that is there is of the same.
+    """Write the record of a training, or check that the record already there says the same.
 
     Raises:
-        SettingError: Other settings, each of which is named; or checkpoints without a record.
+        SettingError: The record has other settings, each of which is named; or there are checkpoints without a record.
     """
     file = directory / RECORD
     if file.exists():
@@ -104,13 +107,13 @@ def begin(directory: Path, record: dict[str, Any]) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Note that a training is done."""
+    """Mark a training as done."""
     file = directory / RECORD
     _write(file, json.loads(file.read_text()) | {IS_COMPLETE: True})
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a training there is done."""
+    """Whether the training in a directory is done."""
     try:
         return json.loads((directory / RECORD).read_text())[IS_COMPLETE]
     except (OSError, ValueError, KeyError):
@@ -118,7 +121,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    """In one step: a record that is half there would refuse its own training."""
+    """Write a record in one step: half a record would refuse its own training."""
     draft = file.with_name(file.name + ".tmp")
     draft.write_text(json.dumps(record, indent=2) + "\n")
     draft.replace(file)
@@ -132,12 +135,12 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     now = json.loads(json.dumps(record))
     names = [name for name in before | now if name != IS_COMPLETE and before.get(name) != now.get(name)]
     if names:
-        told = "; ".join(f"{_told(name)} is {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
+        differences = (f"{_flag_of(name)} is {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
         raise SettingError(
-            f"{file.parent} holds a training with other settings: {told}. Use the same settings to go on with it, or "
-            "name another directory."
+            f"{file.parent} holds a training with other settings: {'; '.join(differences)}. Use the same settings to "
+            "go on with it, or name another directory."
         )
 
 
-def _told(name: str) -> str:
+def _flag_of(name: str) -> str:
     return name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"

@@ -1,22 +1,22 @@
-"""Fine-tuning that keeps what attribution needs: a Hugging Face Trainer, fed with Whence's own tokenisation.
+"""Fine-tuning that keeps what attribution needs, by a Hugging Face Trainer fed with Whence's own tokenisation.
 
-The Trainer stays the trainer: its loop, its AdamW, its loss (the mean over a batch's supervised tokens),
-its directory. What is set here is that rows are tokenised and masked by `tokens.encode`, as the index does;
-that checkpoints are evenly spaced and keep the optimizer's moments; and that learning rates are logged, so
-that the mean over a checkpoint's interval can be read from `trainer_state.json`.
+The loop, AdamW, the loss (the mean over a batch's supervised tokens) and the directory are the Trainer's. This module
+sees to it that rows are tokenised and masked by `tokens.encode`, as in an index; that checkpoints are evenly spaced and
+keep the optimizer's moments; and that learning rates are logged, so that the mean over a checkpoint's interval can be
+read from `trainer_state.json`.
 
-Full training is in float32 whatever the weights are stored in: a step of AdamW at usual rates is smaller than
+Training of all weights is in float32 whatever type they are stored in: a step of AdamW at usual rates is smaller than
 the spacing of 16-bit weights and would be rounded away. Adapters are float32, on a base as it is stored.
 
 The corpus is tokenised into memory first, at 5 bytes a token. Rows of like length share a batch.
 
 A training that was stopped goes on when it is run again, and ends with the weights it would have had (`resuming`).
 
-Two things can go along: what each row does to a validation loss (`inrun`, which changes no weight), and a choice of the
-domain that each step's rows come from (`online`). Their states are kept with every checkpoint.
+Two followers can join a training: `in_run` measures what each row does to a validation loss and changes no weight;
+`online_mixing` chooses the domain that each step's rows come from. Their states are in every checkpoint.
 
-What it does not do: preference tuning, several machines, or packing rows into one sequence (which leaves a row no
-gradient of its own). Train with your own Trainer for these; its directory is a Run too.
+Preference tuning, several machines, and packing rows into one sequence (which leaves a row no gradient of its own) are
+not supported. Use your own Trainer for these; its directory is a Run too.
 """
 
 import hashlib
@@ -47,10 +47,10 @@ from whence.numerics import mixed_seed
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
-from whence.training.resuming import Order, OrderKept, begin, finish, newest_checkpoint, read_order, step_of
+from whence.training.resuming import OrderKept, RowOrder, begin, finish, newest_checkpoint, read_order, step_of
 
 LOGGED_STEPS = 1000
-"""Up to so many steps each is logged; of a longer run about so many, for every checkpoint repeats the log."""
+"""Each step is logged up to this number; a longer training logs about so many, for every checkpoint repeats the log."""
 
 
 def train(
@@ -73,7 +73,7 @@ def train(
         out: Directory of the Run, made where missing: `checkpoint-<step>` as the Trainer writes them, the
             tokenizer in each and beside them, and the settings in `whence_train.json`; with `in_run` also
             `in_run_scores.parquet` and what belongs to it, with `mix` the log `online_mixing.jsonl`.
-        preset: Name in `PRESETS`, whose settings hold where `settings` does not say otherwise.
+        preset: Name in `PRESETS`, whose settings hold where `settings` says nothing.
         progress: Show a bar on stderr.
         settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
 
@@ -98,24 +98,24 @@ def train(
         trainer.add_callback(_Bar)
     record = {"model": str(source), "corpus": texts.name, **rows.record(), **chosen.record()}
     if chosen.in_run is not None:
-        trainer.in_run, told = _in_run(loaded, trainer, rows, chosen)
-        record |= told
+        trainer.in_run, validation = _in_run(loaded, trainer, rows, chosen)
+        record |= validation
     if chosen.mix is not None:
         domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
         trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
     begin(directory, record)
-    _run(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+    _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
     if trainer.in_run is not None:
         heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
-        more = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
-        trainer.in_run.write(directory, rows.ids, rows.sources, more)
+        origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
+        trainer.in_run.write(directory, rows.ids, rows.sources, origin)
     loaded.tokenizer.save_pretrained(directory)
     finish(directory)
     return directory
 
 
-def _run(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
-    """Train from the newest checkpoint, or from the start, what is not trained yet."""
+def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
+    """Train from the newest checkpoint, or from the start, unless all steps are done."""
     for follower in trainer.followers():
         follower.load(newest)
     if newest is not None and step_of(newest) >= trainer.args.max_steps:
@@ -129,15 +129,15 @@ def _run(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> N
 def _in_run(
     loaded: LoadedModel, trainer: "_Trainer", rows: "_Rows", settings: TrainSettings
 ) -> tuple[InRun, dict[str, Any]]:
-    """What measures contributions, and what the run's record says of the validation rows."""
+    """The measurement of contributions, and the entries of the run's record for its validation rows."""
     if trainer.args.n_gpu > 1:
         raise SettingError(f"--in-run follows a training on one device, of {trainer.args.n_gpu} here: hide the others")
     if len(set(rows.ids)) < len(rows.ids):
         twice = next(name for number, name in enumerate(rows.ids) if name in rows.ids[:number])
         raise CorpusError(f"the id {twice!r} is given twice, and --in-run scores rows by their ids: make them unique")
     corpus = open_corpus(settings.in_run)
-    found = _encoded(corpus, loaded, settings)
-    if not len(found):
+    encoded = _encoded(corpus, loaded, settings)
+    if not len(encoded):
         raise CorpusError(f"--in-run {corpus.name}: no row has a supervised token, so there is no loss to follow.")
     plan = InRunPlan(
         order=settings.in_run_order,
@@ -149,20 +149,20 @@ def _in_run(
     )
     net: Any = trainer.model
     model = LoadedModel(net, loaded.tokenizer, loaded.path, loaded.has_adapter or settings.lora_rank is not None)
-    validation = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in found.rows]
-    digest = found.record()["rows_digest"]
+    validation = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in encoded.rows]
+    digest = encoded.record()["rows_digest"]
     return InRun(model, validation, len(rows), plan), {"in_run": corpus.name, "in_run_digest": digest}
 
 
 @contextmanager
 def quiet_saving() -> Iterator[None]:
-    """Without the bar that transformers shows on stderr for each checkpoint that it writes."""
-    shown = transformers.logging.is_progress_bar_enabled()
+    """Hide the bar that transformers shows on stderr for each checkpoint that it writes."""
+    was_shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_shown:
             transformers.logging.enable_progress_bar()
 
 
@@ -174,7 +174,7 @@ class _Bar(ProgressCallback):
 
 
 class _Rows(Dataset):
-    """Encoded rows as the Trainer reads them, each with its number; those without a supervised token are left out."""
+    """Encoded rows as the Trainer reads them, each with its number, without those that have no supervised token."""
 
     def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
         self.rows: list[dict[str, np.ndarray]] = []
@@ -182,14 +182,14 @@ class _Rows(Dataset):
         self.sources: list[str | None] = []
         self.domains: list[Any] = []
         for example, row in rows:
-            if row.targets:
+            if row.supervised_count:
                 self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
                 self.ids.append(example.id)
                 self.sources.append(example.source)
                 self.domains.append(None if by is None else example.row.get(by))
 
     def record(self) -> dict[str, Any]:
-        """What tells them from other rows."""
+        """Entries of the run's record that identify these rows."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(row["input_ids"].tobytes() + row["supervised"].tobytes() + b"/")
@@ -214,8 +214,8 @@ def _encoded(
 ) -> _Rows:
     longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
     by = None if settings.mix is None else settings.by or "source"
-    found = corpus if chosen is None else chosen
-    return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in found), by)
+    examples = corpus if chosen is None else chosen
+    return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
 
 
 def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
@@ -228,24 +228,24 @@ def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
 
 
 class _Trainer(Trainer):
-    """The Trainer, with an order of rows that can be drawn again, and with what follows or steers the training."""
+    """The Trainer, with an order of rows that can be drawn again, and with the followers of the training."""
 
     in_run: InRun | None = None
     mixing: OnlineBatches | None = None
 
-    def __init__(self, order: Order, **options: Any):
+    def __init__(self, order: RowOrder, **options: Any):
         self.order = order
-        super().__init__(callbacks=[OrderKept(order), _Steps(self)], **options)
+        super().__init__(callbacks=[OrderKept(order), _StepEvents(self)], **options)
 
     def followers(self) -> list[InRun | OnlineBatches]:
-        """Whatever keeps a state with each checkpoint."""
+        """The objects that write a state into each checkpoint."""
         return [follower for follower in (self.in_run, self.mixing) if follower is not None]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return self.order
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Batches of a step: the epoch's next, or rows of the domain that is drawn."""
+        """Batches of a step: the next of the epoch, or rows of the domain that the mixer draws."""
         if self.mixing is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         size, dataset = self.args.per_device_train_batch_size, self.train_dataset
@@ -257,7 +257,7 @@ class _Trainer(Trainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A pass over a batch, whose row numbers are no input of the model."""
+        """One pass over a batch; its row numbers are not passed to the model."""
         rows = inputs.pop("rows")
         with nullcontext() if self.in_run is None else self.in_run.watching(inputs, rows):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -266,25 +266,25 @@ class _Trainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the weights, and what goes with a checkpoint."""
+        """Write the weights, and the followers' states."""
         super().save_model(output_dir, _internal_call)
         for follower in self.followers():
             follower.save(Path(output_dir or str(self.args.output_dir)))
 
 
-class _Steps(TrainerCallback):
-    """Tells what follows a training of its steps."""
+class _StepEvents(TrainerCallback):
+    """Informs the followers of each step."""
 
     def __init__(self, trainer: _Trainer):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The gradient is clipped, and not yet taken."""
+        """The gradient is clipped, and the step not yet made."""
         if self.trainer.in_run is not None:
             self.trainer.in_run.step(self.trainer.optimizer, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """It is taken, and counted."""
+        """The step is made, and counted."""
         if self.trainer.mixing is not None:
             self.trainer.mixing.close(state.global_step - 1)
 
@@ -292,11 +292,11 @@ class _Steps(TrainerCallback):
 def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> _Trainer:
     set_seed(settings.seed)  # before the adapters draw their start
     trainer = _Trainer(
-        Order(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),
-        model=_thawed(loaded, settings),
+        RowOrder(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),
+        model=_trainable(loaded, settings),
         args=_arguments(directory, len(rows), settings),
         train_dataset=rows,
-        data_collator=_collator(loaded.tokenizer.pad_token_id or 0),
+        data_collator=_collate_function(loaded.tokenizer.pad_token_id or 0),
         processing_class=loaded.tokenizer,
     )
     for callback in (PrinterCallback, ProgressCallback):
@@ -304,7 +304,7 @@ def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainS
     return trainer
 
 
-def _collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def _collate_function(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         encoded = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in rows]
         batch = collate(encoded, pad_id)
@@ -316,8 +316,8 @@ def _collator(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]
     return collated
 
 
-def _thawed(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
-    """The model with those weights thawed that are to be trained; loading froze all of them."""
+def _trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
+    """The model with its trained weights thawed; loading froze all of them."""
     if loaded.has_adapter:
         if settings.lora_rank is not None:
             raise SettingError(f"--lora-rank: {loaded.path} has an adapter already, and that is trained on.")
@@ -326,12 +326,12 @@ def _thawed(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
         return loaded.model
     if settings.lora_rank is None:
         return loaded.model.requires_grad_(True)
-    targets = [name.strip() for name in (settings.lora_targets or "").split(",")]
+    modules = [name.strip() for name in (settings.lora_targets or "").split(",")]
     adapter = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,
-        target_modules=targets if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
+        target_modules=modules if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
         task_type="CAUSAL_LM",
     )
@@ -364,7 +364,7 @@ def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingA
         save_strategy="steps",
         save_steps=interval,
         seed=settings.seed,
-        remove_unused_columns=False,  # columns are chosen by forward's arguments, and `supervised` is none
+        remove_unused_columns=False,  # else columns that are no argument of forward go, such as `supervised`
         dataloader_pin_memory=torch.cuda.is_available(),  # asked for without a GPU, it warns
         report_to="none",
     )

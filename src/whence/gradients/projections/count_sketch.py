@@ -7,7 +7,7 @@ unbiased over seeds and their variance, which depends on those probabilities alo
 bins: (|x|^2 |y|^2 + <x, y>^2) / k. Given one seed, entries that lie at the same distance meet together, so a single
 draw can be unluckier than random bins for a gradient with that period. Layers are added.
 
-Cost: t d for the gradient and d contiguous additions a layer; on a CPU about a third of `index_add_`.
+Cost: t d for the gradient and d contiguous additions per layer; on a CPU about a third of the time of `index_add_`.
 Source: Weinberger et al. 2009, Feature Hashing, https://arxiv.org/abs/0902.2206, with this choice of hash.
 """
 
@@ -23,11 +23,11 @@ from whence.gradients.protocols import Shapes
 from whence.numerics import generator, signs
 
 GATHERED_ENTRIES = 2**26
-"""Entries of the gradients [b d] that are looked up at a time on a GPU: 256 MB."""
+"""Entries of the gradients [b d] that are gathered at a time on a GPU: 256 MB."""
 
 
 class CountSketch:
-    """`width` numbers in all, 8,192 unless told."""
+    """A sketch of `width` numbers in all, by default 8,192."""
 
     forms_gradient = True
 
@@ -37,7 +37,7 @@ class CountSketch:
         self._hashes: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}
 
     def columns(self, layer: str) -> slice:
-        """All of them."""
+        """All columns, since layers are added."""
         return slice(0, self.width)
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
@@ -45,7 +45,7 @@ class CountSketch:
         return self.flat(example_gradients(a, g), layer=layer)
 
     def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
-        """The same of a gradient that is formed already."""
+        """The same for a gradient that is formed already."""
         flat = gradient.flatten(1)
         offsets, sign = self._hash(layer, flat)
         if flat.device.type != "cpu":
@@ -60,20 +60,20 @@ class CountSketch:
         return out
 
     def _gathered(self, flat: Tensor, offsets: Int64[Tensor, " pieces"], sign: Int8[Tensor, " d"]) -> Tensor:
-        """The same sums with every bin looking up its entries: few large steps instead of two for each piece.
+        """The same sums, where every bin looks up its entries: few large steps instead of two small ones per piece.
 
-        What a GPU wants, where a step costs the same for 8,192 numbers as for a million.
+        This suits a GPU, where a step costs the same for 8,192 numbers as for a million.
         """
         b, k = len(flat), self.width
         out, bins = flat.new_zeros(b, k), torch.arange(k, device=flat.device)
         at_once = max(1, GATHERED_ENTRIES // (b * k))
         for first in range(0, len(offsets), at_once):
-            own = offsets[first : first + at_once, None]
-            pieces, start = len(own), first * k
+            shifts = offsets[first : first + at_once, None]
+            pieces, start = len(shifts), first * k
             signed = flat[:, start : start + pieces * k] * sign[start : start + pieces * k]
             if short := pieces * k - signed.shape[1]:
                 signed = F.pad(signed, (0, short))
-            place = (bins - own) % k + k * torch.arange(pieces, device=flat.device)[:, None]
+            place = (bins - shifts) % k + k * torch.arange(pieces, device=flat.device)[:, None]
             out += signed.index_select(1, place.flatten()).view(b, pieces, k).sum(1)
         return out
 
@@ -84,7 +84,7 @@ class CountSketch:
             out.addcmul_(flat[:, start:stop], sign[start:stop].to(flat))
 
     def _hash(self, layer: str, flat: Tensor) -> tuple[Any, Tensor]:
-        """Offsets of the pieces, as a list on a CPU and as a tensor on its device elsewhere; and signs."""
+        """Offsets of the pieces (a list on a CPU, a tensor on any other device) and signs of the entries."""
         key = (layer, flat.device)
         if key not in self._hashes:
             rng, d = generator(self.seed, "count_sketch", layer), flat.shape[1]

@@ -1,4 +1,4 @@
-"""No projection: the gradient itself, layers concatenated. As large as the traced weights; for small models and tests.
+"""No projection: the gradient itself, layers concatenated, for small models and tests. It is as large as the weights.
 
 Source: none needed.
 """
@@ -14,7 +14,7 @@ from whence.gradients.protocols import Shapes
 
 
 class Identity:
-    """One number a weight; takes no width."""
+    """One number per weight; it takes no width."""
 
     forms_gradient = True
 
@@ -36,5 +36,5 @@ class Identity:
         return self.flat(example_gradients(a, g), layer=layer)
 
     def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
-        """The same of a gradient that is formed already."""
+        """The same for a gradient that is formed already."""
         return gradient.flatten(1)

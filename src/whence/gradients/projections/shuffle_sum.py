@@ -1,21 +1,21 @@
 """RapidIn's compression: shuffle the whole flattened vector, flip signs at random, add up groups.
 
 The vector of all layers, padded with zeros to D, goes through 2 lambda shuffles (lambda = 20): D is factored into
-primes, their order is shuffled, a random quarter to half of them is multiplied to d, and the vector, seen as a matrix
-of d rows, has its rows permuted (even steps) or, seen as d columns, its columns (odd steps). Then v *= r with random
+primes, their order is shuffled, and a random quarter to half of them is multiplied to d. At even steps the vector, as a
+matrix of d rows, has its rows permuted; at odd steps, as a matrix of d columns, its columns. Then v *= r with random
 signs r, and groups of D / k neighbours are added. Inner products are unbiased over the signs, unscaled.
 
-The map is linear and every entry ends in one bin, so it is kept as one bin and one sign an entry, and each layer
+The map is linear and every entry ends in one bin, so it is stored as one bin and one sign per entry, and each layer
 fills in its own entries: the same numbers as shuffling the whole vector, without ever holding it.
 
-It is here to be compared with. The shuffles move blocks, not entries: where D is a power of two, 40 of them act as
+It is here for comparisons. The shuffles move blocks, not entries: where D is a power of two, 40 of them act as
 one permutation of rows and one of columns, blocks of neighbours stay together, and padding does not spread
 (research/less_rapidin.md, 2.3). `count_sketch` and `sjlt` have neither fault.
 
-What differs from the released code: D is the next power of two below 2^24 (a multiple of 2^24 above, as theirs), the
-seed is ours to choose, sums are fp32.
+It differs from the released code in that D is the next power of two below 2^24 (above, a multiple of 2^24, as theirs),
+the seed can be chosen, and sums are fp32.
 
-Cost: t d and d scattered additions a layer, five bytes of memory a weight.
+Cost: t d and d scattered additions per layer, five bytes of memory per weight.
 Source: Lin et al. 2024, RapidIn, https://arxiv.org/abs/2405.11724, section 4.2. Written from the description.
 """
 
@@ -35,7 +35,7 @@ PADDING = 2**24
 
 
 class ShuffleSum:
-    """`width` numbers in all, 65,536 unless told; it must divide the padded length."""
+    """A sketch of `width` numbers in all, by default 65,536; the width must divide the padded length."""
 
     forms_gradient = True
 
@@ -54,18 +54,18 @@ class ShuffleSum:
                 f"--width {self.width}: shuffle_sum needs a divisor of its padded length {self.padded}, "
                 "such as a power of two"
             )
-        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def columns(self, layer: str) -> slice:
-        """All of them."""
+        """All columns, since layers are added."""
         return slice(0, self.width)
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
-        """What the layer's entries of the whole vector add to the bins."""
+        """The sums in the bins of the layer's entries of the whole vector."""
         return self.flat(example_gradients(a, g), layer=layer)
 
     def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
-        """The same of a gradient that is formed already."""
+        """The same for a gradient that is formed already."""
         flat = gradient.flatten(1)
         bins, sign = self._on(flat.device)
         place = slice(self._first[layer], self._first[layer] + flat.shape[1])
@@ -80,14 +80,14 @@ class ShuffleSum:
         return (place // (self.padded // self.width)).to(torch.int32), drawn[place]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._moved:
+        if device not in self._by_device:
             bins, sign = self._bins_and_signs
-            self._moved[device] = (bins.to(device), sign.to(device))
-        return self._moved[device]
+            self._by_device[device] = (bins.to(device), sign.to(device))
+        return self._by_device[device]
 
 
 def padded_length(length: int) -> int:
-    """Length after padding: the next power of two up to 2^24, else the next multiple of 2^24."""
+    """Length after padding: the next power of two up to 2^24, above it the next multiple of 2^24."""
     return 1 << (length - 1).bit_length() if length <= PADDING else -(-length // PADDING) * PADDING
 
 
@@ -97,9 +97,9 @@ def shuffled(length: int, rounds: int, seed: int) -> Int64[Tensor, " d"]:
     primes, v = prime_factors(length), torch.arange(length)
     for step in range(2 * rounds):
         quarter, half = len(primes) // 4, len(primes) // 2
-        taken = int(torch.randint(quarter, half + 1, (), generator=rng))
+        factors = int(torch.randint(quarter, half + 1, (), generator=rng))
         order = torch.randperm(len(primes), generator=rng).tolist()
-        d = math.prod(primes[number] for number in order[:taken])
+        d = math.prod(primes[number] for number in order[:factors])
         permutation = torch.randperm(d, generator=rng)
         v = v.view(d, -1)[permutation, :] if step % 2 == 0 else v.view(-1, d)[:, permutation]
         v = v.reshape(-1)

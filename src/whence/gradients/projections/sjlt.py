@@ -1,11 +1,11 @@
 """Sparse Johnson-Lindenstrauss transform, block construction.
 
 Each of the d = o i gradient entries is added, with a random sign, to one bin in each of `s` = 4 blocks of k / s bins,
-and the whole divided by sqrt(s): inner products are unbiased over seeds, with a variance of about
+and the sketch is divided by sqrt(s): inner products are unbiased over seeds, with a variance of about
 (|x|^2 |y|^2 + <x, y>^2) / k. Layers are added. `count_sketch` has the same variance at a fraction of the time; the
-four bins guard against two heavy entries that share one.
+four bins guard against two heavy entries that share a bin.
 
-Cost: t d for the gradient and s d scattered additions a layer.
+Cost: t d for the gradient and s d scattered additions per layer.
 Source: Kane and Nelson 2014, Sparser Johnson-Lindenstrauss Transforms, https://arxiv.org/abs/1012.1577
 """
 
@@ -20,7 +20,7 @@ from whence.numerics import generator, signs
 
 
 class SJLT:
-    """`width` numbers in all, 8,192 unless told; a multiple of 4."""
+    """A sketch of `width` numbers in all, by default 8,192; a multiple of 4."""
 
     s = 4
     forms_gradient = True
@@ -33,7 +33,7 @@ class SJLT:
         self._hashes: dict[tuple[str, torch.device], list[tuple[Tensor, Tensor]]] = {}
 
     def columns(self, layer: str) -> slice:
-        """All of them."""
+        """All columns, since layers are added."""
         return slice(0, self.width)
 
     def __call__(self, a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"], *, layer: str) -> Float[Tensor, "b k"]:
@@ -41,7 +41,7 @@ class SJLT:
         return self.flat(example_gradients(a, g), layer=layer)
 
     def flat(self, gradient: Float[Tensor, "b o i"], *, layer: str) -> Float[Tensor, "b k"]:
-        """The same of a gradient that is formed already."""
+        """The same for a gradient that is formed already."""
         flat = gradient.flatten(1)
         out = flat.new_zeros(len(flat), self.width)
         for bins, sign in self._hash(layer, flat):

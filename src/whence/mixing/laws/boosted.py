@@ -1,13 +1,13 @@
 """Boosted trees: losses as a sum of small regression trees over the shares, by LightGBM (the extra `laws`).
 
 The rows of the table are dealt to `FOLDS` folds; for each, trees are grown on the other rows until the fold's error has
-not fallen for `PATIENCE` trees, and the law is the mean of the folds' sums. So every row takes part, and what stops the
-growth is never a row that anything is graded by. Leaves may hold as few as `LEAST_IN_LEAF` rows: with LightGBM's own
-20, some dozens of mixtures cannot be split at all. Their number and size were chosen by cross-validation within
-RegMix's training mixtures (docs/mix.md).
+not fallen for `PATIENCE` trees, and the law is the mean of the folds' sums. So every row takes part, and the rows that
+stop the growth are never rows that a grade is computed on. Leaves may hold as few as `LEAST_IN_LEAF` rows: with
+LightGBM's own 20, some dozens of mixtures cannot be split at all. The number and size of leaves were chosen by
+cross-validation within RegMix's training mixtures (docs/results/mixing.md).
 
-Trees know no trend: beyond what the table holds they predict what it held last, and their optimum is searched for, not
-descended to.
+Trees extrapolate no trend: outside the table's range they repeat its outermost predictions. Their optimum is found by
+random search, not by descent.
 
 Source: Liu et al. 2025, RegMix, https://arxiv.org/abs/2407.01492; Ke et al. 2017, LightGBM. RegMix' code stops early by
 the error on its test set; here held-out rows of the training table decide.
@@ -25,13 +25,13 @@ from whence.numerics import mixed_seed
 
 FOLDS = 5
 ROUNDS = 3000
-"""Trees at most."""
+"""Most trees of a fold."""
 PATIENCE = 50
 RATE = 0.03
 LEAVES = 4
 LEAST_IN_LEAF = 3
-MANY = 1000
-"""Mixtures from which all cores predict."""
+PARALLEL_ROWS = 1000
+"""From this number of mixtures on, prediction uses all cores."""
 PARAMETERS: dict[str, Any] = {
     "objective": "regression",
     "metric": "l2",
@@ -53,12 +53,12 @@ class BoostedLaw:
     domains: tuple[str, ...]
     sets: tuple[str, ...]
     trees: tuple[tuple[Any, ...], ...]
-    """Of each set, a LightGBM booster a fold."""
+    """For each set, one LightGBM booster a fold."""
     is_convex: bool = False
 
     @staticmethod
     def least_rows(domains: int) -> int:
-        """That leave a split on either side, in every fold."""
+        """Enough that either side of a split holds a leaf, in every fold."""
         return 4 * LEAST_IN_LEAF
 
     @classmethod
@@ -67,43 +67,54 @@ class BoostedLaw:
 
         Args:
             table: Mixtures and losses.
-            seed: Of the dealing to folds.
+            seed: Decides which rows form which fold.
 
         Raises:
-            SettingError: Fewer rows than `least_rows`.
+            SettingError: The table has fewer rows than `least_rows`.
             MissingExtraError: LightGBM is not installed.
         """
         refuse_too_few(table, cls.least_rows(len(table.domains)), "lightgbm")
         fold = np.random.default_rng(mixed_seed(seed, "boosted law")).permutation(table.n) % FOLDS
         trees = (
-            tuple(_grown(table.mixtures, losses, fold == held) for held in range(FOLDS)) for losses in table.losses.T
+            tuple(_booster(table.mixtures, losses, fold == number) for number in range(FOLDS))
+            for losses in table.losses.T
         )
         return cls(domains=table.domains, sets=table.sets, trees=tuple(trees))
 
     def predict(self, mixtures: Float64[np.ndarray, "n K"]) -> Float64[np.ndarray, "n E"]:
         """Losses of mixtures."""
-        threads = 1 if len(mixtures) < MANY else 0  # 0: all; of rows apart, so the numbers stay the same
-        of_sets = ([one.predict(mixtures, num_threads=threads) for one in of_set] for of_set in self.trees)
-        return np.stack([np.mean(of_folds, 0) for of_folds in of_sets], 1)
+        threads = 1 if len(mixtures) < PARALLEL_ROWS else 0  # 0: all; rows are apart, so numbers stay the same
+        by_set = ([booster.predict(mixtures, num_threads=threads) for booster in boosters] for boosters in self.trees)
+        return np.stack([np.mean(by_fold, 0) for by_fold in by_set], 1)
 
     def slopes(self, mixture: Float64[np.ndarray, " K"]) -> None:
-        """None: they are 0, or there is none."""
+        """None: a tree is flat but at its splits, where it has no derivative."""
         return None
 
+    @property
+    def formula(self) -> str:
+        """The law in letters."""
+        return "L(r) = mean over folds of a sum of trees in the shares r"
 
-def _grown(r: Float64[np.ndarray, "n K"], losses: Float64[np.ndarray, " n"], held: np.ndarray) -> Any:
-    """Trees of the rows not held, as many as are best for those that are."""
+    @property
+    def terms(self) -> tuple[()]:
+        """None: thousands of leaves."""
+        return ()
+
+
+def _booster(r: Float64[np.ndarray, "n K"], losses: Float64[np.ndarray, " n"], is_validation: np.ndarray) -> Any:
+    """A booster grown on the other rows, with as many trees as predict the validation rows best."""
     try:
         import lightgbm
     except (ImportError, OSError) as error:  # OSError: the package without its OpenMP library
         raise MissingExtraError(
             f"--law lightgbm needs one more package ({error}): pip install 'whence[laws]'"
         ) from None
-    rows = lightgbm.Dataset(r[~held], losses[~held])
+    rows = lightgbm.Dataset(r[~is_validation], losses[~is_validation])
     return lightgbm.train(
         PARAMETERS,
         rows,
         ROUNDS,
-        valid_sets=[lightgbm.Dataset(r[held], losses[held], reference=rows)],
+        valid_sets=[lightgbm.Dataset(r[is_validation], losses[is_validation], reference=rows)],
         callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
     )

@@ -1,8 +1,8 @@
-"""Ridge regression of losses on shares and their logarithms: L(r) = w_0 + sum over j of u_j r_j + v_j ln(r_j + eps).
+"""Ridge regression of losses on shares and their logarithms: L(r) = w + sum over j of u_j r_j + v_j ln(r_j + eps).
 
 Columns are standardised; the penalty and eps of each set are those of least leave-one-out error, which for ridge
 regression has a closed form (residual over 1 - leverage, the intercept's 1/n included). The logarithm lets the first
-hundredth of a domain matter more than the tenth, as in RegMix's tables it does.
+hundredth of a domain matter more than the tenth one, as it does in RegMix's tables.
 
 Source: Hoerl and Kennard 1970, https://doi.org/10.1080/00401706.1970.10488634; the error is Allen's PRESS, 1974,
 https://doi.org/10.1080/00401706.1974.10489157. The columns are ours.
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
+from whence.mixing.protocols import Term
 from whence.mixing.tables import MixtureTable, refuse_too_few
 
 EPS = (1e-3, 3e-3, 1e-2, 3e-2)
-"""Shares."""
+"""Values to choose from, as shares."""
 PENALTIES = tuple(float(10.0**power) for power in range(-6, 5))
-"""On squared weights of standardised columns, beside the sum of squared residuals."""
+"""Weights to choose from of the squared coefficients of standardised columns, beside the squared residuals."""
 FLAT = 1e-9
-"""Standard deviation of a column below which it says nothing."""
+"""Standard deviation below which a column counts as constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,13 @@ class RidgeLaw:
     v: Float64[np.ndarray, "E K"]
     eps: Float64[np.ndarray, " E"]
     penalties: tuple[float, ...] = ()
-    """Of each set, as chosen."""
+    """The penalty chosen for each set."""
     is_convex: bool = False
-    """A v above 0 is concave."""
+    """A term with v above 0 is concave."""
 
     @staticmethod
     def least_rows(domains: int) -> int:
-        """The penalty bears having fewer rows than columns."""
+        """A fixed number: with the penalty, a fit may have fewer rows than columns."""
         return 8
 
     @classmethod
@@ -55,17 +56,19 @@ class RidgeLaw:
 
         Args:
             table: Mixtures and losses.
-            seed: Not used: nothing is drawn.
+            seed: Unused, as nothing is drawn.
 
         Raises:
-            SettingError: Fewer rows than `least_rows`.
+            SettingError: The table has fewer rows than `least_rows`.
         """
         refuse_too_few(table, cls.least_rows(len(table.domains)), "ridge")
         grids = [_Columns(table.mixtures, eps) for eps in EPS]
         fits = []
         for losses in table.losses.T:
-            tried = [(columns.errors(losses, penalty), penalty, columns) for columns in grids for penalty in PENALTIES]
-            _, penalty, columns = min(tried, key=lambda each: each[0])
+            candidates = [
+                (columns.error(losses, penalty), penalty, columns) for columns in grids for penalty in PENALTIES
+            ]
+            _, penalty, columns = min(candidates, key=lambda candidate: candidate[0])
             fits.append((*columns.weights(losses, penalty), columns.eps, penalty))
         w, u, v, eps, penalties = zip(*fits, strict=True)
         return cls(
@@ -82,29 +85,42 @@ class RidgeLaw:
         """Derivatives of every loss by every share."""
         return self.u + self.v / (mixture + self.eps[:, None])
 
+    @property
+    def formula(self) -> str:
+        """The law in letters."""
+        return "L(r) = w + sum of u r + v ln(r + eps) for shares r"
+
+    @property
+    def terms(self) -> tuple[Term, Term]:
+        """The u with each set's w, and the v with its eps."""
+        return (
+            Term(symbol="u", values=self.u, constants={"w": self.w}),
+            Term(symbol="v", values=self.v, constants={"eps": self.eps}),
+        )
+
 
 class _Columns:
-    """Standardised columns of a table at one eps, by their singular values."""
+    """A table's standardised columns for one eps, with their singular value decomposition."""
 
     def __init__(self, mixtures: Float64[np.ndarray, "n K"], eps: float):
         raw = np.hstack([mixtures, np.log(mixtures + eps)])
-        self.eps, self.middle, spread = eps, raw.mean(0), raw.std(0)
+        self.eps, self.mean, spread = eps, raw.mean(0), raw.std(0)
         self.scale = np.where(spread > FLAT, 1 / np.maximum(spread, FLAT), 0.0)
-        self.left, self.values, self.right = np.linalg.svd((raw - self.middle) * self.scale, full_matrices=False)
+        self.left, self.values, self.right = np.linalg.svd((raw - self.mean) * self.scale, full_matrices=False)
 
-    def errors(self, losses: Float64[np.ndarray, " n"], penalty: float) -> float:
+    def error(self, losses: Float64[np.ndarray, " n"], penalty: float) -> float:
         """Mean squared leave-one-out error."""
-        kept = self.values**2 / (self.values**2 + penalty)
-        leverage = (self.left**2 @ kept) + 1 / len(losses)
+        shrinkage = self.values**2 / (self.values**2 + penalty)
+        leverage = (self.left**2 @ shrinkage) + 1 / len(losses)
         centred = losses - losses.mean()
-        residuals = centred - self.left @ (kept * (self.left.T @ centred))
+        residuals = centred - self.left @ (shrinkage * (self.left.T @ centred))
         return float(np.mean((residuals / np.maximum(1 - leverage, FLAT)) ** 2))
 
     def weights(
         self, losses: Float64[np.ndarray, " n"], penalty: float
     ) -> tuple[float, Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
         """Intercept, weights of shares and of logarithms."""
-        shrunk = self.values / (self.values**2 + penalty)
-        weights = self.scale * (self.right.T @ (shrunk * (self.left.T @ (losses - losses.mean()))))
+        inverse = self.values / (self.values**2 + penalty)
+        weights = self.scale * (self.right.T @ (inverse * (self.left.T @ (losses - losses.mean()))))
         u, v = np.split(weights, 2)
-        return float(losses.mean() - self.middle @ weights), u, v
+        return float(losses.mean() - self.mean @ weights), u, v

@@ -1,22 +1,22 @@
-"""Density: how rare a row is among the pool's, whatever the target.
+"""Density: how rare a row is in the corpus, whatever the target.
 
 Each of R hash functions puts a row's embedding x in one of B buckets: h_r(x) = floor((w_r . x + b_r) / width) mod B,
 with w_r standard normal and b_r uniform in [0, width]. Near rows share many buckets: two at distance c share one with
 
     k(c) = integral from 0 to width of f(t / c) / c (1 - t / width) dt,   f the half-normal density,
 
-so that density(x) = mean over r of (rows in h_r(x)) / n estimates the mean of k over the pool, the row itself included:
-from 1 / n for a row that is alone to 1. score = -log density: the rarer the higher, 0 to log n nats. That is inverse
-propensity: a selector at temperature 1 samples without replacement with probabilities as 1 / density, which covers the
-pool evenly; at temperature 0 it takes the outliers, noise and all.
+so that density(x) = mean over r of (rows in h_r(x)) / n estimates the mean of k over the corpus, the row included, from
+1 / n for a row that is alone to 1. score = -log density: a rarer row scores higher, from 0 to log n nats. That is
+inverse propensity: a selector at temperature 1 samples without replacement with probabilities as 1 / density, which
+covers the corpus evenly; at temperature 0 it takes the outliers, noise and all.
 
-Embeddings are the means of the model's last hidden states over a row's tokens (the source has a sentence encoder's),
-as they are, not divided by their norms. The width decides everything: by default half the median distance between pairs
-of 1,000 rows. Targets are not read: each gets the same row.
+Embeddings are the means of the model's last hidden states over a row's tokens (the source has a sentence encoder's);
+they are not divided by their norms. The width decides everything: by default it is half the median distance between
+pairs of 1,000 rows. Targets are not read: each gets the same scores.
 
-Cost: one forward pass over every row, another of 1,000 for the width, and n R d multiplications. Memory: 4 R B bytes of
-counts (80 MB) and a row's buckets, 2 R bytes, up to `HELD_BYTES` in all; past it a second forward pass takes their
-place, and memory no longer grows with the corpus.
+Cost: one forward pass over every row, another over 1,000 rows for the width, and n R d multiplications. Memory: 4 R B
+bytes of counts (80 MB), and 2 R bytes of buckets for each row, up to `STORED_BYTES` in all; a larger corpus takes a
+second forward pass instead, and memory no longer grows with it.
 
 Source: Sachdeva et al. 2024, How to Train Data-Efficient LLMs, https://arxiv.org/abs/2402.09668; the hash is that of
 Datar et al. 2004, https://doi.org/10.1145/997817.997857.
@@ -31,12 +31,12 @@ from jaxtyping import Float, Float32, Float64, Shaped
 from torch import Tensor
 
 from whence.errors import SettingError
-from whence.gradients.forward_passes import embeddings, evenly
+from whence.gradients.forward_passes import embeddings, even_weights
 from whence.numerics import generator
 from whence.selection.protocols import Target, View
 
-HELD_BYTES = 2**31
-"""Of all rows' buckets; a larger corpus is read twice."""
+STORED_BYTES = 2**31
+"""Most bytes of all rows' buckets in memory; a larger corpus is read twice."""
 SAMPLED = 1000
 """Rows whose distances set the width."""
 
@@ -46,13 +46,13 @@ class Density:
     """Minus the log of the estimated density; -inf for a row without tokens or with states that are not finite."""
 
     seed: int = 0
-    """Draws the hash functions, and the rows whose distances set the width."""
+    """Seed of the hash functions, and of the rows whose distances set the width."""
     functions: int = 1000
-    """R."""
+    """R, the number of hash functions."""
     buckets: int = 20_000
-    """B, of each function."""
+    """B, the number of buckets of each function."""
     width: float | None = None
-    """Of a bucket, in the embedding's unit; None: half the median distance of pairs."""
+    """Width of a bucket, in the embedding's unit; None: half the median distance of pairs."""
 
     def __post_init__(self):
         if self.functions < 1 or self.buckets < 2:
@@ -63,16 +63,16 @@ class Density:
             raise SettingError(f"width {self.width} of density's buckets: a number above 0 is expected")
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Nats; the same for every target."""
+        """Scores in nats, the same for every target."""
         sketch = self._sketch(view)
-        held = []
-        is_held = view.rows * self.functions * sketch.dtype.itemsize <= HELD_BYTES
+        stored = []
+        is_stored = view.rows * self.functions * sketch.dtype.itemsize <= STORED_BYTES
         for numbers, codes in self._codes(view, sketch):
             sketch.add(codes)
-            if is_held:
-                held.append((numbers, codes))
+            if is_stored:
+                stored.append((numbers, codes))
         scores = torch.full((view.rows,), -math.inf)
-        for numbers, codes in held if is_held else self._codes(view, sketch):
+        for numbers, codes in stored if is_stored else self._codes(view, sketch):
             scores[numbers] = -sketch.density(codes).log().float()
         return scores.expand(len(targets), -1).clone()
 
@@ -85,10 +85,10 @@ class Density:
 
     def _codes(self, view: View, sketch: "Sketch") -> Iterator[tuple[list[int], Shaped[Tensor, "b r"]]]:
         """Buckets of the rows that have an embedding."""
-        for numbers, vectors in embeddings(view.model(), view.encoded(), view.tokens_per_batch, evenly):
-            known = torch.isfinite(vectors).all(1)
-            kept = [number for number, is_known in zip(numbers, known.tolist(), strict=True) if is_known]
-            yield kept, sketch.codes(vectors[known])
+        for numbers, vectors in embeddings(view.model(), view.encoded(), view.tokens_per_batch, even_weights):
+            finite = torch.isfinite(vectors).all(1)
+            embedded = [number for number, is_finite in zip(numbers, finite.tolist(), strict=True) if is_finite]
+            yield embedded, sketch.codes(vectors[finite])
 
 
 class Sketch:
@@ -97,7 +97,7 @@ class Sketch:
     Args:
         normals: w, a column for each function.
         offsets: b / width.
-        width: Of a bucket.
+        width: Width of a bucket.
         buckets: B.
     """
 
@@ -112,17 +112,17 @@ class Sketch:
 
     def codes(self, vectors: Float32[Tensor, "b d"]) -> Shaped[Tensor, "b r"]:
         """Bucket of each row by each function."""
-        places = (vectors @ self.normals).double() / self.width + self.offsets
-        return places.floor().remainder(self.buckets).to(self.dtype)
+        positions = (vectors @ self.normals).double() / self.width + self.offsets
+        return positions.floor().remainder(self.buckets).to(self.dtype)
 
     def add(self, codes: Shaped[Tensor, "b r"]) -> None:
-        """Count some rows."""
+        """Count these rows."""
         ones = torch.ones(codes.shape[::-1], dtype=torch.int32)
         self.counts.scatter_add_(1, codes.T.long(), ones)
         self.rows += len(codes)
 
     def density(self, codes: Shaped[Tensor, "b r"]) -> Float64[Tensor, " b"]:
-        """Share of the counted rows that stand with each of these, mean over functions."""
+        """Share of the counted rows that are in the same bucket as each of these rows, mean over functions."""
         return self.counts.gather(1, codes.T.long()).double().mean(0) / self.rows
 
 
@@ -130,15 +130,15 @@ def _sample(view: View, seed: int) -> Float32[Tensor, "m d"]:
     """Finite embeddings of at most `SAMPLED` rows."""
     drawn = set(torch.randperm(view.rows, generator=generator(seed, "density", "sample"))[:SAMPLED].tolist())
     rows = (row for number, row in enumerate(view.encoded()) if number in drawn)
-    found = [vectors for _, vectors in embeddings(view.model(), rows, view.tokens_per_batch, evenly)]
-    if not found:
+    batches = [vectors for _, vectors in embeddings(view.model(), rows, view.tokens_per_batch, even_weights)]
+    if not batches:
         return torch.zeros(0, 1)
-    vectors = torch.cat(found)
+    vectors = torch.cat(batches)
     return vectors[torch.isfinite(vectors).all(1)]
 
 
 def default_width(sample: Float[Tensor, "m d"]) -> float:
-    """Half the median distance between two different rows; 1 where no two differ, for then any width will do.
+    """Half the median distance between two different rows; 1 where no two differ, as any width will do then.
 
     >>> default_width(torch.tensor([[0.0], [0.0], [3.0]]))
     1.5

@@ -3,11 +3,11 @@
 Influence    score = sum over checkpoints of weight_c * <v_c, g_c>, with v_c the mean gradient of the target's queries
              and g_c the example's. TracInCP: Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, section 3.2.
 LESS         score = sum over checkpoints of weight_c * cos(v_c, f_c), where f_c is whatever view of the example's
-             gradient the index holds (`--view adam` for the paper's). Within a target the paper has the cosine with
-             the mean gradient, the released code the mean of cosines with each. Over targets the maximum is taken, by
-             the selector. Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 3.
+             gradient the index holds (`--view adam` for the paper's). Within a target the paper takes the cosine with
+             the mean gradient, the released code the mean of the cosines with each. The selector takes the maximum
+             over targets. Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 3.
 DataInf      score = sum over layers l of v_l^T H_l^-1 g_l, where H_l = mean over examples of (g_l g_l^T + lambda_l) is
-             inverted one example at a time and then averaged, the order of the two swapped:
+             inverted for one example at a time and then averaged, in place of the inverse of the mean:
              H_l^-1 v = 1 / lambda_l * (v - mean over i of <g_li, v> / (lambda_l + |g_li|^2) * g_li), with lambda_l a
              tenth of the mean square of an entry of the layer's gradients. Kwon et al. 2024,
              https://arxiv.org/abs/2310.00902, section 3; on a subset of layers it is In2Core's, San Joaquin et al.
@@ -15,15 +15,15 @@ DataInf      score = sum over layers l of v_l^T H_l^-1 g_l, where H_l = mean ove
              are those of the gradients but for noise.
 
 Reach        score = sum over the query's tokens u of |sum over checkpoints of weight_c <t_uc, f_c> / |f_c||, divided by
-             sum over u of |t_u|, with t_u the gradient of one token's loss. How far an example moved the answer's
-             tokens, whichever way. The signed score lets a row that taught some of the answer's words and untaught
-             others sum to nothing: of a backdoor, half of the rows oppose any one answer (docs/rapidin.md). Reach finds
-             what an answer is made of; it does not say that more of it would help. Ours; the vectors of single tokens
-             are RapidIn's, Lin et al. 2024, https://arxiv.org/abs/2405.11724, section 3.
+             sum over u of |t_u|, with t_u the gradient of one token's loss. It is how far an example moved the
+             answer's tokens, in either direction. The signed score of a row that taught some of the answer's words and
+             untaught others sums to nothing: half of a backdoor's rows oppose any one answer (docs/results/tracing.md).
+             Reach finds what an answer is made of; it does not say that more of it would help. The score is ours; the
+             vectors of single tokens are RapidIn's, Lin et al. 2024, https://arxiv.org/abs/2405.11724, section 3.
 
-Positive is helpful, but for Reach, which has no sign. Units: squared loss gradients for Influence, none for LESS
+Positive is helpful, except for Reach, which has no sign. Units: squared loss gradients for Influence, none for LESS
 (-1 to 1), DataInf and Reach (0 to 1). Cost: one pass over the index' vectors for Influence and LESS, three for DataInf,
-one for every 64 tokens of a query for Reach; no example's gradient is made, only the queries'.
+one for every 64 tokens of a query for Reach; only the queries' gradients are computed, no example's.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,10 @@ from torch import Tensor
 
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
+from whence.numerics import inverse_or_zero
 from whence.selection.protocols import GradientView, Target, View
 
-_TOKENS = 64  # of a query whose vectors and scores are held at a time
+_TOKENS_AT_ONCE = 64  # of a query: their vectors and scores are in memory together
 WITHIN = ("mean_gradient", "mean_cosine")
 
 
@@ -50,7 +51,7 @@ class Influence:
     """Not used."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """In nats^2 for each squared unit of weight. -inf where the index has no gradient."""
+        """Scores in nats^2 for each squared unit of weight; -inf where the index has no gradient."""
         indexed = _indexed(view, "influence")
         return indexed.scores(_by_target(indexed, targets, normalised=False), cosine=False)
 
@@ -69,7 +70,7 @@ class LESS:
             raise SettingError(f"within {self.within!r} of less: choose one of {', '.join(WITHIN)}")
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Between -1 and 1, weights summing to 1. -inf where the index has no gradient."""
+        """Scores between -1 and 1, as weights sum to 1; -inf where the index has no gradient."""
         indexed = _indexed(view, "less")
         vectors = _by_target(indexed, targets, normalised=self.within == "mean_cosine")
         if self.within == "mean_gradient":
@@ -79,21 +80,21 @@ class LESS:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInf:
-    """Influence under a curvature made of the examples' own gradients, layer by layer."""
+    """Influence under a curvature estimated from the examples' own gradients, layer by layer."""
 
     seed: int = 0
     """Not used."""
     layers: str = "*"
-    """Patterns of layer names, with commas between; all that match are used."""
+    """Patterns of layer names, with commas between; every layer that matches one is used."""
     damping: float = 0.1
-    """lambda_l in mean squares of the layer's entries."""
+    """lambda_l, in mean squares of the entries of the layer's gradients."""
 
     def __post_init__(self):
         if not self.damping > 0:
             raise SettingError(f"damping {self.damping} of datainf: a number above 0 is expected")
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Dimensionless. -inf where the index has no gradient."""
+        """Scores without a unit; -inf where the index has no gradient."""
         indexed = _indexed(view, "datainf")
         blocks = self._blocks(indexed)
         vectors = _by_target(indexed, targets, normalised=False)
@@ -102,12 +103,12 @@ class DataInf:
         absorbed = self._absorbed(indexed, vectors, blocks, damping)
         solved = torch.zeros_like(vectors)
         for block, (columns, _) in enumerate(blocks):
-            inverse = _inverse(damping[:, block])[:, None, None]  # a layer without gradients says nothing
+            inverse = inverse_or_zero(damping[:, block])[:, None, None]  # a layer without gradients says nothing
             solved[:, :, columns] = inverse * (vectors[:, :, columns] - absorbed[:, :, columns] / count)
         return indexed.scores(solved, cosine=False)
 
     def _blocks(self, view: GradientView) -> list[tuple[slice, int]]:
-        """Columns and number of weights of each layer; of all together where the sketch mixes them."""
+        """Columns and number of weights of each layer, or of all layers together where the sketch mixes them."""
         patterns = [pattern.strip() for pattern in self.layers.split(",")]
         chosen = {
             name: block
@@ -117,7 +118,7 @@ class DataInf:
         if not chosen:
             raise SettingError(f"layers {self.layers!r} of datainf match none of the index': {', '.join(view.blocks)}")
         columns = [block[0] for block in view.blocks.values()]
-        if len({(part.start, part.stop) for part in columns}) == len(columns):
+        if len({(block.start, block.stop) for block in columns}) == len(columns):
             return list(chosen.values())
         if len(chosen) < len(view.blocks):
             raise SettingError(
@@ -150,35 +151,35 @@ class DataInf:
             for c, rows in enumerate(stored[:, is_ok]):
                 for block, (columns, _) in enumerate(blocks):
                     g, v = rows[:, columns], vectors[c, :, columns]
-                    total[c, :, columns] += v @ g.T * _inverse(damping[c, block] + g.square().sum(1)) @ g
+                    total[c, :, columns] += v @ g.T * inverse_or_zero(damping[c, block] + g.square().sum(1)) @ g
         return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far an example moves a target's tokens, whichever way."""
+    """How far an example moves a target's tokens, in either direction."""
 
     seed: int = 0
     """Not used."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Between 0 and 1; the mean over a target's queries. -inf where the index has no gradient."""
+        """Scores between 0 and 1, means over a target's queries; -inf where the index has no gradient."""
         indexed = _indexed(view, "reach")
         out = torch.zeros(len(targets), indexed.rows)
         for number, target in enumerate(targets):
-            found = [moved for query in target.queries if (moved := self._moved(indexed, query.encoded)) is not None]
-            if not found:
+            reaches = [reach for query in target.queries if (reach := self._reach(indexed, query.encoded)) is not None]
+            if not reaches:
                 raise _no_gradient(target)
-            out[number] = sum(found) / len(found)
+            out[number] = sum(reaches) / len(reaches)
         return out
 
-    def _moved(self, view: GradientView, query: Encoded) -> Float32[Tensor, " n"] | None:
-        """For one query; None where no token of it has a finite gradient."""
+    def _reach(self, view: GradientView, query: Encoded) -> Float32[Tensor, " n"] | None:
+        """Scores for one query; None where none of its tokens has a finite gradient."""
         places = [place for place, is_target in enumerate(query.supervised) if is_target]
         tokens = [replace(query, supervised=[n == place for n in range(len(query.ids))]) for place in places]
         total, length = torch.zeros(view.rows), 0.0
-        for first in range(0, len(tokens), _TOKENS):
-            vectors = view.query_vectors(tokens[first : first + _TOKENS])
+        for first in range(0, len(tokens), _TOKENS_AT_ONCE):
+            vectors = view.query_vectors(tokens[first : first + _TOKENS_AT_ONCE])
             vectors = vectors[:, vectors.isfinite().all(-1).all(0)]
             length += float((view.weights[:, None] * view.norms(vectors)).sum())
             total += view.scores(vectors, cosine=True).abs().sum(0)
@@ -196,23 +197,18 @@ def _indexed(view: View, name: str) -> GradientView:
 
 
 def _unit(view: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
-    return vectors * _inverse(view.norms(vectors))[:, :, None]
-
-
-def _inverse(values: Tensor) -> Tensor:
-    """1 / x, and 0 for what is too small to divide by."""
-    return torch.where(values > torch.finfo(values.dtype).tiny, 1 / values, 0.0)
+    return vectors * inverse_or_zero(view.norms(vectors))[:, :, None]
 
 
 def _by_target(view: GradientView, targets: Sequence[Target], *, normalised: bool) -> Float32[Tensor, "c s k"]:
     """Mean vector of each target's queries. A query without a finite gradient is left out of its target's mean.
 
     Raises:
-        SettingError: A target has no other queries.
+        SettingError: No query of a target has a finite gradient.
     """
     queries = [query.encoded for target in targets for query in target.queries]
     vectors = view.query_vectors(queries)
-    is_finite = vectors.isfinite().all(-1).all(0) & torch.tensor([query.targets > 0 for query in queries])
+    is_finite = vectors.isfinite().all(-1).all(0) & torch.tensor([query.supervised_count > 0 for query in queries])
     if normalised:
         vectors = _unit(view, vectors)
     out, first = vectors.new_zeros(len(vectors), len(targets), vectors.shape[2]), 0

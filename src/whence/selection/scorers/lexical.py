@@ -1,25 +1,25 @@
-"""What words say: BM25, which rows share a target's rarer words, and DSIR, which rows read like it.
+"""Scores from words: BM25 finds rows that share a target's rarer words, DSIR rows that read like it.
 
 BM25: score(query, row) = sum over the query's words w of idf(w) * tf / (tf + k1 (1 - b + b |row| / mean |row|)), with
-tf the times that w stands in the row, |row| the row's words, and idf(w) = ln(1 + (n - df + 1/2) / (df + 1/2)) where df
-rows of the n have w. That is Lucene's variant, but for the row's length, which is exact here: idf is never negative,
-and the constant factor k1 + 1 is left out. A word that stands twice in the query counts twice. Its words are runs of
-letters, digits and underscores, case folded; none is stemmed or left out as common.
+tf the times that w occurs in the row, |row| the row's words, and idf(w) = ln(1 + (n - df + 1/2) / (df + 1/2)) where df
+rows of the n have w. This is Lucene's variant, except that the row's length is exact here: idf is never negative, and
+the constant factor k1 + 1 is left out. A word that occurs twice in the query counts twice. Words are runs of letters,
+digits and underscores, case folded; none is stemmed or left out as common.
 Source: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, https://doi.org/10.1561/1500000019; the
 variant as in Kamphuis et al. 2020, Which BM25 Do You Mean?, https://doi.org/10.1007/978-3-030-45442-5_4.
 
 DSIR: score(target, row) = sum over buckets of c(row) (log p_target - log p_raw), the log of the row's importance weight
 under two bags of words and pairs of words, hashed to 10,000 buckets: p_raw of all rows, p_target of all the target's
-queries together, 1e-8 added to either. Its words are also runs of other signs, in lower case. What differs from the
-released code: rows from 10 words on have a score, not from 100 (which would leave out most instructions); the hash is
-CRC-32, which halves the time, with `hash="sha256"` for theirs bit by bit; the noise that it adds to sample without
+queries together, 1e-8 added to either. Runs of other signs are words too, and all are in lower case. Differences from
+the released code: rows from 10 words on have a score, not from 100 (which would leave out most instructions); the hash
+is CRC-32, which halves the time, and `hash="sha256"` gives theirs bit by bit; the noise that it adds to sample without
 replacement is a selector's temperature of 1. Beware: the sum is not a mean, so that each word whose bucket the target
-lacks costs about ten nats, and from a short target short rows win; `length_normalised` divides by the row's n-grams.
+lacks costs about ten nats, and with a short target short rows win; `length_normalised` divides by the row's n-grams.
 Source: Xie et al. 2023, Data Selection for Language Models via Importance Resampling, https://arxiv.org/abs/2302.03169.
 
-A row's text is its prompt and its completion, a query's likewise. A script that puts no spaces between words has few
-words here, and a baseline of words says little about it. Only text is read: no model is loaded. Cost: one pass over the
-corpus for all targets together; DSIR keeps its counts, about 12 bytes for each different n-gram of a row.
+The text of a row or a query is its prompt and its completion. A script that puts no spaces between words has few words
+here, and a baseline of words says little about it. Only text is read: no model is loaded. Cost: one pass over the
+corpus for all targets together; DSIR keeps counts in memory, about 12 bytes for each different n-gram of a row.
 """
 
 import hashlib
@@ -62,12 +62,12 @@ class BM25:
     seed: int = 0
     """Not used."""
     k1: float = 1.5
-    """How far repeating a word goes on counting: 0, not at all."""
+    """How much repetitions of a word count; at 0 not at all."""
     b: float = 0.75
-    """How far a long row is marked down: from 0, not at all, to 1, by its full length."""
+    """How much a long row is marked down: from 0, not at all, to 1, by its full length."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Sums of inverse document frequencies, in nats; a target's are the mean over its queries."""
+        """Sums of inverse document frequencies, in nats; a target has the mean over its queries."""
         vocabulary: dict[str, int] = {}
         rows = [
             [vocabulary.setdefault(word, len(vocabulary)) for word in words(row_text(row))] for row in view.examples()
@@ -79,8 +79,8 @@ class BM25:
         table.index((rows, vocabulary), create_empty_token=False, show_progress=False)
         for total, target in zip(scores, targets, strict=True):
             for query in target.queries:
-                asked = [vocabulary[word] for word in words(_query_text(query)) if word in vocabulary]
-                total += table.get_scores_from_ids(asked) / len(target.queries)
+                query_words = [vocabulary[word] for word in words(_query_text(query)) if word in vocabulary]
+                total += table.get_scores_from_ids(query_words) / len(target.queries)
         return torch.from_numpy(scores)
 
 
@@ -94,11 +94,11 @@ class DSIR:
     hash: str = "crc32"
     """Name in `HASHES`."""
     least_words: int = 10
-    """Words and runs of signs that a row needs. Their code asks for 100."""
+    """Words and runs of signs that a row needs; 100 in the released code."""
     length_normalised: bool = False
-    """Divide by the row's n-grams, for nats each."""
+    """Divide by the row's number of n-grams, for nats an n-gram."""
     pseudo_count: float = 0.0
-    """Added to each of the target's buckets. Their code adds none."""
+    """Added to each of the target's buckets; 0 in the released code."""
 
     def __post_init__(self):
         if self.hash not in HASHES:
@@ -109,29 +109,30 @@ class DSIR:
             )
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Nats; a target's queries make one distribution.
+        """Scores in nats; a target's queries make one distribution.
 
         Raises:
             SettingError: A target has no word.
         """
-        counts, lengths = self._counted(row_text(row) for row in view.examples())
+        counts, lengths = self._gram_counts(row_text(row) for row in view.examples())
         raw = self._log_probabilities(counts.sum(0), 0.0)
-        differences = np.stack([self._of_target(target) - raw for target in targets], axis=1)  # [buckets, s]
+        differences = np.stack(
+            [self._target_log_probabilities(target) - raw for target in targets], axis=1
+        )  # [buckets, s]
         weights = counts @ differences  # [n, s]
         if self.length_normalised:
             weights /= np.maximum(counts.sum(1), 1)[:, None]
         weights[lengths < max(self.least_words, 1)] = -np.inf
         return torch.from_numpy(np.ascontiguousarray(weights.T, dtype=np.float32))
 
-    def _of_target(self, target: Target) -> np.ndarray:
-        counts = self._counted(_query_text(query) for query in target.queries)[0].sum(0)
+    def _target_log_probabilities(self, target: Target) -> np.ndarray:
+        counts = self._gram_counts(_query_text(query) for query in target.queries)[0].sum(0)
         if not counts.sum():
             raise SettingError(f"target {target.name!r} has no word for dsir to compare rows with; give other examples")
         return self._log_probabilities(counts, self.pseudo_count)
 
-    def _counted(self, texts: Iterable[str]) -> tuple[Any, np.ndarray]:
-        """Times that each bucket occurs in each text, as a sparse [n, buckets], and the texts' words."""
-        return _counted(texts, self.buckets, self.hash)
+    def _gram_counts(self, texts: Iterable[str]) -> tuple[Any, np.ndarray]:
+        return _gram_counts(texts, self.buckets, self.hash)
 
     def _log_probabilities(self, counts: np.ndarray, pseudo_count: float) -> np.ndarray:
         return np.log(_probabilities(counts, pseudo_count) + SMALLEST)
@@ -143,21 +144,21 @@ def kl_reduction(
     """How much nearer the target's n-grams are to the selected texts' than to the raw texts', in nats.
 
     KL(target || raw) - KL(target || selected), from the probabilities of hashed n-grams as DSIR counts them, 1e-8 added
-    to each. Above 0 the selection reads more like the target than the pool does.
+    to each. Above 0 the selection reads more like the target than the raw texts do.
 
     Raises:
         SettingError: One of the three has no word.
 
     Source: Xie et al. 2023, https://arxiv.org/abs/2302.03169, section 5.
     """
-    found = []
+    probabilities = []
     for name, texts in (("target", target), ("raw texts", raw), ("selection", selected)):
-        counts = _counted(texts, buckets, hash)[0].sum(0)
+        counts = _gram_counts(texts, buckets, hash)[0].sum(0)
         if not counts.sum():
             raise SettingError(f"the {name} of a KL reduction: there is no word in it")
-        found.append(_probabilities(counts, 0.0))
-    asked, before, after = found
-    return float((asked * (np.log(after + SMALLEST) - np.log(before + SMALLEST))).sum())
+        probabilities.append(_probabilities(counts, 0.0))
+    of_target, before, after = probabilities
+    return float((of_target * (np.log(after + SMALLEST) - np.log(before + SMALLEST))).sum())
 
 
 def words(text: str) -> list[str]:
@@ -170,7 +171,7 @@ def words(text: str) -> list[str]:
 
 
 def grams(text: str) -> tuple[list[str], int]:
-    """DSIR's n-grams, single words and then pairs, and how many words there are.
+    """DSIR's n-grams, single words and then pairs, and the number of words.
 
     >>> grams("Don't go!")
     (['don', "'", 't', 'go', '!', "don '", "' t", 't go', 'go !'], 5)
@@ -184,25 +185,26 @@ def _query_text(query: QueryText) -> str:
     return f"{query.prompt} {query.completion}"
 
 
-def _counted(texts: Iterable[str], buckets: int, name: str) -> tuple[Any, np.ndarray]:
+def _gram_counts(texts: Iterable[str], buckets: int, name: str) -> tuple[Any, np.ndarray]:
+    """How often each bucket occurs in each text, as a sparse [n, buckets], and each text's number of words."""
     from scipy.sparse import csr_array
 
-    number = HASHES[name]
-    held, ends, lengths = [np.zeros(0, dtype=np.int32)], [0], []
+    hash_of = HASHES[name]
+    buckets_by_text, ends, lengths = [np.zeros(0, dtype=np.int32)], [0], []
     for text in texts:
-        found, length = grams(text)
-        hashed = [number(gram.encode("utf-8", "surrogatepass")) % buckets for gram in found]
-        held.append(np.array(hashed, dtype=np.int32))
+        text_grams, length = grams(text)
+        hashed = [hash_of(gram.encode("utf-8", "surrogatepass")) % buckets for gram in text_grams]
+        buckets_by_text.append(np.array(hashed, dtype=np.int32))
         ends.append(ends[-1] + len(hashed))
         lengths.append(length)
-    places = np.concatenate(held)
-    counts = csr_array((np.ones(len(places)), places, np.array(ends)), shape=(len(lengths), buckets))
+    columns = np.concatenate(buckets_by_text)
+    counts = csr_array((np.ones(len(columns)), columns, np.array(ends)), shape=(len(lengths), buckets))
     counts.sum_duplicates()
     return counts, np.array(lengths)
 
 
 def _probabilities(counts: np.ndarray, pseudo_count: float) -> np.ndarray:
-    """Of each bucket; all 0 where nothing was counted."""
+    """Probability of each bucket; all are 0 where nothing was counted."""
     counts = counts + pseudo_count
     return counts / max(counts.sum(), 1)
 
@@ -210,17 +212,17 @@ def _probabilities(counts: np.ndarray, pseudo_count: float) -> np.ndarray:
 def gram_divergence(
     target: Iterable[str], sources: Mapping[str, Iterable[str]], *, buckets: int = 10_000, hash: str = "crc32"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of hashed n-grams: of the target [buckets], and of each source [sources, buckets], as DSIR's.
+    """Probabilities of hashed n-grams as DSIR counts them: the target's [buckets], the sources' [sources, buckets].
 
-    KL(target || sum of w_s source_s) of a mixture w is then `mixture_divergence`.
+    `mixture_divergence` takes both, for KL(target || sum of w_s source_s) of a mixture w.
     """
-    asked = _probabilities(_counted(target, buckets, hash)[0].sum(0), 0.0)
-    return asked, np.stack(
-        [_probabilities(_counted(texts, buckets, hash)[0].sum(0), 0.0) for texts in sources.values()]
+    of_target = _probabilities(_gram_counts(target, buckets, hash)[0].sum(0), 0.0)
+    return of_target, np.stack(
+        [_probabilities(_gram_counts(texts, buckets, hash)[0].sum(0), 0.0) for texts in sources.values()]
     )
 
 
 def mixture_divergence(target: np.ndarray, sources: np.ndarray, weights: Sequence[float]) -> float:
-    """KL(target || mixture) in nats, 1e-8 added to each bucket: smaller, the mixture reads more like the target."""
+    """KL(target || mixture) in nats, 1e-8 added to each bucket; smaller is nearer to the target."""
     mixture = np.asarray(weights) @ sources
     return float((target * (np.log(target + SMALLEST) - np.log(mixture + SMALLEST))).sum())

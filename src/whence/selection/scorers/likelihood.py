@@ -1,16 +1,16 @@
-"""What a model's own probabilities say of a row, whatever the target: loss, loss drop, Ask-LLM.
+"""Scores from a model's own probabilities, the same for every target: loss, loss drop, Ask-LLM.
 
-    loss        mean over the row's supervised tokens of -log p(token | what is before it), in nats: the rows that the
+    loss        mean over the row's supervised tokens of -log p(token | what is before it), in nats; the rows that the
                 model knows least come first, the unlearnable among them
-    loss_drop   loss under `base` less loss under the last model: what training in between has taught. With a last model
-                that was trained on the task this is Moore and Lewis's difference of cross-entropies
+    loss_drop   loss under `base` less loss under the last model: what the training in between has taught. With a last
+                model that was trained on the task this is Moore and Lewis's difference of cross-entropies
     ask_llm     p(yes) / (p(yes) + p(no)) of a language model that is asked whether a text is worth training on
 
 Ask-LLM sums, for yes and for no, the probabilities of all single tokens that say the word (capitals, a space before);
-which those are is checked by decoding. The source reads p(yes) alone of Flan-T5; the ratio makes models comparable that
+decoding tells which tokens those are. The source reads Flan-T5's p(yes) alone; the ratio makes models comparable that
 put some of their probability elsewhere. Its question is about pre-training; give another for another purpose.
 
-Targets are not read: each gets the same row. Cost: one forward pass over every row, for a loss drop two.
+Targets are not read: each gets the same scores. Cost: one forward pass over every row; two for a loss drop.
 
 Source: Ask-LLM is Sachdeva et al. 2024, How to Train Data-Efficient LLMs, https://arxiv.org/abs/2402.09668. Loss as a
 filter: Marion et al. 2023, When Less is More, https://arxiv.org/abs/2309.04564. Loss drop: Moore and Lewis 2010,
@@ -44,7 +44,7 @@ have any harmful, racist, sexist, etc. content.
 
 OPTIONS: yes / no
 ANSWER:"""
-"""Of arXiv 2402.09668."""
+"""The question of arXiv 2402.09668."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Loss:
     """Not used."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Nats a token; the same for every target."""
+        """Scores in nats a token, the same for every target."""
         return _for_each(targets, _row_losses(view.model(), view))
 
 
@@ -66,14 +66,14 @@ class LossDrop:
     seed: int = 0
     """Not used."""
     base: str | Path | None = None
-    """The model before training: directory or Hub name. None: of a LoRA adapter, the model that it adapts."""
+    """The model before training: directory or Hub name. None: the model that a LoRA adapter adapts."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """Nats a token; the same for every target. Above 0: training has made the row more likely.
+        """Scores in nats a token, the same for every target. Above 0, training has made the row more likely.
 
         Raises:
             SettingError: No base was named, and the model has no adapter that could be taken off.
-            ModelError: The base reads other tokens.
+            ModelError: The base has another tokenizer.
         """
         model = view.model()
         if self.base is None and not model.has_adapter:
@@ -106,11 +106,11 @@ class AskLLM:
     seed: int = 0
     """Not used."""
     model: str | Path | None = None
-    """That is asked, causal or sequence to sequence: directory or Hub name. None: the corpus' own."""
+    """The judge, causal or sequence to sequence: directory or Hub name. None: the corpus' own model."""
     question: str = QUESTION
-    """Where `{text}` stands, the row's text goes. A model with a chat template gets it as the user's turn."""
+    """The row's text replaces `{text}`. A model with a chat template gets the question as the user's turn."""
     max_tokens: int = 512
-    """Of the row's text; what is longer loses its end. Less where the model's context asks for it."""
+    """Most tokens of the row's text, which is cut at its end; fewer where the judge's context is short."""
 
     def __post_init__(self):
         if "{text}" not in self.question:
@@ -120,75 +120,75 @@ class AskLLM:
             raise SettingError(f"max_tokens {self.max_tokens} of ask_llm: a number above 0 is expected")
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """From 0 to 1; the same for every target.
+        """Scores from 0 to 1, the same for every target.
 
         Raises:
             ModelError: The tokenizer has no single token for yes, or for no.
             SettingError: The question alone is longer than the model's context.
         """
-        asked = _causal(view.model()) if self.model is None else _opened(self.model)
-        yes, no = answer_ids(asked.tokenizer, "yes"), answer_ids(asked.tokenizer, "no")
+        judge = _causal_judge(view.model()) if self.model is None else _load_judge(self.model)
+        yes, no = answer_ids(judge.tokenizer, "yes"), answer_ids(judge.tokenizer, "no")
         scores = torch.full((view.rows,), torch.nan)
-        for numbers, batch in batches(self._asked(view, asked), view.tokens_per_batch):
-            logits = asked.logits(batch.to(asked.device)).float()
+        for numbers, batch in batches(self._questions(view, judge), view.tokens_per_batch):
+            logits = judge.logits(batch.to(judge.device)).float()
             odds = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
             scores[numbers] = odds.sigmoid().cpu()
         return _for_each(targets, scores)
 
-    def _asked(self, view: View, asked: "_Asked") -> Iterator[Encoded]:
+    def _questions(self, view: View, judge: "_Judge") -> Iterator[Encoded]:
         for row in view.examples():
             text = row_text(row)
-            ids = self._ids(text, asked) if text.strip() else []
+            ids = self._question_ids(text, judge) if text.strip() else []
             yield Encoded(ids, [False] * len(ids))
 
-    def _ids(self, text: str, asked: "_Asked") -> list[int]:
-        """The question about a text, which is cut until both fit."""
-        words, longest = asked.tokenizer(text, add_special_tokens=False)["input_ids"], self.max_tokens
+    def _question_ids(self, text: str, judge: "_Judge") -> list[int]:
+        """The question about a text, which is cut until both fit in the judge's context."""
+        text_ids, longest = judge.tokenizer(text, add_special_tokens=False)["input_ids"], self.max_tokens
         while True:
-            shown = text if len(words) <= longest else asked.tokenizer.decode(words[:longest])
-            ids = asked.encode(self.question.replace("{text}", shown))
-            excess = len(ids) - (asked.context or len(ids))
+            excerpt = text if len(text_ids) <= longest else judge.tokenizer.decode(text_ids[:longest])
+            ids = judge.encode(self.question.replace("{text}", excerpt))
+            excess = len(ids) - (judge.context or len(ids))
             if excess <= 0:
                 return ids
-            longest = min(longest, len(words)) - excess
+            longest = min(longest, len(text_ids)) - excess
             if longest < 1:
                 raise SettingError(
-                    f"question of ask_llm: it leaves no room for a text in the model's context of {asked.context} "
+                    f"question of ask_llm: it leaves no room for a text in the model's context of {judge.context} "
                     "tokens. Give a shorter one, or another model."
                 )
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A model that answers."""
+class _Judge:
+    """A model that answers the question."""
 
     tokenizer: Any
     device: torch.device
     context: int | None
     encode: Callable[[str], list[int]]
     logits: Callable[[Batch], Float[Tensor, "b v"]]
-    """Of the answer's first token."""
+    """Logits of the answer's first token."""
 
 
 def answer_ids(tokenizer: Any, word: str) -> list[int]:
     """Ids of the single tokens that say a word: in small letters, capitalised, in capitals, with or without a space.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such token.
     """
-    found = set()
+    token_ids = set()
     for variant in (word, word.capitalize(), word.upper()):
         for text in (variant, f" {variant}"):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) == 1 and tokenizer.decode(ids).strip().lower() == word:
-                found.add(ids[0])
-    if not found:
+                token_ids.add(ids[0])
+    if not token_ids:
         raise ModelError(f"ask_llm reads the probability of the token {word!r}, and the tokenizer has no such token. "
                          "Ask another model.")  # fmt: skip
-    return sorted(found)
+    return sorted(token_ids)
 
 
-def _causal(model: LoadedModel) -> _Asked:
+def _causal_judge(model: LoadedModel) -> _Judge:
     @torch.no_grad()
     def logits(batch: Batch) -> Tensor:
         states, head = model.decode(batch.ids, batch.mask)
@@ -196,7 +196,7 @@ def _causal(model: LoadedModel) -> _Asked:
         return head(states[torch.arange(len(last), device=states.device), last])
 
     chat = bool(model.tokenizer.chat_template)
-    return _Asked(
+    return _Judge(
         model.tokenizer,
         model.device,
         model.context,
@@ -205,16 +205,16 @@ def _causal(model: LoadedModel) -> _Asked:
     )
 
 
-def _opened(path: str | Path) -> _Asked:
-    """A model by its directory or name."""
+def _load_judge(path: str | Path) -> _Judge:
+    """Load a judge from its directory or by its name."""
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError):  # an adapter has no configuration of a model; what is none is told by loading it
-        return _causal(load_model(path))
+    except (OSError, ValueError):  # an adapter has no model configuration; loading tells what is no model
+        return _causal_judge(load_model(path))
     if not config.is_encoder_decoder:
-        return _causal(load_model(path))
+        return _causal_judge(load_model(path))
     try:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
@@ -231,17 +231,17 @@ def _opened(path: str | Path) -> _Asked:
         return model(input_ids=batch.ids, attention_mask=batch.mask.long(), decoder_input_ids=start).logits[:, 0]
 
     context = getattr(config, "max_position_embeddings", None)
-    return _Asked(tokenizer, device, context, lambda text: tokenizer(text)["input_ids"], logits)
+    return _Judge(tokenizer, device, context, lambda text: tokenizer(text)["input_ids"], logits)
 
 
 def _row_losses(model: LoadedModel, view: View) -> Float32[Tensor, " n"]:
-    """NaN where there is none."""
-    found = torch.full((view.rows,), torch.nan)
-    for numbers, some in losses(model, view.encoded(), view.tokens_per_batch):
-        found[numbers] = some
-    return found
+    """Each row's loss; NaN for a row without one."""
+    row_losses = torch.full((view.rows,), torch.nan)
+    for numbers, batch_losses in losses(model, view.encoded(), view.tokens_per_batch):
+        row_losses[numbers] = batch_losses
+    return row_losses
 
 
 def _for_each(targets: Iterable[Target], scores: Float32[Tensor, " n"]) -> Float32[Tensor, "s n"]:
-    known = torch.where(torch.isfinite(scores), scores, -math.inf)
-    return torch.stack([known for _ in targets])
+    finite = torch.where(torch.isfinite(scores), scores, -math.inf)
+    return torch.stack([finite for _ in targets])

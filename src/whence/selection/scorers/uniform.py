@@ -1,6 +1,6 @@
-"""Random scores: what chance alone finds.
+"""Random scores: the choice that chance alone makes.
 
-Every target has its own stream, so its scores do not depend on how many other targets are asked with it.
+Every target has its own stream, so its scores do not depend on the number of other targets.
 
 Source: none needed.
 """
@@ -23,7 +23,7 @@ class Uniform:
     seed: int = 0
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
-        """The same numbers for a seed, a target's number and a row's number, whatever they say."""
+        """The same numbers for a seed, a target's number and a row's number, whatever their texts."""
         scores = torch.empty(len(targets), view.rows)
         for number, row in enumerate(scores):
             row.uniform_(generator=generator(self.seed, "uniform", str(number)))

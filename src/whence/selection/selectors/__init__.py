@@ -1,1 +1,8 @@
-"""Selection from scores: an order over rows, then filters and a budget; orders are listed in `catalogue.SELECTORS`."""
+"""Orders over rows, from scores; listed in `catalogue.SELECTORS`.
+
+    sampling      an order with noise: drawing without replacement as sorting
+    ranked        one order for all targets: max, mean
+    round_robin   targets take turns
+
+A selector only says which row comes next: filters, limits and the budget are for `selection.choice`.
+"""

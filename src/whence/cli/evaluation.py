@@ -1,0 +1,113 @@
+"""The verbs `evaluate selection` and `evaluate join`: parse, call one library function, print."""
+
+from typing import Annotated
+
+import typer
+
+from whence import catalogue
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import EvalFiles, Json, PoolCorpus, PoolPath, files, listed
+from whence.errors import SettingError
+
+evaluate = typer.Typer(
+    help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
+)
+PointsFile = Annotated[
+    str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
+]
+
+
+@evaluate.command()
+def selection(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.")],
+    source: Annotated[str, typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from.")],
+    tasks: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Examples to choose for. Repeat it.")],
+    graded: Annotated[
+        list[str], typer.Option(metavar="[NAME=]FILE", help="Other rows of the same tasks, to grade by.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help=f"Methods, with commas between: {', '.join(catalogue.SCORERS)}.")
+    ] = "bm25,rds+",
+    fraction: Annotated[float, typer.Option(help="Share of the pool's tokens that each method may choose.")] = 0.05,
+    seeds: Annotated[int, typer.Option(help="Trainings of each choice.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of each training, whatever the choice's size.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest row in tokens.")] = 512,
+    work: Annotated[str, typer.Option(help="Directory of finished cells: the same command goes on from there.")] = "",
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
+    with waiting("Loading torch"):
+        from whence.corpus.reading import open_corpus
+        from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
+        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
+        from whence.reports.files import check_ending, write_page, write_rows
+    if out is not None:
+        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
+    if not work:
+        work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-evaluate.work"
+    task_files, graded_files = files("--tasks", tasks), files("--graded", graded)
+    if unmatched := sorted({*task_files} ^ {*graded_files}):
+        raise SettingError(f"--tasks and --graded name different tasks: {', '.join(unmatched)} is in one of them alone")
+    rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
+    recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
+    with waiting("Scoring"):
+        choosers, budget = selection_methods(
+            methods.split(","), source, task_files, fraction=fraction, model=model, work=work
+        )
+    table = evaluate_selection(
+        model,
+        choosers,
+        rows,
+        work=work,
+        recipe=recipe,
+        seeds=range(seeds),
+        progress=lambda line: print_part(line, err=True),
+    )
+    if out is not None:
+        write_page(evaluate_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)
+    if as_json:
+        print_json({"settings": table.settings | {"tokens_budget": budget}, "rows": table.rows()})
+        return
+    print_part(evaluate_tables(table))
+    if out is not None:
+        print_part(f"written to {out}")
+
+
+@evaluate.command("join")
+def compare_with_pool(
+    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.")],
+    path: PoolPath,
+    evaluated: EvalFiles,
+    methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
+    queries: Annotated[int, typer.Option(help="Rows of each set that are asked for.")] = 16,
+    model: Annotated[str | None, typer.Option(help="The index' model, if it has moved since.")] = None,
+    corpus: PoolCorpus = None,
+    out: PointsFile = None,
+    seed: Annotated[int, typer.Option(help="Seed of scorers and intervals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Do scores of examples, summed by partition, say what leaving that partition out does?"""
+    with waiting("Loading torch"):
+        from whence.evaluation.joining import join
+        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.join_tables import join_plot, join_tables
+    if out is not None:
+        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
+    result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
+                  model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
+    if out is not None:
+        write_page(join_plot(result), out) if out.endswith(".svg") else write_rows(result.points, out)
+    if as_json:
+        print_json({"rows": result.points, "correlations": result.correlations})
+        return
+    print_part(join_tables(result))
+    if out is not None:
+        print_part(f"written to {out}")

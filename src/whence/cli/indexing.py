@@ -1,0 +1,117 @@
+"""The verbs `index`, `info`, `verify`, `append` and `bench`: parse, call one library function, print."""
+
+from typing import Annotated, Any
+
+import typer
+
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
+from whence.errors import SettingError
+
+
+def index(
+    model: Model,
+    corpus: CorpusPath,
+    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index.")],
+    settings: IndexFlags,
+    loading: LoadingFlags,
+    checkpoints: Annotated[
+        str, typer.Option(help="Checkpoints to take from a Trainer's directory: all, or the last.")
+    ] = "last",
+    engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
+    workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    if workers != 1:
+        raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
+    with waiting("Loading torch"):
+        from whence.indexing.build import index as build
+    options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
+    _print_info(build(model, corpus, out, restart=restart, **options).store.info(), as_json)
+
+
+def info(index: IndexPath, as_json: Json = False) -> None:
+    """Show what an index holds."""
+    from whence.indexing.store import Store
+
+    _print_info(Store.open(index).info(), as_json)
+
+
+def verify(
+    index: IndexPath,
+    loading: LoadingFlags,
+    repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
+    model: ModelPath = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file of an index against its checksum."""
+    with waiting("Reading every file"):
+        from whence.indexing.build import verify as check
+
+        problems, repairs = check(index, repair=repair, model=model, **vars(loading))
+        remaining = check(index)[0] if repairs else problems
+    if as_json:
+        rows = [{"file": problem.file, "what": problem.what} for problem in problems]
+        print_json({"rows": rows, "repairs": repairs, "left": [problem.file for problem in remaining]})
+    else:
+        for problem in problems:
+            print_part(f"{problem.file}: {problem.what}")
+        for repair_line in repairs:
+            print_part(repair_line)
+        if not problems:
+            print_part("every file is as it was written")
+        elif not repair and problems[0].file != "manifest.json":
+            print_part(f"Mend it with: whence verify {index} --repair")
+    if remaining:
+        raise typer.Exit(1)
+
+
+def append(
+    index: IndexPath,
+    loading: LoadingFlags,
+    corpus: Annotated[str | None, typer.Argument(metavar="CORPUS", help=CORPUS)] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
+    ] = False,
+    model: ModelPath = None,
+    as_json: Json = False,
+) -> None:
+    """Let more rows join a complete index."""
+    with waiting("Loading torch"):
+        from whence.indexing.build import append as run
+    _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store.info(), as_json)
+
+
+def bench(
+    model: Model,
+    corpus: CorpusPath,
+    settings: IndexFlags,
+    loading: LoadingFlags,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples a batch; as many as --batch-tokens hold, or 16 rows as they are.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens an example; 0 takes the rows as they are.")] = 128,
+    batches: Annotated[int, typer.Option(help="Batches that are timed in every way.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Time index building against a training step of the same model on the same batches."""
+    with waiting("Loading torch"):
+        from whence.indexing.speed import bench as run
+        from whence.reports.index_tables import bench_table
+    options: dict[str, Any] = vars(settings) | vars(loading)
+    with waiting("Timing"):
+        result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
+    print_json(vars(result)) if as_json else print_part(bench_table(result))
+
+
+def _print_info(facts: dict[str, Any], as_json: bool) -> None:
+    from whence.reports.index_tables import info_table
+
+    if as_json:
+        print_json(facts)
+        return
+    print_part(info_table(facts))
+    if facts["complete"]:
+        print_part(f'Ask it: whence trace {facts["path"]} --prompt "..."')

@@ -1,0 +1,167 @@
+"""The flags that several verbs have, each declared once: its name, its help text and its default."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from whence import catalogue
+from whence.errors import SettingError
+
+CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.")
+]
+CorpusPath = Annotated[str, typer.Argument(metavar="CORPUS", help=CORPUS)]
+IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
+PoolPath = Annotated[str, typer.Argument(metavar="POOL", help="Directory that `whence pool train` wrote.")]
+PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="The pool's corpus, if it has moved since.")]
+EvalFiles = Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")]
+RowsFile = Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")]
+Report = Annotated[str | None, typer.Option(help="Write an HTML report.")]
+ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingFlags:
+    """How a model is loaded; names as in `models.loading.Loading`."""
+
+    tokenizer: Tokenizer = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None
+    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexFlags:
+    """What decides the vectors of an index; names as in `IndexSettings` and `GradientSpace`."""
+
+    projection: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How gradients are compressed: {', '.join(catalogue.PROJECTIONS)}. Unless given "
+            f"{catalogue.default_projection('sgd')}, but {catalogue.default_projection('adam')} with --view adam."
+        ),
+    ] = None
+    width: Annotated[
+        int | None,
+        typer.Option(help="Side of two_sided (16: 256 numbers a layer), total of the others; its own default."),
+    ] = None
+    codec: Annotated[
+        str, typer.Option(help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit.")
+    ] = "bfloat16"
+    view: Annotated[
+        str,
+        typer.Option(
+            help="What an example's gradient is taken for: sgd, as it is; adam, what Adam makes of it (needs "
+            "optimizer files)."
+        ),
+    ] = "sgd"
+    adam_mode: Annotated[
+        str, typer.Option(help="torch: the step that AdamW takes; less: as LESS' released code has it.")
+    ] = "torch"
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Patterns of layers' names, with commas between: '*mlp*,lm_head'; '!*dt_proj' leaves out."),
+    ] = None
+    reduction: Annotated[str, typer.Option(help="Loss of an example: mean or sum over its supervised tokens.")] = "mean"
+    normalise: Annotated[
+        str, typer.Option(help="layer: divide each layer's gradient by its norm, as RapidIn does; none.")
+    ] = "none"
+    shuffle_rounds: Annotated[
+        int | None, typer.Option(help="RapidIn's lambda, for --projection shuffle_sum; 20 unless given.")
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context unless given.")] = (
+        None
+    )
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option("--batch-tokens", help="Tokens of one pass, padding included; 4096 on a CPU, 16384 on a GPU."),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0
+    dtype: Annotated[
+        str | None, typer.Option(help="Load weights as float32, bfloat16 or float16; as stored unless given.")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False
+
+
+def listed(words: str | None) -> tuple[str, ...]:
+    """Words with commas between.
+
+    >>> listed("yes, no")
+    ('yes', 'no')
+    """
+    return tuple(word.strip() for word in words.split(",")) if words else ()
+
+
+def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE options as a dictionary.
+
+    Raises:
+        SettingError: One of them is not NAME=VALUE.
+    """
+    out = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise SettingError(f"{flag} {text}: NAME=VALUE is expected")
+        out[name] = value
+    return out
+
+
+def numbers(flag: str, texts: list[str] | None) -> dict[str, float]:
+    """NAME=NUMBER options as a dictionary; a name may hold `=`.
+
+    Raises:
+        SettingError: One of them is not NAME=NUMBER, or a name comes twice.
+    """
+    out: dict[str, float] = {}
+    for text in texts or []:
+        name, equals, value = text.rpartition("=")
+        if name in out:
+            raise SettingError(f"{flag} {text}: {name} is given twice")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise SettingError(f"{flag} {text}: NAME=NUMBER is expected")
+    return out
+
+
+def amounts(flag: str, texts: list[str] | None) -> dict[str, int | float]:
+    """SOURCE=AMOUNT options as a dictionary: rows as whole numbers, shares with a point.
+
+    Raises:
+        SettingError: One of them is not SOURCE=AMOUNT.
+    """
+    out: dict[str, int | float] = {}
+    for name, value in pairs(flag, texts).items():
+        try:
+            out[name] = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            raise SettingError(f"{flag} {name}={value}: rows (300) or a share (0.3) is expected") from None
+    return out
+
+
+def files(flag: str, texts: list[str]) -> dict[str, str]:
+    """[NAME=]FILE options as a dictionary; a file without a name is called `task`.
+
+    Raises:
+        SettingError: Two files have one name.
+    """
+    out: dict[str, str] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        name, file = (name, file) if equals else ("task", text)
+        if name in out:
+            raise SettingError(f"{flag}: two files for the task {name}; name them apart, as in a={out[name]}")
+        out[name] = file
+    return out

@@ -1,0 +1,84 @@
+"""The verb `trace`: parse, call one library function, print."""
+
+from typing import Annotated
+
+import typer
+
+from whence import catalogue
+from whence.cli.console import print_json, print_part, waiting
+from whence.cli.options import IndexPath, Json, LoadingFlags, ModelPath
+
+
+def trace(
+    index: IndexPath,
+    loading: LoadingFlags,
+    prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
+    completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
+    queries: Annotated[str | None, typer.Option(help="In place of these: a file of prompts (and completions).")] = None,
+    span: Annotated[str | None, typer.Option(help="Ask about this text of the completion alone.")] = None,
+    span_tokens: Annotated[str | None, typer.Option(help="Ask about tokens FROM:TO of it alone, from 0.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Why the completion, and not this one?")] = None,
+    top: Annotated[int, typer.Option(help="Examples on each side.")] = 10,
+    method: Annotated[str, typer.Option(help=f"How to score: {', '.join(catalogue.TRACE_METHODS)}.")] = "cosine",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What the query is about: loss, or the log-odds margin, for answers that the model is sure of."
+        ),
+    ] = "loss",
+    exact: Annotated[bool, typer.Option("--exact", help="Rank a short list by unprojected gradients.")] = False,
+    shortlist: Annotated[int, typer.Option(help="Length of the short list, on each side.")] = 100,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Influence of each training token on each token of the completion.")
+    ] = False,
+    basis: Annotated[
+        str, typer.Option(help="What a training token stands for: position of its gradient, or its own loss (slower).")
+    ] = "position",
+    controls: Annotated[
+        str | None, typer.Option(help="File of queries whose scores are the null; rows of the index unless given.")
+    ] = None,
+    specific: Annotated[
+        bool, typer.Option("--specific", help="Rank by the score less the example's mean over control queries.")
+    ] = False,
+    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with those for controls.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Temperature of a generated answer; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
+    model: ModelPath = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, or a report to .html.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Which training examples, and which of their tokens, made the model say this?"""
+    with waiting("Loading torch"):
+        from whence.indexing.opening import open_index
+        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.trace_page import trace_page
+        from whence.reports.trace_tables import trace_tables
+        from whence.tracing.pipeline import trace as run
+        from whence.tracing.queries import span_of
+    is_page = out is not None and out.endswith(".html")
+    if out is not None:
+        check_ending(out, (".jsonl", ".csv", ".parquet", ".html"))
+    place = span_of(span, span_tokens, "--span-tokens")
+    with waiting("Tracing"):
+        opened = open_index(index, model=model, **vars(loading))
+        if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
+            tokens |= opened.space.view == "sgd"
+        result = run(
+            opened, prompt, completion, queries=queries, span=place, contrast=contrast, top=top, method=method,
+            objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis, controls=controls,
+            specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        )  # fmt: skip
+    rows = [hit.as_row() for hit in result.hits]
+    if out is not None:
+        write_page(trace_page(result), out) if is_page else write_rows(rows, out)
+    if as_json:
+        answers = [vars(answer) | {"perplexity": answer.perplexity} for answer in result.answers]
+        more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}
+        print_json({"answers": answers, "method": result.method, "needed_z": result.needed_z, **more, "rows": rows})
+        return
+    print_part(trace_tables(result))
+    if out is not None:
+        print_part(f"written to {out}")

@@ -1,0 +1,236 @@
+"""An open index with the model that its vectors came from, which queries need in the same gradient space.
+
+The store answers from vectors alone. A query's own vector needs the model, tokenizer, projection and layers of the
+index; each is loaded when first needed, and checked against the manifest's digests, so that no score ever compares two
+spaces.
+"""
+
+import itertools
+import shlex
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from whence.errors import ManifestMismatchError, SettingError
+from whence.gradients.capture import Transform
+from whence.gradients.protocols import Projection
+from whence.gradients.space import GradientSpace
+from whence.indexing.store import Store
+from whence.indexing.vectors import (
+    IndexSettings,
+    load_for,
+    projection_for,
+    transform_for,
+)
+from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
+from whence.models.moments import moments_digest
+
+
+class Index:
+    """An index with the model that its vectors came from, which is loaded when first needed.
+
+    Args:
+        store: The directory.
+        settings: The settings in the manifest, and how to load the model.
+        model: The model's path, where it has moved.
+    """
+
+    def __init__(self, store: Store, settings: IndexSettings, *, model: str | None = None):
+        self.store = store
+        self.settings = settings
+        self._model_path = model
+        self._loaded: tuple[int, LoadedModel] | None = None
+        self._transform: tuple[int, Transform | None] | None = None
+        self._checked: set[int] = set()
+        """Checkpoints whose optimizer file is known to be the right one."""
+        self.levels: dict[tuple, float] = {}
+        """Results of `nulls.needed_z` by its arguments: each is measured once while the index is open."""
+
+    @cached_property
+    def space(self) -> GradientSpace:
+        """The gradient space in which the index was built."""
+        return GradientSpace(**self.store.manifest.settings["space"])
+
+    @property
+    def layout(self) -> str:
+        """Layout of the corpus' first row, which a query follows."""
+        return self.store.manifest.settings["layout"]
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of one pass, padding included; passes of another size would change vectors by rounding."""
+        return self.store.manifest.settings["tokens_per_batch"]
+
+    @property
+    def weights(self) -> list[float]:
+        """Share of each checkpoint in a score."""
+        return [entry["weight"] for entry in self.store.manifest.checkpoints]
+
+    def model(self, checkpoint: int = -1) -> LoadedModel:
+        """The model of a checkpoint; the last one asked for stays loaded.
+
+        Raises:
+            ManifestMismatchError: Its weights or tokenizer are not those that the index was built with.
+        """
+        number = checkpoint % len(self.store.manifest.checkpoints)
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None  # two models need not fit in memory
+            self._loaded = (number, self._checked_model(number))
+        return self._loaded[1]
+
+    def layers(self, model: LoadedModel) -> dict[str, nn.Module]:
+        """The traced layers."""
+        return model.layers(self.space.layers)
+
+    def projection(self, model: LoadedModel) -> Projection:
+        """The projection, the same for every checkpoint."""
+        if self._projection is None:
+            self._projection = projection_for(model, self.settings)
+        return self._projection
+
+    _projection: Projection | None = None
+
+    def transform(self, checkpoint: int) -> Transform | None:
+        """What the index' view makes of a row's gradient under a checkpoint; None where it stays as it is.
+
+        Raises:
+            ModelError: The checkpoint has no optimizer file, or one of another model.
+            ManifestMismatchError: Its optimizer file is not that which the index was built with.
+        """
+        number = checkpoint % len(self.store.manifest.checkpoints)
+        if self._transform is None or self._transform[0] != number:
+            self._transform = None
+            self.check_moments(number)
+            self._transform = (number, transform_for(self.model(number), self.settings))
+        return self._transform[1]
+
+    def check_moments(self, number: int) -> None:
+        """Check that a checkpoint's optimizer file is the one the index was built with, if the view needs it."""
+        entry = self.store.manifest.checkpoints[number]
+        if number in self._checked or (expected := entry.get("moments")) is None:
+            return
+        path = _current_path(entry["path"], self._model_path)
+        if (digest := moments_digest(path)) != expected:
+            raise ManifestMismatchError(
+                f"{path}: its optimizer file has digest {digest[:12]}, the index was built with {expected[:12]}. "
+                f"Restore it, or index again with --restart into {self.store.place.root}."
+            )
+        self._checked.add(number)
+
+    def adopt(self, model: LoadedModel, transform: Transform | None) -> None:
+        """Use a model and transform that are loaded and checked already as the last checkpoint's."""
+        number = len(self.store.manifest.checkpoints) - 1
+        self._loaded, self._transform = (number, model), (number, transform)
+        self._checked.update(range(number + 1))
+
+    def _checked_model(self, number: int) -> LoadedModel:
+        entry = self.store.manifest.checkpoints[number]
+        path = _current_path(entry["path"], self._model_path)
+        remedy = f"name it with --model, or index again with --restart into {self.store.place.root}"
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise ManifestMismatchError(
+                f"{path}: the model of this index (weights and configuration of digest {entry['digest'][:12]}) is not "
+                f"there. If it has moved, {remedy}."
+            )
+        base = entry.get("base")
+        digest = directory_digest(path, base=base)
+        if digest != entry["digest"]:
+            raise ManifestMismatchError(
+                f"{path}: its weights and configuration have digest {digest[:12]}, "
+                f"the index was built with {entry['digest'][:12]}. "
+                f"If the model has moved, {remedy}."
+            )
+        model = load_for(path, self.settings, base=base)
+        tokenizer = tokenizer_digest(model.tokenizer)
+        if tokenizer != (expected := self.store.manifest.settings["tokenizer"]):
+            raise ManifestMismatchError(
+                f"{path}: its tokenizer has digest {tokenizer[:12]}, the index was built with {expected[:12]}; "
+                f"the same text would become other tokens. Restore it, or name the right one with --tokenizer."
+            )
+        self._check_layers(model)
+        return model
+
+    def _check_layers(self, model: LoadedModel) -> None:
+        """Check that the traced layers are those of the index: the projection of each layer is drawn by its name.
+
+        They change when a library renames modules, or when Whence counts other modules as layers.
+        """
+        expected = self.store.manifest.settings["layer_names"]
+        try:
+            names = list(self.layers(model))
+        except SettingError:  # the index' own pattern matches none any longer
+            names = []
+        for number, (then, now) in enumerate(itertools.zip_longest(expected, names)):
+            if then != now:
+                again = f"whence index MODEL CORPUS -o {shlex.quote(self.store.place.root)} --restart"
+                raise ManifestMismatchError(
+                    f"{model.path}: its traced layers are not those of the index: layer {number} of {len(expected)} "
+                    f"was {then or 'not there'}, and is {now or 'not there'} now. Scores across the two would mean "
+                    f"nothing. Index again with: {again}"
+                )
+
+
+def open_index(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Index:
+    """Open an index.
+
+    Args:
+        path: Directory of the index.
+        model: The model's directory, where it has moved since.
+        tokenizer: The tokenizer's directory, where it has moved since.
+        device: Where to load the model.
+        device_map: "auto" spreads a large model over all devices.
+        trust_remote_code: Let the model's repository run its own code. An index alone never allows it.
+
+    Raises:
+        SettingError: The index was built with the model's own code, and that is not allowed here.
+        MissingIndexError: There is no index.
+        FormatVersionError: A newer Whence wrote it.
+        ChecksumError: Its manifest is damaged.
+    """
+    store = Store.open(path)
+    if store.manifest.settings["trust_remote_code"] and not trust_remote_code:
+        raise SettingError(
+            f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
+            "If you trust it, add --trust-remote-code."
+        )
+    loading = {"tokenizer": tokenizer, "device": device, "device_map": device_map}
+    return index_of(store, model=model, trust_remote_code=trust_remote_code, **loading)
+
+
+def index_of(
+    store: Store,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    **placing: str | None,
+) -> Index:
+    """An index as `open_index` returns it; if it needs code that is not allowed, its model cannot load."""
+    stored = store.manifest.settings
+    names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
+    settings = IndexSettings(
+        space=GradientSpace(**stored["space"]),
+        codec=store.manifest.codec,
+        tokenizer=tokenizer or stored["tokenizer_path"],
+        trust_remote_code=stored["trust_remote_code"] and trust_remote_code,
+        **placing,
+        **{name: stored[name] for name in names},
+    )
+    return Index(store, settings, model=model)
+
+
+def _current_path(path: str, moved_to: str | None) -> str:
+    """The present path of a checkpoint: `moved_to` is its directory, or the run that holds it."""
+    if moved_to is None:
+        return path
+    inside = Path(moved_to) / Path(path).name
+    return str(inside) if inside.is_dir() else moved_to

@@ -1,0 +1,94 @@
+"""Settings of a recover job: how evidence is gathered, how a shadow is trained, how rows are scored and chosen."""
+
+from dataclasses import dataclass
+
+from whence.catalogue import recover_method
+from whence.errors import SettingError
+from whence.recovery.preconditioner import UNDO
+from whence.recovery.pseudo_labels import Labels
+
+MATCHING_METHODS = ("nnls", "matching", "cosine")
+"""Methods that match rows jointly to T, which re-linearising changes."""
+SKETCH_WIDTH = 16_384
+"""Numbers of a row's sketch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings:
+    """Settings of a recover job; defaults are those of the command line."""
+
+    method: str = "calibrated"
+    """Name in `catalogue.RECOVER_METHODS`."""
+    points: int = 0
+    """Synthetic checkpoints on the line between the two models, evenly spaced, beside its ends."""
+    checkpoints: str = "last"
+    """Checkpoints to read where the final is a Trainer's directory: "last", or "all", the earlier ones as points."""
+    layers: str | None = None
+    """Patterns of layer names; None: all linear layers but the head, or an adapter's B."""
+    tokenizer: str | None = None
+    """Where to find the tokenizer, and the chat template, that rows are read with at every point and by the shadow;
+    None: the final's."""
+    max_tokens: int | None = None
+    tokens_per_batch: int = 4096
+    width: int = SKETCH_WIDTH
+    """Numbers of a row's sketch, by which rows are matched jointly."""
+    short_list: int = 12_000
+    """Rows that are matched jointly, at most: their inner products with each other are held, 576 MB. Others are judged
+    by their own evidence alone."""
+    optimizer: str | None = None
+    """Optimizer that trains the shadow, "adamw" or "sgd", as it trained the model; None: guessed."""
+    epochs: float = 2.0
+    """Passes of the shadow's training over its rows."""
+    lr: float | None = None
+    """Peak learning rate of the shadow; None: the one that moves the weights as far."""
+    batch_size: int = 16
+    """Rows of a step of the shadow's training."""
+    undo: str = "none"
+    """How the optimizer's scaling is undone on T: not at all ("none"), by the final's own optimizer file ("moments"),
+    or by an estimate from the corpus ("rows"); see `preconditioner`."""
+    remove_decay: bool = False
+    """Take off T what weight decay took off the weights."""
+    choices: tuple[str, ...] = ()
+    """Labels by which theta_f labels the rows, for a model that was trained to classify; none: rows as they are."""
+    template: str = "{text}"
+    """Prompt that a row's text is put into, where there are choices."""
+    labels: str = "hard"
+    """Which choice a row gets, see `pseudo_labels`."""
+    balanced: bool | None = None
+    """Choose as many rows of every label, as far as there are, where there are choices. None: where a count is asked
+    for too, since a model trained on the chosen rows then comes closer to theta_f."""
+    rounds: int = 0
+    """Rounds of re-linearising, at most, for the methods of `MATCHING_METHODS`."""
+    mixture: str | None = None
+    """How shares of sources are estimated: by "gradients", their means; by "runs", models trained on each source; or
+    "none". None: by runs where a shadow is trained, so that the recipe is known, and there are 2 to
+    `source_models.MOST_SOURCES` sources; else by gradients."""
+    seed: int = 0
+
+    def __post_init__(self):
+        recover_method(self.method)
+        if self.choices:
+            self.labelling()
+        elif (self.template, self.labels) != ("{text}", "hard") or self.balanced:
+            raise SettingError("--template, --labels and --balanced need --choices, the labels that the model answers")
+        if self.short_list < 2:
+            raise SettingError(f"--short-list {self.short_list}: 2 or more are expected")
+        if self.mixture not in (None, "gradients", "runs", "none"):
+            raise SettingError(f"--mixture {self.mixture}: choose one of gradients, runs, none")
+        if self.mixture == "runs" and self.method != "calibrated":
+            raise SettingError("--mixture runs needs --method calibrated, whose shadow tells the recipe")
+        if self.undo not in UNDO:
+            raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
+        if self.points < 0:
+            raise SettingError(f"--points {self.points}: 0 or more are expected")
+        if self.rounds < 0 or (self.rounds and self.method not in MATCHING_METHODS):
+            raise SettingError(
+                f"--rounds {self.rounds}: 0 or more are expected, with --method {' or '.join(MATCHING_METHODS)}, which "
+                "match rows jointly"
+            )
+        if self.points and self.checkpoints == "all":
+            raise SettingError("--points and --checkpoints all: choose one of them, synthetic points or real ones")
+
+    def labelling(self) -> Labels:
+        """How rows are labelled."""
+        return Labels(choices=tuple(self.choices), template=self.template, how=self.labels)

@@ -1,0 +1,116 @@
+"""Results as files: rows as .jsonl, .csv or .parquet, pages as .html; whole or not at all.
+
+Rows come from untrusted text: lone surrogates, which JSON may hold and UTF-8 lacks, are replaced, and a number that
+JSON has no word for becomes null.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whence.errors import SettingError, StorageError
+from whence.storage import Place, reason
+
+
+def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
+    """Write rows by the ending of a file's name: .jsonl, .csv or .parquet; whole or not at all.
+
+    Args:
+        rows: What is found.
+        out: A file, here or at an fsspec address.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    ending = Path(out).suffix
+    rows = [{name: _storable(value) for name, value in row.items()} for row in rows]
+    if ending == ".parquet":
+        data = _parquet([_flat(row) for row in rows])
+    elif ending == ".csv":
+        data = _csv([_flat(row) for row in rows]).encode("utf-8", "replace")
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    _write(out, data)
+
+
+def write_page(page: str, out: str | Path) -> None:
+    """Write a report, here or at an fsspec address, whole or not at all.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    _write(out, page.encode("utf-8", "replace"))
+
+
+def _write(out: str | Path, data: bytes | memoryview) -> None:
+    place, name = _destination(out)
+    try:
+        place.write(name, [data], total=len(data))
+    except StorageError as error:
+        raise StorageError(f"{out}: cannot be written ({reason(error.__cause__ or error)})") from None
+
+
+def _destination(out: str | Path) -> tuple[Place, str]:
+    """The directory that a file goes to, and its name there."""
+    file = Place.at(out)
+    folder, _, name = file.root.rpartition("/")
+    return Place(file.fs, folder), name
+
+
+def _storable(value: Any) -> Any:
+    """Text without lone surrogates, which JSON may hold and UTF-8 lacks; numbers as JSON has them."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else finite(value)
+
+
+def finite(value: Any) -> Any:
+    """The same, with null for numbers that JSON has no word for.
+
+    >>> finite({"z": [1.5, float("nan")]})
+    {'z': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """For tables: what is nested becomes JSON text, one type a column."""
+    return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def check_ending(
+    path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet"), *, flag: str = "-o"
+) -> None:
+    """Refuse, before any work is done, a file name or address that nothing can be written to."""
+    if Path(path).suffix not in endings:
+        listed = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise SettingError(f"{flag} {path}: what is found is written to {listed}")
+    place, _ = _destination(path)
+    if place.is_local and not Path(place.root or "/").is_dir():
+        raise SettingError(f"{flag} {path}: there is no directory {place.root}")
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _parquet(rows: Sequence[dict[str, Any]]) -> memoryview:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    return sink.getbuffer()
