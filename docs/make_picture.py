@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 import whence
-from whence.reports.tables import trace_tables
+from whence.reports.trace_tables import trace_tables
 
 place = Path(sys.argv[1] if len(sys.argv) > 1 else "whence-demo")
 found = whence.trace(place / "index", "What does json.dump do?", top=4, tokens=True)
