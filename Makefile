@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs docs-serve wheel-test clean
 .DEFAULT_GOAL := demo
 
 # torch first and pinned: whatever else asks for torch then finds it there, and pulls no other build.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $(READY)
 
 demo: $(READY)  ## Train a small model on Python's docstrings and ask what taught it each answer
@@ -26,5 +26,16 @@ lint: $(READY)  ## Style, types, and which module may import which
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: $(READY)  ## Build the site into site/; a warning is an error
+	$(BIN)/python docs/make_site.py
+	$(BIN)/zensical build --clean --strict
+
+docs-serve: $(READY)  ## Show the site at http://localhost:8000; run it again after a page has changed
+	$(BIN)/python docs/make_site.py
+	$(BIN)/zensical serve
+
+wheel-test: $(READY)  ## Build the wheel, and use it from an environment of its own
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/wheel_test.py
+
 clean:
-	rm -rf .venv whence-demo
+	rm -rf .venv build site whence-demo
