@@ -27,7 +27,7 @@ Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingFlags:
-    """How a model is loaded; names as in `models.loading.Loading`."""
+    """How a model is loaded: flags for `models.loading.Loading`."""
 
     tokenizer: Tokenizer = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None

@@ -12,7 +12,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from whence import runner
 from whence.corpus.layouts import Row
@@ -36,7 +36,7 @@ from whence.indexing.vectors import (
     with_options,
 )
 from whence.indexing.verification import Problem, problems_at
-from whence.models.loading import LoadedModel, check_files
+from whence.models.loading import IndexLoading, LoadedModel, check_files
 from whence.models.runs import open_run
 from whence.storage import Place
 
@@ -123,7 +123,7 @@ def append(
     *,
     undo: bool = False,
     progress: bool = True,
-    **loading: Any,
+    **loading: Unpack[IndexLoading],
 ) -> Index:
     """Append more rows to a complete index; its old files stay as they are. Run again after a stop, it resumes.
 
@@ -133,7 +133,7 @@ def append(
         undo: In place of a corpus: drop the rows of an unfinished append, whose corpus has changed or is gone. The
             index is then what it was before.
         progress: Show a bar on stderr.
-        **loading: How to load the model: see `open_index`.
+        **loading: How the model is loaded: see `models.loading.IndexLoading`.
 
     Raises:
         MissingIndexError: The index is not complete.
@@ -173,14 +173,16 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     return before
 
 
-def verify(path: str | Path, *, repair: bool = False, **loading: Any) -> tuple[list[Problem], list[str]]:
+def verify(
+    path: str | Path, *, repair: bool = False, **loading: Unpack[IndexLoading]
+) -> tuple[list[Problem], list[str]]:
     """Check every file of an index against its checksum, and repair those that can be.
 
     Args:
         path: Directory of the index.
         repair: Recompute damaged shards from the model and the index's own copy of the rows, and read damaged parts
             again from the corpus, if it still exists.
-        **loading: How to load the model, to repair: see `open_index`.
+        **loading: How the model is loaded, to repair: see `models.loading.IndexLoading`.
 
     Returns:
         The problems (empty: none), and a note on the repair of each.

@@ -9,6 +9,7 @@ import itertools
 import shlex
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
 from torch import nn
 
@@ -23,7 +24,7 @@ from whence.indexing.vectors import (
     projection_for,
     transform_for,
 )
-from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
+from whence.models.loading import IndexLoading, LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
 
 
@@ -171,24 +172,12 @@ class Index:
                 )
 
 
-def open_index(
-    path: str | Path,
-    *,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-) -> Index:
+def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
     """Open an index.
 
     Args:
         path: Directory of the index.
-        model: The model's directory, where it has moved since.
-        tokenizer: The tokenizer's directory, where it has moved since.
-        device: Where to load the model.
-        device_map: "auto" spreads a large model over all devices.
-        trust_remote_code: Let the model's repository run its own code. An index alone never allows it.
+        **loading: See `IndexLoading`. An index alone never lets a model's repository run its code.
 
     Raises:
         SettingError: The index was built with the model's own code, and that is not allowed here.
@@ -197,35 +186,28 @@ def open_index(
         ChecksumError: Its manifest is damaged.
     """
     store = Store.open(path)
-    if store.manifest.settings["trust_remote_code"] and not trust_remote_code:
+    if store.manifest.settings["trust_remote_code"] and not loading.get("trust_remote_code"):
         raise SettingError(
             f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
             "If you trust it, add --trust-remote-code."
         )
-    loading = {"tokenizer": tokenizer, "device": device, "device_map": device_map}
-    return index_of(store, model=model, trust_remote_code=trust_remote_code, **loading)
+    return index_of(store, **loading)
 
 
-def index_of(
-    store: Store,
-    *,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    trust_remote_code: bool = False,
-    **placing: str | None,
-) -> Index:
+def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
     """An index as `open_index` returns it; if it needs code that is not allowed, its model cannot load."""
     stored = store.manifest.settings
     names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
     settings = IndexSettings(
         space=GradientSpace(**stored["space"]),
         codec=store.manifest.codec,
-        tokenizer=tokenizer or stored["tokenizer_path"],
-        trust_remote_code=stored["trust_remote_code"] and trust_remote_code,
-        **placing,
+        tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
+        device=loading.get("device"),
+        device_map=loading.get("device_map"),
+        trust_remote_code=stored["trust_remote_code"] and loading.get("trust_remote_code", False),
         **{name: stored[name] for name in names},
     )
-    return Index(store, settings, model=model)
+    return Index(store, settings, model=loading.get("model"))
 
 
 def _current_path(path: str, moved_to: str | None) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -191,26 +191,47 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
+class Loading(TypedDict, total=False):
+    """How a model is loaded: the arguments that every verb takes, by these names."""
+
+    tokenizer: str | Path | None
+    """Directory or Hub name of the tokenizer, where it is not with the model, or has moved."""
+    device: str | None
+    """cpu, cuda, ...; None takes a GPU if there is one."""
+    device_map: str | None
+    """auto spreads a large model over all devices (accelerate)."""
+    trust_remote_code: bool
+    """Let the model's repository run its own Python code."""
+
+
+class IndexLoading(Loading, total=False):
+    """How the model of an index is loaded."""
+
+    model: str | None
+    """The model's directory, where it has moved since the index was built."""
+
+
+def split_loading(options: dict[str, Any]) -> tuple[Loading, dict[str, Any]]:
+    """Options by name, parted into those of `Loading` and all others.
+
+    >>> split_loading({"device": "cpu", "top": 3})
+    ({'device': 'cpu'}, {'top': 3})
+    """
+    names = Loading.__annotations__
+    loading: Any = {name: value for name, value in options.items() if name in names}
+    return loading, {name: value for name, value in options.items() if name not in names}
+
+
 def load_model(
-    path: str | Path,
-    *,
-    base: str | None = None,
-    tokenizer: str | Path | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
+    path: str | Path, *, base: str | None = None, dtype: str | None = None, **loading: Unpack[Loading]
 ) -> LoadedModel:
     """Load a model directory, an adapter directory, or a Hub name.
 
     Args:
         path: Directory of a model or of a peft adapter (its base is loaded first), or a name on the Hub.
         base: Where an adapter's base was before; used if it is still there, else the configuration's base is.
-        tokenizer: Directory or Hub name of the tokenizer, if it is not at `path`.
         dtype: One of `DTYPES`; None keeps the dtype in which the weights are stored.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one.
-        device_map: "auto" spreads a large model over all devices (accelerate).
-        trust_remote_code: Let a model repository run its own Python code.
+        **loading: See `Loading`.
 
     Raises:
         ModelError: There is no loadable model, a weight file is corrupt or lacks weights, or the tokenizer's ids do
@@ -219,6 +240,8 @@ def load_model(
     """
     import transformers
 
+    tokenizer, device_map = loading.get("tokenizer"), loading.get("device_map")
+    trust_remote_code = loading.get("trust_remote_code", False)
     if dtype is not None and dtype not in DTYPES:
         raise SettingError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     directory = local_directory(path)
@@ -241,7 +264,7 @@ def load_model(
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
-        model = model.to(_device(device))
+        model = model.to(_device(loading.get("device")))
     model.requires_grad_(False).eval()
     if next(model.parameters()).dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
         logger.warning("%s is in 16 bits; on a CPU --dtype float32 is several times faster", path)

@@ -2,8 +2,8 @@
 
 The trace travels as JSON in a `<script type="application/json">`, which browsers do not run; `trace_example.js`
 and `trace_page.js`, joined, make the document from it with text nodes only. Corpus text is untrusted, so there are
-three walls: `<`, `>` and `&` never stand in the JSON; the script has no way from text to markup; and a Content-Security-Policy
-allows the one script and the one style of this file, by their hashes, and no address at all.
+three walls: `<`, `>` and `&` never stand in the JSON; the script has no way from text to markup; and a
+Content-Security-Policy allows the one script and the one style of this file, by their hashes, and no address at all.
 
 Token matrices are most of a large report. Each row travels as int16 in units of its largest entry, in base64: 2.7
 bytes a number in place of the 10 of JSON, wrong by 1 part in 65,000 of that entry at most.

@@ -11,7 +11,7 @@ it stands, and a model where they read one.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -23,7 +23,7 @@ from whence.corpus.tokens import Encoded, encode
 from whence.errors import CorpusError, SettingError
 from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index, open_index
-from whence.models.loading import LoadedModel, load_model
+from whence.models.loading import LoadedModel, Loading, load_model, split_loading
 from whence.selection import frozen_adam as frozen
 from whence.selection.budget import Budget, Limits
 from whence.selection.choice import Candidates, Selection, choose
@@ -59,10 +59,6 @@ def select(
     tokens_budget: int | None = None,
     corpus: str | Path | Corpus | None = None,
     model: str | None = None,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
     view: str | None = None,
     adam_mode: str = "torch",
     **settings: Any,
@@ -78,13 +74,10 @@ def select(
         corpus: The rows to choose from where `source` is an index: it must be the index' own, by ids. None: the copy
             that the index keeps.
         model: For a corpus, the model that scorers read; for an index, the model's directory, where it has moved.
-        tokenizer: Where the tokenizer is, if not with the model, or if it has moved.
-        device: Where to load the model.
-        device_map: "auto" spreads a large model over all devices.
-        trust_remote_code: Let the model's repository run its own code.
         view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
         adam_mode: How that view treats the moments: "torch" or "less".
-        settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`.
+        settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`; and of
+            `models.loading.Loading`, such as `device="cuda"`.
 
     Returns:
         The rows in rank order, and why the others were left out.
@@ -93,19 +86,17 @@ def select(
         SettingError: A method that cannot be used here, a limit that cannot be kept, no row that can be chosen.
         CorpusError: The task file is empty, or cannot be read.
     """
+    loading, settings = split_loading(settings)
     how, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
     scorer = build_scorer(how.method, how.seed, how.options)
     opened_view = open_view(
         source,
         how.method,
         model=model,
-        tokenizer=tokenizer,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
         brings_model="model" in how.options,
         view=view,
         adam_mode=adam_mode,
+        **loading,
     )
     copy = None if corpus is None else open_corpus(corpus)
     return _select_each(opened_view, {"": tasks}, scorer, how, budget, copy)[""]
@@ -165,26 +156,22 @@ def open_view(
     method: str,
     *,
     model: str | None = None,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
     brings_model: bool = False,
     view: str | None = None,
     adam_mode: str = "torch",
+    **loading: Unpack[Loading],
 ) -> IndexView | CorpusView:
     """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or one is named.
 
     With `brings_model` the method's own options name the model that it runs. `select` says what `view` is.
     """
     entry = catalogue.scorer_entry(method)
-    loading: dict[str, Any] = {"tokenizer": tokenizer, "device": device, "device_map": device_map}
     if view not in (None, frozen.NAME):
         raise SettingError(f"--view {view}: {frozen.NAME} is expected; without it the index is read as it was made")
     if isinstance(source, IndexView | CorpusView):
         return source
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
-        source = open_index(source, model=model, trust_remote_code=trust_remote_code, **loading)
+        source = open_index(source, model=model, **loading)
         source.store.require_complete()
     if isinstance(source, Index):
         return IndexView(source) if view is None else frozen.FrozenView(source, adam_mode=adam_mode)
@@ -197,7 +184,7 @@ def open_view(
         )
     loaded: LoadedModel | None = None
     if model is not None:
-        loaded = load_model(model, trust_remote_code=trust_remote_code, **loading)
+        loaded = load_model(model, **loading)
     elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")
     return CorpusView(open_corpus(source), loaded)

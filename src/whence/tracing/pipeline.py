@@ -21,6 +21,7 @@ from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
+from whence.models.loading import split_loading
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
@@ -40,10 +41,6 @@ def trace(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     model: str | None = None,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Trace:
     """Training examples that made a model say something.
@@ -59,11 +56,8 @@ def trace(
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
-        tokenizer: Where the tokenizer is, if it has moved.
-        device: Where to load the model.
-        device_map: "auto" spreads a large model over all devices.
-        trust_remote_code: Let the model's repository run its own code, if the index was built with it.
-        settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`.
+        settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
+            `models.loading.Loading`, such as `device="cuda"`.
 
     Returns:
         Scores in nats^2 per squared unit of weight (dot), or in -1 to 1 (cosine). Larger is more helpful.
@@ -72,21 +66,11 @@ def trace(
         SettingError: No query, an unknown method, a query without a supervised token, a span that does not occur.
         ManifestMismatchError: The model is not the one that the index was built with.
     """
+    loading, settings = split_loading(settings)
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
     texts = _queries(prompt, completion, queries, span, contrast)
-    opened = (
-        index
-        if isinstance(index, Index)
-        else open_index(
-            index,
-            model=model,
-            tokenizer=tokenizer,
-            device=device,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+    opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
     opened.store.require_complete()
     _check_space(opened, how)
     rankable = len(opened.store.rankable())
