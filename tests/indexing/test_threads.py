@@ -1,4 +1,4 @@
-"""Work is shared by threads, those of torch where they can be had; what one raises is raised."""
+"""Work is shared by threads; what one raises is raised."""
 
 import subprocess
 import sys
@@ -7,20 +7,7 @@ import threading
 import pytest
 import torch
 
-from whence.indexing import threads as indexing_threads
-
-HAS_TORCH_THREADS = pytest.mark.skipif(
-    indexing_threads._gomp_parallel() is None, reason="this torch does not use a GNU OpenMP library of its own"
-)
-WAYS = [pytest.param("torch", marks=HAS_TORCH_THREADS), "new"]
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    """Which threads are used."""
-    if request.param == "new":
-        monkeypatch.setattr(indexing_threads, "_gomp_parallel", lambda: None)
-    return request.param
+from whence.indexing.threads import run_together
 
 
 @pytest.fixture
@@ -33,7 +20,7 @@ def threads(request):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-def test_threads_run_at_once_and_share_what_they_take(way, threads):
+def test_threads_run_at_once_and_share_what_they_take(threads):
     together, ids, taken, waiting = threading.Barrier(threads), set(), [], iter(range(1000))
 
     def work():
@@ -42,7 +29,7 @@ def test_threads_run_at_once_and_share_what_they_take(way, threads):
         taken.extend(waiting)
         together.wait(timeout=30)
 
-    indexing_threads.run_together(work, 1000)
+    run_together(work, 1000)
     assert sorted(taken) == list(range(1000))
     assert len(ids) == threads
     assert threading.get_native_id() in ids
@@ -50,16 +37,16 @@ def test_threads_run_at_once_and_share_what_they_take(way, threads):
 
 @pytest.mark.parametrize("threads", [3], indirect=True)
 @pytest.mark.parametrize("tasks", [0, 1])
-def test_one_task_stays_in_the_callers_thread(way, threads, tasks):
+def test_one_task_stays_in_the_callers_thread(threads, tasks):
     ids = []
-    indexing_threads.run_together(lambda: ids.append(threading.get_native_id()), tasks)
+    run_together(lambda: ids.append(threading.get_native_id()), tasks)
     assert ids == [threading.get_native_id()]
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("is_caller", [True, False])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_one_thread_raises_is_raised(way, threads, is_caller, error, capfd):
+def test_what_one_thread_raises_is_raised(threads, is_caller, error, capfd):
     together, caller = threading.Barrier(threads), threading.get_native_id()
 
     def work():
@@ -68,23 +55,15 @@ def test_what_one_thread_raises_is_raised(way, threads, is_caller, error, capfd)
             raise error("of one thread")
 
     with pytest.raises(error, match="of one thread"):
-        indexing_threads.run_together(work, 2)
+        run_together(work, 2)
     assert capfd.readouterr() == ("", "")
-
-
-def test_what_a_signal_raises_where_nothing_catches_it_is_not_lost():
-    with pytest.raises(KeyboardInterrupt):
-        indexing_threads._in_torch_threads(lambda *_: None, lambda: None, 2)  # the region ended before its first line
 
 
 IN_A_NEW_PROCESS = """
 import os, threading, torch
-from pathlib import Path
 from whence.indexing.threads import run_together
 torch.set_num_threads(4)
 torch.randn(1 << 20).sum()
-def tasks():
-    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
 def ids(tasks, threads):
     together, seen = threading.Barrier(threads), set()
     run_together(lambda: (together.wait(30), seen.add(threading.get_native_id())), tasks)
@@ -94,17 +73,6 @@ def ids(tasks, threads):
 
 def run(code):
     subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS + code], check=True, timeout=120)
-
-
-@HAS_TORCH_THREADS
-def test_the_threads_are_those_of_torch_and_all_stay():
-    run("""
-before = tasks()
-assert len(before) >= 4
-assert len(ids(100, 4)) == 4 and tasks() == before
-assert len(ids(2, 4)) == 4 and tasks() == before, "fewer tasks end no workers"
-assert ids(100, 4) <= before
-""")
 
 
 def test_a_forked_child_starts_its_own_threads():
