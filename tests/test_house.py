@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,23 @@ def load():
         return made
 
     return by_path
+
+
+def test_every_package_that_is_imported_is_a_requirement():
+    """The wheel is tested beside packages that are there already: one that nobody requires would not be missed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for name in ("fast", "laws") for text in project["optional-dependencies"][name]]
+    required = {canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *extras)}
+    imported = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    homes = packages_distributions()
+    others = imported - sys.stdlib_module_names - {"whence"}
+    missing = {name for name in others if required.isdisjoint(map(canonicalize_name, homes.get(name, [name])))}
+    assert missing <= {"huggingface_hub", "llvmlite", "s3fs"}, (
+        "these come with datasets, with numba, or with an address"
+    )

@@ -11,7 +11,14 @@ from whence.gradients.protocols import Projection
 from whence.numerics import generator, hadamard, mixed_seed, signs
 
 SHAPES = {"first": (6, 5), "second": (4, 9)}
-WIDTHS = {"two_sided": 4, "sjlt": 16, "count_sketch": 16, "srht": 16, "rademacher": 16, "shuffle_sum": 16}
+WIDTHS = {
+    "two_sided": 4,
+    "sjlt": 16,
+    "count_sketch": 16,
+    "srht": 16,
+    "rademacher": 16,
+    "shuffle_sum": 16,
+}
 NAMES = list(catalogue.PROJECTIONS)
 SEEDS = 2000
 

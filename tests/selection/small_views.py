@@ -24,8 +24,9 @@ class Rows:
         return iter(self.listed)
 
     def encoded(self):
-        """In the model's tokens."""
-        return (encode(row, self.loaded.tokenizer) for row in self.listed)
+        """In the model's tokens, so that a view without a model refuses."""
+        tokenizer = self.model().tokenizer
+        return (encode(row, tokenizer) for row in self.listed)
 
     def model(self):
         """The model given."""

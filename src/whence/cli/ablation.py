@@ -15,7 +15,8 @@ from whence.errors import SettingError
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
 Mixtures = Annotated[
-    str | None, typer.Option(help="File of mixtures, partitions as columns; each alone, all pairs and all together.")
+    str | None,
+    typer.Option(help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together."),
 ]
 Scale = Annotated[float, typer.Option(help="Factor of the members' moves away from the parent (task arithmetic).")]
 Method = Annotated[str, typer.Option(help="How to average: mean, or regmean, by what goes into linear layers.")]
@@ -94,7 +95,9 @@ def merge(
 @pool.command()
 def grams(
     path: PoolPath,
-    tokens: Annotated[int | None, typer.Option(help="To read of each member; 16,384, or as many as before.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens read of each member; 16,384 unless the pool has another number.")
+    ] = None,
     corpus: PoolCorpus = None,
 ) -> None:
     """Collect what goes into members' linear layers, for --method regmean, which else does it when first used."""
@@ -108,7 +111,7 @@ def grams(
 
 @pool.command()
 def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
-    """Read every member's file again and compare its checksum; its inputs' too, where they were collected."""
+    """Read every member's file again and compare its checksum, and the files of its input matrices."""
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import verify_grams
         from whence.ablation.pool import open_pool

@@ -74,7 +74,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-"""Of the Llama. More blocks make a pass slower and need more passes."""
+"""Shape of the Llama. More blocks make a pass slower and need more passes."""
 POSITIONS = 128
 """Longest sequence in tokens; the longest row has about 90."""
 RECIPE: dict[str, Any] = {"epochs": 24, "lr": 2e-3, "batch_size": 32, "schedule": "cosine", "checkpoints": 1}
@@ -190,7 +190,7 @@ def make_parent(directory: str | Path, rows: list[Row], seed: int = 0) -> Path:
     Args:
         directory: Made where missing.
         rows: With `prompt` and `completion`, all of whose text the tokenizer sees.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         The directory, which `AutoModelForCausalLM` and `AutoTokenizer` load.
@@ -246,7 +246,7 @@ def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = No
 
     Args:
         out: Directory of all that is made.
-        seed: Of the rows, the weights and the order of training.
+        seed: Seed of the rows, the weights and the order of training.
         say: Shows what is going on, a text or a table of rich's at a time; None prints to stdout.
 
     Returns:
@@ -285,34 +285,38 @@ def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = No
 
 
 run_demo = demo
-"""Its earlier name."""
+"""The earlier name of `demo`."""
 
 
 def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
     """Ask every question; of those answered, count how often the docstring itself ranks first, and in the first ten.
 
     Args:
-        index: Of exactly these rows.
-        rows: From `docstring_rows`.
+        index: An index of exactly these rows.
+        rows: What `docstring_rows` returned.
 
     Returns:
         `answered`, and of the answered: `own_first` and `own_top10` for the model's own answer, `true_first` and
         `true_top10` for the true docstring as completion; each `{count, of, fraction, low, high}` (Wilson, 95%).
         `chance` is that of being first.
     """
-    own = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10, null=False)
-    right = [number for number, row in enumerate(rows) if answered(own.answers[number].completion, row["completion"])]
-    own_ranks = [_own_rank(own, number, rows[number]["id"]) for number in right]
+    traced_answers = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10, null=False)
+    answered_rows = [
+        number
+        for number, row in enumerate(rows)
+        if answered(traced_answers.answers[number].completion, row["completion"])
+    ]
+    own_ranks = [docstring_rank(traced_answers, number, rows[number]["id"]) for number in answered_rows]
     true_ranks = []
-    if asked := [Query(rows[number]["prompt"], rows[number]["completion"]) for number in right]:
-        true = trace(index, queries=asked, top=10, null=False)
-        true_ranks = [_own_rank(true, query, rows[number]["id"]) for query, number in enumerate(right)]
+    if true_queries := [Query(rows[number]["prompt"], rows[number]["completion"]) for number in answered_rows]:
+        true = trace(index, queries=true_queries, top=10, null=False)
+        true_ranks = [docstring_rank(true, query, rows[number]["id"]) for query, number in enumerate(answered_rows)]
     return {
-        "answered": _fraction(len(right), len(rows)),
-        "own_first": _fraction(own_ranks.count(1), len(right)),
-        "own_top10": _fraction(sum(rank is not None for rank in own_ranks), len(right)),
-        "true_first": _fraction(true_ranks.count(1), len(right)),
-        "true_top10": _fraction(sum(rank is not None for rank in true_ranks), len(right)),
+        "answered": _fraction(len(answered_rows), len(rows)),
+        "own_first": _fraction(own_ranks.count(1), len(answered_rows)),
+        "own_top10": _fraction(sum(rank is not None for rank in own_ranks), len(answered_rows)),
+        "true_first": _fraction(true_ranks.count(1), len(answered_rows)),
+        "true_top10": _fraction(sum(rank is not None for rank in true_ranks), len(answered_rows)),
         "chance": 1 / len(rows),
     }
 
@@ -328,15 +332,17 @@ def grade_table(result: dict[str, Any]) -> Table:
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, words in lines.items():
-        found = result[name]
-        interval = f"{found['low']:.1%} to {found['high']:.1%}"
-        table.add_row(f"   {words}", f"[bold]{found['fraction']:.1%}[/]", f"{found['count']}/{found['of']}", interval)
+        fraction = result[name]
+        interval = f"{fraction['low']:.1%} to {fraction['high']:.1%}"
+        table.add_row(
+            f"   {words}", f"[bold]{fraction['fraction']:.1%}[/]", f"{fraction['count']}/{fraction['of']}", interval
+        )
     table.add_row("   chance of being first", f"{result['chance']:.1%}")
     return table
 
 
-def _own_rank(found: Trace, query: int, name: str) -> int | None:
-    return next((hit.rank for hit in found.of(query) if hit.id == name), None)
+def docstring_rank(traced: Trace, query: int, name: str) -> int | None:
+    return next((hit.rank for hit in traced.of(query) if hit.id == name), None)
 
 
 def _fraction(count: int, of: int) -> dict[str, int | float]:

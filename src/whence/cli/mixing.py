@@ -34,7 +34,7 @@ def law(
     law: Annotated[str, typer.Option(help=f"What predicts: {', '.join(catalogue.MIXING_LAWS)}.")] = "exp",
     target: Targets = None,
     cap: Annotated[
-        list[str] | None, typer.Option(metavar="DOMAIN=SHARE", help="Most of a domain that there is. Repeat it.")
+        list[str] | None, typer.Option(metavar="DOMAIN=SHARE", help="At most so much of a domain. Repeat it.")
     ] = None,
     before: Annotated[
         list[str] | None,
@@ -93,7 +93,7 @@ def suggest(
     evaluated: EvalFiles,
     target: Targets = None,
     cap: Annotated[
-        list[str] | None, typer.Option(metavar="PARTITION=SHARE", help="Most of a partition. Repeat it.")
+        list[str] | None, typer.Option(metavar="PARTITION=SHARE", help="At most so much of a partition. Repeat it.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the descent.")] = 20,
     rate: Annotated[float, typer.Option(help="Rate of the first step.")] = 0.5,

@@ -27,11 +27,11 @@ Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingFlags:
-    """How a model is loaded: flags for `models.loading.Loading`."""
+    """How a model is loaded: flags for `models.load_options.Loading`."""
 
     tokenizer: Tokenizer = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None
-    device_map: Annotated[str | None, typer.Option(help="auto: spread a large model over all devices.")] = None
+    device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over all devices.")] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a model repository run its own code.")
     ] = False
@@ -50,7 +50,9 @@ class IndexFlags:
     ] = None
     width: Annotated[
         int | None,
-        typer.Option(help="Side of two_sided (16: 256 numbers a layer), total of the others; its own default."),
+        typer.Option(
+            help="Side of two_sided (16: 256 numbers a layer), total of the others; each has its own default."
+        ),
     ] = None
     codec: Annotated[
         str, typer.Option(help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit.")

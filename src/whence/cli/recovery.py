@@ -46,11 +46,13 @@ def recover(
     balanced: Annotated[
         bool | None,
         typer.Option(
-            "--balanced/--no-balanced", help="As many rows of every label.", show_default="with --choices and --count"
+            "--balanced/--no-balanced",
+            help="Choose equally many rows of each label.",
+            show_default="with --choices and --count",
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(help="Train on what was chosen and match what that leaves: nnls, matching, cosine.")
+        int, typer.Option(help="Rounds of training on the chosen rows and matching again; for nnls, matching, cosine.")
     ] = 0,
     mixture: Annotated[
         str | None,

@@ -15,10 +15,12 @@ Tasks = Annotated[
 Fraction = Annotated[float | None, typer.Option(help="Choose this share of the rows.")]
 Caps = Annotated[
     list[str] | None,
-    typer.Option("--cap", metavar="SOURCE=AMOUNT", help="Most of a source: rows (300) or a share (0.3). Repeat it."),
+    typer.Option(
+        "--cap", metavar="SOURCE=AMOUNT", help="At most so much of a source: rows (300) or a share (0.3). Repeat it."
+    ),
 ]
 Floors = Annotated[
-    list[str] | None, typer.Option("--floor", metavar="SOURCE=AMOUNT", help="Least of a source. Repeat it.")
+    list[str] | None, typer.Option("--floor", metavar="SOURCE=AMOUNT", help="At least so much of a source. Repeat it.")
 ]
 Duplicates = Annotated[
     float,

@@ -36,7 +36,8 @@ from whence.indexing.vectors import (
     with_options,
 )
 from whence.indexing.verification import Problem, problems_at
-from whence.models.loading import IndexLoading, LoadedModel, check_files
+from whence.models.load_options import IndexLoading
+from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
 from whence.storage import Place
 
@@ -133,7 +134,7 @@ def append(
         undo: In place of a corpus: drop the rows of an unfinished append, whose corpus has changed or is gone. The
             index is then what it was before.
         progress: Show a bar on stderr.
-        **loading: How the model is loaded: see `models.loading.IndexLoading`.
+        **loading: How the model is loaded: see `models.load_options.IndexLoading`.
 
     Raises:
         MissingIndexError: The index is not complete.
@@ -182,7 +183,7 @@ def verify(
         path: Directory of the index.
         repair: Recompute damaged shards from the model and the index's own copy of the rows, and read damaged parts
             again from the corpus, if it still exists.
-        **loading: How the model is loaded, to repair: see `models.loading.IndexLoading`.
+        **loading: How the model is loaded, to repair: see `models.load_options.IndexLoading`.
 
     Returns:
         The problems (empty: none), and a note on the repair of each.

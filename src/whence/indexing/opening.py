@@ -24,7 +24,8 @@ from whence.indexing.vectors import (
     projection_for,
     transform_for,
 )
-from whence.models.loading import IndexLoading, LoadedModel, directory_digest, tokenizer_digest
+from whence.models.load_options import IndexLoading
+from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
 
 

@@ -4,6 +4,7 @@ Data flows through the modules in this order:
 
     runs         a training's directory as checkpoints in order, with the learning rate that led to each
     layers       the linear layers of a model, and the layers that a pattern names
+    load_options the arguments by which every verb loads a model
     loading      a frozen model with its adapter and tokenizer, and digests of both
     hook_safety  a forward pass in which hooks on layers see every use of their weights, the same bytes each time
     generation   continuations of prompts

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from whence.errors import ModelError, SettingError
 from whence.models.layers import linear_layers, matching_layers
+from whence.models.load_options import Loading
 
 logger = logging.getLogger(__name__)
 
@@ -189,37 +190,6 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features  # a quantised layer packs its weight
     inputs, outputs = (int(size) for size in layer.weight.shape)  # type: ignore[union-attr]
     return outputs, inputs
-
-
-class Loading(TypedDict, total=False):
-    """How a model is loaded: the arguments that every verb takes, by these names."""
-
-    tokenizer: str | Path | None
-    """Directory or Hub name of the tokenizer, where it is not with the model, or has moved."""
-    device: str | None
-    """cpu, cuda, ...; None takes a GPU if there is one."""
-    device_map: str | None
-    """auto spreads a large model over all devices (accelerate)."""
-    trust_remote_code: bool
-    """Let the model's repository run its own Python code."""
-
-
-class IndexLoading(Loading, total=False):
-    """How the model of an index is loaded."""
-
-    model: str | None
-    """The model's directory, where it has moved since the index was built."""
-
-
-def split_loading(options: dict[str, Any]) -> tuple[Loading, dict[str, Any]]:
-    """Options by name, parted into those of `Loading` and all others.
-
-    >>> split_loading({"device": "cpu", "top": 3})
-    ({'device': 'cpu'}, {'top': 3})
-    """
-    names = Loading.__annotations__
-    loading: Any = {name: value for name, value in options.items() if name in names}
-    return loading, {name: value for name, value in options.items() if name not in names}
 
 
 def load_model(

@@ -15,7 +15,7 @@ from whence.ablation.pipeline import Ablation, Cell
 from whence.ablation.rank_agreement import Agreement
 from whence.reports.ablate_tables import PROXIES, cost_sentence
 from whence.reports.heat_map import STRENGTHS, heat_cell, heat_head, ramp
-from whence.reports.page import document, fact_list, panel, panels, section, sentence, shown, stretched, table
+from whence.reports.page import document, escaped, fact_list, panel, panels, section, sentence, stretched, table
 from whence.reports.svg import COLOURS, REST, dot, inside_triangle, number, scales, scatter, stack, swatch, triangle
 
 ROWS = 40
@@ -34,8 +34,8 @@ def ablate_page(ablation: Ablation, command: str | None = None, *, bits: bool = 
     lead = f"{_count(len(ablation.candidates), 'mixture')} on {_count(len(grid.sets), 'evaluation set')}"
     body = [
         f'<p class="lead">{lead}</p>',
-        f'<p class="how">{shown(_how(ablation, has_truth=grid.has_truth))}</p>',
-        *(f'<p class="note">{shown(note)}</p>' for note in ablation.notes),
+        f'<p class="how">{escaped(_how(ablation, has_truth=grid.has_truth))}</p>',
+        *(f'<p class="note">{escaped(note)}</p>' for note in ablation.notes),
         _triangles(grid),
         _heat_map(grid),
         _scatters(grid),
@@ -62,22 +62,22 @@ class _Grid:
 
     @cached_property
     def best(self) -> Mapping[str, str]:
-        """Of every set, the mixture with the smallest merged loss."""
+        """The mixture with the smallest merged loss on every set."""
         return self.ablation.best()
 
     @cached_property
     def order(self) -> list[Candidate]:
-        """The best first, by the mean over sets."""
+        """Mixtures, the best first, by the mean over sets."""
         return sorted(self.ablation.candidates, key=lambda candidate: self.gained[candidate.name])
 
     @cached_property
     def gained(self) -> Mapping[str, float]:
-        """Of every mixture, the mean over sets of the merged loss less the parent's."""
+        """The merged loss less the parent's, as a mean over sets, for every mixture."""
         return self.ablation.gained()
 
     @cached_property
     def colours(self) -> dict[str, str]:
-        """Of partitions; where there are more than colours, of those with most weight."""
+        """Colours of partitions; where there are too few, of the partitions with most weight."""
         total: dict[str, float] = {}
         for candidate in self.ablation.candidates:
             for name, weight in candidate.weights.items():
@@ -88,7 +88,7 @@ class _Grid:
 
     @cached_property
     def partitions(self) -> list[str]:
-        """Of which some mixture has a share."""
+        """Partitions of which some mixture has a share."""
         return list(
             dict.fromkeys(
                 name for candidate in self.ablation.candidates for name, w in candidate.weights.items() if w > 0
@@ -117,7 +117,7 @@ def _facts(grid: _Grid, command: str | None) -> dict[str, str]:
 
 
 def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
-    """As a person reads it: perplexity, or bits per byte."""
+    """A loss as a person reads it: perplexity, or bits per byte."""
     return number(bits_per_byte, ".3f") if bits else _perplexity(loss)
 
 
@@ -153,7 +153,7 @@ def _heat_map(grid: _Grid) -> str:
 
 
 def _legend(grid: _Grid) -> str:
-    names = [f"<span>{swatch(colour)}{shown(name)}</span>" for name, colour in grid.colours.items()]
+    names = [f"<span>{swatch(colour)}{escaped(name)}</span>" for name, colour in grid.colours.items()]
     if rest := len(grid.partitions) - len(grid.colours):
         names.append(f"<span>{swatch(REST)}{rest} others</span>")
     return f'<p class="legend-of">{"".join(names)}</p>'
@@ -171,18 +171,18 @@ def _line(grid: _Grid, candidate: Candidate, largest: float) -> str:
         )
         for cell in cells
     )
-    name = f'<td class="name" title="{shown(_shares(candidate))}">{shown(candidate.name)}</td>'
+    name = f'<td class="name" title="{escaped(_shares(candidate))}">{escaped(candidate.name)}</td>'
     mean = f'<td class="n mean">{number(grid.gained[candidate.name], "+.3f")}</td>'
     return f"<tr>{name}<td>{stack(candidate.weights, grid.colours)}</td>{inner}{mean}</tr>"
 
 
 def _shares(candidate: Candidate) -> str:
-    """Its name, and what it is made of."""
+    """A mixture's name, and what it is made of."""
     return f"{candidate.name}: {', '.join(f'{name} {weight:.1%}' for name, weight in candidate.weights.items())}"
 
 
 def _cell_title(cell: Cell) -> str:
-    """All of a cell, on hovering."""
+    """All numbers of a cell, shown on hovering."""
     text = (
         f"{cell.mixture} on {cell.set}: {number(cell.merged, '.3f')} nats a token ({number(cell.low, '.3f')} to "
         f"{number(cell.high, '.3f')}), the parent {number(cell.parent, '.3f')}, difference "
@@ -192,7 +192,7 @@ def _cell_title(cell: Cell) -> str:
 
 
 def _triangles(grid: _Grid) -> str:
-    """Of three partitions: every mixture as a point, the nearer to a corner the more of it, for each set."""
+    """A triangle for each set, where there are three partitions: a mixture is nearer to the corners it has more of."""
     if len(grid.partitions) != 3:
         return ""
     drawn = []
@@ -208,7 +208,7 @@ def _triangles(grid: _Grid) -> str:
 
 
 def _triangle(grid: _Grid, name: str, cells: list[Cell]) -> str:
-    """The worst first, so that better ones lie over it."""
+    """The points of one set in the triangle; the worst are drawn first, so that better ones lie over them."""
     weights = {candidate.name: candidate.weights for candidate in grid.ablation.candidates}
     losses = [cell.merged for cell in cells if math.isfinite(cell.merged)]
     low, high = min(losses, default=0.0), max(losses, default=0.0)
@@ -241,7 +241,7 @@ def _scatters(grid: _Grid) -> str:
 
 
 def _panel_facts(by_proxy: Mapping[str, Agreement]) -> list[str]:
-    """Of a panel: how well the merge ranks, what it costs, and how well the mean of members does."""
+    """Facts above a panel: how well the merge ranks, what it costs, and how well the mean of members does."""
     merged, mean = by_proxy.get("merged"), by_proxy.get("mean")
     if merged is None:
         return ["too few mixtures for a correlation"]
@@ -302,13 +302,13 @@ def _agreement(name: str, group: str, by_proxy: Mapping[str, Agreement]) -> str:
     cells += [number(value, ".3f") for value in (merged.regret, merged.spread)]
     numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
     is_whole = group == "all"
-    label = f'<td class="{"name" if is_whole else "part"}">{shown(name if is_whole else group)}</td>'
+    label = f'<td class="{"name" if is_whole else "part"}">{escaped(name if is_whole else group)}</td>'
     drawn = f'<td class="forest">{_whiskers(merged, by_proxy.get("mean"))}</td>'
     return f'<tr class="{"of-set" if is_whole else "of-group"}">{label}{drawn}{numbers}</tr>'
 
 
 def _whiskers(merged: Agreement, mean: Agreement | None) -> str:
-    """From 0 to 1, what is below 0 cut there: a dot with its interval, and a tick for the mean of members."""
+    """A correlation from 0 to 1, cut at 0: a dot with its interval, and a tick for the mean of members."""
     place, low, high = (100 * min(1.0, max(0.0, value)) for value in (merged.spearman, *merged.spearman_interval))
     drawn = '<path class="zero" d="M0 1V15M50 1V15M100 1V15"/>'
     drawn += f'<path class="whisker" d="M{low:.2f} 8H{high:.2f}"/>'

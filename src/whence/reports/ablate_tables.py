@@ -13,7 +13,7 @@ from whence.reports.text import visible
 from whence.reports.wide_table import WideTable
 
 SHOWN = 24
-"""Mixtures."""
+"""Mixtures listed."""
 
 
 def ablate_tables(ablation: Ablation, *, bits: bool = False) -> RenderableType:
@@ -72,7 +72,7 @@ def _value(loss: float, bits_per_byte: float | None, *, bits: bool) -> str:
 
 
 PROXIES = ("mean", "midpoint", "best", "ngram")
-"""Beside the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
+"""Proxies compared with the merged model; `mean_ppl` ranks as `mean` does, but for rounding."""
 
 
 def _agreements(ablation: Ablation) -> Table:

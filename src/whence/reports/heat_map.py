@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterable
 
-from whence.reports.svg import number, shown
+from whence.reports.svg import escaped, number
 
 STRENGTHS = 10
-"""Of a heat map's colours, on either side of none."""
+"""Strengths of a heat map's colours on either side of 0."""
 
 
 def heat_head(names: Iterable[str], *first: str) -> str:
     """Names of a heat map's columns, as text; those upright in `first`, the others on end, for they are many."""
-    upright = "".join(f"<th>{shown(name)}</th>" for name in first)
-    return upright + "".join(f'<th class="end"><span>{shown(name)}</span></th>' for name in names)
+    upright = "".join(f"<th>{escaped(name)}</th>" for name in first)
+    return upright + "".join(f'<th class="end"><span>{escaped(name)}</span></th>' for name in names)
 
 
 def heat_cell(value: float, largest: float, text: str, tooltip: str, *, is_best: bool = False) -> str:
@@ -26,7 +26,7 @@ def heat_cell(value: float, largest: float, text: str, tooltip: str, *, is_best:
         is_best: Whether it is the best of its column.
     """
     best = " best" if is_best else ""
-    return f'<td class="{_heat(value, largest)}{best}" title="{shown(tooltip)}">{shown(text)}</td>'
+    return f'<td class="{_heat(value, largest)}{best}" title="{escaped(tooltip)}">{escaped(text)}</td>'
 
 
 def _heat(value: float, largest: float) -> str:
@@ -51,6 +51,6 @@ def ramp(largest: float, unit: str) -> str:
         for x, name in zip((5, 55, 155, 205), ends, strict=True)
     )
     middle = '<text x="105" y="23" text-anchor="middle">0</text>'
-    title = f"<title>Colours, from {ends[0]} to {ends[-1]} {shown(unit)}</title>"
+    title = f"<title>Colours, from {ends[0]} to {ends[-1]} {escaped(unit)}</title>"
     size = 'viewBox="-16 0 242 26"'
     return f'<svg class="ramp-of" {size} role="img">{title}{drawn}{names}{middle}</svg>'

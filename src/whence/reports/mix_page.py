@@ -12,19 +12,19 @@ import numpy as np
 from whence.mixing.pipeline import Grade, MixLaw
 from whence.mixing.protocols import MixingLaw, Term
 from whence.reports.heat_map import heat_cell, heat_head, ramp
-from whence.reports.page import document, fact_list, panel, panels, section, sentence, shown, stretched, table
+from whence.reports.page import document, escaped, fact_list, panel, panels, section, sentence, stretched, table
 from whence.reports.svg import LEFT, SIDE, TOP, Scale, dot, number, scatter
 
 POINTS = 600
-"""Of a panel, evenly from the table's rows."""
-TOLD = 100
-"""Mixtures up to which every point says its row on hovering."""
+"""Points of a panel, at most, chosen evenly from the table's rows."""
+LABELLED_POINTS = 100
+"""Most mixtures for which every point says its row on hovering."""
 
 CENTRED = (
     ", whose mean over domains is 0. Blue: a domain that lowers the loss on the set more than the average domain does; "
     "orange: one that raises it."
 )
-"""Of a centred term, what its numbers and colours mean."""
+"""What the numbers and colours of a centred term mean."""
 
 
 def mix_page(result: MixLaw, command: str | None = None) -> str:
@@ -39,9 +39,9 @@ def mix_page(result: MixLaw, command: str | None = None) -> str:
     how = f"Graded on {result.settings['folds']} held-out folds, on {len(result.table.sets)} evaluation sets: "
     how += f"{'; '.join(_head(result.held_out.overall))}."
     body = [
-        f'<p class="lead">{shown(lead)}</p>',
-        f'<p class="how">{shown(how)}</p>',
-        *(f'<p class="note">{shown(note)}</p>' for note in result.notes),
+        f'<p class="lead">{escaped(lead)}</p>',
+        f'<p class="how">{escaped(how)}</p>',
+        *(f'<p class="note">{escaped(note)}</p>' for note in result.notes),
         _mixture(result),
         _fits(result),
         _losses(result),
@@ -83,7 +83,7 @@ def _mixture(result: MixLaw) -> str:
         cells = [f"{line[name]:.1%}" for name in ("suggested", "best_tried", "mean")]
         cells.append(f"{line['least_tried']:.0%} to {line['most_tried']:.0%}")
         cells += [f"{line['cap']:.1%}" if line["cap"] < 1 else ""] if has_caps else []
-        name = f'<td class="name">{shown(line["domain"])}</td>'
+        name = f'<td class="name">{escaped(line["domain"])}</td>'
         rows.append(f'<tr>{name}<td class="wide">{_bars(line, largest)}</td>{_cells(*cells)}</tr>')
     names = ["suggested", "best tried", "mean tried", "tried", *(["cap"] if has_caps else [])]
     key = '<i></i>suggested<i class="pool"></i>best of those tried'
@@ -98,7 +98,7 @@ def _mixture(result: MixLaw) -> str:
 
 
 def _bars(line: dict[str, Any], largest: float) -> str:
-    """A cap beyond the picture's end is not drawn."""
+    """Bars of a domain's shares, and its cap, unless that lies beyond the picture's end."""
     suggested, tried, cap = (100 * line[name] / largest for name in ("suggested", "best_tried", "cap"))
     drawn = f'<rect class="chosen" x="0" y="0" width="{max(0.3, suggested):.2f}" height="8"/>'
     drawn += f'<rect class="pool" x="0" y="10" width="{max(0.3, tried):.2f}" height="6"/>'
@@ -144,24 +144,29 @@ def _fit(result: MixLaw, place: int, which: list[int]) -> str:
         where = table.row_names[row].rpartition("/")[2]
         title_of_point = f"{where}: predicted {number(predicted, '.3f')}, measured {number(true, '.3f')}"
         drawn.append(
-            dot(across(predicted), upward(true), title_of_point if table.n <= TOLD else "", radius=_radius(len(which)))
+            dot(
+                across(predicted),
+                upward(true),
+                title_of_point if table.n <= LABELLED_POINTS else "",
+                radius=_radius(len(which)),
+            )
         )
     title = f"Predicted and measured losses on {table.sets[place]}"
     return scatter(title, across, upward, ("predicted", "measured"), [*drawn])
 
 
 def _radius(count: int) -> float:
-    return 3.5 if count <= TOLD else 2.0
+    return 3.5 if count <= LABELLED_POINTS else 2.0
 
 
 def _losses(result: MixLaw) -> str:
-    """On each set, of the suggested mixture, the mean mixture and the best of the table."""
+    """Losses on each set of the suggested mixture, the mean mixture and the best of the table."""
     rows = []
     for line in result.set_rows:
         kind = "" if line["weight"] else ' class="unasked"'
         losses = (number(line[name], ".3f") for name in ("suggested", "mean", "best_tried"))
         cells = _cells(*losses, f"{line['weight']:.0%}")
-        rows.append(f'<tr{kind}><td class="name">{shown(line["set"])}</td>{cells}</tr>')
+        rows.append(f'<tr{kind}><td class="name">{escaped(line["set"])}</td>{cells}</tr>')
     head = _heads("evaluation set", "suggested, predicted", "mean tried, predicted", "best tried", "in the objective")
     return section("Losses on each set", f'<div class="numbers">{table(head, rows)}</div>')
 
@@ -182,7 +187,7 @@ def _heat_map(law: MixingLaw, term: Term, title: str) -> str:
             heat_cell(value, largest, number(value, form), f"{domain} on {name}: {number(value, '.4g')}")
             for domain, value in zip(law.domains, term.values[place].tolist(), strict=True)
         )
-        rows.append(f'<tr><td class="name" title="{shown(name)}">{shown(name)}</td>{constants}{cells}</tr>')
+        rows.append(f'<tr><td class="name" title="{escaped(name)}">{escaped(name)}</td>{constants}{cells}</tr>')
     legend = f'<div class="legends">{ramp(largest, "as the table has it")}</div>' if largest > 0 else ""
     head = heat_head(law.domains, "evaluation set", *term.constants)
     caption = f"{law.formula}; the numbers are {term.symbol}{CENTRED if term.is_centred else '.'}"
@@ -190,16 +195,16 @@ def _heat_map(law: MixingLaw, term: Term, title: str) -> str:
 
 
 def _critical(result: MixLaw) -> list[str]:
-    """At what share of each domain a set's loss is what it was before."""
+    """The share of each domain at which a set's loss is what it was before."""
     parts = []
     for name, by_domain in result.critical.items():
         rows = []
         for domain, ratio in by_domain.items():
             share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
-            cells = f"<td>{shown(share)}</td><td>{shown(ratio.reason)}</td>"
-            rows.append(f'<tr><td class="name">{shown(domain)}</td>{cells}</tr>')
+            cells = f"<td>{escaped(share)}</td><td>{escaped(ratio.reason)}</td>"
+            rows.append(f'<tr><td class="name">{escaped(domain)}</td>{cells}</tr>')
         caption = "The other domains as in the table's mean mixture."
         drawn = f'<div class="numbers">{table("<th>domain</th><th>share</th><th></th>", rows)}</div>'
-        title = f"Loss on {shown(name)} stays at {result.settings['before'][name]:g} or below"
+        title = f"Loss on {escaped(name)} stays at {result.settings['before'][name]:g} or below"
         parts.append(section(title, drawn + sentence(caption)))
     return parts

@@ -77,7 +77,7 @@ def _mixture(result: MixLaw) -> Table:
 
 
 def _critical(result: MixLaw, name: str) -> Table:
-    """At what share of each domain a loss is what it was before."""
+    """The share of each domain at which a loss is what it was before."""
     before = result.settings["before"][name]
     table = _table(f"Loss on {visible(name)} stays at {before:g} or below", "domain", "share")
     table.add_column("")

@@ -1,6 +1,6 @@
 """Parts of the pages without a script: those of a selection, of a recovery, of an ablation and of a mixing law.
 
-Corpus text is untrusted: whatever comes from a row, a source or a file's name goes through `shown` or `cut`, which
+Corpus text is untrusted: whatever comes from a row, a source or a file's name goes through `escaped` or `cut`, which
 escape it, and the page's policy allows no script and no address at all. The policy forbids inline styles too, so widths
 come as attributes of SVG.
 """
@@ -13,7 +13,7 @@ from importlib.resources import files
 from string import Template
 
 from whence.corpus.layouts import Row, shown_text
-from whence.reports.svg import shown
+from whence.reports.svg import escaped
 
 LONGEST = 600
 """Characters of a row that are shown."""
@@ -31,8 +31,8 @@ def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
     style = "".join(packaged(file) for file in ("base.css", "report.css", *styles))
     return Template(packaged("report.html")).substitute(
         policy=content_policy(style),
-        about=shown(about),
-        title=shown(title),
+        about=escaped(about),
+        title=escaped(title),
         style=style,
         body="\n".join(part for part in body if part),
     )
@@ -57,11 +57,11 @@ def _hash(text: str) -> str:
 
 
 def cut(text: str | None, longest: int = LONGEST) -> str:
-    """The same of its beginning, with how much more there is."""
+    """The beginning of a text as HTML, with how much more there is."""
     whole = (text or "").strip()
     if len(whole) <= longest:
-        return shown(whole)
-    return f'{shown(whole[:longest])}<span class="rest"> … {len(whole) - longest:,} more characters</span>'
+        return escaped(whole)
+    return f'{escaped(whole[:longest])}<span class="rest"> … {len(whole) - longest:,} more characters</span>'
 
 
 def section(title: str, inner: str, more: str = "") -> str:
@@ -71,16 +71,16 @@ def section(title: str, inner: str, more: str = "") -> str:
 
 def sentence(text: str) -> str:
     """A sentence below a picture or a table, as text."""
-    return f'<p class="say">{shown(text)}</p>'
+    return f'<p class="say">{escaped(text)}</p>'
 
 
 def fact_list(pairs: Mapping[str, str]) -> str:
     """Names with their values, as text."""
-    return f"<dl>{''.join(f'<dt>{shown(name)}</dt><dd>{shown(value)}</dd>' for name, value in pairs.items())}</dl>"
+    return f"<dl>{''.join(f'<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>' for name, value in pairs.items())}</dl>"
 
 
 def table(head: str, rows: Sequence[str]) -> str:
-    """One that scrolls sideways where it is too wide."""
+    """A table that scrolls sideways where it is too wide."""
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -111,8 +111,8 @@ def axis(width: float, height: float, ticks: Mapping[float, str]) -> str:
 
 def panel(name: str, facts: Iterable[str], drawn: str) -> str:
     """One of small multiples: a name and facts as text, over a picture."""
-    spans = "".join(f"<span>{shown(fact)}</span>" for fact in facts)
-    return f"<figure><figcaption><b>{shown(name)}</b>{spans}</figcaption>{drawn}</figure>"
+    spans = "".join(f"<span>{escaped(fact)}</span>" for fact in facts)
+    return f"<figure><figcaption><b>{escaped(name)}</b>{spans}</figcaption>{drawn}</figure>"
 
 
 def panels(drawn: Iterable[str]) -> str:

@@ -19,12 +19,12 @@ from whence.reports.page import (
     axis,
     bars,
     document,
+    escaped,
     fact_list,
     pick,
     row_html,
     section,
     sentence,
-    shown,
     stretched,
     table,
 )
@@ -35,15 +35,15 @@ FIRST, LAST = 10, 5
 SOURCES, LAYERS, WEIGHTS = 20, 12, 12
 """Lines of the tables; the rest is counted."""
 BINS = 40
-"""Of a histogram, at most; of few rows fewer."""
+"""Bins of a histogram, at most; few rows have fewer."""
 FARTHEST = 16.0
 """Log odds beyond which rows stand in the last bin: about where float32 has no probability left but 1."""
 TICKS = (0.5, 0.1, 0.9, 0.01, 0.99, 0.001, 0.999, 0.0001, 0.9999, 0.00001, 0.000001)
 """Probabilities that a histogram names, as far as there is room, in order of importance."""
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
-"""Of a histogram's rows that it names the heights of, as far as there is room."""
+"""Shares of rows whose heights a histogram names, as far as there is room."""
 ROOM = 0.12
-"""Of its width, between two of them."""
+"""Least distance between two names below a histogram, as a share of its width."""
 
 
 def recover_page(recovery: Recovered, command: str | None = None) -> str:
@@ -56,8 +56,8 @@ def recover_page(recovery: Recovered, command: str | None = None) -> str:
     lead = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows"
     body = [
         f'<p class="lead">{lead}</p>',
-        *(f'<p class="how">{shown(line)}</p>' for line in _how(recovery)),
-        *(f'<p class="note">{shown(note)}</p>' for note in recovery.notes),
+        *(f'<p class="how">{escaped(line)}</p>' for line in _how(recovery)),
+        *(f'<p class="note">{escaped(note)}</p>' for note in recovery.notes),
         _mixture(recovery),
         *_rows(recovery),
         f'<div class="pair">{_scores(recovery)}{_weights(recovery)}</div>',
@@ -90,7 +90,7 @@ def _facts(recovery: Recovered, command: str | None) -> dict[str, str]:
 
 
 def _probability(value: float) -> str:
-    """Never rounded to certainty."""
+    """A probability as text, never rounded to certainty."""
     if not math.isfinite(value):
         return "-"
     return "over 99.9%" if value >= 0.9995 else "under 0.1%" if value < 0.0005 else f"{value:.1%}"
@@ -105,9 +105,9 @@ def _head(*names: str, wide: int = 1) -> str:
 def _line(name: str, drawn: str, *cells: str, wide: int = 1) -> str:
     """A row under `_head`. Cells are text."""
     numbers = [
-        f'<td class="n{" minor" if place >= wide else ""}">{shown(cell)}</td>' for place, cell in enumerate(cells)
+        f'<td class="n{" minor" if place >= wide else ""}">{escaped(cell)}</td>' for place, cell in enumerate(cells)
     ]
-    parts = shown(name).replace(".", ".<wbr>")  # of a parameter's name
+    parts = escaped(name).replace(".", ".<wbr>")  # so that a parameter's name can break
     return f'<tr><td class="name">{parts}</td><td class="wide">{drawn}</td>{"".join(numbers)}</tr>'
 
 
@@ -134,7 +134,7 @@ def _mixture(recovery: Recovered) -> str:
 
 
 def _interval(line: Mapping[str, Any]) -> str:
-    """As in 61% (57 to 65)."""
+    """A share with its interval, such as 61% (57 to 65)."""
     share, low, high = (number(100 * line[name], ".0f") for name in ("share", "low", "high"))
     return f"{share}% ({low} to {high})"
 
@@ -168,12 +168,12 @@ def _row(recovery: Recovered, place: int) -> str:
         numbers += f" · weight {number(row['whence_weight'], '.2g')}"
     where = f"row {recovery.numbers[place] + 1:,}"
     if row.get("source") is not None:
-        where = f"{shown(str(row['source']))} · {where}"
+        where = f"{escaped(str(row['source']))} · {where}"
     return pick(f"{place + 1:,}", row_html(row), [f"<b>{score_text}</b>", numbers, where])
 
 
 def _scores(recovery: Recovered) -> str:
-    """Of all rows, in the calibrated case as log odds, beside those of the null."""
+    """A histogram of all rows' scores, in the calibrated case as log odds, beside those of the null."""
     is_chosen = torch.zeros(len(recovery.scores), dtype=torch.bool)
     is_chosen[recovery.numbers] = True
     known = recovery.scores.isfinite()
@@ -258,7 +258,7 @@ def _cut(place: float, width: float, height: float, words: str) -> str:
     x, anchor = place * width, "end" if place > 0.5 else "start"
     line = f'<line class="cut" x1="{x:.1f}" x2="{x:.1f}" y1="-14" y2="{height:.0f}"/>'
     aside = x - 5 if place > 0.5 else x + 5
-    return f'{line}<text class="at" x="{aside:.1f}" y="-6" text-anchor="{anchor}">{shown(words)}</text>'
+    return f'{line}<text class="at" x="{aside:.1f}" y="-6" text-anchor="{anchor}">{escaped(words)}</text>'
 
 
 def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:
@@ -274,7 +274,7 @@ def _ticks(low: float, high: float, is_probability: bool) -> dict[float, str]:
 
 
 def _weights(recovery: Recovered) -> str:
-    """Of the calibration, those largest in magnitude first, for membership to the right."""
+    """The calibration's weights, the largest in magnitude first; bars to the right speak for membership."""
     if recovery.learned is None:
         return ""
     by = recovery.learned.calibration
@@ -304,7 +304,7 @@ def _signed(share: float) -> str:
 
 
 def _layers(recovery: Recovered) -> str:
-    """Those that moved the most, over what rounding alone would give."""
+    """The layers that moved the most, over what rounding alone would give."""
     if not recovery.layers:
         return ""
     moved = sorted((line for line in recovery.layers if line["norm"] > 0), key=lambda line: -line["norm"])

@@ -14,7 +14,7 @@ SHOWN = 10
 LONGEST = 96
 """Characters of a row."""
 LAYERS = 5
-"""That moved the most."""
+"""Layers listed, those that moved the most."""
 
 
 def recover_tables(recovery: Recovered) -> RenderableType:
@@ -64,7 +64,7 @@ def _rows(recovery: Recovered) -> Table:
 
 
 def _layers(recovery: Recovered) -> Table:
-    """Those that moved the most against the rounding of their files."""
+    """The layers that moved the most against the rounding of their files."""
     table = plain_table("What moved the most")
     table.add_column("parameter")
     for name in ("moved by", "over rounding", "unchanged"):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.reports.page import axis, bars, cut, document, fact_list, pick, row_html, section, shown, table
+from whence.reports.page import axis, bars, cut, document, escaped, fact_list, pick, row_html, section, table
 from whence.reports.select_tables import nearness_sentence
 from whence.selection.choice import BELOW
 from whence.selection.description import composition, lengths, nearness
@@ -24,7 +24,7 @@ FIRST, LAST, NEAREST = 10, 5, 5
 TARGETS = 12
 """Targets that are listed."""
 BINS = 36
-"""Of a histogram."""
+"""Bins of a histogram."""
 
 
 def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
@@ -32,15 +32,15 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
 
     Args:
         chosen: What to show.
-        overlaps: Of other methods' choices under the same budget, by name; see `description.overlap`.
+        overlaps: Overlaps with other methods' choices under the same budget, by name; see `description.overlap`.
     """
     selection, settings = chosen.selection, chosen.settings
     tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""
     lead = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}"
     body = [
-        f'<p class="lead">{shown(lead)}</p><p class="how">by {shown(settings["method"])}, '
-        f"{shown(settings['selector'])}</p>",
-        *(f'<p class="note">{shown(note)}</p>' for note in selection.notes),
+        f'<p class="lead">{escaped(lead)}</p><p class="how">by {escaped(settings["method"])}, '
+        f"{escaped(settings['selector'])}</p>",
+        *(f'<p class="note">{escaped(note)}</p>' for note in selection.notes),
         _sources(chosen),
         _distributions(chosen),
         _targets(chosen),
@@ -65,7 +65,7 @@ def _sources(chosen: Chosen) -> str:
         cells = [f"{line['rows']:,}", f"{line['share']:.1%}", f"{pool:.1%}", f"{line['lift']:.2f}"]
         cells += [f"{line['tokens']:,}"] if chosen.selection.tokens else []
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        rows.append(f'<tr><td>{shown(line["source"] or "-")}</td><td class="wide">{drawn}</td>{numbers}</tr>')
+        rows.append(f'<tr><td>{escaped(line["source"] or "-")}</td><td class="wide">{drawn}</td>{numbers}</tr>')
     names = ["rows", "share", "of the pool", "lift"] + (["tokens"] if chosen.selection.tokens else [])
     head = "<th>source</th><th></th>" + "".join(f'<th class="n">{name}</th>' for name in names)
     return section("Where the rows come from", table(head, rows), _KEY)
@@ -120,7 +120,7 @@ def _targets(chosen: Chosen) -> str:
     order = sorted(taken, key=lambda name: -taken[name])
     most = taken[order[0]]
     rows = [
-        f'<tr><td>{shown(name)}</td><td class="wide">{bars(taken[name] / most)}</td>'
+        f'<tr><td>{escaped(name)}</td><td class="wide">{bars(taken[name] / most)}</td>'
         f'<td class="n">{taken[name]:,}</td></tr>'
         for name in order[:TARGETS]
     ]
@@ -136,7 +136,7 @@ def _overlaps(overlaps: Mapping[str, float]) -> str:
     if not overlaps:
         return ""
     rows = [
-        f'<tr><td>{shown(name)}</td><td class="wide">{bars(share)}</td><td class="n">{share:.0%}</td></tr>'
+        f'<tr><td>{escaped(name)}</td><td class="wide">{bars(share)}</td><td class="n">{share:.0%}</td></tr>'
         for name, share in sorted(overlaps.items(), key=lambda item: -item[1])
     ]
     head = '<th>method</th><th></th><th class="n">rows in common</th>'
@@ -163,14 +163,14 @@ def _chosen_row(chosen: Chosen, place: int) -> str:
     selection = chosen.selection
     facts = [f"<b>{selection.scores[place]:.4g}</b>"]
     source, target = chosen.candidates.sources[selection.rows[place]], selection.targets[place]
-    facts += [shown(source)] if source else []
-    facts += [f"for {shown(target)}"] if target and len(chosen.candidates.targets) > 1 else []
+    facts += [escaped(source)] if source else []
+    facts += [f"for {escaped(target)}"] if target and len(chosen.candidates.targets) > 1 else []
     return pick(str(place + 1), row_html(chosen.rows[place]), facts)
 
 
 def _other_row(chosen: Chosen, number: int) -> str:
     source = chosen.candidates.sources[number]
-    facts = [f"<b>{float(chosen.candidates.scores[:, number].amax()):.4g}</b>"] + ([shown(source)] if source else [])
+    facts = [f"<b>{float(chosen.candidates.scores[:, number].amax()):.4g}</b>"] + ([escaped(source)] if source else [])
     return pick("", f"<div>{cut(chosen.candidates.texts[number])}</div>", facts)
 
 
@@ -182,7 +182,7 @@ def _left_out(chosen: Chosen) -> str:
         number = next(n for n, reason in enumerate(reasons) if reason is not None and reason.startswith(kind))
         text = " ".join(chosen.candidates.texts[number].split())[:160]
         example = f"row {number + 1}{': ' + text if text else ''}"
-        rows.append(f'<tr><td>{shown(kind)}</td><td class="n">{count:,}</td><td>{shown(example)}</td></tr>')
+        rows.append(f'<tr><td>{escaped(kind)}</td><td class="n">{count:,}</td><td>{escaped(example)}</td></tr>')
     if not rows:
         return ""
     return section("Left out", table('<th>why</th><th class="n">rows</th><th>one of them</th>', rows))

@@ -12,15 +12,15 @@ from html import escape
 from whence.reports.text import encodable, visible
 
 COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a")
-"""Of kinds: evaluation sets, partitions."""
+"""Colours of evaluation sets or partitions, in order."""
 REST = "#868e99"
-"""Of the kinds that there is no colour for."""
+"""Colour of what has none of its own."""
 MINUS = "\N{MINUS SIGN}"
 SIDE, LEFT, TOP, RIGHT, BOTTOM = 200.0, 34.0, 14.0, 6.0, 34.0
-"""Of a scatter: its square, and the room around it."""
+"""Side of a scatter's square, and its margins, in px."""
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     """Text as HTML that shows it: escaped, its control characters visible, lone surrogates replaced."""
     return escape(visible(encodable(text)))
 
@@ -49,7 +49,7 @@ class Scale:
 
     @classmethod
     def spanning(cls, values: Iterable[float], start: float, end: float, margin: float = 0.06) -> "Scale":
-        """From the least of some finite values to the largest, and a little more on either side."""
+        """A scale from the least of some finite values to the largest, and a little more on either side."""
         known = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(known), max(known)
         if high - low <= 1e-9 * max(1.0, abs(low)):
@@ -79,12 +79,12 @@ class Scale:
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
     """Words at a place."""
     named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown(words)}</text>'
+    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(words)}</text>'
 
 
 def dot(x: float, y: float, tooltip: str = "", *, kind: str = "", fill: str = "", radius: float = 4.0) -> str:
     """A circle, with what is said of it on hovering."""
-    inner = f"<title>{shown(tooltip)}</title>" if tooltip else ""
+    inner = f"<title>{escaped(tooltip)}</title>" if tooltip else ""
     how = "".join(f' {name}="{value}"' for name, value in (("class", kind), ("fill", fill)) if value)
     return f'<circle{how} cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}">{inner}</circle>'
 
@@ -92,11 +92,11 @@ def dot(x: float, y: float, tooltip: str = "", *, kind: str = "", fill: str = ""
 def picture(kind: str, width: float, height: float, title: str, drawn: Iterable[str]) -> str:
     """A picture with a title, for those who do not see it."""
     size = f'viewBox="0 0 {width:g} {height:g}"'
-    return f'<svg class="{kind}" {size} role="img"><title>{shown(title)}</title>{"".join(drawn)}</svg>'
+    return f'<svg class="{kind}" {size} role="img"><title>{escaped(title)}</title>{"".join(drawn)}</svg>'
 
 
 def scales(across: Sequence[float], upward: Sequence[float]) -> tuple[Scale, Scale]:
-    """Of a scatter of some values."""
+    """The two scales of a scatter."""
     return Scale.spanning(across, LEFT, LEFT + SIDE), Scale.spanning(upward, TOP + SIDE, TOP)
 
 
@@ -121,7 +121,7 @@ def scatter(title: str, across: Scale, upward: Scale, names: tuple[str, str], dr
 LONGEST_LABEL = 18
 """Characters of a corner's name."""
 CORNERS = ((30.0, 196.0), (230.0, 196.0), (130.0, 23.0))
-"""Of a triangle."""
+"""Corners of the triangle, in px."""
 
 
 def inside_triangle(shares: Sequence[float]) -> tuple[float, float]:
@@ -166,8 +166,8 @@ def stack(shares: Mapping[str, float], colours: Mapping[str, str]) -> str:
     for tooltip, share, colour in parts:
         if share > 0:
             place = f'x="{100 * x:.2f}" y="0" width="{100 * share:.2f}" height="10"'
-            drawn.append(f'<rect {place} fill="{colour}"><title>{shown(tooltip)}</title></rect>')
+            drawn.append(f'<rect {place} fill="{colour}"><title>{escaped(tooltip)}</title></rect>')
         x += share
-    title = f"<title>{shown(', '.join(tooltip for tooltip, share, _ in parts if share > 0))}</title>"
+    title = f"<title>{escaped(', '.join(tooltip for tooltip, share, _ in parts if share > 0))}</title>"
     size = 'viewBox="0 0 100 10" preserveAspectRatio="none"'
     return f'<svg class="stack" {size} role="img">{title}{"".join(drawn)}</svg>'

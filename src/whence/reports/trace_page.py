@@ -41,10 +41,10 @@ def trace_page(trace: Trace) -> str:
         trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
     """
     style, script = packaged("base.css"), packaged("trace_example.js") + packaged("trace_page.js")
-    asked = trace.answers[0].prompt if trace.answers else ""
+    prompt = trace.answers[0].prompt if trace.answers else ""
     return Template(packaged("trace_page.html")).substitute(
         policy=content_policy(style, script),
-        title=html.escape(f"Whence: {' '.join(_visible(asked[:200]).split())[:80]}"),
+        title=html.escape(f"Whence: {' '.join(_visible(prompt[:200]).split())[:80]}"),
         style=style,
         script=script,
         data=_json(_trace(trace)),
@@ -59,8 +59,8 @@ def _json(value: Any) -> str:
 
 def _trace(trace: Trace) -> dict[str, Any]:
     method = TRACE_METHODS.get(trace.method)
-    named = trace.method if method is None else f"{trace.method}: {method.about}"
-    facts = {"method": named, "examples ranked": f"{trace.rows:,}"}
+    method_text = trace.method if method is None else f"{trace.method}: {method.about}"
+    facts = {"method": method_text, "examples ranked": f"{trace.rows:,}"}
     if trace.needed_z is not None:
         facts["z of meaningless completions"] = f"{trace.needed_z:.2f}: 19 of 20 stay below"
     return {
@@ -157,7 +157,7 @@ def _packed(matrix: Float32[Tensor, "u s"]) -> tuple[list[float], str]:
 
 
 def _number(value: float | None, digits: int = 7) -> float | None:
-    """Short enough for a file, or None where JSON has no such number."""
+    """A number short enough for a file, or None where JSON has no such number."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 

@@ -23,7 +23,8 @@ from whence.corpus.tokens import Encoded, encode
 from whence.errors import CorpusError, SettingError
 from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index, open_index
-from whence.models.loading import LoadedModel, Loading, load_model, split_loading
+from whence.models.load_options import Loading, split_loading
+from whence.models.loading import LoadedModel, load_model
 from whence.selection import frozen_adam as frozen
 from whence.selection.budget import Budget, Limits
 from whence.selection.choice import Candidates, Selection, choose
@@ -77,7 +78,7 @@ def select(
         view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
         adam_mode: How that view treats the moments: "torch" or "less".
         settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`; and of
-            `models.loading.Loading`, such as `device="cuda"`.
+            `models.load_options.Loading`, such as `device="cuda"`.
 
     Returns:
         The rows in rank order, and why the others were left out.

@@ -150,5 +150,5 @@ class MakeSelector(Protocol):
     """A selector's class, as the catalogue lists it."""
 
     def __call__(self, *, temperature: float = 0.0, seed: int = 0) -> Selector:
-        """At temperature 0 it takes the best rows, else it draws them without replacement; see `selectors.sampling`."""
+        """At temperature 0 it takes the best rows, else it draws them without replacement; see `sampling`."""
         ...

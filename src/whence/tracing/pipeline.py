@@ -21,7 +21,7 @@ from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
-from whence.models.loading import split_loading
+from whence.models.load_options import split_loading
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
@@ -57,7 +57,7 @@ def trace(
         temperature: Temperature of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
-            `models.loading.Loading`, such as `device="cuda"`.
+            `models.load_options.Loading`, such as `device="cuda"`.
 
     Returns:
         Scores in nats^2 per squared unit of weight (dot), or in -1 to 1 (cosine). Larger is more helpful.

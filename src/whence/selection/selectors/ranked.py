@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.selection.protocols import Pick
-from whence.selection.selectors.sampling import Sampled, finite_scores, order
+from whence.selection.sampling import Sampled, finite_scores, order
 
 
 @dataclass(frozen=True, kw_only=True)
