@@ -342,6 +342,7 @@ def grade_table(result: dict[str, Any]) -> Table:
 
 
 def docstring_rank(traced: Trace, query: int, name: str) -> int | None:
+    """Rank of the docstring called `name` among the examples found for a query; None if it is not among them."""
     return next((hit.rank for hit in traced.of(query) if hit.id == name), None)
 
 

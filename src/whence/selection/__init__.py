@@ -8,6 +8,7 @@ scores are more helpful, always. In the order in which data flows:
     views         what a scorer reads: an index, or a corpus that has none
     frozen_adam   the view frozen-v: Adam's features from an index of plain gradients
     scorers/      one file a family of methods: a score of every row for every target
+    sampling      an order with noise: drawing without replacement as sorting
     selectors/    an order over rows, from scores
     duplicates    texts that say the same
     budget        how much may be chosen, in all and of each source

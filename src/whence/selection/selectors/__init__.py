@@ -1,6 +1,5 @@
 """Orders over rows, from scores; listed in `catalogue.SELECTORS`.
 
-    sampling      an order with noise: drawing without replacement as sorting
     ranked        one order for all targets: max, mean
     round_robin   targets take turns
 
