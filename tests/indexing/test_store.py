@@ -46,7 +46,7 @@ def manifest(**changes) -> Manifest:
         "width": WIDTH,
         "settings": {"projection": {"name": "sjlt", "seed": 0}, "reduction": "mean"},
         "checkpoints": ({"name": "a", "step": 1}, {"name": "b", "step": 2}),
-        "corpora": ({"digest": "c0"},),
+        "corpora": ({"name": "a.jsonl", "digest": "c0", "rows": sum(PART_ROWS)},),
     }
     return Manifest(**{**values, **changes})
 
@@ -530,7 +530,7 @@ def test_append_leaves_old_files_alone(tmp_path):
     queries, weights = torch.randn(2, 1, WIDTH), torch.ones(2)
     asked = store.top_k(queries, weights, m=40)[0]  # what a scan keeps must not outlive the rows it saw
     with store.lock():
-        store.extend({"digest": "c1"})
+        store.extend({"name": "b.jsonl", "digest": "c1", "rows": 7})
         assert not store.manifest.is_complete
         store.write_part(3, corpus_rows(0))
         store.finish_parts()

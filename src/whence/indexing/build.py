@@ -18,13 +18,14 @@ from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
-from whence.errors import CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
 from whence.indexing.manifest import MANIFEST, read_manifest
 from whence.indexing.opening import Index, index_of, open_index
 from whence.indexing.repair import repair as repair_store
 from whence.indexing.shards import ShardArrays
 from whence.indexing.store import Store
+from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
     IndexSettings,
     absolute,
@@ -114,7 +115,9 @@ def index(
 def _with_batch_tokens(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
     """Settings with the tokens of a pass: those given, those of the index begun, or what suits the device."""
     if settings.tokens_per_batch is None and begun is not None and begun.exists(MANIFEST):
-        return replace(settings, tokens_per_batch=read_manifest(begun).settings["tokens_per_batch"])
+        manifest = read_manifest(begun)
+        check_settings(begun, manifest)
+        return replace(settings, tokens_per_batch=manifest.settings["tokens_per_batch"])
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
 
 
@@ -188,7 +191,7 @@ def verify(
     Returns:
         The problems (empty: none), and a note on the repair of each.
     """
-    problems = problems_at(path)
+    problems = problems_at(path) or _setting_problems(path)
     if not repair or not problems or problems[0].file == "manifest.json":
         return problems, []
     with Store.open(path).lock():
@@ -199,6 +202,15 @@ def verify(
             lambda part: reread_part(opened.store, part),
         )
     return problems, notes
+
+
+def _setting_problems(path: str | Path) -> list[Problem]:
+    store = Store.open(path)
+    try:
+        check_settings(store.place, store.manifest)
+    except ChecksumError as error:
+        return [Problem(MANIFEST, str(error))]
+    return []
 
 
 def _recompute(opened: Index, checkpoint: int, part: int) -> ShardArrays:

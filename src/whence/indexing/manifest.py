@@ -7,41 +7,54 @@ as is refused too, so that any flipped bit is detected.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError
+from whence.indexing.shards import STATUSES
+from whence.records import Count, Digest, MisfitError, fitting, unlike_written
 from whence.storage import Place
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+
+REMEDY = "Restore it from a copy, or start the index over with --restart"
+
+
+class CorpusEntry(TypedDict):
+    """A corpus whose rows are in the index."""
+
+    name: str
+    digest: str
+    rows: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartEntry:
     """One file of corpus rows."""
 
-    file: str
-    rows: int
-    first_row: int
+    file: Annotated[str, re.compile(r"corpus/part-[0-9]{5,}\.parquet")]
+    rows: Count
+    first_row: Count
     """Number of its first row in the index."""
 
-    sha256: str
-    bytes: int
+    sha256: Digest
+    bytes: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """One file of vectors."""
 
-    checkpoint: int
-    part: int
-    file: str
-    rows: int
-    sha256: str
-    bytes: int
-    counts: dict[str, int]
+    checkpoint: Count
+    part: Count
+    file: Annotated[str, re.compile(r"checkpoint-[0-9]{3,}/shard-[0-9]{5,}\.safetensors")]
+    rows: Count
+    sha256: Digest
+    bytes: Count
+    counts: dict[str, Count]
     """Rows by status, and other counts, such as truncated rows."""
 
 
@@ -51,20 +64,20 @@ class Manifest:
 
     whence_version: str
     codec: str
-    width: int
+    width: Annotated[int, range(1, 2**31)]
     """Entries of a vector, k."""
 
     settings: dict[str, Any]
     """The gradient space and digests, as JSON values with dicts nested once at most. A resumed build must agree."""
 
     checkpoints: tuple[dict[str, Any], ...]
-    corpora: tuple[dict[str, Any], ...] = ()
+    corpora: tuple[CorpusEntry, ...] = ()
     """One entry for each corpus, in the order of appending."""
 
     parts: tuple[PartEntry, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
     has_all_parts: bool = False
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: Annotated[int, range(1, FORMAT_VERSION + 1)] = field(default=FORMAT_VERSION)
 
     @property
     def rows(self) -> int:
@@ -117,7 +130,7 @@ def read_manifest(place: Place) -> Manifest:
 
     Raises:
         MissingIndexError: There is no manifest.
-        ChecksumError: Its bytes are not those that were written.
+        ChecksumError: Its bytes are not those that were written, or what it says cannot be true of an index.
         FormatVersionError: A newer Whence wrote it.
     """
     try:
@@ -129,7 +142,7 @@ def read_manifest(place: Place) -> Manifest:
     try:
         content = json.loads(data)
         checksum, version = content.pop("checksum"), content["format_version"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise _damaged(place) from error
     # a newer format may be laid out in another way, so its version is believed before its checksum
     is_intact = checksum == _checksum(content) and data == _pretty({**content, "checksum": checksum})
@@ -143,10 +156,58 @@ def read_manifest(place: Place) -> Manifest:
         )
     if not is_intact:
         raise _damaged(place)
-    parts = tuple(PartEntry(**entry) for entry in content.pop("parts"))
-    shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
-    lists = {name: tuple(content.pop(name)) for name in ("checkpoints", "corpora")}
-    return Manifest(parts=parts, shards=shards, **lists, **content)
+    try:
+        manifest = fitting(Manifest, content)
+        _check_consistent(manifest)
+    except MisfitError as error:
+        raise unlike_written(place.path(MANIFEST), error, REMEDY) from None
+    return manifest
+
+
+def _check_consistent(manifest: Manifest) -> None:
+    """Check that files have the names of their places and that numbers agree: a name of its own could lie anywhere.
+
+    Raises:
+        MisfitError: One does not.
+    """
+    rows = 0
+    _require(len(manifest.checkpoints) > 0, "no checkpoint is listed")
+    for number, part in enumerate(manifest.parts):
+        _require(
+            (part.file, part.first_row) == (part_file(number), rows),
+            f"part {number} is {part.file}, from row {part.first_row}",
+        )
+        rows += part.rows
+    corpus_rows = sum(corpus["rows"] for corpus in manifest.corpora)
+    is_sum = rows == corpus_rows if manifest.has_all_parts else rows <= corpus_rows
+    _require(is_sum, f"parts have {rows} rows, corpora {corpus_rows}")
+    places = [(shard.checkpoint, shard.part) for shard in manifest.shards]
+    _require(len({*places}) == len(places), "a shard is listed twice")
+    for shard in manifest.shards:
+        name = f"the shard of checkpoint {shard.checkpoint} and part {shard.part}"
+        _require(
+            shard.checkpoint < len(manifest.checkpoints) and shard.part < len(manifest.parts),
+            f"{name} is of none that it lists",
+        )
+        _require(shard.file == shard_file(shard.checkpoint, shard.part), f"{name} is {shard.file}")
+        _require(shard.rows == manifest.parts[shard.part].rows, f"{name} has {shard.rows} rows")
+        counted = sum(shard.counts.get(status, -1) for status in STATUSES)
+        _require(counted == shard.rows, f"{name} has {shard.counts} for its {shard.rows} rows")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise MisfitError(otherwise)
+
+
+def part_file(number: int) -> str:
+    """Name of a part's file."""
+    return f"corpus/part-{number:05d}.parquet"
+
+
+def shard_file(checkpoint: int, part: int) -> str:
+    """Name of a shard's file."""
+    return f"checkpoint-{checkpoint:03d}/shard-{part:05d}.safetensors"
 
 
 def check_same(old: Manifest, new: Manifest, where: str) -> None:
@@ -187,10 +248,7 @@ def _value_text(flat: dict[str, Any], name: str) -> str:
 
 
 def _damaged(place: Place) -> ChecksumError:
-    return ChecksumError(
-        f"{place.path(MANIFEST)} is damaged: it does not have the bytes that were written. Restore it "
-        "from a copy, or start the index over with --restart"
-    )
+    return ChecksumError(f"{place.path(MANIFEST)} is damaged: it does not have the bytes that were written. {REMEDY}")
 
 
 def _checksum(content: dict) -> str:

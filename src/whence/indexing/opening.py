@@ -18,6 +18,7 @@ from whence.gradients.capture import Transform
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.store import Store
+from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
     IndexSettings,
     load_for,
@@ -184,9 +185,10 @@ def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
         SettingError: The index was built with the model's own code, and that is not allowed here.
         MissingIndexError: There is no index.
         FormatVersionError: A newer Whence wrote it.
-        ChecksumError: Its manifest is damaged.
+        ChecksumError: Its manifest is damaged, or says what no index can.
     """
     store = Store.open(path)
+    check_settings(store.place, store.manifest)
     if store.manifest.settings["trust_remote_code"] and not loading.get("trust_remote_code"):
         raise SettingError(
             f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
@@ -197,6 +199,7 @@ def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
 
 def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
     """An index as `open_index` returns it; if it needs code that is not allowed, its model cannot load."""
+    check_settings(store.place, store.manifest)
     stored = store.manifest.settings
     names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
     settings = IndexSettings(

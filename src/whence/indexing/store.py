@@ -30,7 +30,16 @@ from whence.corpus.reading import parquet_file
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
-from whence.indexing.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
+from whence.indexing.manifest import (
+    MANIFEST,
+    Manifest,
+    PartEntry,
+    ShardEntry,
+    check_same,
+    part_file,
+    read_manifest,
+    shard_file,
+)
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.storage import TEMPORARY, Place
 
@@ -250,7 +259,7 @@ class Store:
         return parts[number]
 
     def _write_part_file(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
-        name, data = f"corpus/part-{number:05d}.parquet", _parquet(rows)
+        name, data = part_file(number), _parquet(rows)
         written = self.place.write(name, [data], total=len(data))
         return PartEntry(file=name, rows=len(rows), first_row=first_row, sha256=written.sha256, bytes=written.bytes)
 
@@ -298,7 +307,7 @@ class Store:
         rows, width = self.manifest.parts[part].rows, self.manifest.width
         assert arrays.vectors.shape == (rows, width), f"{tuple(arrays.vectors.shape)}, not {(rows, width)}"
         shard = encoded(arrays, self.codec)
-        name = f"checkpoint-{checkpoint:03d}/shard-{part:05d}.safetensors"
+        name = shard_file(checkpoint, part)
         pieces, total = shard_pieces(shard)
         written = self.place.write(name, pieces, total=total)
         counts = {status: int((shard.status == code).sum()) for code, status in enumerate(STATUSES)}
