@@ -1,19 +1,18 @@
 """JSON that Whence wrote, read back as dataclasses whose annotations are checked: nothing in a file is believed.
 
-    Count = Annotated[int, range(2**63)]                  a number in a range
+    Count = Annotated[int, range(2**63)]                  a whole number in a range; others with `Between`
     Digest = Annotated[str, re.compile("[0-9a-f]{64}")]   a text that a pattern matches as a whole
 
 A dataclass takes exactly its fields, so that what another version wrote is refused, not dropped. A `TypedDict` stays a
-dictionary and may hold more. Numbers are finite, and true is no number.
+dictionary and may hold more. A float may be NaN, as losses may be; true is no number.
 """
 
 import functools
 import json
-import math
 import re
 import types
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import (
     Annotated,
     Any,
@@ -32,6 +31,17 @@ from whence.errors import ChecksumError
 Count = Annotated[int, range(2**63)]
 Digest = Annotated[str, re.compile("[0-9a-f]{64}")]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Numbers from the lowest to the highest, both included; not NaN."""
+
+    lowest: float
+    highest: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.lowest <= value <= self.highest
 
 
 class MisfitError(ValueError):
@@ -91,9 +101,10 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
     if origin is Literal:
         _require(isinstance(value, str) and value in arguments, name, value)
         return value
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         _require(isinstance(value, list), name, value)
-        return origin(fitting(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))
+        items = [fitting(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value)]
+        return tuple(items) if origin is tuple else items
     if origin in (dict, Mapping):
         _require(isinstance(value, dict), name, value)
         return {key: fitting(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
@@ -127,7 +138,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 def _is_plain(kind: Any, value: Any) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return kind is Any or isinstance(value, kind)

@@ -28,6 +28,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from whence.errors import ManifestMismatchError, MissingExtraError, SettingError, StorageError, WhenceError
+from whence.records import read_record
 
 TEMPORARY = ".tmp"
 _READ_BYTES = 1 << 22
@@ -256,7 +257,8 @@ def claim_directory(
         data = json.dumps(settings).encode()
         place.write(file, [data], total=len(data))
         return
-    stored = json.loads(place.read(file))
+    remedy = "Restore it from a copy, name another directory, or remove that one"
+    stored = read_record(dict[str, Any], place.read(file), place.path(file), remedy)
     for name in {**settings, **stored}:
         if stored.get(name) != settings.get(name):
             raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from whence import runner
 from whence.ablation.averages import ALPHA, RegMean
-from whence.ablation.member_training import PoolSettings, pool_partitions
+from whence.ablation.member_training import pool_partitions, recipe_of
 from whence.ablation.mixed_model import MixedModel, mixed_model, parameter_lookup
 from whence.ablation.pool import Member, Pool
 from whence.corpus.layouts import Row
@@ -44,6 +44,7 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexErro
 from whence.gradients.forward_passes import batches
 from whence.models.loading import LoadedModel, layer_shape
 from whence.models.weights import Weights, in_pieces
+from whence.records import Count, Digest, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +59,14 @@ HEAD_POSITIONS = 256
 class Record:
     """Description of a file of matrices, stored beside it."""
 
-    member: str
+    member: Digest
     """Checksum of the member under whose weights it was collected."""
-    tokens: int
+    tokens: Count
     """Tokens that were requested."""
-    counted: int
+    counted: Count
     """Tokens that were read, in whole rows."""
-    sha256: str
-    bytes: int
+    sha256: Digest
+    bytes: Count
     inputs: Mapping[str, str]
     """Name of each parameter's matrix."""
     transposed: list[str]
@@ -222,7 +223,7 @@ def _collect_member(
     pool: Pool, mixed: MixedModel, inputs: "Inputs", rows: Partition, tokens: int, tokens_per_batch: int
 ) -> int:
     """Collect and store one member's matrices; the record is written last, and so marks them as complete."""
-    settings, member = PoolSettings(**pool.recipe), pool.members[rows.name]
+    settings, member = recipe_of(pool), pool.members[rows.name]
     model = mixed.become({rows.name: 1.0})
     longest = min(limit for limit in (settings.max_tokens, model.context) if limit)
     drawn = rows.draw(min(tokens, settings.tokens), seed=settings.seed)  # what its training read first
@@ -380,7 +381,10 @@ def _record_file(member: Member) -> str:
 
 def _record(pool: Pool, member: Member) -> Record | None:
     name = _record_file(member)
-    return Record(**json.loads(pool.place.read(name))) if pool.place.exists(name) else None
+    if not pool.place.exists(name):
+        return None
+    remedy = f"Remove that file; `whence pool grams {pool.place.root}` collects the matrices again"
+    return read_record(Record, pool.place.read(name), pool.place.path(name), remedy)
 
 
 def _is_current(pool: Pool, member: Member, record: Record | None, tokens: int) -> bool:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float64, Int64
@@ -29,6 +30,7 @@ from whence.errors import CorpusError, SettingError
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel
 from whence.numerics import bootstrap_interval
+from whence.records import Count, read_record, unlike_written
 from whence.storage import Place
 
 
@@ -141,13 +143,30 @@ def content_name(key: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(list(key), sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+class _StoredLosses(TypedDict):
+    """Losses as JSON, an entry a row."""
+
+    nats: list[float]
+    tokens: list[Count]
+    bytes: list[Count]
+
+
+def _losses_from(data: bytes, where: str) -> Losses:
+    remedy = "Remove that file: the same command measures again"
+    stored = read_record(_StoredLosses, data, where, remedy)
+    lengths = [len(stored["nats"]), len(stored["tokens"]), len(stored["bytes"])]
+    if len({*lengths}) > 1 or not any(stored["tokens"]):
+        what = f"its lists of nats, tokens and bytes have {', '.join(map(str, lengths))} entries"
+        raise unlike_written(where, what, remedy)
+    tokens, sizes = (torch.tensor(stored[name], dtype=torch.int64) for name in ("tokens", "bytes"))
+    return Losses(torch.tensor(stored["nats"], dtype=torch.float64), tokens, sizes)
+
+
 def stored_losses(place: Place, key: Sequence[object], compute: Callable[[], Losses]) -> Losses:
     """Losses stored under a key, which has all that they depend on; computed and stored if they are not there."""
     name = f"{content_name(key)}.json"
     if place.exists(name):
-        document = json.loads(place.read(name))
-        return Losses(torch.tensor(document["nats"], dtype=torch.float64), torch.tensor(document["tokens"]),
-                      torch.tensor(document["bytes"]))  # fmt: skip
+        return _losses_from(place.read(name), place.path(name))
     computed = compute()
     columns = {"nats": computed.nats.tolist(), "tokens": computed.tokens.tolist(), "bytes": computed.bytes.tolist()}
     data = json.dumps({"key": list(key), **columns}, default=str).encode()

@@ -23,7 +23,7 @@ from typing import Any
 
 from whence import runner
 from whence.ablation.mixtures import Mixture, checked_mixture
-from whence.ablation.pool import DTYPES, Pool, begin_pool
+from whence.ablation.pool import DTYPES, MANIFEST, REMEDY, Pool, begin_pool
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
@@ -31,6 +31,7 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
+from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.trainer import train
 
@@ -70,6 +71,21 @@ class PoolSettings:
     def recipe(self) -> dict[str, Any]:
         """Settings that members must have in common."""
         return asdict(self)
+
+
+def recipe_of(pool: Pool) -> PoolSettings:
+    """How a pool's members were trained.
+
+    Raises:
+        ChecksumError: Its manifest does not say so, or gives a value that no training has.
+    """
+    try:
+        stored = fitting(PoolSettings, dict(pool.recipe), "recipe")
+        if lacking := PoolSettings.__dataclass_fields__.keys() - pool.recipe.keys():
+            raise MisfitError(f"recipe.{min(lacking)} is missing")
+    except (MisfitError, SettingError) as error:
+        raise unlike_written(pool.place.path(MANIFEST), error, REMEDY) from None
+    return stored
 
 
 def train_pool(
@@ -177,7 +193,7 @@ def true_model(
     Returns:
         Directory of the model or adapter.
     """
-    chosen = PoolSettings(**pool.recipe)
+    chosen = recipe_of(pool)
     weights = checked_mixture(mixture, partitions)
     tokens = round(budgets * chosen.tokens)
     rows = draw_mixture(partitions, weights, tokens, seed=chosen.seed)
@@ -205,7 +221,7 @@ def pool_partitions(
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
-    partitions = read_partitions(pool.parent, opened, PoolSettings(**pool.recipe))
+    partitions = read_partitions(pool.parent, opened, recipe_of(pool))
     required = list(names)
     if missing := [name for name in required if name not in partitions]:
         raise SettingError(

@@ -36,6 +36,7 @@ from whence.ablation.member_training import (
     PoolSettings,
     pool_place,
     read_partitions,
+    recipe_of,
     refuse_other_rows,
     slug,
     true_model,
@@ -162,7 +163,7 @@ def ablate(
         raise SettingError(f"{opened.place.root}: {len(opened.members)} member; two or more are expected, to be mixed")
     sets = _sets(evaluated)
     candidates = read_candidates(opened, mixtures)
-    settings = PoolSettings(**opened.recipe)
+    settings = recipe_of(opened)
     corpus = None if corpus is None else open_corpus(corpus)  # read twice, which a stream of rows cannot be
     regmean = averaging(opened, method, alpha=alpha, corpus=corpus, shown=shown)
     evaluator = _Evaluator(opened, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale, regmean)

@@ -14,11 +14,12 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import safetensors
 import torch
@@ -29,10 +30,14 @@ from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchErr
 from whence.models.loading import adapter_config, directory_digest, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.weights import Described, Weights, in_pieces
+from whence.records import Count, Digest, read_record, unlike_written
 from whence.storage import Place
 
 MANIFEST = "pool.json"
 FORMAT_VERSION = 1
+REMEDY = "Restore it from a copy, or train the pool again in another directory"
+"""What mends a manifest."""
+Kind = Literal["delta", "weights", "lora"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -41,18 +46,18 @@ class Member:
     """One partition's model."""
 
     partition: str
-    file: str
-    sha256: str
-    bytes: int
-    kind: str
+    file: Annotated[str, re.compile(r"members/[0-9]{3,}\.safetensors")]
+    sha256: Digest
+    bytes: Count
+    kind: Kind
     """What the file holds: "delta" in bfloat16, "weights" in float32, or "lora", factors in float32."""
-    tokens: int
+    tokens: Count
     """Tokens trained on, with repetitions."""
-    rows: int
+    rows: Count
     """Rows of the partition."""
     loss: float | None = None
     """Last loss that its training logged."""
-    size: int | None = None
+    size: Count | None = None
     """Tokens of the partition, each counted once."""
     digest: str | None = None
     """Digest of the partition's rows."""
@@ -140,7 +145,7 @@ class Pool:
             ModelError: The model has another architecture or parent.
         """
         existing = self.members.get(partition)
-        name = existing.file if existing else f"members/{len(self.members):03d}.safetensors"
+        name = existing.file if existing else _member_file(len(self.members))
         kind, described, read = _storage_form(local_directory(directory), self.start(), self.parent, dtype)
         pieces, total = in_pieces(described, read)
         written = self.place.write(name, pieces, total=total)
@@ -193,6 +198,7 @@ def open_pool(path: str | Path) -> Pool:
     Raises:
         MissingIndexError: There is no pool.
         FormatVersionError: The pool has another format.
+        ChecksumError: Its manifest says what no pool can.
         ModelError: Its parent is not where it was.
         ManifestMismatchError: The parent has other weights now.
     """
@@ -214,15 +220,47 @@ def _read(path: str | Path) -> Pool:
         raise MissingIndexError(
             f"{path}: no pool here (no {MANIFEST}). Make one: whence pool train PARENT CORPUS -o {path}"
         )
-    document = json.loads(place.read(MANIFEST))
-    if document["format_version"] != FORMAT_VERSION:
+    data = place.read(MANIFEST)
+    _check_format(place, data)
+    stored = read_record(_StoredPool, data, place.path(MANIFEST), REMEDY)
+    members = {member.partition: member for member in stored.members}
+    for number, member in enumerate(stored.members):  # a file of another name could lie anywhere, and is written to
+        if member.file != _member_file(number) or len(members) < len(stored.members):
+            what = f"member {number} is {member.partition!r} in {member.file}"
+            raise unlike_written(place.path(MANIFEST), what, REMEDY)
+    return Pool(place, stored.parent, stored.parent_digest, stored.recipe, members, stored.corpus,
+                stored.tokenizer_digest)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredPool:
+    """The content of a pool's manifest."""
+
+    format_version: int
+    parent: str
+    parent_digest: str
+    recipe: dict[str, Any]
+    corpus: str | None
+    members: tuple[Member, ...]
+    tokenizer_digest: str | None = None
+
+
+def _check_format(place: Place, data: bytes) -> None:
+    """Check the format before anything else: another one may have other entries."""
+    found = read_record(_Format, data, place.path(MANIFEST), REMEDY)["format_version"]
+    if found != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{place.path(MANIFEST)}: format {document['format_version']}, and this version of Whence reads "
-            f"{FORMAT_VERSION}: install the version that wrote it"
+            f"{place.path(MANIFEST)}: format {found}, and this version of Whence reads {FORMAT_VERSION}: install the "
+            "version that wrote it"
         )
-    members = {entry["partition"]: Member(**entry) for entry in document["members"]}
-    return Pool(place, document["parent"], document["parent_digest"], document["recipe"], members, document["corpus"],
-                document.get("tokenizer_digest"))  # fmt: skip
+
+
+class _Format(TypedDict):
+    format_version: int
+
+
+def _member_file(number: int) -> str:
+    return f"members/{number:03d}.safetensors"
 
 
 def begin_pool(
@@ -266,7 +304,7 @@ def begin_pool(
 
 def _storage_form(
     directory: str, start: Weights, parent: str, dtype: str
-) -> tuple[str, Described, Callable[[str], Float[Tensor, "..."]]]:
+) -> tuple[Kind, Described, Callable[[str], Float[Tensor, "..."]]]:
     """Kind of a trained model, types and shapes of its stored tensors, and a function that reads one of them."""
     if config := adapter_config(directory):
         base = local_directory(config["base_model_name_or_path"])

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from whence.ablation.heldout_losses import EvalSet, measure, read_sets
-from whence.ablation.member_training import PoolSettings
+from whence.ablation.member_training import recipe_of
 from whence.ablation.mixed_model import MixedModel, mixed_model, parameter_lookup
 from whence.ablation.pool import Pool, open_pool
 from whence.corpus.partitions import pieces_of
@@ -105,7 +105,7 @@ def suggest(
     sets = [entry for entry in entries if isinstance(entry, EvalSet)] or read_sets(str(entry) for entry in entries)
     names, upper = opened.partitions, cap_vector(tuple(opened.partitions), dict(caps or {}))
     set_weights = _set_weights(sets, targets)
-    longest = max_tokens or PoolSettings(**opened.recipe).max_tokens
+    longest = max_tokens or recipe_of(opened).max_tokens
     mixed = mixed_model(opened)
     windows = [_windows(mixed.model, evaluated_set, longest, rows, seed) for evaluated_set in sets]
     weights = capped(np.full((1, len(names)), 1 / len(names)), upper)[0]

@@ -35,6 +35,7 @@ from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.numerics import crossed_bootstrap_interval
+from whence.records import Count, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.storage import Place, claim_directory
 from whence.training.trainer import train
@@ -42,6 +43,7 @@ from whence.training.trainer import train
 NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
 """Lines of a table that are no method: the untrained model, a random choice, and the whole corpus."""
 TABLE_FILE = "table.json"
+REMEDY = "Remove that file: the same command makes it again"
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Cell:
     method: str
     task: str
     seed: int
-    rows: int
+    rows: Count
     """Rows of the choice that it was trained on; they have `tokens` tokens."""
-    tokens: int
+    tokens: Count
     loss: list[float]
     exact: list[float]
     train_seconds: float
@@ -244,7 +246,7 @@ class _ChoiceStore:
         name = self._name(method, seed)
         if not self.place.exists(name):
             return None
-        return {task: Choice(**choice) for task, choice in json.loads(self.place.read(name)).items()}
+        return read_record(dict[str, Choice], self.place.read(name), self.place.path(name), REMEDY)
 
     def write(self, method: str, seed: int, choices: dict[str, Choice]) -> None:
         """Write the choices for all tasks, whole or not at all."""
@@ -341,7 +343,7 @@ def _encoded(model: LoadedModel, rows: Sequence[Row], recipe: Recipe) -> list[En
 
 
 def _untrained(directory: Path, model: LoadedModel, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
-    cells = [_stored_cell(directory, NOTHING, task, 0) for task in tasks]
+    cells = [_stored_cell(directory, NOTHING, task, 0, len(tasks[task])) for task in tasks]
     if any(cell is None for cell in cells):
         cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
         for cell in cells:
@@ -359,7 +361,7 @@ def _cells(
     recipe: Recipe,
 ) -> list[Cell]:
     """One training's cells, one for each of these tasks; it is trained unless they are all stored."""
-    stored = [_stored_cell(directory, name, task, seed) for task in tasks]
+    stored = [_stored_cell(directory, name, task, seed, len(tasks[task])) for task in tasks]
     if all(cell is not None for cell in stored):
         return [cell for cell in stored if cell is not None]
     choice = method.choose(next(iter(tasks)), seed)
@@ -413,9 +415,16 @@ def _cell_file(method: str, task: str, seed: int) -> str:
     return f"cell-{digest}-{seed}.json"
 
 
-def _stored_cell(directory: Path, method: str, task: str, seed: int) -> Cell | None:
+def _stored_cell(directory: Path, method: str, task: str, seed: int, rows: int) -> Cell | None:
+    """A cell of so many graded rows; None where it is not stored."""
     place, name = Place.at(directory), _cell_file(method, task, seed)
-    return Cell(**json.loads(place.read(name))) if place.exists(name) else None
+    if not place.exists(name):
+        return None
+    cell = read_record(Cell, place.read(name), place.path(name), REMEDY)
+    if (cell.method, cell.task, cell.seed) != (method, task, seed) or not len(cell.loss) == len(cell.exact) == rows:
+        what = f"it has {len(cell.loss)} losses of {cell.method}, seed {cell.seed}; {rows} of {method} are graded"
+        raise unlike_written(place.path(name), what, REMEDY)
+    return cell
 
 
 def _line(method: str, task: str, cells: Sequence[Cell], seed: int) -> Line:

@@ -173,7 +173,7 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     check_conversations(texts, fingerprint.layouts, opened.model().tokenizer)  # before anything is written
     for number in range(len(store.manifest.checkpoints)):
         opened.check_moments(number)
-    store.extend({"name": absolute(texts.name), "digest": fingerprint.digest, "rows": fingerprint.rows})
+    store.extend({"name": absolute(texts.name) or texts.name, "digest": fingerprint.digest, "rows": fingerprint.rows})
     return before
 
 

@@ -90,7 +90,7 @@ class Manifest:
         return self.has_all_parts and len(self._by_place) == len(self.parts) * len(self.checkpoints)
 
     @property
-    def joining(self) -> dict[str, Any] | None:
+    def joining(self) -> CorpusEntry | None:
         """The corpus of an unfinished append; None where there is none."""
         return self.corpora[-1] if len(self.corpora) > 1 and not self.is_complete else None
 

@@ -32,6 +32,7 @@ from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
 from whence.indexing.manifest import (
     MANIFEST,
+    CorpusEntry,
     Manifest,
     PartEntry,
     ShardEntry,
@@ -164,8 +165,11 @@ class Store:
         """The corpus rows of a part: id, source, row (the original row as JSON)."""
         entry = self.manifest.parts[number]
         try:
-            return _read_parquet(self.place.read(entry.file)).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+            table = _read_parquet(self.place.read(entry.file))
+            if (table.schema.names, len(table)) != (_SCHEMA.names, entry.rows):
+                raise ValueError(f"{len(table)} rows of {', '.join(table.schema.names)}; {entry.rows} are listed")
+            return table.to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise ChecksumError(
                 f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
             ) from error
@@ -267,7 +271,7 @@ class Store:
         """Note in the manifest that all rows of the corpora are in parts."""
         self._save(replace(self.manifest, has_all_parts=True))
 
-    def extend(self, corpus: dict) -> None:
+    def extend(self, corpus: CorpusEntry) -> None:
         """Begin to append a corpus: its parts follow, then their shards. Files of earlier parts stay as they are."""
         self.require_complete()
         self._save(replace(self.manifest, corpora=(*self.manifest.corpora, corpus), has_all_parts=False))

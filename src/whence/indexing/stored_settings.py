@@ -10,7 +10,7 @@ from whence.errors import SettingError, UnknownNameError
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
 from whence.indexing.manifest import MANIFEST, REMEDY, Manifest
-from whence.records import MisfitError, fitting, unlike_written
+from whence.records import Between, MisfitError, fitting, unlike_written
 from whence.storage import Place
 
 Length = Annotated[int, range(2, 2**31)]
@@ -51,7 +51,7 @@ class StoredCheckpoint(TypedDict):
 
     path: str
     digest: str
-    weight: float
+    weight: Annotated[float, Between(0.0, 1.001)]
     base: NotRequired[str]
     moments: NotRequired[str]
 

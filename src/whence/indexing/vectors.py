@@ -154,7 +154,7 @@ def manifest_of(
         width=projection_for(loaded, settings).width,
         settings=stored,
         checkpoints=tuple(entries),
-        corpora=({"name": absolute(name), "digest": corpus.digest, "rows": corpus.rows},),
+        corpora=({"name": absolute(name) or name, "digest": corpus.digest, "rows": corpus.rows},),
     )
 
 

@@ -23,11 +23,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from whence.errors import CorpusError, JobError, SettingError
+from whence.records import Count, MisfitError, fitting
 
 LARGEST_EXPONENT = 50.0
 """A larger loss earns exp(50), about 5e21: larger powers would overflow in weighted sums."""
@@ -259,16 +260,21 @@ class OnlineBatches:
         steps = 0
         if checkpoint is not None:
             try:
-                state = json.loads((checkpoint / STATE).read_text())
-            except (OSError, ValueError) as error:
+                state = fitting(_StoredState, json.loads((checkpoint / STATE).read_bytes()))
+                self._check_sizes(state)
+            except (OSError, ValueError, RecursionError) as error:
                 raise SettingError(f"{checkpoint / STATE}: not a state of --mix online ({error})") from None
             self.mixer.load_state_dict(state)
-            self.rows_drawn = {domain: int(state["taken"][domain]) for domain in self.rows}
+            self.rows_drawn = {domain: state["taken"][domain] for domain in self.rows}
             steps = self.mixer.steps
         lines = self.log.read_text().splitlines(keepends=True)[:steps] if self.log.exists() else []
         draft = self.log.with_name(self.log.name + ".tmp")
         draft.write_text("".join(lines))
         draft.replace(self.log)
+
+    def _check_sizes(self, state: "_StoredState") -> None:
+        if len(state["rewards"]) != len(state["domains"]) or {*state["taken"]} != {*state["domains"]}:
+            raise MisfitError("its domains, rewards and rows taken are not of one length")
 
     def _stream(self, domain: str, count: int) -> Iterator[int]:
         rows = self.rows[domain]
@@ -279,6 +285,15 @@ class OnlineBatches:
                 self._orders[domain] = epoch, rng.permutation(len(rows))
             yield rows[self._orders[domain][1][place]]
             self.rows_drawn[domain] += 1
+
+
+class _StoredState(TypedDict):
+    """The state in a checkpoint: the mixer's own, and the rows drawn of each domain."""
+
+    domains: list[str]
+    rewards: list[float]
+    steps: Count
+    taken: dict[str, Count]
 
 
 def domains_of(values: Sequence[Any], ids: Sequence[str], *, by: str) -> dict[str, list[int]]:

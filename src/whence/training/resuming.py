@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from whence.errors import SettingError
+from whence.records import fitting
 
 RECORD = "whence_train.json"
 IS_COMPLETE = "is_complete"
@@ -64,9 +65,18 @@ class OrderKept(TrainerCallback, ExportableState):
 
 def read_order(checkpoint: Path) -> Tensor:
     """The generator's state from which the order of a checkpoint's epoch was drawn."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    text = state["stateful_callbacks"][OrderKept.__name__]["attributes"]["drawn_from"]
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    file = checkpoint / "trainer_state.json"
+    try:
+        state = json.loads(file.read_text())["stateful_callbacks"][OrderKept.__name__]["attributes"]["drawn_from"]
+        order = torch.frombuffer(bytearray(base64.b64decode(state, validate=True)), dtype=torch.uint8)
+        torch.Generator().set_state(order)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SettingError(
+            f"{file}: it does not say how the rows of its epoch were drawn ({reason}). Remove {checkpoint}: the same "
+            "command goes on from an earlier one."
+        ) from None
+    return order
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -75,7 +85,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
     for path in sorted(checkpoints, key=step_of, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             shutil.rmtree(path)
         else:
             return path
@@ -109,15 +119,27 @@ def begin(directory: Path, record: dict[str, Any]) -> None:
 def finish(directory: Path) -> None:
     """Mark a training as done."""
     file = directory / RECORD
-    _write(file, json.loads(file.read_text()) | {IS_COMPLETE: True})
+    _write(file, _stored(file) | {IS_COMPLETE: True})
 
 
 def is_complete(directory: Path) -> bool:
     """Whether the training in a directory is done."""
     try:
-        return json.loads((directory / RECORD).read_text())[IS_COMPLETE]
-    except (OSError, ValueError, KeyError):
+        return _stored(directory / RECORD).get(IS_COMPLETE) is True
+    except (OSError, SettingError):
         return False
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """A record as stored.
+
+    Raises:
+        SettingError: It is none.
+    """
+    try:
+        return fitting(dict[str, Any], json.loads(file.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"{file}: not a record of a training ({error}). Name another directory.") from None
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
@@ -128,10 +150,7 @@ def _write(file: Path, record: dict[str, Any]) -> None:
 
 
 def _check_same(file: Path, record: dict[str, Any]) -> None:
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise SettingError(f"{file}: not a record of a training ({error}). Name another directory.") from None
+    before = _stored(file)
     now = json.loads(json.dumps(record))
     names = [name for name in before | now if name != IS_COMPLETE and before.get(name) != now.get(name)]
     if names:
