@@ -18,7 +18,6 @@ from typing import (
     Any,
     Literal,
     NotRequired,
-    TypeVar,
     Union,
     get_args,
     get_origin,
@@ -30,7 +29,6 @@ from whence.errors import ChecksumError
 
 Count = Annotated[int, range(2**63)]
 Digest = Annotated[str, re.compile("[0-9a-f]{64}")]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ class MisfitError(ValueError):
     """A value is not of the kind that is expected; the message says where it stands, and what it is."""
 
 
-def read_record(kind: type[T], data: bytes, where: str, remedy: str) -> T:
+def read_record(kind: Any, data: bytes, where: str, remedy: str) -> Any:
     """A file's bytes as a record.
 
     Args:
-        kind: A dataclass or `TypedDict`.
+        kind: A dataclass, a `TypedDict` or a dictionary.
         data: JSON.
         where: The file's path, for messages.
         remedy: A sentence that says what mends it.

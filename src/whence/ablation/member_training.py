@@ -31,6 +31,7 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
+from whence.outputs import refuse_inputs
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.trainer import train
@@ -118,6 +119,7 @@ def train_pool(
     """
     chosen = PoolSettings(**settings)
     runner.check_engine(engine)
+    refuse_inputs(out, [parent, corpus], is_directory=True)
     start = local_directory(open_run(parent).checkpoints[-1].path)
     weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)

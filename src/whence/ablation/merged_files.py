@@ -18,8 +18,11 @@ from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import Pool
 from whence.errors import SettingError, StorageError
 from whence.models.weights import Described, in_pieces
+from whence.outputs import refuse_inputs
 from whence.storage import Place
 
+MIXTURE = "whence_mixture.json"
+"""A file that only merged models have."""
 SHARD_BYTES = 4_000_000_000
 """Bytes of a merged model's file, at most."""
 
@@ -32,11 +35,15 @@ def write_merged(
     scale: float = 1.0,
     regmean: RegMean | None = None,
     shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
 ) -> Path:
     """Write a mixture's merged model as a directory that `from_pretrained` loads, in the parent's own dtypes.
 
+    A merged model that is there already is replaced; another model only with `force`.
+
     Raises:
-        SettingError: The mixture is wrong, or `out` is the pool's parent, or holds something that is no model.
+        SettingError: The mixture is wrong, `out` is or holds the pool, its parent or its corpus, or it holds something
+            that is no merged model.
         StorageError: The disk is full; nothing is changed.
     """
     directory = Path(out).resolve()
@@ -45,8 +52,12 @@ def write_merged(
         before.rename(directory)  # a process was killed between the two names
     if directory.exists() and not (directory / "config.json").is_file():
         raise SettingError(f"-o {out}: there is something there that is no model; name another directory")
-    if directory == Path(pool.parent).resolve():
-        raise SettingError(f"-o {out}: the pool's parent, which its members are told from; name another directory")
+    refuse_inputs(directory, [pool, pool.parent, pool.corpus], is_directory=True)
+    if directory.exists() and not (_is_merged(directory) or force):
+        raise SettingError(
+            f"-o {out}: a model that `whence pool merge` did not write, or not all of it. Name another directory, or "
+            "add --force to replace it."
+        )
     check_scale(scale)
     weights = checked_mixture(mixture, pool.members)
     shutil.rmtree(making, ignore_errors=True)
@@ -56,6 +67,11 @@ def write_merged(
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return directory
+
+
+def _is_merged(directory: Path) -> bool:
+    """Whether a directory holds a merged model, and no directory that someone else put there."""
+    return (directory / MIXTURE).is_file() and not any(path.is_dir() for path in directory.iterdir())
 
 
 def _exchange(new: Path, directory: Path, before: Path, *, out: str | Path) -> None:
@@ -94,7 +110,7 @@ def _write_beside(
             if file.is_file() and not _is_weights(file.name):
                 shutil.copyfile(file, making / file.name)
         _write_shards(MergedModel.of(pool, weights, scale, regmean), making, shard_bytes)
-        (making / "whence_mixture.json").write_text(json.dumps(settings, indent=1))
+        (making / MIXTURE).write_text(json.dumps(settings, indent=1))
     except OSError as error:
         raise StorageError(f"Cannot write {out}: {error.strerror or error}. Nothing there was changed.") from error
 

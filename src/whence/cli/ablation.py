@@ -4,13 +4,12 @@ import json
 import math
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import EvalFiles, Json, PoolCorpus, PoolPath, Report
+from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
@@ -69,24 +68,26 @@ def merge(
     alpha: Alpha = 0.1,
     corpus: PoolCorpus = None,
     yaml: Annotated[str | None, typer.Option(help="Write the mixture as a mergekit recipe, too.")] = None,
+    force: Force = False,
 ) -> None:
     """Write a mixture's average as a model that `from_pretrained` loads."""
     weights = parsed_mixture(mixture) if "=" in mixture else None
     if yaml is not None and method != "mean":
         raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
-    if yaml is not None and not Path(yaml).absolute().parent.is_dir():
-        raise SettingError(f"--yaml {yaml}: no such directory")
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import averaging
         from whence.ablation.merged_files import mergekit_yaml, write_merged
         from whence.ablation.mixtures import checked_mixture, named_mixture
         from whence.ablation.pool import open_pool
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page
+    check_outputs([Output("--yaml", yaml, None)], rows=[corpus], others=[path], force=force)
     opened = open_pool(path)
     weights = checked_mixture(named_mixture(opened, mixture) if weights is None else weights, opened.members)
     regmean = averaging(opened, method, alpha=alpha, corpus=corpus)
-    directory = write_merged(opened, weights, out, scale=scale, regmean=regmean)
+    directory = write_merged(opened, weights, out, scale=scale, regmean=regmean, force=force)
     if yaml is not None:
-        Path(yaml).write_text(mergekit_yaml(opened, weights, scale=scale))
+        write_page(mergekit_yaml(opened, weights, scale=scale), yaml)
         print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
                    "--mixture NAME=1 -o members/NAME")  # fmt: skip
     print_part(f"written to {directory}")
@@ -139,6 +140,7 @@ def ablate(
     ] = None,
     report: Report = None,
     seed: Annotated[int, typer.Option(help="Seed of intervals.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
@@ -146,11 +148,10 @@ def ablate(
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page
         from whence.reports.ablate_tables import ablate_tables
-        from whence.reports.files import check_ending, write_page, write_rows
-    if out is not None:
-        check_ending(out)
-    if report is not None:
-        check_ending(report, (".html",), flag="--report")
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
     rows = result.rows()

@@ -6,12 +6,13 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import EvalFiles, Json, PoolCorpus, PoolPath, files, listed
+from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
 from whence.errors import SettingError
 
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
 )
+TABLE_OR_PLOT = (".jsonl", ".csv", ".parquet", ".svg")
 PointsFile = Annotated[
     str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
 ]
@@ -41,21 +42,25 @@ def selection(
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
     with waiting("Loading torch"):
         from whence.corpus.reading import open_corpus
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
+        from whence.outputs import refuse_inputs
         from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
-        from whence.reports.files import check_ending, write_page, write_rows
-    if out is not None:
-        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-evaluate.work"
     task_files, graded_files = files("--tasks", tasks), files("--graded", graded)
     if unmatched := sorted({*task_files} ^ {*graded_files}):
         raise SettingError(f"--tasks and --graded name different tasks: {', '.join(unmatched)} is in one of them alone")
+    inputs, output = [source, *task_files.values(), *graded_files.values()], Output("-o", out, TABLE_OR_PLOT)
+    check_outputs([output], rows=inputs, others=[model], force=force)
+    refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
     with waiting("Scoring"):
@@ -92,15 +97,17 @@ def compare_with_pool(
     corpus: PoolCorpus = None,
     out: PointsFile = None,
     seed: Annotated[int, typer.Option(help="Seed of scorers and intervals.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Do scores of examples, summed by partition, say what leaving that partition out does?"""
     with waiting("Loading torch"):
         from whence.evaluation.joining import join
-        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
         from whence.reports.join_tables import join_plot, join_tables
-    if out is not None:
-        check_ending(out, (".jsonl", ".csv", ".parquet", ".svg"))
+    output = Output("-o", out, TABLE_OR_PLOT)
+    check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
                   model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
     if out is not None:

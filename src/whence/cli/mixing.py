@@ -8,7 +8,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import EvalFiles, Json, PoolPath, Report, numbers
+from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
 
 mix = typer.Typer(
     help="Which mixture of data to train on, from the losses of others.", no_args_is_help=True, rich_markup_mode="rich"
@@ -55,18 +55,18 @@ def law(
         str | None, typer.Option("-o", "--out", help="Write the mixture, a row a domain, to .jsonl, .csv or .parquet.")
     ] = None,
     report: Report = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Fit a mixing law to a table of mixtures and losses: what is it worth, and which mixture is best?"""
     with waiting("Loading"):
         from whence.mixing.pipeline import mix_law
-        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
         from whence.reports.mix_page import mix_page
         from whence.reports.mix_tables import mix_tables
-    if out is not None:
-        check_ending(out)
-    if report is not None:
-        check_ending(report, (".html",), flag="--report")
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[table, losses], force=force)
     targets, caps, parent = numbers("--target", target), numbers("--cap", cap), numbers("--before", before)
     with waiting("Fitting"):
         result = mix_law(
@@ -103,15 +103,16 @@ def suggest(
         str | None,
         typer.Option("-o", "--out", help="Write the mixture, a row a partition, to .jsonl, .csv or .parquet."),
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Find the best mixture of a pool's partitions, by descent through the averages of its members."""
     with waiting("Loading torch"):
         from whence.ablation.suggestion import suggest as run
-        from whence.reports.files import check_ending, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_rows
         from whence.reports.suggest_tables import suggest_tables
-    if out is not None:
-        check_ending(out)
+    check_outputs([Output("-o", out)], rows=evaluated, others=[pool], force=force)
     result = run(
         pool, evaluated, steps=steps, rate=rate, rows=rows, caps=numbers("--cap", cap),
         targets=numbers("--target", target), seed=seed, shown=not as_json,

@@ -21,6 +21,9 @@ PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="The pool's cor
 EvalFiles = Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")]
 RowsFile = Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")]
 Report = Annotated[str | None, typer.Option(help="Write an HTML report.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite a file that Whence did not write. An input is never overwritten.")
+]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 

@@ -8,7 +8,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import Json, Report, RowsFile, listed
+from whence.cli.options import Force, Json, Report, RowsFile, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -74,18 +74,18 @@ def recover(
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the shadow's rows and training.")] = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
-        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
         from whence.reports.recover_page import recover_page
         from whence.reports.recover_tables import recover_tables
-    if out is not None:
-        check_ending(out)
-    if report is not None:
-        check_ending(report, (".html",), flag="--report")
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
     result = run(

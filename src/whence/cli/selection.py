@@ -6,7 +6,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import Json, LoadingFlags, RowsFile, amounts, listed, pairs
+from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
 
 _METHODS = ", ".join(catalogue.SCORERS)
 Tasks = Annotated[
@@ -68,21 +68,22 @@ def select(
     adam_mode: Annotated[
         str, typer.Option(help="For --view frozen-v: torch, or less for LESS's released code.")
     ] = "torch",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Which training examples should be trained on for a task?"""
     with waiting("Loading torch"):
-        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
         from whence.reports.select_page import select_page
         from whence.reports.select_tables import select_tables
         from whence.selection.description import composition, method_overlaps
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
-    if out is not None:
-        check_ending(out)
-    if report is not None:
-        check_ending(report, (".html",), flag="--report")
     options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
+    models = [model, loading.tokenizer, *options["options"].values()]
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
     options |= {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
     options |= {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}

@@ -6,7 +6,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import IndexPath, Json, LoadingFlags, ModelPath
+from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath
 
 
 def trace(
@@ -48,19 +48,21 @@ def trace(
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, or a report to .html.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
-        from whence.reports.files import check_ending, write_page, write_rows
+        from whence.reports.existing_files import Output, check_outputs
+        from whence.reports.files import write_page, write_rows
         from whence.reports.trace_page import trace_page
         from whence.reports.trace_tables import trace_tables
         from whence.tracing.pipeline import trace as run
         from whence.tracing.queries import span_of
     is_page = out is not None and out.endswith(".html")
-    if out is not None:
-        check_ending(out, (".jsonl", ".csv", ".parquet", ".html"))
+    output = Output("-o", out, (".jsonl", ".csv", ".parquet", ".html"))
+    check_outputs([output], rows=[queries, controls], others=[index, model, loading.tokenizer], force=force)
     place = span_of(span, span_tokens, "--span-tokens")
     with waiting("Tracing"):
         opened = open_index(index, model=model, **vars(loading))

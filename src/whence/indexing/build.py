@@ -40,6 +40,7 @@ from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
+from whence.outputs import refuse_inputs
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,13 @@ def index(
     Raises:
         CorpusError: The corpus cannot be read; nothing has been written.
         ModelError: The model cannot be loaded, or has no moments for the view adam; nothing has been written.
+        SettingError: `out` is or holds an input, or a setting has a value that cannot work.
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
     """
     chosen = with_options(settings or IndexSettings(), options)
     place = Place.at(out)  # an address that cannot be opened fails before a model is loaded
+    refuse_inputs(out, [model, corpus, chosen.tokenizer], is_directory=True)
     texts = open_corpus(corpus)
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)

@@ -26,6 +26,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
+from whence.outputs import refuse_inputs
 from whence.recovery.case import (
     Case,
     labelled,
@@ -113,6 +114,7 @@ def recover(
         raise SettingError(f"--method {chosen.method} ranks rows and draws no line: add --count N")
     if count is not None and count < 1:
         raise SettingError(f"--count {count}: 1 or more are expected")
+    refuse_inputs(work, [base, final, corpus, chosen.tokenizer], flag="--work", is_directory=True)
     case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
     fingerprint = fingerprint_of(opened)
     refuse_uninformative(case, opened)

@@ -47,14 +47,14 @@ def write_page(page: str, out: str | Path) -> None:
 
 
 def _write(out: str | Path, data: bytes | memoryview) -> None:
-    place, name = _destination(out)
+    place, name = destination(out)
     try:
         place.write(name, [data], total=len(data))
     except StorageError as error:
         raise StorageError(f"{out}: cannot be written ({reason(error.__cause__ or error)})") from None
 
 
-def _destination(out: str | Path) -> tuple[Place, str]:
+def destination(out: str | Path) -> tuple[Place, str]:
     """The directory that a file goes to, and its name there."""
     file = Place.at(out)
     folder, _, name = file.root.rpartition("/")
@@ -85,13 +85,13 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_ending(
-    path: str | Path, endings: Sequence[str] = (".jsonl", ".csv", ".parquet"), *, flag: str = "-o"
+    path: str | Path, endings: Sequence[str] | None = (".jsonl", ".csv", ".parquet"), *, flag: str = "-o"
 ) -> None:
     """Refuse, before any work is done, a file name or address that nothing can be written to."""
-    if Path(path).suffix not in endings:
+    if endings is not None and Path(path).suffix not in endings:
         listed = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise SettingError(f"{flag} {path}: what is found is written to {listed}")
-    place, _ = _destination(path)
+    place, _ = destination(path)
     if place.is_local and not Path(place.root or "/").is_dir():
         raise SettingError(f"{flag} {path}: there is no directory {place.root}")
 

@@ -107,13 +107,25 @@ def begin(directory: Path, record: dict[str, Any]) -> None:
     if file.exists():
         _check_same(file, record)
         return
-    if any(directory.glob("checkpoint-*")):
-        raise SettingError(
-            f"{directory} holds checkpoints already, and no {RECORD} that says how they were trained. Remove it, or "
-            "name another directory."
-        )
+    refuse_others(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write(file, record | {IS_COMPLETE: False})
+
+
+def refuse_others(directory: Path) -> None:
+    """Refuse a directory of checkpoints or of a model without a record: its files would be overwritten.
+
+    Raises:
+        SettingError: It is one.
+    """
+    if (directory / RECORD).exists():
+        return
+    for pattern in ("checkpoint-*", "config.json", "tokenizer*", "*.safetensors"):
+        if others := sorted(directory.glob(pattern)):
+            raise SettingError(
+                f"{directory} holds {others[0].name} already, and no {RECORD} that says how it was trained. Remove it, "
+                "or name another directory."
+            )
 
 
 def finish(directory: Path) -> None:

@@ -44,10 +44,20 @@ from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.numerics import mixed_seed
+from whence.outputs import refuse_inputs
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
-from whence.training.resuming import OrderKept, RowOrder, begin, finish, newest_checkpoint, read_order, step_of
+from whence.training.resuming import (
+    OrderKept,
+    RowOrder,
+    begin,
+    finish,
+    newest_checkpoint,
+    read_order,
+    refuse_others,
+    step_of,
+)
 
 LOGGED_STEPS = 1000
 """Each step is logged up to this number; a longer training logs about so many, for every checkpoint repeats the log."""
@@ -84,9 +94,12 @@ def train(
         CorpusError: The corpus or the validation rows cannot be read, no row has a supervised token, or rows have no
             domain.
         ModelError: The model cannot be loaded, or `in_run` cannot follow its training.
-        SettingError: A setting has a value that cannot work, or `out` holds another training's checkpoints.
+        SettingError: A setting has a value that cannot work, or `out` is or holds an input, a model, or another
+            training's checkpoints.
     """
     chosen, directory = settings_of(preset, settings), Path(out)
+    refuse_inputs(directory, [model, corpus, chosen.in_run, chosen.tokenizer], is_directory=True)
+    refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
     source = Path(last).resolve() if Path(last).is_dir() else last
