@@ -307,6 +307,8 @@ def test_a_law_without_slopes_is_searched_within_caps():
     assert found.mixture[0] <= 0.3 and found.mixture[2] <= 0.6
     assert exact.objective - 1e-9 <= found.objective < exact.objective + 0.02
     np.testing.assert_array_equal(optimum(Opaque(), caps=caps).mixture, found.mixture, "same seed, same draws")
+    least = np.array([0.1, 0.2, 0.5])
+    assert (optimum(Opaque(), caps=caps, floors=least).mixture >= least).all()
 
 
 def test_ridge_is_descended_to_what_brute_force_finds():
@@ -562,24 +564,71 @@ def test_tables_that_do_not_fit_together_are_told(shares, losses, told):
 def test_a_job_suggests_what_the_planted_law_says():
     law = planted(seed=5)
     table = table_of(law, 60)
-    found = mix_law(table, caps={"d0": 0.4}, targets={"s1": 1.0}, before={"s1": 3.0}, folds=4)
+    found = mix_law(table, caps={"d0": 0.4}, targets={"s1": 1.0}, before={"s1": 3.0}, within=False, folds=4)
     truth = optimum(law, {"s1": 1.0}, caps={"d0": 0.4})
     np.testing.assert_allclose(found.best.mixture, truth.mixture, atol=0.02)
     assert found.best.objective == pytest.approx(truth.objective, abs=0.01)
     assert found.held_out.overall.error < 0.01
     assert {*found.critical["s1"]} == {*law.domains}
     assert found.table.mixtures[found.best_row, 0] <= 0.41, "the best row tried is within the caps too"
-    inside = mix_law(table, within=True, folds=4)
-    assert (inside.best.mixture <= table.mixtures.max(0) + 1e-12).all()
+
+
+def emails(slope):
+    """Two domains tried from 20 to 80%, and emails from 1 to 2%: losses fall by `slope` nats a share of emails."""
+    rng = np.random.default_rng(0)
+    rare = rng.uniform(0.01, 0.02, 30)
+    half = rng.uniform(0.2, 0.8, 30)
+    mixtures = np.stack([half * (1 - rare), (1 - half) * (1 - rare), rare], 1)
+    losses = 3.0 + 0.2 * mixtures[:, :1] - slope * mixtures[:, 2:]
+    return MixtureTable(domains=("a", "b", "emails"), sets=("x",), mixtures=mixtures, losses=losses)
+
+
+@pytest.mark.parametrize("law", ["exp", "ridge"])
+def test_a_law_is_asked_only_of_shares_that_were_tried(law):
+    table = emails(1.0)
+    found = mix_law(table, law=law, before={"x": 2.9}, folds=3)
+    least, most = table.mixtures.min(0), table.mixtures.max(0)
+    assert (found.best.mixture >= least - 1e-12).all() and (found.best.mixture <= most + 1e-12).all()
+    assert found.best.mixture.sum() == pytest.approx(1)
+    assert found.best.mixture[2] == pytest.approx(most[2], abs=1e-6)
+    assert found.best.objective == pytest.approx(found.law.predict(found.best.mixture[None])[0] @ found.weights)
+    assert "whatever" not in found.critical["x"]["emails"].reason
+    assert found.document()["settings"]["bounds"] == "from the least to the most tried"
+
+
+def test_an_optimum_above_floors_is_that_of_brute_force():
+    law, floors, caps = planted(seed=1), np.array([0.2, 0.05, 0.1]), {"d0": 0.5, "d1": 0.6, "d2": 0.4}
+    found, most = optimum(law, caps=caps, floors=floors), np.array([*caps.values()])
+    every = grid()
+    inside = every[((every <= most + 1e-9) & (every >= floors - 1e-9)).all(1)]
+    values = law.predict(inside).mean(1)
+    assert values.min() - 0.02 <= found.objective <= values.min() + 1e-9 and found.gap < 1e-5
+    assert (found.mixture >= floors).all() and (found.mixture <= most).all() and found.mixture.sum() == pytest.approx(1)
+    only = np.array([0.2, 0.3, 0.5])
+    np.testing.assert_array_equal(optimum(law, floors=only).mixture, only, "nothing is left to share out")
+
+
+def test_a_loss_below_nothing_is_refused_and_extrapolation_is_asked_for():
+    law, steep = "ridge", emails(9.0)
+    bounded = mix_law(steep, law=law, folds=3)
+    assert bounded.best.mixture[2] < 0.021 and bounded.best.predicted.min() > 0
+    with pytest.raises(SettingError, match=r"predicts a loss of -.* on x for its best mixture .*--extrapolate"):
+        mix_law(steep, law=law, within=False, folds=3)
+    wide = mix_law(emails(1.0), law=law, within=False, folds=3)
+    assert wide.best.mixture[2] > 0.5 and any("leave out --extrapolate" in note for note in wide.notes)
+    ranks = replace(steep, losses=steep.losses - 3)  # not losses, which are never negative
+    assert mix_law(ranks, law=law, folds=3).best.predicted.min() < 0
+    with pytest.raises(SettingError, match="raise a cap, or add --extrapolate"):
+        mix_law(steep, law=law, caps={"a": 0.1})
 
 
 def test_notes_say_what_should_not_be_believed():
     law = planted(domains=4, seed=5)
     rng = np.random.default_rng(0)
     mixtures = 0.9 * np.full((10, 4), 0.25) + 0.1 * rng.dirichlet(np.ones(4), 10)
-    losses = law.predict(mixtures) + 0.2 * rng.normal(size=(10, 2))
+    losses = 9 + law.predict(mixtures) + 0.2 * rng.normal(size=(10, 2))
     near = MixtureTable(domains=law.domains, sets=law.sets, mixtures=mixtures, losses=losses)
-    notes = " ".join(mix_law(near, folds=5, law="ridge").notes)
+    notes = " ".join(mix_law(near, folds=5, within=False).notes)
     assert "10 mixtures for 4 domains are few" in notes
     assert "outside what was tried" in notes
     steep = ExpLaw(domains=("a", "b"), sets=("x",), c=np.ones(1), b=np.zeros(1), t=np.array([[-1.0, 1.0]]))

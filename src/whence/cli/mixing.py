@@ -41,8 +41,11 @@ def law(
         typer.Option(metavar="SET=LOSS", help="The parent's loss: what share of each domain keeps it? Repeat it."),
     ] = None,
     within: Annotated[
-        bool, typer.Option("--within", help="Suggest of no domain more than some mixture of the table had.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--within/--extrapolate", help="Suggest of each domain what some mixture of the table had, or any share."
+        ),
+    ] = True,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of folds, starts, drawn mixtures and intervals.")] = 0,
     mixture_prefix: Annotated[

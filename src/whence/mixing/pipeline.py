@@ -37,6 +37,8 @@ ROWS_PER_DOMAIN = 3
 """A table with fewer rows than this for each domain gets a note."""
 SHARE_OUTSIDE = 0.01
 """A suggested mixture with more than this share outside the table's hull gets a note."""
+TRIED = "from the least to the most tried"
+"""Bounds of a suggested share, unless the law may extrapolate."""
 LARGEST_GAP = 1e-3
 """A Frank-Wolfe gap above this, in the losses' unit, gets a note."""
 
@@ -234,7 +236,7 @@ def mix_law(
     targets: Mapping[str, float] | None = None,
     caps: Mapping[str, float] | None = None,
     before: Mapping[str, float] | None = None,
-    within: bool = False,
+    within: bool = True,
     folds: int = 10,
     seed: int = 0,
     mixture_prefix: str | None = None,
@@ -249,14 +251,15 @@ def mix_law(
         targets: Weights of evaluation sets in the objective by name; all alike unless given.
         caps: Largest share of a domain by name; see `simplex.availability_caps`.
         before: The parent's losses on evaluation sets by name: the result says at what share of each domain they stay.
-        within: Suggest no larger share of a domain than some mixture of the table has.
+        within: Ask the law only of shares that were tried: of each domain, from the least to the most that a mixture of
+            the table has, or up to its cap where that is less. False: of any share.
         folds: Number of folds of the cross-validation.
         seed: Seeds everything drawn.
         mixture_prefix: How the columns of shares begin.
         loss_prefix: How the columns of losses begin.
 
     Raises:
-        SettingError: The table cannot be used, or a name or number does not fit it.
+        SettingError: The table cannot be used, a name or number does not fit it, or the law predicts a loss below 0.
         UnknownNameError: There is no such law.
         MissingExtraError: The law needs a package that is not installed.
     """
@@ -270,23 +273,60 @@ def mix_law(
     weights = weight_vector(table.sets, targets)
     largest = dict(caps or {})
     cap_vector(table.domains, largest)
-    if within:
-        tried = dict(zip(table.domains, table.mixtures.max(0).tolist(), strict=True))
-        largest = {name: min(largest.get(name, 1.0), share) for name, share in tried.items()}
-        cap_vector(table.domains, largest)
+    least, most = _bounds(table, largest, within)
     held_out = cross_validated(table, law_class, folds=folds, seed=seed)
     fitted = law_class.fit(table, seed=seed)
     mean = table.mixtures.mean(0)
-    best = optimum(fitted, targets, caps=largest, prior=mean, seed=seed)
+    best = optimum(
+        fitted, targets, caps=dict(zip(table.domains, most.tolist(), strict=True)), floors=least, prior=mean, seed=seed
+    )
+    _refuse_negative(fitted, table, best.mixture, law, within)
+    tried = (table.mixtures.min(0), table.mixtures.max(0)) if within else (np.zeros_like(mean), np.ones_like(mean))
     critical = {
-        name: {domain: critical_ratio(fitted, name, domain, loss, others=mean) for domain in table.domains}
+        name: {
+            domain: critical_ratio(fitted, name, domain, loss, others=mean, between=(float(low), float(high)))
+            for domain, low, high in zip(table.domains, *tried, strict=True)
+        }
         for name, loss in losses_before.items()
     }
     settings = {"law": law, "targets": dict(targets or {}), "caps": largest, "before": dict(losses_before)}
-    settings |= {"mixtures": table.n, "folds": held_out.folds, "seed": seed}
+    settings |= {"bounds": TRIED if within else "none", "mixtures": table.n, "folds": held_out.folds, "seed": seed}
     result = MixLaw(table, fitted, held_out, weights, largest, best, critical, settings, [])
     result.notes.extend(_notes(result))
     return result
+
+
+def _bounds(
+    table: MixtureTable, caps: Mapping[str, float], within: bool
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """Least and largest share of each domain that may be suggested."""
+    largest = named_amounts(caps, table.domains, "--cap", "domain", 1.0)
+    if not within:
+        return np.zeros_like(largest), largest
+    most = np.minimum(largest, table.mixtures.max(0))
+    if most.sum() < 1 - 1e-12:
+        raise SettingError(
+            f"--cap: with the most that was tried of the other domains, the caps sum to {most.sum():.4g}, and shares "
+            "must sum to 1; raise a cap, or add --extrapolate"
+        )
+    return np.minimum(most, table.mixtures.min(0)), most
+
+
+def _refuse_negative(
+    law: MixingLaw, table: MixtureTable, mixture: Float64[np.ndarray, " K"], name: str, within: bool
+) -> None:
+    """Refuse a law that expects of its best mixture what no training can give."""
+    predicted = np.where((table.losses >= 0).all(0), law.predict(mixture[None])[0], 0.0)
+    lowest = int(predicted.argmin())
+    if predicted[lowest] < 0:
+        largest = int(mixture.argmax())
+        share, tried = mixture[largest], table.mixtures[:, largest]
+        mend = "give it more mixtures, cap a domain, or take another --law" if within else "leave out --extrapolate"
+        raise SettingError(
+            f"the {name} law predicts a loss of {predicted[lowest]:.4g} on {table.sets[lowest]} for its best mixture "
+            f"({share:.0%} of {table.domains[largest]}, tried from {tried.min():.0%} to {tried.max():.0%}), and no "
+            f"loss can be below 0, as none of the table is: it is not fit to choose by; {mend}"
+        )
 
 
 def _notes(result: MixLaw) -> list[str]:
@@ -301,9 +341,10 @@ def _notes(result: MixLaw) -> list[str]:
         notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
     outside = share_outside(table, best.mixture)
     if outside > SHARE_OUTSIDE:
+        mend = "" if result.settings["bounds"] == TRIED else ", or leave out --extrapolate"
         notes.append(
             f"the suggested mixture is outside what was tried: {outside:.0%} of it would have to move for it to be a "
-            "mean of mixtures in the table. The law is extrapolating: train on it before trusting it, or add --within"
+            f"mean of mixtures in the table. The law is extrapolating: train on it before trusting it{mend}"
         )
     tried = result.table.losses[result.best_row] @ result.weights
     error = float(np.abs((result.held_out.predicted - table.losses) @ result.weights).mean())

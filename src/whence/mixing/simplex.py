@@ -1,8 +1,9 @@
 """The best mixture under a law, and how far it can be trusted.
 
 The objective is the weighted mean over evaluation sets of the predicted losses; it is minimised over the mixtures with
-0 <= r_j <= cap_j. A cap follows from the data at hand: a domain of N tokens, seen at most `epochs` times in a training
-of D tokens, cannot be more than epochs N / D of it.
+floor_j <= r_j <= cap_j. A law knows nothing of shares that no mixture had, so `mix_law` gives the least and the most
+that was tried of each domain, unless it is told to extrapolate. A cap also follows from the data at hand: a domain of N
+tokens, seen at most `epochs` times in a training of D tokens, cannot be more than epochs N / D of it.
 
 For a law with slopes, descent (SLSQP) starts from the prior and from the best of a random search. Where the law is
 convex the result is checked: its tangent there has a least value in closed form (fill the domains of least slope to
@@ -17,7 +18,7 @@ the critical ratio.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64
@@ -40,6 +41,8 @@ BLOCK = 10_000
 """Mixtures predicted at once."""
 GRID = 1001
 """Shares at which a crossing is looked for."""
+NO_ROOM = 1e-9
+"""Floors that leave less than this share leave nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def optimum(
     set_weights: Mapping[str, float] | None = None,
     *,
     caps: Mapping[str, float] | None = None,
+    floors: Float64[np.ndarray, " K"] | None = None,
     prior: Float64[np.ndarray, " K"] | None = None,
     seed: int = 0,
 ) -> Optimum:
@@ -70,6 +74,7 @@ def optimum(
         set_weights: Weights of evaluation sets by name, in any proportion; a set without one counts nothing. None: all
             alike.
         caps: Largest share of a domain by name.
+        floors: Least share of each domain, none above its cap; they sum to 1 at most. 0 unless given.
         prior: Mixture around which others are drawn, and a start of the descent; uniform unless given.
         seed: Draws the random mixtures.
 
@@ -80,6 +85,58 @@ def optimum(
     largest = cap_vector(law.domains, caps or {})
     weights = weight_vector(law.sets, set_weights)
     centre = np.full(len(largest), 1 / len(largest)) if prior is None else prior
+    if floors is not None and floors.any():
+        return _above(law, floors, weights, largest, centre, seed)
+    return _between(law, weights, largest, centre, seed)
+
+
+def _above(
+    law: MixingLaw,
+    floors: Float64[np.ndarray, " K"],
+    weights: Float64[np.ndarray, " E"],
+    caps: Float64[np.ndarray, " K"],
+    prior: Float64[np.ndarray, " K"],
+    seed: int,
+) -> Optimum:
+    """The optimum over mixtures = floors + room x what is shared out."""
+    room = 1 - floors.sum()
+    if room < NO_ROOM:
+        predicted = law.predict(floors[None])[0]
+        return Optimum(floors, predicted, float(predicted @ weights), 0.0 if law.is_convex else None)
+    above = np.clip(prior - floors, 0.0, None)
+    centre = above / above.sum() if above.any() else np.full(len(floors), 1 / len(floors))
+    best = _between(_Above(law, floors, room), weights, np.clip((caps - floors) / room, 0.0, 1.0), centre, seed)
+    return replace(best, mixture=np.clip(floors + room * best.mixture, floors, caps))
+
+
+@dataclass(frozen=True)
+class _Above:
+    """A law of what is shared out above the floors."""
+
+    law: MixingLaw
+    floors: Float64[np.ndarray, " K"]
+    room: float
+
+    @property
+    def is_convex(self) -> bool:
+        return self.law.is_convex
+
+    def predict(self, mixtures: Float64[np.ndarray, "n K"]) -> Float64[np.ndarray, "n E"]:
+        return self.law.predict(self.floors + self.room * mixtures)
+
+    def slopes(self, mixture: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, "E K"] | None:
+        slopes = self.law.slopes(self.floors + self.room * mixture)
+        return None if slopes is None else self.room * slopes
+
+
+def _between(
+    law: "MixingLaw | _Above",
+    weights: Float64[np.ndarray, " E"],
+    largest: Float64[np.ndarray, " K"],
+    centre: Float64[np.ndarray, " K"],
+    seed: int,
+) -> Optimum:
+    """The optimum over mixtures of shares from 0 to the caps."""
     mixtures, objectives = _random_search(law, weights, largest, centre, seed)
     order = np.argsort(objectives, kind="stable")
     gap = None
@@ -166,7 +223,7 @@ def capped(mixtures: Float64[np.ndarray, "n K"], caps: Float64[np.ndarray, " K"]
 
 
 def _random_search(
-    law: MixingLaw,
+    law: "MixingLaw | _Above",
     weights: Float64[np.ndarray, " E"],
     caps: Float64[np.ndarray, " K"],
     prior: Float64[np.ndarray, " K"],
@@ -189,7 +246,7 @@ def _random_search(
 
 
 def _descent(
-    law: MixingLaw,
+    law: "MixingLaw | _Above",
     weights: Float64[np.ndarray, " E"],
     caps: Float64[np.ndarray, " K"],
     start: Float64[np.ndarray, " K"],
@@ -216,7 +273,7 @@ def _descent(
 
 
 def _gap(
-    law: MixingLaw,
+    law: "MixingLaw | _Above",
     weights: Float64[np.ndarray, " E"],
     caps: Float64[np.ndarray, " K"],
     mixture: Float64[np.ndarray, " K"],
@@ -264,6 +321,7 @@ def critical_ratio(
     loss_before: float,
     *,
     others: Float64[np.ndarray, " K"] | None = None,
+    between: tuple[float, float] = (0.0, 1.0),
 ) -> CriticalRatio:
     """Forgetting-critical share of continued pretraining: where the predicted loss equals the parent's.
 
@@ -277,6 +335,7 @@ def critical_ratio(
         domain: The domain whose share is sought.
         loss_before: The parent's loss on the set, in the law's unit.
         others: Shares of the other domains, in any proportion; uniform unless given.
+        between: Least and largest share of the domain at which the law is asked.
 
     Raises:
         SettingError: A name is unknown, the loss is not finite, or the other domains have no share.
@@ -292,14 +351,15 @@ def critical_ratio(
     def excess(shares: np.ndarray) -> np.ndarray:
         return law.predict(np.outer(shares, alone) + np.outer(1 - shares, rest))[:, row] - loss_before
 
-    shares = np.linspace(0.0, 1.0, GRID)
+    shares = np.linspace(*between, GRID)
     excesses = excess(shares)
     exact = np.flatnonzero(excesses == 0)
     crossings = np.flatnonzero(excesses[:-1] * excesses[1:] < 0)
     if not len(exact) and not len(crossings):
         low, high = excesses.min() + loss_before, excesses.max() + loss_before
         verdict = "always higher" if low > loss_before else "never higher"
-        return CriticalRatio(None, "", f"{verdict}: {low:.4g} to {high:.4g} is predicted, whatever the share")
+        where = "whatever the share" if between == (0.0, 1.0) else f"at shares of {between[0]:.1%} to {between[1]:.1%}"
+        return CriticalRatio(None, "", f"{verdict}: {low:.4g} to {high:.4g} is predicted, {where}")
     if len(crossings) and (not len(exact) or crossings[0] < exact[0]):
         first = crossings[0]
         share = brentq(lambda x: float(excess(np.array([x]))[0]), shares[first], shares[first + 1], xtol=1e-12)

@@ -12,6 +12,7 @@ import numpy as np
 from whence.mixing.pipeline import Grade, MixLaw
 from whence.mixing.protocols import MixingLaw, Term
 from whence.reports.heat_map import heat_cell, heat_head, ramp
+from whence.reports.mix_tables import bounds
 from whence.reports.page import document, escaped, fact_list, panel, panels, section, sentence, stretched, table
 from whence.reports.svg import LEFT, SIDE, TOP, Scale, dot, number, scatter
 
@@ -91,7 +92,7 @@ def _mixture(result: MixLaw) -> str:
     tried = number(float(result.table.losses[result.best_row] @ result.weights), ".4g")
     caption = (
         f"The law expects a mean loss of {number(result.best.objective, '.4g')} of the suggested mixture; the best of "
-        f"the table's had {tried} ({result.table.row_names[result.best_row].rpartition('/')[2]})."
+        f"the table's had {tried} ({result.table.row_names[result.best_row].rpartition('/')[2]}). {bounds(result)}"
     )
     drawn = f'<div class="shares">{table(_heads("domain", *names, drawn=True), rows)}</div>'
     return section("The mixture that it suggests", drawn + sentence(caption), f'<span class="key">{key}</span>')

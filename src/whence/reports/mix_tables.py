@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whence.mixing.pipeline import Grade, MixLaw
+from whence.mixing.pipeline import TRIED, Grade, MixLaw
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
 
@@ -73,7 +73,16 @@ def _mixture(result: MixLaw) -> Table:
         cap = f"{row['cap']:.1%}" if row["cap"] < 1 else ""
         tried = f"{row['least_tried']:.0%} to {row['most_tried']:.0%}"
         table.add_row(Text(visible(row["domain"])), *shares, tried, cap)
+    table.caption = bounds(result)
+    table.caption_justify = "left"
     return table
+
+
+def bounds(result: MixLaw) -> str:
+    """What the suggested shares are bounded to, as a sentence."""
+    if result.settings["bounds"] == TRIED:
+        return "Each share is held between the least and the most that was tried of it; --extrapolate sets it free."
+    return "Shares are not held to what was tried (--extrapolate): the law may know nothing of them."
 
 
 def _critical(result: MixLaw, name: str) -> Table:
@@ -84,6 +93,8 @@ def _critical(result: MixLaw, name: str) -> Table:
     for domain, ratio in result.critical[name].items():
         share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
         table.add_row(Text(visible(domain)), share, Text(ratio.reason, "dim"))
-    table.caption = "The other domains as in the table's mean mixture."
+    table.caption = "The other domains as in the table's mean mixture; shares " + (
+        f"{TRIED}." if result.settings["bounds"] == TRIED else "from 0 to 1."
+    )
     table.caption_justify = "left"
     return table
