@@ -19,15 +19,17 @@ merged, or trained on something other than text.
 
 For an adapter, the factors are compared. LoRA's B begins at 0, so its difference is -B; no file says where A began.
 
-Cost: both models' files are read once, and again when an entry is asked for; memory is a few tensors. Weights that are
-fused or split on loading (experts of mixtures) stay in the form of the files.
+Entries are the parameters of the loaded model, under its names, whatever the files call them and however transformers
+joins or splits them on loading (`loaded_weights`).
+
+Cost: both models' files are read once, and again when an entry is asked for; memory is a few tensors.
 
 Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, whose code casts and compares the head alone.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,16 +155,12 @@ class WeightDifference(Mapping[str, Tensor]):
         ]
 
 
-def weight_difference(
-    base: str | Path, final: str | Path, *, names: Collection[str] | None = None, base_is_exact: bool = True
-) -> WeightDifference:
+def weight_difference(base: str | Path, final: str | Path, *, base_is_exact: bool = True) -> WeightDifference:
     """Compare a fine-tuned model with the model that it began as.
 
     Args:
         base: Directory, Trainer's run (its last checkpoint) or Hub name; an earlier adapter if both have one base.
         final: The same for the fine-tuned model.
-        names: Names of the loaded final's parameters, if its files use other ones; other parameters are left out. None
-            takes the names in the files, which for an adapter are turned into peft's.
         base_is_exact: Whether the training began from the base's very file. False if that is a rounded copy, as between
             two 16-bit checkpoints of one training in 32 bits: its rounding then counts as noise too.
 
@@ -176,7 +174,7 @@ def weight_difference(
         raise ModelError(
             f"{start}: an adapter, but {end} is a whole model. Give the adapter's base, or merge it first."
         )
-    paired = pair_adapters(start, end, adapter) if adapter else pair_models(start, end, names)
+    paired = pair_adapters(start, end, adapter) if adapter else pair_models(start, end)
     report, are_casts = [], []
     for name, pair in paired.pairs.items():
         layer, is_cast = _layer_difference(name, pair, base_is_exact)

@@ -241,6 +241,19 @@ def load_model(
     return LoadedModel(model=model, tokenizer=loaded_tokenizer, path=str(path), has_adapter=adapter is not None)
 
 
+def model_without_storage(path: str) -> Any:
+    """The transformers model of a directory's configuration, on the meta device: modules and names alone.
+
+    Raises:
+        ModelError: The configuration is not that of a causal language model.
+    """
+    import transformers
+
+    with _loading(path), _quiet(transformers), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def directory_digest(path: str | Path, *, base: str | None = None) -> str:
     """sha256 of what decides a model's outputs: its weight files (names and bytes), its configuration, its base.
 

@@ -1,12 +1,12 @@
 """The parameters of two models side by side, from their directories: whole models, or an adapter and its base.
 
-Names are matched, a tied head is one parameter, rows of vocabularies are aligned by their tokens, and a tensor that
+Parameters have the names of the loaded model (`loaded_weights`), a tied head is one parameter, rows of vocabularies are aligned by their tokens, and a tensor that
 only the adapter's file holds is paired with where it began. This module compares nothing; `difference` does.
 """
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from whence.errors import ModelError
+from whence.models.loaded_weights import LoadedWeights, loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
 from whence.models.weights import Weights, read_json, weights_of
 
@@ -25,7 +26,6 @@ ADAPTER = "base_model.model."
 """Prefix that peft puts before every name."""
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "alora_invocation_tokens")
 """Settings under which an adapter is no longer W + scale B A."""
-HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 REMEDY = "Give the model that the final one was fine-tuned from."
 
 Rows = tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]
@@ -48,8 +48,8 @@ class LowRank:
 class Pair:
     """Where a parameter's two sides are stored; a base of None stands for zeros."""
 
-    final: tuple[Weights, str]
-    base: tuple[Weights, str] | None
+    final: tuple[Weights | LoadedWeights, str]
+    base: tuple[Weights | LoadedWeights, str] | None
     rows: Rows | None = None
 
     @property
@@ -88,7 +88,7 @@ class PairedParameters:
 class _ModelFiles:
     """The files of a whole model: its weights and its configuration."""
 
-    weights: Weights
+    weights: LoadedWeights
     config: Mapping[str, Any]
 
     @property
@@ -97,80 +97,65 @@ class _ModelFiles:
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of its embedding."""
-        return self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size") or 0
+        """Rows of its embedding; 0 if it has none."""
+        return self.weights.shape(self.weights.embedding)[0] if self.weights.embedding else 0
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether each row is a token's: an embedding, a head or its bias, none of which is in a numbered block."""
         return not re.search(r"\.\d+\.", name) and self.weights.shape(name)[:1] == (self.vocabulary_size,)
 
-    @property
-    def embedding(self) -> str | None:
-        names = (name for name in self.weights.files if not HEADS.search(name) and self.is_vocabulary(name))
-        return next((name for name in names if len(self.weights.shape(name)) == 2), None)
-
-    @property
-    def head(self) -> str | None:
-        return next((name for name in self.weights.files if HEADS.search(name)), None)
-
 
 def _model_files(directory: str) -> _ModelFiles:
-    """A model's files, without the copy of the embedding that some of them hold for a tied head."""
     config = read_json(Path(directory) / "config.json")
-    model = _ModelFiles(weights_of(directory, "model", "pytorch_model"), config)
-    head, embedding = model.head, model.embedding
-    if head is None or embedding is None or config.get("tie_word_embeddings") is False:
-        return model
-    # whatever the configuration says, transformers ties them only if they are equal
-    if not torch.equal(model.weights.read(head), model.weights.read(embedding)):
-        return model
-    files = {name: file for name, file in model.weights.files.items() if name != head}
-    return replace(model, weights=Weights(directory, files))
+    stored = weights_of(directory, "model", "pytorch_model")
+    _refuse_quantised(directory, config)
+    return _ModelFiles(loaded_weights(stored), config)
 
 
 def weights_by_name(directory: str) -> Weights:
     """A whole model's tensors by their names in its files; a tied head is there once."""
-    return _model_files(directory).weights
+    stored = weights_of(directory, "model", "pytorch_model")
+    copies = loaded_weights(stored).copies
+    return Weights(directory, {name: file for name, file in stored.files.items() if name not in copies})
 
 
-def pair_models(start: str, end: str, names: Iterable[str] | None) -> PairedParameters:
-    """Parameters of two whole models, by the names in the final's files or by `names`."""
+def pair_models(start: str, end: str) -> PairedParameters:
+    """Parameters of two whole models, by the names that they have when the models are loaded."""
+    configs = [read_json(Path(directory) / "config.json") for directory in (start, end)]
+    kinds = [config.get("model_type") for config in configs]
+    if kinds[0] != kinds[1]:
+        raise ModelError(f"{end}: a {kinds[1]} model, but {start} is a {kinds[0]} model. {REMEDY}")
     before, after = _model_files(start), _model_files(end)
-    _check_kinds(before, after)
-    entries = list(after.weights.files if names is None else names)
-    in_base, in_final = _matching_names(entries, before.weights.files), _matching_names(entries, after.weights.files)
-    extra = set(before.weights.files) - set(in_base.values()) if names is None else set()
-    for lacks, has, lacking in ((before, after, in_final.keys() - in_base), (after, before, extra)):
-        if lacking or not in_final:
+    ours, theirs = after.weights.sources, before.weights.sources
+    for lacks, has, lacking in ((before, after, ours.keys() - theirs), (after, before, theirs.keys() - ours)):
+        if lacking or not ours:
             raise ModelError(
                 f"{has.path}: it holds {min(lacking, default='no weight of a known name')}, which {lacks.path} does "
                 f"not: they are of different architectures. {REMEDY}"
             )
-    notes = []
-    if unmatched := [name for name in entries if name not in in_final]:
-        notes.append(f"{len(unmatched)} parameters are stored in another form and left out: {listed(unmatched)}.")
-    if not after.head and after.embedding:
-        notes.append(f"The output head is tied to {after.embedding}: one entry holds what both uses moved.")
+    notes = [
+        f"{model.path}: {len(unplaced)} stored tensors have no place in the loaded model and were not compared: "
+        f"{listed([*unplaced])}."
+        for model in (before, after)
+        if (unplaced := model.weights.unplaced)
+    ]
+    if after.weights.head and after.weights.head == after.weights.embedding:
+        notes.append(f"The output head is tied to {after.weights.embedding}: one entry holds what both uses moved.")
     rows = _aligned_rows(before, after, notes)
-    pairs = {name: Pair((after.weights, in_final[name]), (before.weights, in_base[name])) for name in in_final}
+    pairs = {name: Pair((after.weights, name), (before.weights, name)) for name in ours}
     for name, pair in pairs.items():
-        if rows and after.is_vocabulary(in_final[name]) and before.is_vocabulary(in_base[name]):
+        if rows and after.is_vocabulary(name) and before.is_vocabulary(name):
             pairs[name] = replace(pair, rows=rows)
     _check_shapes(pairs)
-    stored = {key: name for name, key in in_final.items()}
-    return PairedParameters(pairs, notes, stored.get(after.head or after.embedding or "", ""))
+    return PairedParameters(pairs, notes, after.weights.head or "")
 
 
-def _check_kinds(before: _ModelFiles, after: _ModelFiles) -> None:
-    kinds = [model.config.get("model_type") for model in (before, after)]
-    if kinds[0] != kinds[1]:
-        raise ModelError(f"{after.path}: a {kinds[1]} model, but {before.path} is a {kinds[0]} model. {REMEDY}")
-    for model in (before, after):
-        if settings := model.config.get("quantization_config"):
-            raise ModelError(
-                f"{model.path}: quantised weights ({settings.get('quant_method', 'unknown method')}), whose rounding "
-                "is larger than what a fine-tuning moves. Give the model in 16 or 32 bits."
-            )
+def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
+    if settings := config.get("quantization_config"):
+        raise ModelError(
+            f"{path}: quantised weights ({settings.get('quant_method', 'unknown method')}), whose rounding is larger "
+            "than what a fine-tuning moves. Give the model in 16 or 32 bits."
+        )
 
 
 def _check_shapes(pairs: Mapping[str, Pair]) -> None:
@@ -184,26 +169,6 @@ def _check_shapes(pairs: Mapping[str, Pair]) -> None:
                 f"{pair.final[0].path}: {name} has the shape {[*pair.shape]}, in {pair.base[0].path} it is {[*base]}. "
                 f"{REMEDY}"
             )
-
-
-def _matching_names(names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
-    """Stored names by name: the same name, or one with one leading component more or less, or the head's other name.
-
-    >>> _matching_names(["transformer.wte.weight", "lm_head.weight"], ["wte.weight", "embed_out.weight"])
-    {'transformer.wte.weight': 'wte.weight', 'lm_head.weight': 'embed_out.weight'}
-    """
-    longer = {name.partition(".")[2]: name for name in stored}
-    heads = [name for name in stored if HEADS.search(name)]
-    matches = {}
-    for name in names:
-        shorter = name.partition(".")[2]
-        if name in stored:
-            matches[name] = name
-        elif shorter in stored or name in longer:
-            matches[name] = shorter if shorter in stored else longer[name]
-        elif HEADS.search(name) and heads:
-            matches[name] = heads[0]
-    return matches
 
 
 # -- vocabularies
@@ -314,13 +279,14 @@ def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedPara
     return PairedParameters(pairs, notes, next(heads, None), (before, after))
 
 
-def _initial_values(after: Weights, root: _ModelFiles, notes: list[str]) -> dict[str, tuple[Weights, str] | None]:
+def _initial_values(
+    after: Weights, root: _ModelFiles, notes: list[str]
+) -> dict[str, tuple[Weights | LoadedWeights, str] | None]:
     """Where an adapter's tensors began: B at 0, whole modules and biases at the base's; of the rest it is unknown."""
     bases, unknown = {}, []
     for name in after.files:
         plain = name.removeprefix(ADAPTER).replace(".base_layer.", ".")
-        match = _matching_names([plain], root.weights.files).get(plain)
-        match = match or (root.embedding if HEADS.search(plain) else None)
+        match = root.weights.names.get(plain)  # a tied head's is the embedding
         if ".lora_B." in name or name.endswith(".lora_embedding_A"):  # of an embedding, A begins at 0 instead of B
             bases[name] = None
         elif "lora_" in name or match is None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import ManifestMismatchError, ModelError, SettingError
 from whence.gradients.capture import FORMED_ENTRIES, Captured, backward, example_gradients
 from whence.gradients.protocols import Projection
 from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
@@ -226,12 +226,23 @@ def sketch_of(direction: LayerDirection, model: LoadedModel, settings: IndexSett
 def direction_by_layer(
     model: LoadedModel, layers: Mapping[str, nn.Module], difference: Mapping[str, Tensor]
 ) -> dict[str, Float32[Tensor, "o i"]]:
-    """A direction by parameter as one by traced layer, laid out as gradients are; 0 for a layer that it leaves out."""
+    """A direction by parameter as one by traced layer, laid out as gradients are.
+
+    With an adapter, a layer that the direction leaves out did not move: its matrix is 0.
+
+    Raises:
+        ModelError: The direction of a whole model leaves a layer out.
+    """
     names = {id(weight): name for name, weight in model.model.named_parameters()}
     direction = {}
     for layer, module in layers.items():
         weight = module.get_parameter("weight")
         name = names[id(weight)]
+        if name not in difference and not model.has_adapter:
+            raise ModelError(
+                f"{model.path}: the weight of {layer} ({name}) was found in no file, so how it moved is not known. Save "
+                "the model anew: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW)"
+            )
         matrix = difference[name] if name in difference else torch.zeros(weight.shape)
         direction[layer] = (matrix if isinstance(module, nn.Linear) else matrix.T).contiguous()
     return direction
