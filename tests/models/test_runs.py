@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+import transformers
 
 from whence.errors import ModelError, SettingError
 from whence.models.runs import Checkpoint, open_run
@@ -32,12 +34,106 @@ def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
 
 
 def test_weights_are_shares_of_the_interval_mean_learning_rates(tmp_path):
-    # Intervals (0, 4], (4, 6], (6, 10]: means of 1, 3; of 8; and of 4, 2, 0. Sum 2 + 8 + 2.
+    # Steps 1 to 10, of which 3, 6 and 9 are interpolated and 1 continues the first line: 0 1 2 3, 8 6, 4 2 1 0.
     rates = {2: 1e-3, 4: 3e-3, 5: 8e-3, 7: 4e-3, 8: 2e-3, 10: 0.0, 11: 9.0}
-    found = open_run(trainer_directory(tmp_path, [10, 4, 6], rates), which="all").checkpoints
-    assert [checkpoint.learning_rate for checkpoint in found] == pytest.approx([2e-3, 8e-3, 2e-3])
-    assert [checkpoint.weight for checkpoint in found] == pytest.approx([2 / 12, 8 / 12, 2 / 12])
-    assert sum(checkpoint.weight for checkpoint in found) == pytest.approx(1)
+    checkpoints = open_run(trainer_directory(tmp_path, [10, 4, 6], rates), which="all").checkpoints
+    assert [checkpoint.learning_rate for checkpoint in checkpoints] == pytest.approx([1.5e-3, 7e-3, 1.75e-3])
+    assert [checkpoint.weight for checkpoint in checkpoints] == pytest.approx([6 / 41, 28 / 41, 7 / 41])
+    assert sum(checkpoint.weight for checkpoint in checkpoints) == pytest.approx(1)
+
+
+def schedule(kind, warmup, *, steps=60, peak=1e-3):
+    """The rate of every step, from torch and transformers."""
+    weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = transformers.get_scheduler(kind, weights, num_warmup_steps=warmup, num_training_steps=steps)
+    rates, states = [], []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        weights.step()
+        scheduler.step()
+        states.append(scheduler.state_dict())
+    return rates, states
+
+
+def trained(path, kind, warmup, logged, *, is_old=False, keeps_schedulers=True):
+    """A directory with checkpoints at 20, 40 and 60 as transformers leaves it, and the true weights of these."""
+    rates, states = schedule(kind, warmup)
+    next_rates = [*rates[1:], states[-1]["_last_lr"][0]]
+    run = trainer_directory(path, [20, 40, 60], {step: (next_rates if is_old else rates)[step - 1] for step in logged})
+    for step in (20, 40, 60) if keeps_schedulers else ():
+        torch.save(states[step - 1], run / f"checkpoint-{step}" / "scheduler.pt")
+    file = run / "checkpoint-60" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_steps": 60}))
+    return run, [sum(rates[end - 20 : end]) / sum(rates) for end in (20, 40, 60)]
+
+
+@pytest.mark.parametrize("keeps_schedulers", [True, False])
+@pytest.mark.parametrize("is_old", [True, False])
+@pytest.mark.parametrize("logged", [[20, 40, 60], [25, 50], [1, 15, 30, 45, 60], range(1, 61)])
+@pytest.mark.parametrize(("kind", "warmup"), [("linear", 0), ("cosine", 0), ("cosine", 6), ("constant", 0)])
+def test_weights_are_the_schedulers_own_however_seldom_rates_were_logged(
+    tmp_path, kind, warmup, logged, is_old, keeps_schedulers
+):
+    run, weights = trained(tmp_path, kind, warmup, logged, is_old=is_old, keeps_schedulers=keeps_schedulers)
+    found = [checkpoint.weight for checkpoint in open_run(run, which="all").checkpoints]
+    assert found == pytest.approx(weights)
+
+
+def test_a_warm_up_that_no_log_saw_shows_in_the_peak_of_a_scheduler(tmp_path):
+    run, weights = trained(tmp_path, "linear", 12, [])
+    assert [checkpoint.weight for checkpoint in open_run(run, which="all").checkpoints] == pytest.approx(weights)
+
+
+def test_other_schedules_are_interpolated_and_a_note_says_so(tmp_path):
+    run, weights = trained(tmp_path, "inverse_sqrt", 4, [10, 20, 30, 40, 50, 60])
+    opened = open_run(run, which="all")
+    assert [checkpoint.weight for checkpoint in opened.checkpoints] == pytest.approx(weights, abs=0.03)
+    assert "on file for 9 of 60 steps; the others are taken to be interpolated" in opened.notes[0]
+
+
+def test_a_single_rate_is_taken_for_the_default_schedule_and_a_note_says_so(tmp_path):
+    run, weights = trained(tmp_path, "linear", 0, [50], keeps_schedulers=False)
+    opened = open_run(run, which="all")
+    assert [checkpoint.weight for checkpoint in opened.checkpoints] == pytest.approx(weights)
+    assert "a linear schedule with 0 warm-up steps" in opened.notes[0]
+
+
+def test_rates_that_are_all_on_file_need_no_note(tmp_path):
+    assert not open_run(trained(tmp_path, "linear", 3, range(1, 61))[0], which="all").notes
+
+
+def test_a_checkpoint_of_weight_zero_is_left_out(tmp_path):
+    run = open_run(trainer_directory(tmp_path, [1, 2, 3], {1: 0.0, 2: 2e-3, 3: 1e-3}), which="all")
+    assert [(checkpoint.step, checkpoint.weight) for checkpoint in run.checkpoints] == [
+        (2, pytest.approx(2 / 3)),
+        (3, pytest.approx(1 / 3)),
+    ]
+    assert "0 up to checkpoint-1, of weight 0: left out" in run.notes[0]
+
+
+def with_log(path, step, rates):
+    """One checkpoint whose state logs a rate at every 100th step."""
+    entries = [{"step": 100 * (n + 1), "learning_rate": rate, "loss": 1.0} for n, rate in enumerate(rates)]
+    (path / f"checkpoint-{step}").mkdir()
+    (path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+@pytest.mark.parametrize("later", [[1e-5] * 3, [1e-3] * 2 + [1e-5], [1e-3] * 2])
+def test_checkpoints_of_two_trainings_in_one_directory_are_refused_by_name(tmp_path, which, later):
+    with_log(tmp_path, 700, [1e-3] * 7)
+    with_log(tmp_path, 600, [1e-3] * 6)
+    open_run(tmp_path, which=which)
+    with_log(tmp_path, 350, later)
+    with pytest.raises(ModelError, match=r"checkpoint-350 and checkpoint-700 are of two trainings: entry [1-3] of"):
+        open_run(tmp_path, which=which)
+
+
+def test_a_log_line_written_after_its_checkpoint_is_no_contradiction(tmp_path):
+    with_log(tmp_path, 200, [1e-3])  # the line of step 200 came later
+    with_log(tmp_path, 300, [1e-3, float("nan"), 1e-3])
+    with_log(tmp_path, 250, [1e-3, float("nan")])
+    assert open_run(tmp_path).checkpoints[0].step == 300
 
 
 def test_last_is_the_newest_checkpoint_with_the_whole_weight(tmp_path):
@@ -52,16 +148,9 @@ def test_final_model_beside_checkpoints_does_not_count(tmp_path):
     assert open_run(tmp_path).checkpoints[0].path.endswith("checkpoint-3")
 
 
-def test_missing_learning_rates_are_refused_for_all_and_named(tmp_path):
-    run = trainer_directory(tmp_path, [2, 4, 6], {1: 1e-3, 6: 1e-3})
-    with pytest.raises(ModelError, match=r"before checkpoint-4, .* --checkpoints last"):
-        open_run(run, which="all")
-    assert open_run(run).checkpoints[0].learning_rate == 1e-3
-
-
 def test_learning_rates_that_are_all_zero_are_refused_for_all(tmp_path):
     run = trainer_directory(tmp_path, [2, 4], {2: 0.0, 4: 0.0})
-    with pytest.raises(ModelError, match="checkpoint-2, checkpoint-4"):
+    with pytest.raises(ModelError, match=r"no learning rate above 0 .* up to checkpoint-4"):
         open_run(run, which="all")
 
 

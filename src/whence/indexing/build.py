@@ -96,6 +96,8 @@ def index(
     texts = open_corpus(corpus)
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
+    for note in run.notes:
+        logger.warning("%s", note)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)

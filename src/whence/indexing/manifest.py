@@ -226,6 +226,10 @@ def check_same(old: Manifest, new: Manifest, where: str) -> None:
         )
 
 
+_NOT_COMPARED = ("base", "learning_rate", "rates")
+"""An adapter's base is identified by its digest; of learning rates, the weights that they gave are compared."""
+
+
 def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
     out: dict[str, Any] = {"codec": manifest.codec, "width": manifest.width}
     out["number of checkpoints"] = len(manifest.checkpoints)
@@ -236,7 +240,7 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
     }
     for prefix, group in groups.items():
         for name, value in json.loads(json.dumps(group)).items():
-            if name == "base":  # only where an adapter's base lies; the digest identifies it
+            if name in _NOT_COMPARED:
                 continue
             inner = value.items() if isinstance(value, dict) else [(None, value)]
             out.update({prefix + (name if key is None else f"{name}.{key}"): item for key, item in inner})

@@ -6,6 +6,7 @@ spaces.
 """
 
 import itertools
+import logging
 import shlex
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
+
+logger = logging.getLogger(__name__)
 
 
 class Index:
@@ -193,6 +196,13 @@ def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
         raise SettingError(
             f"{path} was built with code from the model's own repository, {store.manifest.checkpoints[-1]['path']}. "
             "If you trust it, add --trust-remote-code."
+        )
+    checkpoints = store.manifest.checkpoints
+    if len(checkpoints) > 1 and not all("rates" in entry for entry in checkpoints):
+        logger.warning(
+            "%s: an earlier version weighted its checkpoints, by logged learning rates alone: wrong where they were "
+            "logged no more often than checkpoints were saved. Then index again with --restart",
+            path,
         )
     return index_of(store, **loading)
 

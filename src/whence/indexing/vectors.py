@@ -166,6 +166,8 @@ def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
         "weight": checkpoint.weight,
         "digest": directory_digest(checkpoint.path),
     }
+    if checkpoint.rates is not None:
+        entry["rates"] = checkpoint.rates
     if config := adapter_config(local_directory(checkpoint.path)):
         entry["base"] = absolute(base_of(config))
     return entry if view == "sgd" else entry | {"moments": moments_digest(checkpoint.path)}

@@ -5,17 +5,24 @@ learning rates come from the newest `trainer_state.json`. A single model directo
 checkpoint.
 
 The weight of a checkpoint in a score summed over checkpoints (TracInCP, LESS) is the mean learning rate of the
-interval that it closes, rescaled so that the weights sum to 1. Source: Pruthi et al. 2020,
+interval that it closes, rescaled so that the weights sum to 1; rates that were not logged come from `learning_rates`.
+A checkpoint of weight 0 is left out: nothing was learnt on the way to it. Source: Pruthi et al. 2020,
 https://arxiv.org/abs/2002.08484, section 3.2; Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 3.
+
+Every checkpoint's log is the beginning of the newest one's, unless the directory holds checkpoints of two trainings:
+such a directory is refused.
 """
 
+import itertools
 import json
 import re
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whence.errors import ModelError, SettingError
+from whence.models.learning_rates import StepRates, read_scheduler, step_rates
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,11 @@ class Checkpoint:
     step: int | None = None
     """Optimizer steps done; None for a model that is not a Trainer's checkpoint."""
     learning_rate: float | None = None
-    """Mean over the logged steps of the interval that this checkpoint closes; None where none was logged."""
+    """Mean over the steps of the interval that this checkpoint closes; None where no rate is on file."""
     weight: float = 1.0
     """Its weight in a score that is summed over checkpoints."""
+    rates: str | None = None
+    """How learning rates that no file states came about, in words; None for a run of one checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Run:
 
     path: str
     checkpoints: tuple[Checkpoint, ...]
+    notes: tuple[str, ...] = ()
+    """What was assumed of the weights, and which checkpoints were left out."""
 
 
 def open_run(path: str | Path, *, which: str = "last") -> Run:
@@ -49,42 +60,112 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
 
     Raises:
         SettingError: `which` is something else.
-        ModelError: The Trainer's state cannot be read, or with "all" lacks the learning rates.
+        ModelError: The Trainer's state cannot be read, or with "all" lacks the learning rates; or the directory holds
+            checkpoints of two trainings.
     """
     if which not in ("all", "last"):
         raise SettingError(f"--checkpoints {which}: choose all or last")
     directories = _checkpoint_directories(Path(path))
     if not directories:
         return Run(str(path), (Checkpoint(str(path)),))
-    history = _learning_rates(directories[-1])
-    steps = [_step(directory) for directory in directories]
-    rates = [
-        _mean([rate for step, rate in history if start < step <= end])
-        for start, end in zip([0, *steps], steps, strict=False)
-    ]
+    states = [_read_state(directory) for directory in directories]
+    _refuse_two_trainings(directories, states)
+    steps, newest = [_step(directory) for directory in directories], states[-1]
+    rates = _step_rates(directories, newest)
+    means = (
+        [float(rates.rates[start:end].mean()) for start, end in zip([0, *steps], steps, strict=False)] if rates else []
+    )
     if which == "last":
-        return Run(str(path), (Checkpoint(str(directories[-1]), steps[-1], rates[-1]),))
-    return Run(str(path), tuple(_weighted(directories, steps, rates)))
-
-
-def _weighted(directories: list[Path], steps: list[int], rates: list[float | None]) -> list[Checkpoint]:
-    known = [rate for rate in rates if rate is not None]
-    if len(known) < len(rates) or sum(known) == 0:
-        lacking = [directory.name for directory, rate in zip(directories, rates, strict=True) if not rate]
-        if not (file := directories[-1] / "trainer_state.json").exists():
-            raise ModelError(
-                f"{file}: there is no such file, and only it says the learning rates that weight checkpoints. Use "
-                "--checkpoints last, or copy the file from where the model was trained."
-            )
-        raise ModelError(
-            f"{file}: no learning rate was logged before {', '.join(lacking)}, so the "
-            "checkpoints cannot be weighted. Use --checkpoints last, or train with a smaller logging_steps."
-        )
-    total = sum(known)
-    return [
-        Checkpoint(str(directory), step, rate, rate / total)
-        for directory, step, rate in zip(directories, steps, known, strict=True)
+        return Run(str(path), (Checkpoint(str(directories[-1]), steps[-1], means[-1] if means else None),))
+    if rates is None or not any(means):
+        raise _no_rates(directories[-1])
+    checkpoints = [
+        Checkpoint(str(directory), step, mean, mean / sum(means), rates.origin)
+        for directory, step, mean in zip(directories, steps, means, strict=True)
     ]
+    idle = [Path(checkpoint.path).name for checkpoint in checkpoints if not checkpoint.weight]
+    notes = [f"{path}: the learning rate was 0 up to {', '.join(idle)}, of weight 0: left out."] if idle else []
+    if _is_sparse(rates.known, steps):
+        weights = ", ".join(f"{checkpoint.weight:.3f}" for checkpoint in checkpoints)
+        few = f"learning rates are on file for {len(rates.known)} of {steps[-1]:,} steps"
+        notes.append(f"{path}: {few}; the others are taken to be {rates.origin}. Weights of checkpoints: {weights}.")
+    return Run(str(path), tuple(checkpoint for checkpoint in checkpoints if checkpoint.weight), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint's `trainer_state.json` says."""
+
+    log: Sequence[dict[str, Any]] | None = None
+    """None where there is no such file."""
+    max_steps: int | None = None
+
+
+def _read_state(directory: Path) -> _State:
+    file = directory / "trainer_state.json"
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+        log = [entry | {"step": int(entry["step"])} for entry in state["log_history"]]
+        for entry in log:
+            float(entry.get("learning_rate", 0.0))
+        return _State(log, int(state["max_steps"]) if state.get("max_steps") else None)
+    except FileNotFoundError:
+        return _State()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not a Trainer's state ({error!r})") from None
+
+
+def _refuse_two_trainings(directories: list[Path], states: list[_State]) -> None:
+    """Refuse a log that is not the beginning of the newest one: of an earlier training, say, that went farther."""
+    newest = states[-1].log
+    if newest is None:
+        return
+    for directory, state in zip(directories[:-1], states[:-1], strict=True):
+        log = state.log or ()
+        here = [*log, *({} for _ in newest[len(log) :])]
+        there = [*newest, *({} for _ in log[len(newest) :])]
+        for number, (entry, other) in enumerate(zip(here, there, strict=True)):
+            if not log or (not entry and other["step"] >= _step(directory)):
+                break  # later entries are of later steps
+            if json.dumps(entry, sort_keys=True) != json.dumps(other, sort_keys=True):  # NaN equals itself here
+                raise ModelError(
+                    f"{directory.parent}: {directory.name} and {directories[-1].name} are of two trainings: entry "
+                    f"{number + 1} of their logs is {_shown(entry)} in the first and {_shown(other)} in the second. "
+                    f"Move the checkpoints of one of them away, or name a single one, such as {directory}."
+                )
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    values = [f"{name} {entry[name]}" for name in ("learning_rate", "loss") if name in entry]
+    return " ".join([f"step {entry['step']}:", *values]) if entry else "missing"
+
+
+def _step_rates(directories: list[Path], newest: _State) -> StepRates | None:
+    log = [(entry["step"], float(entry["learning_rate"])) for entry in newest.log or () if "learning_rate" in entry]
+    schedulers = {_step(directory): read_scheduler(directory) for directory in directories}
+    by_step = {step: state for step, state in schedulers.items() if state is not None}
+    return step_rates(log, by_step, _step(directories[-1]), newest.max_steps)
+
+
+def _is_sparse(known: Set[int], steps: list[int]) -> bool:
+    """Whether a tenth of an interval or more lies between two known rates, or between one and an end."""
+    ends = [1, *sorted(step for step in known if step <= steps[-1]), steps[-1]]
+    gap = max(after - before for before, after in itertools.pairwise(ends))
+    interval = min(end - start for start, end in zip([0, *steps], steps, strict=False))
+    return gap > max(1, interval / 10)
+
+
+def _no_rates(newest: Path) -> ModelError:
+    file = newest / "trainer_state.json"
+    if not file.exists():
+        return ModelError(
+            f"{file}: there is no such file, and only it says the learning rates that weight checkpoints. Use "
+            "--checkpoints last, or copy the file from where the model was trained."
+        )
+    return ModelError(
+        f"{file}: no learning rate above 0 was logged up to {newest.name}, so the checkpoints cannot be weighted. Use "
+        "--checkpoints last, or train with a smaller logging_steps."
+    )
 
 
 def _checkpoint_directories(path: Path) -> list[Path]:
@@ -96,20 +177,3 @@ def _checkpoint_directories(path: Path) -> list[Path]:
 
 def _step(directory: Path) -> int:
     return int(directory.name.removeprefix("checkpoint-"))
-
-
-def _learning_rates(directory: Path) -> list[tuple[int, float]]:
-    """`(step, rate)` of every log line. The newest state repeats the whole history."""
-    file = directory / "trainer_state.json"
-    try:
-        state: dict[str, Any] = json.loads(file.read_text())
-        logged = [line for line in state["log_history"] if "learning_rate" in line]
-        return [(int(line["step"]), float(line["learning_rate"])) for line in logged]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not a Trainer's state ({error!r})") from None
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
