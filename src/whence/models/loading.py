@@ -15,7 +15,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.errors import ModelError, SettingError
+from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
 
@@ -143,31 +144,16 @@ class LoadedModel:
 
     def require_gradient_checkpointing(self) -> None:
         """Refuse a model whose blocks cannot recompute their activations."""
-        if not getattr(self.base, "supports_gradient_checkpointing", False):
+        if not (getattr(self.base, "supports_gradient_checkpointing", False) and blocks(self.base)):
             raise ModelError(
                 f"{self.path}: a {type(self.base).__name__} has no gradient checkpointing. Leave "
                 "--gradient-checkpointing out, and lower --batch-tokens for less memory."
             )
 
-    @contextmanager
-    def gradient_checkpointing(self) -> Iterator[None]:
-        """Recompute activations in the backward pass instead of keeping them: less memory, a third more time.
-
-        transformers checkpoints only blocks in training mode. The blocks alone are put there, not the attention
-        and dropout modules inside them, so dropout stays off.
-        """
+    def gradient_checkpointing(self) -> AbstractContextManager[None]:
+        """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
         self.require_gradient_checkpointing()
-        switch = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
-        getattr(self.base, f"{switch}_checkpointing_enable")()  # the name changed within transformers 5; not reentrant
-        blocks = [module for module in self.base.modules() if hasattr(module, "gradient_checkpointing")]
-        for block in blocks:
-            block.training = True
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.training = False
-            getattr(self.base, f"{switch}_checkpointing_disable")()
+        return recomputing(self.base)
 
 
 @contextmanager
