@@ -7,7 +7,8 @@ window is closed by an end of sequence. Sums over tokens:
     perplexity      exp(sum of nats / tokens)
     bits per byte   sum of nats / (ln 2 * bytes of the supervised text), the same for any tokenizer
 
-Losses are stored by the content of a model's weights and a set's rows, so that nothing is measured twice.
+Losses are stored by the content of a model's weights and a set's rows, so that nothing is measured twice. Those that an
+older Whence stored carry no checksum, and may be of weights that were damaged: they are measured again.
 """
 
 import hashlib
@@ -21,15 +22,16 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import pieces_of
 from whence.corpus.reading import open_corpus, row_json
 from whence.corpus.tokens import Encoded, encode, supervised_bytes
-from whence.errors import CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel
 from whence.numerics import bootstrap_interval
-from whence.storage import Place
+from whence.storage import AGAIN, Place
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,19 @@ def content_name(key: Sequence[object]) -> str:
 
 
 def stored_losses(place: Place, key: Sequence[object], compute: Callable[[], Losses]) -> Losses:
-    """Losses stored under a key, which has all that they depend on; computed and stored if they are not there."""
-    name = f"{content_name(key)}.json"
-    if place.exists(name):
-        document = json.loads(place.read(name))
+    """Losses stored under a key, which has all that they depend on; computed and stored if they are not there.
+
+    Raises:
+        ChecksumError: The file is damaged, or is the file of another key.
+    """
+    name, known = f"{content_name(key)}.json", json.loads(json.dumps(list(key), default=str))
+    if place.exists(name) and is_sealed(place.read(name)):
+        document = place.read_document(name)
+        if document["key"] != known:
+            raise ChecksumError(f"{place.path(name)} holds the losses of another model or set. {AGAIN}")
         return Losses(torch.tensor(document["nats"], dtype=torch.float64), torch.tensor(document["tokens"]),
                       torch.tensor(document["bytes"]))  # fmt: skip
     computed = compute()
     columns = {"nats": computed.nats.tolist(), "tokens": computed.tokens.tolist(), "bytes": computed.bytes.tolist()}
-    data = json.dumps({"key": list(key), **columns}, default=str).encode()
-    place.write(name, [data], total=len(data))
+    place.write_document(name, {"key": known, **columns})
     return computed

@@ -39,6 +39,7 @@ from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
+from whence.models.training_state import warn_if_unfinished
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def index(
     texts = open_corpus(corpus)
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
+    warn_if_unfinished(model)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)

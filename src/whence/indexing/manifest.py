@@ -15,7 +15,8 @@ from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchErr
 from whence.storage import Place
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no `xxh3`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class PartEntry:
 
     sha256: str
     bytes: int
+    xxh3: str | None = None
+    """XXH3-128, checked when the file is first read; None where an older Whence wrote it, and `sha256` is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,9 @@ class ShardEntry:
     rows: int
     sha256: str
     bytes: int
+    xxh3: str | None = None
+    """See `PartEntry`."""
+
     counts: dict[str, int]
     """Rows by status, and other counts, such as truncated rows."""
 

@@ -30,7 +30,15 @@ from whence.corpus.reading import parquet_file
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
-from whence.indexing.manifest import MANIFEST, Manifest, PartEntry, ShardEntry, check_same, read_manifest
+from whence.indexing.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    PartEntry,
+    ShardEntry,
+    check_same,
+    read_manifest,
+)
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.storage import TEMPORARY, Place
 
@@ -146,7 +154,7 @@ class Store:
             raise MissingIndexError(f"{self.place.root} has no shard of part {part} under checkpoint {checkpoint} yet")
         if entry.file in self._open_shards:
             return self._open_shards[entry.file]
-        shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows)
+        shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows, entry)
         if self.place.is_local:
             self._open_shards[entry.file] = shard
         return shard
@@ -154,12 +162,13 @@ class Store:
     def read_part(self, number: int) -> list[dict]:
         """The corpus rows of a part: id, source, row (the original row as JSON)."""
         entry = self.manifest.parts[number]
+        remedy = f"Mend it with: whence verify {shlex.quote(self.place.root)} --repair"
         try:
-            return _read_parquet(self.place.read(entry.file)).to_pylist()
+            data = self.place.read(entry.file)
+            self.place.check(entry.file, entry, remedy, data=data)
+            return _read_parquet(data).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise ChecksumError(
-                f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
-            ) from error
+            raise ChecksumError(f"{self.place.path(entry.file)} cannot be read ({error}). {remedy}") from error
 
     def read_rows(self, numbers: Sequence[int]) -> list[dict]:
         """Corpus rows by their numbers in the index, in the order given; reads only the parts that hold them."""
@@ -252,7 +261,7 @@ class Store:
     def _write_part_file(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
         name, data = f"corpus/part-{number:05d}.parquet", _parquet(rows)
         written = self.place.write(name, [data], total=len(data))
-        return PartEntry(file=name, rows=len(rows), first_row=first_row, sha256=written.sha256, bytes=written.bytes)
+        return PartEntry(file=name, rows=len(rows), first_row=first_row, **vars(written))
 
     def finish_parts(self) -> None:
         """Note in the manifest that all rows of the corpora are in parts."""
@@ -307,8 +316,7 @@ class Store:
             part=part,
             file=name,
             rows=rows,
-            sha256=written.sha256,
-            bytes=written.bytes,
+            **vars(written),
             counts={**counts, **arrays.counts},
         )
 
@@ -319,6 +327,7 @@ class Store:
         self._save(self.manifest.with_shard(entry))
 
     def _save(self, manifest: Manifest) -> None:
+        manifest = replace(manifest, format_version=FORMAT_VERSION)  # an older one's new entries are of this version
         data = manifest.to_json()
         self.place.write(MANIFEST, [data], total=len(data))
         self.manifest = manifest

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from whence.errors import ModelError, SettingError
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
+from whence.models.saved_files import check_file, check_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,7 @@ def directory_digest(path: str | Path, *, base: str | None = None) -> str:
     `base`, see `load_model`.
     """
     directory = local_directory(path)
+    check_model_files(directory)
     digest = hashlib.sha256()
     for file in weight_files(directory):
         digest.update(file.name.encode())
@@ -321,6 +323,7 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
         return None
+    check_file(file)
     try:
         config = json.loads(file.read_text())
         kind, base = config["peft_type"], config["base_model_name_or_path"]
@@ -359,6 +362,7 @@ def check_files(path: str | Path, *, base: str | None = None) -> None:
 
     Raises:
         ModelError: A file is broken, or an adapter's base does not exist; the message names it.
+        ChecksumError: `whence train` wrote the directory, and a file of it is damaged.
     """
     directory = local_directory(path)
     _check_directory(directory)
@@ -374,6 +378,7 @@ def check_files(path: str | Path, *, base: str | None = None) -> None:
 def _check_directory(directory: str) -> None:
     import safetensors
 
+    check_model_files(directory)
     for file in weight_files(directory):
         is_torch = file.suffix == ".bin"
         try:
@@ -440,6 +445,8 @@ def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> 
 def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
     import transformers
 
+    if Path(source).is_dir():
+        check_model_files(source)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

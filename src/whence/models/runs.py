@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from whence.errors import ModelError, SettingError
+from whence.models.saved_files import check_file
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _step(directory: Path) -> int:
 def _learning_rates(directory: Path) -> list[tuple[int, float]]:
     """`(step, rate)` of every log line. The newest state repeats the whole history."""
     file = directory / "trainer_state.json"
+    check_file(file)
     try:
         state: dict[str, Any] = json.loads(file.read_text())
         logged = [line for line in state["log_history"] if "learning_rate" in line]
