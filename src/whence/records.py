@@ -25,10 +25,12 @@ from typing import (
     is_typeddict,
 )
 
+from whence.checksums import document_of
 from whence.errors import ChecksumError
 
 Count = Annotated[int, range(2**63)]
 Digest = Annotated[str, re.compile("[0-9a-f]{64}")]
+FastDigest = Annotated[str, re.compile("[0-9a-f]{32}")]
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,15 @@ def read_record(kind: Any, data: bytes, where: str, remedy: str) -> Any:
 
     Args:
         kind: A dataclass, a `TypedDict` or a dictionary.
-        data: JSON.
+        data: A JSON object, with a checksum of its own or without one (`checksums.sealed`).
         where: The file's path, for messages.
         remedy: A sentence that says what mends it.
 
     Raises:
-        ChecksumError: The bytes are not JSON of this kind.
+        ChecksumError: The checksum is wrong, or the bytes are not JSON of this kind.
     """
     try:
-        return fitting(kind, json.loads(data))
+        return fitting(kind, document_of(data))
     except (ValueError, RecursionError) as error:
         raise unlike_written(where, error, remedy) from None
 

@@ -6,6 +6,9 @@ so there the bytes go straight to the name. A file that cannot be written whole 
 
 Whatever an operating system or a store refuses becomes a `StorageError`, except that a file does not exist, which the
 callers expect.
+
+Whatever Whence writes for itself is checked when a process first uses it (`checksums`): a JSON document carries its own
+checksum, another file is recorded in one.
 """
 
 import fcntl
@@ -17,29 +20,34 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec.core
 import numpy as np
 import torch
+import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import UInt8
 from torch import Tensor
 
-from whence.errors import ManifestMismatchError, MissingExtraError, SettingError, StorageError, WhenceError
+from whence.checksums import Recorded, Written, digest, document_of, sealed
+from whence.errors import (
+    ChecksumError,
+    ManifestMismatchError,
+    MissingExtraError,
+    SettingError,
+    StorageError,
+    WhenceError,
+)
 from whence.records import read_record
 
 TEMPORARY = ".tmp"
+AGAIN = "Remove it, and run the same command again: it makes the file anew."
+"""Remedy for a damaged file that the command at hand can make again."""
 _READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class Written:
-    """Size and checksum of a written file: enough to recognise it."""
-
-    bytes: int
-    sha256: str
+_intact: set[tuple[Any, ...]] = set()
+"""Files that this process has checked, as they were then: see `Place.check`."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,110 @@ class Place:
         with self._refusals_as_errors("read", name):
             return self.fs.cat_file(self.path(name))
 
-    def digest(self, name: str) -> str:
-        """SHA-256 of a file, read in pieces."""
-        sha = hashlib.sha256()
+    def defect(self, name: str, recorded: Recorded, *, data: Any = None, fast: bool = False) -> str | None:
+        """The defect of a file, such as "wrong checksum"; None where it is as it was written. Every byte is read.
+
+        Args:
+            name: The file.
+            recorded: Its size and checksums when it was written.
+            data: Its bytes, if they are at hand.
+            fast: Compare the faster of its checksums alone; else SHA-256, where that was taken.
+        """
+        try:
+            size = self.size(name) if data is None else len(data)
+            if size != recorded.bytes:
+                return f"{size:,} bytes, not {recorded.bytes:,}"
+            is_fast = recorded.xxh3 is not None and (fast or recorded.sha256 is None)
+            pieces = self._pieces(name) if data is None else [data]
+            is_same = digest(pieces, fast=is_fast) == (recorded.xxh3 if is_fast else recorded.sha256)
+            return None if is_same else "wrong checksum"
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing"
+        except StorageError as error:
+            return f"cannot be read: {reason(error.__cause__ or error)}"
+
+    def check(
+        self,
+        name: str,
+        recorded: Recorded,
+        remedy: str,
+        *,
+        data: Any = None,
+        also: Callable[[Path], None] = lambda file: None,
+    ) -> None:
+        """Refuse a file that is not as it was written, before it is used.
+
+        A local file is read for it once in a process, as long as its inode, size and time of change stay the same.
+
+        Args:
+            name: The file.
+            recorded: Its size and checksums when it was written.
+            remedy: How to mend it, a sentence.
+            data: Its bytes, if they are at hand.
+            also: Another check, called with the path of the file; it raises what it finds.
+
+        Raises:
+            ChecksumError: It is missing or has other bytes.
+        """
+        known = self._state(name, recorded)
+        if known is not None and known in _intact:
+            return
+        if (what := self.defect(name, recorded, data=data, fast=True)) is not None:
+            raise ChecksumError(f"{self.path(name)} is not what was written ({what}). {remedy}")
+        also(Path(self.path(name)))
+        if known is not None:
+            _intact.add(known)
+
+    def _state(self, name: str, recorded: Recorded) -> tuple[Any, ...] | None:
+        """A local file as it is now, with the checksum that it should have; None where it cannot be told."""
+        if not self.is_local:
+            return None
+        try:
+            stat = Path(self.path(name)).stat()
+        except OSError:
+            return None
+        expected = recorded.xxh3 or recorded.sha256
+        return self.path(name), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, expected
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
         with self._refusals_as_errors("read", name), self.fs.open(self.path(name), "rb") as file:
             while piece := file.read(_READ_BYTES):
-                sha.update(piece)
-        return sha.hexdigest()
+                yield piece
+
+    def write_document(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON object that carries its checksum, whole or not at all."""
+        data = sealed(document)
+        self.write(name, [data], total=len(data))
+
+    def read_document(self, name: str, remedy: str = AGAIN) -> dict[str, Any]:
+        """The JSON object in a file; one of an older Whence has no checksum, and is taken as it is.
+
+        Raises:
+            ChecksumError: It is damaged; the message ends with the remedy.
+        """
+        try:
+            return document_of(self.read(name))
+        except ValueError as error:
+            raise ChecksumError(f"{self.path(name)} is not what was written ({error}). {remedy}") from None
+
+    def write_recorded(self, name: str, data: bytes) -> None:
+        """Write a file, and before it a document with its size and checksum at the top of the directory."""
+        self.write_document(_record_name(name), {"file": name, "bytes": len(data), "xxh3": digest([data])})
+        self.write(name, [data], total=len(data))
+
+    def check_recorded(self, name: str) -> None:
+        """Refuse a damaged file of `write_recorded`; one of an older Whence has no record, and is taken as it is.
+
+        Raises:
+            ChecksumError: The file or its record is damaged, or the record is of another file.
+        """
+        record = _record_name(name)
+        if not self.exists(record):
+            return
+        document = self.read_document(record, f"Remove it and {name}, and run the same command again.")
+        if document.get("file") != name:
+            raise ChecksumError(f"{self.path(record)} is the record of {document.get('file')}. {AGAIN}")
+        self.check(name, Written(document["bytes"], None, document["xxh3"]), AGAIN)
 
     def mapped(self, name: str) -> UInt8[Tensor, " bytes"]:
         """The bytes of a file as a tensor: memory-mapped where local (changes stay private), else read."""
@@ -254,14 +359,18 @@ def claim_directory(
         refusal: The error to raise, from the first setting that differs: "seed (there 0, here 1)".
     """
     if not place.exists(file):
-        data = json.dumps(settings).encode()
-        place.write(file, [data], total=len(data))
+        place.write_document(file, settings)
         return
-    remedy = "Restore it from a copy, name another directory, or remove that one"
+    remedy = f"Remove {place.root}, and run the same command again."
     stored = read_record(dict[str, Any], place.read(file), place.path(file), remedy)
     for name in {**settings, **stored}:
         if stored.get(name) != settings.get(name):
             raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")
+
+
+def _record_name(name: str) -> str:
+    """Name of the document that records a file: it stands at the top of the directory, whatever the file's folder."""
+    return f"{PurePosixPath(name).stem}.json"
 
 
 def _shortened(value: Any) -> str:
@@ -285,12 +394,13 @@ def _missing_package(path: str, error: ImportError) -> str:
 
 
 def _copied(pieces: Iterable[bytes | memoryview], file: Any) -> Written:
-    sha, count = hashlib.sha256(), 0
+    sha, xxh3, count = hashlib.sha256(), xxhash.xxh3_128(), 0
     for piece in pieces:
         file.write(piece)
         sha.update(piece)
+        xxh3.update(piece)
         count += len(piece)
-    return Written(count, sha.hexdigest())
+    return Written(count, sha.hexdigest(), xxh3.hexdigest())
 
 
 def _sync_directory(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import contents
+from whence.checksums import is_sealed
 
 WRITTEN = Path(__file__).parent / "written_by_5a17c86"
 PLACE = Path("/tmp/whence-5a17c86")
@@ -51,8 +52,8 @@ def same(new, old):
 
 
 def files(directory):
-    """Names of the files of a directory, without those that Whence never opens."""
-    return {name for name in contents(directory) if not name.endswith("training_args.bin")}
+    """Names of the files of a directory, but those that Whence never opens and lists it did not write."""
+    return {name for name in contents(directory) if not name.endswith(("training_args.bin", "whence_checksums.json"))}
 
 
 def test_an_index_opens_verifies_and_answers(written, answer, command):
@@ -91,7 +92,8 @@ def test_a_run_is_read_and_one_that_was_stopped_goes_on(written, answer, command
     fresh = answer(
         "index", "run", "corpus.jsonl", "-o", "again", "--width", 8, "--checkpoints", "all", "--codec", "int8"
     )
-    assert same({**fresh, "path": ANSWERS["info"]["path"]}, ANSWERS["info"])
+    assert fresh["format_version"] == 2
+    assert same({**fresh, "path": ANSWERS["info"]["path"], "format_version": 1}, ANSWERS["info"])
     before = contents(written / "run-stopped" / "checkpoint-2")
     code, _, err = command("train", "base", "corpus.jsonl", "-o", "run-stopped", *TRAINING, "--json")
     assert code == 0, err
@@ -101,10 +103,13 @@ def test_a_run_is_read_and_one_that_was_stopped_goes_on(written, answer, command
 
 def test_a_pool_answers_and_one_that_was_stopped_goes_on(written, answer, command):
     assert command("pool", "verify", "pool")[0] == 0
-    before = contents(written / "pool" / "losses")
+    before = contents(written / "pool" / "losses").keys()
     answer("pool", "train", "base", "corpus.jsonl", "-o", "pool", *MEMBERS)
     assert same(answer("ablate", "pool", "--eval", "eval.jsonl")["rows"], ANSWERS["ablate"]["rows"])
-    assert contents(written / "pool" / "losses") == before, "losses are read, not measured again"
+    after = contents(written / "pool" / "losses")
+    assert after.keys() == before and all(map(is_sealed, after.values())), "losses without a checksum: measured again"
+    assert same(answer("ablate", "pool", "--eval", "eval.jsonl")["rows"], ANSWERS["ablate"]["rows"])
+    assert contents(written / "pool" / "losses") == after, "losses are read, not measured again"
     members = answer("pool", "train", "base", "corpus.jsonl", "-o", "pool-stopped", *MEMBERS)["rows"]
     assert [member["partition"] for member in members] == ["s0", "s1"]
     assert command("pool", "verify", "pool-stopped")[0] == 0
@@ -117,4 +122,4 @@ def test_evidence_is_read_and_what_is_missing_of_it_gathered(written, answer):
     assert contents(written / "evidence") == before, "evidence is read, not gathered again"
     (written / "evidence/evidence/final/part-00000.safetensors").unlink()
     assert same(answer(*asked)["rows"], ANSWERS["recover"]["rows"])
-    assert contents(written / "evidence").keys() == before.keys()
+    assert contents(written / "evidence").keys() == before.keys() | {"evidence/final/part-00000.json"}

@@ -17,7 +17,6 @@ and on disk: 4 i^2 bytes an input, 16 GB for a member of 7B parameters. Read one
 Source: Jin et al. 2023, https://arxiv.org/abs/2212.09849; its released code counts padding too, and each module alone.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,13 +43,14 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexErro
 from whence.gradients.forward_passes import batches
 from whence.models.loading import LoadedModel, layer_shape
 from whence.models.weights import Weights, in_pieces
-from whence.records import Count, Digest, read_record
+from whence.records import Count, Digest, FastDigest, read_record
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("mean", "regmean")
 GRAM_TOKENS = 16_384
 """Tokens to read of each member, by default."""
+_COLLECT = "Remove the file, and collect it again with: whence pool grams {pool}"
 HEAD_POSITIONS = 256
 """Positions of the output head at a time: its logits are as wide as the vocabulary."""
 
@@ -67,6 +67,10 @@ class Record:
     """Tokens that were read, in whole rows."""
     sha256: Digest
     bytes: Count
+    xxh3: FastDigest | None = None
+    """XXH3-128; None where an older Whence wrote it, and `sha256` is checked."""
+    file: str | None = None
+    """The file that it describes; None where an older Whence wrote it."""
     inputs: Mapping[str, str]
     """Name of each parameter's matrix."""
     transposed: list[str]
@@ -129,6 +133,7 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
     Raises:
         MissingIndexError: A member has no matrices.
         ManifestMismatchError: A member was trained again since, or members differ in the tokens that were requested.
+        ChecksumError: A file of matrices is damaged.
     """
     remedy = f"Collect them with: whence pool grams {pool.place.root}"
     records: dict[str, Record] = {}
@@ -141,6 +146,7 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
                 f"{pool.place.path(_file(member))}: collected under other weights than the member {partition} has "
                 f"now. {remedy}"
             )
+        pool.place.check(_file(member), record, _COLLECT.format(pool=pool.place.root))
         records[partition] = record
     if len(lengths := {record.tokens for record in records.values()}) > 1:
         listed = ", ".join(map(str, sorted(lengths)))
@@ -165,11 +171,9 @@ def verify_grams(pool: Pool) -> int:
         if (record := _record(pool, member)) is None:
             continue
         count += 1
-        if not pool.place.exists(_file(member)) or pool.place.digest(_file(member)) != record.sha256:
-            raise ChecksumError(
-                f"{pool.place.path(_file(member))}: not what was written. Remove the file, and collect it again with: "
-                f"whence pool grams {pool.place.root}"
-            )
+        if (what := pool.place.defect(_file(member), record)) is not None:
+            remedy = _COLLECT.format(pool=pool.place.root)
+            raise ChecksumError(f"{pool.place.path(_file(member))} is not what was written ({what}). {remedy}")
     return count
 
 
@@ -204,7 +208,7 @@ def collect(
                 if not _is_current(pool, member, records[partition], length)]  # fmt: skip
         if not todo:
             return
-        pool.verify(todo)
+        pool.check(todo)
         rows = pool_partitions(pool, corpus, todo)
         model = mixed_model(pool)
         inputs = inputs_of(model.model, pool.start())
@@ -232,10 +236,10 @@ def _collect_member(
     described = {name: (gram.dtype, tuple(gram.shape)) for name, gram in grams.items()}
     pieces, total = in_pieces(described, grams.__getitem__)
     written = pool.place.write(_file(member), pieces, total=total)
-    record = Record(member=member.sha256, tokens=tokens, counted=counted, sha256=written.sha256, bytes=written.bytes,
-                    inputs=inputs.readers, transposed=sorted(inputs.transposed))  # fmt: skip
-    data = (json.dumps(asdict(record), indent=1, sort_keys=True) + "\n").encode()
-    pool.place.write(_record_file(member), [data], total=len(data))
+    record = Record(member=member.sha256, tokens=tokens, counted=counted, **vars(written),
+                    file=Path(_file(member)).name, inputs=inputs.readers,
+                    transposed=sorted(inputs.transposed))  # fmt: skip
+    pool.place.write_document(_record_file(member), asdict(record))
     return counted
 
 
@@ -383,8 +387,11 @@ def _record(pool: Pool, member: Member) -> Record | None:
     name = _record_file(member)
     if not pool.place.exists(name):
         return None
-    remedy = f"Remove that file; `whence pool grams {pool.place.root}` collects the matrices again"
-    return read_record(Record, pool.place.read(name), pool.place.path(name), remedy)
+    remedy = _COLLECT.format(pool=pool.place.root)
+    record = read_record(Record, pool.place.read(name), pool.place.path(name), remedy)
+    if record.file not in (None, Path(_file(member)).name):
+        raise ChecksumError(f"{pool.place.path(name)} is the record of {record.file}. {remedy}")
+    return record
 
 
 def _is_current(pool: Pool, member: Member, record: Record | None, tokens: int) -> bool:

@@ -7,7 +7,8 @@ window is closed by an end of sequence. Sums over tokens:
     perplexity      exp(sum of nats / tokens)
     bits per byte   sum of nats / (ln 2 * bytes of the supervised text), the same for any tokenizer
 
-Losses are stored by the content of a model's weights and a set's rows, so that nothing is measured twice.
+Losses are stored by the content of a model's weights and a set's rows, so that nothing is measured twice. Those that an
+older Whence stored carry no checksum, and may be of weights that were damaged: they are measured again.
 """
 
 import hashlib
@@ -16,22 +17,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import pieces_of
 from whence.corpus.reading import open_corpus, row_json
 from whence.corpus.tokens import Encoded, encode, supervised_bytes
-from whence.errors import CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel
 from whence.numerics import bootstrap_interval
 from whence.records import Count, read_record, unlike_written
-from whence.storage import Place
+from whence.storage import AGAIN, Place
 
 
 @dataclass(frozen=True)
@@ -146,29 +148,34 @@ def content_name(key: Sequence[object]) -> str:
 class _StoredLosses(TypedDict):
     """Losses as JSON, an entry a row."""
 
+    key: list[Any]
     nats: list[float]
     tokens: list[Count]
     bytes: list[Count]
 
 
-def _losses_from(data: bytes, where: str) -> Losses:
-    remedy = "Remove that file: the same command measures again"
-    stored = read_record(_StoredLosses, data, where, remedy)
+def _losses_from(stored: _StoredLosses, where: str) -> Losses:
     lengths = [len(stored["nats"]), len(stored["tokens"]), len(stored["bytes"])]
     if len({*lengths}) > 1 or not any(stored["tokens"]):
         what = f"its lists of nats, tokens and bytes have {', '.join(map(str, lengths))} entries"
-        raise unlike_written(where, what, remedy)
+        raise unlike_written(where, what, AGAIN)
     tokens, sizes = (torch.tensor(stored[name], dtype=torch.int64) for name in ("tokens", "bytes"))
     return Losses(torch.tensor(stored["nats"], dtype=torch.float64), tokens, sizes)
 
 
 def stored_losses(place: Place, key: Sequence[object], compute: Callable[[], Losses]) -> Losses:
-    """Losses stored under a key, which has all that they depend on; computed and stored if they are not there."""
-    name = f"{content_name(key)}.json"
-    if place.exists(name):
-        return _losses_from(place.read(name), place.path(name))
+    """Losses stored under a key, which has all that they depend on; computed and stored if they are not there.
+
+    Raises:
+        ChecksumError: The file is damaged, or is the file of another key.
+    """
+    name, known = f"{content_name(key)}.json", json.loads(json.dumps(list(key), default=str))
+    if place.exists(name) and is_sealed(data := place.read(name)):
+        stored = read_record(_StoredLosses, data, place.path(name), AGAIN)
+        if stored["key"] != known:
+            raise ChecksumError(f"{place.path(name)} holds the losses of another model or set. {AGAIN}")
+        return _losses_from(stored, place.path(name))
     computed = compute()
     columns = {"nats": computed.nats.tolist(), "tokens": computed.tokens.tolist(), "bytes": computed.bytes.tolist()}
-    data = json.dumps({"key": list(key), **columns}, default=str).encode()
-    place.write(name, [data], total=len(data))
+    place.write_document(name, {"key": known, **columns})
     return computed

@@ -31,6 +31,8 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
+from whence.models.saved_files import check_file
+from whence.models.training_state import warn_if_unfinished
 from whence.outputs import refuse_inputs
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
@@ -121,6 +123,7 @@ def train_pool(
     runner.check_engine(engine)
     refuse_inputs(out, [parent, corpus], is_directory=True)
     start = local_directory(open_run(parent).checkpoints[-1].path)
+    warn_if_unfinished(parent)
     weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)
     partitions = read_partitions(start, opened, chosen)
@@ -260,6 +263,7 @@ def train_model(parent: str, rows: list[Row], place: Path, settings: PoolSetting
 def last_loss(checkpoint: Path) -> float | None:
     """The last loss that a training logged; None where there is no log."""
     file = checkpoint / "trainer_state.json"
+    check_file(file)
     logged = json.loads(file.read_text())["log_history"] if file.is_file() else []
     losses = [float(line["loss"]) for line in logged if "loss" in line]
     return losses[-1] if losses else None

@@ -17,6 +17,7 @@ from whence.ablation.merging import MergedModel, check_scale
 from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import Pool
 from whence.errors import SettingError, StorageError
+from whence.models.saved_files import list_files
 from whence.models.weights import Described, in_pieces
 from whence.outputs import refuse_inputs
 from whence.storage import Place
@@ -111,6 +112,7 @@ def _write_beside(
                 shutil.copyfile(file, making / file.name)
         _write_shards(MergedModel.of(pool, weights, scale, regmean), making, shard_bytes)
         (making / MIXTURE).write_text(json.dumps(settings, indent=1))
+        list_files(making)
     except OSError as error:
         raise StorageError(f"Cannot write {out}: {error.strerror or error}. Nothing there was changed.") from error
 

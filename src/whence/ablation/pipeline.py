@@ -213,6 +213,7 @@ class _Evaluator:
 
     def merged(self, candidates: Sequence[Candidate], *, shown: bool) -> dict[str, dict[str, Losses]]:
         """Losses of merged models by candidate and set; also of single members, and of the parent under the name ""."""
+        self.pool.check()  # losses are stored by members' checksums: so the members must have them
         mixed = mixed_model(self.pool, scale=self.scale, regmean=self.regmean)
         mixtures: dict[str, Mapping[str, float] | None] = {"": None}
         mixtures |= {_member_name(name): {name: 1.0} for name in self.pool.members}

@@ -30,13 +30,15 @@ from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchErr
 from whence.models.loading import adapter_config, directory_digest, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.weights import Described, Weights, in_pieces
-from whence.records import Count, Digest, read_record, unlike_written
+from whence.records import Count, Digest, FastDigest, read_record, unlike_written
 from whence.storage import Place
 
 MANIFEST = "pool.json"
-FORMAT_VERSION = 1
-REMEDY = "Restore it from a copy, or train the pool again in another directory"
+FORMAT_VERSION = 2
+"""Version 1 had no `xxh3`, and no checksum of its own."""
+REMEDY = "Restore it from a copy, or train the pool again in another directory."
 """What mends a manifest."""
+_RETRAIN = "Remove the file; `whence pool train` trains the member of the partition {partition!r} again."
 Kind = Literal["delta", "weights", "lora"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,6 +51,8 @@ class Member:
     file: Annotated[str, re.compile(r"members/[0-9]{3,}\.safetensors")]
     sha256: Digest
     bytes: Count
+    xxh3: FastDigest | None = None
+    """XXH3-128, checked when the file is first read; None where an older Whence wrote it, and `sha256` is checked."""
     kind: Kind
     """What the file holds: "delta" in bfloat16, "weights" in float32, or "lora", factors in float32."""
     tokens: Count
@@ -94,14 +98,28 @@ class Pool:
         return weights_by_name(self.parent)
 
     def member(self, partition: str) -> "MemberWeights":
-        """A member's tensors.
+        """A member's tensors, once it is known that they are those that were written, and numbers.
 
         Raises:
-            ModelError: There is no such partition.
+            ModelError: There is no such partition, or its member holds a number that is not finite.
+            ChecksumError: The member's file is damaged.
         """
         if partition not in self.members:
             raise ModelError(f"{self.place.root}: no partition {partition!r}; it has {', '.join(self.members)}")
+        self.check([partition])
         return MemberWeights(self.members[partition], Path(self.place.path(self.members[partition].file)), self.start())
+
+    def check(self, partitions: Iterable[str] | None = None) -> None:
+        """Refuse members, all or some, whose files are damaged or not finite; each is read once in a process.
+
+        Raises:
+            ChecksumError: A file is not as it was written.
+            ModelError: A tensor is not finite everywhere.
+        """
+        for partition in self.members if partitions is None else partitions:
+            member = self.members[partition]
+            remedy = _RETRAIN.format(partition=partition)
+            self.place.check(member.file, member, remedy, also=partial(_refuse_not_finite, remedy=remedy))
 
     def verify(self, partitions: Iterable[str] | None = None) -> None:
         """Check the files of all members, or of some, against their checksums.
@@ -111,11 +129,9 @@ class Pool:
         """
         for partition in self.members if partitions is None else partitions:
             member = self.members[partition]
-            if not self.place.exists(member.file) or self.place.digest(member.file) != member.sha256:
-                raise ChecksumError(
-                    f"{self.place.path(member.file)}: not what was written for the partition {partition!r}. Remove the "
-                    "file; `whence pool train` trains that member again."
-                )
+            if (what := self.place.defect(member.file, member)) is not None:
+                remedy = _RETRAIN.format(partition=partition)
+                raise ChecksumError(f"{self.place.path(member.file)} is not what was written ({what}). {remedy}")
 
     def with_member(
         self,
@@ -149,8 +165,8 @@ class Pool:
         kind, described, read = _storage_form(local_directory(directory), self.start(), self.parent, dtype)
         pieces, total = in_pieces(described, read)
         written = self.place.write(name, pieces, total=total)
-        member = Member(partition=partition, file=name, sha256=written.sha256, bytes=written.bytes, kind=kind,
-                        tokens=tokens, rows=rows, loss=loss, size=size, digest=digest)  # fmt: skip
+        member = Member(partition=partition, file=name, **vars(written), kind=kind, tokens=tokens,
+                        rows=rows, loss=loss, size=size, digest=digest)  # fmt: skip
         pool = replace(self, members={**self.members, partition: member})
         pool.write()
         return pool
@@ -166,8 +182,7 @@ class Pool:
             "tokenizer_digest": self.words,
             "members": [asdict(member) for member in self.members.values()],
         }
-        data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
-        self.place.write(MANIFEST, [data], total=len(data))
+        self.place.write_document(MANIFEST, document)
 
 
 @dataclass(frozen=True)
@@ -248,10 +263,10 @@ class _StoredPool:
 def _check_format(place: Place, data: bytes) -> None:
     """Check the format before anything else: another one may have other entries."""
     found = read_record(_Format, data, place.path(MANIFEST), REMEDY)["format_version"]
-    if found != FORMAT_VERSION:
+    if found not in (1, FORMAT_VERSION):
         raise FormatVersionError(
-            f"{place.path(MANIFEST)}: format {found}, and this version of Whence reads {FORMAT_VERSION}: install the "
-            "version that wrote it"
+            f"{place.path(MANIFEST)}: format {found}, and this version of Whence reads up to {FORMAT_VERSION}: install "
+            "the version that wrote it"
         )
 
 
@@ -311,6 +326,8 @@ def _storage_form(
         if directory_digest(base) != directory_digest(parent):
             raise ModelError(f"{directory}: an adapter of {base}, not of the pool's parent {parent}")
         factors = dict(_factors(adapter_of(directory, config), start, is_transposed=bool(config.get("fan_in_fan_out"))))
+        if diverged := [name for name, factor in factors.items() if not torch.isfinite(factor).all()]:
+            raise ModelError(f"{directory}: {diverged[0]} is not finite everywhere: its training diverged. Lower --lr.")
         described = {name: (factor.dtype, tuple(factor.shape)) for name, factor in factors.items()}
         return "lora", described, factors.__getitem__
     weights = weights_by_name(directory)
@@ -322,6 +339,13 @@ def _storage_form(
             raise ModelError(f"{directory}: {name} has the shape {[*shape]}, in the parent {parent} {[*parent_shape]}")
     described = {name: (DTYPES[dtype], weights.shape(name)) for name in weights.files}
     return ("weights" if dtype == "float32" else "delta"), described, partial(_stored_tensor, weights, start, dtype)
+
+
+def _refuse_not_finite(file: Path, remedy: str) -> None:
+    with safetensors.safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            if not torch.isfinite(opened.get_tensor(name)).all():
+                raise ModelError(f"{file}: {name} is not finite everywhere. {remedy}")
 
 
 def _stored_tensor(weights: Weights, start: Weights, dtype: str, name: str) -> Float[Tensor, "..."]:

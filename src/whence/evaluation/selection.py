@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from whence import catalogue
+from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
@@ -34,16 +35,16 @@ from whence.gradients.capture import token_losses
 from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
+from whence.models.training_state import warn_if_unfinished
 from whence.numerics import crossed_bootstrap_interval
-from whence.records import Count, read_record, unlike_written
+from whence.records import Count, MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
-from whence.storage import Place, claim_directory
+from whence.storage import AGAIN, Place, claim_directory
 from whence.training.trainer import train
 
 NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
 """Lines of a table that are no method: the untrained model, a random choice, and the whole corpus."""
 TABLE_FILE = "table.json"
-REMEDY = "Remove that file: the same command makes it again"
 
 
 @dataclass(frozen=True)
@@ -246,11 +247,18 @@ class _ChoiceStore:
         name = self._name(method, seed)
         if not self.place.exists(name):
             return None
-        return read_record(dict[str, Choice], self.place.read(name), self.place.path(name), REMEDY)
+        data, where = self.place.read(name), self.place.path(name)
+        document = read_record(dict[str, Any], data, where, AGAIN)
+        by_task = document.get("choices") if is_sealed(data) else document
+        try:
+            return fitting(dict[str, Choice], by_task)
+        except MisfitError as error:
+            raise unlike_written(where, error, AGAIN) from None
 
     def write(self, method: str, seed: int, choices: dict[str, Choice]) -> None:
         """Write the choices for all tasks, whole or not at all."""
-        _write(self.place, self._name(method, seed), {task: asdict(choice) for task, choice in choices.items()})
+        by_task = {task: asdict(choice) for task, choice in choices.items()}
+        self.place.write_document(self._name(method, seed), {"method": method, "seed": seed, "choices": by_task})
 
 
 def _origins(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,6 +304,7 @@ def evaluate_selection(
     settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
     claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
     start = load_model(open_run(model).checkpoints[-1].path)
+    warn_if_unfinished(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     cells = _untrained(directory, start, tasks)
     for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
@@ -316,11 +325,6 @@ def _other_table(directory: Path, difference: str) -> SettingError:
     return SettingError(
         f"--work {directory}: its cells have another {difference}. Name another directory, or remove that one."
     )
-
-
-def _write(place: Place, name: str, document: Any) -> None:
-    data = json.dumps(document).encode()
-    place.write(name, [data], total=len(data))
 
 
 def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
@@ -347,7 +351,7 @@ def _untrained(directory: Path, model: LoadedModel, tasks: Mapping[str, list[Enc
     if any(cell is None for cell in cells):
         cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
         for cell in cells:
-            _write(Place.at(directory), _cell_file(NOTHING, cell.task, 0), asdict(cell))
+            Place.at(directory).write_document(_cell_file(NOTHING, cell.task, 0), asdict(cell))
     return [cell for cell in cells if cell is not None]
 
 
@@ -388,7 +392,7 @@ def _cells(
         cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
     cells = [replace(cell, select_seconds=choice.seconds) for cell in cells]
     for cell in cells:
-        _write(Place.at(directory), _cell_file(name, cell.task, seed), asdict(cell))
+        Place.at(directory).write_document(_cell_file(name, cell.task, seed), asdict(cell))
     return cells
 
 
@@ -420,10 +424,10 @@ def _stored_cell(directory: Path, method: str, task: str, seed: int, rows: int) 
     place, name = Place.at(directory), _cell_file(method, task, seed)
     if not place.exists(name):
         return None
-    cell = read_record(Cell, place.read(name), place.path(name), REMEDY)
+    cell = read_record(Cell, place.read(name), place.path(name), AGAIN)
     if (cell.method, cell.task, cell.seed) != (method, task, seed) or not len(cell.loss) == len(cell.exact) == rows:
         what = f"it has {len(cell.loss)} losses of {cell.method}, seed {cell.seed}; {rows} of {method} are graded"
-        raise unlike_written(place.path(name), what, REMEDY)
+        raise unlike_written(place.path(name), what, AGAIN)
     return cell
 
 

@@ -40,6 +40,7 @@ from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
+from whence.models.training_state import warn_if_unfinished
 from whence.outputs import refuse_inputs
 from whence.storage import Place
 
@@ -98,6 +99,7 @@ def index(
     run = open_run(model, which=chosen.checkpoints)
     for note in run.notes:
         logger.warning("%s", note)
+    warn_if_unfinished(model)
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)

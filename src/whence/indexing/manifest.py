@@ -14,11 +14,12 @@ from typing import Annotated, Any, TypedDict
 
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError
 from whence.indexing.shards import STATUSES
-from whence.records import Count, Digest, MisfitError, fitting, unlike_written
+from whence.records import Count, Digest, FastDigest, MisfitError, fitting, unlike_written
 from whence.storage import Place
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no `xxh3`."""
 
 REMEDY = "Restore it from a copy, or start the index over with --restart"
 
@@ -42,6 +43,8 @@ class PartEntry:
 
     sha256: Digest
     bytes: Count
+    xxh3: FastDigest | None = None
+    """XXH3-128, checked when the file is first read; None where an older Whence wrote it, and `sha256` is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,9 @@ class ShardEntry:
     rows: Count
     sha256: Digest
     bytes: Count
+    xxh3: FastDigest | None = None
+    """See `PartEntry`."""
+
     counts: dict[str, Count]
     """Rows by status, and other counts, such as truncated rows."""
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float32, Int32, Shaped, UInt8
 from torch import Tensor
 
+from whence.checksums import Recorded
 from whence.errors import ChecksumError
 from whence.indexing.codecs import Codec
 from whence.storage import Place
@@ -103,14 +104,19 @@ def _bytes(tensor: Tensor) -> Iterator[memoryview]:
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int) -> Shard:
-    """Open a shard and check that its header and size are what the manifest says.
+def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int, recorded: Recorded) -> Shard:
+    """Open a shard, and check that its bytes, and what its header says, are those that were written.
+
+    The bytes are read once for it in a process: the pages that a scan is about to read.
 
     Raises:
-        ChecksumError: The file is missing, cut short, or not this shard. Contents are checked by `verify`.
+        ChecksumError: The file is missing, has other bytes, or is not this shard.
     """
+    remedy = f"See what else is wrong with: whence verify {place.root}, and mend it with: whence verify {place.root} "
+    remedy += "--repair"
     try:
         data = place.mapped(name)
+        place.check(name, recorded, remedy, data=data.numpy())
         length = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8 : 8 + length].numpy()))
         body = data[8 + length :]
@@ -121,11 +127,7 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int) -> Shar
         }
         return Shard(**{field: _tensor(body, header[field], *expected[field]) for field in expected})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ChecksumError(
-            f"{place.path(name)} is not the shard that was written ({error}); "
-            f"see what else is wrong with: whence verify {place.root}, and mend it with: "
-            f"whence verify {place.root} --repair"
-        ) from error
+        raise ChecksumError(f"{place.path(name)} is not the shard that was written ({error}). {remedy}") from error
 
 
 def _tensor(body: Tensor, entry: dict, dtype: torch.dtype, shape: list[int]) -> Tensor:

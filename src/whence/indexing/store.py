@@ -31,6 +31,7 @@ from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
 from whence.indexing.manifest import (
+    FORMAT_VERSION,
     MANIFEST,
     CorpusEntry,
     Manifest,
@@ -156,7 +157,7 @@ class Store:
             raise MissingIndexError(f"{self.place.root} has no shard of part {part} under checkpoint {checkpoint} yet")
         if entry.file in self._open_shards:
             return self._open_shards[entry.file]
-        shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows)
+        shard = read_shard(self.place, entry.file, self.codec, self.manifest.width, entry.rows, entry)
         if self.place.is_local:
             self._open_shards[entry.file] = shard
         return shard
@@ -164,15 +165,16 @@ class Store:
     def read_part(self, number: int) -> list[dict]:
         """The corpus rows of a part: id, source, row (the original row as JSON)."""
         entry = self.manifest.parts[number]
+        remedy = f"Mend it with: whence verify {shlex.quote(self.place.root)} --repair"
         try:
-            table = _read_parquet(self.place.read(entry.file))
+            data = self.place.read(entry.file)
+            self.place.check(entry.file, entry, remedy, data=data)
+            table = _read_parquet(data)
             if (table.schema.names, len(table)) != (_SCHEMA.names, entry.rows):
                 raise ValueError(f"{len(table)} rows of {', '.join(table.schema.names)}; {entry.rows} are listed")
             return table.to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ChecksumError(
-                f"{self.place.path(entry.file)} cannot be read ({error}); see: whence verify {self.place.root}"
-            ) from error
+            raise ChecksumError(f"{self.place.path(entry.file)} cannot be read ({error}). {remedy}") from error
 
     def read_rows(self, numbers: Sequence[int]) -> list[dict]:
         """Corpus rows by their numbers in the index, in the order given; reads only the parts that hold them."""
@@ -265,7 +267,7 @@ class Store:
     def _write_part_file(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
         name, data = part_file(number), _parquet(rows)
         written = self.place.write(name, [data], total=len(data))
-        return PartEntry(file=name, rows=len(rows), first_row=first_row, sha256=written.sha256, bytes=written.bytes)
+        return PartEntry(file=name, rows=len(rows), first_row=first_row, **vars(written))
 
     def finish_parts(self) -> None:
         """Note in the manifest that all rows of the corpora are in parts."""
@@ -320,8 +322,7 @@ class Store:
             part=part,
             file=name,
             rows=rows,
-            sha256=written.sha256,
-            bytes=written.bytes,
+            **vars(written),
             counts={**counts, **arrays.counts},
         )
 
@@ -332,6 +333,7 @@ class Store:
         self._save(self.manifest.with_shard(entry))
 
     def _save(self, manifest: Manifest) -> None:
+        manifest = replace(manifest, format_version=FORMAT_VERSION)  # an older one's new entries are of this version
         data = manifest.to_json()
         self.place.write(MANIFEST, [data], total=len(data))
         self.manifest = manifest

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 
-from whence.errors import ChecksumError, StorageError
+from whence.errors import ChecksumError
 from whence.indexing.manifest import MANIFEST, PartEntry, ShardEntry
 from whence.indexing.store import Store
-from whence.storage import Place, reason
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,8 @@ def problems_of(store: Store) -> Iterator[Problem]:
     present = set(store.place.names())
     entries = {entry.file: entry for entry in (*store.manifest.parts, *store.manifest.shards)}
     for name, entry in entries.items():
-        what = defect(store.place, entry) if name in present else "missing"
+        what = store.place.defect(name, entry) if name in present else "missing"
         if what is not None:
             yield Problem(name, what, entry)
     for name in sorted(present - entries.keys() - {MANIFEST}):
         yield Problem(name, "not listed in the manifest")
-
-
-def defect(place: Place, entry: PartEntry | ShardEntry) -> str | None:
-    """The defect of a file; None where it is as it was written."""
-    try:
-        if (size := place.size(entry.file)) != entry.bytes:
-            return f"{size:,} bytes, not {entry.bytes:,}"
-        return None if place.digest(entry.file) == entry.sha256 else "wrong checksum"
-    except FileNotFoundError:
-        return "missing"
-    except StorageError as error:
-        return f"cannot be read: {reason(error.__cause__ or error)}"

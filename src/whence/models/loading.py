@@ -27,6 +27,7 @@ from whence.errors import ModelError, SettingError
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
+from whence.models.saved_files import check_file, check_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +248,7 @@ def directory_digest(path: str | Path, *, base: str | None = None) -> str:
     `base`, see `load_model`.
     """
     directory = local_directory(path)
+    check_model_files(directory)
     digest = hashlib.sha256()
     for file in weight_files(directory):
         digest.update(file.name.encode())
@@ -320,6 +322,7 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
     file = Path(directory) / "adapter_config.json"
     if not file.exists():
         return None
+    check_file(file)
     try:
         config = json.loads(file.read_text())
         kind, base = config["peft_type"], config["base_model_name_or_path"]
@@ -358,6 +361,7 @@ def check_files(path: str | Path, *, base: str | None = None) -> None:
 
     Raises:
         ModelError: A file is broken, or an adapter's base does not exist; the message names it.
+        ChecksumError: `whence train` wrote the directory, and a file of it is damaged.
     """
     directory = local_directory(path)
     _check_directory(directory)
@@ -373,6 +377,7 @@ def check_files(path: str | Path, *, base: str | None = None) -> None:
 def _check_directory(directory: str) -> None:
     import safetensors
 
+    check_model_files(directory)
     for file in weight_files(directory):
         is_torch = file.suffix == ".bin"
         try:
@@ -439,6 +444,8 @@ def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> 
 def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
     import transformers
 
+    if Path(source).is_dir():
+        check_model_files(source)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

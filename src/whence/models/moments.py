@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from whence.errors import ModelError
 from whence.models.loading import LoadedModel, layer_shape
+from whence.models.saved_files import check_file
 
 FILES = ("optimizer.pt", "optimizer.bin")
 """Names of the optimizer's file: a Trainer's, and FSDP's."""
@@ -66,9 +67,11 @@ def optimizer_file(directory: str | Path) -> Path:
 
     Raises:
         ModelError: There is none; the message explains why.
+        ChecksumError: `whence train` wrote it, and it is damaged.
     """
     for name in FILES:
         if (file := Path(directory) / name).is_file():
+            check_file(file)
             return file
     others = [item.name for pattern in OTHER_LAYOUTS for item in Path(directory).glob(pattern)]
     if others:

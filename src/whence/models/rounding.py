@@ -6,10 +6,12 @@ model that stands in for another must be rounded in the same way.
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
 
 from whence.errors import ModelError
+from whence.models.saved_files import LIST, forget_files, list_files
 from whence.models.weights import Described, Weights, in_pieces, weights_of
 from whence.storage import Place
 
@@ -36,6 +38,7 @@ def round_stored(directory: str, dtype: torch.dtype) -> None:
         ModelError: The weights are in another format.
     """
     weights = weights_of(directory, *STEMS)
+    is_listed = (Path(directory) / LIST).exists()
     for file in sorted({*weights.files.values()}):
         if file.suffix != ".safetensors":
             raise ModelError(f"{file}: weights are rounded in safetensors files. Save the model as safetensors.")
@@ -45,9 +48,12 @@ def round_stored(directory: str, dtype: torch.dtype) -> None:
             name: (dtype if dtype.itemsize < kind.itemsize else kind, shape) for name, (kind, shape) in before.items()
         }
         if after != before:
+            forget_files(directory)  # a kill between the weights and their list leaves a directory without a list
             pieces, total = in_pieces(
                 after,
                 lambda name, of_file=of_file, after=after: of_file.read(name).to(after[name][0]),
                 metadata={"format": "pt"},
             )
             Place.at(file.parent).write(file.name, pieces, total=total)
+    if is_listed:
+        list_files(directory)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from whence.errors import ModelError
+from whence.models.saved_files import check_file, check_model_files
 
 FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of dtypes in safetensors, in the order in which it stores tensors."""
@@ -130,7 +131,9 @@ def weights_of(directory: str, *stems: str) -> Weights:
 
     Raises:
         ModelError: There is no such file, or its index names a file that is missing.
+        ChecksumError: `whence train` wrote the directory, and a file of it is damaged.
     """
+    check_model_files(directory)
     for kind in (f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "bin")):
         file, index = Path(directory) / kind, Path(directory) / f"{kind}.index.json"
         if file.is_file():
@@ -148,6 +151,7 @@ def weights_of(directory: str, *stems: str) -> Weights:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A configuration, or an index of weight files."""
+    check_file(file)
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -32,6 +32,7 @@ from whence.models.loading import (
     tokenizer_digest,
 )
 from whence.models.runs import open_run
+from whence.models.training_state import unfinished_note
 from whence.recovery.evidence import LayerDirection, direction_by_layer
 from whence.recovery.preconditioner import SAMPLE_ROWS, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.recovery.pseudo_labels import label_corpus
@@ -65,6 +66,8 @@ class Case:
     """Directory of the tokenizer that rows are read with; None: the final's."""
     scale: Scale | None = None
     """Factor by layer that undoes an optimizer's scaling; None: nothing is undone."""
+    notes: tuple[str, ...] = ()
+    """Limits of the two models that a reader has to know, one sentence each."""
 
     def direction(self, model: LoadedModel, layers: Mapping[str, nn.Module]) -> LayerDirection:
         """T over some layers, with the optimizer's scaling undone and decay removed as the settings say."""
@@ -114,8 +117,9 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
         raise SettingError("--rounds: an adapter's trainings begin at another A each, and cannot be compared")
     if lora and settings.remove_decay:
         raise SettingError("--remove-decay: an adapter's B begins at 0: decay cannot be told from its gradients")
+    unfinished = tuple(note for path in (base, final) if (note := unfinished_note(path)))
     return Case(start, end, difference, index_settings, settings.short_list, lora, settings.remove_decay,
-                tuple(between), settings.tokenizer)  # fmt: skip
+                tuple(between), settings.tokenizer, notes=unfinished)  # fmt: skip
 
 
 @contextmanager

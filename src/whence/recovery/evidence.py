@@ -147,6 +147,7 @@ def gather_point(
 
     Raises:
         ManifestMismatchError: The directory holds other evidence.
+        ChecksumError: A file of the directory is damaged.
         SettingError: A direction lacks a layer.
     """
     layers = model.layers(settings.space.layers)
@@ -186,8 +187,7 @@ def streamed(pass_over: "Pass", corpus: Corpus, work: Place, tick: Tick) -> tupl
             arrays = pass_over.rows(
                 [encode(row.row, pass_over.model.tokenizer, pass_over.longest) for row in rows], tick
             )
-            data = safetensors.torch.save(arrays)
-            work.write(name, [data], total=len(data))
+            work.write_recorded(name, safetensors.torch.save(arrays))
         else:
             tick(len(rows), 0)
     parts = [_read(work, name, but="vectors") for name in names]
@@ -334,7 +334,12 @@ def parts_of(corpus: Corpus) -> Iterator[list[Example]]:
 
 
 def _read(place: Place, name: str, *, but: str | None = None) -> dict[str, Tensor]:
-    """A part's arrays but one; that one is not read from a local file."""
+    """A part's arrays but one; that one is not read from a local file.
+
+    Raises:
+        ChecksumError: The part is damaged.
+    """
+    place.check_recorded(name)
     if place.is_local:
         with safetensors.safe_open(place.path(name), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys() if key != but}  # noqa: SIM118

@@ -182,7 +182,7 @@ def _notes(
 ) -> list[str]:
     """Limits of the result that a reader has to know, one sentence each."""
     usable = int(evidence.usable.sum())
-    notes = [*case.difference.notes, *([unmoved_note] if unmoved_note else [])]
+    notes = [*case.notes, *case.difference.notes, *([unmoved_note] if unmoved_note else [])]
     if learned is not None and not math.isfinite(learned.shadow.distance):
         notes.append("The shadow and the final moved no matrix in common: its optimizer is a guess without evidence.")
     if count is not None and count > usable:

@@ -94,23 +94,25 @@ def label_corpus(
     Raises:
         CorpusError: No row has text.
         ManifestMismatchError: `place` holds labels of another model, corpus or kind.
+        ChecksumError: A file of `place` is damaged.
     """
-    parts = Place(place.fs, f"{place.root}/rows")
     provenance = {"corpus": digest, "model": directory_digest(model.path), "max_tokens": max_tokens, "seed": seed}
     claim(place, provenance | {"choices": list(labels.choices), "template": labels.template, "how": labels.how})
     rng, stored_bytes = generator(seed, "labels"), 0
     for number, part in enumerate(parts_of(corpus)):
-        name = f"part-{number:05d}.jsonl"
+        name = f"rows/part-{number:05d}.jsonl"
         uniform = torch.rand(ROWS_PER_PART, generator=rng, dtype=torch.float64)[: len(part)]
-        if not parts.exists(name):
+        if place.exists(name):
+            place.check_recorded(name)
+        else:
             rows = _labelled(model, part, labels, uniform, max_tokens, tokens_per_batch)
             data = "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
-            parts.write(name, [data], total=len(data))
-        stored_bytes += parts.size(name)
+            place.write_recorded(name, data)
+        stored_bytes += place.size(name)
         tick(len(part), 0)
     if not stored_bytes:
         raise CorpusError(f"{corpus.name}: no row has text to label")
-    return open_corpus(parts.root)
+    return open_corpus(f"{place.root}/rows")
 
 
 def choice_probabilities(

@@ -35,6 +35,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.models.difference import WeightDifference, weight_difference
+from whence.models.saved_files import list_files
 from whence.numerics import mixed_seed
 from whence.recovery.matching_problem import nonnegative
 from whence.recovery.shadow_model import Recipe, train_by
@@ -142,6 +143,7 @@ def adapter_at_start(final: str, out: Path) -> str:
         start = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
         data = safetensors.torch.save(start, metadata={"format": "pt"})
         Place.at(out).write(name, [data], total=len(data))
+        list_files(out)
     return str(out)
 
 

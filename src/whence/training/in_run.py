@@ -25,6 +25,8 @@ Source: Wang et al. 2025, Data Shapley in One Training Run, https://arxiv.org/ab
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,7 +175,7 @@ class InRun:
         try:
             with np.load(checkpoint / STATE, allow_pickle=False) as state:
                 scores, step_counts, table = state["scores"], state["seen"], state["steps"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise SettingError(f"{checkpoint / STATE}: not a state of --in-run ({error}). Train anew.") from None
         if len(scores) != self.count:
             raise SettingError(f"{checkpoint / STATE}: of {len(scores)} rows, where {self.count} are trained on")

@@ -27,7 +27,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from whence.errors import CorpusError, JobError, SettingError
+from whence.checksums import digest
+from whence.errors import ChecksumError, CorpusError, JobError, SettingError
 from whence.records import Count, MisfitError, fitting
 
 LARGEST_EXPONENT = 50.0
@@ -249,15 +250,17 @@ class OnlineBatches:
 
     def save(self, checkpoint: Path) -> None:
         """Write the state into a checkpoint."""
-        (checkpoint / STATE).write_text(json.dumps(self.mixer.state_dict() | {"taken": self.rows_drawn}) + "\n")
+        state = self.mixer.state_dict() | {"taken": self.rows_drawn, "log": digest([self.log.read_bytes()])}
+        (checkpoint / STATE).write_text(json.dumps(state) + "\n")
 
     def load(self, checkpoint: Path | None) -> None:
         """Go on from a checkpoint, or begin; the log loses the lines of later steps.
 
         Raises:
             SettingError: The checkpoint has no state, or one of other domains.
+            ChecksumError: The log is damaged.
         """
-        steps = 0
+        steps, logged = 0, None
         if checkpoint is not None:
             try:
                 state = fitting(_StoredState, json.loads((checkpoint / STATE).read_bytes()))
@@ -266,10 +269,15 @@ class OnlineBatches:
                 raise SettingError(f"{checkpoint / STATE}: not a state of --mix online ({error})") from None
             self.mixer.load_state_dict(state)
             self.rows_drawn = {domain: state["taken"][domain] for domain in self.rows}
-            steps = self.mixer.steps
-        lines = self.log.read_text().splitlines(keepends=True)[:steps] if self.log.exists() else []
+            steps, logged = self.mixer.steps, state.get("log")
+        lines = b"".join(self.log.read_bytes().splitlines(keepends=True)[:steps]) if self.log.exists() else b""
+        if logged not in (None, digest([lines])):
+            raise ChecksumError(
+                f"{self.log}: its lines are not those that were written up to {checkpoint}. Restore it from a copy, or "
+                "train into another directory."
+            )
         draft = self.log.with_name(self.log.name + ".tmp")
-        draft.write_text("".join(lines))
+        draft.write_bytes(lines)
         draft.replace(self.log)
 
     def _check_sizes(self, state: "_StoredState") -> None:

@@ -3,12 +3,14 @@
 A Trainer's checkpoint holds the weights, the optimizer's and the schedule's states, and the generators' states at its
 step. It lacks the order of the epoch's rows, which was drawn when the epoch began: `RowOrder` remembers the generator's
 state from before the draw, and `OrderKept` puts it into every `trainer_state.json`. The Trainer writes that file last,
-so a checkpoint without it was cut short, and is removed.
+so a checkpoint without it was cut short, and is removed. Then `FilesListed` lists the checkpoint's files with their
+checksums: a checkpoint that is damaged since is refused, and not trained on.
 
 The record beside the checkpoints says what they were trained from and how; only the same settings resume a training.
 """
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -22,11 +24,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from whence.errors import SettingError
-from whence.records import fitting
+from whence.errors import ChecksumError, SettingError
+from whence.models.saved_files import LIST, check_listed, list_files
+from whence.models.training_state import IS_COMPLETE, RECORD, state_of
+from whence.records import read_record
+from whence.storage import Place
 
-RECORD = "whence_train.json"
-IS_COMPLETE = "is_complete"
+LOST_RECORD = "Restore it from a copy, or train into another directory."
 NOT_FLAGS = ("model", "corpus", "rows", "rows_digest", "in_run_digest")
 """Entries of the record that are not the value of a flag."""
 
@@ -63,26 +67,49 @@ class OrderKept(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"drawn_from": text}}
 
 
+class FilesListed(TrainerCallback):
+    """Lists a checkpoint's files with their checksums when the checkpoint is whole."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has written a checkpoint."""
+        list_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 def read_order(checkpoint: Path) -> Tensor:
-    """The generator's state from which the order of a checkpoint's epoch was drawn."""
-    file = checkpoint / "trainer_state.json"
+    """The generator's state from which the order of a checkpoint's epoch was drawn.
+
+    Raises:
+        SettingError: The checkpoint does not hold it.
+    """
     try:
-        state = json.loads(file.read_text())["stateful_callbacks"][OrderKept.__name__]["attributes"]["drawn_from"]
-        order = torch.frombuffer(bytearray(base64.b64decode(state, validate=True)), dtype=torch.uint8)
+        text = state_of(checkpoint)["stateful_callbacks"][OrderKept.__name__]["attributes"]["drawn_from"]
+        order = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
         torch.Generator().set_state(order)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SettingError(
-            f"{file}: it does not say how the rows of its epoch were drawn ({reason}). Remove {checkpoint}: the same "
-            "command goes on from an earlier one."
+            f"{checkpoint / 'trainer_state.json'}: it does not say how the rows of its epoch were drawn ({reason}). "
+            f"Remove {checkpoint}: the same command goes on from an earlier one."
         ) from None
     return order
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The last checkpoint that was written whole; later ones are incomplete and are removed."""
+    """The last checkpoint that was written whole; later ones are incomplete and are removed.
+
+    Raises:
+        ChecksumError: That checkpoint is damaged since, or is of another step than its name says.
+    """
     checkpoints = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(checkpoints, key=step_of, reverse=True):
+    ordered = sorted(checkpoints, key=step_of, reverse=True)
+    for path, before in itertools.zip_longest(ordered, ordered[1:]):
+        if (path / LIST).exists():
+            origin = "the start" if before is None else before.name
+            remedy = f"Remove {path}, and run the same command again: it goes on from {origin}."
+            check_listed(path, remedy=remedy)
+            if (step := state_of(path).get("global_step")) != step_of(path):
+                raise ChecksumError(f"{path} holds step {step}: it was renamed. Give it back its name, or: {remedy}")
+            return path
         try:
             json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError, RecursionError):
@@ -108,8 +135,7 @@ def begin(directory: Path, record: dict[str, Any]) -> None:
         _check_same(file, record)
         return
     refuse_others(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(file, record | {IS_COMPLETE: False})
+    Place.at(directory).write_document(RECORD, record | {IS_COMPLETE: False})
 
 
 def refuse_others(directory: Path) -> None:
@@ -129,16 +155,17 @@ def refuse_others(directory: Path) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Mark a training as done."""
-    file = directory / RECORD
-    _write(file, _stored(file) | {IS_COMPLETE: True})
+    """Mark a training as done, and list the files beside its checkpoints with their checksums."""
+    place = Place.at(directory)
+    place.write_document(RECORD, place.read_document(RECORD, LOST_RECORD) | {IS_COMPLETE: True})
+    list_files(directory, but=RECORD)
 
 
 def is_complete(directory: Path) -> bool:
     """Whether the training in a directory is done."""
     try:
         return _stored(directory / RECORD).get(IS_COMPLETE) is True
-    except (OSError, SettingError):
+    except (OSError, ChecksumError):
         return False
 
 
@@ -146,19 +173,9 @@ def _stored(file: Path) -> dict[str, Any]:
     """A record as stored.
 
     Raises:
-        SettingError: It is none.
+        ChecksumError: It is none.
     """
-    try:
-        return fitting(dict[str, Any], json.loads(file.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"{file}: not a record of a training ({error}). Name another directory.") from None
-
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    """Write a record in one step: half a record would refuse its own training."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(file)
+    return read_record(dict[str, Any], Place.at(file.parent).read(file.name), str(file), LOST_RECORD)
 
 
 def _check_same(file: Path, record: dict[str, Any]) -> None:

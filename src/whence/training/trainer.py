@@ -43,12 +43,14 @@ from whence.corpus.tokens import Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
+from whence.models.training_state import warn_if_unfinished
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
 from whence.training.resuming import (
+    FilesListed,
     OrderKept,
     RowOrder,
     begin,
@@ -102,6 +104,7 @@ def train(
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
+    warn_if_unfinished(model)
     source = Path(last).resolve() if Path(last).is_dir() else last
     loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
     texts = open_corpus(corpus)
@@ -248,7 +251,7 @@ class _Trainer(Trainer):
 
     def __init__(self, order: RowOrder, **options: Any):
         self.order = order
-        super().__init__(callbacks=[OrderKept(order), _StepEvents(self)], **options)
+        super().__init__(callbacks=[OrderKept(order), FilesListed(), _StepEvents(self)], **options)
 
     def followers(self) -> list[InRun | OnlineBatches]:
         """The objects that write a state into each checkpoint."""

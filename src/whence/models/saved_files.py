@@ -1,0 +1,69 @@
+"""The files of a saved model or of a run, with their checksums: `whence_checksums.json` beside them.
+
+`whence train` writes the list into every checkpoint when that is whole, and beside the checkpoints when the training is
+done. Whoever reads a listed file checks it first, once in a process. A directory without a list, such as another tool's
+or an older Whence's, is read as it stands.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from whence.checksums import Written, digest
+from whence.storage import TEMPORARY, Place
+
+LIST = "whence_checksums.json"
+OF_TRAINING = ("optimizer.", "scheduler.", "rng_state", "training_args.", "trainer_state.", "in_run.", "online_mixing.")
+"""Beginnings of the names of files that training reads, and loading a model does not."""
+_READ_BYTES = 1 << 22
+
+
+def list_files(directory: str | Path, *, but: str = "") -> None:
+    """Write the list of the files of a directory, without those in its folders and the one named `but`."""
+    entries = []
+    for file in sorted(Path(directory).iterdir()):
+        if file.is_file() and file.name not in (LIST, but) and not file.name.endswith(TEMPORARY):
+            entries.append({"file": file.name, "bytes": file.stat().st_size, "xxh3": _digest(file)})
+    Place.at(directory).write_document(LIST, {"files": entries})
+
+
+def forget_files(directory: str | Path) -> None:
+    """Remove the list of a directory, whose files are about to change."""
+    (Path(directory) / LIST).unlink(missing_ok=True)
+
+
+def check_listed(
+    directory: str | Path, *, remedy: str | None = None, which: Callable[[str], bool] | None = None
+) -> None:
+    """Refuse a directory whose listed files, or those of them that are about to be read, are not as they were written.
+
+    Args:
+        directory: A directory of this machine; one without a list passes.
+        remedy: How to mend it, a sentence.
+        which: Whether a file of this name is about to be read; None: all are.
+
+    Raises:
+        ChecksumError: A file or the list itself is damaged.
+    """
+    place = Place.at(directory)
+    if not (Path(directory) / LIST).is_file():
+        return
+    advice = remedy or f"Copy {directory} again from where it is whole, or train it again."
+    for entry in place.read_document(LIST, advice)["files"]:
+        if which is None or which(entry["file"]):
+            mended = f"{advice} If you changed it yourself, remove {LIST} there."
+            place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), mended)
+
+
+def check_model_files(directory: str | Path) -> None:
+    """Refuse a model whose weights, configuration or tokenizer are not as they were written; see `check_listed`."""
+    check_listed(directory, which=lambda name: not name.startswith(OF_TRAINING))
+
+
+def check_file(file: Path) -> None:
+    """Refuse one damaged file of a listed directory; see `check_listed`."""
+    check_listed(file.parent, which=lambda name: name == file.name)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return digest(iter(lambda: stream.read(_READ_BYTES), b""))

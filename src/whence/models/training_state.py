@@ -1,0 +1,54 @@
+"""How far the training in a directory has come: what `whence train` and a Trainer say of it themselves."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from whence.errors import WhenceError
+from whence.models.runs import open_run
+from whence.storage import Place
+
+logger = logging.getLogger(__name__)
+
+RECORD = "whence_train.json"
+"""File in which `whence train` says what was trained on what."""
+IS_COMPLETE = "is_complete"
+"""Its entry that becomes true when the training is done."""
+
+
+def state_of(checkpoint: str | Path) -> dict[str, Any]:
+    """A Trainer's state in a checkpoint; empty where there is none that can be read."""
+    try:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def unfinished_note(path: str | Path) -> str | None:
+    """A sentence on a run whose last checkpoint is not the end of its training; None for any other model.
+
+    A training that was meant to stop early looks the same in another tool's run, so this is never an error.
+    """
+    last = Path(open_run(path).checkpoints[-1].path)
+    if last == Path(path):  # a model or a checkpoint that was named itself
+        return None
+    state = state_of(last)
+    step, steps = state.get("global_step"), state.get("max_steps")
+    place = f"checkpoint {step} of {steps}" if isinstance(step, int) and isinstance(steps, int) else last.name
+    try:
+        is_complete = Place.at(path).read_document(RECORD).get(IS_COMPLETE)
+    except (OSError, WhenceError):
+        is_complete = None
+    if is_complete is False:
+        return f"{path} is a training that is not finished ({place}): `whence train` with the same settings goes on."
+    if is_complete is None and isinstance(step, int) and isinstance(steps, int) and step < steps:
+        return f"{path} is a training that ended before its last step ({place}): stopped early, or not finished."
+    return None
+
+
+def warn_if_unfinished(path: str | Path) -> None:
+    """Log the note of `unfinished_note`, if there is one."""
+    if note := unfinished_note(path):
+        logger.warning(note)
