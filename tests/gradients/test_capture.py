@@ -15,11 +15,11 @@ from whence.gradients.capture import (
     example_gradients,
     gradient_norms,
     gradients,
-    inner_products,
     sketch,
     squared_norms,
     token_losses,
 )
+from whence.gradients.exact import inner_products
 from whence.gradients.projections.identity import Identity
 from whence.gradients.projections.two_sided import TwoSided
 from whence.models.loading import LoadedModel, layer_shape
@@ -97,6 +97,21 @@ def test_output_head_by_name_equals_autograd(architecture):
     expected, _ = oracle(model, layers, examples)
     found, _ = gradients(model, layers, collate(examples))
     assert relative_error(found[head], expected[head]) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma"])
+def test_a_tied_head_has_the_gradient_of_the_shared_weight(architecture):
+    """The embedding's use counts too, with Gemma's scale of its rows; in whole passes and in chunks."""
+    model, examples = tiny_model(architecture), random_examples(5, seed=9)
+    layers = model.layers("lm_head")
+    embedding = model.base.get_input_embeddings()
+    assert layers["lm_head"].weight is embedding.weight
+    expected, _ = oracle(model, layers, examples)
+    found, _ = gradients(model, layers, collate(examples))
+    torch.testing.assert_close(found["lm_head"], expected["lm_head"], rtol=1e-4, atol=1e-6)
+    norms, _ = gradient_norms(model, layers, collate(examples))
+    torch.testing.assert_close(norms, expected["lm_head"].flatten(1).norm(dim=1), rtol=1e-4, atol=1e-6)
+    assert not embedding._forward_hooks
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

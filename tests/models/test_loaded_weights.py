@@ -1,4 +1,4 @@
-"""Files of architectures that transformers renames, joins or splits on loading, against the parameters that it loads."""
+"""Files that transformers renames, joins or splits on loading, against the parameters that it loads."""
 
 import pytest
 import torch

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch
 from whence.errors import ModelError
+from whence.gradients.embeddings import as_linear, tied_embeddings
 from whence.gradients.protocols import Projection
+from whence.models.causality import refuse_mixed_positions
 from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import inverse_or_zero, product
@@ -54,6 +56,8 @@ class Captured:
     """Loss gradient at the outputs, likewise; 0 at padding."""
     rows: Int64[Tensor, " b"] | None
     """Which examples of the batch these are; None for all, in order. The output head comes in several chunks."""
+    places: Int64[Tensor, "b t"] | None = None
+    """Of the output head, where in its example each position is; of a tied one, positions of the embedding too."""
 
 
 Consume = Callable[[Captured], None]
@@ -83,29 +87,12 @@ def squared_norms(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float
     gradient itself.
     """
     tokens, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
-    if _gram_is_cheaper(tokens, tokens, inputs, outputs):
+    if gram_is_cheaper(tokens, tokens, inputs, outputs):
         return (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2), dtype=torch.float32)
     return example_gradients(a, g).square().sum((1, 2), dtype=torch.float32)
 
 
-def inner_products(
-    a: Float[Tensor, "b t i"],
-    g: Float[Tensor, "b t o"],
-    query_a: Float[Tensor, "q r i"],
-    query_g: Float[Tensor, "q r o"],
-) -> Float32[Tensor, "q b"]:
-    """Inner product of each query's gradient with each example's, for one layer, exact.
-
-    The Gram identity `sum over r, t of (a_r . a_t)(g_r . g_t)` is used where it is cheaper, else the queries' gradients
-    G: `sum over t of g_t^T G a_t`.
-    """
-    if _gram_is_cheaper(a.shape[1], query_a.shape[1], a.shape[2], g.shape[2]):
-        pairs = torch.einsum("qri,bti->qbrt", query_a, a) * torch.einsum("qro,bto->qbrt", query_g, g)
-        return pairs.sum((2, 3), dtype=torch.float32)
-    return example_gradients(query_a, query_g).flatten(1) @ example_gradients(a, g).flatten(1).T
-
-
-def _gram_is_cheaper(tokens: int, query_tokens: int, inputs: int, outputs: int) -> bool:
+def gram_is_cheaper(tokens: int, query_tokens: int, inputs: int, outputs: int) -> bool:
     """Multiplications per pair: t r (i + o) for Gram; t i o + r i o to form both gradients, i o to compare them."""
     gram = tokens * query_tokens * (inputs + outputs)
     return gram < (tokens + query_tokens + 1) * inputs * outputs
@@ -144,10 +131,10 @@ class _Pass:
     consume: Consume
     whole: bool = False
     """Whether a layer of the output head is handed over once, with its chunks joined."""
-    head_chunks: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
-    """Chunks of the output head that are not handed over yet: (a, g, owners) by layer."""
-    owners: Int64[Tensor, " s"] | None = None
-    """Example of each position of the current chunk of the output head; None inside the decoder."""
+    head_chunks: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    """Chunks of the output head that are not handed over yet: (a, g, owners, places) by layer."""
+    owners: tuple[Int64[Tensor, " s"], Int64[Tensor, " s"]] | None = None
+    """Example and place of each position of the current chunk of the output head; None inside the decoder."""
     upcast: bool = True
     """Whether `(a, g)` is handed over in fp32; else in the model's dtype."""
     called: set[str] = field(default_factory=set)
@@ -162,6 +149,11 @@ class _Pass:
     def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return out
+        if not isinstance(out, Tensor):
+            raise ModelError(
+                f"layer {name} is a {type(module).__name__}, which returns more than a linear layer's output. Leave it "
+                f"out: --layers '!*{name.rsplit('.', 1)[-1]}'"
+            )
         if not out.requires_grad:
             out.requires_grad_()
         self.called.add(name)
@@ -169,11 +161,11 @@ class _Pass:
         return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)  # type: ignore[return-value]
 
     @torch.no_grad()
-    def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: Tensor | None) -> None:
+    def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: tuple[Tensor, Tensor] | None) -> None:
         dtype = torch.float32 if self.upcast else g.dtype
         a, g = a.to(g.device, dtype), g.to(dtype)  # accelerate moves inputs behind the hook
         if owners is not None:
-            chunk = (a.flatten(0, -2), g.flatten(0, -2), owners.to(a.device))
+            chunk = (a.flatten(0, -2), g.flatten(0, -2), *(tensor.to(a.device) for tensor in owners))
             if self.whole:
                 self.head_chunks.setdefault(name, []).append(chunk)
             else:
@@ -193,26 +185,53 @@ class _Pass:
         self.handed_over.add(name)
         self.consume(Captured(name, a.reshape(b, t, -1), g.reshape(b, t, -1), None))
 
-    def _hand_over_head(self, name: str, a: Tensor, g: Tensor, owners: Tensor) -> None:
-        rows, a, g = _by_example(a, g, owners)
-        self.consume(Captured(name, a, g, rows))
+    def embedding_hook(self, name: str) -> Callable[..., Tensor]:
+        """Forward hook that taps an embedding whose weight is that of the output head `name`."""
+        return partial(self._tap_embedding, name)
+
+    def _tap_embedding(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or self.owners is not None:  # for the head, a stub replaces the decoder
+            return out
+        if not out.requires_grad:
+            out.requires_grad_()
+        hand_over, copy = partial(self._hand_over_embedding, name, module), writes_into_outputs(self.model)
+        return Tap.apply(out, args[0], hand_over, copy)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _hand_over_embedding(self, name: str, module: nn.Module, ids: Tensor, g: Tensor) -> None:
+        if ids.shape != self.batch_shape:
+            raise ModelError(f"{name} is tied to an embedding that is read at {tuple(ids.shape)}. Leave {name} out.")
+        for chunk in as_linear(
+            module, ids, g.float() if self.upcast else g, LOGITS_PER_CHUNK.get(g.device.type, 2**20)
+        ):
+            if self.whole:
+                self.head_chunks.setdefault(name, []).append(chunk)
+            else:
+                self._hand_over_head(name, *chunk)
+
+    def _hand_over_head(self, name: str, a: Tensor, g: Tensor, owners: Tensor, places: Tensor) -> None:
+        self.consume(Captured(name, *_by_example(a, g, owners, places)))
 
     @torch.no_grad()
     def hand_over_chunks(self) -> None:
         """Hand the output head's chunks over, joined."""
         for name, chunks in self.head_chunks.items():
-            a, g, owners = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
-            self._hand_over_head(name, a, g, owners)
+            a, g, owners, places = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+            if (owners.diff() < 0).any():  # a tied embedding's positions come behind the head's
+                order = owners.argsort(stable=True)
+                a, g, owners, places = a[order], g[order], owners[order], places[order]
+            self._hand_over_head(name, a, g, owners, places)
 
 
-def _by_example(a: Tensor, g: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From positions [s ...], sorted by owner, to padded examples [b t ...], with the examples' numbers."""
+def _by_example(a: Tensor, g: Tensor, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From positions [s ...], sorted by owner, to padded examples [b t ...], their numbers, and positions' places."""
     rows, index, counts = torch.unique_consecutive(owners, return_inverse=True, return_counts=True)
     place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[index]
     shape = (len(rows), int(counts.max()))
     padded_a, padded_g = a.new_zeros(*shape, a.shape[-1]), g.new_zeros(*shape, g.shape[-1])
-    padded_a[index, place], padded_g[index, place] = a, g
-    return rows, padded_a, padded_g
+    padded_places = places.new_zeros(shape)
+    padded_a[index, place], padded_g[index, place], padded_places[index, place] = a, g, places
+    return padded_a, padded_g, rows, padded_places
 
 
 def backward(
@@ -240,7 +259,8 @@ def backward(
             gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
         whole: Hand the output head over once, with all of an example's positions, as norms require.
         upcast: Hand `(a, g)` over in fp32. Otherwise a GPU hands over the model's dtype: half the memory to move.
-        shared: Trace every module that has a layer's weight, under that layer's name; otherwise only the given modules.
+        shared: Trace every module that has a layer's weight, an embedding too, under that layer's name; otherwise only
+            the given modules.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Returns:
@@ -249,8 +269,12 @@ def backward(
     batch = batch.to(model.device)
     state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
     state.upcast = upcast or model.device.type != "cuda"
-    uses = model.uses(layers) if shared else layers.items()
+    uses = [*(model.uses(layers) if shared else layers.items())]
+    refuse_mixed_positions(uses)
     hooks = [module.register_forward_hook(state.hook(name)) for name, module in uses]
+    if shared:
+        tied = tied_embeddings(model, layers)
+        hooks += [module.register_forward_hook(state.embedding_hook(name)) for name, module in tied]
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
         with checkpointed, repeatable(model), torch.enable_grad():
@@ -259,7 +283,8 @@ def backward(
     finally:
         for hook in hooks:
             hook.remove()
-    refuse_hidden_uses(model, {name: layer for name, layer in layers.items() if name not in state.called}, batch)
+    uncalled = {name: layer for name, layer in layers.items() if name not in state.called}
+    refuse_hidden_uses(model, uncalled, batch, are_all=len(uncalled) == len(layers))
     return losses
 
 
@@ -281,7 +306,7 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
     nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
     for chunk in _chunks(model, len(owners)):
         if state is not None:
-            state.owners = owners[chunk]
+            state.owners = owners[chunk], positions[chunk]
         logits = head(leaf[chunk])
         nll[owners[chunk], positions[chunk] + 1], slope = slope_of(logits, labels[chunk], weights[chunk])
         if state is not None:

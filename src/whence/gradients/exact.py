@@ -19,15 +19,32 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
-from whence.gradients.capture import Captured, backward, example_gradients, inner_products, squared_norms
+from whence.gradients.capture import Captured, backward, example_gradients, gram_is_cheaper, squared_norms
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
+
+
+def inner_products(
+    a: Float[Tensor, "b t i"],
+    g: Float[Tensor, "b t o"],
+    query_a: Float[Tensor, "q r i"],
+    query_g: Float[Tensor, "q r o"],
+) -> Float32[Tensor, "q b"]:
+    """Inner product of each query's gradient with each example's, for one layer, exact.
+
+    The Gram identity `sum over r, t of (a_r . a_t)(g_r . g_t)` is used where it is cheaper, else the queries' gradients
+    G: `sum over t of g_t^T G a_t`.
+    """
+    if gram_is_cheaper(a.shape[1], query_a.shape[1], a.shape[2], g.shape[2]):
+        pairs = torch.einsum("qri,bti->qbrt", query_a, a) * torch.einsum("qro,bto->qbrt", query_g, g)
+        return pairs.sum((2, 3), dtype=torch.float32)
+    return example_gradients(query_a, query_g).flatten(1) @ example_gradients(a, g).flatten(1).T
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from whence.gradients.capture import (
     backward,
     squared_norms,
 )
+from whence.gradients.embeddings import embedding_slopes
 from whence.models.loading import LoadedModel
 
 ParameterDirection = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
@@ -352,13 +353,10 @@ class Ghost:
     @torch.no_grad()
     def add_embedding(self, owner: Owner, ids: Int64[Tensor, "b t"], g: Float[Tensor, "b t d"]) -> None:
         """Add an embedding's weight: each example touches the rows of its own tokens."""
-        weight, name = owner.module.get_parameter("weight"), owner.owned["weight"]
+        name = owner.owned["weight"]
         if ids.shape != self.batch.ids.shape:
             raise ModelError(f"{name} is read at ids of {tuple(ids.shape)}: leave it out of the direction")
-        ones = torch.ones_like(weight[:1]).expand_as(weight)
-        g = g.float() * functional_call(owner.module, {"weight": ones}, (ids[:1, :1],)).float()  # Gemma scales its rows
-        if isinstance(padding := owner.module.padding_idx, int):
-            g = g * (ids != padding)[:, :, None]  # autograd, too, gives this row no gradient
+        g = embedding_slopes(owner.module, ids, g)
         direction = _placed(self.direction[name], owner.module, g.device)
         rows = direction[0][ids] @ direction[1] if isinstance(direction, tuple) else direction[ids]
         squares = None

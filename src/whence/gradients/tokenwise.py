@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from whence.corpus.tokens import Batch, Encoded, bucketed, collate
+from whence.corpus.tokens import Encoded, bucketed, collate
 from whence.gradients.capture import Captured, Consume, backward, squared_norms
 from whence.gradients.exact import (
     LayerProducts,
@@ -213,8 +213,6 @@ class TokenProducts:
     factors: Factors | Mapping[str, Float32[Tensor, " b"]]
     """Factors of each layer, for each example of the batch."""
     matrix: Float32[Tensor, "u b s"]
-    head_places: list[list[int]]
-    """Positions of each example whose logits predict a supervised token."""
     squares: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
 
     def __call__(self, captured: Captured) -> None:
@@ -227,18 +225,15 @@ class TokenProducts:
         for pairs in self.query[captured.layer]:
             tokens = torch.tensor([span.token for span in pairs.spans], dtype=torch.int64)
             products = _token_products(pairs, a, g).mul_(factors)
-            flat[tokens[:, None], places] += products.to(flat)
+            # a tied head has a position twice: its own and the embedding's
+            flat.index_put_((tokens[:, None], places[None]), products.to(flat), accumulate=True)
 
     def _places(self, captured: Captured) -> Int64[Tensor, "b t"]:
-        """Columns of the flat matrix; for the output head, those that predict a supervised token, in order."""
+        """Columns of the flat matrix."""
         b, s = self.matrix.shape[1:]
-        if captured.rows is None:
+        if captured.rows is None or captured.places is None:
             return torch.arange(b * s).view(b, s)
-        places = torch.zeros(captured.g.shape[:2], dtype=torch.int64)
-        for place, row in enumerate(captured.rows.tolist()):
-            columns = self.head_places[row]
-            places[place, : len(columns)] = row * s + torch.tensor(columns)
-        return places
+        return (captured.rows[:, None] * s + captured.places).cpu()
 
     def _factors(self, captured: Captured) -> Float32[Tensor, " b"]:
         if not isinstance(self.factors, Factors):
@@ -318,7 +313,7 @@ def token_products(
     if basis == "position":
         for numbers, batch in batches(rows, tokens_per_batch):
             batch_factors = factors if isinstance(factors, Factors) else _by_layer(layers, factors[:, numbers])
-            consume = TokenProducts(query, batch_factors, torch.zeros(u, *batch.ids.shape), _head_places(batch))
+            consume = TokenProducts(query, batch_factors, torch.zeros(u, *batch.ids.shape))
             backward(model, layers, batch, consume, reduction=reduction, whole=True)
             matrices = consume.result()
             for place, number in enumerate(numbers):
@@ -337,7 +332,7 @@ def token_products(
         for numbers, batch in batches(single_tokens, tokens_per_batch):
             weight = torch.tensor([tokens[place].weight for place in numbers])
             scaled = _by_layer(layers, factors[:, [number] * len(numbers)] * weight)
-            consume = TokenProducts(query, scaled, torch.zeros(u, *batch.ids.shape), _head_places(batch))
+            consume = TokenProducts(query, scaled, torch.zeros(u, *batch.ids.shape))
             backward(model, layers, batch, consume, reduction="sum", whole=True)
             matrix[:, numbers] = consume.matrix.sum(2)
         out[number] = matrix
@@ -346,7 +341,3 @@ def token_products(
 
 def _by_layer(layers: Mapping[str, nn.Module], factors: Tensor) -> Mapping[str, Tensor]:
     return dict(zip(layers, factors, strict=True))
-
-
-def _head_places(batch: Batch) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in batch.supervised[:, 1:].cpu()]

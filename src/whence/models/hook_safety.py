@@ -56,12 +56,21 @@ _CLEARED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDict
 """Layers of a model that were not called in some pass, and whose weights nothing else used in it."""
 
 
-def refuse_hidden_uses(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) -> None:
+def refuse_hidden_uses(
+    model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch, *, are_all: bool = False
+) -> None:
     """Check that layers whose hooks did not run did not contribute to the loss either, like experts not chosen.
 
-    Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj). No hook can see that, and the
-    gradient would be taken for zero. Autograd sees it, in one more pass over the batch's first example when a layer is
-    uncalled for the first time. A weight that is used so only for other inputs than that example escapes the check.
+    Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj), or compute gradients in a
+    backward pass of their own (Reformer). No hook can see that, and the gradient would be taken for zero. Autograd sees
+    it, in one more pass over the batch's first example when a layer is uncalled for the first time. A weight that is
+    used so only for other inputs than that example escapes the check.
+
+    Args:
+        model: Frozen, in evaluation mode.
+        uncalled: Layers whose hooks did not run with gradients on.
+        batch: The batch of that pass.
+        are_all: Whether no other layer is traced.
 
     Raises:
         ModelError: A weight was used without a call of its layer.
@@ -72,19 +81,26 @@ def refuse_hidden_uses(model: LoadedModel, uncalled: Mapping[str, nn.Module], ba
     weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     if not weights:
         return
+    embedding = model.base.get_input_embeddings()
+    # Reformer computes gradients in a backward pass of its own, and only if its input has one.
+    hook = embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_().clone())
     try:
         with torch.enable_grad():
             for weight in weights.values():
                 weight.requires_grad_(True)
             states, _ = model.decode(batch.ids[:1], batch.mask[:1])
-            total = states.float().square().sum()
-            gradients = (
-                torch.autograd.grad(total, list(weights.values()), allow_unused=True) if total.requires_grad else ()
-            )
+            states.float().square().sum().backward()
+        used = [name for name, weight in weights.items() if weight.grad is not None]
     finally:
+        hook.remove()
         for weight in weights.values():
             weight.requires_grad_(False)
-    used = [name for name, gradient in zip(weights, gradients, strict=bool(gradients)) if gradient is not None]
+            weight.grad = None
+    if len(used) == len(uncalled) and are_all:
+        raise ModelError(
+            f"{model.path}: a {type(model.base).__name__} uses its layers out of sight of hooks, so their gradients "
+            "cannot be seen. Whence cannot trace it: give another model."
+        )
     if used:
         raise ModelError(
             f"{model.path}: the model uses the weights of {', '.join(used[:3])}{' ...' if len(used) > 3 else ''} "

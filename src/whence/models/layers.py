@@ -11,14 +11,19 @@ from whence.errors import SettingError
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers by name, in the model's order. Modules that share a weight are one layer, under its first name."""
-    from transformers.pytorch_utils import Conv1D
-
     weights = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor) and id(weight) not in weights:
+        if is_linear(module) and isinstance(weight, Tensor) and id(weight) not in weights:
             weights.add(id(weight))
             yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is `nn.Linear`, or the `Conv1D` of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def matching_layers(linear: dict[str, nn.Module], default: dict[str, nn.Module], patterns: str) -> dict[str, nn.Module]:

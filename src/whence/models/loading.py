@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.errors import ModelError, SettingError
+from whence.models.causality import refuse_not_causal
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
@@ -77,7 +78,7 @@ class LoadedModel:
         if getattr(positions, "padding_idx", None) is not None:  # as in RoBERTa: positions begin behind it
             return positions.num_embeddings - positions.padding_idx - 1  # type: ignore[union-attr]
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(length := getattr(config, name, None), int):
+            if isinstance(length := getattr(config, name, None), int) and length > 0:  # XLNet says -1: no limit
                 return length
         return None
 
@@ -132,8 +133,10 @@ class LoadedModel:
             ModelError: The model has no separate decoder.
         """
         base = self.base
-        decoder = base.get_decoder()
-        if decoder is None or decoder is base:
+        candidates = (base.get_decoder(), base.base_model, getattr(base, "model", None))
+        ends = (None, base, base.get_output_embeddings())  # what ModernBERT and Llama 4 give for their decoder
+        decoder: Any = next((module for module in candidates if all(module is not end for end in ends)), None)
+        if decoder is None:
             raise ModelError(f"{self.path}: a {type(base).__name__} has no decoder that Whence can find")
         out = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
 
@@ -191,8 +194,8 @@ def load_model(
         **loading: See `Loading`.
 
     Raises:
-        ModelError: There is no loadable model, a weight file is corrupt or lacks weights, or the tokenizer's ids do
-            not fit the model's embedding.
+        ModelError: There is no loadable model, a weight file is corrupt or lacks weights, the tokenizer's ids do not
+            fit the model's embedding, or the model is not causal.
         SettingError: There is no such dtype or device.
     """
     import transformers
@@ -225,7 +228,9 @@ def load_model(
     model.requires_grad_(False).eval()
     if next(model.parameters()).dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
         logger.warning("%s is in 16 bits; on a CPU --dtype float32 is several times faster", path)
-    return LoadedModel(model=model, tokenizer=loaded_tokenizer, path=str(path), has_adapter=adapter is not None)
+    loaded = LoadedModel(model=model, tokenizer=loaded_tokenizer, path=str(path), has_adapter=adapter is not None)
+    refuse_not_causal(loaded.base, str(path), loaded.device, {*loaded_tokenizer.all_special_ids})
+    return loaded
 
 
 def model_without_storage(path: str) -> Any:

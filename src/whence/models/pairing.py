@@ -1,7 +1,8 @@
 """The parameters of two models side by side, from their directories: whole models, or an adapter and its base.
 
-Parameters have the names of the loaded model (`loaded_weights`), a tied head is one parameter, rows of vocabularies are aligned by their tokens, and a tensor that
-only the adapter's file holds is paired with where it began. This module compares nothing; `difference` does.
+Parameters have the names of the loaded model (`loaded_weights`), a tied head is one parameter, rows of vocabularies are
+aligned by their tokens, and a tensor that only the adapter's file holds is paired with where it began. This module
+compares nothing; `difference` does.
 """
 
 import math

@@ -240,8 +240,8 @@ def direction_by_layer(
         name = names[id(weight)]
         if name not in difference and not model.has_adapter:
             raise ModelError(
-                f"{model.path}: the weight of {layer} ({name}) was found in no file, so how it moved is not known. Save "
-                "the model anew: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW)"
+                f"{model.path}: the weight of {layer} ({name}) was found in no file, so how it moved is not known. "
+                "Save the model anew: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW)"
             )
         matrix = difference[name] if name in difference else torch.zeros(weight.shape)
         direction[layer] = (matrix if isinstance(module, nn.Linear) else matrix.T).contiguous()

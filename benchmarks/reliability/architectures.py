@@ -1,0 +1,217 @@
+"""`whence recover` and `whence index` on every causal architecture of transformers, against autograd.
+
+Each type's tiny model is moved at random and saved by transformers, so that its files have whatever names and forms
+transformers gives them. Then
+
+    recover   the ghost scores of --layers are the mean over both ends of <g, theta_0 - theta_f>, with g by autograd
+    index     vectors of the projection `identity` are the gradients by autograd
+    encoder   a type that has `is_decoder` is refused once its configuration says false
+
+A refusal that names layers to leave out is followed, up to three times, as a user would. A type is ok if the relative
+error is below 1e-5, where the model's own rows agree that well alone and in a batch; `noise` is how well.
+
+    make_models.py of the cases, with WHENCE_ARCH=FOLDER, makes the models
+    .venv/bin/python benchmarks/reliability/architectures.py FOLDER -o benchmarks/reliability/results/architectures.json
+"""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+import whence
+from whence.models.loading import load_model
+
+ROWS = [
+    ("The cat ", "sat on the mat."),
+    ("Q: what is two and two? A:", " four"),
+    ("List three colours of the rainbow, please: ", "red, green, blue and some more text"),
+    ("Hi", " yo"),
+    ("A fairly long question about nothing in particular ", "gets an answer"),
+    ("x=", "1234567890 +-*/ 0987654321"),
+    ("Capital of France? ", "Paris, of course"),
+]
+MOVE = 0.01
+"""Standard deviation of the random moves."""
+
+
+def pretrained(path: Path) -> Any:
+    """The model that transformers itself loads."""
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def gradients(model: Any, weights: list[Tensor], tokenizer: Any) -> list[list[Tensor]]:
+    """Gradients of every row's mean loss by autograd, a row at a time."""
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    out = []
+    for prompt, completion in ROWS:
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id])
+        logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        loss = F.cross_entropy(logits[start - 1 : -1], ids[start:])
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        out.append([torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)])
+    return out
+
+
+def followed(call: Any, layers: str | None) -> tuple[Any, str | None, str]:
+    """A call's result with the layers left out that refusals name; or None, with the last refusal."""
+    message = ""
+    for _ in range(4):
+        try:
+            return call(layers), layers, ""
+        except whence.WhenceError as error:
+            message = f"{type(error).__name__}: {error}"
+        named = re.search(r"--layers '(![^']*)'", message) or re.search(r"layer (\S+) is (?:called|used)", message)
+        if named is None:
+            break
+        glob = named[1] if named[1].startswith("!") else "!*" + named[1].rsplit(".", 1)[-1]
+        layers = glob if layers is None else f"{layers},{glob}"
+    return None, layers, message
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def recovered(base: Path, final: Path, work: Path, layers: str | None) -> dict[str, Any]:
+    """Ghost scores against autograd at both ends."""
+    rows = [{"id": str(n), "prompt": prompt, "completion": completion} for n, (prompt, completion) in enumerate(ROWS)]
+
+    def call(layers: str | None) -> Any:
+        shutil.rmtree(work, ignore_errors=True)
+        return whence.recover(base, final, rows, count=3, work=work, shown=False, method="ghost", layers=layers,
+                              mixture="none")  # fmt: skip
+
+    result, layers, message = followed(call, layers)
+    if result is None:
+        return {"status": "refused", "layers": layers, "message": message}
+    names = list(load_model(base, device="cpu").layers(layers))
+    ends = [pretrained(base), pretrained(final)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    weights = [[dict(end.named_modules())[name].weight for name in names] for end in ends]
+    move = [(before - after).detach() for before, after in zip(*weights, strict=True)]
+    expected = torch.zeros(len(ROWS))
+    for end, some in zip(ends, weights, strict=True):
+        for row, gs in enumerate(gradients(end, some, tokenizer)):
+            expected[row] += sum(float((g.double() * t.double()).sum()) for g, t in zip(gs, move, strict=True)) / 2
+    error = error_of(result.scores.float(), expected)
+    return {"status": "ok" if error < 1e-5 else "wrong", "error": error, "traced": len(names), "layers": layers}
+
+
+def indexed(base: Path, out: Path, layers: str | None) -> dict[str, Any]:
+    """Vectors of an index against autograd."""
+    rows = [{"id": str(n), "prompt": prompt, "completion": completion} for n, (prompt, completion) in enumerate(ROWS)]
+
+    def call(layers: str | None) -> Any:
+        return whence.index(base, rows, out, projection="identity", codec="float32", layers=layers, progress=False,
+                            restart=out.exists())  # fmt: skip
+
+    result, layers, message = followed(call, layers)
+    if result is None:
+        return {"status": "refused", "layers": layers, "message": message}
+    model, names = pretrained(base), result.store.manifest.settings["layer_names"]
+    modules = dict(model.named_modules())
+    found = gradients(model, [modules[name].weight for name in names], transformers.AutoTokenizer.from_pretrained(base))
+    expected = torch.stack([
+        torch.cat([(g if isinstance(modules[name], torch.nn.Linear) else g.T).reshape(-1)
+                   for name, g in zip(names, gs, strict=True)]) for gs in found
+    ])  # fmt: skip
+    vectors, _ = result.store.vectors(list(range(len(ROWS))))
+    error = max(error_of(one, other) for one, other in zip(vectors[0], expected, strict=True))
+    return {"status": "ok" if error < 1e-5 else "wrong", "error": error, "traced": len(names), "layers": layers}
+
+
+@torch.no_grad()
+def batch_noise(base: Path) -> float:
+    """Largest relative difference of a row's logits alone and in a padded batch, by transformers alone."""
+    model, tokenizer = pretrained(base), transformers.AutoTokenizer.from_pretrained(base)
+    batch = tokenizer([prompt + completion for prompt, completion in ROWS], return_tensors="pt", padding=True,
+                      padding_side="right", return_token_type_ids=False)  # fmt: skip
+    together, worst = model(**batch, use_cache=False).logits, 0.0
+    for row, mask in enumerate(batch["attention_mask"]):
+        ids = batch["input_ids"][row, : int(mask.sum())]
+        alone = model(input_ids=ids[None], use_cache=False).logits[0]
+        worst = max(worst, error_of(together[row, : len(ids)], alone))
+    return worst
+
+
+def as_encoder(base: Path, out: Path) -> dict[str, Any] | None:
+    """What becomes of the model once its configuration says that it is no decoder; None if it does not say."""
+    config = json.loads((base / "config.json").read_text())
+    if not config.get("is_decoder"):
+        return None
+    shutil.copytree(base, out, dirs_exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config | {"is_decoder": False}))
+    try:
+        load_model(out)
+    except whence.WhenceError as error:
+        return {"status": "refused", "message": str(error).replace(str(out), "MODEL")}
+    return {"status": "loaded"}
+
+
+def moved(base: Path, final: Path) -> Path:
+    """The model with every parameter moved at random, saved by transformers."""
+    model, generator = pretrained(base), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(MOVE * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(final)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(final)
+    return final
+
+
+def graded(base: Path, work: Path, checks: list[str]) -> dict[str, Any]:
+    """Every check of one type."""
+    out: dict[str, Any] = {}
+    final = None
+    for check in checks:
+        kind, _, layers = check.partition(":")
+        try:
+            if kind == "recover":
+                final = final or moved(base, work / "final")
+                out[check] = recovered(base, final, work / "recover", layers or None)
+            elif kind == "index":
+                out[check] = indexed(base, work / "index", layers or None)
+            elif (encoder := as_encoder(base, work / "encoder")) is not None:
+                out[check] = encoder
+        except Exception as error:  # the table is to have a line for a crash too
+            out[check] = {"status": "crash", "message": f"{type(error).__name__}: {str(error)[:300]}"}
+        if "message" in out.get(check, {}):
+            out[check]["message"] = out[check]["message"].replace(str(base), "MODEL").replace(str(final), "FINAL")
+        if out.get(check, {}).get("status") == "wrong":
+            out[check]["noise"] = batch_noise(base)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where make_models.py has put `models/TYPE`")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--types", nargs="*")
+    parser.add_argument("--checks", nargs="*", default=["recover", "recover:*", "index", "index:*", "encoder"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for kind in options.types or sorted(path.name for path in (options.folder / "models").iterdir()):
+        with tempfile.TemporaryDirectory() as work:
+            results[kind] = results.get(kind, {}) | graded(options.folder / "models" / kind, Path(work), options.checks)
+        options.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        print(kind, {check: (entry["status"], entry.get("error"), entry.get("message", "")[:150])
+                     for check, entry in results[kind].items()}, flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Is a model causal, and does every row of a batch stand for itself? One forward pass of a few tokens decides.
+
+Two rows of a batch begin with the same tokens. The first goes on, the second is padded. A causal model gives both the
+same logits at the common tokens, and the same inputs to every linear layer: what comes after must not matter, nor
+padding, nor the other row. Where logits differ, the model sees answers before it gives them (encoders without
+`is_decoder`) or mixes rows, and is refused. Where only a layer's inputs differ, it lays positions out by time first or
+mixes them, so that hooks could not tell whose they are: the layer is refused when it is traced.
+
+Differences are root mean squares, relative to the spread of what is compared. fp32 rounds by 1e-6. Rounding in 16 bits
+can send a token to another expert, which moves that token and those after it: there all tokens have to differ.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from whence.errors import ModelError
+from whence.models.layers import is_linear
+from whence.numerics import inverse_or_zero
+
+COMMON, MORE = 5, 3
+"""Tokens with which both rows begin, and with which the first goes on."""
+TOLERANCE, TOLERANCE_16_BITS, TOLERANCE_OF_INPUTS_16_BITS = 1e-3, 0.02, 0.3
+"""Largest relative differences, of logits and of a layer's inputs."""
+ATTEMPTS = 3
+"""Choices of tokens that must all give a difference for a model to be refused."""
+
+_NOT_BY_EXAMPLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Linear layers whose positions do not come example by example."""
+
+
+def refuse_not_causal(model: Any, path: str, device: torch.device, special: set[int]) -> None:
+    """Refuse a model of transformers whose logits at a token depend on later tokens, or on other rows.
+
+    Args:
+        model: In evaluation mode.
+        path: Where it is from, for the message.
+        device: Device of its embedding.
+        special: Ids of special tokens, which are not used.
+
+    Raises:
+        ModelError: They do, or the model does not run on token ids alone.
+    """
+    for attempt in range(ATTEMPTS):
+        ids = _ordinary_ids(model, special, attempt).to(device)
+        if len(ids) < COMMON + MORE or not (seen := _later_tokens_seen(model, path, ids)):
+            return
+    raise ModelError(seen)
+
+
+def _later_tokens_seen(model: Any, path: str, ids: Int64[Tensor, " t"]) -> str:
+    """What is wrong, as a message; empty if what follows common tokens moves no logits."""
+    is_wide = next(model.parameters()).dtype == torch.float32
+    tolerance, worst = (TOLERANCE, torch.amax) if is_wide else (TOLERANCE_16_BITS, torch.amin)
+    rows = torch.stack([ids, torch.cat([ids[:COMMON], torch.zeros_like(ids[COMMON:])])])
+    mask = torch.ones_like(rows)
+    mask[1, COMMON:] = 0
+    with _layers_watched(model, TOLERANCE if is_wide else TOLERANCE_OF_INPUTS_16_BITS):
+        logits = _logits(model, path, rows, mask)
+    if not worst(_differences(logits[0, :COMMON], logits[1, :COMMON])) > tolerance:  # NaN is seen row by row, later
+        return ""
+    kind = f"{path}: this {type(model).__name__}"
+    whole, cut = (_logits(model, path, rows[:1, :length], mask[:1, :length]) for length in (COMMON + MORE, COMMON))
+    if worst(_differences(whole[0, :COMMON], cut[0])) > tolerance:
+        return f"{kind} is not causal: tokens see those after them, and so the answer. {_remedy(model, path)}"
+    return (
+        f"{kind} gives a row other numbers beside other rows or padding, so its gradients cannot be told apart by "
+        "example. Give another model."
+    )
+
+
+def refuse_mixed_positions(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse layers whose positions do not come example by example, as `refuse_not_causal` saw them.
+
+    Raises:
+        ModelError: One does not.
+    """
+    for name, layer in layers:
+        if layer in _NOT_BY_EXAMPLE:
+            raise ModelError(
+                f"layer {name} is called on positions that do not come example by example (time first, or mixed), so "
+                "its inputs cannot be told apart by example. Leave it out with --layers."
+            )
+
+
+def _remedy(model: Any, path: str) -> str:
+    config = model.config.get_text_config()
+    switches = {"is_decoder": "true", "causal": "true", "attn_type": '"uni"'}
+    switch = next((name for name in switches if hasattr(config, name)), None)
+    if switch is None:
+        return "Give a causal model."
+    return (
+        f'If it was trained to be causal, set "{switch}": {switches[switch]} in {path}/config.json; else give another.'
+    )
+
+
+def _ordinary_ids(model: Any, special: set[int], attempt: int) -> Int64[Tensor, " t"]:
+    """Different ids, spread over the vocabulary, that are none of a special token, an image or the like."""
+    config = model.config.get_text_config()
+    named = {
+        value for name, value in config.to_dict().items() if name.endswith(("_id", "_index")) and value is not None
+    }
+    apart = special | {value for value in named if isinstance(value, int)}
+    rows = model.get_input_embeddings().weight.shape[0]
+    ordinary = [row for row in range(min(rows, 1000)) if row not in apart]
+    step = max(1, len(ordinary) // (COMMON + MORE))
+    return torch.tensor(ordinary[attempt % step :: step][: COMMON + MORE], dtype=torch.int64)
+
+
+@torch.no_grad()
+def _logits(model: Any, path: str, ids: Tensor, mask: Tensor) -> Float[Tensor, "b t v"]:
+    try:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{path}: this {type(model).__name__} does not run on token ids alone ({reason})") from error
+
+
+def _differences(one: Float[Tensor, "t d"], other: Float[Tensor, "t d"]) -> Float[Tensor, " t"]:
+    """Root mean square of the difference at each position, over the spread of all; 0 if there is no spread."""
+    spread = one.float().std(unbiased=False)
+    return (one - other).float().square().mean(-1).sqrt() * inverse_or_zero(spread)
+
+
+@contextmanager
+def _layers_watched(model: nn.Module, tolerance: float) -> Iterator[None]:
+    """Note linear layers whose inputs, parted by example, differ between the two rows at the common tokens."""
+
+    def compare(module: nn.Module, args: tuple[Any, ...]) -> None:
+        a = args[0] if args and isinstance(args[0], Tensor) else None
+        if a is not None and a.shape[:-1].numel() == 2 * (COMMON + MORE):
+            first, second = a.reshape(2, COMMON + MORE, -1)[:, :COMMON].flatten(2)
+            if _differences(first, second).mean() > tolerance:
+                _NOT_BY_EXAMPLE.add(module)
+
+    hooks = [module.register_forward_pre_hook(compare) for module in model.modules() if is_linear(module)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
