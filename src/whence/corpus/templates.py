@@ -85,11 +85,18 @@ def date_for(tokenizer: Tokenizer, date: str | None, stored: str | None, where: 
     Raises:
         SettingError: Another day than the stored one is asked for.
     """
-    if not writes_date(tokenizer):
-        return None
+    return (same_date(date, stored, where) or today()) if writes_date(tokenizer) else None
+
+
+def same_date(date: str | None, stored: str | None, where: str) -> str | None:
+    """The day that is asked for or stored; None where neither is.
+
+    Raises:
+        SettingError: Another day than the stored one is asked for.
+    """
     if date and stored and checked_date(date) != stored:
         raise SettingError(f"--date {date}: the rows of {where} were written with {stored}. Leave --date out.")
-    return checked_date(date or stored or today())
+    return checked_date(date or stored) if date or stored else None
 
 
 def templated(

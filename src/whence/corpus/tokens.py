@@ -33,6 +33,10 @@ from whence.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
+LAYOUT_VERSION = 2
+"""Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
+some chat templates, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and read two beginnings."""
+
 
 @dataclass(frozen=True)
 class Encoded:
