@@ -249,7 +249,7 @@ def test_value_of_parquet_that_python_cannot_hold_is_named_by_row_and_column(tmp
 def test_two_columns_of_one_name_are_refused(tmp_path):
     path = written(tmp_path / "a.csv", "text,id,text\na,1,b\n")
     refused(path, f"{path}:1: the column `text` is there 2 times")
-    assert rows(written(tmp_path / "b.csv", "text,,\na,,\n")) == [{"text": "a", "": ""}]  # as spreadsheets write
+    assert rows(written(tmp_path / "b.csv", "text,,\na,,\n")) == [{"text": "a", "": None}]  # as spreadsheets write
     table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", f"{tmp_path}/a.parquet: the column `text` is there 2 times")
@@ -286,7 +286,7 @@ def test_missing_columns_list_those_that_exist(tmp_path):
 
 
 def test_layouts_are_looked_for_from_the_most_to_the_least_telling():
-    row = {"text": "t", "instruction": "i", "output": "o", "prompt": "p", "completion": "c", "messages": []}
+    row = {"text": "t", "instruction": "i", "output": "o", "prompt": "p", "completion": "c", "messages": [{}]}
     found = []
     for dropped in ("", "messages", "completion", "output"):
         row.pop(dropped, None)

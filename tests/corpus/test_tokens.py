@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tiny_tokenizers import Slow, byte_level, marked, trained
+from whence.corpus.conversations import ALPACA_PREAMBLE
 from whence.corpus.tokens import (
-    ALPACA_PREAMBLE,
     Encoded,
     bucketed,
     collate,
@@ -313,7 +313,7 @@ def test_template_that_leaves_out_every_answer_is_refused(opening):
         (THINKS_LAST, [assistant(""), user("z"), assistant("w")], "<u> x <a> [</s>] <u> z <a> [t] [w] [</s>]"),
         (THINKS_LAST, [assistant("y"), user("z")], "<u> x <a> [y] [</s>] <u> z"),
         (THINKS_LAST, [assistant(None, tool_calls=["c"]), user("z")], "<u> x <a> [c] [</s>] <u> z"),
-        (REFUSES_PARTS, [assistant("y"), user("z"), assistant("w")], "<u> x <a> [y] </s> <u> z <a> [w] [</s>]"),
+        (REFUSES_PARTS, [assistant("y"), user("z"), assistant("w")], "<u> x <a> [y] [</s>] <u> z <a> [w] [</s>]"),
     ],
 )
 def test_turns_are_found_where_the_generation_prompt_or_later_turns_change_the_text(chat, messages, expected):

@@ -26,6 +26,12 @@ Force = Annotated[
 ]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Chat template to use in place of the tokenizer's own.")
+]
+Date = Annotated[
+    str | None, typer.Option(metavar="YYYY-MM-DD", help="Day that a chat template with a date writes; today.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class LoadingFlags:
     """How a model is loaded: flags for `models.load_options.Loading`."""
 
     tokenizer: Tokenizer = None
+    chat_template: ChatTemplate = None
+    date: Date = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None
     device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over all devices.")] = None
     trust_remote_code: Annotated[

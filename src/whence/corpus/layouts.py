@@ -1,8 +1,12 @@
 """The layouts that a row of a corpus may have, and a row's text as prompt and completion whatever its layout.
 
-This module only reads columns; `tokens` turns each layout into token ids.
+This module only reads columns; `tokens` turns each layout into token ids. Beside the columns that make a layout, a row
+of messages may have `tools`, and an instruction `input`, `system` and `history`: pairs of a question and an answer that
+came before, as LLaMA-Factory has them. A row that is labelled as a bad answer (`label` or `kto_tag` is false, as in
+data for KTO) is never trained on.
 """
 
+import json
 from typing import Any
 
 from whence.errors import CorpusError
@@ -14,23 +18,37 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+"""Columns of each layout; the last is the answer, or all there is."""
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "prompt": (),
+    "instruction": ("input", "system", "history"),
+    "text": (),
+}
+"""Columns that a layout reads where a row has them."""
+VERDICTS = ("label", "kto_tag")
+"""Columns that say whether an answer is good."""
 
 
 def layout(row: Row, where: str = "row") -> str:
-    """Name of the first of `LAYOUTS` whose columns a row fills; if nulls leave none, the first whose columns it has.
+    """Name of the first of `LAYOUTS` whose columns a row fills.
+
+    A layout whose answer is empty comes after those that have one: a table that was joined from several has every
+    column in every row. If nulls leave none, it is the first whose columns the row has.
 
     Raises:
         CorpusError: The row has none of the layouts; the message lists its columns.
 
     >>> layout({"messages": None, "text": "a"}), layout({"prompt": "a", "completion": None})
     ('text', 'prompt')
+    >>> layout({"prompt": "", "completion": "", "text": "a"}), layout({"prompt": "a", "completion": ""})
+    ('text', 'prompt')
     """
     present = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
-    for name in present:
-        if all(row[column] is not None for column in LAYOUTS[name]):
-            return name
+    filled = [name for name in present if all(row[column] is not None for column in LAYOUTS[name])]
+    answered = [name for name in filled if row[LAYOUTS[name][-1]] not in ("", [])]
     if present:
-        return present[0]
+        return (answered or filled or present)[0]
     columns = ", ".join(map(str, row)) or "none"
     raise CorpusError(
         f"{where}: columns are {columns}; a row needs `text`, or `prompt` and `completion`, "
@@ -38,11 +56,66 @@ def layout(row: Row, where: str = "row") -> str:
     )
 
 
+def is_rejected(row: Row) -> bool:
+    """Whether a row is labelled as a bad answer, which no training should imitate.
+
+    >>> is_rejected({"prompt": "a", "completion": "b", "label": False}), is_rejected({"text": "a", "label": False})
+    (True, False)
+    """
+    verdicts = [row.get(name) for name in VERDICTS]
+    return any(verdict is False or verdict in ("False", "false") for verdict in verdicts) and layout(row) != "text"
+
+
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """Tools that the assistant of a row may call, as JSON schemas; None where there are none.
+
+    Raises:
+        CorpusError: `tools` is no list of objects, nor JSON text of one.
+    """
+    tools = _list_in(row, "tools")
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise CorpusError(f"`tools` is a list of objects, or JSON text of one; found {str(row['tools'])[:60]!r}")
+    return tools or None
+
+
+def turns_before(row: Row) -> list[dict[str, Any]]:
+    """Messages that come before an instruction: its `system`, and the turns of its `history`.
+
+    Raises:
+        CorpusError: They have another form.
+    """
+    system = row.get("system")
+    if not isinstance(system, str | None):
+        raise CorpusError(f"`system` is text; found a {type(system).__name__}: {str(system)[:60]!r}")
+    turns = [{"role": "system", "content": system}] if system else []
+    for pair in _list_in(row, "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise CorpusError(f"`history` is a list of [question, answer]; found {str(pair)[:60]!r} in it")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _list_in(row: Row, name: str) -> list[Any]:
+    """A column that holds a list, or JSON text of one, as files without lists have it; empty where it is null."""
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise CorpusError(f"`{name}` is a list, or JSON text of one; found the text {value[:60]!r}") from None
+    if value in (None, "") or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(value, list | tuple):
+        raise CorpusError(f"`{name}` is a list; found a {type(value).__name__}: {str(value)[:60]!r}")
+    return list(value)
+
+
 def shown_text(row: Row) -> Row:
     """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
     kind = layout(row)
     if kind == "instruction":
-        request = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
+        request = [turn["content"] for turn in turns_before(row)]
+        request += [str(row[name]) for name in ("instruction", "input") if row.get(name)]
         return {"prompt": "\n\n".join(request), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]

@@ -11,7 +11,8 @@ without indexes: the index of a corpus may lie in the corpus' own directory.
 A row needs one of four layouts, tried in this order: `messages`; `prompt` and `completion`; `instruction` (and
 `input`) and `output`; `text`. (An Alpaca row often carries a rendered `text` beside its other columns. Those win,
 because only they say which tokens were supervised.) A layout whose columns are filled comes before one with a null,
-because a table that was joined from several has every column in every row. Other columns travel along.
+because a table that was joined from several has every column in every row. Other columns travel along; those that may
+hold text to train on are named in a note (`unread`). A missing value is None, whatever wrote the file (`missing`).
 
 This module does not tokenise; `tokens` does.
 """
@@ -36,7 +37,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from whence.corpus.layouts import Row, layout
+from whence.corpus.layouts import LAYOUTS, Row, layout
+from whence.corpus.missing import without_missing
+from whence.corpus.unread import Unread
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -67,11 +70,13 @@ class Corpus:
         origin: A path, the name of a data set, or rows in memory; see `open_corpus`.
         first_number: Number of the first row, which is part of the ids that are made from content: rows that join an
             index continue its numbers.
+        from_arrow: Rows in memory come from Arrow, which fills their objects with nulls; see `missing`.
     """
 
-    def __init__(self, origin: "str | Path | list[Row]", *, first_number: int = 0):
+    def __init__(self, origin: "str | Path | list[Row]", *, first_number: int = 0, from_arrow: bool = False):
         self.origin = origin
         self.first_number = first_number
+        self.from_arrow = from_arrow
 
     @property
     def name(self) -> str:
@@ -84,35 +89,55 @@ class Corpus:
         Raises:
             CorpusError: The corpus does not exist, holds no row, or a row cannot be read.
         """
-        count = 0
-        for number, (where, row) in enumerate(_rows(self.origin), start=self.first_number):
+        unread = Unread()
+        for number, (where, row) in enumerate(rows_with_place(self.origin, self.from_arrow), start=self.first_number):
             layout(row, where)
+            unread.add(row)
             yield _example(row, number, _file_of(where))
-            count += 1
-        if not count:
+        if not unread.rows:
             raise CorpusError(f"{self.name}: no rows. A corpus needs at least one.")
+        unread.log(self.name)
 
 
 def open_corpus(origin: "str | Path | Corpus | Iterable[Row]", *, first_number: int = 0) -> Corpus:
-    """A corpus from a path, from the name of a data set, or from rows in memory.
+    """A corpus from a path, from the name of a data set, or from rows in memory: dicts, a data set, a DataFrame.
 
     >>> [example.id for example in open_corpus([{"text": "a", "id": 7}])]
     ['7']
     """
     if isinstance(origin, Corpus):
-        return Corpus(origin.origin, first_number=first_number)
+        return Corpus(origin.origin, first_number=first_number, from_arrow=origin.from_arrow)
     if isinstance(origin, str | Path):
         return Corpus(origin, first_number=first_number)
-    return Corpus(list(origin), first_number=first_number)
+    return Corpus(rows_in_memory(origin), first_number=first_number, from_arrow=_is_from_arrow(origin))
 
 
-def rows_with_place(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
-    """Rows whatever their columns, each with the name of its place for messages.
+def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
+    """The rows of a DataFrame, a data set, or any iterable."""
+    return origin.to_dict("records") if hasattr(origin, "iterrows") else list(origin)  # type: ignore[attr-defined]
+
+
+def _is_from_arrow(origin: Any) -> bool:
+    """Whether rows in memory are those of a Hugging Face data set, or of a DataFrame, which may be read from Parquet."""
+    return type(origin).__module__.partition(".")[0] in ("datasets", "pandas")
+
+
+def rows_with_place(origin: "str | Path | list[Row]", from_arrow: bool = False) -> Iterator[tuple[str, Row]]:
+    """Rows whatever their columns, with None for missing values, each with the name of its place for messages.
 
     Raises:
         CorpusError: There is no such file, or a row cannot be read.
     """
-    return _rows(origin)
+    for where, row in _rows(origin):
+        yield where, without_missing(row, from_arrow=from_arrow or _is_arrows_place(origin, where))
+
+
+def _is_arrows_place(origin: "str | Path | list[Row]", where: str) -> bool:
+    """Whether the row at a place is Arrow's: a Parquet file's, a saved data set's, or the Hub's."""
+    file = where.rpartition("[")[0] if where.endswith("]") else where.rpartition(":")[0]
+    if isinstance(origin, list) or _has_suffix(file, tuple(set(SUFFIXES) - {".parquet"})):
+        return False
+    return where.endswith("]")
 
 
 def row_json(row: Row) -> str:
@@ -325,10 +350,19 @@ def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
                 where = f"{path}:{reader.line_num}"
                 if None in row:
                     raise CorpusError(f"{where}: more cells than the header has columns.")
-                yield where, dict(row)
+                yield where, _filled_cells(row)
                 last = reader.line_num
         except csv.Error as error:
             raise CorpusError(f"{path}:{last + 1}: not readable as csv from here: {error}.") from None
+
+
+def _filled_cells(row: Row) -> Row:
+    """A row of csv, which has no other null than an empty cell. The question of an answer may be empty."""
+    cells = {name: cell or None for name, cell in row.items()}
+    for question, answer in (LAYOUTS["prompt"], LAYOUTS["instruction"]):
+        if cells.get(answer) and question in cells:
+            cells[question] = cells[question] or ""
+    return cells
 
 
 def _refuse_duplicate_columns(columns: Iterable[str], where: str) -> None:

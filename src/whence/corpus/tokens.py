@@ -19,25 +19,23 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from whence.corpus.layouts import Row, layout
+from whence.corpus.conversations import Rendered, as_text, checked_messages, conversation, instruction
+from whence.corpus.layouts import Row, is_rejected, layout, tools_of, turns_before
+from whence.corpus.missing import without_missing
+from whence.corpus.templates import Tokenizer
 from whence.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
-
-ALPACA_PREAMBLE = {
-    True: "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.",
-    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-}  # https://github.com/tatsu-lab/stanford_alpaca; the key says whether there is an input
+LAYOUT_VERSION = 2
+"""Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
+some chat templates, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and read two beginnings."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,6 @@ class Encoded:
         return sum(self.supervised)
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """The text of an example before tokenisation."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    """Supervised stretches, in characters of `text`."""
-    special: bool
-    """Whether the tokenizer adds its special tokens (a chat template has written them already)."""
-    closed: bool
-    """Whether the text ends with the end-of-sequence token, supervised."""
-
-
 def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Encoded:
     """Token ids of a row and which of them are supervised.
 
@@ -83,6 +68,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
     """
+    row = without_missing(row)
     rendered = render(row, tokenizer)
     if rendered is None:
         return Encoded([], [])
@@ -91,25 +77,28 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
 
 
 def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
-    """Text of a row with its supervised spans; None where a null stands for text."""
+    """Text of a row with its supervised spans; None where a null stands for text, and for a rejected answer."""
+    row = without_missing(row)
     kind = layout(row)
+    if is_rejected(row):
+        return None
     if kind == "messages":
-        messages = _messages(row["messages"])
-        return _conversation(messages, tokenizer) if messages else None
+        messages = checked_messages(row["messages"])
+        return conversation(messages, tokenizer, tools_of(row)) if messages else None
     if kind == "instruction":
         if row["instruction"] is None or row["output"] is None:
             return None
-        request = [_string(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
-        return _instruction(request, _string(row["output"]), tokenizer)
+        request = [as_text(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
+        return instruction(request, as_text(row["output"]), tokenizer, checked_messages(turns_before(row)))
     if kind == "prompt":
         if row["prompt"] is None or row["completion"] is None:
             return None
-        prompt, completion = _string(row["prompt"]), _string(row["completion"])
+        prompt, completion = as_text(row["prompt"]), as_text(row["completion"])
         text = prompt + completion
         return Rendered(text, ((len(prompt), len(text)),), special=True, closed=True)
     if row["text"] is None:
         return None
-    text = _string(row["text"])
+    text = as_text(row["text"])
     return Rendered(text, ((0, len(text)),), special=True, closed=True)
 
 
@@ -125,183 +114,51 @@ def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
     return sum(len(rendered.text[start:end].encode("utf-8", "replace")) for start, end in rendered.spans)
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """Token ids for a model to continue: `prompt` as it stands, or as the user's turn of a conversation."""
-    prompt = _string(prompt)
-    text = _instruction([prompt], None, tokenizer) if chat else Rendered(prompt, (), special=True, closed=False)
-    ids = tokenizer(text.text, add_special_tokens=text.special)["input_ids"]
-    closing = tokenizer.eos_token_id
-    return ids[:-1] if ids and ids[-1] == closing and not text.text.endswith(str(tokenizer.eos_token)) else ids
+def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool, context: Row | None = None) -> list[int]:
+    """Token ids for a model to continue: `prompt` as it stands, or as the user's turn of a conversation.
+
+    Args:
+        prompt: The text.
+        tokenizer: The tokenizer of the model that is to continue.
+        chat: The prompt is the user's turn.
+        context: `system`, `history` and `tools` that come before, as columns of a row.
+
+    Raises:
+        CorpusError: There is a context, and no conversation; or the chat template refuses it.
+    """
+    rendered = _request(as_text(prompt), None, tokenizer, chat=chat, context=context)
+    ids, _ = _with_offsets(rendered, tokenizer)
+    closing, text = tokenizer.eos_token_id, rendered.text
+    return ids[:-1] if ids and ids[-1] == closing and not text.endswith(str(tokenizer.eos_token)) else ids
 
 
-def encode_query(prompt: str, completion: str, tokenizer: Tokenizer, *, kind: str) -> Encoded:
+def encode_query(
+    prompt: str, completion: str, tokenizer: Tokenizer, *, kind: str, context: Row | None = None
+) -> Encoded:
     """Token ids of a prompt and its completion, in the layout `kind` of a corpus' rows.
 
     Only the completion is supervised. It is closed like a row of that layout, except in a `text` corpus, where a
-    completion is a stretch of running text.
+    completion is a stretch of running text. For `context` and errors see `encode_prompt`.
     """
-    prompt, completion = _string(prompt), _string(completion)
-    if kind in ("instruction", "messages"):
-        rendered = _instruction([prompt], completion, tokenizer)
-    else:
-        text = prompt + completion
-        rendered = Rendered(text, ((len(prompt), len(text)),), special=True, closed=kind == "prompt")
-    return Encoded(*_tokenised(rendered, tokenizer))
+    chat = kind in ("instruction", "messages")
+    rendered = _request(as_text(prompt), as_text(completion), tokenizer, chat=chat, context=context)
+    return Encoded(*_tokenised(replace(rendered, closed=rendered.closed and kind != "text"), tokenizer))
 
 
-def _string(value: object) -> str:
-    if not isinstance(value, str | int | float):
-        raise CorpusError(f"a {type(value).__name__} stands where text is expected: {str(value)[:60]!r}")
-    return str(value).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; no tokenizer takes them
-
-
-def _messages(messages: object) -> list[dict[str, Any]] | None:
-    """Messages with text that any tokenizer takes; None if they, or the content of one, are null."""
-    if messages is None:
-        return None
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message for message in messages
-    ):
-        raise CorpusError(f"messages are a list of objects with `role` and `content`; found {str(messages)[:60]!r}")
-    texts = [message.get("content") for message in messages]
-    if any(text is None and not message.get("tool_calls") for text, message in zip(texts, messages, strict=True)):
-        return None
-    return [
-        message if text is None else message | {"content": _string(text)}
-        for text, message in zip(texts, messages, strict=True)
-    ]
-
-
-def _instruction(request: list[str], answer: str | None, tokenizer: Tokenizer) -> Rendered:
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "\n\n".join(request)}]
-        if answer is None:
-            return Rendered(_templated(turns, tokenizer, opened=True), (), special=False, closed=False)
-        return _conversation([*turns, {"role": "assistant", "content": answer}], tokenizer)
-    sections = [ALPACA_PREAMBLE[len(request) > 1], f"### Instruction:\n{request[0]}"]
-    sections += [f"### Input:\n{request[1]}"] if len(request) > 1 else []
-    prompt = "\n\n".join([*sections, "### Response:\n"])
-    text = prompt + (answer or "")
-    spans = () if answer is None else ((len(prompt), len(text)),)
-    return Rendered(text, spans, special=True, closed=answer is not None)
-
-
-def _conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Rendered:
-    if not tokenizer.chat_template:
-        return _plain_conversation(messages)
-    if messages[0]["role"] == "assistant":
-        raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
-    text = _templated(messages, tokenizer)
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [span for number in turns if (span := _turn_span(text, messages, number, tokenizer))]
-    nonempty = [number for number in turns if messages[number].get("content") or messages[number].get("tool_calls")]
-    if nonempty and not spans:
+def _request(prompt: str, completion: str | None, tokenizer: Tokenizer, *, chat: bool, context: Row | None) -> Rendered:
+    """A prompt with its completion, which alone is supervised; None leaves it open."""
+    before, tools = turns_before(context or {}), tools_of(context or {})
+    if chat:
+        silent = [turn | {"weight": 0} for turn in before]
+        return instruction([prompt], completion, tokenizer, checked_messages(silent), tools)
+    if before or tools:
         raise CorpusError(
-            "the tokenizer's chat template leaves out what the assistant says, so nothing would be supervised. "
-            "Give the rows as `prompt` and `completion`."
+            "`system`, `history` and `tools` have a place in conversations alone, and the rows of this corpus are "
+            "plain text: write them into the prompt as the rows have them."
         )
-    if len(spans) < len(nonempty):
-        _warn_of_dropped_turns(str(tokenizer.name_or_path))
-    return Rendered(text, tuple(spans), special=False, closed=False)
-
-
-def _templated(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str:
-    """Messages as the tokenizer's chat template writes them; `opened` adds the prompt for the assistant's turn."""
-    from jinja2 import TemplateError  # raised by a template that refuses a role
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
-
-
-def _templated_or_none(messages: list[dict[str, Any]], tokenizer: Tokenizer, *, opened: bool = False) -> str | None:
-    """As `_templated`; None if the template refuses these messages, which are only a piece of a conversation."""
-    try:
-        return _templated(messages, tokenizer, opened=opened)
-    except CorpusError:
-        return None
-
-
-def _turn_span(text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """Characters of the assistant's turn `number` in the text: from the generation prompt to the end of its closing.
-
-    A template may write an earlier turn differently once later ones follow (Qwen3 leaves its reasoning out), or write
-    a generation prompt that no turn begins with (DeepSeek-R1's `<think>`). Then `_span_by_substitution` looks for the
-    turn in the whole text. None means that the turn is not there.
-    """
-    before = _templated_or_none(messages[:number], tokenizer, opened=True)
-    is_last = number + 1 == len(messages)
-    through = text if is_last else _templated_or_none(messages[: number + 1], tokenizer)
-    if before is None or through is None or not (text.startswith(through.rstrip()) and through.startswith(before)):
-        return _span_by_substitution(text, messages, number, tokenizer)
-    closing = through[len(before) :].rstrip("\n")  # the model does not write the newline after its turn
-    return (len(before), len(before) + len(closing)) if closing else None
-
-
-def _span_by_substitution(
-    text: str, messages: list[dict[str, Any]], number: int, tokenizer: Tokenizer
-) -> tuple[int, int] | None:
-    """Characters of a turn, found by rendering another word in its place: what differs is what the assistant says.
-
-    So nothing that the template writes before the turn is supervised. Its closing is supervised if a conversation that
-    ends with this turn is closed in the same way. None means that the template leaves the turn out or writes it twice.
-    """
-    word = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)  # Unicode's private use
-    through = [*messages[:number], {"role": "assistant", "content": word}]
-    other = _templated_or_none([*through, *messages[number + 1 :]], tokenizer)
-    if other is None or other.count(word) != 1:  # None: for instance a tool's answer to a turn that now calls no tool
-        return None
-    start = _common_prefix_length(text, other)
-    end = max(start, len(text) - _common_prefix_length(text[::-1], other[::-1]))
-    closing = (_templated_or_none(through, tokenizer) or "").partition(word)[2].rstrip("\n")
-    end += len(closing) if text.startswith(closing, end) else 0
-    return (start, end) if end > start else None
-
-
-def _common_prefix_length(first: str, second: str) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-@functools.cache  # once per process and model, not once per row
-def _warn_of_dropped_turns(name: str) -> None:
-    logger.warning(
-        "%s: its chat template leaves out some of what the assistant says before the last turn; only what it writes "
-        "is supervised",
-        name or "the tokenizer",
-    )
-
-
-def _plain_conversation(messages: list[dict[str, Any]]) -> Rendered:
-    """Messages in Alpaca's template, for a tokenizer without one: the system's turn replaces the preamble.
-
-    Raises:
-        CorpusError: A message is a tool's answer or calls a tool, for which Alpaca has no words.
-    """
-    text, spans = "", []
-    for message in messages:
-        _refuse_tools(message)
-        content = _string(message.get("content") or "")
-        if message["role"] == "system":
-            text += ("" if text.endswith("\n\n") or not text else "\n\n") + f"{content}\n\n"
-        elif message["role"] == "assistant":
-            spans.append((len(text), len(text) + len(content)))
-            text += content
-        else:
-            opening = "" if text.endswith("\n\n") else "\n\n" if text else f"{ALPACA_PREAMBLE[False]}\n\n"
-            text += f"{opening}### Instruction:\n{content}\n\n### Response:\n"
-    return Rendered(text, tuple(spans), special=True, closed=bool(spans) and spans[-1][1] == len(text))
-
-
-def _refuse_tools(message: dict[str, Any]) -> None:
-    calls = next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
-    if calls or message["role"] not in ("system", "user", "assistant"):
-        problem = f"`{calls}`" if calls else f"the role {str(message['role'])!r}"
-        raise CorpusError(
-            f"a message has {problem}, and the tokenizer has no chat template: without one there are words for the "
-            "text of system, user and assistant alone. Give the model's tokenizer a template, or leave such rows out."
-        )
+    text = prompt + (completion or "")
+    spans = () if completion is None else ((len(prompt), len(text)),)
+    return Rendered(text, spans, special=True, closed=completion is not None)
 
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -326,10 +183,25 @@ def _overlap(start: int, end: int, begin: int, stop: int) -> bool:
 
 
 def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text, each with its characters, without a beginning that the tokenizer adds to the text's own."""
     if tokenizer.is_fast:
         out = tokenizer(rendered.text, add_special_tokens=rendered.special, return_offsets_mapping=True)
-        return out["input_ids"], out["offset_mapping"]
-    # Without offsets, a boundary is where the ids of the text up to it stop agreeing with the ids of the whole text.
+        ids, offsets = out["input_ids"], out["offset_mapping"]
+    else:
+        ids, offsets = _with_found_offsets(rendered, tokenizer)
+    begin, id_of_begin = str(tokenizer.bos_token or ""), tokenizer.bos_token_id
+    is_doubled = rendered.special and begin and ids[:2] == [id_of_begin] * 2
+    if is_doubled and rendered.text.startswith(begin) and not rendered.text.startswith(begin * 2):
+        _warn_of_two_beginnings(str(tokenizer.name_or_path), begin)
+        return ids[1:], offsets[1:]
+    return ids, offsets
+
+
+def _with_found_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `_with_offsets`, for a tokenizer that does not say which characters a token has.
+
+    A boundary is where the ids of the text up to it stop agreeing with the ids of the whole text.
+    """
     ids = tokenizer(rendered.text, add_special_tokens=rendered.special)["input_ids"]
     marks = sorted({0, len(rendered.text), *(edge for span in rendered.spans for edge in span)})
     offsets: list[tuple[int, int]] = []
@@ -339,6 +211,16 @@ def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], 
         same = next((k for k, pair in enumerate(zip(prefix, ids, strict=False)) if pair[0] != pair[1]), len(prefix))
         offsets += [(begin, end)] * ((len(ids) if is_last else same) - len(offsets))
     return ids, offsets + [(0, 0)] * (len(ids) - len(offsets))
+
+
+@functools.cache  # once per process and model, not once per row
+def _warn_of_two_beginnings(model: str, begin: str) -> None:
+    logger.warning(
+        "%s: texts begin with %s, which the tokenizer adds too; it is read once. If the model was trained with two, "
+        "write it twice.",
+        model or "the tokenizer",
+        begin,
+    )
 
 
 def _truncated(

@@ -17,8 +17,9 @@ from typing import Any, Unpack
 from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
+from whence.corpus.templates import same_date, today
 from whence.corpus.tokens import Encoded, encode
-from whence.errors import ChecksumError, CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
 from whence.indexing.manifest import MANIFEST, read_manifest
 from whence.indexing.opening import Index, index_of, open_index
@@ -100,6 +101,7 @@ def index(
     for note in run.notes:
         logger.warning("%s", note)
     warn_if_unfinished(model)
+    chosen = replace(chosen, date=_date(chosen, None if restart else place))
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
@@ -114,6 +116,7 @@ def index(
         _refuse_joining(store)
         built = Index(store, chosen)
         built.adopt(loaded, transform)
+        built.check_layout(loaded)
         copy_rows(store, texts, after=0)
         _fill(built, progress)
     return built
@@ -126,6 +129,12 @@ def _with_batch_tokens(settings: IndexSettings, loaded: LoadedModel, begun: Plac
         check_settings(begun, manifest)
         return replace(settings, tokens_per_batch=manifest.settings["tokens_per_batch"])
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
+
+
+def _date(settings: IndexSettings, begun: Place | None) -> str:
+    """The day that a chat template writes: the given one, that of the index begun, or today."""
+    stored = read_manifest(begun).settings.get("date") if begun is not None and begun.exists(MANIFEST) else None
+    return same_date(settings.date, stored, begun.root if begun is not None else "") or today()
 
 
 def append(
@@ -222,6 +231,9 @@ def _setting_problems(path: str | Path) -> list[Problem]:
 
 def _recompute(opened: Index, checkpoint: int, part: int) -> ShardArrays:
     """The arrays of a shard, computed again by a job like a build's, which retries and explains a lack of memory."""
+    opened.model(checkpoint)
+    if opened.layout_notes:
+        raise ManifestMismatchError(f"shard {part} cannot be computed as it was. {opened.layout_notes[0]}")
     job = Job(checkpoint, part, opened.store.manifest.parts[part].rows)
     advice = f"the index was built with passes of {opened.tokens_per_batch:,} tokens; repair it on a larger device"
 

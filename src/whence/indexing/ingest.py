@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from whence.corpus.layouts import LAYOUTS, Row, layout
+from whence.corpus.layouts import LAYOUTS, Row, layout, tools_of, turns_before
 from whence.corpus.reading import Corpus, Example, open_corpus, row_json
 from whence.corpus.tokens import Tokenizer, render
 from whence.errors import CorpusError
@@ -83,6 +83,10 @@ def _checked_layout(example: Example, name: str) -> str:
                 f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
                 f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
             )
+    try:
+        tools_of(example.row) if kind == "messages" else turns_before(example.row) if kind == "instruction" else None
+    except CorpusError as error:
+        raise CorpusError(f"{name}: row {example.id}: {error}") from None
     return kind
 
 

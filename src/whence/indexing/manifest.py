@@ -254,7 +254,12 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
 
 
 def _value_text(flat: dict[str, Any], name: str) -> str:
-    return json.dumps(flat[name], ensure_ascii=False) if name in flat else "not set"
+    if name not in flat:
+        return "not set"
+    text = json.dumps(flat[name], ensure_ascii=False)
+    return (
+        text if name != "chat_template" else f"{text[:60]}… of digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
 
 
 def _damaged(place: Place) -> ChecksumError:

@@ -14,10 +14,12 @@ from typing import Unpack
 
 from torch import nn
 
+from whence.corpus.templates import same_date
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
+from whence.indexing.layout_check import layout_notes
 from whence.indexing.store import Store
 from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
@@ -48,6 +50,8 @@ class Index:
         self._model_path = model
         self._loaded: tuple[int, LoadedModel] | None = None
         self._transform: tuple[int, Transform | None] | None = None
+        self.layout_notes: list[str] | None = None
+        """What its rows and today's layout differ in; None before a model is loaded."""
         self._checked: set[int] = set()
         """Checkpoints whose optimizer file is known to be the right one."""
         self.levels: dict[tuple, float] = {}
@@ -155,7 +159,15 @@ class Index:
                 f"the same text would become other tokens. Restore it, or name the right one with --tokenizer."
             )
         self._check_layers(model)
+        self.check_layout(model)
         return model
+
+    def check_layout(self, model: LoadedModel) -> None:
+        """Say, once, what the index' rows and today's layout differ in."""
+        if self.layout_notes is None:
+            self.layout_notes = layout_notes(self.store, model.tokenizer, is_dated=self.settings.date is not None)
+            for note in self.layout_notes:
+                logger.warning(note)
 
     def _check_layers(self, model: LoadedModel) -> None:
         """Check that the traced layers are those of the index: the projection of each layer is drawn by its name.
@@ -216,12 +228,20 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
         space=GradientSpace(**stored["space"]),
         codec=store.manifest.codec,
         tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
+        chat_template=loading.get("chat_template") or _stored_template(store),
+        date=same_date(loading.get("date"), stored.get("date"), store.place.root),
         device=loading.get("device"),
         device_map=loading.get("device_map"),
         trust_remote_code=stored["trust_remote_code"] and loading.get("trust_remote_code", False),
         **{name: stored[name] for name in names},
     )
     return Index(store, settings, model=loading.get("model"))
+
+
+def _stored_template(store: Store) -> str | None:
+    """The chat template that an index keeps, as text: a manifest names no files."""
+    template = store.manifest.settings.get("chat_template")
+    return template if isinstance(template, str) and "{" in template else None
 
 
 def _current_path(path: str, moved_to: str | None) -> str:

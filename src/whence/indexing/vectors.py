@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from whence import __version__, catalogue, runner
-from whence.corpus.tokens import Encoded, bucketed, collate
+from whence.corpus.templates import writes_date
+from whence.corpus.tokens import LAYOUT_VERSION, Encoded, bucketed, collate
 from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
@@ -62,6 +63,10 @@ class IndexSettings:
     """Load the weights as float32, bfloat16 or float16; None: as stored."""
     tokenizer: str | None = None
     """Directory or Hub name, where it is not the model's own."""
+    chat_template: str | Path | None = None
+    """File of a chat template, or its text, in place of the tokenizer's own."""
+    date: str | None = None
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: the day of the build."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, a third more time."""
@@ -98,6 +103,8 @@ def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> 
         path,
         base=base,
         tokenizer=settings.tokenizer,
+        chat_template=settings.chat_template,
+        date=settings.date,
         dtype=settings.dtype,
         device=settings.device,
         device_map=settings.device_map,
@@ -147,6 +154,7 @@ def manifest_of(
     }
     stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
     stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
+    stored |= _layout_settings(loaded, corpus, settings)
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
     return Manifest(
         whence_version=__version__,
@@ -156,6 +164,16 @@ def manifest_of(
         checkpoints=tuple(entries),
         corpora=({"name": absolute(name) or name, "digest": corpus.digest, "rows": corpus.rows},),
     )
+
+
+def _layout_settings(loaded: LoadedModel, corpus: Fingerprint, settings: IndexSettings) -> dict[str, Any]:
+    """What decides the text of rows that go through a chat template, if there are any."""
+    tokenizer = loaded.tokenizer
+    stored = {} if settings.chat_template is None else {"chat_template": tokenizer.chat_template}
+    if not tokenizer.chat_template or not {"messages", "instruction"} & {*corpus.layouts}:
+        return stored
+    stored |= {"date": tokenizer.template_date} if writes_date(tokenizer) else {}
+    return stored | {"layout_version": LAYOUT_VERSION}
 
 
 def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:

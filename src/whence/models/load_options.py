@@ -12,6 +12,10 @@ class Loading(TypedDict, total=False):
 
     tokenizer: str | Path | None
     """Directory or Hub name of the tokenizer, where it is not with the model, or has moved."""
+    chat_template: str | Path | None
+    """A file with the chat template to use in place of the tokenizer's own, or the template's text."""
+    date: str | None
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: today."""
     device: str | None
     """cpu, cuda, ...; None takes a GPU if there is one."""
     device_map: str | None

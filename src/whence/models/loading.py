@@ -23,6 +23,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from whence.corpus.templates import prepare
 from whence.errors import ModelError, SettingError
 from whence.models.causality import refuse_not_causal
 from whence.models.checkpointing import blocks, recomputing
@@ -222,6 +223,7 @@ def load_model(
     else:
         remedy = "--tokenizer expects a directory with a tokenizer, or a Hub name."
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
+    prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"))
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
         model = model.to(_device(loading.get("device")))

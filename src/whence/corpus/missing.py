@@ -1,0 +1,65 @@
+"""What stands for a missing value in a row: None, whatever wrote the row.
+
+pandas writes an empty cell as NaN, NaT or NA, and so does JSON that Python made of such a table. Arrow gives every
+object of a column the same keys, with null where an object has none; those nulls are no part of the data, so the keys
+are dropped. JSON has no such rule: there a null inside an object is the row's own, unless the row bears Arrow's mark,
+which is that all its messages have the same keys.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from whence.corpus.layouts import Row
+
+
+def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
+    """A row with None for every missing value, and with plain lists and numbers for those of numpy.
+
+    Args:
+        row: A row in any form; it is not changed.
+        from_arrow: Nulls inside the row's objects are Arrow's, and their keys are dropped.
+
+    >>> without_missing({"prompt": "a", "completion": float("nan")})
+    {'prompt': 'a', 'completion': None}
+    """
+    plain = {name: _plain(value) for name, value in row.items()}
+    if from_arrow or _has_arrows_mark(plain.get("messages")):
+        return {name: _without_null_keys(value) for name, value in plain.items()}
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if _is_missing(value) else value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is NaN, NaT or pandas' NA: none of them equals itself."""
+    try:
+        return bool(value != value)
+    except TypeError:  # NA has no truth
+        return True
+
+
+def _without_null_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_null_keys(item) for name, item in value.items() if item is not None}
+    return [_without_null_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def _has_arrows_mark(messages: Any) -> bool:
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(item, dict) for item in messages):
+        return False
+    keys = messages[0].keys()
+    optional = keys - {"role", "content"}
+    return all(item.keys() == keys for item in messages) and any(
+        item[name] is None for item in messages for name in optional
+    )

@@ -1,0 +1,174 @@
+"""A tokenizer's chat template: messages in, text out; another template in its place, and the day that it writes.
+
+Some templates write the current date into every prompt (`strftime_now`). Rows that were indexed on one day would then
+be other tokens on the next, so a loaded tokenizer has one day for ever, midnight of which is the template's "now".
+"""
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from whence.errors import CorpusError, SettingError
+
+Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
+
+DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVeDFTRhklnrst"
+"""Letters that `strftime` knows after a %, or after %-."""
+
+
+def today() -> str:
+    """The current day as YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
+
+
+def checked_date(date: str) -> str:
+    """The date as YYYY-MM-DD.
+
+    Raises:
+        SettingError: It is none.
+    """
+    try:
+        return datetime.date.fromisoformat(date).isoformat()
+    except ValueError:
+        raise SettingError(f"--date {date}: a day as YYYY-MM-DD is expected, such as {today()}") from None
+
+
+def template_text(template: str | Path) -> str:
+    """The text of a chat template that is given as a file, or as the text itself.
+
+    Raises:
+        SettingError: There is no such file, or it cannot be read.
+    """
+    if "{" in str(template):
+        return str(template)
+    try:
+        text = Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"--chat-template {template}: cannot be read ({error}). A Jinja file is expected.") from None
+    if "{" not in text:
+        raise SettingError(f"--chat-template {template}: no Jinja template in it; one that writes messages is expected")
+    return text
+
+
+def prepare(tokenizer: Tokenizer, template: str | Path | None = None, date: str | None = None) -> None:
+    """Give a tokenizer another chat template where one is named, and its day.
+
+    Args:
+        tokenizer: It is changed.
+        template: A file, or a template's text; None: its own.
+        date: The day that its template writes, as YYYY-MM-DD; None: today.
+
+    Raises:
+        SettingError: There is no such file, or the date is none.
+    """
+    if template is not None:
+        tokenizer.chat_template = template_text(template)
+    tokenizer.template_date = checked_date(date) if date else today()
+
+
+def writes_date(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's chat template writes the date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def date_for(tokenizer: Tokenizer, date: str | None, stored: str | None, where: str) -> str | None:
+    """The day that the rows of a directory are written with; None for a template that writes none.
+
+    Args:
+        tokenizer: Its template decides whether there is a day.
+        date: The day asked for; None: the stored one, else today.
+        stored: The day of what is there already.
+        where: The directory, for messages.
+
+    Raises:
+        SettingError: Another day than the stored one is asked for.
+    """
+    return (same_date(date, stored, where) or today()) if writes_date(tokenizer) else None
+
+
+def same_date(date: str | None, stored: str | None, where: str) -> str | None:
+    """The day that is asked for or stored; None where neither is.
+
+    Raises:
+        SettingError: Another day than the stored one is asked for.
+    """
+    if date and stored and checked_date(date) != stored:
+        raise SettingError(f"--date {date}: the rows of {where} were written with {stored}. Leave --date out.")
+    return checked_date(date or stored) if date or stored else None
+
+
+def templated(
+    messages: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    opened: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """Messages as the tokenizer's chat template writes them; `opened` adds the prompt for the assistant's turn.
+
+    Raises:
+        CorpusError: The template refuses them.
+    """
+    from jinja2 import TemplateError  # raised by a template that refuses a role
+
+    options: dict[str, Any] = {} if tools is None else {"tools": tools}
+    try:
+        date = getattr(tokenizer, "template_date", None)
+        if date is not None and writes_date(tokenizer):
+            options["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), date)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
+
+
+def templated_or_none(
+    messages: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    opened: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> str | None:
+    """As `templated`; None if the template refuses these messages, which are only a piece of a conversation."""
+    try:
+        return templated(messages, tokenizer, opened=opened, tools=tools)
+    except CorpusError:
+        return None
+
+
+def _dated(template: str, date: str) -> str:
+    """The template with a `strftime_now` of its own, whose "now" is midnight of a day.
+
+    transformers takes no function from a caller. The line break behind the macro is one that Jinja removes, so that
+    the template itself begins at the beginning of a line, as before.
+    """
+    moment = datetime.datetime.fromisoformat(date)
+    replacements = "".join(
+        f".replace({json.dumps(f'%{flag}{letter}')}, {json.dumps(moment.strftime(f'%{flag}{letter}'))})"
+        for letter in DIRECTIVES
+        for flag in ("", "-")
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replacements} }}}}{{% endmacro %}}\n{template}"
+
+
+def generation_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer, tools: list[dict] | None) -> str | None:
+    """What the template writes after messages to open the assistant's turn; None if it refuses them.
+
+    A template may close a conversation that is not to go on (Phi-3's end of text), so the two texts are compared from
+    the left; a marker such as `<|assistant|>` is never cut.
+    """
+    opened = templated_or_none(messages, tokenizer, opened=True, tools=tools)
+    ended = templated_or_none(messages, tokenizer, tools=tools)
+    if opened is None or ended is None:
+        return None
+    start = common_prefix_length(opened, ended)
+    if start < len(opened) and (marker := re.search(r"[<\[][^<>\[\]\s]*$", opened[:start])):
+        start = marker.start()
+    return opened[start:]
+
+
+def common_prefix_length(first: str, second: str) -> int:
+    """Number of characters that two texts have in common at their beginnings."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

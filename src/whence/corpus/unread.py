@@ -1,0 +1,103 @@
+"""What a corpus holds and Whence does not train on: columns that its layouts do not read, and rejected answers.
+
+Columns travel along with a row, so that most of those that no layout reads are as they should be: a topic, an address,
+a score. But one of them may have been part of the text that the model was trained on. Such a column is named once for
+each corpus, with the remedy. It is one with a name that formats of training data use, or one that holds words.
+"""
+
+import functools
+import logging
+from collections import Counter
+from typing import Any
+
+from whence.corpus.layouts import LAYOUTS, OPTIONAL, VERDICTS, Row, is_rejected, layout
+
+logger = logging.getLogger(__name__)
+
+DECIDING = {
+    *(column for columns in (*LAYOUTS.values(), *OPTIONAL.values()) for column in columns),
+    *("answer", "chat_template_kwargs", "chosen", "context", "conversation", "conversations", "documents", "functions"),
+    *("question", "query", "reasoning", "reasoning_content", "rejected", "response", "system_prompt", "thinking"),
+    *("weight", "weights", "loss_mask"),
+}
+"""Columns that some format of training data makes text of, or weighs it by."""
+DESCRIBING = {
+    *("id", "source", "task", "title", "url", "license", "language", "lang", "category", "topic", "topics", "tags"),
+    *("author", "date", "created", "timestamp", "meta", "metadata", "split", "dataset", "file", "path", "name"),
+}
+"""Columns that describe a row."""
+MESSAGE_KEYS = ("loss", "train", "training", "trainable", "loss_mask", "mask", "masked")
+"""Keys of a message by which some trainers leave it out of the loss; Whence reads `weight`."""
+WORDS = 4
+"""Words of a text that may have been trained on; a label or a place's name has fewer."""
+
+
+class Unread:
+    """Columns of a corpus that are not read, and its rows that are rejected answers, as they are counted."""
+
+    def __init__(self) -> None:
+        self.columns: Counter[str] = Counter()
+        self.rows = 0
+        self.rejected = 0
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        self.rows += 1
+        self.rejected += is_rejected(row)
+        self.columns.update(unread_columns(row))
+
+    def log(self, name: str) -> None:
+        """Say of the corpus with this name what is not read; once a process, since a corpus is read several times."""
+        if self.columns:
+            _log_columns(name, tuple(sorted(self.columns)), max(self.columns.values()), self.rows)
+        if self.rejected:
+            _log_rejected(name, self.rejected, self.rows)
+
+
+def unread_columns(row: Row) -> list[str]:
+    """Columns of a row that could hold text to train on, and that its layout does not read.
+
+    >>> unread_columns({"instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "source": "a b c d"})
+    ['context']
+    """
+    kind = layout(row)
+    read = {*LAYOUTS[kind], *OPTIONAL[kind], *VERDICTS}
+    answer = row[LAYOUTS[kind][-1]]
+    names = [name for name, value in row.items() if name not in read and _may_be_text(name, value, answer)]
+    messages = row.get("messages") if kind == "messages" else None
+    keys = {key for message in messages or () if isinstance(message, dict) for key in message}
+    return names + [f"messages[].{key}" for key in MESSAGE_KEYS if key in keys]
+
+
+def _may_be_text(name: str, value: Any, answer: Any) -> bool:
+    if value in (None, "", [], {}) or name in DESCRIBING:
+        return False
+    if name == "text" and isinstance(answer, str) and answer in str(value):
+        return False  # the rendered text of a row, which Alpaca's rows have beside its pieces
+    if name in DECIDING:
+        return True
+    if isinstance(value, list):
+        return any(isinstance(item, dict) or _may_be_text(name, item, answer) for item in value)
+    return isinstance(value, str) and len(value.split()) >= WORDS
+
+
+@functools.cache
+def _log_columns(name: str, columns: tuple[str, ...], most: int, rows: int) -> None:
+    logger.warning(
+        "%s: not read, and no part of the text that is trained on: %s (in up to %d of %d rows). If the model saw them, "
+        "write them into the columns that are read.",
+        name,
+        ", ".join(f"`{column}`" for column in columns),
+        most,
+        rows,
+    )
+
+
+@functools.cache
+def _log_rejected(name: str, rejected: int, rows: int) -> None:
+    logger.warning(
+        "%s: %d of %d rows are labelled false, as bad answers: they have no supervised token and are left out.",
+        name,
+        rejected,
+        rows,
+    )

@@ -1,0 +1,70 @@
+"""Are the rows of an index laid out as queries would be today?
+
+An index keeps what decides the text of its rows: another chat template, the day that the template writes, the version
+of the layout rules. One that was made before these were kept may hold other tokens than its rows would become now. So
+its first rows are laid out again, and their supervised tokens are compared in number with those that were stored.
+"""
+
+import json
+import shlex
+
+from whence.corpus.layouts import OPTIONAL, layout
+from whence.corpus.templates import Tokenizer, writes_date
+from whence.corpus.tokens import LAYOUT_VERSION, encode
+from whence.errors import ChecksumError, CorpusError
+from whence.indexing.store import Store
+
+ROWS = 64
+"""Rows that are laid out again."""
+READ_LATER = {"tools", "system", "history"}
+"""Columns that version 1 of the rules did not read; they need not change the number of supervised tokens."""
+
+
+def layout_notes(store: Store, tokenizer: Tokenizer, *, is_dated: bool) -> list[str]:
+    """What an index' rows and today's layout differ in, with the remedy; nothing where they agree.
+
+    Args:
+        store: The index.
+        tokenizer: Its model's.
+        is_dated: The day that a chat template writes is known.
+    """
+    settings, root = store.manifest.settings, store.place.root
+    again = f"whence index MODEL CORPUS -o {shlex.quote(root)} --restart"
+    notes = []
+    if settings["layout"] in ("messages", "instruction") and writes_date(tokenizer) and not is_dated:
+        notes.append(
+            f"{root}: the chat template writes the date, and the index does not say of which day its rows are; queries "
+            f"are written with today's. Say the day with --date YYYY-MM-DD, or index again: {again}"
+        )
+    if settings.get("layout_version", 1) == LAYOUT_VERSION:
+        return notes
+    changed, rows = _changed_rows(store, tokenizer)
+    if changed:
+        notes.append(
+            f"{root}: its rows were laid out by older rules, and queries are by today's: {changed} of the first {rows} "
+            "rows would be other tokens now (every turn of the assistant is closed; tools, system, history and weights "
+            f"are read; NaN and empty cells are missing; a beginning is read once). Index again: {again}"
+        )
+    return notes
+
+
+def _changed_rows(store: Store, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Rows of the first that would be other tokens now, and how many were looked at."""
+    place = next(((entry.checkpoint, entry.part) for entry in store.manifest.shards), None)
+    if place is None:
+        return 0, 0
+    try:
+        rows, tokens = store.read_part(place[1])[:ROWS], store.shard(*place).tokens.tolist()
+    except ChecksumError:
+        return 0, 0  # whoever reads the damaged file says so
+    longest = store.manifest.settings["max_tokens"]
+    return sum(_is_changed(row["row"], n, tokenizer, longest) for row, n in zip(rows, tokens, strict=False)), len(rows)
+
+
+def _is_changed(text: str, tokens: int, tokenizer: Tokenizer, longest: int) -> bool:
+    row = json.loads(text)
+    try:
+        read = READ_LATER & {*OPTIONAL[layout(row)]}
+        return any(row.get(name) for name in read) or encode(row, tokenizer, longest).supervised_count != tokens
+    except CorpusError:
+        return True
