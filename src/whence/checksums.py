@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import xxhash
 
 _OPENING = b'{"checksum": "'
+_DIGITS = re.compile(rb'[0-9a-f]{32}",\n ')
 _SEALED_FROM = len(_OPENING) + 32
 
 
@@ -73,7 +74,7 @@ def sealed(document: Mapping[str, Any]) -> bytes:
 
 def is_sealed(data: bytes) -> bool:
     """Whether a file is a sealed document, or was one before it was damaged: not one that an older Whence wrote."""
-    return data.startswith(_OPENING) or bool(re.fullmatch(rb"[0-9a-f]{32}", data[len(_OPENING) : _SEALED_FROM]))
+    return data.startswith(_OPENING) or _DIGITS.match(data, len(_OPENING)) is not None
 
 
 def document_of(data: bytes) -> dict[str, Any]:

@@ -2,24 +2,35 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import save_tiny_llama
 from whence.ablation.candidates import Candidate, read_candidates, usual_candidates
-from whence.ablation.heldout_losses import EvalSet, measure, read_sets
+from whence.ablation.heldout_losses import EvalSet, Losses, content_name, measure, read_sets, stored_losses
 from whence.ablation.member_training import PoolSettings, read_partitions, slug, train_pool
 from whence.ablation.merged_files import write_merged
 from whence.ablation.pipeline import ablate, own_partitions
 from whence.ablation.pool import open_pool
 from whence.ablation.rank_agreement import agreement, centred, groups, kendall
 from whence.corpus.reading import open_corpus
-from whence.errors import CorpusError, ManifestMismatchError, MissingIndexError, SettingError
+from whence.errors import (
+    ChecksumError,
+    CorpusError,
+    ManifestMismatchError,
+    MissingIndexError,
+    ModelError,
+    SettingError,
+)
 from whence.models.loading import load_model
 from whence.numerics import spearman
+from whence.storage import Place
 
 ROWS = [{"id": f"{s}{n}", "source": s, "text": f"{s * 3} {n * 7 % 11} " * (2 + n % 3)} for s in "abc" for n in range(9)]
 HELD = {s: [{"source": s, "text": f"{s * 3} {n * 5 % 7} {s}"} for n in range(4)] for s in "ab"}
@@ -144,6 +155,52 @@ def test_what_was_measured_is_not_measured_again(pool, held, monkeypatch):
 
     monkeypatch.setattr(ablation, "measure", lambda *given, **more: pytest.fail("it is kept"))
     assert [cell.merged for cell in ablate(pool, held, shown=False).cells] == [cell.merged for cell in first.cells]
+
+
+def test_a_damaged_member_is_refused_and_its_losses_are_not_kept(pool, parent, corpus, held, tmp_path):
+    """Losses used to be stored by the checksum that pool.json says, and were wrong after the member was mended too."""
+    out = Path(shutil.copytree(pool.place.root, tmp_path / "pool"))
+    shutil.rmtree(out / "losses", ignore_errors=True)
+    whole = [cell.merged for cell in ablate(pool, held, shown=False).cells]
+    files = [out / pool.members[name].file for name in "ab"]
+    data = [file.read_bytes() for file in files]
+    for file, wrong in zip(files, reversed(data), strict=True):
+        file.write_bytes(wrong)
+    with pytest.raises(ChecksumError, match="trains the member of the partition 'a' again"):
+        ablate(out, held, shown=False)
+    for file in files:
+        file.unlink()
+    train_pool(parent, corpus, out, shown=False, **QUICK)
+    assert [cell.merged for cell in ablate(out, held, shown=False).cells] == whole
+
+
+def test_a_member_that_is_not_finite_is_refused_each_time(pool, held, tmp_path):
+    out = Path(shutil.copytree(pool.place.root, tmp_path / "pool"))
+    opened = open_pool(out)
+    file = out / opened.members["b"].file
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(file).items()}, file)
+    written = opened.place.write(opened.members["b"].file, [file.read_bytes()], total=1)
+    replace(opened, members=opened.members | {"b": replace(opened.members["b"], **vars(written))}).write()
+    for _ in range(2):
+        with pytest.raises(ModelError, match="is not finite everywhere"):
+            ablate(out, held, shown=False)
+
+
+def test_stored_losses_that_were_edited_exchanged_or_never_checked_are_not_used(tmp_path):
+    place, made = Place.at(tmp_path), Losses(torch.tensor([1.5]).double(), torch.tensor([3]), torch.tensor([9]))
+    never = partial(pytest.fail, "it is stored")
+    stored_losses(place, ["a"], lambda: made), stored_losses(place, ["b"], lambda: replace(made, nats=made.nats * 2))
+    assert stored_losses(place, ["a"], never).loss == 0.5
+    first, second = (tmp_path / f"{content_name([key])}.json" for key in "ab")
+    whole = first.read_bytes()
+    first.write_bytes(whole.replace(b"1.5", b"1.4"))
+    with pytest.raises(ChecksumError, match="Remove it, and run the same command again"):
+        stored_losses(place, ["a"], never)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ChecksumError, match="losses of another model or set"):
+        stored_losses(place, ["a"], never)
+    first.write_text(json.dumps({"key": ["a"], "nats": [9.0], "tokens": [3], "bytes": [9]}))  # of an older Whence
+    assert stored_losses(place, ["a"], lambda: made).loss == 0.5 and first.read_bytes() == whole
 
 
 def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, monkeypatch):

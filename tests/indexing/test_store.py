@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import uuid
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -297,6 +298,36 @@ def test_verify_names_the_harmed_file(tmp_path, name, harm):
     else:
         flip(file, {"flip first": 0, "flip middle": size // 2, "flip last": size - 1}[harm])
     assert [problem.file for problem in problems_at(tmp_path / "index")] == [name]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_damage_is_refused_when_the_file_is_first_used(tmp_path, is_old):
+    """A list of an older Whence has no fast checksum: the slower one is checked."""
+    build(tmp_path / "index")
+    if is_old:
+        store = Store.open(tmp_path / "index")
+        shards = tuple(replace(shard, xxh3=None) for shard in store.manifest.shards)
+        parts = tuple(replace(part, xxh3=None) for part in store.manifest.parts)
+        store._save(replace(store.manifest, shards=shards, parts=parts))
+    queries, weights = torch.ones(2, 1, WIDTH), torch.ones(2)
+    Store.open(tmp_path / "index").top_k(queries, weights, m=2)
+    flip(tmp_path / "index" / "checkpoint-001" / "shard-00002.safetensors", 900)
+    flip(tmp_path / "index" / "corpus" / "part-00001.parquet", 50)
+    store = Store.open(tmp_path / "index")
+    with pytest.raises(ChecksumError, match=r"shard-00002.safetensors is not what was written .*--repair"):
+        store.top_k(queries, weights, m=2)
+    with pytest.raises(ChecksumError, match=r"part-00001.parquet is not what was written .*--repair"):
+        store.read_rows([8])
+
+
+def test_shards_that_have_changed_places_are_refused(tmp_path):
+    build(tmp_path / "index")
+    first, second = (tmp_path / "index" / f"checkpoint-00{c}" / "shard-00000.safetensors" for c in (0, 1))
+    data = first.read_bytes(), second.read_bytes()
+    first.write_bytes(data[1])
+    second.write_bytes(data[0])
+    with pytest.raises(ChecksumError, match="wrong checksum"):
+        Store.open(tmp_path / "index").shard(0, 0)
 
 
 def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from conftest import byte_tokenizer, corpus_rows
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import encode
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import ChecksumError, ManifestMismatchError, SettingError
 from whence.gradients.space import GradientSpace
 from whence.indexing.vectors import IndexSettings, projection_for
 from whence.models.loading import LoadedModel
@@ -116,7 +116,8 @@ def test_parts_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence.Pass, "rows", stop)
     with pytest.raises(KeyboardInterrupt):
         gathered(model, tmp_path / "cut")
-    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["evidence.json", "part-00000.safetensors"]
+    names = ["evidence.json", "part-00000.json", "part-00000.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == names
     again = gathered(model, tmp_path / "cut")
     assert calls == [4, 4, 4, 2], "the first part was kept"
     for name in ("loss", "norm"):
@@ -141,3 +142,15 @@ def test_a_target_needs_every_layer(tmp_path):
     with pytest.raises(SettingError, match="has no matrix for the layer"):
         gather_point(model, open_corpus(ROWS), {"t": {}}, work=Place.at(tmp_path), settings=SETTINGS, provenance={})
     assert ROWS_PER_PART == 512
+
+
+def test_damaged_evidence_is_refused(tmp_path):
+    model = worded("llama")
+    for name in ("part-00000.safetensors", "part-00000.json", "evidence.json"):
+        gathered(model, tmp_path / name)
+        file = tmp_path / name / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 8
+        file.write_bytes(data)
+        with pytest.raises(ChecksumError, match=rf"{name} is not what was written .*run the same command again"):
+            gathered(model, tmp_path / name)

@@ -1,6 +1,7 @@
 """`train` writes an ordinary Trainer directory, from Whence's tokenisation, the same for the same seed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from conftest import contents
 from whence.cli.demonstration import make_parent
 from whence.corpus.tokens import encode
-from whence.errors import CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.models.difference import weight_difference
 from whence.models.loading import load_model
 from whence.models.runs import open_run
@@ -151,6 +152,30 @@ def test_a_stopped_training_ends_with_the_weights_it_would_have_had(parent, tmp_
     logs = [[(line["step"], line.get("learning_rate"), line.get("loss")) for line in s["log_history"]] for s in states]
     assert logs[0][:-1] == logs[1][:-1]  # the last line is of the run's own time
     assert open_run(out, which="all").checkpoints[1].weight == open_run(whole, which="all").checkpoints[1].weight
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_training_does_not_go_on_from_a_damaged_checkpoint(parent, run, tmp_path, name):
+    out = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoint-7")
+    file = out / "checkpoint-4" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 2
+    file.write_bytes(data)
+    remedy = rf"{name} is not what was written .*Remove .*checkpoint-4, and run the same command again: .* the start"
+    with pytest.raises(ChecksumError, match=remedy):
+        train(parent, ROWS, out, **QUICK, max_steps=7, checkpoints=2)
+    if name == "model.safetensors":
+        with pytest.raises(ChecksumError, match="is not what was written"):
+            load_model(out / "checkpoint-4")
+
+
+def test_a_checkpoint_of_another_step_is_not_gone_on_from(parent, run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoint-7")
+    (out / "checkpoint-4").rename(out / "checkpoint-6")
+    with pytest.raises(ChecksumError, match="holds step 4: it was renamed"):
+        train(parent, ROWS, out, **QUICK, max_steps=7, checkpoints=2)
 
 
 def test_a_killed_training_goes_on(parent, tmp_path):

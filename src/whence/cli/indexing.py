@@ -40,16 +40,21 @@ def info(index: IndexPath, as_json: Json = False) -> None:
 
 
 def verify(
-    index: IndexPath,
+    index: Annotated[str, typer.Argument(metavar="PATH", help="An index, pool, run, or work directory of Whence's.")],
     loading: LoadingFlags,
     repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
     model: ModelPath = None,
     as_json: Json = False,
 ) -> None:
-    """Check every file of an index against its checksum."""
+    """Check every file of an index, pool, run or work directory against its checksum."""
     with waiting("Reading every file"):
         from whence.indexing.build import verify as check
+        from whence.indexing.manifest import MANIFEST
+        from whence.storage import Place
 
+        if not Place.at(index).exists(MANIFEST):
+            _print_verified(index, as_json)
+            return
         problems, repairs = check(index, repair=repair, model=model, **vars(loading))
         remaining = check(index)[0] if repairs else problems
     if as_json:
@@ -65,6 +70,31 @@ def verify(
         elif not repair and problems[0].file != "manifest.json":
             print_part(f"Mend it with: whence verify {index} --repair")
     if remaining:
+        raise typer.Exit(1)
+
+
+def _print_verified(path: str, as_json: bool) -> None:
+    """Check a directory that is no index, and print what is wrong with it and how to mend that."""
+    from whence.indexing.directories import remedy, verified
+
+    result = verified(path)
+    remedies = [remedy(path.rstrip("/"), problem) for problem in result.problems]
+    if as_json:
+        rows = [
+            {"file": problem.file, "what": problem.what, "remedy": how}
+            for problem, how in zip(result.problems, remedies, strict=True)
+        ]
+        facts = {"kind": result.kind, "checked": result.checked, "unchecked": result.unchecked}
+        print_json({"rows": rows, "repairs": [], "left": [problem.file for problem in result.problems]} | facts)
+    else:
+        for problem, how in zip(result.problems, remedies, strict=True):
+            print_part(f"{problem.file}: {problem.what}. Mend it: {how}")
+        if not result.problems:
+            print_part(f"{result.kind}: {result.checked} files are as they were written")
+        if result.unchecked:
+            count, first = len(result.unchecked), result.unchecked[0]
+            print_part(f"{count} files have no checksum and were not checked, {first} first")
+    if result.problems:
         raise typer.Exit(1)
 
 

@@ -20,6 +20,7 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import same_date, today
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
+from whence.indexing.directories import verified
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
 from whence.indexing.manifest import MANIFEST, read_manifest
 from whence.indexing.opening import Index, index_of, open_index
@@ -198,8 +199,10 @@ def verify(
 ) -> tuple[list[Problem], list[str]]:
     """Check every file of an index against its checksum, and repair those that can be.
 
+    Any other directory that Whence writes is checked as `directories.verified` does, and not repaired.
+
     Args:
-        path: Directory of the index.
+        path: Directory of the index, or of a pool, a run, the work of `recover` or `evaluate`, or a merged model.
         repair: Recompute damaged shards from the model and the index's own copy of the rows, and read damaged parts
             again from the corpus, if it still exists.
         **loading: How the model is loaded, to repair: see `models.load_options.IndexLoading`.
@@ -207,6 +210,8 @@ def verify(
     Returns:
         The problems (empty: none), and a note on the repair of each.
     """
+    if not Place.at(path).exists(MANIFEST):
+        return verified(path).problems, []
     problems = problems_at(path) or _setting_problems(path)
     if not repair or not problems or problems[0].file == "manifest.json":
         return problems, []
