@@ -6,6 +6,7 @@ spaces.
 """
 
 import itertools
+import logging
 import shlex
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from whence.gradients.space import GradientSpace
 from whence.indexing.store import Store
 from whence.indexing.vectors import (
     IndexSettings,
+    corrections,
     load_for,
     projection_for,
     transform_for,
@@ -27,6 +29,14 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
+
+logger = logging.getLogger(__name__)
+
+FAULTS = {
+    "slopes": "in float16 it lost the gradients of what the model is sure of",
+    "dropout": "with --gradient-checkpointing some models had their dropout on",
+}
+"""What was wrong where a setting of `vectors.corrections` is missing."""
 
 
 class Index:
@@ -151,7 +161,18 @@ class Index:
                 f"the same text would become other tokens. Restore it, or name the right one with --tokenizer."
             )
         self._check_layers(model)
+        self._warn_of_faults(model)
         return model
+
+    def _warn_of_faults(self, model: LoadedModel) -> None:
+        """Say which faults of an earlier version the index may have."""
+        for name in corrections(model, self.settings):
+            if name not in self.store.manifest.settings:
+                root = self.store.place.root
+                again = f"whence index MODEL CORPUS -o {shlex.quote(root)} --restart"
+                logger.warning(
+                    "%s: an earlier version built it, and %s. Index again with: %s", root, FAULTS[name], again
+                )
 
     def _check_layers(self, model: LoadedModel) -> None:
         """Check that the traced layers are those of the index: the projection of each layer is drawn by its name.
