@@ -22,14 +22,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch
 from whence.errors import ModelError
 from whence.gradients.embeddings import as_linear, tied_embeddings
+from whence.gradients.objectives import OBJECTIVES, SlopeOf, cross_entropy
 from whence.gradients.protocols import Projection
+from whence.gradients.slope_scale import SlopeScale, scale_for
 from whence.models.causality import refuse_mixed_positions
 from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
@@ -137,6 +138,8 @@ class _Pass:
     """Example and place of each position of the current chunk of the output head; None inside the decoder."""
     upcast: bool = True
     """Whether `(a, g)` is handed over in fp32; else in the model's dtype."""
+    scale: SlopeScale = field(default_factory=SlopeScale)
+    """Factors of the slopes, which are divided out before they are handed over."""
     called: set[str] = field(default_factory=set)
     """Layers whose hook ran."""
     handed_over: set[str] = field(default_factory=set)
@@ -165,7 +168,8 @@ class _Pass:
         dtype = torch.float32 if self.upcast else g.dtype
         a, g = a.to(g.device, dtype), g.to(dtype)  # accelerate moves inputs behind the hook
         if owners is not None:
-            chunk = (a.flatten(0, -2), g.flatten(0, -2), *(tensor.to(a.device) for tensor in owners))
+            slopes = self.scale.undone_in_head(g.flatten(0, -2))
+            chunk = (a.flatten(0, -2), slopes, *(tensor.to(a.device) for tensor in owners))
             if self.whole:
                 self.head_chunks.setdefault(name, []).append(chunk)
             else:
@@ -183,7 +187,7 @@ class _Pass:
                 "optimizer's view or a token's share cannot be taken of. Leave it out with --layers."
             )
         self.handed_over.add(name)
-        self.consume(Captured(name, a.reshape(b, t, -1), g.reshape(b, t, -1), None))
+        self.consume(Captured(name, a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1)), None))
 
     def embedding_hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps an embedding whose weight is that of the output head `name`."""
@@ -201,9 +205,9 @@ class _Pass:
     def _hand_over_embedding(self, name: str, module: nn.Module, ids: Tensor, g: Tensor) -> None:
         if ids.shape != self.batch_shape:
             raise ModelError(f"{name} is tied to an embedding that is read at {tuple(ids.shape)}. Leave {name} out.")
-        for chunk in as_linear(
-            module, ids, g.float() if self.upcast else g, LOGITS_PER_CHUNK.get(g.device.type, 2**20)
-        ):
+        slopes = self.scale.undone(g)
+        slopes = slopes.float() if self.upcast else slopes
+        for chunk in as_linear(module, ids, slopes, LOGITS_PER_CHUNK.get(g.device.type, 2**20)):
             if self.whole:
                 self.head_chunks.setdefault(name, []).append(chunk)
             else:
@@ -246,6 +250,7 @@ def backward(
     upcast: bool = True,
     shared: bool = True,
     gradient_checkpointing: bool = False,
+    scale: SlopeScale | None = None,
 ) -> TokenLosses:
     """Run one batch forward and backward, handing every traced layer's `(a, g)` to `consume`.
 
@@ -256,19 +261,20 @@ def backward(
         consume: Called once per layer (for the output head once per chunk), from the last layer to the first.
         reduction: "mean" over each example's own supervised tokens, or "sum".
         objective: What is differentiated at each token: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
-            gradient does not vanish where the model is sure (TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186).
+            gradient does not vanish where the model is sure; see `objectives`.
         whole: Hand the output head over once, with all of an example's positions, as norms require.
         upcast: Hand `(a, g)` over in fp32. Otherwise a GPU hands over the model's dtype: half the memory to move.
         shared: Trace every module that has a layer's weight, an embedding too, under that layer's name; otherwise only
             the given modules.
         gradient_checkpointing: Recompute activations instead of keeping them.
+        scale: Takes up the factors of the pass, for taps of the caller's own, whose slopes still have them.
 
     Returns:
         The losses, whatever the objective.
     """
     batch = batch.to(model.device)
-    state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole)
-    state.upcast = upcast or model.device.type != "cuda"
+    state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole, scale=scale or scale_for(model))
+    state.upcast = upcast or model.device.type != "cuda" or state.scale.is_needed
     uses = [*(model.uses(layers) if shared else layers.items())]
     refuse_mixed_positions(uses)
     hooks = [module.register_forward_hook(state.hook(name)) for name, module in uses]
@@ -292,70 +298,36 @@ def backward(
 def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -> TokenLosses:
     """Losses of a batch, without gradients."""
     batch = batch.to(model.device)
-    return _losses(model, batch, reduction, None, _cross_entropy)
+    return _losses(model, batch, reduction, None, cross_entropy)
 
 
-def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: "SlopeOf") -> TokenLosses:
+def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: SlopeOf) -> TokenLosses:
     states, head = decoder_states(model, batch)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
     labels = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
     weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
     where = (owners.to(states.device), positions.to(states.device))
-    leaf = states.detach()[where].requires_grad_(state is not None)
+    leaf = states.detach()[where]
+    slopes = torch.zeros_like(leaf, dtype=None if state is None else state.scale.dtype)
     nll = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
     for chunk in _chunks(model, len(owners)):
+        some = leaf[chunk].detach().requires_grad_(state is not None)
         if state is not None:
             state.owners = owners[chunk], positions[chunk]
-        logits = head(leaf[chunk])
+        logits = head(some)
         nll[owners[chunk], positions[chunk] + 1], slope = slope_of(logits, labels[chunk], weights[chunk])
         if state is not None:
-            logits.backward(slope)
+            logits.backward(state.scale.in_head(slope).to(logits.dtype))
+            slopes[chunk] = state.scale.undone_in_head(some.grad)  # type: ignore[arg-type]
             state.owners = None
         del logits, slope
-    if states.requires_grad and len(owners):
-        slope = torch.zeros_like(states)
-        slope[where] = leaf.grad  # type: ignore[assignment]
-        states.backward(slope)
+    if state is not None and states.requires_grad and len(owners):
+        slope = torch.zeros_like(states, dtype=slopes.dtype)
+        slope[where] = slopes
+        states.backward(state.scale.in_decoder(slope).to(states.dtype))
     total = nll.sum(1)
     return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
-
-
-@torch.no_grad()
-def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each position in nats, unweighted, and the weighted sum's gradient with respect to the logits.
-
-    The gradient, `weight * (softmax - one-hot of the label)`, replaces the probabilities in place: autograd would fill
-    two more arrays of the vocabulary's size.
-    """
-    labels = labels.to(logits.device)[:, None]
-    log_p = F.log_softmax(logits.float(), dim=1)
-    nll = -log_p.gather(1, labels)[:, 0]
-    slope = log_p.exp_()
-    slope.scatter_(1, labels, slope.gather(1, labels) - 1)
-    slope *= weights.to(slope)[:, None]
-    return nll.to(weights.device), slope.to(logits.dtype)
-
-
-@torch.no_grad()
-def _margin(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each position in nats, unweighted, and the gradient of the weighted sum of -log(p / (1 - p)).
-
-    -log(p / (1 - p)) = logsumexp of the other logits - the label's, so the gradient is the softmax over the others, and
-    -1 at the label. Dividing the loss's slope by 1 - p would lose all digits where p is near 1.
-    """
-    labels = labels.to(logits.device)[:, None]
-    nll = -F.log_softmax(logits.float(), dim=1).gather(1, labels)[:, 0]
-    slope = logits.float().scatter(1, labels, -torch.inf).softmax(1)
-    slope.scatter_(1, labels, -1.0)
-    slope *= weights.to(slope)[:, None]
-    return nll.to(weights.device), slope.to(logits.dtype)
-
-
-SlopeOf = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From logits [s v], labels [s] and weights [s] to losses [s] and the objective's gradient [s v]."""
-OBJECTIVES: dict[str, SlopeOf] = {"loss": _cross_entropy, "margin": _margin}
-"""What is differentiated at a token, by name."""
 
 
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:

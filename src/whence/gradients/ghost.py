@@ -43,7 +43,6 @@ from whence.errors import ModelError, SettingError
 from whence.gradients.capture import (
     LEAST_POSITIONS,
     LOGITS_PER_CHUNK,
-    OBJECTIVES,
     Captured,
     Tap,
     TokenLosses,
@@ -51,6 +50,8 @@ from whence.gradients.capture import (
     squared_norms,
 )
 from whence.gradients.embeddings import embedding_slopes
+from whence.gradients.objectives import cross_entropy
+from whence.gradients.slope_scale import SlopeScale, scale_for
 from whence.models.loading import LoadedModel
 
 ParameterDirection = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
@@ -122,11 +123,13 @@ def per_example_dot(
             `norms`, also if it is used twice in a pass, except for a tied embedding.
     """
     batch = batch.to(model.device)
-    ghost = Ghost(owners_of(model, direction), batch, direction, norms)
+    ghost = Ghost(owners_of(model, direction), batch, direction, norms, scale_for(model))
     linear = {name: owner.module for name, owner in ghost.owners.items() if owner.kind == "linear"}
     hooks = list(ghost.hooks())
     try:
-        losses = backward(model, linear, batch, ghost.add_linear, reduction=reduction, whole=norms, shared=False)
+        losses = backward(
+            model, linear, batch, ghost.add_linear, reduction=reduction, whole=norms, shared=False, scale=ghost.scale
+        )
     finally:
         for hook in hooks:
             hook.remove()
@@ -174,9 +177,11 @@ def head_scores(
     for start in range(0, len(owners), size):
         chunk = slice(start, start + size)
         a, out, logits = _head_pass(head, decode, states[chunk])
-        nll[owners[chunk], positions[chunk] + 1], g = OBJECTIVES["loss"](logits, labels[chunk], weights[chunk])
+        nll[owners[chunk], positions[chunk] + 1], g = cross_entropy(logits, labels[chunk], weights[chunk])
         if logits.data_ptr() != out.data_ptr() or logits.shape != out.shape:  # a cap or a scale
-            (g,) = torch.autograd.grad(logits, out, g)
+            scale = scale_for(model)
+            (g,) = torch.autograd.grad(logits, out, scale.in_head(g).to(logits.dtype))
+            g = scale.undone_in_head(g)
         scores.index_add_(0, owners[chunk], position_dots(a.float(), g.float(), weight).to(scores.device))
     loss = nll.sum(1) / counts.clamp(min=1) if reduction == "mean" else nll.sum(1)
     return torch.where(loss.isfinite() & scores.isfinite(), scores, torch.nan), TokenLosses(loss, nll)
@@ -303,6 +308,8 @@ class Ghost:
     batch: Batch
     direction: Direction
     norms: bool
+    scale: SlopeScale = field(default_factory=SlopeScale)
+    """Factors that slopes of embeddings and norms still have."""
     dots: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
     squares: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
     embedded: dict[str, tuple[Int64[Tensor, "b t"], Float32[Tensor, "b t i"]]] = field(default_factory=dict)
@@ -356,7 +363,7 @@ class Ghost:
         name = owner.owned["weight"]
         if ids.shape != self.batch.ids.shape:
             raise ModelError(f"{name} is read at ids of {tuple(ids.shape)}: leave it out of the direction")
-        g = embedding_slopes(owner.module, ids, g)
+        g = embedding_slopes(owner.module, ids, self.scale.undone(g))
         direction = _placed(self.direction[name], owner.module, g.device)
         rows = direction[0][ids] @ direction[1] if isinstance(direction, tuple) else direction[ids]
         squares = None
@@ -375,7 +382,7 @@ class Ghost:
             if len(g) not in (b, self.batch.ids.numel()) or g.shape[g.dim() - len(shape) :] != shape:
                 raise ModelError(f"{name} shapes outputs of {tuple(g.shape)}, which cannot be told apart by example")
             unit = functional_call(owner.module, zeros | {local: torch.ones_like(zeros[local])}, (x.float(),)) - at_zero
-            self._add_vectors(name, (g.float() * unit).reshape(b, -1, shape.numel()).sum(1))
+            self._add_vectors(name, (self.scale.undone(g).float() * unit).reshape(b, -1, shape.numel()).sum(1))
 
     def _add_vectors(self, name: str, vectors: Float32[Tensor, "b d"], rows: Int64[Tensor, " b"] | None = None) -> None:
         """Add the gradients of a gain or a bias, which are no larger than an activation."""

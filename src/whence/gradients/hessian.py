@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from whence.corpus.tokens import Encoded, collate
 from whence.errors import ModelError
+from whence.gradients.objectives import sure_losses
+from whence.gradients.slope_scale import scale_for, scales_of
 from whence.models.loading import LoadedModel
 
 Gradient = dict[str, Tensor]
@@ -84,10 +85,11 @@ class LossDerivatives:
             pass_rows = rows[start : start + self.rows_per_pass]
             with evaluating(self.model.model), nullcontext() if along is None else sdpa_kernel(SDPBackend.MATH):
                 loss = self._loss(pass_rows) / tokens
-                gradients = gradient(loss, weights, twice=along is not None)
+                factor = self._factor(loss)
+                gradients = gradient(loss * factor, weights, twice=along is not None)
                 if along is not None:
-                    _add(product, _products(gradients, weights, [along[name] for name in self.weights]))
-            _add(total_gradient, gradients)
+                    _add(product, _products(gradients, weights, [along[name] for name in self.weights]), 1 / factor)
+            _add(total_gradient, gradients, 1 / factor)
             total += float(loss.detach())
         named = dict(zip(self.weights, total_gradient, strict=True))
         return Derivatives(named, None if along is None else dict(zip(self.weights, product, strict=True)), total)
@@ -133,6 +135,10 @@ class LossDerivatives:
                 weight.copy_(before[name])
         return {name: (ends[0][name] - ends[1][name]) / (2 * h) for name in along}
 
+    def _factor(self, loss: Tensor) -> float:
+        """A power of two that brings the loss near 1 for a pass that has float16 in it, else 1; see `slope_scale`."""
+        return float(scales_of(loss.detach()[None, None])) if scale_for(self.model).is_needed else 1.0
+
     def _loss(self, rows: Sequence[Encoded]) -> Tensor:
         """Sum of the losses of rows' supervised tokens, the only ones for which logits are computed."""
         batch = collate(rows).to(self.model.device)
@@ -140,7 +146,7 @@ class LossDerivatives:
         owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
         logits = head(states[owners.to(states.device), positions.to(states.device)])
         labels = batch.ids[owners, positions + 1].to(logits.device)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+        return sure_losses(logits, labels).sum()
 
 
 def _products(gradients: Sequence[Tensor], weights: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
@@ -150,6 +156,6 @@ def _products(gradients: Sequence[Tensor], weights: Sequence[Tensor], along: Seq
     return list(torch.autograd.grad(slopes, weights, others, materialize_grads=True))
 
 
-def _add(totals: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
+def _add(totals: Sequence[Tensor], terms: Sequence[Tensor], factor: float) -> None:
     for total, term in zip(totals, terms, strict=True):
-        total.add_(term.detach())
+        total.add_(term.detach().to(total), alpha=factor)

@@ -24,6 +24,7 @@ from whence.indexing.store import Store
 from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
     IndexSettings,
+    corrections,
     load_for,
     projection_for,
     transform_for,
@@ -33,6 +34,12 @@ from whence.models.loading import LoadedModel, directory_digest, tokenizer_diges
 from whence.models.moments import moments_digest
 
 logger = logging.getLogger(__name__)
+
+FAULTS = {
+    "slopes": "in float16 it lost the gradients of what the model is sure of",
+    "dropout": "with --gradient-checkpointing some models had their dropout on",
+}
+"""What was wrong where a setting of `vectors.corrections` is missing."""
 
 
 class Index:
@@ -160,6 +167,7 @@ class Index:
             )
         self._check_layers(model)
         self.check_layout(model)
+        self._warn_of_faults(model)
         return model
 
     def check_layout(self, model: LoadedModel) -> None:
@@ -168,6 +176,16 @@ class Index:
             self.layout_notes = layout_notes(self.store, model.tokenizer, is_dated=self.settings.date is not None)
             for note in self.layout_notes:
                 logger.warning(note)
+
+    def _warn_of_faults(self, model: LoadedModel) -> None:
+        """Say which faults of an earlier version the index may have."""
+        for name in corrections(model, self.settings):
+            if name not in self.store.manifest.settings:
+                root = self.store.place.root
+                again = f"whence index MODEL CORPUS -o {shlex.quote(root)} --restart"
+                logger.warning(
+                    "%s: an earlier version built it, and %s. Index again with: %s", root, FAULTS[name], again
+                )
 
     def _check_layers(self, model: LoadedModel) -> None:
         """Check that the traced layers are those of the index: the projection of each layer is drawn by its name.

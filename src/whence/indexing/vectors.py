@@ -19,11 +19,13 @@ from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
 from whence.gradients.protocols import Projection
+from whence.gradients.slope_scale import scale_for
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec as codec_of
 from whence.indexing.ingest import Fingerprint
 from whence.indexing.manifest import Manifest
 from whence.indexing.shards import STATUSES, ShardArrays
+from whence.models.checkpointing import has_dropout
 from whence.models.loading import (
     LoadedModel,
     adapter_config,
@@ -154,7 +156,7 @@ def manifest_of(
     }
     stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
     stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
-    stored |= _layout_settings(loaded, corpus, settings)
+    stored |= _layout_settings(loaded, corpus, settings) | corrections(loaded, settings)
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
     return Manifest(
         whence_version=__version__,
@@ -174,6 +176,15 @@ def _layout_settings(loaded: LoadedModel, corpus: Fingerprint, settings: IndexSe
         return stored
     stored |= {"date": tokenizer.template_date} if writes_date(tokenizer) else {}
     return stored | {"layout_version": LAYOUT_VERSION}
+
+
+def corrections(loaded: LoadedModel, settings: IndexSettings) -> dict[str, str]:
+    """Settings that tell an index from one of the same settings by Whence 0.1.0 up to commit 5a17c86, which was wrong.
+
+    They are in no other index, so that one which was right goes on as it was.
+    """
+    out = {"slopes": "scaled"} if scale_for(loaded).is_needed else {}
+    return out | {"dropout": "off"} if settings.gradient_checkpointing and has_dropout(loaded.base.config) else out
 
 
 def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that can be recomputed, in the model's order.
 
-    They are those that transformers marks as such. In a model whose decoder does its checkpointing itself, as some still
-    do, they are the members of the decoder's lists.
+    They are those that transformers marks as such. In a model whose decoder checkpoints by itself, as some still do,
+    they are the members of the decoder's lists.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -73,3 +73,13 @@ def _is_cache(value: Any) -> bool:
     from transformers import Cache
 
     return isinstance(value, Cache)
+
+
+def has_dropout(config: Any) -> bool:
+    """Whether a model's configuration, or one inside it, sets a dropout or a router's noise above 0."""
+    parts = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    is_set = any(
+        isinstance(value, int | float) and value > 0 and any(word in name for word in ("drop", "jitter"))
+        for name, value in vars(config).items()
+    )
+    return is_set or any(map(has_dropout, parts))
