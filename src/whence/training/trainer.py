@@ -46,7 +46,7 @@ from whence.models.runs import open_run
 from whence.numerics import mixed_seed
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
-from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
+from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
 from whence.training.resuming import OrderKept, RowOrder, begin, finish, newest_checkpoint, read_order, step_of
 
 LOGGED_STEPS = 1000
@@ -93,6 +93,7 @@ def train(
     loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
+    chosen = with_least_steps(chosen, len(rows))
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
