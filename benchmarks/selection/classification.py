@@ -35,7 +35,7 @@ WARM_UPS: dict[str, dict[str, Any]] = {
     "100 steps": {"preset": "less", "checkpoints": 2, **SMALL},
     "strong": {"preset": "less", "checkpoints": 2, "fraction": 0.25, "lr": 2e-3, **SMALL},
 }
-"""LESS's recipe, which makes 4 steps of 80 rows; the preset, which makes 100; the same on 400 rows at 100 times its rate."""
+"""LESS's recipe, which makes 4 steps of 80 rows; the preset's 100 steps; these on 400 rows at 100 times the rate."""
 
 
 @dataclass(frozen=True)
