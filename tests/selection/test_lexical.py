@@ -1,5 +1,6 @@
 """BM25 and DSIR, against cases worked by hand."""
 
+import itertools
 import logging
 import math
 
@@ -12,7 +13,7 @@ from small_views import Rows, asking, each, text_alone, texts
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
 from whence.selection.protocols import QueryText, Target
-from whence.selection.scorers.lexical import BM25, DSIR, grams, kl_reduction
+from whence.selection.scorers.lexical import BM25, DSIR, grams, kl_reduction, words
 
 
 def test_bm25_worked_by_hand():
@@ -82,7 +83,9 @@ def test_bm25_of_a_target_is_the_mean_over_its_queries_those_without_words_too()
     torch.testing.assert_close(found[0], (one + two) / 3)
 
 
-THEIRS = {"hash": "sha256", "least_words": 1}
+SUMS = {"least_words": 1, "length_normalised": False, "backoff": 0.0}
+THEIRS = {"hash": "sha256", **SUMS}
+"""As the released code does."""
 
 
 def test_dsir_worked_by_hand():
@@ -93,11 +96,14 @@ def test_dsir_worked_by_hand():
     nothing = math.log(1e-8)
     ratio, c, pair = math.log(8 / 5), nothing - math.log(2 / 8), nothing - math.log(1 / 8)
     expected = [[3 * ratio, ratio + 2 * c + 2 * pair]]
-    for settings in (THEIRS, {"least_words": 1}):
+    for settings in (THEIRS, SUMS):
         scores = DSIR(**settings)(texts("A b", "b c  C"), asking("a b b"))
         torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    normalised = DSIR(**THEIRS, length_normalised=True)(texts("A b", "b c  C"), asking("a b b"))
+    normalised = DSIR(**THEIRS | {"length_normalised": True})(texts("A b", "b c  C"), asking("a b b"))
     torch.testing.assert_close(normalised, torch.tensor([[ratio, expected[0][1] / 5]]), rtol=1e-5, atol=1e-5)
+    known = math.log((8 / 5 + 1) / 2)  # half of the target's distribution is the pool's
+    smooth = DSIR(least_words=1)(texts("A b", "b c  C"), asking("a b b"))
+    torch.testing.assert_close(smooth, torch.tensor([[known, (known + 4 * math.log(1 / 2)) / 5]]), rtol=1e-5, atol=1e-5)
 
 
 def test_dsir_takes_a_targets_queries_together():
@@ -108,7 +114,7 @@ def test_dsir_takes_a_targets_queries_together():
 
 
 def test_dsirs_pseudo_count_is_added_to_every_bucket_of_the_target():
-    scores = DSIR(buckets=2, pseudo_count=1.0, least_words=1)(texts("a", "a"), asking("a"))
+    scores = DSIR(buckets=2, pseudo_count=1.0, **SUMS)(texts("a", "a"), asking("a"))
     assert scores[0].tolist() == pytest.approx([math.log(2 / 3)] * 2, rel=1e-5)
 
 
@@ -135,13 +141,52 @@ def test_dsir_refuses_a_target_without_words_and_settings_without_meaning():
         DSIR(hash="md5")
     with pytest.raises(SettingError, match="buckets 0"):
         DSIR(buckets=0)
+    with pytest.raises(SettingError, match="backoff 1"):
+        DSIR(backoff=1.0)
+
+
+GERMAN = (
+    "Der Hund läuft schnell durch den Garten und bellt", "Die Katze schläft heute auf dem alten Sofa",
+    "Wir fahren morgen mit dem Zug nach Berlin", "Sie kauft im Supermarkt frisches Brot für die Familie",
+    "Das Wetter ist heute leider sehr schlecht", "Ich lese gern Bücher über die Geschichte der Stadt",
+    "Er hat gestern ein neues Fahrrad gekauft", "Die Kinder spielen nach der Schule gern im Garten",
+)  # fmt: skip
+CHINESE = (
+    "我今天早上去超市买了很多新鲜的水果",
+    "他喜欢在周末和朋友一起打篮球",
+    "请告诉我图书馆在哪里谢谢你",
+    "科学家发现了一种新的治疗方法",
+)
+ENGLISH = (
+    "Explain in three sentences why the sky looks blue to us.", "Write a short poem about a quiet evening at the sea.",
+    "List five healthy snacks that a child can make alone.", "What is the capital of France, and how old is it?",
+)  # fmt: skip
+
+
+def test_dsir_chooses_german_rows_for_a_german_task_whatever_script_has_few_words():
+    german = [f"{first}, {second}." for first, second in itertools.permutations(GERMAN[:6], 2)]
+    ends = ("。", "\uff01", "是吗\uff1f")
+    chinese = ["\uff0c".join(some) + end for some in itertools.permutations(CHINESE) for end in ends]
+    english = [f"{first} {second}" for first, second in itertools.permutations(ENGLISH, 2)]
+    scores = DSIR(least_words=5)(texts(*german, *chinese, *english), asking(" ".join(GERMAN[6:])))[0]
+    assert set(scores.topk(len(german)).indices.tolist()) == set(range(len(german)))
+    published = DSIR(**SUMS | {"least_words": 5})(texts(*german, *chinese), asking(" ".join(GERMAN[6:])))[0]
+    assert published[: len(german)].mean() > published[len(german) :].mean()  # characters are words there too
+
+
+@pytest.mark.parametrize("text", ["他喜欢打篮球", "ねこがすき", "ลาวา"])
+def test_scripts_without_spaces_have_a_word_for_each_character(text):
+    assert words(text) == [character for character in text if character.isalnum()]
+    assert len(grams(text)[0]) == 2 * len(text) - 1
+    hits = BM25()(texts(f"x {text}", "y", "z"), asking(text[2:4]))[0]
+    assert hits[0] > 0 and hits[1:].tolist() == [0, 0]
 
 
 def test_dsir_finds_the_rows_of_the_targets_kind():
     sums = [f"Tom has {n} apples and buys {n + 3} more, so he has {2 * n + 3} apples." for n in range(20)]
     tales = [f"The old king of the hill slept for {n} nights and dreamt of the sea." for n in range(20)]
     asked = "Ann has 41 pears and buys 2 more, so she has 43 pears."
-    scores = DSIR(length_normalised=True)(texts(*tales, *sums), asking(asked))[0]
+    scores = DSIR()(texts(*tales, *sums), asking(asked))[0]
     assert scores[20:].min() > scores[:20].max()
 
 

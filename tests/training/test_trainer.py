@@ -1,6 +1,7 @@
 """`train` writes an ordinary Trainer directory, from Whence's tokenisation, the same for the same seed."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.models.difference import weight_difference
 from whence.models.loading import load_model
 from whence.models.runs import open_run
+from whence.training.recipe import with_least_steps
 from whence.training.resuming import is_complete
 from whence.training.trainer import TrainSettings, settings_of, train
 
@@ -250,6 +252,32 @@ def test_a_preset_gives_what_is_not_said(parent, tmp_path):
     assert all((out / f"checkpoint-{step}" / "scheduler.pt").exists() for step in (3, 6, 9, 12))
     with pytest.raises(SettingError, match="--preset more: choose one of less"):
         settings_of("more", {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "sizes"),
+    [
+        (80, {}, (8, 10, 4)),  # 4 steps of batch 128
+        (1000, {}, (40, 4, 4)),
+        (13_533, {}, (128, 4, None)),  # the paper's
+        (80, {"micro_batch": 4}, (8, 10, 4)),
+        (80, {"batch_size": 128}, (128, 4, None)),  # as the user says
+        (80, {"max_steps": 4}, (128, 4, None)),
+    ],
+)
+def test_a_warm_up_has_a_hundred_steps_on_a_small_pool_too(rows, settings, sizes):
+    chosen = with_least_steps(settings_of("less", settings), rows)
+    assert (chosen.batch_size, chosen.epochs, chosen.checkpoints) == sizes
+    if settings.keys() <= {"micro_batch"}:
+        assert math.ceil(rows / chosen.batch_size) * chosen.epochs >= 100
+
+
+def test_the_preset_makes_its_steps_and_keeps_four_checkpoints(parent, tmp_path):
+    out = train(parent, ROWS, tmp_path / "run", preset="less", lora_rank=2, fraction=0.5, least_steps=9, progress=False)
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
+    assert len(steps) == 4 and steps[-1] >= 9
+    assert all(checkpoint.weight for checkpoint in open_run(out, which="all").checkpoints)
+    train(parent, ROWS, out, preset="less", lora_rank=2, fraction=0.5, least_steps=9, progress=False)  # it goes on
 
 
 @pytest.mark.parametrize(

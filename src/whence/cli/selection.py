@@ -104,7 +104,8 @@ def select(
     if report is not None:
         write_page(select_page(chosen, overlaps), report)
     if as_json:
-        more = {"composition": composition(chosen), "left_out": chosen.selection.tally(), "overlap": overlaps}
+        more = {"composition": composition(chosen), "answers": [share._asdict() for share in chosen.answers]}
+        more |= {"left_out": chosen.selection.tally(), "overlap": overlaps}
         print_json({"settings": chosen.settings, "notes": chosen.selection.notes, **more, "rows": chosen.rows})
         return
     print_part(select_tables(chosen, overlaps))

@@ -90,10 +90,20 @@ def train(
     if as_json:
         print_json({"run": str(path)} | ({} if in_run is None else {"in_run": in_run}))
         return
+    print_part(_size(path))
     print_part(f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX")
     if in_run is not None:
         for line in _in_run_lines(in_run):
             print_part(line)
+
+
+def _size(run: Path) -> str:
+    """What a run was trained on, and in how many steps."""
+    from whence.models.runs import open_run
+    from whence.training.resuming import RECORD
+
+    record, steps = json.loads((run / RECORD).read_text()), open_run(run).checkpoints[-1].step
+    return f"Trained on {record['rows']:,} rows, in {steps:,} steps of {record['batch_size']:,} rows."
 
 
 def _in_run(run: Path) -> dict[str, Any]:

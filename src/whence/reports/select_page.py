@@ -42,6 +42,7 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
         f"{escaped(settings['selector'])}</p>",
         *(f'<p class="note">{escaped(note)}</p>' for note in selection.notes),
         _sources(chosen),
+        _answers(chosen),
         _distributions(chosen),
         _targets(chosen),
         _overlaps(overlaps or {}),
@@ -69,6 +70,23 @@ def _sources(chosen: Chosen) -> str:
     names = ["rows", "share", "of the pool", "lift"] + (["tokens"] if chosen.selection.tokens else [])
     head = "<th>source</th><th></th>" + "".join(f'<th class="n">{name}</th>' for name in names)
     return section("Where the rows come from", table(head, rows), _KEY)
+
+
+def _answers(chosen: Chosen) -> str:
+    """The task's labels among the chosen rows, beside the task's examples."""
+    if not chosen.answers:
+        return ""
+    largest = max(max(share, task_share) for _, task_share, share, _ in chosen.answers)
+    rows = [
+        f'<tr><td>{cut(answer)}</td><td class="wide">{bars(share / largest, task_share / largest)}</td>'
+        f'<td class="n">{count:,}</td><td class="n">{share:.1%}</td><td class="n">{task_share:.1%}</td></tr>'
+        for answer, task_share, share, count in chosen.answers[:TARGETS]
+    ]
+    more = len(chosen.answers) - TARGETS
+    say = f'<p class="say">{more:,} more answers.</p>' if more > 0 else ""
+    names = "".join(f'<th class="n">{name}</th>' for name in ("rows", "share", "of the task"))
+    key = '<span class="key"><i></i>chosen<i class="pool"></i>the task\'s examples</span>'
+    return section("What the rows answer", table(f"<th>answer</th><th></th>{names}", rows) + say, key)
 
 
 def _distributions(chosen: Chosen) -> str:

@@ -15,6 +15,9 @@ from whence.selection.pipeline import Chosen
 SHOWN = 3
 """Examples from either end of a selection."""
 
+ANSWERS = 8
+"""Answers that are listed."""
+
 LONGEST = 96
 """Characters of an example."""
 
@@ -26,6 +29,7 @@ def select_tables(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -
     tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""  # none are counted without a tokenizer
     head = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}, by "
     parts += [Text(head + chosen.settings["method"] + ", " + chosen.settings["selector"], "bold"), _composition(chosen)]
+    parts += [_answers(chosen)] if chosen.answers else []
     size = lengths(chosen)
     before, now = size["pool_median_tokens"], size["median_tokens"]
     if selection.tokens:
@@ -72,6 +76,19 @@ def _composition(chosen: Chosen) -> Table:
             Text(f"{line['lift']:.2f}", "green" if line["lift"] > 1 else "red" if line["lift"] < 1 else ""),
             *(f"{line['tokens']:,}" for _ in counted),
         )
+    return table
+
+
+def _answers(chosen: Chosen) -> Table:
+    """The task's labels among the chosen rows, beside the task's examples."""
+    table = plain_table()
+    table.add_column("answer", overflow="ellipsis", no_wrap=True)
+    for name in ("rows", "share", "of the task's examples"):
+        table.add_column(name, justify="right")
+    for answer, task_share, share, rows in chosen.answers[:ANSWERS]:
+        table.add_row(Text(visible(answer)), f"{rows:,}", f"{share:.1%}", f"{task_share:.1%}")
+    if len(chosen.answers) > ANSWERS:
+        table.add_row(Text(f"{len(chosen.answers) - ANSWERS:,} more", "dim"), "", "", "")
     return table
 
 

@@ -26,6 +26,7 @@ from whence.indexing.opening import Index, open_index
 from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.selection import frozen_adam as frozen
+from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits
 from whence.selection.choice import Candidates, Selection, choose
 from whence.selection.protocols import QueryText, Scorer, Target, View
@@ -49,6 +50,8 @@ class Chosen:
     """How they were chosen, for a person."""
     asked: list[str] = field(default_factory=list)
     """Texts of the tasks' examples."""
+    answers: list[AnswerShare] = field(default_factory=list)
+    """How often the task's labels are the answers of the chosen rows, and of its examples; none for free text."""
 
 
 def select(
@@ -146,9 +149,15 @@ def _select_each(
         selector = catalogue.selector(settings.selector or "max")(temperature=settings.temperature, seed=settings.seed)
         selection = choose(candidates, selector, budget, limits=limits, duplicates=settings.duplicates)
         selection.notes[:0] = notes
-        texts = [f"{query.prompt} {query.completion}".strip() for target in targets for query in target.queries]
+        queries = [query for target in targets for query in target.queries] if tasks[name] is not None else []
+        rows = _rows(view, selection, corpus)
+        answers = answer_shares([shown_text(row).get("completion") for row in rows], [q.completion for q in queries])
+        takes_turns = (settings.by, settings.selector) == ("example", "round_robin")
+        if (warning := collapse(answers, len(rows), takes_turns=takes_turns)) is not None:
+            selection.notes.append(warning)
+        texts = [f"{query.prompt} {query.completion}".strip() for query in queries]
         described = described_settings(settings, budget, targets, view)
-        out[name] = Chosen(selection, _rows(view, selection, corpus), candidates, described, texts)
+        out[name] = Chosen(selection, rows, candidates, described, texts, answers)
     return out
 
 

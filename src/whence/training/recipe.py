@@ -1,14 +1,17 @@
 """How to train: the settings of `train`, their checks, and presets that set several at once from a paper's recipe."""
 
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import SchedulerType
 
 from whence.errors import SettingError
 from whence.training.online_mixing import read_options
+
+logger = logging.getLogger(__name__)
 
 IN_RUN = ("in_run", "in_run_every", "in_run_order", "in_run_rows")
 MIX = ("mix", "by", "mix_set")
@@ -27,12 +30,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 4,
         "lr": 2e-5,
         "batch_size": 128,
+        "least_steps": 100,  # not the paper's, whose 13,533 rows make 424 steps: 5% of a small pool makes 4
         "schedule": "linear",
         "warmup": 0.03,
         "weight_decay": 0.0,
     }
 }
 """Settings by the name of a preset."""
+LEAST_BATCH = 8
+"""Rows of a step, below which its gradient says little of the corpus: `least_steps` then takes more epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,9 @@ class TrainSettings:
     """Rows of one pass, of which a step adds up several; a divisor of `batch_size`. None: all of them."""
     max_steps: int | None = None
     """Number of steps, in place of `epochs`."""
+    least_steps: int | None = None
+    """Steps to make at least: where the rows make fewer, a step has fewer rows, down to 8, then there are more epochs.
+    Nothing where `max_steps` is given; see `with_least_steps`."""
     max_tokens: int | None = 2048
     """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
     tokenizer: str | None = None
@@ -92,7 +101,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train, by the name of their flag."""
-        counts = ("batch_size", "micro_batch", "max_steps", "max_tokens", "checkpoints")
+        counts = ("batch_size", "micro_batch", "max_steps", "least_steps", "max_tokens", "checkpoints")
         for name in ("epochs", "lr", "lora_rank", "lora_alpha", *counts):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -135,6 +144,7 @@ class TrainSettings:
     def record(self) -> dict[str, Any]:
         """Settings by name, for a run's record, which leaves out those of `in_run` or `mix` where they are not used."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
+        unused += ("least_steps",)  # what it led to is in the others
         unused += ("tokenizer",) if self.tokenizer is None else ()
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
@@ -143,4 +153,32 @@ def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:
     """Settings by name; a preset's hold where they say nothing."""
     if preset is not None and preset not in PRESETS:
         raise SettingError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    return TrainSettings(**(PRESETS[preset] if preset else {}) | settings)
+    chosen = (PRESETS[preset] if preset else {}) | settings
+    if "least_steps" not in settings and any(name in settings for name in ("batch_size", "epochs")):
+        chosen.pop("least_steps", None)
+    return TrainSettings(**chosen)
+
+
+def with_least_steps(settings: TrainSettings, rows: int) -> TrainSettings:
+    """Settings under which so many rows make `least_steps` steps, with as many checkpoints as the settings had epochs.
+
+    >>> few = with_least_steps(TrainSettings(batch_size=128, epochs=4, least_steps=100), 80)
+    >>> few.batch_size, few.epochs, few.checkpoints
+    (8, 10, 4)
+    """
+    least, epochs = settings.least_steps, settings.epochs
+    if least is None or settings.max_steps is not None or math.ceil(rows / settings.batch_size) * epochs >= least:
+        return replace(settings, least_steps=None)
+    fewest = min(settings.batch_size, LEAST_BATCH)
+    batch_size = max(fewest, min(settings.batch_size, int(rows * epochs / least)))
+    if settings.micro_batch is not None:
+        batch_size = max(1, batch_size // settings.micro_batch) * settings.micro_batch
+    more = max(epochs, math.ceil(least / math.ceil(rows / batch_size)))
+    steps = math.ceil(rows / settings.batch_size) * epochs
+    logger.warning(
+        "%d rows at batch %d for %g epochs are %g steps, which hardly train: batch %d for %g epochs instead. Give "
+        "--batch-size or --epochs for others",
+        *(rows, settings.batch_size, epochs, steps, batch_size, more),
+    )
+    checkpoints = settings.checkpoints or math.ceil(epochs)
+    return replace(settings, least_steps=None, batch_size=batch_size, epochs=more, checkpoints=checkpoints)

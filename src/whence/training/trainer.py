@@ -48,7 +48,7 @@ from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
-from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of
+from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
 from whence.training.resuming import (
     FilesListed,
     OrderKept,
@@ -109,6 +109,7 @@ def train(
     loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
+    chosen = with_least_steps(chosen, len(rows))
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
