@@ -35,6 +35,7 @@ from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.numerics import crossed_bootstrap_interval
+from whence.outputs import refuse_inputs
 from whence.records import Count, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.storage import Place, claim_directory
@@ -292,6 +293,7 @@ def evaluate_selection(
         raise SettingError(f"--seeds {list(seeds)}: two or more are expected, as an interval needs trainings that vary")
     if RANDOM not in methods:
         raise SettingError(f"no method {RANDOM!r}: it is what the others are measured against")
+    refuse_inputs(work, [model], flag="--work", is_directory=True)
     directory = Path(work)
     settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
     claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
