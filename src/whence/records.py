@@ -78,7 +78,7 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
         MisfitError: It is none.
 
     >>> fitting(tuple[Count, ...], [3, 4]), fitting(dict[str, float], {"loss": 1})
-    ((3, 4), {'loss': 1})
+    ((3, 4), {'loss': 1.0})
     >>> fitting(Count, -1, "rows")
     Traceback (most recent call last):
     whence.records.MisfitError: rows is -1
@@ -109,7 +109,7 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
         _require(isinstance(value, dict), name, value)
         return {key: fitting(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     _require(_is_plain(kind, value), name, value)
-    return value
+    return float(value) if kind is float else value
 
 
 def _record(kind: Any, value: Any, name: str) -> Any:
@@ -138,7 +138,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 def _is_plain(kind: Any, value: Any) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (_is_plain(int, value) and abs(value) < 2**1000)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return kind is Any or isinstance(value, kind)

@@ -369,6 +369,9 @@ def _write_corpus(path: Path, rows: list[Row]) -> None:
     if place.exists() and not place.is_dir():
         raise SettingError(f"--out {place}: a file, where a directory for all that the demo makes is expected")
     try:
+        names = ("parent", "run", "index", "report.html")
+        if not path.exists() and (others := [name for name in names if (place / name).exists()]):
+            raise SettingError(f"{place} holds {others[0]}, and no demo made it; name another directory with --out")
         if path.exists() and path.read_text() != data:
             raise SettingError(f"{path} is of another demo (another --seed or Python); remove {place}, or use --out")
         place.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.training_state import warn_if_unfinished
 from whence.numerics import crossed_bootstrap_interval
+from whence.outputs import refuse_inputs
 from whence.records import Count, MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.storage import AGAIN, Place, claim_directory
@@ -300,6 +301,7 @@ def evaluate_selection(
         raise SettingError(f"--seeds {list(seeds)}: two or more are expected, as an interval needs trainings that vary")
     if RANDOM not in methods:
         raise SettingError(f"no method {RANDOM!r}: it is what the others are measured against")
+    refuse_inputs(work, [model], flag="--work", is_directory=True)
     directory = Path(work)
     settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
     claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))

@@ -65,7 +65,7 @@ def check_settings(place: Place, manifest: Manifest) -> None:
     try:
         settings: dict[str, Any] = fitting(StoredSettings, manifest.settings, "settings")
         fitting(list[StoredCheckpoint], list(manifest.checkpoints), "checkpoints")
-        catalogue.projection(GradientSpace(**settings["space"]).sketch)
+        catalogue.projection(fitting(GradientSpace, settings["space"], "settings.space").sketch)
         codec(manifest.codec)
     except (MisfitError, SettingError, UnknownNameError) as error:
         raise unlike_written(place.path(MANIFEST), error, REMEDY) from None

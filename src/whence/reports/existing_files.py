@@ -104,6 +104,7 @@ def _columns(file: Any, ending: str) -> set[str]:
 
         return {*pyarrow.parquet.read_schema(file).names}
     if ending == ".csv":
-        return {*next(csv.reader(io.TextIOWrapper(file, "utf-8", newline="")))}
+        with io.TextIOWrapper(file, "utf-8", newline="") as text:
+            return {*next(csv.reader(text))}
     row = json.loads(file.readline())
     return {*row} if isinstance(row, dict) else set()
