@@ -35,7 +35,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.models.difference import WeightDifference, weight_difference
-from whence.models.saved_files import list_files
+from whence.models.saved_files import LIST, list_files
 from whence.numerics import mixed_seed
 from whence.recovery.matching_problem import nonnegative
 from whence.recovery.shadow_model import Recipe, train_by
@@ -137,7 +137,7 @@ def adapter_at_start(final: str, out: Path) -> str:
     if not (out / name).exists():
         out.mkdir(parents=True, exist_ok=True)
         for file in Path(final).iterdir():
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != "trainer_state.json":
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("trainer_state.json", LIST):
                 shutil.copyfile(file, out / file.name)
         tensors = safetensors.torch.load_file(Path(final) / name)
         start = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
