@@ -1,9 +1,9 @@
 """What is differentiated at a token, and its slope with respect to the logits, in fp32 whatever the model's dtype.
 
-With p the softmax of logits and y the label, the slope of the loss -log p_y is `p - 1` at y and p elsewhere. 1 - p_y
-is summed over the other tokens: a subtraction gives a multiple of 6e-8 in fp32, which is no digit where the model is
-sure. The slope of the margin -log(p_y / (1 - p_y)) is -1 at y, and the softmax over the others elsewhere; dividing the
-loss's slope by 1 - p would lose all digits in the same place.
+With p the softmax of logits and y the label, the slope of the loss -log p_y is `p - 1` at y and p elsewhere. Near p = 1
+a subtraction leaves no digit (in fp32 it gives a multiple of 6e-8), so 1 - p is summed over the other tokens there. The
+slope of the margin -log(p_y / (1 - p_y)) is -1 at y, and the softmax over the others elsewhere; dividing the loss's
+slope by 1 - p would lose all digits in the same place.
 
 Source of the margin: TRAK, Park et al. 2023, https://arxiv.org/abs/2303.14186.
 """
@@ -13,6 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SURE = 0.9
+"""Probability above which 1 - p is summed. Below it a subtraction has six digits, and the bits of earlier versions."""
 
 
 @torch.no_grad()
@@ -24,8 +27,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     labels = labels.to(logits.device)[:, None]
     log_p = F.log_softmax(logits.float(), dim=1)
     nll = -log_p.gather(1, labels)[:, 0]
-    slope = log_p.exp_().scatter_(1, labels, 0.0)
-    slope.scatter_(1, labels, -slope.sum(1, keepdim=True))
+    slope = log_p.exp_()
+    p = slope.gather(1, labels)
+    others = slope.scatter_(1, labels, 0.0).sum(1, keepdim=True)
+    slope.scatter_(1, labels, torch.where(p > SURE, -others, p - 1))
     slope *= weights.to(slope)[:, None]
     return nll.to(weights.device), slope
 
