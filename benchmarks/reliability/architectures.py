@@ -7,8 +7,9 @@ transformers gives them. Then
     index     vectors of the projection `identity` are the gradients by autograd
     encoder   a type that has `is_decoder` is refused once its configuration says false
 
-A refusal that names layers to leave out is followed, up to three times, as a user would. A type is ok if the relative
-error is below 1e-5, where the model's own rows agree that well alone and in a batch; `noise` is how well.
+A refusal that names layers to leave out, or one row at a time, is followed, up to three times, as a user would. A type
+is ok if the relative error is below 1e-5. For one that is wrong, `noise` is how far transformers' own logits of a row
+differ alone and in a padded batch.
 
     make_models.py of the cases, with WHENCE_ARCH=FOLDER, makes the models
     .venv/bin/python benchmarks/reliability/architectures.py FOLDER -o benchmarks/reliability/results/architectures.json
@@ -19,6 +20,7 @@ import json
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,9 @@ def followed(call: Any, layers: str | None) -> tuple[Any, str | None, str]:
             return call(layers), layers, ""
         except whence.WhenceError as error:
             message = f"{type(error).__name__}: {error}"
+        if "--batch-tokens 2" in message:
+            call = partial(call, tokens_per_batch=2)
+            continue
         named = re.search(r"--layers '(![^']*)'", message) or re.search(r"layer (\S+) is (?:called|used)", message)
         if named is None:
             break
@@ -81,6 +86,7 @@ def followed(call: Any, layers: str | None) -> tuple[Any, str | None, str]:
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the expected norm."""
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
@@ -88,10 +94,10 @@ def recovered(base: Path, final: Path, work: Path, layers: str | None) -> dict[s
     """Ghost scores against autograd at both ends."""
     rows = [{"id": str(n), "prompt": prompt, "completion": completion} for n, (prompt, completion) in enumerate(ROWS)]
 
-    def call(layers: str | None) -> Any:
+    def call(layers: str | None, **options: Any) -> Any:
         shutil.rmtree(work, ignore_errors=True)
         return whence.recover(base, final, rows, count=3, work=work, shown=False, method="ghost", layers=layers,
-                              mixture="none")  # fmt: skip
+                              mixture="none", **options)  # fmt: skip
 
     result, layers, message = followed(call, layers)
     if result is None:
@@ -113,9 +119,9 @@ def indexed(base: Path, out: Path, layers: str | None) -> dict[str, Any]:
     """Vectors of an index against autograd."""
     rows = [{"id": str(n), "prompt": prompt, "completion": completion} for n, (prompt, completion) in enumerate(ROWS)]
 
-    def call(layers: str | None) -> Any:
+    def call(layers: str | None, **options: Any) -> Any:
         return whence.index(base, rows, out, projection="identity", codec="float32", layers=layers, progress=False,
-                            restart=out.exists())  # fmt: skip
+                            restart=out.exists(), **options)  # fmt: skip
 
     result, layers, message = followed(call, layers)
     if result is None:
@@ -195,11 +201,12 @@ def graded(base: Path, work: Path, checks: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Grade every type, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where make_models.py has put `models/TYPE`")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--types", nargs="*")
-    parser.add_argument("--checks", nargs="*", default=["recover", "recover:*", "index", "index:*", "encoder"])
+    parser.add_argument("--checks", nargs="*", default=["recover", "recover:*", "index:*", "encoder"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -650,3 +650,16 @@ def test_a_model_without_gradient_checkpointing_is_refused_before_anything_is_wr
     with pytest.raises(ModelError, match="has no gradient checkpointing"):
         index(tmp_path / "model", corpus_rows(3), tmp_path / "index", gradient_checkpointing=True, **QUIET)
     assert not (tmp_path / "index").exists()
+
+
+def test_an_index_of_zeros_is_not_complete(tiny_llama, tiny_corpus, tmp_path):
+    """A head of zeros hands no gradient down to the blocks."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"].zero_()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="the gradient of all 20 rows is 0 over the traced layers"):
+        index(model, tiny_corpus, tmp_path / "index", width=8, progress=False)
+    assert not Store.open(tmp_path / "index").manifest.is_complete
+    whole = index(model, tiny_corpus, tmp_path / "index", width=8, layers="lm_head", restart=True, progress=False)
+    assert "zero_gradient" not in whole.store.info()["counts"]

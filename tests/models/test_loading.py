@@ -196,6 +196,38 @@ def test_adapter_whose_base_is_gone_is_refused(adapter, tmp_path):
     refused(adapter, tmp_path / "gone", adapter / "adapter_config.json")
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"])
+def test_an_adapter_of_another_task_is_refused(adapter, task):
+    """It has a head of its own, and the base's would have been traced in its place."""
+    _edit(adapter / "adapter_config.json", task_type=task)
+    with pytest.raises(ModelError, match=f"an adapter for the task {task}, not CAUSAL_LM"):
+        load_model(adapter)
+
+
+def test_an_adapter_with_a_head_that_its_base_lacks_is_refused(adapter):
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.score.weight": torch.ones(2, 16)}, file, {"format": "pt"})
+    _edit(adapter / "adapter_config.json", modules_to_save=["score"])
+    with pytest.raises(ModelError, match=r"holds score\.weight, which its base has no place for"):
+        load_model(adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}], ids=["modules", "embedding"]
+)
+def test_an_adapter_of_an_enlarged_vocabulary_is_loaded_as_peft_does(saved, options, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    words(VOCABULARY + 2).save_pretrained(tmp_path / "adapter")
+    expected = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = load_model(tmp_path / "adapter")
+    ids = torch.tensor([[5, VOCABULARY + 1, 7, VOCABULARY]])
+    torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
 def test_adapter_of_another_rank_is_refused(adapter):
     _edit(adapter / "adapter_config.json", r=5)
     refused(adapter, adapter, "size mismatch")

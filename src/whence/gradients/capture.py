@@ -31,7 +31,7 @@ from whence.gradients.embeddings import as_linear, tied_embeddings
 from whence.gradients.objectives import OBJECTIVES, SlopeOf, cross_entropy
 from whence.gradients.protocols import Projection
 from whence.gradients.slope_scale import SlopeScale, scale_for
-from whence.models.causality import refuse_mixed_positions
+from whence.models.causality import refuse_dependent_rows, refuse_mixed_positions
 from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import inverse_or_zero, product
@@ -303,6 +303,7 @@ def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -
 
 def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | None, slope_of: SlopeOf) -> TokenLosses:
     states, head = decoder_states(model, batch)
+    refuse_dependent_rows(model, batch, states)
     owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
     labels = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)

@@ -19,10 +19,10 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import same_date, today
 from whence.corpus.tokens import Encoded, encode
-from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
+from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, ModelError, SettingError
 from whence.indexing.directories import verified
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
-from whence.indexing.manifest import MANIFEST, read_manifest
+from whence.indexing.manifest import MANIFEST, ShardEntry, read_manifest
 from whence.indexing.opening import Index, index_of, open_index
 from whence.indexing.repair import repair as repair_store
 from whence.indexing.shards import ShardArrays
@@ -47,6 +47,9 @@ from whence.outputs import refuse_inputs
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
+
+ZERO = "zero_gradient"
+"""Count of rows that are ok and whose vector is 0, in the manifest where there are any."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def index(
 
     Raises:
         CorpusError: The corpus cannot be read; nothing has been written.
-        ModelError: The model cannot be loaded, or has no moments for the view adam; nothing has been written.
+        ModelError: The model cannot be loaded, or has no moments for the view adam, and nothing has been written; or no
+            row has a gradient, and the index is left incomplete.
         SettingError: `out` is or holds an input, or a setting has a value that cannot work.
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
@@ -271,7 +275,26 @@ def _fill(built: Index, progress: bool) -> None:
 
         advice = _memory_advice(built)
         for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
+            _refuse_zeros(store, entry)
             store.add_shard(entry)
+
+
+def _refuse_zeros(store: Store, last: ShardEntry) -> None:
+    """Refuse to complete a checkpoint under which every vector is 0.
+
+    Raises:
+        ModelError: There are rows with supervised tokens, and not one has a gradient.
+    """
+    parts = range(len(store.manifest.parts))
+    others = (store.manifest.shard(last.checkpoint, part) for part in parts if part != last.part)
+    counts = [entry.counts for entry in (*others, last) if entry is not None]
+    ok = sum(count["ok"] for count in counts)
+    if len(counts) == len(parts) and ok and sum(count.get(ZERO, 0) for count in counts) == ok:
+        path = store.manifest.checkpoints[last.checkpoint]["path"]
+        raise ModelError(
+            f"{path}: the gradient of all {ok:,} rows is 0 over the traced layers, so the index could rank nothing and "
+            "is left incomplete. Choose other layers with --layers, and add --restart."
+        )
 
 
 def _memory_advice(built: Index) -> str:
@@ -301,7 +324,8 @@ def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -
         "truncated": sum(example.cut > 0 for example in encoded),
         "completion_truncated": sum(example.completion_cut > 0 for example in encoded),
     }
-    return replace(arrays, counts=counts)
+    zeros = int(((arrays.norm == 0) & (arrays.status == 0)).sum())
+    return replace(arrays, counts=counts | ({ZERO: zeros} if zeros else {}))
 
 
 def _encoded(row: Row, model: LoadedModel, longest: int) -> Encoded:

@@ -74,6 +74,39 @@ def _later_tokens_seen(model: Any, path: str, ids: Int64[Tensor, " t"]) -> str:
     )
 
 
+_CHECKED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models of which a padded row has been compared with the same row alone."""
+
+
+@torch.no_grad()
+def refuse_dependent_rows(model: Any, batch: Any, states: Float[Tensor, "b t d"]) -> None:
+    """Compare a row of the first padded batch with the same row alone: neither other rows nor padding may matter.
+
+    `refuse_not_causal` does so with a few tokens; an attention that chooses tokens shows it only with more.
+
+    Args:
+        model: A `LoadedModel`.
+        batch: The batch.
+        states: Its last states.
+
+    Raises:
+        ModelError: They do matter.
+    """
+    lengths = batch.mask.sum(1)
+    padded = lengths.masked_fill(lengths == batch.mask.shape[1], 0)
+    row, length = int(padded.argmax()), int(padded.max())
+    if model.model in _CHECKED or not length:
+        return
+    _CHECKED.add(model.model)
+    alone, _ = model.decode(batch.ids[row : row + 1, :length], batch.mask[row : row + 1, :length])
+    tolerance = TOLERANCE if states.dtype == torch.float32 else TOLERANCE_OF_INPUTS_16_BITS
+    if _differences(states[row, :length].detach(), alone[0].to(states.device)).mean() > tolerance:
+        raise ModelError(
+            f"{model.path}: this {type(model.base).__name__} gives a row other numbers beside longer rows. Pass "
+            "one row at a time: --batch-tokens 2"
+        )
+
+
 def refuse_mixed_positions(layers: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse layers whose positions do not come example by example, as `refuse_not_causal` saw them.
 
@@ -90,13 +123,10 @@ def refuse_mixed_positions(layers: Iterable[tuple[str, nn.Module]]) -> None:
 
 def _remedy(model: Any, path: str) -> str:
     config = model.config.get_text_config()
-    switches = {"is_decoder": "true", "causal": "true", "attn_type": '"uni"'}
-    switch = next((name for name in switches if hasattr(config, name)), None)
+    switch = next((name for name in ("is_decoder", "causal") if getattr(config, name, None) is False), None)
     if switch is None:
         return "Give a causal model."
-    return (
-        f'If it was trained to be causal, set "{switch}": {switches[switch]} in {path}/config.json; else give another.'
-    )
+    return f'If it was trained to be causal, set "{switch}": true in {path}/config.json; else give another.'
 
 
 def _ordinary_ids(model: Any, special: set[int], attempt: int) -> Int64[Tensor, " t"]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from whence.corpus.templates import prepare
 from whence.errors import ModelError, SettingError
+from whence.models.adapter_loading import with_adapter
 from whence.models.causality import refuse_not_causal
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
@@ -41,6 +41,9 @@ TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model*.bi
 
 ADAPTER_PARAMETERS = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
 """Text in the names of parameters that peft adds to a model."""
+
+CAUSAL = "CAUSAL_LM"
+"""peft's name for the task of a causal language model; an adapter of another task has a head of its own."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -216,14 +219,15 @@ def load_model(
     with _loading(source), _quiet(transformers):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
-    if adapter:
-        model = _with_adapter(model, directory)
     if tokenizer is None:
         loaded_tokenizer = load_tokenizer(directory, source, trust_remote_code)
     else:
         remedy = "--tokenizer expects a directory with a tokenizer, or a Hub name."
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
     prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"))
+    if adapter:
+        with _loading(directory):
+            model = with_adapter(model, directory, loaded_tokenizer, adapter.get("modules_to_save") or [])
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
         model = model.to(_device(loading.get("device")))
@@ -337,6 +341,8 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
         raise ModelError(f"{file}: not the configuration of a peft adapter ({error!r})") from None
     if kind != "LORA":
         raise ModelError(f"{file}: a {kind} adapter; Whence reads LoRA adapters.")
+    if (task := config.get("task_type")) not in (None, CAUSAL):
+        raise ModelError(f"{file}: an adapter for the task {task}, not {CAUSAL}: Whence traces causal language models.")
     if not isinstance(base, str):
         raise ModelError(f"{file}: base_model_name_or_path is {base}; write the base model's directory or name there.")
     beside = Path(directory) / base
@@ -346,19 +352,6 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
 def base_of(config: dict[str, Any], known: str | None = None) -> str:
     """Directory or Hub name of an adapter's base: `known` if that directory still exists, else the configuration's."""
     return known if known is not None and Path(known).is_dir() else config["base_model_name_or_path"]
-
-
-def _with_adapter(model: Any, directory: str) -> Any:
-    import peft
-
-    with _loading(directory), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by peft
-        # An adapter's weight that its file lacks keeps its random start, and peft only warns.
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            return peft.PeftModel.from_pretrained(model, directory)
-        except UserWarning as warning:
-            raise ModelError(f"{directory}: {str(warning)[:300]} Its adapter_config.json names more.") from None
 
 
 def check_files(path: str | Path, *, base: str | None = None) -> None:
