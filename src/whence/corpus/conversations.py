@@ -172,9 +172,7 @@ def _writes_calls(messages: Messages, number: int, tokenizer: Tokenizer, tools: 
     return bool(silent["content"])
 
 
-def _turn_span(
-    text: str, messages: Messages, number: int, tokenizer: Tokenizer, tools: Any
-) -> tuple[int, int] | None:
+def _turn_span(text: str, messages: Messages, number: int, tokenizer: Tokenizer, tools: Any) -> tuple[int, int] | None:
     """Characters of the assistant's turn `number` in the text: from the generation prompt to the end of its closing.
 
     A template may write an earlier turn differently once later ones follow (Qwen3 leaves its reasoning out, gpt-oss
@@ -238,9 +236,7 @@ def _new_word(text: str) -> str:
     return next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
 
 
-def _warn_of_what_is_left_out(
-    text: str, messages: Messages, tools: Any, tokenizer: Tokenizer, model: str
-) -> None:
+def _warn_of_what_is_left_out(text: str, messages: Messages, tools: Any, tokenizer: Tokenizer, model: str) -> None:
     """Name whose words a template leaves out, as Qwen3's does with the reasoning of all turns but the last."""
     if tools and "tools" not in str(tokenizer.chat_template):
         _warn(model, "list of tools")

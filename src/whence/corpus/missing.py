@@ -60,4 +60,6 @@ def _has_arrows_mark(messages: Any) -> bool:
         return False
     keys = messages[0].keys()
     optional = keys - {"role", "content"}
-    return all(item.keys() == keys for item in messages) and any(item[name] is None for item in messages for name in optional)
+    return all(item.keys() == keys for item in messages) and any(
+        item[name] is None for item in messages for name in optional
+    )

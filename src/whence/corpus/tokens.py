@@ -145,9 +145,7 @@ def encode_query(
     return Encoded(*_tokenised(replace(rendered, closed=rendered.closed and kind != "text"), tokenizer))
 
 
-def _request(
-    prompt: str, completion: str | None, tokenizer: Tokenizer, *, chat: bool, context: Row | None
-) -> Rendered:
+def _request(prompt: str, completion: str | None, tokenizer: Tokenizer, *, chat: bool, context: Row | None) -> Rendered:
     """A prompt with its completion, which alone is supervised; None leaves it open."""
     before, tools = turns_before(context or {}), tools_of(context or {})
     if chat:

@@ -186,7 +186,9 @@ def _value_text(flat: dict[str, Any], name: str) -> str:
     if name not in flat:
         return "not set"
     text = json.dumps(flat[name], ensure_ascii=False)
-    return text if name != "chat_template" else f"{text[:60]}… of digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return (
+        text if name != "chat_template" else f"{text[:60]}… of digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
 
 
 def _damaged(place: Place) -> ChecksumError:

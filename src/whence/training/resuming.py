@@ -106,6 +106,14 @@ def begin(directory: Path, record: dict[str, Any]) -> None:
     _write(file, record | {IS_COMPLETE: False})
 
 
+def date_of_start(directory: Path) -> str | None:
+    """The day that the rows of the training in a directory were written with; None where it is not recorded."""
+    try:
+        return json.loads((directory / RECORD).read_text()).get("date")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def finish(directory: Path) -> None:
     """Mark a training as done."""
     file = directory / RECORD
