@@ -99,7 +99,7 @@ class Corpus:
         unread.log(self.name)
 
 
-def open_corpus(origin: "str | Path | Corpus | Iterable[Row]", *, first_number: int = 0) -> Corpus:
+def open_corpus(origin: "str | Path | Corpus | Iterable[Any]", *, first_number: int = 0) -> Corpus:
     """A corpus from a path, from the name of a data set, or from rows in memory: dicts, a data set, a DataFrame.
 
     >>> [example.id for example in open_corpus([{"text": "a", "id": 7}])]
