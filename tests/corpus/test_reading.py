@@ -8,6 +8,7 @@ import lzma
 import datasets
 import fsspec
 import huggingface_hub
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -244,6 +245,49 @@ def test_value_of_parquet_that_python_cannot_hold_is_named_by_row_and_column(tmp
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": pyarrow.array([1, value], kind)}), path)
     refused(path, f"{path}[1]: the column `when` holds a {kind}", "Leave the column out")
+
+
+def test_missing_values_are_none_whatever_wrote_them(tmp_path):
+    table = pandas.DataFrame(
+        {"id": ["1", "2"], "prompt": ["a", "b"], "completion": ["c", float("nan")], "score": [1.5, float("nan")],
+         "when": [pandas.NaT, pandas.NaT], "flag": pandas.array([True, None], "boolean")}
+    )  # fmt: skip
+    expected = ["c", None]
+    written(tmp_path / "a.jsonl", "".join(json.dumps(row, default=str) + "\n" for row in table.to_dict("records")))
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    for origin in (table, table.to_dict("records"), *(tmp_path / f"a.{end}" for end in ("jsonl", "csv", "parquet"))):
+        assert [row["completion"] for row in rows(origin)] == expected, origin
+        assert rows(origin)[1]["score"] is None
+    assert (rows(table)[0]["when"], rows(table)[1]["flag"]) == (None, None)
+
+
+def test_layout_of_a_joined_table_is_that_with_an_answer(tmp_path):
+    csv = "prompt,completion,text\nWhat?, four,\n, unasked,\n,,A plain document.\nOpen?,,\n"
+    found = rows(written(tmp_path / "a.csv", csv))
+    assert [layout(row) for row in found] == ["prompt", "prompt", "text", "prompt"]
+    assert [row["completion"] for row in found] == [" four", " unasked", None, None]
+    assert found[1]["prompt"] == ""
+    filled = {"instruction": "", "input": "", "output": "", "messages": [], "text": "A plain document."}
+    assert layout(filled) == "text"
+
+
+def test_nulls_of_arrow_inside_objects_are_no_part_of_a_row(tmp_path):
+    def row(arguments):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments}}]}
+        return {"messages": [{"role": "user", "content": "x"}, call]}
+
+    plain = [row({"city": "Oslo"}), row({"x": 1, "y": 2})]
+    table = datasets.Dataset.from_list(plain)
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] is None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    table.to_json(tmp_path / "a.jsonl")
+    frame = pandas.read_parquet(tmp_path / "a.parquet")
+    for origin in (table, list(table), frame, *(tmp_path / name for name in ("a.parquet", "saved", "a.jsonl"))):
+        assert rows(origin) == plain
+    own = [row({"city": None})]
+    assert rows(own) == own, "a null of JSON is the row's own"
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -277,7 +277,7 @@ def test_defaults_are_for_queries_that_have_none_of_their_own():
         ({"prompt": "a", "span": [0, 1]}, "the columns prompt, span"),
         ({"prompt": "a", "contrast": 3}, "the columns prompt, contrast"),
         ({"prompt": None}, "the columns prompt"),
-        ({"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "a"}]}, "the columns messages"),
+        ({"messages": [{"role": "tool", "content": "be"}, {"role": "user", "content": "a"}]}, "the columns messages"),
         ({"messages": [{"role": "user", "content": None}]}, "the columns messages"),
         ({"messages": "a"}, "the columns messages"),
     ],

@@ -23,10 +23,11 @@ from typing import Any
 
 from whence import runner
 from whence.ablation.mixtures import Mixture, checked_mixture
-from whence.ablation.pool import DTYPES, MANIFEST, REMEDY, Pool, begin_pool
+from whence.ablation.pool import DTYPES, MANIFEST, REMEDY, Pool, begin_pool, date_in
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
+from whence.corpus.templates import date_of, prepare, stored_date, today, written_by
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
 from whence.models.pairing import weights_by_name
@@ -126,16 +127,18 @@ def train_pool(
     warn_if_unfinished(parent)
     weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)
-    partitions = read_partitions(start, opened, chosen)
+    tokenizer = load_tokenizer(start, start, False)
+    date = stored_date(Place.at(out)) or today()
+    partitions = read_partitions(start, opened, chosen, date=date)
     address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
-    tokenizer = tokenizer_digest(load_tokenizer(start, start, False))
-    pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=tokenizer)
+    words = tokenizer_digest(tokenizer)
+    pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)
     if len({*partitions, *pool.members}) < 2:
         raise SettingError(
             f"--by {chosen.by}: {len(partitions)} partition in the corpus; two or more are expected, to be mixed"
         )
-    with pool.place.locked():
-        pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=tokenizer)  # read again, under the lock
+    with pool.place.locked(), written_by(None, date_of(pool.place, tokenizer, date)):
+        pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # read again, under the lock
         for partition in partitions.values():
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
@@ -202,12 +205,16 @@ def true_model(
     weights = checked_mixture(mixture, partitions)
     tokens = round(budgets * chosen.tokens)
     rows = draw_mixture(partitions, weights, tokens, seed=chosen.seed)
-    return train_model(pool.parent, rows, Path(out), chosen, tokens=tokens)
+    with written_by(None, date_in(pool)):
+        return train_model(pool.parent, rows, Path(out), chosen, tokens=tokens)
 
 
-def read_partitions(parent: str, corpus: Corpus, settings: PoolSettings) -> dict[str, Partition]:
-    """A corpus' partitions as the parent's tokenizer counts them."""
+def read_partitions(
+    parent: str, corpus: Corpus, settings: PoolSettings, *, date: str | None = None
+) -> dict[str, Partition]:
+    """A corpus' partitions as the parent's tokenizer counts them, in a chat template that writes this date."""
     tokenizer = load_tokenizer(parent, parent, False)
+    prepare(tokenizer, date=date)
     return partitions_of(
         corpus, tokenizer, by=settings.by, max_tokens=settings.max_tokens, unit_tokens=settings.unit_tokens
     )
@@ -226,7 +233,7 @@ def pool_partitions(
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
-    partitions = read_partitions(pool.parent, opened, recipe_of(pool))
+    partitions = read_partitions(pool.parent, opened, recipe_of(pool), date=date_in(pool))
     required = list(names)
     if missing := [name for name in required if name not in partitions]:
         raise SettingError(

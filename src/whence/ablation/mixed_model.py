@@ -12,7 +12,7 @@ from torch import Tensor
 from whence.ablation.averages import RegMean
 from whence.ablation.merging import check_scale, merged_tensors
 from whence.ablation.mixtures import Mixture, checked_mixture
-from whence.ablation.pool import Pool
+from whence.ablation.pool import Pool, date_in
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import LoadedModel, load_model, tokenizer_digest
 
@@ -80,7 +80,7 @@ def mixed_model(pool: Pool, *, scale: float = 1.0, regmean: RegMean | None = Non
         ManifestMismatchError: The parent's tokenizer is not the one that members were trained with.
     """
     check_scale(scale)
-    model = load_model(pool.parent, dtype="float32")
+    model = load_model(pool.parent, dtype="float32", date=date_in(pool))
     if pool.words is not None and tokenizer_digest(model.tokenizer) != pool.words:
         raise ManifestMismatchError(
             f"{pool.parent}: its tokenizer is not the one that the members of {pool.place.root} were trained with. "

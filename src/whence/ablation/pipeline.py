@@ -42,7 +42,7 @@ from whence.ablation.member_training import (
     true_model,
 )
 from whence.ablation.mixed_model import mixed_model
-from whence.ablation.pool import Pool, open_pool
+from whence.ablation.pool import Pool, date_in, open_pool
 from whence.ablation.rank_agreement import Agreement, agreement, centred, groups
 from whence.corpus.layouts import Row, row_text
 from whence.corpus.partitions import Partition
@@ -261,8 +261,8 @@ class _Evaluator:
                         place,
                         [*key, evaluated.digest, self.max_tokens],
                         lambda evaluated=evaluated: measure(
-                            load_model(training.path(), dtype="float32"), evaluated, max_tokens=self.max_tokens,
-                            tokens_per_batch=self.tokens_per_batch),
+                            load_model(training.path(), dtype="float32", date=date_in(self.pool)),
+                            evaluated, max_tokens=self.max_tokens, tokens_per_batch=self.tokens_per_batch),
                     )
                     for evaluated in self.sets
                 }  # fmt: skip
@@ -440,7 +440,7 @@ def _partitions(
     if origin is None or (corpus is None and not Path(str(origin)).exists()):
         return None, []
     opened = open_corpus(origin)
-    partitions = read_partitions(pool.parent, opened, settings)
+    partitions = read_partitions(pool.parent, opened, settings, date=date_in(pool))
     try:
         for partition in partitions.values():
             refuse_other_rows(pool, partition, opened.name)

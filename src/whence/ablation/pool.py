@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.corpus.templates import date_of
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
-from whence.models.loading import adapter_config, directory_digest, local_directory
+from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.weights import Described, Weights, in_pieces
 from whence.records import Count, Digest, FastDigest, read_record, unlike_written
@@ -226,6 +227,11 @@ def open_pool(path: str | Path) -> Pool:
     if directory_digest(pool.parent) != pool.parent_digest:
         raise ManifestMismatchError(f"{path}: the weights at {pool.parent} are not its parent's any more. {remedy}")
     return pool
+
+
+def date_in(pool: Pool) -> str | None:
+    """The day with which the rows of a pool are written; None for a chat template without a date."""
+    return date_of(pool.place, load_tokenizer(pool.parent, pool.parent, False))
 
 
 def _read(path: str | Path) -> Pool:

@@ -8,7 +8,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import Force, Json, Report, RowsFile, listed
+from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -71,6 +71,8 @@ def recover(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a step of the shadow, as of FINAL.")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with FINAL.")] = None,
+    chat_template: ChatTemplate = None,
+    date: Date = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the shadow's rows and training.")] = 0,
@@ -94,6 +96,7 @@ def recover(
         batch_size=batch_size, max_tokens=max_tokens, seed=seed, short_list=short_list, checkpoints=checkpoints,
         undo=undo, remove_decay=remove_decay, template=template.replace("\\n", "\n"), choices=listed(choices),
         labels=labels, balanced=balanced, rounds=rounds, mixture=mixture, tokenizer=tokenizer,
+        chat_template=chat_template, date=date,
     )  # fmt: skip
     if out is not None:
         write_rows(result.rows, out)

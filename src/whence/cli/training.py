@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.options import CorpusPath, Json, Model, Tokenizer, pairs
+from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class TrainFlags:
         int | None, typer.Option(help="Checkpoints to keep, evenly spaced; one an epoch unless given.")
     ] = None
     tokenizer: Tokenizer = None
+    chat_template: ChatTemplate = None
+    date: Date = None
     seed: Annotated[
         int | None, typer.Option(help="Seed of the chosen rows, their order, and dropout.", show_default="0")
     ] = None

@@ -76,7 +76,7 @@ def checked_messages(messages: object) -> Messages | None:
         return None
     for message in messages:
         if message.get("weight") not in (None, 0, 1):
-            raise CorpusError(f"a message has the weight {str(message['weight'])[:60]!r}; 0 or 1 is expected")
+            raise CorpusError(f"a message has the weight {str(message['weight'])[:60]}; 0 or 1 is expected")
     return [
         message if text is None else message | {"content": as_text(text)}
         for text, message in zip(texts, messages, strict=True)
@@ -197,8 +197,8 @@ def _span_by_substitution(
 ) -> tuple[int, int] | None:
     """Characters of a turn, found by rendering another word in its place: what differs is what the assistant says.
 
-    So nothing that the template writes before the turn is supervised. None means that the template leaves the turn out
-    or writes it twice.
+    So nothing that the template writes before the turn is supervised, but for what follows the generation prompt, such
+    as gpt-oss' channel. None means that the template leaves the turn out or writes it twice.
     """
     word = _new_word(text)
     through = [*messages[:number], {"role": "assistant", "content": word}]
@@ -206,6 +206,11 @@ def _span_by_substitution(
     if other is None or other.count(word) != 1:  # None: for instance a tool's answer to a turn that now calls no tool
         return None
     start = common_prefix_length(text, other)
+    before = templated_or_none(messages[:number], tokenizer, opened=True, tools=tools)
+    if before is not None and text.startswith(before):
+        start = min(
+            start, len(before)
+        )  # what lies between the prompt and the words is the model's, as gpt-oss' channel
     end = max(start, len(text) - common_prefix_length(text[::-1], other[::-1]))
     end += len(_closing(text, end, messages, number, tokenizer, tools))
     return (start, end) if end > start else None

@@ -99,7 +99,7 @@ class Corpus:
         unread.log(self.name)
 
 
-def open_corpus(origin: "str | Path | Corpus | Iterable[Row]", *, first_number: int = 0) -> Corpus:
+def open_corpus(origin: "str | Path | Corpus | Iterable[Any]", *, first_number: int = 0) -> Corpus:
     """A corpus from a path, from the name of a data set, or from rows in memory: dicts, a data set, a DataFrame.
 
     >>> [example.id for example in open_corpus([{"text": "a", "id": 7}])]
@@ -118,7 +118,7 @@ def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
 
 
 def _is_from_arrow(origin: Any) -> bool:
-    """Whether rows in memory are those of a Hugging Face data set, or of a DataFrame, which may be read from Parquet."""
+    """Whether rows in memory are a Hugging Face data set's, or a DataFrame's, which may be read from Parquet."""
     return type(origin).__module__.partition(".")[0] in ("datasets", "pandas")
 
 

@@ -7,15 +7,34 @@ be other tokens on the next, so a loaded tokenizer has one day for ever, midnigh
 import datetime
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from whence.errors import CorpusError, SettingError
+from whence.storage import Place
 
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
 
 DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVeDFTRhklnrst"
 """Letters that `strftime` knows after a %, or after %-."""
+
+
+STORED_DATE = "template_date.json"
+"""File of a work directory whose rows are written by a chat template with a date."""
+_defaults: ContextVar[tuple[str | Path | None, str | None]] = ContextVar("_defaults", default=(None, None))
+
+
+@contextmanager
+def written_by(template: str | Path | None, date: str | None) -> Iterator[None]:
+    """Let tokenizers that are loaded meanwhile have this chat template and day, where they are not told others."""
+    token = _defaults.set((template, date))
+    try:
+        yield
+    finally:
+        _defaults.reset(token)
 
 
 def today() -> str:
@@ -57,15 +76,16 @@ def prepare(tokenizer: Tokenizer, template: str | Path | None = None, date: str 
 
     Args:
         tokenizer: It is changed.
-        template: A file, or a template's text; None: its own.
-        date: The day that its template writes, as YYYY-MM-DD; None: today.
+        template: A file, or a template's text; None: that of `written_by`, else its own.
+        date: The day that its template writes, as YYYY-MM-DD; None: that of `written_by`, else today.
 
     Raises:
         SettingError: There is no such file, or the date is none.
     """
-    if template is not None:
-        tokenizer.chat_template = template_text(template)
-    tokenizer.template_date = checked_date(date) if date else today()
+    default_template, default_date = _defaults.get()
+    if (chosen := template or default_template) is not None:
+        tokenizer.chat_template = template_text(chosen)
+    tokenizer.template_date = checked_date(date or default_date or today())
 
 
 def writes_date(tokenizer: Tokenizer) -> bool:
@@ -73,19 +93,30 @@ def writes_date(tokenizer: Tokenizer) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def date_for(tokenizer: Tokenizer, date: str | None, stored: str | None, where: str) -> str | None:
-    """The day that the rows of a directory are written with; None for a template that writes none.
+def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None) -> str | None:
+    """The day with which the rows of a work directory are written, kept there; None for a template without a date.
 
     Args:
+        place: The directory.
         tokenizer: Its template decides whether there is a day.
-        date: The day asked for; None: the stored one, else today.
-        stored: The day of what is there already.
-        where: The directory, for messages.
+        date: The day that is asked for; None: the stored one, else today.
 
     Raises:
         SettingError: Another day than the stored one is asked for.
     """
-    return (same_date(date, stored, where) or today()) if writes_date(tokenizer) else None
+    if not writes_date(tokenizer):
+        return None
+    stored = stored_date(place)
+    chosen = same_date(date, stored, place.root) or today()
+    if stored is None:
+        data = json.dumps({"date": chosen}).encode()
+        place.write(STORED_DATE, [data], total=len(data))
+    return chosen
+
+
+def stored_date(place: Place) -> str | None:
+    """The day that `date_of` kept in a directory; None where there is none."""
+    return checked_date(json.loads(place.read(STORED_DATE))["date"]) if place.exists(STORED_DATE) else None
 
 
 def same_date(date: str | None, stored: str | None, where: str) -> str | None:
@@ -96,7 +127,8 @@ def same_date(date: str | None, stored: str | None, where: str) -> str | None:
     """
     if date and stored and checked_date(date) != stored:
         raise SettingError(f"--date {date}: the rows of {where} were written with {stored}. Leave --date out.")
-    return checked_date(date or stored) if date or stored else None
+    chosen = date or stored
+    return checked_date(chosen) if chosen else None
 
 
 def templated(

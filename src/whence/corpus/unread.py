@@ -54,6 +54,14 @@ class Unread:
             _log_rejected(name, self.rejected, self.rows)
 
 
+def log_unread_of_queries(name: str, rows: list[Row]) -> None:
+    """Say of the queries with this name which columns that decide a text are not read."""
+    known = {column for columns in (*LAYOUTS.values(), *OPTIONAL.values()) for column in columns}
+    counts = Counter(column for row in rows for column in DECIDING - known if row.get(column))
+    if counts:
+        _log_columns(name, tuple(sorted(counts)), max(counts.values()), len(rows))
+
+
 def unread_columns(row: Row) -> list[str]:
     """Columns of a row that could hold text to train on, and that its layout does not read.
 

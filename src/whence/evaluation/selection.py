@@ -29,6 +29,7 @@ from torch import Tensor
 from whence import catalogue
 from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
+from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import token_losses
@@ -305,16 +306,17 @@ def evaluate_selection(
     directory = Path(work)
     settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
     claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
-    start = load_model(open_run(model).checkpoints[-1].path)
+    start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(Place.at(directory)))
     warn_if_unfinished(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     cells = _untrained(directory, start, tasks)
-    for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
-        for name, method in methods.items():
-            for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
-                trained = _cells(directory, model, name, method, group, seed, recipe)
-                cells += trained
-                progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
+    with written_by(None, date_of(Place.at(directory), start.tokenizer, start.tokenizer.template_date)):
+        for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
+            for name, method in methods.items():
+                for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
+                    trained = _cells(directory, model, name, method, group, seed, recipe)
+                    cells += trained
+                    progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
     lines = [_line(name, task, cells, seeds[0]) for task in tasks for name in (NOTHING, *methods)]
     return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
 

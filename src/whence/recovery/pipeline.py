@@ -24,8 +24,10 @@ from torch import Tensor
 
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
+from whence.corpus.templates import date_of, prepare, written_by
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
+from whence.models.loading import load_tokenizer
 from whence.outputs import refuse_inputs
 from whence.recovery.case import (
     Case,
@@ -115,7 +117,17 @@ def recover(
     if count is not None and count < 1:
         raise SettingError(f"--count {count}: 1 or more are expected")
     refuse_inputs(work, [base, final, corpus, chosen.tokenizer], flag="--work", is_directory=True)
-    case, opened, place = open_case(str(base), str(final), chosen), open_corpus(corpus), Path(work)
+    case, place = open_case(str(base), str(final), chosen), Path(work)
+    tokenizer = load_tokenizer(case.tokenizer or case.final, case.base, False)
+    prepare(tokenizer, chosen.chat_template)
+    with written_by(chosen.chat_template, date_of(Place.at(place), tokenizer, chosen.date)):
+        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
+
+
+def _recovered(
+    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, shown: bool
+) -> Recovered:
+    """As `recover`, of two models that have been compared."""
     fingerprint = fingerprint_of(opened)
     refuse_uninformative(case, opened)
     case, unmoved_note = only_moved(case)

@@ -28,6 +28,10 @@ class RecoverSettings:
     tokenizer: str | None = None
     """Where to find the tokenizer, and the chat template, that rows are read with at every point and by the shadow;
     None: the final's."""
+    chat_template: str | None = None
+    """File of a chat template, or its text, that rows are written by; None: the tokenizer's own."""
+    date: str | None = None
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of `work`, else today."""
     max_tokens: int | None = None
     tokens_per_batch: int = 4096
     width: int = SKETCH_WIDTH

@@ -19,6 +19,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row, shown_text
 from whence.corpus.reading import rows_with_place
 from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query
+from whence.corpus.unread import log_unread_of_queries
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import sketch, token_losses
 from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
@@ -27,11 +28,13 @@ from whence.models.generation import generate
 from whence.models.loading import LoadedModel
 from whence.tracing.results import Answer
 
+CONTEXT = ("system", "history", "tools")
+"""Columns of what comes before a prompt."""
 QUOTED = 60
 """Characters of a text that a message quotes."""
 COLUMNS = (
     "a text as `prompt` (and perhaps as `completion`, `contrast`, `span` or `span_tokens`), or `instruction` (and "
-    "`output`), or `messages` of one question (and its answer)"
+    "`output`), or `messages` that end in a question (and its answer), with `system`, `history` and `tools` as in a row"
 )
 
 
@@ -46,6 +49,8 @@ class Query:
     end)."""
     contrast: str | None = None
     """Another completion, for "why the one and not this"."""
+    context: Row | None = None
+    """`system`, `history` and `tools` that come before the prompt, as a corpus row has them."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--que
     rows = rows_with_place(origin) if is_file else ((f"query {number}", item) for number, item in enumerate(origin))
     if is_file and {".csv", ".tsv"} & {*Path(origin).suffixes}:  # an empty cell is their only null
         rows = ((location, {name: cell or None for name, cell in row.items()}) for location, row in rows)
-    queries = [item if isinstance(item, Query) else _query(item, location) for location, item in rows]
+    items = list(rows)
+    queries = [item if isinstance(item, Query) else _query(item, location) for location, item in items]
+    log_unread_of_queries(str(origin) if is_file else flag, [item for _, item in items if isinstance(item, dict)])
     if not queries:
         raise SettingError(f"{origin if is_file else flag}: no query in it")
     if defaults is None:
@@ -116,6 +123,7 @@ def _query(row: Any, location: str) -> Query:
         completion,
         span_of(text or None, tokens or None, f"{location}: span_tokens"),
         contrast or None,
+        {name: columns[name] for name in CONTEXT if columns.get(name)} or None,
     )
 
 
@@ -128,10 +136,15 @@ def _with_prompt_columns(row: Row) -> Row:
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return row
-    if [turn.get("role") for turn in turns] not in (["user"], ["user", "assistant"]):
+    texts, roles = [turn.get("content") for turn in turns], [turn.get("role") for turn in turns]
+    system, first = (texts[0], 1) if roles[:1] == ["system"] else (row.get("system"), 0)
+    said = len(turns) - first
+    if not said or roles[first:] != (["user", "assistant"] * said)[:said]:
         return row
-    texts = [turn.get("content") for turn in turns]
-    return row | {"prompt": texts[0], "completion": texts[1] if len(texts) == 2 else None}
+    questions, answers = texts[first::2], texts[first + 1 :: 2]
+    pairs = [list(pair) for pair in zip(questions[:-1], answers, strict=False)]
+    answer = answers[-1] if len(answers) == len(questions) else None
+    return row | {"prompt": questions[-1], "completion": answer, "system": system, "history": pairs}
 
 
 def span_of(text: str | None, tokens: str | None, location: str) -> str | tuple[int, int] | None:
@@ -170,7 +183,10 @@ def _completed(
     tokenizer = model.tokenizer
     open_ended = [number for number, query in enumerate(queries) if query.completion is None]
     chat = kind in ("instruction", "messages")
-    prompts = [encode_prompt(queries[number].prompt, tokenizer, chat=chat) for number in open_ended]
+    prompts = [
+        encode_prompt(queries[number].prompt, tokenizer, chat=chat, context=queries[number].context)
+        for number in open_ended
+    ]
     for prompt in prompts:
         _check_length(model, len(prompt) + 1)
     answers = dict(zip(open_ended, zip(prompts, _generated(model, prompts, sampling), strict=True), strict=True))
@@ -181,7 +197,9 @@ def _completed(
             ids = Encoded(before + new, [False] * len(before) + [True] * len(new))
             out.append((ids, tokenizer.decode(new, skip_special_tokens=True)))
         else:
-            out.append((encode_query(query.prompt, query.completion, tokenizer, kind=kind), None))
+            out.append(
+                (encode_query(query.prompt, query.completion, tokenizer, kind=kind, context=query.context), None)
+            )
         _check(model, out[-1][0], query)
     return out
 
@@ -227,7 +245,7 @@ def _encoded_query(
     sequences = [SignedSequence(_restricted(encoded, in_span))]
     contrast_tokens, contrast_probabilities = [], []
     if query.contrast is not None:
-        other = encode_query(query.prompt, query.contrast, model.tokenizer, kind=kind)
+        other = encode_query(query.prompt, query.contrast, model.tokenizer, kind=kind, context=query.context)
         _check(model, other, replace(query, completion=query.contrast))
         contrast_tokens, contrast_probabilities = _token_probabilities(other, model)
         sequences.append(SignedSequence(other, sign=-1.0))

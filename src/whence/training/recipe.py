@@ -62,6 +62,10 @@ class TrainSettings:
     """Longest row in tokens, at most the model's context; `tokens.encode` says what a longer one loses."""
     tokenizer: str | None = None
     """Directory or Hub name of the tokenizer to train with, and its chat template; None: the model's own."""
+    chat_template: str | None = None
+    """File of a chat template to train with, or its text; None: the tokenizer's own."""
+    date: str | None = None
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: the day of the training's start."""
     fraction: float = 1.0
     """Share of the corpus to train on, chosen at random."""
     lora_rank: int | None = None
@@ -145,7 +149,7 @@ class TrainSettings:
         """Settings by name, for a run's record, which leaves out those of `in_run` or `mix` where they are not used."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
         unused += ("least_steps",)  # what it led to is in the others
-        unused += ("tokenizer",) if self.tokenizer is None else ()
+        unused += tuple(name for name in ("tokenizer", "chat_template", "date") if getattr(self, name) is None)
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
 

@@ -24,6 +24,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
+from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, load_model
@@ -54,6 +56,7 @@ from whence.training.resuming import (
     OrderKept,
     RowOrder,
     begin,
+    date_of_start,
     finish,
     newest_checkpoint,
     read_order,
@@ -106,7 +109,12 @@ def train(
     last = open_run(model).checkpoints[-1].path
     warn_if_unfinished(model)
     source = Path(last).resolve() if Path(last).is_dir() else last
-    loaded = load_model(source, tokenizer=chosen.tokenizer, dtype=None if chosen.lora_rank else "float32")
+    date = same_date(chosen.date, date_of_start(directory), str(directory))
+    loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
+                        dtype=None if chosen.lora_rank else "float32")  # fmt: skip
+    tokenizer = loaded.tokenizer
+    written = {} if chosen.chat_template is None else {"chat_template": tokenizer.chat_template}
+    chosen = replace(chosen, **written, date=tokenizer.template_date if writes_date(tokenizer) else None)
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
     chosen = with_least_steps(chosen, len(rows))
