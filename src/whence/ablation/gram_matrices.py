@@ -44,6 +44,7 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexErro
 from whence.gradients.forward_passes import batches
 from whence.models.loading import LoadedModel, layer_shape
 from whence.models.weights import Weights, in_pieces
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -337,6 +338,7 @@ def gram_matrices(
     return sums.grams, counted
 
 
+@one_at_a_time
 @torch.no_grad()
 def _forward(
     model: LoadedModel,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from whence.corpus.layouts import Row, layout
 from whence.errors import CorpusError
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Rendered:
     """Whether the text ends with the end-of-sequence token, supervised."""
 
 
+@one_at_a_time
 def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Encoded:
     """Token ids of a row and which of them are supervised.
 
@@ -125,6 +127,7 @@ def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
     return sum(len(rendered.text[start:end].encode("utf-8", "replace")) for start, end in rendered.spans)
 
 
+@one_at_a_time
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
     """Token ids for a model to continue: `prompt` as it stands, or as the user's turn of a conversation."""
     prompt = _string(prompt)
@@ -134,6 +137,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]
     return ids[:-1] if ids and ids[-1] == closing and not text.text.endswith(str(tokenizer.eos_token)) else ids
 
 
+@one_at_a_time
 def encode_query(prompt: str, completion: str, tokenizer: Tokenizer, *, kind: str) -> Encoded:
     """Token ids of a prompt and its completion, in the layout `kind` of a corpus' rows.
 

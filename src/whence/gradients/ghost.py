@@ -51,6 +51,7 @@ from whence.gradients.capture import (
     squared_norms,
 )
 from whence.models.loading import LoadedModel
+from whence.turns import one_at_a_time
 
 ParameterDirection = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
 """The direction for one parameter: a tensor of its shape; or for a matrix the pair left [o r] and right [r i], which
@@ -98,6 +99,7 @@ def position_dots(
     return ((a @ weight.T) * g).sum(-1)
 
 
+@one_at_a_time
 def per_example_dot(
     model: LoadedModel, batch: Batch, direction: Direction, *, reduction: str = "mean", norms: bool = False
 ) -> Dots:
@@ -132,6 +134,7 @@ def per_example_dot(
     return ghost.result(losses)
 
 
+@one_at_a_time
 @torch.no_grad()
 def head_scores(
     model: LoadedModel, batch: Batch, direction: ParameterDirection, *, reduction: str = "mean"
