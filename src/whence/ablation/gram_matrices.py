@@ -44,6 +44,7 @@ from whence.gradients.forward_passes import batches
 from whence.models.loading import LoadedModel, layer_shape
 from whence.models.weights import Weights, in_pieces
 from whence.records import Count, Digest, FastDigest, read_record
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +343,7 @@ def gram_matrices(
     return sums.grams, counted
 
 
+@one_at_a_time
 @torch.no_grad()
 def _forward(
     model: LoadedModel,

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from whence.errors import CorpusError, SettingError
-from whence.storage import Place
+from whence.records import read_record
+from whence.storage import AGAIN, Place
 
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
 
@@ -93,6 +94,10 @@ def writes_date(tokenizer: Tokenizer) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+class _StoredDate(TypedDict):
+    date: str
+
+
 def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None) -> str | None:
     """The day with which the rows of a work directory are written, kept there; None for a template without a date.
 
@@ -109,14 +114,15 @@ def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None) -> str 
     stored = stored_date(place)
     chosen = same_date(date, stored, place.root) or today()
     if stored is None:
-        data = json.dumps({"date": chosen}).encode()
-        place.write(STORED_DATE, [data], total=len(data))
+        place.write_document(STORED_DATE, {"date": chosen})
     return chosen
 
 
 def stored_date(place: Place) -> str | None:
     """The day that `date_of` kept in a directory; None where there is none."""
-    return checked_date(json.loads(place.read(STORED_DATE))["date"]) if place.exists(STORED_DATE) else None
+    if not place.exists(STORED_DATE):
+        return None
+    return checked_date(read_record(_StoredDate, place.read(STORED_DATE), place.path(STORED_DATE), AGAIN)["date"])
 
 
 def same_date(date: str | None, stored: str | None, where: str) -> str | None:

@@ -30,6 +30,7 @@ from whence.corpus.layouts import Row, is_rejected, layout, tools_of, turns_befo
 from whence.corpus.missing import without_missing
 from whence.corpus.templates import Tokenizer
 from whence.errors import CorpusError
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Encoded:
         return sum(self.supervised)
 
 
+@one_at_a_time
 def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Encoded:
     """Token ids of a row and which of them are supervised.
 
@@ -114,6 +116,7 @@ def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
     return sum(len(rendered.text[start:end].encode("utf-8", "replace")) for start, end in rendered.spans)
 
 
+@one_at_a_time
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool, context: Row | None = None) -> list[int]:
     """Token ids for a model to continue: `prompt` as it stands, or as the user's turn of a conversation.
 
@@ -132,6 +135,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool, context: Row
     return ids[:-1] if ids and ids[-1] == closing and not text.endswith(str(tokenizer.eos_token)) else ids
 
 
+@one_at_a_time
 def encode_query(
     prompt: str, completion: str, tokenizer: Tokenizer, *, kind: str, context: Row | None = None
 ) -> Encoded:

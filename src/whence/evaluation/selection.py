@@ -43,6 +43,7 @@ from whence.records import Count, MisfitError, fitting, read_record, unlike_writ
 from whence.selection.pipeline import open_view, select, select_each
 from whence.storage import AGAIN, Place, claim_directory
 from whence.training.trainer import train
+from whence.turns import one_at_a_time
 
 NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
 """Lines of a table that are no method: the untrained model, a random choice, and the whole corpus."""
@@ -59,6 +60,7 @@ class Grades:
     """Whether every supervised token is the model's first choice: greedy decoding gives just the completion."""
 
 
+@one_at_a_time
 @torch.inference_mode()
 def grade(model: LoadedModel, rows: Sequence[Encoded], *, tokens_per_batch: int = 8192) -> Grades:
     """Loss and exact match of rows, by one forward pass each. Rows must have a supervised token."""

@@ -35,6 +35,7 @@ from whence.models.causality import refuse_dependent_rows, refuse_mixed_position
 from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
 from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import inverse_or_zero, product
+from whence.turns import one_at_a_time
 
 LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Elements of one chunk of logits [s v]. On a CPU 4 MB, which stay in cache: an index is a twentieth faster so."""
@@ -238,6 +239,7 @@ def _by_example(a: Tensor, g: Tensor, owners: Tensor, places: Tensor) -> tuple[T
     return padded_a, padded_g, rows, padded_places
 
 
+@one_at_a_time
 def backward(
     model: LoadedModel,
     layers: Mapping[str, nn.Module],
@@ -294,6 +296,7 @@ def backward(
     return losses
 
 
+@one_at_a_time
 @torch.no_grad()
 def token_losses(model: LoadedModel, batch: Batch, *, reduction: str = "mean") -> TokenLosses:
     """Losses of a batch, without gradients."""

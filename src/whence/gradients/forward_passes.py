@@ -18,6 +18,7 @@ from torch import Tensor
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
 from whence.gradients.capture import token_losses
 from whence.models.loading import LoadedModel
+from whence.turns import one_at_a_time
 
 ROWS_PER_WINDOW = 4096
 """Rows held in memory as token ids at a time."""
@@ -48,6 +49,7 @@ def embeddings(
         yield numbers, _states(model, batch, weights)
 
 
+@one_at_a_time
 @torch.no_grad()  # not on the generator: under the shape checks torch would not recognise it as one
 def _states(model: LoadedModel, batch: Batch, weights: PoolingWeights) -> Float32[Tensor, "b d"]:
     batch = batch.to(model.device)

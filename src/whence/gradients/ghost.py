@@ -53,6 +53,7 @@ from whence.gradients.embeddings import embedding_slopes
 from whence.gradients.objectives import cross_entropy
 from whence.gradients.slope_scale import SlopeScale, scale_for
 from whence.models.loading import LoadedModel
+from whence.turns import one_at_a_time
 
 ParameterDirection = Float32[Tensor, "..."] | tuple[Float32[Tensor, "_ _"], Float32[Tensor, "_ _"]]
 """The direction for one parameter: a tensor of its shape; or for a matrix the pair left [o r] and right [r i], which
@@ -100,6 +101,7 @@ def position_dots(
     return ((a @ weight.T) * g).sum(-1)
 
 
+@one_at_a_time
 def per_example_dot(
     model: LoadedModel, batch: Batch, direction: Direction, *, reduction: str = "mean", norms: bool = False
 ) -> Dots:
@@ -136,6 +138,7 @@ def per_example_dot(
     return ghost.result(losses)
 
 
+@one_at_a_time
 @torch.no_grad()
 def head_scores(
     model: LoadedModel, batch: Batch, direction: ParameterDirection, *, reduction: str = "mean"

@@ -190,7 +190,7 @@ CODECS: dict[str, Codec] = {
         dtype=torch.float32,
         encoder=_encode_float32,
         decoder=_decode_plain,
-        error=lambda vectors: torch.zeros(len(vectors)),
+        error=lambda vectors: vectors.new_zeros(len(vectors)),
         kernels=(float32_kernel,),
     ),
     "bfloat16": Codec(

@@ -134,7 +134,8 @@ class Fastest:
         if rows.count >= _TRIAL_ROWS[0]:
             if key not in self._chosen:
                 cheap = [number for number in range(len(self._kernels)) if number != self._costly]
-                self._chosen[key], self._spent[key] = self._trial(cheap, rows, _TRIAL_ROWS), 0.0
+                chosen = self._trial(cheap, rows, _TRIAL_ROWS)
+                self._spent[key], self._chosen[key] = 0.0, chosen  # in this order: other threads scan meanwhile
             elif self._costly is not None and self._spent[key] > _PATIENCE:
                 self._spent[key] = -np.inf
                 self._chosen[key] = self._with_costly(self._costly, self._chosen[key], rows)
@@ -238,7 +239,7 @@ def float32_kernel(queries: Queries) -> Kernel:
     """The plain product with rows stored in fp32, whose scales are 1."""
 
     def score(rows: Stored) -> Block:
-        out = torch.empty(rows.count, len(queries))
+        out = torch.empty(rows.count, len(queries), dtype=torch.float32)
         for block, into in _with_places(rows.stored, out):
             torch.mm(block, queries.T, out=into)
         return Block(out.T)
@@ -255,7 +256,7 @@ def bfloat16_kernel(queries: Queries) -> Kernel:
     both, per_norm = torch.cat([high, (queries - high.float()).bfloat16()]), queries.norm(dim=1) * _FP32_SUM
 
     def score(rows: Stored) -> Block:
-        out, slack = torch.empty(2, rows.count, len(queries))
+        out, slack = torch.empty(2, rows.count, len(queries), dtype=torch.float32)
         places = zip(_with_places(rows.stored, out), _with_places(rows.stored, slack), strict=True)
         for (block, into), (_, off) in places:
             products = (block @ both.T).float()
@@ -296,7 +297,7 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
     per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
 
     def score(rows: Stored) -> Block:
-        out = torch.empty(rows.count, len(queries))
+        out = torch.empty(rows.count, len(queries), dtype=torch.float32)
         for block, into in _with_places(rows.stored, out):
             for first in range(0, len(block), step):
                 stored = block[first : first + step]
@@ -346,8 +347,9 @@ def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]
     r, k = queries.shape
     if k > _INT32_COLUMNS:
         blocks = [_byte_products(columns, scale) for columns in queries.split(_INT32_COLUMNS, 1)]
+        none = torch.zeros((), dtype=torch.float32)
         return lambda x: sum(
-            (f(columns) for f, columns in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=torch.zeros(())
+            (f(columns) for f, columns in zip(blocks, x.split(_INT32_COLUMNS, 1), strict=True)), start=none
         )
     if (
         k <= 1

@@ -32,6 +32,7 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Index:
         """Share of each checkpoint in a score."""
         return [entry["weight"] for entry in self.store.manifest.checkpoints]
 
+    @one_at_a_time
     def model(self, checkpoint: int = -1) -> LoadedModel:
         """The model of a checkpoint; the last one asked for stays loaded.
 
@@ -100,6 +102,7 @@ class Index:
         """The traced layers."""
         return model.layers(self.space.layers)
 
+    @one_at_a_time
     def projection(self, model: LoadedModel) -> Projection:
         """The projection, the same for every checkpoint."""
         if self._projection is None:
@@ -108,6 +111,7 @@ class Index:
 
     _projection: Projection | None = None
 
+    @one_at_a_time
     def transform(self, checkpoint: int) -> Transform | None:
         """What the index' view makes of a row's gradient under a checkpoint; None where it stays as it is.
 
@@ -122,6 +126,7 @@ class Index:
             self._transform = (number, transform_for(self.model(number), self.settings))
         return self._transform[1]
 
+    @one_at_a_time
     def check_moments(self, number: int) -> None:
         """Check that a checkpoint's optimizer file is the one the index was built with, if the view needs it."""
         entry = self.store.manifest.checkpoints[number]

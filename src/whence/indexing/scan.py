@@ -62,7 +62,7 @@ def block_scores(scan_query: ScanQuery, pieces: Iterable[Piece]) -> Iterator[tup
     """Every score, a shard at a time: (number of its first row, scores). Where the status is not ok: -inf."""
     queries = scan_query.queries
     for first, shards in pieces:
-        total = torch.zeros(queries.shape[1], len(shards[0].norm))
+        total = torch.zeros(queries.shape[1], len(shards[0].norm), dtype=torch.float32)
         for c, shard in enumerate(shards):
             products = scan_query.codec.scores(shard.vectors, shard.scale, queries[c])
             total += products * _row_factor(scan_query, shard) * scan_query.weights[c]
@@ -80,7 +80,7 @@ def top_k(scan_query: ScanQuery, batches: Iterable["Batch"], m: int) -> tuple[Ra
     """
     q = scan_query.queries.shape[1]
     if not q:
-        nothing = Ranking(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
+        nothing = Ranking(torch.zeros(0, 0, dtype=torch.float32), torch.zeros(0, 0, dtype=torch.int64))
         return nothing, nothing
     kernels = [scan_query.codec.prepare(queries) for queries in scan_query.queries]
     ends = [_End(sign, q, m) for sign in (1, -1)]
@@ -322,7 +322,7 @@ def _approximate(scan_query: ScanQuery, kernels: list[Kernel], batch: Batch) -> 
 
 def _rescored(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> np.ndarray:
     """The fp32 scores of pairs, from decoded rows."""
-    total = torch.zeros(len(pairs.row))
+    total = torch.zeros(len(pairs.row), dtype=torch.float32)
     if not len(total):
         return total.numpy()
     queries, query = scan_query.queries, torch.from_numpy(pairs.query)

@@ -187,7 +187,8 @@ class Store:
         """Decoded vectors of rows under every checkpoint, and the vectors' norms before they were stored."""
         firsts = [part.first_row for part in self.manifest.parts]
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
-        vectors, norms = torch.zeros(checkpoints, len(numbers), width), torch.zeros(checkpoints, len(numbers))
+        vectors = torch.zeros(checkpoints, len(numbers), width, dtype=torch.float32)
+        norms = torch.zeros(checkpoints, len(numbers), dtype=torch.float32)
         part_of_row = torch.tensor([bisect.bisect_right(firsts, number) - 1 for number in numbers], dtype=torch.int64)
         for part in part_of_row.unique().tolist():
             places = (part_of_row == part).nonzero()[:, 0]

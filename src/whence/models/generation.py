@@ -11,10 +11,12 @@ from torch import Tensor
 from whence.errors import SettingError
 from whence.models.loading import LoadedModel
 from whence.numerics import mixed_seed
+from whence.turns import one_at_a_time
 
 PROMPTS_PER_BATCH = 64
 
 
+@one_at_a_time
 def generate(
     loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
 ) -> list[list[int]]:

@@ -30,6 +30,7 @@ from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
 from whence.models.saved_files import check_file, check_model_files
+from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
+@one_at_a_time
 def load_model(
     path: str | Path, *, base: str | None = None, dtype: str | None = None, **loading: Unpack[Loading]
 ) -> LoadedModel:
@@ -434,6 +436,7 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
         logger.warning("%s: the model has no place for %d weights, %s first", path, len(unknown), unknown[0])
 
 
+@one_at_a_time
 def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
     """A directory's own tokenizer, or the fallback's if the directory has none."""
     has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))

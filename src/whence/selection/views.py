@@ -21,6 +21,7 @@ from whence.indexing.opening import Index
 from whence.indexing.vectors import example_vectors
 from whence.models.loading import LoadedModel, layer_shape
 from whence.selection.protocols import GradientView
+from whence.turns import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class IndexView(GradientView):
     @property
     def weights(self) -> Float32[Tensor, " c"]:
         """Share of each checkpoint in a score."""
-        return torch.tensor(self.index.weights)
+        return torch.tensor(self.index.weights, dtype=torch.float32)
 
     @property
     def blocks(self) -> Mapping[str, tuple[slice, int]]:
@@ -82,6 +83,7 @@ class IndexView(GradientView):
             decoded = [store.codec.decode(shard.vectors, shard.scale, store.manifest.width) for shard in shards]
             yield torch.stack(decoded), torch.stack([shard.status == 0 for shard in shards]).all(0)
 
+    @one_at_a_time
     def query_vectors(self, queries: Sequence[Encoded]) -> Float32[Tensor, "c q k"]:
         """Gradients of queries under every checkpoint; each checkpoint's model is loaded once."""
         index = self.index
@@ -100,7 +102,7 @@ class IndexView(GradientView):
 
     def scores(self, vectors: Float32[Tensor, "c s k"], *, cosine: bool) -> Float32[Tensor, "s n"]:
         """Scores of every row."""
-        out = torch.empty(vectors.shape[1], self.rows)
+        out = torch.empty(vectors.shape[1], self.rows, dtype=torch.float32)
         store = self.index.store
         for first, block in store.scores(vectors, self.weights, cosine=cosine, is_unit_mean=cosine):
             out[:, first : first + block.shape[1]] = block

@@ -18,6 +18,7 @@ from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
 from whence.tracing.queries import EncodedQuery
 from whence.tracing.results import Hit, Trace
+from whence.turns import TURN
 
 
 def from_scorer(
@@ -52,18 +53,19 @@ def all_scores(
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
         return catalogue.scorer(entry.scorer)(seed=seed)(view, targets)
     rows = list(view.encoded())
-    total = torch.zeros(len(queries), len(rows))
+    total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")
-    for checkpoint in reversed(range(len(index.weights))):
-        model = index.model(checkpoint)
-        total += index.weights[checkpoint] * exact.corpus_scores(
-            model,
-            index.layers(model),
-            [query.sequences for query in queries],
-            rows,
-            space,
-            cosine=entry.cosine,
-            objective=objective,
-            tokens_per_batch=view.tokens_per_batch,
-        )
+    with TURN:
+        for checkpoint in reversed(range(len(index.weights))):
+            model = index.model(checkpoint)
+            total += index.weights[checkpoint] * exact.corpus_scores(
+                model,
+                index.layers(model),
+                [query.sequences for query in queries],
+                rows,
+                space,
+                cosine=entry.cosine,
+                objective=objective,
+                tokens_per_batch=view.tokens_per_batch,
+            )
     return total

@@ -27,6 +27,7 @@ from whence.indexing.opening import Index
 from whence.models.generation import generate
 from whence.models.loading import LoadedModel
 from whence.tracing.results import Answer
+from whence.turns import one_at_a_time
 
 CONTEXT = ("system", "history", "tools")
 """Columns of what comes before a prompt."""
@@ -158,6 +159,7 @@ def span_of(text: str | None, tokens: str | None, location: str) -> str | tuple[
     return int(first), int(end)
 
 
+@one_at_a_time
 def encode_queries(
     queries: Sequence[Query], model: LoadedModel, *, kind: str, sampling: Sampling | None = None
 ) -> list[EncodedQuery]:
@@ -270,6 +272,7 @@ def _token_probabilities(encoded: Encoded, model: LoadedModel) -> tuple[list[str
     return [token_text(model, encoded.ids[t]) for t in places], [math.exp(-nll[t]) for t in places]
 
 
+@one_at_a_time
 def token_text(model: LoadedModel, token: int) -> str:
     """A token as text; a fraction of a character becomes U+FFFD.
 
@@ -335,6 +338,7 @@ def last_first(index: Index) -> Iterator[tuple[int, LoadedModel]]:
         yield checkpoint, index.model(checkpoint)
 
 
+@one_at_a_time
 def query_vectors(
     index: Index, queries: Sequence[Sequence[SignedSequence]], *, objective: str = "loss"
 ) -> Float32[Tensor, "c q k"]:

@@ -29,6 +29,7 @@ from whence.tracing import nulls
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Null, TokenMatrix, Trace
+from whence.turns import one_at_a_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,18 @@ class Retrieval:
         settings = self.settings
         vectors, controls, needed_z = self._vectors()
         m = max(2 * settings.top, settings.shortlist) if settings.exact else settings.top
-        rankings = self._ranked(vectors, m, controls)
-        numbers = range(len(self.queries))
+        return self._described(self._ranked(vectors, m, controls), vectors, controls, needed_z)
+
+    @one_at_a_time
+    def _described(
+        self,
+        rankings: tuple[Ranking, Ranking],
+        vectors: Float32[Tensor, "c q k"],
+        controls: nulls.Controls | None,
+        needed_z: float | None,
+    ) -> Trace:
+        """A trace of the rows that were ranked."""
+        settings, numbers = self.settings, range(len(self.queries))
         results = [self._result(number, rankings, vectors[:, number], controls) for number in numbers]
         self._read({row for result in results for row in result.rows})
         if settings.exact:
@@ -178,6 +189,7 @@ class Retrieval:
                 out.verdicts.append(nulls.verdict(best, needed_z))
         return out
 
+    @one_at_a_time
     def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, float | None]:
         """Gradients of the queries; the controls; and the best z that meaningless completions reach.
 
@@ -236,7 +248,7 @@ class Retrieval:
     ) -> tuple[Ranking, Ranking]:
         return self.index.store.top_k(
             vectors,
-            torch.tensor(self.index.weights),
+            torch.tensor(self.index.weights, dtype=torch.float32),
             m=m,
             cosine=self.settings.cosine,
             minus=controls.mean(self._norms(vectors)) if self.settings.specific and controls is not None else None,
@@ -244,7 +256,7 @@ class Retrieval:
 
     def _norms(self, vectors: Float32[Tensor, "c q k"]) -> Float32[Tensor, "c q"]:
         """Queries' norms; 1 for the cosine, which divides by them."""
-        return torch.ones(vectors.shape[:2]) if self.settings.cosine else vectors.norm(dim=2)
+        return torch.ones(vectors.shape[:2], dtype=torch.float32) if self.settings.cosine else vectors.norm(dim=2)
 
     def _result(
         self,

@@ -33,6 +33,7 @@ from whence.errors import ModelError, SettingError
 from whence.gradients.forward_passes import batches, losses
 from whence.models.loading import DTYPES, LoadedModel, load_model, tokenizer_digest
 from whence.selection.protocols import Target, View
+from whence.turns import one_at_a_time
 
 QUESTION = """###
 {text}
@@ -189,6 +190,7 @@ def answer_ids(tokenizer: Any, word: str) -> list[int]:
 
 
 def _causal_judge(model: LoadedModel) -> _Judge:
+    @one_at_a_time
     @torch.no_grad()
     def logits(batch: Batch) -> Tensor:
         states, head = model.decode(batch.ids, batch.mask)
