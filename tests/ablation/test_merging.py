@@ -389,3 +389,21 @@ def test_a_changed_file_and_a_newer_format_are_told(tmp_path, parent, runs):
         open_pool(tmp_path)
     with pytest.raises(SettingError, match="something there that is no model"):
         write_merged(pool, {"a": 1.0}, tmp_path)
+
+
+def test_a_model_that_pool_merge_did_not_write_needs_force(tmp_path, runs):
+    pool = pooled(tmp_path / "pool", str(save_tiny_llama(tmp_path / "parent")), runs)
+    mine = save_tiny_llama(tmp_path / "mine", seed=5)
+    before = contents(mine)
+    with pytest.raises(SettingError, match=r"did not write.*--force"):
+        write_merged(pool, {"a": 1.0}, mine)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SettingError, match="holds the input"):
+        write_merged(pool, {"a": 1.0}, tmp_path, force=True)
+    assert contents(mine) == before
+    write_merged(pool, {"a": 1.0}, mine, force=True)
+    assert contents(mine) != before
+    write_merged(pool, {"a": 1.0}, mine)  # its own of before
+    (mine / "notes").mkdir()
+    with pytest.raises(SettingError, match="not all of it"):
+        write_merged(pool, {"a": 1.0}, mine)

@@ -118,7 +118,7 @@ def test_the_join_is_one_command(run, files, pool, tmp_path):
     (["pool", "merge", "POOL", "--mixture", "a=1,b", "-o", "x"], "'b' is not NAME=WEIGHT"),
     (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--scale", "nan"], "--scale nan: a number is expected"),
     (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--yaml", "no/x.yaml"], "no/x.yaml: there is no"),
-    (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "MODEL"], "it is the input"),
+    (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "MODEL"], "the pool's parent, which its members"),
     (["mix", "suggest", "POOL", "--eval", "HELD", "--rate", "nan"], "--rate nan: numbers above 0 are expected"),
     (["mix", "suggest", "POOL", "--eval", "HELD", "--target", "a=nan"], "--target"),
     (["pool", "merge", "POOL", "--mixture", "a=1", "-o", "x", "--method", "ties"], "--method ties: choose one of"),

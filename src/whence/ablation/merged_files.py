@@ -53,6 +53,8 @@ def write_merged(
         before.rename(directory)  # a process was killed between the two names
     if directory.exists() and not (directory / "config.json").is_file():
         raise SettingError(f"-o {out}: there is something there that is no model; name another directory")
+    if directory == Path(pool.parent).resolve():
+        raise SettingError(f"-o {out}: the pool's parent, which its members are told from; name another directory")
     refuse_inputs(directory, [pool, pool.parent, pool.corpus], is_directory=True)
     if directory.exists() and not (_is_merged(directory) or force):
         raise SettingError(
