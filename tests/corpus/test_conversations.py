@@ -143,6 +143,8 @@ def test_columns_that_may_be_text_and_rejected_answers_are_told_once(caplog):
     assert "`context` (in up to 1 of 1 rows)" in caplog.messages[0]
     assert "2 of 3 rows are labelled false" in caplog.messages[1]
     assert [encode(row, byte_level()).supervised_count for row in kto] == [2, 0, 0]
+    list(open_corpus([kto[0] | {"label": 0, "text": "q r s t"}]))
+    assert "`label`, `text` (in up to 1 of 1 rows)" in caplog.messages[2], "a number may be a class"
 
 
 def test_beginning_that_a_text_and_the_tokenizer_write_is_read_once_and_told(caplog):

@@ -63,7 +63,14 @@ def is_rejected(row: Row) -> bool:
     (True, False)
     """
     verdicts = [row.get(name) for name in VERDICTS]
-    return any(verdict is False or verdict in ("False", "false") for verdict in verdicts) and layout(row) != "text"
+    return (
+        any(is_verdict(verdict) and str(verdict).lower() == "false" for verdict in verdicts) and layout(row) != "text"
+    )
+
+
+def is_verdict(value: object) -> bool:
+    """Whether a value says true or false; a csv file has only text for that, and a number may be a class."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
 
 
 def tools_of(row: Row) -> list[dict[str, Any]] | None:

@@ -9,7 +9,8 @@ The layout decides what is supervised: all of a `text`; the completion and the c
 `prompt` and `completion`, which are joined as they stand; what the assistant says and the tokens that close its turn
 in `instruction` rows and `messages`. A token that straddles the boundary holds characters of the answer and is
 supervised. A chat template may leave out some of an earlier turn, such as its reasoning: a conversation is what its
-template makes of it as a whole, as in training, and what stands there of each assistant's turn is supervised.
+template makes of it as a whole, as in training, and what stands there of each assistant's turn is supervised. A text
+that begins with the token that its tokenizer puts first is read with one of the two.
 
 Boundaries are found in characters, from the tokenizer's offsets over the whole text, so that an example is tokenised
 as it was in training. (Tokenising prompt and completion separately gives other tokens where they meet.)

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from typing import Any
 
-from whence.corpus.layouts import LAYOUTS, OPTIONAL, VERDICTS, Row, is_rejected, layout
+from whence.corpus.layouts import LAYOUTS, OPTIONAL, VERDICTS, Row, is_rejected, is_verdict, layout
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,9 @@ def unread_columns(row: Row) -> list[str]:
     read = {*LAYOUTS[kind], *OPTIONAL[kind], *VERDICTS}
     answer = row[LAYOUTS[kind][-1]]
     names = [name for name, value in row.items() if name not in read and _may_be_text(name, value, answer)]
+    names += [
+        name for name in VERDICTS if kind != "text" and row.get(name) not in (None, "") and not is_verdict(row[name])
+    ]
     messages = row.get("messages") if kind == "messages" else None
     keys = {key for message in messages or () if isinstance(message, dict) for key in message}
     return names + [f"messages[].{key}" for key in MESSAGE_KEYS if key in keys]
