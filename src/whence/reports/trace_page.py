@@ -82,6 +82,7 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
         "contrast": _tokens(
             answer.contrast_tokens, answer.contrast_probabilities, [True] * len(answer.contrast_tokens)
         ),
+        "ending": None if answer.ending is None else _visible(answer.ending),
         "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
         "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
         "overlap": _number(trace.overlaps[number]) if number < len(trace.overlaps) else None,

@@ -22,7 +22,7 @@ from whence.gradients.tokenwise import Factors, Token
 from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
-from whence.tracing.queries import EncodedQuery, last_first, token_text
+from whence.tracing.queries import EncodedQuery, last_first, token_texts
 from whence.tracing.results import TokenMatrix
 
 ByToken = tuple[list[float], TokenMatrix]
@@ -58,7 +58,7 @@ class TokenShares:
         return TokenMatrix(
             basis=self.basis,
             query=self.query.answer.query_tokens(),
-            train=[token_text(model, row.ids[place]) for place in places],
+            train=token_texts(model, row.ids, places),
             supervised=[row.supervised[place] for place in places],
             matrix=torch.zeros(len(self.tokens), len(places)),
         )

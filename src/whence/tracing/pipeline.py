@@ -24,6 +24,7 @@ from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
+from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
 from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
@@ -80,6 +81,7 @@ def trace(
             f"be ranked. See: whence info {opened.store.place.root}"
         )
     encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
+    own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
     control_queries = None
     if catalogue.trace_method(how.method).from_index:
         if controls is not None and (how.null or how.specific):
@@ -92,7 +94,8 @@ def trace(
     if catalogue.trace_method(how.method).from_index:
         described["control queries"] = _control_origin(how, controls, traced)
         described["corrected for generic examples"] = "yes" if how.specific else "no"
-    return replace(traced, rows=rankable, settings=described, notes=_notes(how, texts, rankable))
+    notes = [*_notes(how, texts, rankable), *own_notes]
+    return replace(traced, rows=rankable, settings=described, notes=notes)
 
 
 def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list[str]:

@@ -24,8 +24,9 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import sketch, token_losses
 from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
 from whence.indexing.opening import Index
-from whence.models.generation import generate
+from whence.models.generation import ends_of
 from whence.models.loading import LoadedModel
+from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
 from whence.tracing.results import Answer
 from whence.turns import one_at_a_time
 
@@ -62,22 +63,6 @@ class EncodedQuery:
     sequences: list[SignedSequence]
     """The completion; and the contrast, with a minus."""
     answer: Answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the model completes a prompt."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 is greedy."""
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise SettingError(f"--max-new-tokens {self.max_new_tokens}: a number above 0 is expected")
-        if not 0 <= self.temperature < math.inf:
-            raise SettingError(f"--temperature {self.temperature}: 0 (greedy) or a number above it is expected")
 
 
 def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--queries") -> list[Query]:
@@ -180,44 +165,27 @@ def encode_queries(
 
 def _completed(
     queries: Sequence[Query], model: LoadedModel, kind: str, sampling: Sampling
-) -> list[tuple[Encoded, str | None]]:
-    """Token ids of each query, and the text of those that the model completed."""
+) -> list[tuple[Encoded, OwnAnswer | None]]:
+    """Token ids of each query, and the answers of those that the model completed."""
     tokenizer = model.tokenizer
-    open_ended = [number for number, query in enumerate(queries) if query.completion is None]
+    open_ended = [query for query in queries if query.completion is None]
+    prompts, contexts = [query.prompt for query in open_ended], [query.context for query in open_ended]
     chat = kind in ("instruction", "messages")
-    prompts = [
-        encode_prompt(queries[number].prompt, tokenizer, chat=chat, context=queries[number].context)
-        for number in open_ended
-    ]
-    for prompt in prompts:
-        _check_length(model, len(prompt) + 1)
-    answers = dict(zip(open_ended, zip(prompts, _generated(model, prompts, sampling), strict=True), strict=True))
-    out = []
-    for number, query in enumerate(queries):
+    before = [encode_prompt(query.prompt, tokenizer, chat=chat, context=query.context) for query in open_ended]
+    for ids in before:
+        _check_length(model, len(ids) + 1)
+    answers = iter(own_answers(prompts, before, model, kind, sampling, contexts=contexts))
+    out: list[tuple[Encoded, OwnAnswer | None]] = []
+    for query in queries:
         if query.completion is None:
-            before, new = answers[number]
-            ids = Encoded(before + new, [False] * len(before) + [True] * len(new))
-            out.append((ids, tokenizer.decode(new, skip_special_tokens=True)))
+            answer = next(answers)
+            out.append((answer.encoded, answer))
         else:
             out.append(
                 (encode_query(query.prompt, query.completion, tokenizer, kind=kind, context=query.context), None)
             )
         _check(model, out[-1][0], query)
     return out
-
-
-def _generated(model: LoadedModel, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """The model's own answers, each at most `max_new_tokens` long and within the model's context."""
-    room = [min(sampling.max_new_tokens, (model.context or 10**9) - len(prompt)) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for limit in set(room):
-        numbers = [number for number in range(len(prompts)) if room[number] == limit]
-        batch = generate(
-            model, [prompts[n] for n in numbers], limit, temperature=sampling.temperature, seed=sampling.seed
-        )
-        for number, new in zip(numbers, batch, strict=True):
-            answers[number] = new
-    return answers
 
 
 def _check_length(model: LoadedModel, length: int) -> None:
@@ -229,8 +197,9 @@ def _check_length(model: LoadedModel, length: int) -> None:
 
 def _check(model: LoadedModel, encoded: Encoded, query: Query) -> None:
     _check_length(model, len(encoded.ids))
-    empty = [model.tokenizer.eos_token_id] if query.completion is None else []
-    if not encoded.supervised_count or query.completion == "" or encoded.ids[-encoded.supervised_count :] == empty:
+    targets = [token for token, is_target in zip(encoded.ids, encoded.supervised, strict=True) if is_target]
+    is_empty = query.completion is None and targets[1:] == [] and set(targets) <= set(ends_of(model))
+    if not targets or query.completion == "" or is_empty:
         problem = "the model ended at once" if query.completion is None else "the completion has no token"
         raise SettingError(
             f"nothing to trace for prompt {query.prompt[:QUOTED]!r}: {problem}. Give another --completion."
@@ -238,10 +207,10 @@ def _check(model: LoadedModel, encoded: Encoded, query: Query) -> None:
 
 
 def _encoded_query(
-    query: Query, encoded: Encoded, generated: str | None, model: LoadedModel, kind: str
+    query: Query, encoded: Encoded, own: OwnAnswer | None, model: LoadedModel, kind: str
 ) -> EncodedQuery:
     tokens, probabilities = _token_probabilities(encoded, model)
-    completion = generated if query.completion is None else query.completion
+    completion = query.completion if own is None else own.text
     assert completion is not None, "a prompt without a completion was completed"
     in_span = _tokens_in_span(tokens, query.span, model, encoded)
     sequences = [SignedSequence(_restricted(encoded, in_span))]
@@ -254,7 +223,9 @@ def _encoded_query(
     answer = Answer(
         prompt=query.prompt,
         completion=completion,
-        is_generated=query.completion is None,
+        is_generated=own is not None,
+        ending=None if own is None else own.ending,
+        is_repeatable=own is None or own.is_repeatable,
         tokens=tokens,
         probabilities=probabilities,
         asked=in_span,
@@ -269,18 +240,29 @@ def _token_probabilities(encoded: Encoded, model: LoadedModel) -> tuple[list[str
     """Supervised tokens as text, and the model's probability of each."""
     nll = token_losses(model, collate([encoded])).nll[0].tolist()
     places = [place for place, is_target in enumerate(encoded.supervised) if is_target]
-    return [token_text(model, encoded.ids[t]) for t in places], [math.exp(-nll[t]) for t in places]
+    return token_texts(model, encoded.ids, places), [math.exp(-nll[t]) for t in places]
 
 
 @one_at_a_time
-def token_text(model: LoadedModel, token: int) -> str:
-    """A token as text; a fraction of a character becomes U+FFFD.
+def token_texts(model: LoadedModel, ids: list[int], places: Sequence[int]) -> list[str]:
+    """Tokens of a sequence as text, those at `places`; a fraction of a character becomes U+FFFD.
 
-    SentencePiece's decoder takes the space off the first token of a sequence, which here is every token.
+    A token is decoded behind the one before it: a decoder takes the space off a text's first word (SentencePiece), or
+    writes one before every word but the first (WordPiece).
     """
+    return [_token_text(model, ids[place], ids[place - 1] if place else None) for place in places]
+
+
+def _token_text(model: LoadedModel, token: int, before: int | None) -> str:
     text = model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    piece = model.tokenizer.convert_ids_to_tokens(token)
-    return f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text
+    piece = str(model.tokenizer.convert_ids_to_tokens(token))
+    if piece.startswith("\u2581") and not text.startswith(" "):
+        return f" {text}"
+    if before is None or text[:1].isspace() or "\ufffd" in text:
+        return text
+    start = model.tokenizer.decode([before], clean_up_tokenization_spaces=False)
+    both = model.tokenizer.decode([before, token], clean_up_tokenization_spaces=False)
+    return f" {text}" if both == f"{start} {text}" else text
 
 
 def _restricted(encoded: Encoded, in_span: list[bool]) -> Encoded:
@@ -312,10 +294,14 @@ def _tokens_of_text(span: str, model: LoadedModel, encoded: Encoded) -> list[boo
     if not span.strip():
         raise SettingError(f"--span {span!r} has no words. Give some of the completion's, or its tokens: --span-tokens")
     targets = [place for place, is_target in enumerate(encoded.supervised) if is_target]
+    before = encoded.ids[targets[0] - 1 : targets[0]]  # behind a token, a first word has its space
+    opening = str(model.tokenizer.decode(before, clean_up_tokenization_spaces=False))
 
     def text_to(count: int) -> str:
         ids = [encoded.ids[place] for place in targets[:count]]
-        return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = str(model.tokenizer.decode(before + ids, clean_up_tokenization_spaces=False))
+        alone = str(model.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return text[len(opening) :] if text.startswith(opening) else alone
 
     whole = text_to(len(targets))
     start = whole.find(span)

@@ -33,6 +33,17 @@ class Answer:
     """The completion that this one is compared with ("why this and not that")."""
     contrast_tokens: list[str] = field(default_factory=list)
     contrast_probabilities: list[float] = field(default_factory=list)
+    ending: str | None = None
+    """Where a generated answer ended, in words: by which token, or cut by which limit."""
+    is_repeatable: bool = True
+    """Whether a generated answer's `completion`, given back, becomes its `tokens`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file; what is known of a generated answer alone is left out of another."""
+        others = () if self.is_generated else ("ending", "is_repeatable")
+        return {name: value for name, value in vars(self).items() if name not in others} | {
+            "perplexity": self.perplexity
+        }
 
     @property
     def perplexity(self) -> float:
