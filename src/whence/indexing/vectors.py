@@ -17,6 +17,7 @@ from whence.corpus.tokens import Encoded, bucketed, collate
 from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
+from whence.gradients.embeddings import tied_embeddings
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec as codec_of
@@ -145,6 +146,8 @@ def manifest_of(
         "tokenizer_path": absolute(settings.tokenizer),
         "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
     }
+    if any(tied_embeddings(loaded, layers)):
+        stored["has_tied_head"] = True
     stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
     stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
