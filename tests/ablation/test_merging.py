@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import byte_tokenizer, contents, save_tiny_llama
+from conftest import SIZES, byte_tokenizer, contents, save_tiny_llama
 from whence.ablation.averages import mean, regmean
 from whence.ablation.merged_files import mergekit_yaml, write_merged
 from whence.ablation.merging import merged_tensors
-from whence.ablation.mixed_model import MOST_MOVES, MixedModel, mixed_model
+from whence.ablation.mixed_model import MOST_MOVES, MixedModel, fill, mixed_model
 from whence.ablation.mixtures import checked_mixture, named_mixture
 from whence.ablation.pool import begin_pool, open_pool
 from whence.checksums import document_of, sealed
@@ -408,3 +408,17 @@ def test_a_model_that_pool_merge_did_not_write_needs_force(tmp_path, runs):
     (mine / "notes").mkdir()
     with pytest.raises(SettingError, match="not all of it"):
         write_merged(pool, {"a": 1.0}, mine)
+
+
+def test_a_model_is_filled_by_the_names_in_its_files(tmp_path):
+    """Mixtral's experts are apart in its files, and one parameter in memory; no mixture could be loaded."""
+    import transformers as t
+
+    sizes = SIZES | {"vocab_size": 259, "num_key_value_heads": 1, "num_local_experts": 3, "max_position_embeddings": 64}
+    t.MixtralForCausalLM(t.MixtralConfig(**sizes)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model, stored = load_model(tmp_path / "model"), weights_by_name(str(tmp_path / "model"))
+    before = {name: weight.clone() for name, weight in model.model.named_parameters()}
+    fill(model, stored.files, lambda name: 2 * stored.read(name))
+    for name, weight in model.model.named_parameters():
+        assert torch.equal(weight, 2 * before[name]), name

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -663,3 +664,16 @@ def test_an_index_of_zeros_is_not_complete(tiny_llama, tiny_corpus, tmp_path):
     assert not Store.open(tmp_path / "index").manifest.is_complete
     whole = index(model, tiny_corpus, tmp_path / "index", width=8, layers="lm_head", restart=True, progress=False)
     assert "zero_gradient" not in whole.store.info()["counts"]
+
+
+def test_an_older_index_of_a_tied_head_says_that_it_must_be_built_again(tiny_corpus, tmp_path):
+    """It holds the head's use of the shared weight alone."""
+    model = OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, n_positions=96, vocab_size=259)
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    built = index(tmp_path / "model", tiny_corpus, tmp_path / "index", width=8, layers="lm_head", progress=False)
+    assert trace(built, "a", completion="b", top=1).of(0)
+    settings = {name: value for name, value in built.store.manifest.settings.items() if name != "has_tied_head"}
+    built.store._save(replace(built.store.manifest, settings=settings))
+    with pytest.raises(ManifestMismatchError, match=r"with the head's use of the weight alone.*--restart"):
+        trace(open_index(tmp_path / "index"), "a", completion="b", top=1)

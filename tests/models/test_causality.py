@@ -92,6 +92,15 @@ def test_a_model_whose_layers_hooks_cannot_see_is_refused(tmp_path):
         gradients(model, model.layers(), batch)
 
 
+def test_a_model_whose_logits_need_more_than_last_states_is_refused(tmp_path):
+    config = t.ProphetNetConfig(
+        **IDS, hidden_size=16, decoder_ffn_dim=24, encoder_ffn_dim=24, num_decoder_layers=1, num_encoder_layers=1,
+        num_decoder_attention_heads=2, num_encoder_attention_heads=2, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="makes its logits of more than its decoder's last states"):
+        load_model(saved(config, tmp_path / "model"))
+
+
 def test_a_decoder_that_is_not_where_its_model_says_is_found(tmp_path):
     """ModernBERT gives its output head for its decoder."""
     sizes = SIZES | {"num_attention_heads": 2, "max_position_embeddings": 64}

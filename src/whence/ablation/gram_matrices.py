@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from whence import runner
 from whence.ablation.averages import ALPHA, RegMean
 from whence.ablation.member_training import pool_partitions, recipe_of
-from whence.ablation.mixed_model import MixedModel, mixed_model, parameter_lookup
+from whence.ablation.mixed_model import MixedModel, mixed_model, placed_sources
 from whence.ablation.pool import Member, Pool
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition
@@ -284,8 +284,12 @@ def inputs_of(model: LoadedModel, start: Weights) -> Inputs:
 
 def _named_layers(model: LoadedModel, start: Weights) -> dict[str, nn.Module]:
     """Linear layers by their weights' names in the files, without those that share a weight with another module."""
-    parameter = parameter_lookup(model)
-    names = {parameter(name).data_ptr(): name for name in start.files}
+    names = {
+        parameter.data_ptr(): source.stored[0]
+        for parameters, source in placed_sources(model, start.files)
+        for parameter in parameters.values()
+        if source.converter is None
+    }
     layers = model.layers("*")
     pointers = [layer.weight.data_ptr() for layer in layers.values()]  # type: ignore[union-attr]
     tied = {model.base.get_input_embeddings().weight.data_ptr()}

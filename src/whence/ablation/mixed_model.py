@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from whence.ablation.averages import RegMean
-from whence.ablation.merging import check_scale, merged_tensors
+from whence.ablation.averages import RegMean, mean
+from whence.ablation.merging import MergedModel, check_scale
 from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import Pool, date_in
 from whence.errors import ManifestMismatchError, SettingError
+from whence.models.loaded_weights import Source, sources_of
 from whence.models.loading import LoadedModel, load_model, tokenizer_digest
 
 MOST_MOVES = 16
@@ -43,28 +44,30 @@ class MixedModel:
             self._move(change)
             self.moves += 1
         else:
-            fill(self.model, self._parent() if weights is None else self._sum(weights))
+            start = self.pool.start()
+            read = (lambda name: start.read(name).float()) if weights is None else self._merged(weights).tensor
+            fill(self.model, start.files, read)
             self.moves = 0
         self.weights = weights
         return self.model
 
-    def _sum(self, mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-        return merged_tensors(self.pool, mixture, scale=self.scale, regmean=self.regmean)
-
-    def _parent(self) -> Iterator[tuple[str, Tensor]]:
-        start = self.pool.start()
-        return ((name, start.read(name).float()) for name in start.files)
+    def _merged(self, mixture: Mixture) -> MergedModel:
+        return MergedModel.of(self.pool, mixture, self.scale, self.regmean)
 
     def _move(self, change: Mixture) -> None:
         """Add scale * change_u theta_u; the changes sum to 0, so that theta_0 drops out."""
-        start, parameter = self.pool.start(), parameter_lookup(self.model)
+        start = self.pool.start()
         members = {partition: self.pool.member(partition) for partition in change}
-        for name in start.files:
+
+        def moved(name: str) -> Tensor:
             parent = start.read(name).float()
-            for partition, by in change.items():
-                stored = members[partition].read(name, parent)
-                weight = parameter(name)
-                weight.add_((parent if stored is None else stored).to(weight.device), alpha=self.scale * by)
+            stored = {partition: members[partition].read(name, parent) for partition in change}
+            return mean({partition: parent if x is None else x for partition, x in stored.items()}, change)
+
+        for parameters, source in placed_sources(self.model, start.files):  # whose conversions are linear
+            made = source.made_of((moved(name) for name in source.stored), self.model.base)
+            for name, parameter in parameters.items():
+                parameter.add_(made[name].to(parameter.device), alpha=self.scale)
 
 
 def _change(before: Mixture, after: Mixture) -> dict[str, float]:
@@ -89,32 +92,29 @@ def mixed_model(pool: Pool, *, scale: float = 1.0, regmean: RegMean | None = Non
     return MixedModel(pool, model, scale, regmean)
 
 
-def fill(model: LoadedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def fill(model: LoadedModel, stored: Iterable[str], read: Callable[[str], Tensor]) -> None:
     """Copy tensors, by their names in a model's files, into the model; a tied head follows its embedding.
 
     Raises:
-        SettingError: The model has no such parameter.
+        SettingError: The model has no place for one.
     """
-    parameter = parameter_lookup(model)
-    for name, tensor in tensors:
-        parameter(name).copy_(tensor)
+    for parameters, source in placed_sources(model, stored):
+        made = source.made_of((read(name) for name in source.stored), model.base)
+        for name, parameter in parameters.items():
+            parameter.copy_(made[name])
 
 
-def parameter_lookup(model: LoadedModel) -> Callable[[str], Tensor]:
-    """A function from a parameter's name in a model's files to the loaded parameter."""
-    named = dict(model.model.named_parameters(remove_duplicate=False)) | dict(model.model.named_buffers())
+def placed_sources(model: LoadedModel, stored: Iterable[str]) -> Iterator[tuple[dict[str, Tensor], Source]]:
+    """What a loaded model's parameters and buffers are made of, with those that each source makes.
 
-    def parameter(name: str) -> Tensor:
-        spelling = next((candidate for candidate in _spellings(name) if candidate in named), None)
-        if spelling is None:
-            raise SettingError(f"{model.path}: the loaded model has no parameter {name}")
-        return named[spelling].data
-
-    return parameter
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """The name itself, then without and with the prefix that some files leave out."""
-    yield name
-    yield name.partition(".")[2]
-    yield from (f"{prefix}.{name}" for prefix in ("model", "transformer", "gpt_neox"))
+    Raises:
+        SettingError: The model has no place for a stored tensor.
+    """
+    sources, unplaced = sources_of(stored, model.base)
+    if unplaced:
+        raise SettingError(f"{model.path}: the loaded model has no parameter {unplaced[0]}")
+    named = dict(model.base.named_parameters(remove_duplicate=False)) | dict(model.base.named_buffers())
+    by_target: dict[str, tuple[dict[str, Tensor], Source]] = {}
+    for name, source in sources.values():
+        by_target.setdefault(source.target, ({}, source))[0][name] = named[name].data
+    yield from by_target.values()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from whence.corpus.templates import date_of
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
+from whence.models.loaded_weights import loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.weights import Described, Weights, in_pieces
@@ -338,6 +339,11 @@ def _storage_form(
         return "lora", described, factors.__getitem__
     weights = weights_by_name(directory)
     if unshared := sorted({*weights.files} ^ {*start.files}):
+        if loaded_weights(weights).sources.keys() == loaded_weights(start).sources.keys():
+            raise ModelError(
+                f"{parent}: its files name weights otherwise ({unshared[0]}) than transformers does. Save it anew: "
+                "AutoModelForCausalLM.from_pretrained(PARENT).save_pretrained(NEW), and name NEW as the parent."
+            )
         raise ModelError(f"{directory}: {unshared[0]} is in it or in the parent {parent} alone: another architecture")
     for name in weights.files:
         shape, parent_shape = weights.shape(name), start.shape(name)

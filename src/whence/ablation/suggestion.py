@@ -29,7 +29,7 @@ from torch import Tensor
 
 from whence.ablation.heldout_losses import EvalSet, measure, read_sets
 from whence.ablation.member_training import recipe_of
-from whence.ablation.mixed_model import MixedModel, mixed_model, parameter_lookup
+from whence.ablation.mixed_model import MixedModel, mixed_model, placed_sources
 from whence.ablation.pool import Pool, open_pool
 from whence.corpus.partitions import pieces_of
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
@@ -206,17 +206,22 @@ def _nats(model: LoadedModel, rows: Sequence[Encoded]) -> Tensor:
 
 def _member_slopes(pool: Pool, model: LoadedModel) -> np.ndarray:
     """<gradient, theta_u - theta_0> of every member, one tensor at a time."""
-    parameter_of = parameter_lookup(model)
     start, members = pool.start(), [pool.member(name) for name in pool.partitions]
     by_pointer = {parameter.data_ptr(): parameter.grad for parameter in model.model.parameters()}
     slopes = np.zeros(len(members))
-    for name in start.files:
-        gradient = by_pointer.get(parameter_of(name).data_ptr())
-        if gradient is None:
+    for parameters, source in placed_sources(model, start.files):
+        gradients = {name: by_pointer.get(parameter.data_ptr()) for name, parameter in parameters.items()}
+        if all(gradient is None for gradient in gradients.values()):
             continue
-        parent = start.read(name).float()
+        parents = [start.read(name).float() for name in source.stored]
         for place, member in enumerate(members):
-            stored = member.read(name, parent)
-            if stored is not None:
-                slopes[place] += float((gradient.cpu().double() * (stored - parent).double()).sum())
+            stored = [member.read(name, parent) for name, parent in zip(source.stored, parents, strict=True)]
+            if all(tensor is None for tensor in stored):
+                continue
+            moves = (
+                torch.zeros_like(parent) if x is None else x - parent for x, parent in zip(stored, parents, strict=True)
+            )
+            for name, move in source.made_of(moves, model.base).items():
+                if (gradient := gradients.get(name)) is not None:
+                    slopes[place] += float((gradient.cpu().double() * move.double()).sum())
     return slopes

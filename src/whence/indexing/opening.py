@@ -17,6 +17,7 @@ from torch import nn
 from whence.corpus.templates import same_date
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
+from whence.gradients.embeddings import tied_embeddings
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.layout_check import layout_notes
@@ -210,6 +211,12 @@ class Index:
                     f"was {then or 'not there'}, and is {now or 'not there'} now. Scores across the two would mean "
                     f"nothing. Index again with: {again}"
                 )
+        if any(tied_embeddings(model, self.layers(model))) and not self.store.manifest.settings.get("has_tied_head"):
+            again = f"whence index MODEL CORPUS -o {shlex.quote(self.store.place.root)} --restart"
+            raise ManifestMismatchError(
+                f"{model.path}: the index is of a head that is tied to the embedding, with the head's "
+                f"use of the weight alone, as an older Whence took it. Index again with: {again}"
+            )
 
 
 def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:

@@ -18,6 +18,7 @@ from whence.corpus.tokens import LAYOUT_VERSION, Encoded, bucketed, collate
 from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
+from whence.gradients.embeddings import tied_embeddings
 from whence.gradients.protocols import Projection
 from whence.gradients.slope_scale import scale_for
 from whence.gradients.space import GradientSpace
@@ -154,6 +155,8 @@ def manifest_of(
         "tokenizer_path": absolute(settings.tokenizer),
         "max_tokens": longest or loaded.context or DEFAULT_CONTEXT,
     }
+    if any(tied_embeddings(loaded, layers)):
+        stored["has_tied_head"] = True
     stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
     stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
     stored |= _layout_settings(loaded, corpus, settings) | corrections(loaded, settings)

@@ -53,6 +53,31 @@ def refuse_not_causal(model: Any, path: str, device: torch.device, special: set[
     raise ModelError(seen)
 
 
+@torch.no_grad()
+def refuse_other_logits(model: Any, special: set[int]) -> None:
+    """Refuse a `LoadedModel` whose logits are not what its head makes of its decoder's last states, as ProphetNet's.
+
+    Raises:
+        ModelError: They are not.
+    """
+    ids = _ordinary_ids(model.base, special, 0).to(model.device)[None]
+    if not ids.numel():
+        return
+    message = (
+        f"{model.path}: this {type(model.base).__name__} makes its logits of more than its decoder's last states, and "
+        "cannot be traced. Give another model."
+    )
+    try:
+        states, head = model.decode(ids, torch.ones_like(ids))
+        logits = head(states[0]).float()
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        raise ModelError(message) from error
+    tolerance = TOLERANCE if states.dtype == torch.float32 else TOLERANCE_OF_INPUTS_16_BITS
+    whole = _logits(model.base, model.path, ids, torch.ones_like(ids))[0]
+    if _differences(logits, whole.to(logits.device)).mean() > tolerance:
+        raise ModelError(message)
+
+
 def _later_tokens_seen(model: Any, path: str, ids: Int64[Tensor, " t"]) -> str:
     """What is wrong, as a message; empty if what follows common tokens moves no logits."""
     is_wide = next(model.parameters()).dtype == torch.float32

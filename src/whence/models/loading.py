@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from whence.corpus.templates import prepare
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
-from whence.models.causality import refuse_not_causal
+from whence.models.causality import refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
@@ -237,7 +237,9 @@ def load_model(
     if next(model.parameters()).dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
         logger.warning("%s is in 16 bits; on a CPU --dtype float32 is several times faster", path)
     loaded = LoadedModel(model=model, tokenizer=loaded_tokenizer, path=str(path), has_adapter=adapter is not None)
-    refuse_not_causal(loaded.base, str(path), loaded.device, {*loaded_tokenizer.all_special_ids})
+    special = {*loaded_tokenizer.all_special_ids}
+    refuse_not_causal(loaded.base, str(path), loaded.device, special)
+    refuse_other_logits(loaded, special)
     return loaded
 
 
