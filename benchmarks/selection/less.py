@@ -37,9 +37,21 @@ from whence.selection.views import IndexView
 
 FRACTION = 0.05
 METHODS = (
-    *("less", "influence", "datainf", "rds", "rds+", "bm25", "dsir", "dsir:length_normalised=true", "density"),
+    *(
+        "less",
+        "influence",
+        "datainf",
+        "rds",
+        "rds+",
+        "bm25",
+        "dsir:length_normalised=false,backoff=0",
+        "dsir",
+        "density",
+    ),
     *("loss", "loss_drop"),
 )
+PUBLISHED = {"by": "task", "selector": "max"}
+"""LESS's own; the default of `select` is to take turns by example since 2026-11-28."""
 RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
 INDEX = ["--view", "adam", "--checkpoints", "all", "--width", "8192", "--max-tokens", "256"]
@@ -98,6 +110,7 @@ def stage_less(options: argparse.Namespace) -> None:
     for task in options.tasks:
         out, examples = str(work / f"less-{task}.jsonl"), str(work / f"{task}-examples.jsonl")
         words = ["select", index, "--tasks", examples, "--method", "less", "--fraction", str(FRACTION), "-o", out]
+        words += ["--by", "task", "--selector", "max"]
         seconds[f"select {task}"] = command(options, *words)
         sources = [json.loads(line)["source"] for line in Path(out).read_text().splitlines()]
         chosen[task] = {source: sources.count(source) / len(sources) for source in sorted({*sources})}
@@ -115,7 +128,7 @@ def stage_agreement(options: argparse.Namespace) -> None:
         examples = options.work / f"{task}-examples.jsonl"
 
         def rows(method: str = "less", examples: Path = examples, **settings: object) -> list[int]:
-            return select(view, examples, method=method, fraction=FRACTION, **settings).selection.rows
+            return select(view, examples, method=method, fraction=FRACTION, **PUBLISHED, **settings).selection.rows
 
         stored = rows()
         found[task] = {}
@@ -169,7 +182,10 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
     examples = {task: work / f"{task}-examples.jsonl" for task in options.tasks}
     graded = {task: [json.loads(line) for line in (work / f"{task}-graded.jsonl").open()] for task in options.tasks}
     cells = work / f"cells-{fraction:g}-{'-'.join(options.tasks)}"
-    made, budget = selection_methods(methods, index, examples, fraction=fraction, work=cells)
+    turns = [name for name in methods if name == "rds+"]
+    made, budget = selection_methods(turns, index, examples, fraction=fraction, work=cells)
+    others = [name for name in methods if name not in turns]
+    made |= selection_methods(others, index, examples, fraction=fraction, work=cells, **PUBLISHED)[0]
     table = evaluate_selection(
         base,
         made,

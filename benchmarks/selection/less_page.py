@@ -52,7 +52,7 @@ def table(found: dict, name: str) -> str:
 
 def label(method: str) -> str:
     """Without its options."""
-    return "dsir, by length" if "length_normalised" in method else method.split(":")[0]
+    return "dsir, as published" if "length_normalised=false" in method else method.split(":")[0]
 
 
 def shown(line: Line) -> list[str]:

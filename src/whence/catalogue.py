@@ -83,27 +83,37 @@ def default_projection(view: str) -> str:
 
 _FORWARD = "one forward pass over every row"
 
+_TURNS = {"selector": "round_robin", "by": "example"}
+"""One order by gradients fills up with the answer that the task's mean gradient points to (docs/results)."""
+
 SCORERS: dict[str, ScorerEntry] = {
     "less": ScorerEntry(
-        "whence.selection.scorers.influence:LESS", "one pass over the vectors", "arXiv 2402.04333", needs_index=True
+        "whence.selection.scorers.influence:LESS",
+        "one pass over the vectors",
+        "arXiv 2402.04333",
+        needs_index=True,
+        **_TURNS,
     ),
     "influence": ScorerEntry(
         "whence.selection.scorers.influence:Influence",
         "one pass over the vectors",
         "arXiv 2002.08484",
         needs_index=True,
+        **_TURNS,
     ),
     "datainf": ScorerEntry(
         "whence.selection.scorers.influence:DataInf",
         "three passes over the vectors",
         "arXiv 2310.00902",
         needs_index=True,
+        **_TURNS,
     ),
     "reach": ScorerEntry(
         "whence.selection.scorers.influence:Reach",
         "a pass over the vectors for 64 tokens",
         "arXiv 2405.11724",
         needs_index=True,
+        **_TURNS,
     ),
     "bm25": ScorerEntry("whence.selection.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
     "dsir": ScorerEntry("whence.selection.scorers.lexical:DSIR", "one pass over the text", "arXiv 2302.03169"),

@@ -112,11 +112,13 @@ def test_methods_choose_by_it(run, tmp_path, method):
     """By the index alone `less` would give other scores; the mean of several examples is the mean of their vectors."""
     plain = index(run, ROWS, tmp_path / "plain", checkpoints="all", **PLAIN)
     tasks = corpus_rows(3, first=90)
-    found = select(plain, tasks, method=method, view="frozen-v", adam_mode="less", count=5)
+    found = select(plain, tasks, method=method, view="frozen-v", adam_mode="less", count=5, by="task")
     assert found.settings["view"] == "frozen-v, mode less"
     assert len(found.rows) == 5
     scores = found.candidates.scores[0]
-    assert not torch.allclose(scores[:-1], select(plain, tasks, method=method, count=5).candidates.scores[0][:-1])
+    assert not torch.allclose(
+        scores[:-1], select(plain, tasks, method=method, count=5, by="task").candidates.scores[0][:-1]
+    )
     assert scores[-1] == -torch.inf
     if method == "influence":
         expected = frozen_scores(plain, queries_for(plain, 3), adam_mode="less", cosine=False).mean(0)

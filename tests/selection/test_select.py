@@ -28,6 +28,8 @@ TASKS = [
     {"task": "sums", "prompt": "8 and 1?", "completion": " no, 9"},
     {"task": "else", "prompt": "What?", "completion": " it is so"},
 ]
+PUBLISHED = {"by": "task", "selector": "max"}
+"""LESS's way; the default takes turns by example."""
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,12 @@ def built(model, tmp_path_factory):
 
 @pytest.mark.parametrize("method", [name for name, entry in catalogue.SCORERS.items() if entry.needs_index])
 def test_methods_of_an_index_choose_rows_that_can_be_trained_on(built, method):
-    found = select(built, TASKS, method=method, count=6)
+    found = select(built, TASKS, method=method, count=6, **PUBLISHED)
     assert len(found.rows) == 6
     assert [row["id"] for row in found.rows] == [f"row-{number}" for number in found.selection.rows]
     scores = [row["whence_score"] for row in found.rows]
     assert scores == sorted(scores, reverse=True), "by the best over tasks, in rank order"
-    again = select(built, TASKS, method=method, count=6)
+    again = select(built, TASKS, method=method, count=6, **PUBLISHED)
     assert again.rows == found.rows
     assert all(
         row.items() >= POOL[number].items() for number, row in zip(found.selection.rows, found.rows, strict=True)
@@ -58,7 +60,10 @@ def test_methods_of_an_index_choose_rows_that_can_be_trained_on(built, method):
 
 def test_less_is_the_cosine_with_each_tasks_mean_gradient(built):
     """Against the index' own vectors, in a loop."""
-    view, found = IndexView(open_index(built)), select(built, TASKS, method="less", count=24, duplicates=None)
+    view, found = (
+        IndexView(open_index(built)),
+        select(built, TASKS, method="less", count=24, **PUBLISHED, duplicates=None),
+    )
     rows = torch.cat([vectors[0] for vectors, _ in view.vectors()])
     for name, members in (("sums", TASKS[:2]), ("else", TASKS[2:])):
         encoded = [next(iter(_encoded(view, row))) for row in members]
@@ -98,6 +103,13 @@ def test_targets_are_tasks_or_examples(built):
     assert select(built, without, method="random", count=4).candidates.targets == ["task"]
 
 
+@pytest.mark.parametrize("method", ["less", "influence", "datainf", "reach"])
+def test_methods_of_gradients_give_each_example_its_turn_unless_told(built, method):
+    chosen = select(built, TASKS, method=method, count=6)
+    assert sorted(chosen.selection.targets) == sorted([f"sums {n}" for n in (0, 1)] * 2 + ["else 2"] * 2)
+    assert chosen.settings["selector"] == "round_robin over 3 examples, 3 examples"
+
+
 def test_rds_plus_takes_turns_by_example_unless_told(built):
     found = select(built, TASKS, method="rds+", count=3)
     assert len({*found.selection.targets}) == 3
@@ -117,15 +129,15 @@ def test_rows_that_say_nothing_are_left_out_with_their_reason(model):
 
 
 def test_a_task_row_without_an_answer_is_left_out_and_told(built):
-    found = select(built, [*TASKS, {"task": "sums", "text": None}], method="less", count=2)
+    found = select(built, [*TASKS, {"task": "sums", "text": None}], method="less", count=2, **PUBLISHED)
     assert found.selection.notes[0].startswith("1 task rows")
     assert found.candidates.targets == ["sums", "else"]
     with pytest.raises(CorpusError, match="none of its 1 rows has a supervised token"):
-        select(built, [{"text": None}], method="less", count=2)
+        select(built, [{"text": None}], method="less", count=2, **PUBLISHED)
     with pytest.raises(CorpusError, match="no rows"):
-        select(built, [], method="less", count=2)
+        select(built, [], method="less", count=2, **PUBLISHED)
     with pytest.raises(SettingError, match="--method less compares rows with a task's examples: add --tasks FILE"):
-        select(built, method="less", count=2)
+        select(built, method="less", count=2, **PUBLISHED)
     assert len(select(built, method="random", count=2).rows) == 2, "chance looks at no task"
 
 
@@ -169,7 +181,7 @@ def test_the_whole_of_less_on_a_tiny_run(model, tmp_path):
         model, POOL, tmp_path / "run", lora_rank=2, max_steps=4, checkpoints=2, batch_size=4, lr=1e-2, progress=False
     )
     index(run, POOL, tmp_path / "less", view="adam", checkpoints="all", width=64, codec="float32", progress=False)
-    found = select(tmp_path / "less", TASKS[:2], method="less", count=5)
+    found = select(tmp_path / "less", TASKS[:2], method="less", count=5, **PUBLISHED)
     assert "view adam" in found.settings["gradients"]
     view = IndexView(open_index(tmp_path / "less"))
     assert len(view.weights) == 2 and float(view.weights.sum()) == pytest.approx(1)
@@ -204,13 +216,13 @@ def test_nan_rows_of_the_pool_and_of_tasks_are_left_out(broken, method):
     assert spoilt and 0 in spoilt
     fine = next(row for number, row in enumerate(POOL) if number not in spoilt)
     nan = POOL[0] | {"task": "sums"}
-    found = select(source, [nan, fine | {"task": "sums"}], method=method, count=99)
+    found = select(source, [nan, fine | {"task": "sums"}], method=method, count=99, **PUBLISHED)
     assert not {*found.selection.rows} & {*spoilt}
     assert found.selection.tally()["no finite score"] == len(spoilt)
-    alone = select(source, [fine | {"task": "sums"}], method=method, count=99)
+    alone = select(source, [fine | {"task": "sums"}], method=method, count=99, **PUBLISHED)
     assert found.selection.rows == alone.selection.rows
     with pytest.raises(SettingError, match="none of its 1 examples has a finite gradient"):
-        select(source, [nan], method=method, count=2)
+        select(source, [nan], method=method, count=2, **PUBLISHED)
 
 
 def test_a_task_in_another_language_shares_no_word_and_that_is_told(model):

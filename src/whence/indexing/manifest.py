@@ -232,6 +232,8 @@ def check_same(old: Manifest, new: Manifest, where: str) -> None:
         )
 
 
+WEIGHT_DIGITS = 6
+"""Digits to which a checkpoint's weight is compared: below lies rounding."""
 _NOT_COMPARED = ("base", "learning_rate", "rates")
 """An adapter's base is identified by its digest; of learning rates, the weights that they gave are compared."""
 
@@ -248,6 +250,7 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
         for name, value in json.loads(json.dumps(group)).items():
             if name in _NOT_COMPARED:
                 continue
+            value = round(value, WEIGHT_DIGITS) if name == "weight" else value
             inner = value.items() if isinstance(value, dict) else [(None, value)]
             out.update({prefix + (name if key is None else f"{name}.{key}"): item for key, item in inner})
     return out

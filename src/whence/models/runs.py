@@ -15,6 +15,7 @@ such a directory is refused.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def _read_state(directory: Path) -> _State:
         state: dict[str, Any] = json.loads(file.read_text())
         log = [entry | {"step": int(entry["step"])} for entry in state["log_history"]]
         for entry in log:
-            float(entry.get("learning_rate", 0.0))
+            entry |= {"learning_rate": float(entry["learning_rate"])} if "learning_rate" in entry else {}
         return _State(log, int(state["max_steps"]) if state.get("max_steps") else None)
     except FileNotFoundError:
         return _State()
@@ -141,7 +142,8 @@ def _shown(entry: dict[str, Any]) -> str:
 
 
 def _step_rates(directories: list[Path], newest: _State) -> StepRates | None:
-    log = [(entry["step"], float(entry["learning_rate"])) for entry in newest.log or () if "learning_rate" in entry]
+    entries = [entry for entry in newest.log or () if math.isfinite(entry.get("learning_rate", math.nan))]
+    log = [(entry["step"], float(entry["learning_rate"])) for entry in entries]
     schedulers = {_step(directory): read_scheduler(directory) for directory in directories}
     by_step = {step: state for step, state in schedulers.items() if state is not None}
     return step_rates(log, by_step, _step(directories[-1]), newest.max_steps)
