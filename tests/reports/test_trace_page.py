@@ -80,7 +80,7 @@ def hostile_trace():
         hit(-1, -0.1, {"instruction": every, "input": every, "output": every}, source=every),
         hit(1, 0.1, {"text": every}, query=1),
     ]
-    return Trace([asked, asked], hits, every, 9, [every, every], 4.0, [], [every], {every: every})
+    return Trace([asked, asked], hits, every, 9, [every, every], [4.0, 4.0], [], [every], {every: every})
 
 
 def payload(page):

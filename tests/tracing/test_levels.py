@@ -5,9 +5,9 @@ import torch
 
 from conftest import corpus_rows
 from whence import catalogue
-from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import open_index
+from whence.tracing import retrieval
 from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, rounded, verdict
 from whence.tracing.nulls import nulls, row_controls
 from whence.tracing.pipeline import trace
@@ -89,10 +89,7 @@ def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
 
 
 def test_every_query_has_the_level_of_its_own_length_and_each_is_measured_once(built, monkeypatch):
-    opened, sizes = open_index(built.store.place.root), []
-    from whence.tracing import retrieval
-
-    real = retrieval.query_vectors
+    opened, sizes, real = open_index(built.store.place.root), [], retrieval.query_vectors
     monkeypatch.setattr(
         retrieval, "query_vectors", lambda index, texts, **how: sizes.append(len(texts)) or real(index, texts, **how)
     )
@@ -114,13 +111,12 @@ def test_a_method_without_a_null_says_so(built, method):
     found = trace(built, *ASKED, top=2, method=method)
     assert (found.levels, found.verdicts, found.needed_z) == ([], [], None)
     (note,) = found.notes
-    assert note.startswith(f"no z and no verdict with --method {method}: a null asks 227 queries more")
+    assert note.startswith(f"no z and no verdict with --method {method}: ") and note.endswith("with --method cosine.")
+    assert ("it takes a gradient for every token, and a null asks 227 queries more" in note) == (method == "reach")
     assert trace(built, *ASKED, top=2, method=method, null=False).notes == []
 
 
-def test_a_query_is_no_longer_than_the_context(built):
-    shape = Shape(400, ((1.0, 64, 0, 64),))
-    assert all(len(sequence.encoded.ids) <= built.model().context for (sequence,) in meaningless(built, shape))
-    vectors = query_vectors(built, [[SignedSequence(built_sequence.encoded)] for (built_sequence,) in
-                                    meaningless(built, shape)[:2]])  # fmt: skip
-    assert vectors.isfinite().all()
+def test_a_meaningless_query_is_no_longer_than_the_context(built):
+    drawn = meaningless(built, Shape(400, ((1.0, 64, 0, 64),)))
+    assert all(len(sequence.encoded.ids) <= built.model().context for (sequence,) in drawn)
+    assert query_vectors(built, drawn[:2]).isfinite().all()

@@ -124,13 +124,12 @@ def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[
             f"no z and no verdict: {index.store.place.root} has fewer than {2 * nulls.LEAST} rows to draw control "
             "queries from. Give some with --controls."
         ]
-    queries = nulls.CONTROLS + MEANINGLESS
-    reason = f"a null asks {queries} queries more, each in a pass over the corpus"
+    reason = "a null is measured of scores from the index' vectors alone"
     if settings.method == "reach":
-        reason = f"a null asks {queries} queries more, each by a gradient for every token"
+        reason = f"it takes a gradient for every token, and a null asks {nulls.CONTROLS + MEANINGLESS} queries more"
     return [
-        f"no z and no verdict with --method {settings.method}: {reason}, so none is measured. See whether an example "
-        "stands above chance with --method cosine."
+        f"no z and no verdict with --method {settings.method}: {reason}. Whether an example stands above chance, see "
+        "with --method cosine."
     ]
 
 
