@@ -62,7 +62,7 @@ def small_trace():
         method="cosine",
         rows=1234,
         verdicts=["The best example stands above the null.", "Nothing stands above the null."],
-        needed_z=4.5,
+        levels=[4.5, 5.0],
         overlaps=[0.9, 0.5],
         notes=["--top 5: only 2 rows can be ranked."],
         settings={"model": "tiny"},
@@ -80,7 +80,7 @@ def hostile_trace():
         hit(-1, -0.1, {"instruction": every, "input": every, "output": every}, source=every),
         hit(1, 0.1, {"text": every}, query=1),
     ]
-    return Trace([asked, asked], hits, every, 9, [every, every], 4.0, [], [every], {every: every})
+    return Trace([asked, asked], hits, every, 9, [every, every], [4.0, 4.0], [], [every], {every: every})
 
 
 def payload(page):
@@ -126,13 +126,20 @@ def test_numbers_that_json_lacks_do_not_break_it():
         [hit(1, math.nan, {"text": "t"}, exact=math.inf, null=null, by_token=broken[:2], tokens=tokens)],
         "dot",
         1,
-        needed_z=math.inf,
+        levels=[math.inf],
         overlaps=[math.nan],
     )
     first = payload(trace_page(found))["queries"][0]
     (shown,) = first["helpful"]
     assert shown["score"] is None and shown["exact"] is None and first["overlap"] is None
-    assert shown["null"] == {"scores": [0.5], "mean": None, "z": None, "percentile": None, "generic": False}
+    assert shown["null"] == {
+        "scores": [0.5],
+        "mean": None,
+        "z": None,
+        "needed": None,
+        "percentile": None,
+        "generic": False,
+    }
     assert shown["tokens"]["shares"] == [None, -1.0]
     assert entries(shown["tokens"]).tolist()[0] == [0.0, 0.0, 0.0]
 
@@ -370,7 +377,7 @@ def test_what_was_found_is_said(show):
     for words in (
         "2 of 2 tokens at p ≥ 0.5", "The best example stands above the null.", "90% are among the exact best",
         "--top 5: only 2 rows can be ranked.", "z 4.90", "above all 4", "generic", "id1", "web", "exact +0.500",
-        "cosine of the index' vectors", "1,234", "4.50: 19 of 20 stay below", "tiny",
+        "cosine of the index' vectors", "1,234", "4.50 to 5.00, by a query's length: 19 of 20 stay below", "tiny",
     ):  # fmt: skip
         assert words in said
     assert browser.value("document.querySelectorAll('.null svg rect').length") == 3

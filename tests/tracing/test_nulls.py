@@ -14,16 +14,8 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import Index, open_index
 from whence.tracing import queries, retrieval
-from whence.tracing.nulls import (
-    LEAST,
-    control_scores,
-    meaningless,
-    needed_z,
-    nulls,
-    query_controls,
-    row_controls,
-    verdict,
-)
+from whence.tracing.levels import MEANINGLESS
+from whence.tracing.nulls import LEAST, control_scores, nulls, query_controls, row_controls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import query_vectors
 
@@ -156,28 +148,6 @@ def test_what_never_varies_has_no_z():
     assert (null.mean, null.z, null.percentile, null.generic) == (0, 0, 0, False)
 
 
-# -- the best of many
-
-
-def test_nineteen_of_twenty_meaningless_queries_stay_below_the_needed_z():
-    best = torch.randperm(40).float().tolist()
-    needed = needed_z(best)
-    assert sum(z > needed for z in best) == 2
-    assert sum(z <= needed for z in best) == 38
-
-
-@pytest.mark.parametrize(
-    ("best", "words"),
-    [
-        (3.1, "The best example stands above the null: z 3.1, where meaningless completions reach 3.0."),
-        (3.0, "Nothing here stands above the null: the best z is 3.0, and meaningless completions reach 3.0."),
-        (None, "Nothing here stands above the null: no example has a null, and"),
-    ],
-)
-def test_a_verdict_is_in_words(best, words):
-    assert verdict(best, 3.0).startswith(words)
-
-
 # -- in a trace
 
 
@@ -202,7 +172,7 @@ def by_id(hits):
 
 def test_a_null_is_what_control_queries_score(built, controls):
     found = trace(built, *ASKED, controls=controls, top=40)
-    theirs = trace(built, queries=controls, controls=controls, top=40)
+    theirs = trace(built, queries=controls, controls=controls, top=40, null=False)
     others = [by_id(theirs.of(number)) for number in range(LEAST)]
     for hit in found.of(0):
         expected = [scores[hit.id] for scores in others]
@@ -227,10 +197,10 @@ def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, co
     chosen = {"top": 40, "controls": controls if given else None}
     plain, found = trace(built, *ASKED, **chosen), trace(built, *ASKED, specific=True, **chosen)
     if given:
-        others = trace(built, queries=controls, **chosen)
+        others = trace(built, queries=controls, **chosen, null=False)
         numbers = range(LEAST)
     else:  # the controls are rows, which a file of rows asks for
-        others = trace(built, queries=corpus_rows(40), **chosen)
+        others = trace(built, queries=corpus_rows(40), **chosen, null=False)
         numbers = row_controls(built, cosine=True).rows.tolist()
     scores = [by_id(others.of(number)) for number in numbers]
     raw = by_id(plain.of(0))
@@ -241,38 +211,6 @@ def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, co
     assert {hit.id: hit.null.z for hit in found.of(0)} == pytest.approx(
         {hit.id: hit.null.z for hit in plain.of(0)}, rel=1e-2, abs=1e-3
     )
-
-
-def test_every_query_has_a_verdict_about_its_best_helpful_example(built):
-    found = trace(built, queries=[{"prompt": "5?", "completion": " yes"}, {"prompt": "6?", "completion": "!!"}], top=4)
-    for number in range(2):
-        best = max(hit.null.z for hit in found.of(number))
-        assert found.verdicts[number] == verdict(best, found.needed_z)
-
-
-def test_meaningless_completions_are_drawn_by_seed_and_laid_out_as_queries_are(built):
-    drawn, tokenizer = meaningless(built), built.model().tokenizer
-    assert drawn == meaningless(built)
-    assert drawn != meaningless(built, seed=1)
-    assert len(drawn) == 40
-    for one in drawn:
-        first = one.supervised.index(True)
-        assert tokenizer.decode(one.ids[:first], skip_special_tokens=True) in {row["prompt"] for row in corpus_rows(40)}
-        assert one.ids[0] == tokenizer.bos_token_id
-        assert all(one.supervised[first:])
-
-
-def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
-    """Each of them asked as a query of its own: two of forty stand above the level, by its definition."""
-    found = trace(built, *ASKED, top=4)
-    drawn, best = meaningless(built), []
-    vectors = query_vectors(built, [[SignedSequence(one)] for one in drawn])
-    controls = row_controls(built, cosine=True)
-    for number in range(len(drawn)):
-        helpful, _ = built.store.top_k(vectors[:, [number]], torch.tensor(built.weights), m=4, cosine=True)
-        rows, scores = helpful.rows[0].tolist(), helpful.scores[0].tolist()
-        best.append(max(null.z for null in nulls(built, controls, rows, scores, cosine=True)))
-    assert sum(z > found.needed_z + 1e-4 for z in best) == 2
 
 
 def test_what_is_looked_at_closer_is_not_corrected(built):
@@ -289,6 +227,9 @@ def test_without_a_null_there_is_no_verdict(tiny_index):
     found = trace(tiny_index, *ASKED, top=2)
     assert found.settings["control queries"] == "none, for there are fewer than 32 rows"
     assert (found.verdicts, found.needed_z, [hit.null for hit in found.hits]) == ([], None, [None] * 4)
+    assert found.notes == [f"no z and no verdict: {tiny_index} has fewer than 32 rows to draw control queries from. "
+                           "Give some with --controls."]  # fmt: skip
+    assert trace(tiny_index, *ASKED, top=2, null=False).notes == []
     with pytest.raises(SettingError, match=f"--specific needs at least {LEAST} control queries.*--controls"):
         trace(tiny_index, *ASKED, specific=True)
 
@@ -327,7 +268,7 @@ def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkey
     other = open_index(built.store.place.root)
     other.__dict__["space"] = replace(built.space, view="adam")
     found, expected = trace(other, *ASKED, top=2), trace(open_index(built.store.place.root), *ASKED, top=2)
-    assert sizes == [1 + 20 + 40, 1 + 40], "the query, half of the rows, what is meaningless"
+    assert sizes == [1 + 20 + MEANINGLESS, 1 + MEANINGLESS], "the query, half of the rows, what is meaningless"
     assert found.needed_z == pytest.approx(expected.needed_z, rel=1e-3)
     for one, same in zip(found.hits, expected.hits, strict=True):
         assert (one.id, one.null.z) == (same.id, pytest.approx(same.null.z, rel=1e-3, abs=1e-3))

@@ -79,7 +79,8 @@ def trace(
     if as_json:
         answers = [answer.as_json() for answer in result.answers]
         more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}
-        print_json({"answers": answers, "method": result.method, "needed_z": result.needed_z, **more, "rows": rows})
+        levels = {"needed_z": result.needed_z, "levels": result.levels}
+        print_json({"answers": answers, "method": result.method, **levels, **more, "rows": rows})
         return
     print_part(trace_tables(result))
     if out is not None:

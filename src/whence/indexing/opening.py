@@ -64,7 +64,7 @@ class Index:
         self._checked: set[int] = set()
         """Checkpoints whose optimizer file is known to be the right one."""
         self.levels: dict[tuple, float] = {}
-        """Results of `nulls.needed_z` by its arguments: each is measured once while the index is open."""
+        """Results of `tracing.levels` by what they depend on: each is measured once while the index is open."""
 
     @cached_property
     def space(self) -> GradientSpace:

@@ -291,9 +291,9 @@ function stripes(values, largest) {
 // -- the null
 
 function nullView({ null: found, score: own }) {
-  const clears = DATA.neededZ !== null && found.z !== null && found.z >= DATA.neededZ;
+  const clears = found.needed !== null && found.z !== null && found.z > found.needed;
   const z = el("b", { class: clears ? "clears" : "" }, `z ${found.z === null ? "n/a" : plain(found.z)}`);
-  if (DATA.neededZ !== null) z.title = `Chance alone reaches ${plain(DATA.neededZ)}.`;
+  if (found.needed !== null) z.title = `Chance alone reaches ${plain(found.needed)}.`;
   const caption = el("figcaption", {}, z, el("span", { title: "control queries" }, above(found)));
   return el("figure", { class: "null" }, found.scores.length && own !== null ? histogram(found, own) : "", caption);
 }

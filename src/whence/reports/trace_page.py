@@ -62,11 +62,12 @@ def _trace(trace: Trace) -> dict[str, Any]:
     method_text = trace.method if method is None else f"{trace.method}: {method.about}"
     facts = {"method": method_text, "examples ranked": f"{trace.rows:,}"}
     if trace.needed_z is not None:
-        facts["z of meaningless completions"] = f"{trace.needed_z:.2f}: 19 of 20 stay below"
+        among = sorted({f"{level:.2f}" for level in trace.levels}, key=float)
+        shown = among[0] if len(among) == 1 else f"{among[0]} to {among[-1]}, by a query's length"
+        facts["z of meaningless completions"] = f"{shown}: 19 of 20 stay below"
     return {
         "isCosine": method is not None and method.cosine,
         "isInfluence": method is None or method.scorer is None,
-        "neededZ": _number(trace.needed_z),
         "notes": [_visible(note) for note in trace.notes],
         "settings": [[_visible(name), _visible(value)] for name, value in (facts | trace.settings).items()],
         "queries": [_query(trace, number) for number in range(len(trace.answers))],
@@ -86,8 +87,8 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
         "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
         "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
         "overlap": _number(trace.overlaps[number]) if number < len(trace.overlaps) else None,
-        "helpful": [_hit(hit) for hit in trace.of(number)],
-        "opposing": [_hit(hit) for hit in trace.of(number, opposing=True)],
+        "helpful": [_hit(hit, trace.levels) for hit in trace.of(number)],
+        "opposing": [_hit(hit, trace.levels) for hit in trace.of(number, opposing=True)],
     }
 
 
@@ -98,7 +99,7 @@ def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> 
     ]
 
 
-def _hit(hit: Hit) -> dict[str, Any]:
+def _hit(hit: Hit, levels: list[float]) -> dict[str, Any]:
     by_token = None if hit.tokens is not None else hit.by_token  # a matrix brings its own, of the exact score
     shown = {
         "rank": hit.rank,
@@ -106,7 +107,7 @@ def _hit(hit: Hit) -> dict[str, Any]:
         "source": None if hit.source is None else _visible(hit.source),
         "score": _number(hit.score),
         "exact": _number(hit.exact),
-        "null": None if hit.null is None else _null(hit.null),
+        "null": None if hit.null is None else _null(hit.null, levels[hit.query] if levels else None),
         "shares": None if by_token is None else [_number(share) for share in by_token],
         "tokens": None if hit.tokens is None else _matrix(hit.tokens),
     }
@@ -121,11 +122,12 @@ def _text(hit: Hit) -> dict[str, Any]:
     return {"prompt": row.get("prompt", "") if hit.tokens.basis == "loss" else "", "completion": ""}
 
 
-def _null(null: Null) -> dict[str, Any]:
+def _null(null: Null, level: float | None) -> dict[str, Any]:
     return {
         "scores": [_number(score, digits=4) for score in null.scores if math.isfinite(score)],
         "mean": _number(null.mean),
         "z": _number(null.z),
+        "needed": _number(level),
         "percentile": _number(null.percentile),
         "generic": null.generic,
     }

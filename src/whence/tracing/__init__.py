@@ -6,7 +6,8 @@ scores for control queries, so that chance is not read as a cause. In the order 
 
     queries     prompts and completions to tokens, and to vectors in the index' space
     retrieval   vectors to ranked examples: rank, correct, re-rank by exact gradients
-    nulls       control queries: z, percentile, generic examples, and the level that meaningless completions reach
+    nulls       control queries: z, percentile, generic examples
+    levels      the level of the verdict: what meaningless completions of a query's own length reach
     matrices    the examples shown, token by token
     baselines   methods that read the corpus itself: unprojected gradients, words, embeddings, chance
     results     answers, hits and nulls as plain data

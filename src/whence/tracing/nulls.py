@@ -6,10 +6,8 @@ their mean; its percentile is the share of control queries with a lower score. A
 left out. Controls are scaled to the query's norm, so that z does not change with the size of a query's gradient.
 
 The best of n examples has a high z by chance, and scores have heavy tails: normal scores would reach 4.7 in one query
-of twenty, and a quarter of meaningless queries did (docs/results/tracing.md). So the level is measured: `MEANINGLESS`
-completions of uniformly random tokens, under prompts of the corpus, are traced in the same way (without `exact`), and
-19 of 20 of them stay below `needed_z`. An ordinary answer under an unrelated prompt may well stand above it: some
-examples teach its words.
+of twenty, and a quarter of meaningless queries did (docs/results/tracing.md). So the level is measured, in
+`tracing.levels`, for queries of the same length.
 
 A generic example scores high for any query: its mean over the controls is among the top hundredth of a random sample of
 the corpus, and its scores are positive for nine controls of ten. Such examples have large or common gradients (a short,
@@ -18,8 +16,6 @@ from each example's score, which gives the score of the query minus the mean con
 controls themselves the correction includes a share of their own norm, 1/128 of a cosine of 1.)
 """
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +23,6 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from whence.corpus.layouts import shown_text
-from whence.corpus.tokens import Encoded, encode_query
 from whence.indexing.opening import Index
 from whence.indexing.scan import unit
 from whence.numerics import generator, inverse_or_zero
@@ -43,10 +37,6 @@ LEAST = 16
 """Fewest controls that make a null."""
 USUAL = 0.99
 MOSTLY = 0.9
-MEANINGLESS = 40
-MEANINGLESS_TOKENS = 24
-PROMPT_CHARACTERS = 400
-CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -152,40 +142,3 @@ def nulls(
         percentile = 100 * float((others < score).float().mean())
         out.append(Null(others.tolist(), mean, z, percentile, generic))
     return out
-
-
-def meaningless(index: Index, seed: int = 0) -> list[Encoded]:
-    """Completions of uniformly random tokens, which no example can have taught, under prompts of rows of the index.
-
-    They are laid out and closed as any query is, so that they have what all rows share, such as a chat template.
-    """
-    rng, tokenizer = generator(seed, "nulls", "meaningless"), index.model().tokenizer
-    rankable = index.store.rankable()
-    rows = rankable[torch.randint(len(rankable), (MEANINGLESS,), generator=rng)].tolist()
-    allowed = torch.tensor(sorted({*range(len(tokenizer))} - {*tokenizer.all_special_ids}))
-    drawn = allowed[torch.randint(len(allowed), (MEANINGLESS, MEANINGLESS_TOKENS), generator=rng)]
-    prompts = [shown_text(json.loads(row["row"])).get("prompt") or "" for row in index.store.read_rows(rows)]
-    pairs = [(prompt[:PROMPT_CHARACTERS], tokenizer.decode(ids)) for prompt, ids in zip(prompts, drawn, strict=True)]
-    encoded = [encode_query(prompt, completion, tokenizer, kind=index.layout) for prompt, completion in pairs]
-    longest = index.store.manifest.settings["max_tokens"]
-    return [
-        Encoded(query.ids[:longest], query.supervised[:longest]) for query in encoded if any(query.supervised[:longest])
-    ]
-
-
-def needed_z(best: Sequence[float]) -> float:
-    """The z that 19 of 20 meaningless queries' best z stay below."""
-    return sorted(best)[math.ceil((1 - CHANCE) * len(best)) - 1]
-
-
-def verdict(best: float | None, needed: float) -> str:
-    """Whether any example stands above the null, in words."""
-    if best is not None and best > needed:
-        return (
-            f"The best example stands above the null: z {best:.1f}, where meaningless completions reach {needed:.1f}."
-        )
-    reason = "no example has a null" if best is None else f"the best z is {best:.1f}"
-    return (
-        f"Nothing here stands above the null: {reason}, and meaningless completions reach {needed:.1f}. "
-        "Do not read a cause into these examples."
-    )

@@ -24,6 +24,7 @@ from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
+from whence.tracing.levels import MEANINGLESS, Shape, cost
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
 from whence.tracing.results import Answer, Trace
@@ -94,7 +95,9 @@ def trace(
     if catalogue.trace_method(how.method).from_index:
         described["control queries"] = _control_origin(how, controls, traced)
         described["corrected for generic examples"] = "yes" if how.specific else "no"
-    notes = [*_notes(how, texts, rankable), *own_notes]
+    if traced.levels:
+        described["level of the verdict"] = f"by {cost([Shape.of(query) for query in encoded])}"
+    notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
     return replace(traced, rows=rankable, settings=described, notes=notes)
 
 
@@ -112,6 +115,24 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
     elif any(query.span is not None or query.contrast is not None for query in queries):
         notes.append(f"--method {settings.method} compares whole texts: the span and the contrast are left out of it.")
     return notes
+
+
+def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[str]:
+    """Why there is neither a z nor a verdict, where nobody asked for none."""
+    if traced.levels or not settings.null:
+        return []
+    if catalogue.trace_method(settings.method).from_index:
+        return [
+            f"no z and no verdict: {index.store.place.root} has fewer than {2 * nulls.LEAST} rows to draw control "
+            "queries from. Give some with --controls."
+        ]
+    reason = "a null is measured of scores from the index' vectors alone"
+    if settings.method == "reach":
+        reason = f"it takes a gradient for every token, and a null asks {nulls.CONTROLS + MEANINGLESS} queries more"
+    return [
+        f"no z and no verdict with --method {settings.method}: {reason}. Whether an example stands above chance, see "
+        "with --method cosine."
+    ]
 
 
 def _queries(prompt: str | None, completion: str | None, queries: Any, span: Any, contrast: str | None) -> list[Query]:
@@ -160,7 +181,7 @@ def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> st
     """Where control queries come from, in words."""
     if not (settings.null or settings.specific):
         return "none, as asked"
-    if traced.needed_z is None:
+    if not traced.levels:
         return f"none, for there are fewer than {2 * nulls.LEAST} rows"
     if controls is None:
         return f"rows of the index, drawn with seed {settings.seed}"

@@ -148,14 +148,20 @@ class Trace:
     """Number of examples that could be ranked."""
     verdicts: list[str] = field(default_factory=list)
     """For each query, whether any example stands above the null, in words. Empty: there was no null."""
-    needed_z: float | None = None
-    """The z that the best z of 19 in 20 meaningless completions stays below; see `nulls`."""
+    levels: list[float] = field(default_factory=list)
+    """For each query, the z that the best z of 19 in 20 meaningless completions of its length stays below; see
+    `levels`. Empty: there was no null."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
     notes: list[str] = field(default_factory=list)
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
+
+    @property
+    def needed_z(self) -> float | None:
+        """The level of the one query, and of many the highest; None: there was no null."""
+        return max(self.levels, default=None)
 
     def of(self, query: int, *, opposing: bool = False) -> list[Hit]:
         """Hits of one query on one side."""

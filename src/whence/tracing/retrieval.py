@@ -26,6 +26,7 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
+from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Null, TokenMatrix, Trace
@@ -156,9 +157,9 @@ class Retrieval:
     def trace(self) -> Trace:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
-        vectors, controls, needed_z = self._vectors()
+        vectors, controls, levels = self._vectors()
         m = max(2 * settings.top, settings.shortlist) if settings.exact else settings.top
-        return self._described(self._ranked(vectors, m, controls), vectors, controls, needed_z)
+        return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
 
     @one_at_a_time
     def _described(
@@ -166,7 +167,7 @@ class Retrieval:
         rankings: tuple[Ranking, Ranking],
         vectors: Float32[Tensor, "c q k"],
         controls: nulls.Controls | None,
-        needed_z: float | None,
+        levels: list[float],
     ) -> Trace:
         """A trace of the rows that were ranked."""
         settings, numbers = self.settings, range(len(self.queries))
@@ -178,50 +179,54 @@ class Retrieval:
             result.sides = [side.cut(settings.top) for side in result.sides]
         if settings.tokens:
             self._add_matrices(results, vectors)
-        out = Trace([query.answer for query in self.queries], [], settings.method, 0, needed_z=needed_z)
+        out = Trace([query.answer for query in self.queries], [], settings.method, 0, levels=levels)
         for number, result in enumerate(results):
             hits = self._hits(number, result, controls)
             out.hits.extend(hits)
             if result.overlap is not None:
                 out.overlaps.append(result.overlap)
-            if needed_z is not None:
+            if levels:
                 best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
-                out.verdicts.append(nulls.verdict(best, needed_z))
+                out.verdicts.append(verdict(best, levels[number]))
         return out
 
     @one_at_a_time
-    def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, float | None]:
-        """Gradients of the queries; the controls; and the best z that meaningless completions reach.
+    def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, list[float]]:
+        """Gradients of the queries; the controls; and each query's level, where there are controls.
 
-        All gradients are taken in one pass through the checkpoints. The level is measured once for an open index.
+        All gradients are taken in one pass through the checkpoints. A level is measured once for an open index.
         """
         settings, index = self.settings, self.index
         options = {"cosine": settings.cosine, "seed": settings.seed}
         control_queries, control_rows = self._controls()
         texts = tuple(tuple(query.sequences[0].encoded.ids) for query in control_queries)
-        key = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, texts)
-        is_new = (control_queries or control_rows is not None) and key not in index.levels
-        meaningless = nulls.meaningless(index, settings.seed) if is_new else []
+        how = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, texts)
+        keys = (
+            [(*how, Shape.of(query)) for query in self.queries] if control_queries or control_rows is not None else []
+        )
+        new = [key for key in dict.fromkeys(keys) if key not in index.levels]
+        drawn = [sequences for *_, shape in new for sequences in meaningless(index, shape, settings.seed)]
         # An index of another view holds what an optimizer makes of its rows, not their gradients as queries.
         plain = self._encoded(control_rows.tolist()) if control_rows is not None and index.space.view != "sgd" else []
-        single = [[SignedSequence(encoded)] for encoded in [*plain, *meaningless]]
         gradients = query_vectors(
             index,
-            [query.sequences for query in [*self.queries, *control_queries]] + single,
+            [query.sequences for query in [*self.queries, *control_queries]]
+            + [[SignedSequence(encoded)] for encoded in plain]
+            + drawn,
             objective=settings.objective,
         )
-        sizes = [len(self.queries), len(control_queries), len(plain), len(meaningless)]
-        vectors, control_vectors, plain_vectors, meaningless_vectors = gradients.split(sizes, 1)
+        sizes = [len(self.queries), len(control_queries), len(plain), len(drawn)]
+        vectors, control_vectors, plain_vectors, drawn_vectors = gradients.split(sizes, 1)
         if control_queries:
             controls = nulls.query_controls(index, control_vectors, **options)
         elif control_rows is not None:
             controls = nulls.row_controls(index, vectors=plain_vectors if plain else None, **options)
         else:
-            return vectors, None, None
+            return vectors, None, []
         assert controls is not None, "there are enough of them"
-        if is_new:
-            index.levels[key] = self._level(meaningless_vectors, controls)
-        return vectors, controls, index.levels[key]
+        for number, key in enumerate(new):
+            index.levels[key] = self._level(drawn_vectors[:, number * MEANINGLESS :][:, :MEANINGLESS], controls)
+        return vectors, controls, [index.levels[key] for key in keys]
 
     def _controls(self) -> tuple[list[EncodedQuery], Tensor | None]:
         """Control queries: the user's, or numbers of rows."""
@@ -240,8 +245,8 @@ class Retrieval:
         rankings, best = self._ranked(meaningless, self.settings.top, controls), []
         for number in range(meaningless.shape[1]):
             result = self._result(number, rankings, meaningless[:, number], controls)
-            best.append(max(null.z for null in self._nulls(result, result.sides[0], controls)))
-        return nulls.needed_z(best)
+            best.append(max((null.z for null in self._nulls(result, result.sides[0], controls)), default=0.0))
+        return needed_z(best)
 
     def _ranked(
         self, vectors: Float32[Tensor, "c q k"], m: int, controls: nulls.Controls | None

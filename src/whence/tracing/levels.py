@@ -1,0 +1,148 @@
+"""The level that a query's best z must pass: what meaningless queries of its own length reach.
+
+A long completion's gradient is a mean over many tokens, a short one's is a few tokens' own, and what chance reaches
+differs. So `MEANINGLESS` completions of uniformly random tokens, as long as the query's and under prompts of the corpus
+as long as its prompt, are traced in the same way (without `exact`). The level is their `needed_z`: among them and one
+more of their kind, that one stands above it with probability `CHANCE`, whatever the distribution. A span and a contrast
+are the query's own too. An ordinary answer under an unrelated prompt may well stand above it: some examples teach its
+words.
+
+Cost: `MEANINGLESS` gradients for each `Shape`, once while an index is open. Lengths are rounded to a tenth, so that
+queries of all lengths up to 1,000 tokens need some thirty levels.
+
+Source of the rank: conformal prediction, Vovk et al. 2005, https://doi.org/10.1007/b106715, proposition 2.3.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from whence.corpus.layouts import shown_text
+from whence.corpus.tokens import Encoded, encode_query
+from whence.gradients.exact import SignedSequence
+from whence.indexing.opening import Index
+from whence.numerics import generator
+from whence.tracing.queries import EncodedQuery
+
+MEANINGLESS = 99
+"""So many that a rank among them and one more has the probability `CHANCE` exactly."""
+CHANCE = 0.05
+STEPS_AN_OCTAVE = 4
+PROMPT_CHARACTERS = 400
+"""Longest prompt, of a meaningless query: the level hardly depends on it, and a longer one costs time."""
+SPARE = 1.5
+"""Random tokens that are drawn for each one that is needed: as text, some are merged."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What two queries share whose levels are the same."""
+
+    prompt: int
+    """Characters of the prompt."""
+    completions: tuple[tuple[float, int, int, int], ...]
+    """Of the completion, and of the contrast: sign, number of tokens, first and end of those that are asked about."""
+
+    @staticmethod
+    def of(query: EncodedQuery) -> "Shape":
+        """The shape of a query, its lengths rounded."""
+        answer, completions = query.answer, []
+        asked = [answer.asked, [True] * len(answer.contrast_tokens)]
+        for sequence, is_asked in zip(query.sequences, asked, strict=False):
+            completions.append((sequence.sign, *_stretch(is_asked)))
+        return Shape(rounded(min(PROMPT_CHARACTERS, len(query.query.prompt)), 1), tuple(completions))
+
+
+def _stretch(asked: list[bool]) -> tuple[int, int, int]:
+    """Number of tokens, and first and end of those that are asked about, for a completion of about this length."""
+    count, size = len(asked), rounded(len(asked), STEPS_AN_OCTAVE)
+    first, end = asked.index(True), count - asked[::-1].index(True)
+    if (first, end) == (0, count):
+        return size, 0, size
+    begin = min(size - 1, round(first * size / count))
+    return size, begin, min(size, begin + rounded(end - first, STEPS_AN_OCTAVE))
+
+
+def rounded(length: int, steps: int) -> int:
+    """A length to the nearest of so many in each octave.
+
+    >>> [rounded(length, 4) for length in (0, 1, 5, 9, 24, 25, 60, 120)]
+    [0, 1, 5, 10, 23, 27, 64, 128]
+    """
+    return round(2 ** (round(steps * math.log2(length)) / steps)) if length else 0
+
+
+def meaningless(index: Index, shape: Shape, seed: int = 0) -> list[list[SignedSequence]]:
+    """Queries of a shape whose completions are uniformly random tokens, which no example can have taught.
+
+    They are laid out and closed as any query is, so that they have what all rows share, such as a chat template.
+    """
+    rng, tokenizer = generator(seed, "levels", "meaningless"), index.model().tokenizer
+    allowed = torch.tensor(sorted({*range(len(tokenizer))} - {*tokenizer.all_special_ids}))
+    context = index.model().context
+    queries = []
+    for prompt in _prompts(index, shape.prompt, rng):
+        sequences = []
+        for sign, size, first, end in shape.completions:
+            drawn = allowed[torch.randint(len(allowed), (math.ceil(SPARE * size) + 8,), generator=rng)]
+            encoded = encode_query(prompt, tokenizer.decode(drawn), tokenizer, kind=index.layout)
+            sequences.append(SignedSequence(_cut(encoded, size, first, end, context), sign))
+        queries.append(sequences)
+    return queries
+
+
+def _prompts(index: Index, characters: int, rng: torch.Generator) -> list[str]:
+    """Starts of the corpus' prompts, or of its texts; where one is too short, others follow it."""
+    rankable = index.store.rankable()
+    rows = rankable[torch.randint(len(rankable), (2 * MEANINGLESS,), generator=rng)].tolist()
+    shown = [shown_text(json.loads(row["row"])) for row in index.store.read_rows(rows)]
+    texts = [str(text.get("prompt") or text.get("text") or "") for text in shown]
+    prompts = []
+    for number in range(MEANINGLESS):
+        prompt = texts[number]
+        for other in texts[number + 1 : number + MEANINGLESS]:
+            if len(prompt) >= characters:
+                break
+            prompt = f"{prompt} {other}".strip()
+        prompts.append(prompt[:characters])
+    return prompts
+
+
+def _cut(encoded: Encoded, size: int, first: int, end: int, context: int | None) -> Encoded:
+    """The prompt, and the last `size` tokens of the completion, of which those from `first` to `end` are supervised."""
+    targets = [place for place, is_target in enumerate(encoded.supervised) if is_target][-size:]
+    prompt = encoded.ids[: encoded.supervised.index(True)]
+    prompt = prompt[: max(1, context - size)] if context else prompt
+    asked = [first <= place < end for place in range(len(targets))]
+    if not any(asked):
+        asked[-1] = True  # fewer tokens than were drawn
+    return Encoded([*prompt, *(encoded.ids[place] for place in targets)], [False] * len(prompt) + asked)
+
+
+def cost(shapes: Sequence[Shape]) -> str:
+    """What was measured, in words."""
+    lengths = sorted({sum(completion[1] for completion in shape.completions) for shape in shapes})
+    words = ", ".join(map(str, lengths[:-1])) + " and " if len(lengths) > 1 else ""
+    return f"{MEANINGLESS} meaningless completions of {words}{lengths[-1]} tokens"
+
+
+def needed_z(best: Sequence[float]) -> float:
+    """The z that the best z of 19 in 20 meaningless queries stays below."""
+    rank = math.ceil((1 - CHANCE) * (len(best) + 1))
+    return sorted(best)[min(rank, len(best)) - 1]
+
+
+def verdict(best: float | None, needed: float) -> str:
+    """Whether any example stands above the null, in words."""
+    if best is not None and best > needed:
+        return (
+            f"The best example stands above the null: z {best:.1f}, where meaningless completions reach {needed:.1f}."
+        )
+    reason = "no example has a null" if best is None else f"the best z is {best:.1f}"
+    return (
+        f"Nothing here stands above the null: {reason}, and meaningless completions reach {needed:.1f}. "
+        "Do not read a cause into these examples."
+    )
