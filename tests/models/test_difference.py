@@ -13,6 +13,7 @@ from conftest import SIZES, byte_tokenizer, plain_trainer_run, save_tiny_llama
 from whence.errors import ModelError
 from whence.models.difference import _base_minus_final, rounding_step, weight_difference
 from whence.models.loading import load_model
+from whence.models.weights import weights_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -535,3 +536,10 @@ def test_numbers_that_are_not_finite_are_named(base, tmp_path):
     final = rewritten(base, tmp_path / "final", lambda name, x: x * math.nan if name == HEAD else x)
     with pytest.raises(ModelError, match=r"lm_head\.weight .* not finite"):
         weight_difference(base, final)
+
+
+@pytest.mark.parametrize("names", [["x"], {"w": 1}, {"w": "../x.safetensors"}, {"w": "/x.safetensors"}, None])
+def test_an_index_of_weights_names_files_beside_it(tmp_path, names):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match="not an index of weight files"):
+        weights_of(str(tmp_path), "model")

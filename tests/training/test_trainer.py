@@ -233,7 +233,7 @@ def test_other_rows_are_refused(run, parent):
 
 def test_checkpoints_of_another_training_are_refused(parent, tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(SettingError, match=r"holds checkpoints already, and no whence_train\.json"):
+    with pytest.raises(SettingError, match=r"holds checkpoint-4 already, and no whence_train\.json"):
         train(parent, ROWS, tmp_path, **QUICK)
 
 

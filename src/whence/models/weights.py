@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from whence.errors import ModelError
 from whence.models.saved_files import check_file, check_model_files
+from whence.records import MisfitError, fitting
 
 FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of dtypes in safetensors, in the order in which it stores tensors."""
@@ -140,7 +141,7 @@ def weights_of(directory: str, *stems: str) -> Weights:
             with _opened(file) as opened:
                 return Weights(directory, {name: file for name in [*opened.keys()] if not BUFFERS.search(name)})
         if index.is_file():
-            stored = read_json(index).get("weight_map", {})
+            stored = _weight_map(index)
             missing = [shard for shard in dict.fromkeys(stored.values()) if not (index.parent / shard).is_file()]
             if missing:
                 raise ModelError(f"{index}: it names {missing[0]}, which is not there. Copy the model again.")
@@ -149,10 +150,22 @@ def weights_of(directory: str, *stems: str) -> Weights:
     raise ModelError(f"{directory}: there is no {stems[0]}.safetensors in it. Give the directory of a saved model.")
 
 
+class _WeightIndex(TypedDict):
+    weight_map: dict[str, Annotated[str, re.compile(r"(?!/)(?!.*\.\.(/|$)).+")]]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Names of the files below an index' directory that hold each tensor."""
+    try:
+        return fitting(_WeightIndex, read_json(index))["weight_map"]
+    except MisfitError as error:
+        raise ModelError(f"{index}: not an index of weight files ({error}). Copy the model again.") from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A configuration, or an index of weight files."""
     check_file(file)
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not readable ({error}). Copy the model again.") from None
