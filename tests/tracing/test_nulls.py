@@ -13,7 +13,7 @@ from whence.errors import SettingError
 from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import Index, open_index
-from whence.tracing import queries, retrieval
+from whence.tracing import own_answers, retrieval
 from whence.tracing.levels import MEANINGLESS
 from whence.tracing.nulls import LEAST, control_scores, nulls, query_controls, row_controls
 from whence.tracing.pipeline import trace
@@ -246,9 +246,11 @@ def test_too_few_controls_are_refused(built):
 
 
 def test_open_prompts_of_controls_are_completed_as_the_query_is(built, monkeypatch):
-    asked, real = [], queries.generate
+    asked, real = [], own_answers.generate
     monkeypatch.setattr(
-        queries, "generate", lambda *given, **how: asked.append((given[2], how["temperature"])) or real(*given, **how)
+        own_answers,
+        "generate",
+        lambda *given, **how: asked.append((given[2], how["temperature"])) or real(*given, **how),
     )
     given = [{"prompt": row["prompt"]} for row in corpus_rows(LEAST)]
     trace(built, "5 and 3?", controls=given, top=1, max_new_tokens=3, temperature=0.5)

@@ -83,7 +83,7 @@ def answer_text(answer: Answer) -> Text:
     text.append("model said  " if answer.is_generated else "completion  ", "bold")
     is_asked = answer.asked or [True] * len(answer.tokens)
     _append_tokens(text, answer.tokens, answer.probabilities, is_asked)
-    if answer.ending is not None:
+    if answer.ending is not None and answer.ending != f"ended by {answer.tokens[-1]}":  # else it stands there
         text.append("\n").append("ending      ", "bold").append(visible(answer.ending))
     if answer.contrast is not None:
         text.append("\n").append("and not     ", "bold")
