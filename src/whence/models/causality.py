@@ -46,6 +46,7 @@ def refuse_not_causal(model: Any, path: str, device: torch.device, special: set[
     Raises:
         ModelError: They do, or the model does not run on token ids alone.
     """
+    seen = ""
     for attempt in range(ATTEMPTS):
         ids = _ordinary_ids(model, special, attempt).to(device)
         if len(ids) < COMMON + MORE or not (seen := _later_tokens_seen(model, path, ids)):
