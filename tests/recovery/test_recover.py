@@ -188,6 +188,9 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     assert all(0 < row["whence_p"] <= 1 for row in found.rows)
     assert sum(row["whence_weight"] > 0 for row in found.rows) >= 12
     assert found.settings["shadow"].startswith("15 rows, 3 epochs, sgd")
+    expected, low, high = found.members
+    assert low <= expected <= high and low <= 15 <= high
+    assert expected == pytest.approx(float(found.scores.sum()), rel=1e-4)
     odds = found.scores.logit()
     as_high = torch.stack([(found.null >= value).sum() for value in odds])
     torch.testing.assert_close(found.p_values, (1 + as_high) / (1 + len(found.null)), atol=1 / len(found.null), rtol=0)

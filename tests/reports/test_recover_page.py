@@ -33,7 +33,8 @@ def learned(odds, **changes):
     weights = torch.tensor([0.25, -1.5, 0.75]).double()
     calibration = Calibration(("part", "loss at final", "cosine at final"), weights, -2.0, 0.5, 3.0, odds.double())
     shadow = Shadow("run", Recipe(rows=50, optimizer="sgd", lr=0.1), 1.0, 0.1)
-    return Learned(shadow, calibration, **{"members": 50, "kept": 1.0, "others": odds.float()} | changes)
+    known = {"members": 50, "kept": 1.0, "others": odds.float(), "member_odds": odds.float() + 4}
+    return Learned(shadow, calibration, **known | changes)
 
 
 def recovered(count=20, size=200, share=0.1, **changes):

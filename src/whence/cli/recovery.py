@@ -104,6 +104,8 @@ def recover(
         write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
         more = {"mixture": result.mixture, "layers": result.layers}
+        if result.members is not None:
+            more["members"] = dict(zip(("expected", "low", "high"), result.members, strict=True))
         print_json({"settings": result.settings, "notes": result.notes, **more, "rows": result.rows})
         return
     print_part(recover_tables(result))

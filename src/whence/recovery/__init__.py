@@ -13,6 +13,7 @@ row gets evidence against it, and a method turns the evidence into one score a r
     membership          features of every row, and a logistic model of membership
     shadow_model        the base trained again as the model seems to have been, on rows that are known
     shadow_calibration  fits membership on a shadow
+    recalibration       fits the shadow's probabilities to the corpus, since the model may have been trained otherwise
     matching_problem    a signal and the atoms to make it of, for
     pursuit             joint matching: cosine, matching pursuit, non-negative least squares, shares of sources
     scores              the methods that need no shadow

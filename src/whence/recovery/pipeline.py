@@ -3,7 +3,8 @@
 The weight difference theta_0 - theta_f (`models.difference`) is to first order a positive sum of the gradients of the
 rows trained on. Every row's evidence against it is gathered in one stream a point (`points`): at theta_0, at theta_f,
 and at points between them if any are set. A method turns the evidence into one score a row; `calibrated`, the default,
-learns on a shadow what membership looks like (`shadow_calibration`) and gives a probability.
+learns on a shadow what membership looks like (`shadow_calibration`), fits it to the corpus (`recalibration`), since the
+model may have been trained otherwise than its shadow, and gives a probability.
 
 The larger a row's score, the more likely it is a member. A row without a supervised token or without finite evidence
 is never chosen.
@@ -14,12 +15,12 @@ Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553. How this d
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.corpus.layouts import Row
@@ -38,8 +39,9 @@ from whence.recovery.case import (
     with_scale,
 )
 from whence.recovery.evidence import PointEvidence
-from whence.recovery.membership import CorpusEvidence, features, logit, matched
+from whence.recovery.membership import CorpusEvidence, features, matched
 from whence.recovery.points import DIFFERENCE, gather_evidence, with_points_of
+from whence.recovery.recalibration import Recalibrated, recalibrated
 from whence.recovery.relinearisation import Round, relinearised
 from whence.recovery.scores import method_scores
 from whence.recovery.settings import RecoverSettings
@@ -67,8 +69,9 @@ class Recovered:
     scores: Float32[Tensor, " n"]
     """One score a row; for `calibrated` the probability of membership; -inf for rows without evidence."""
     p_values: Float32[Tensor, " n"]
-    """Share of non-members that score as high: for `calibrated` among the shadow's non-members; else among all rows of
-    the corpus, members included, which makes it too large by their share at most."""
+    """Share of non-members that score as high: for `calibrated` among the shadow's non-members, moved and scaled as the
+    corpus' are; else among all rows of the corpus, members included, which makes it too large by their share at most.
+    """
     mixture: list[dict[str, Any]]
     """By source: its share of the rows trained on and of their supervised tokens, with the ends of 95% intervals; see
     `shares.mixture_of`. Empty for a single source."""
@@ -78,7 +81,9 @@ class Recovered:
     settings: dict[str, str]
     learned: Learned | None = field(default=None, repr=False)
     null: Float32[Tensor, " m"] | None = field(default=None, repr=False)
-    """Log odds of rows known not to be members, for the share of members that `scores` assume; `calibrated` only."""
+    """Log odds of rows known not to be members, moved and scaled as the corpus' are; `calibrated` only."""
+    members: tuple[float, float, float] | None = None
+    """Expected number of members in the corpus, and the ends of its 95% interval; `calibrated` only."""
 
 
 def recover(
@@ -97,8 +102,8 @@ def recover(
         base: theta_0: directory of a model or a Trainer, or a Hub name.
         final: theta_f: the same, or an adapter on theta_0.
         corpus: Anything that `open_corpus` takes.
-        count: Rows to choose, and for the shadow the number that the model was trained on. None: the rows more likely
-            members than not; the shadow is trained on a tenth of the corpus.
+        count: Rows to choose, and about the number that the model was trained on. None: the rows more likely members
+            than not; the shadow is trained on a tenth of the corpus.
         work: Directory of the evidence and the shadow; the same call goes on from there.
         shown: Show bars on stderr.
         settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
@@ -158,9 +163,12 @@ def _recovered(
             recipe = recipe_of(case, chosen, trained_on)
             evidence, rounds = relinearised(case, evidence, listed, recipe, place, rounds=chosen.rounds,
                                             seed=chosen.seed)  # fmt: skip
-    scores, p_values, weights, null = _scores(evidence, chosen, learned, trained_on, is_count_known=count is not None)
+    scores, p_values, weights, membership = _scores(
+        evidence, chosen, learned, trained_on, is_count_known=count is not None
+    )
     usable = int(evidence.usable.sum())
-    order = scores.argsort(descending=True, stable=True)[:usable].tolist()
+    ranking = scores if membership is None else membership.log_odds
+    order = ranking.argsort(descending=True, stable=True)[:usable].tolist()
     size = min(count, usable) if count is not None else int((scores >= 0.5).sum())
     is_even = bool(chosen.choices and count is not None) if chosen.balanced is None else chosen.balanced
     numbers = evenly(order, labels, size) if is_even else order[:size]
@@ -180,7 +188,8 @@ def _recovered(
         notes=notes,
         settings=_settings_lines(case, chosen, learned, opened, is_even=is_even),
         learned=learned,
-        null=null,
+        null=None if membership is None else membership.null_log_odds.float(),
+        members=None if membership is None else (membership.members, membership.low, membership.high),
     )
 
 
@@ -225,42 +234,37 @@ def _scores(
     trained_on: int,
     *,
     is_count_known: bool,
-) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"] | None, Float32[Tensor, " m"] | None]:
-    """Scores, p-values, coefficients in the sum that matches T, and the null for the same share of members."""
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"] | None, Recalibrated | None]:
+    """Scores, p-values, coefficients in the sum that matches T, and for `calibrated` log odds of all rows."""
     if learned is None:
         scores = method_scores(evidence, settings.method, count=trained_on, seed=settings.seed)
         weights = None
         if settings.method == "nnls":
             weights = torch.zeros(len(scores)).index_copy_(0, evidence.short_list, matched(evidence)[0])
         return scores, p_values_of(scores, scores[evidence.usable]), weights, None
-    share = trained_on / len(evidence.usable)
     table = features(evidence)
     odds = learned.calibration.log_odds(table)
-    p_values = p_values_of(odds.float(), learned.others)
-    if not is_count_known:
-        share = _estimated_share(odds[table.usable], learned.calibration.share)
-    shifted_odds = learned.calibration.log_odds(table, share=share)
+    membership = recalibrated(
+        odds[table.usable],
+        learned.others,
+        learned.member_odds,
+        share=trained_on / len(evidence.usable),
+        is_share_known=is_count_known,
+        distance=learned.shadow.distance,
+        seed=settings.seed,
+    )
+    p_values = p_values_of(odds, membership.null)
+    log_odds = torch.full_like(odds, -torch.inf).masked_scatter_(table.usable, membership.log_odds)
+    scores = torch.where(table.usable, log_odds.sigmoid(), -torch.inf).float()
     weights = table.values[:, table.names.index("part")].float()
-    null = learned.others + (logit(share) - logit(learned.calibration.share))
-    return torch.where(table.usable, shifted_odds.sigmoid(), -torch.inf).float(), p_values, weights, null
+    return scores, p_values, weights, replace(membership, log_odds=log_odds)
 
 
-def p_values_of(scores: Float32[Tensor, " n"], null: Float32[Tensor, " m"]) -> Float32[Tensor, " n"]:
+def p_values_of(scores: Float[Tensor, " n"], null: Float[Tensor, " m"]) -> Float32[Tensor, " n"]:
     """(1 + number of null values as high as the score) / (1 + number of null values)."""
     ordered = null.sort().values
     below = torch.searchsorted(ordered, scores.contiguous())
     return (1 + len(ordered) - below) / (1 + len(ordered))
-
-
-def _estimated_share(odds: Tensor, share: float, rounds: int = 100) -> float:
-    """Share of members that equals the mean of the probabilities it gives.
-
-    Source: Saerens et al. 2002, doi 10.1162/089976602753284446.
-    """
-    estimate = share
-    for _ in range(rounds):
-        estimate = float((odds + logit(estimate) - logit(share)).sigmoid().mean())
-    return estimate
 
 
 def evenly(order: Sequence[int], labels: Sequence[str | None], count: int) -> list[int]:

@@ -60,6 +60,8 @@ class Learned:
     """Share of them that the shadow's short list held; 1 where all rows were matched jointly."""
     others: Float32[Tensor, " m"]
     """Log odds of rows that the shadow was not trained on: the null that p-values are taken from."""
+    member_odds: Float32[Tensor, " k"]
+    """Log odds of rows that the shadow was trained on."""
 
 
 def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
@@ -150,5 +152,8 @@ def calibrate_on_shadow(
     calibration = calibrate(features(evidence), known.is_member, seed=settings.seed)
     is_listed = torch.zeros(fingerprint.rows, dtype=torch.bool).index_fill_(0, evidence.short_list, True)
     listed_share = float(is_listed[known.is_member].float().mean())
-    others = calibration.held_out[~known.is_member & calibration.held_out.isfinite()].float()
-    return Learned(known.shadow, calibration, int(known.is_member.sum()), listed_share, others)
+    is_usable = calibration.held_out.isfinite()
+    others, member_odds = (
+        calibration.held_out[is_usable & part].float() for part in (~known.is_member, known.is_member)
+    )
+    return Learned(known.shadow, calibration, int(known.is_member.sum()), listed_share, others, member_odds)

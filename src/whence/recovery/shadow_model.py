@@ -7,7 +7,8 @@ corpus, as many rows as the model is thought to have had, by a recipe that is gi
     optimizer   the one whose first shadow, at a usual rate, has the most similar difference: how its norm is spread
                 over layers, and how evenly within each (mean |x| over root mean square: Adam moves all entries alike,
                 plain SGD a few); neither depends much on the rate, which is found for that optimizer alone
-    epochs      given; a wrong number changes little, since the rate makes up for it
+    epochs      given, and so is the batch: wrong ones still rank rows, but members then stand off otherwise than the
+                shadow's, which `recalibration` makes up for
 
 Source: shadow models, Shokri et al. 2017, https://arxiv.org/abs/1610.05820; the guesses are ours.
 """

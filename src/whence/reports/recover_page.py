@@ -28,6 +28,7 @@ from whence.reports.page import (
     stretched,
     table,
 )
+from whence.reports.recover_tables import members_text
 from whence.reports.svg import number
 
 FIRST, LAST = 10, 5
@@ -72,8 +73,8 @@ def _how(recovery: Recovered) -> list[str]:
     about = f"by {recovery.settings['method']}."
     if recovery.learned is None:
         return [about]
-    right, all_members = (_expected(scores) for scores in (recovery.scores[recovery.numbers], recovery.scores))
-    about += f" Expected members: {right} of them, {all_members} in all."
+    right = _expected(recovery.scores[recovery.numbers])
+    about += f" Expected members: {right} of them, {members_text(recovery)} in all."
     return [about, f"Shadow: {recovery.settings['shadow']}."] if "shadow" in recovery.settings else [about]
 
 
@@ -184,7 +185,7 @@ def _scores(recovery: Recovered) -> str:
         null = None if recovery.null is None else recovery.null.double().clamp(-FARTHEST, FARTHEST)
         scores = _log_odds(scores)
     if null is not None:
-        caption += f" The line: {len(null):,} rows that the shadow was not trained on, at the same share of members."
+        caption += f" The line: {len(null):,} rows that the shadow was not trained on, where this corpus has such rows."
         key += '<i class="null"></i>known not to be members'
     if lost := len(known) - len(scores):
         caption += f" {lost:,} rows are without evidence."

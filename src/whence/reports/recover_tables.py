@@ -24,14 +24,21 @@ def recover_tables(recovery: Recovered) -> RenderableType:
     head = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows, by {settings['method']}"
     parts.append(Text(head, "bold"))
     if recovery.learned is not None:
-        expected = float(recovery.scores[recovery.scores.isfinite()].sum())
-        parts.append(Text(f"Shadow: {settings['shadow']}. Expected members in all: {expected:,.0f}.", "dim"))
+        parts.append(Text(f"Shadow: {settings['shadow']}. Expected members in all: {members_text(recovery)}.", "dim"))
     if recovery.mixture:
         parts.append(_mixture(recovery))
     if recovery.rows:
         parts.append(_rows(recovery))
     parts.append(_layers(recovery))
     return Group(*parts)
+
+
+def members_text(recovery: Recovered) -> str:
+    """The expected number of members, with its 95% interval."""
+    if recovery.members is None:
+        return f"{float(recovery.scores[recovery.scores.isfinite()].double().sum()):,.0f}"
+    expected, low, high = recovery.members
+    return f"{expected:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def _mixture(recovery: Recovered) -> Table:

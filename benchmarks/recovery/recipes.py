@@ -1,0 +1,162 @@
+"""Does `recover` tell how many rows a model was trained on, where it guesses the recipe wrong?
+
+    python -m benchmarks.recovery.recipes [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+        [--rows 1500] [--members 150] [--longest 128] [--seeds 0 1 2] [--recipes ...] [--page]
+
+Models are fine-tuned on MEMBERS rows of alpaca by RECIPES, none of which but the first is the shadow's (2 epochs of
+batch 16), and hidden among ROWS. `recover` is given neither count nor recipe. Beside it stands what the shadow's own
+probabilities tell, as they were before they were fitted to the corpus (commit 6f2dbbd). A cell that has a result is
+left out, so that the same command goes on; --page writes the table of docs/results/recovery.md and runs nothing.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from benchmarks.marked import filled
+from torch import Tensor
+
+from whence import recover
+from whence.corpus.reading import open_corpus
+from whence.indexing.ingest import fingerprint_of
+from whence.numerics import auroc
+from whence.recovery.case import open_case
+from whence.recovery.membership import features, logit
+from whence.recovery.points import gather_evidence, with_points_of
+from whence.recovery.settings import RecoverSettings
+from whence.recovery.shadow_calibration import SHADOW_DIFFERENCE, build_calibration_set
+from whence.storage import Place
+from whence.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "benchmarks/recovery/results/recipes.json", ROOT / "docs/results/recovery.md"
+RECIPES = {
+    "adamw 3e-4, 2 epochs, batch 16": {"optimizer": "adamw", "lr": 3e-4, "epochs": 2, "batch_size": 16},
+    "adamw 2e-4, 5 epochs, batch 4": {"optimizer": "adamw", "lr": 2e-4, "epochs": 5, "batch_size": 4},
+    "adamw 5e-4, 1 epoch, batch 4": {"optimizer": "adamw", "lr": 5e-4, "epochs": 1, "batch_size": 4},
+    "sgd 0.08, 4 epochs, batch 8": {"optimizer": "sgd", "lr": 0.08, "epochs": 4, "batch_size": 8},
+}
+"""The first is the shadow's own."""
+
+
+def main() -> None:
+    """Run the cells that have no result, or fill in the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--model", default="../shared/models/base-6m")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/recover-recipes"))
+    parser.add_argument("--rows", type=int, default=1500)
+    parser.add_argument("--members", type=int, default=150)
+    parser.add_argument("--longest", type=int, default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.page:
+        PAGE.write_text(filled(PAGE.read_text(), "recipes", table(document)))
+        return
+    size = f"{options.members} of {options.rows}, {options.longest} tokens"
+    for seed in options.seeds:
+        for name in options.recipes:
+            cells = document.setdefault(size, {})
+            if f"{name}, seed {seed}" not in cells:
+                cells[f"{name}, seed {seed}"] = cell = measured(options, name, seed)
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+                print(name, seed, json.dumps(cell), flush=True)
+
+
+def measured(options: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
+    """One model: what is told, before and now, beside what is true."""
+    lines = (options.data / "instruct" / "alpaca.jsonl").read_text().strip().split("\n")
+    rng = random.Random(f"recipes {seed}")
+    rows = [json.loads(line) | {"id": f"row-{number}"} for number, line in enumerate(rng.sample(lines, options.rows))]
+    members = sorted(random.Random(f"recipes {name} {seed}").sample(range(options.rows), options.members))
+    is_member = torch.zeros(options.rows, dtype=torch.bool).index_fill_(0, torch.tensor(members), True)
+    slug = "".join(sign if sign.isalnum() else "-" for sign in f"{name} {seed} {options.rows}")
+    work, base = options.work / slug, str(Path(options.model).resolve())
+    start = time.perf_counter()
+    model = train(base, [rows[number] for number in members], work / "run", max_tokens=options.longest, checkpoints=1,
+                  seed=seed + 100, progress=False, **RECIPES[name])  # fmt: skip
+    trained = time.perf_counter() - start
+    start = time.perf_counter()
+    found = recover(base, model, rows, work=work / "work", shown=False, mixture="none", max_tokens=options.longest,
+                    seed=seed)  # fmt: skip
+    seconds = time.perf_counter() - start
+    assert found.learned is not None and found.members is not None
+    recipe = found.learned.shadow.recipe
+    return {
+        "true": options.members,
+        "auroc": auroc(found.scores, is_member),
+        "precision at true": float(is_member[found.scores.topk(options.members).indices].float().mean()),
+        "now": marks(found.scores, is_member) | {"low": found.members[1], "high": found.members[2]},
+        "before": marks(as_before(options, found, rows, str(model), work / "work", seed), is_member),
+        "others with p at most 0.01": float((found.p_values[~is_member] <= 0.01).float().mean()),
+        "shadow": {"optimizer": recipe.optimizer, "lr": recipe.lr, "epochs": recipe.epochs,
+                   "batch_size": recipe.batch_size, "norm": found.learned.shadow.norm,
+                   "distance": found.learned.shadow.distance},
+        "seconds": {"training": trained, "recover": seconds},
+    }  # fmt: skip
+
+
+def marks(p: Tensor, is_member: Tensor) -> dict[str, float]:
+    """Rows more likely members than not, expected members, and how many of each are."""
+    chosen, between = p >= 0.5, (p >= 0.5) & (p < 0.9)
+    return {
+        "told": int(chosen.sum()),
+        "true of told": int(is_member[chosen].sum()),
+        "expected": float(p.clamp_min(0).double().sum()),
+        "rows of .5 to .9": int(between.sum()),
+        "true of these": int(is_member[between].sum()),
+    }
+
+
+def as_before(options: argparse.Namespace, found, rows: list[dict], model: str, work: Path, seed: int) -> Tensor:
+    """The shadow's own probabilities, shifted to the share of members that equals their mean."""
+    settings = RecoverSettings(max_tokens=options.longest, seed=seed, mixture="none")
+    case, corpus = open_case(str(Path(options.model).resolve()), model, settings), open_corpus(rows)
+    known = build_calibration_set(case, corpus, settings, work, count=options.rows // 10, rows=options.rows)
+    evidence = gather_evidence(with_points_of(case, known.case), corpus, Place.at(work / "evidence"),
+                               fingerprint_of(corpus), others={SHADOW_DIFFERENCE: known.case}, shown=False)  # fmt: skip
+    calibration = found.learned.calibration
+    odds, share = calibration.log_odds(features(evidence)), calibration.share
+    for _ in range(100):
+        share = float((odds + logit(share) - logit(calibration.share)).sigmoid().mean())
+    return (odds + logit(share) - logit(calibration.share)).sigmoid()
+
+
+def table(document: dict) -> str:
+    """A line a model, and how many numbers were within 10%."""
+    lines = []
+    for size, cells in document.items():
+        lines += [f"{size}:", "", "| trained by | seed | told before, true of them | told now, true of them | expected "
+                  "(95%) | precision at true |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for name, cell in cells.items():
+            recipe, _, seed = name.rpartition(", seed ")
+            before, now = cell["before"], cell["now"]
+            lines.append(
+                f"| {recipe} | {seed} | {before['told']}, {before['true of told']} | {now['told']}, "
+                f"{now['true of told']} | {now['expected']:.0f} ({now['low']:.0f} to {now['high']:.0f}) | "
+                f"{cell['precision at true']:.3f} |"
+            )
+        near = {when: sum(abs(cell[when]["told"] / cell["true"] - 1) <= 0.1 for cell in cells.values())
+                for when in ("before", "now")}  # fmt: skip
+        inside = sum(cell["now"]["low"] <= cell["true"] <= cell["now"]["high"] for cell in cells.values())
+        between = {
+            when: " of ".join(
+                str(sum(cell[when][mark] for cell in cells.values())) for mark in ("true of these", "rows of .5 to .9")
+            )
+            for when in ("before", "now")
+        }
+        lines += ["", f"Told within 10% of true: {near['now']} of {len(cells)} models, {near['before']} before. The "
+                  f"interval holds the true number in {inside} of {len(cells)}. Rows with a probability of .5 to .9: "
+                  f"{between['now']} are true, {between['before']} before.", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
