@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import COMMON, byte_tokenizer, corpus_rows, save_tiny_llama, write_jsonl
 from whence.corpus.tokens import encode
-from whence.errors import CorpusError, ModelError, SettingError
+from whence.errors import ChecksumError, CorpusError, ModelError, SettingError
 from whence.models.loading import load_model
+from whence.models.saved_files import LIST
 from whence.training.in_run import SCORES, SETTINGS, STEPS, InRun, InRunPlan
 from whence.training.recipe import IN_RUN, MIX, TrainSettings
 from whence.training.trainer import train
@@ -363,8 +364,9 @@ def test_what_is_written(models, tmp_path):
 def test_a_record_is_as_before_where_nothing_is_measured(models, tmp_path):
     run = train(models["llama"], ROWS, tmp_path / "run", **QUICK, max_steps=1)
     record = json.loads((run / "whence_train.json").read_text())
-    names = {field for field in vars(TrainSettings()) if field not in (*IN_RUN, *MIX, "tokenizer")}
-    assert record.keys() == {"model", "corpus", "rows", "rows_digest", "is_complete"} | names
+    unused = {*IN_RUN, *MIX, "tokenizer", "chat_template", "date", "least_steps"}
+    names = vars(TrainSettings()).keys() - unused
+    assert record.keys() == {"checksum", "model", "corpus", "rows", "rows_digest", "is_complete"} | names
     assert sorted(path.name for path in run.iterdir() if "in_run" in path.name or "mixing" in path.name) == []
 
 
@@ -407,6 +409,9 @@ def test_a_run_goes_on_with_its_own_validation_rows_alone(models, tmp_path):
     with pytest.raises(SettingError, match="--in-run is '7 rows in memory' there, None here"):
         train(models["llama"], ROWS, run, **settings | {"in_run": None})
     (run / "checkpoint-1" / "in_run.npz").unlink()
+    with pytest.raises(ChecksumError, match=r"in_run\.npz is not what was written \(missing\)"):
+        train(models["llama"], ROWS, run, **settings)
+    (run / "checkpoint-1" / LIST).unlink()  # as an older Whence left it
     with pytest.raises(SettingError, match=r"in_run\.npz: not a state of --in-run"):
         train(models["llama"], ROWS, run, **settings)
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_trainer import stop_at
 
 from conftest import corpus_rows
-from whence.errors import CorpusError, JobError, SettingError
+from whence.errors import ChecksumError, CorpusError, JobError, SettingError
+from whence.models.saved_files import LIST
 from whence.training.online_mixing import LOG, MixOptions, OnlineBatches, OnlineMixer, domains_of, read_options
 from whence.training.recipe import TrainSettings
 from whence.training.trainer import train
@@ -273,6 +274,9 @@ def test_a_stopped_training_ends_with_the_same_weights_and_log(tiny_llama, tmp_p
     record = json.loads((out / "whence_train.json").read_text())
     assert (record["mix"], record["by"], "in_run" in record) == ("online", None, False)
     (out / "checkpoint-12" / "online_mixing.json").unlink()
+    with pytest.raises(ChecksumError, match=r"online_mixing\.json is not what was written \(missing\)"):
+        train(tiny_llama, ROWS, out, **settings)
+    (out / "checkpoint-12" / LIST).unlink()  # as an older Whence left it
     with pytest.raises(SettingError, match="not a state of --mix online"):
         train(tiny_llama, ROWS, out, **settings)
 
