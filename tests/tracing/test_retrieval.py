@@ -237,18 +237,18 @@ def test_what_cannot_be_chosen_is_said(exact, option, message):
 
 @pytest.mark.parametrize("method", ["cosine", "tracin", "bm25"])
 def test_fewer_rows_than_asked_for_are_all_shown_with_a_note(made, method):
-    found = trace(made(width=3), PROMPT, COMPLETION, method=method, top=9)
+    found = trace(made(width=3), PROMPT, COMPLETION, method=method, top=9, null=False)
     assert found.notes == ["--top 9: only 8 rows can be ranked; all are shown."]
     assert len(found.hits) == 16
-    assert trace(made(width=3), PROMPT, COMPLETION, method=method, top=8).notes == []
+    assert trace(made(width=3), PROMPT, COMPLETION, method=method, top=8, null=False).notes == []
 
 
 def test_a_method_of_texts_says_that_it_leaves_span_and_contrast_out(made):
-    (note,) = trace(made(width=3), PROMPT, COMPLETION, span="yes", method="bm25", top=4).notes
+    (note,) = trace(made(width=3), PROMPT, COMPLETION, span="yes", method="bm25", top=4, null=False).notes
     assert note.startswith("--method bm25 compares whole texts")
     for method in ("tracin", "reach"):
-        assert trace(made(width=3), PROMPT, COMPLETION, span="yes", method=method, top=4).notes == []
-    assert trace(made(width=3), PROMPT, COMPLETION, contrast=" no", method="reach", top=4).notes == [
+        assert trace(made(width=3), PROMPT, COMPLETION, span="yes", method=method, top=4, null=False).notes == []
+    assert trace(made(width=3), PROMPT, COMPLETION, contrast=" no", method="reach", top=4, null=False).notes == [
         "--method reach is of one completion: the contrast is left out of it."
     ]
 
