@@ -86,6 +86,13 @@ def test_a_guessed_answer_is_said_to_be_one():
     assert "The model guesses here" not in answer_text(answer([0.9, 0.6, 0.2])).plain
 
 
+def test_an_answer_says_where_it_ended_unless_its_end_stands_there():
+    own = answer([0.9, 0.8], is_generated=True)
+    assert "ending      cut after 2 tokens" in answer_text(replace(own, ending="cut after 2 tokens")).plain
+    assert "ending" not in answer_text(replace(own, ending="ended by x")).plain
+    assert "ending      ended by <|end|>" in answer_text(replace(own, ending="ended by <|end|>")).plain
+
+
 def test_perplexity_is_that_of_the_geometric_mean():
     assert answer([0.5, 0.125]).perplexity == pytest.approx(4)
     assert answer([1.0, 1.0]).perplexity == 1
