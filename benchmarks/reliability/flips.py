@@ -109,8 +109,8 @@ class Bench:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         save_model(root / "base", 0)
-        rows = [{"id": f"row-{n}", "prompt": f"{n * 37 % 101} and {n % 7}?", "completion": f" {n % 3}, {n}" + "!" * (n % 9),
-                 "source": f"s{n % 2}"} for n in range(24)]  # fmt: skip
+        rows = [{"id": f"row-{n}", "prompt": f"{n * 37 % 101} and {n % 7}?", "source": f"s{n % 2}",
+                 "completion": f" {n % 3}, {n}" + "!" * (n % 9)} for n in range(24)]  # fmt: skip
         corpus = write_rows(root / "corpus.jsonl", rows)
         write_rows(root / "task.jsonl", [{"prompt": "1 and 1?", "completion": " 1, 1"}])
         write_rows(root / "eval.jsonl", [{"text": "37 and 1? 1, 1!"}, {"text": "74 and 2? 2, 2!!"}])
@@ -118,8 +118,8 @@ class Bench:
             ("train", root / "base", corpus, "-o", root / "final", *TRAINING),
             ("index", root / "final", corpus, "-o", root / "index", "--width", 8, "--checkpoints", "all"),
             ("train", root / "base", corpus, "-o", root / "run", *TRAINING),
-            ("pool", "train", root / "base", corpus, "-o", root / "pool", "--by", "source", "--max-tokens", 64, "--tokens",
-             512, "--steps", 4, "--warmup-steps", 1),
+            ("pool", "train", root / "base", corpus, "-o", root / "pool", "--by", "source", "--max-tokens", 64,
+             "--tokens", 512, "--steps", 4, "--warmup-steps", 1),
         ]  # fmt: skip
         for words in made:
             outcome, text = run_command(*words)
@@ -142,11 +142,12 @@ class Bench:
             ],
             "pool": [("ablate", directory, "--eval", root / "eval.jsonl", "--method", "regmean", "--json")],
             "run": [
-                ("index", directory, corpus, "-o", directory.parent / "index-of-run", "--width", 8, "--restart", "--json"),
+                ("index", directory, corpus, "-o", directory.parent / "index-of-run", "--width", 8, "--restart",
+                 "--json"),
                 ("train", root / "base", corpus, "-o", directory, *TRAINING, "--json"),
             ],
-            "evidence": [("recover", root / "base", root / "final", corpus, "--count", 12, "--method", "nnls", "--mixture",
-                          "gradients", "--work", directory, "--json")],
+            "evidence": [("recover", root / "base", root / "final", corpus, "--count", 12, "--method", "nnls",
+                          "--mixture", "gradients", "--work", directory, "--json")],
         }  # fmt: skip
         if kind == "run" and directory == root / kind:  # the undamaged one is not to be finished
             directory = Path(shutil.copytree(directory, root / "run-finished", dirs_exist_ok=True))
