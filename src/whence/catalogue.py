@@ -8,7 +8,7 @@ import torch; the contract tests check every class against its Protocol.
 import difflib
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from whence.errors import UnknownNameError
 
@@ -83,7 +83,14 @@ def default_projection(view: str) -> str:
 
 _FORWARD = "one forward pass over every row"
 
-_TURNS = {"selector": "round_robin", "by": "example"}
+class _Order(TypedDict):
+    """How rows are ordered where nobody says otherwise."""
+
+    selector: str
+    by: str
+
+
+_TURNS: _Order = {"selector": "round_robin", "by": "example"}
 """One order by gradients fills up with the answer that the task's mean gradient points to (docs/results)."""
 
 SCORERS: dict[str, ScorerEntry] = {

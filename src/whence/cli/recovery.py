@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,7 +103,7 @@ def recover(
     if report is not None:
         write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
-        more = {"mixture": result.mixture, "layers": result.layers}
+        more: dict[str, Any] = {"mixture": result.mixture, "layers": result.layers}
         if result.members is not None:
             more["members"] = dict(zip(("expected", "low", "high"), result.members, strict=True))
         print_json({"settings": result.settings, "notes": result.notes, **more, "rows": result.rows})
