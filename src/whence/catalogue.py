@@ -83,6 +83,7 @@ def default_projection(view: str) -> str:
 
 _FORWARD = "one forward pass over every row"
 
+
 class _Order(TypedDict):
     """How rows are ordered where nobody says otherwise."""
 
