@@ -12,6 +12,7 @@ What it does not show: answers that many examples taught together. Here each has
 """
 
 import ast
+import functools
 import json
 import logging
 import os
@@ -110,7 +111,7 @@ def docstring_rows(count: int | None = 1000, seed: int = 0) -> list[Row]:
         SettingError: The standard library here has fewer than `count` such docstrings, or no source files.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    found = {row["id"]: row for file in _source_files(stdlib) for row in _file_rows(file, stdlib)}
+    found = _documented(stdlib)
     heads = Counter(_first_words(row["completion"]) for row in found.values())
     rows = [found[name] for name in sorted(found) if heads[_first_words(found[name]["completion"])] == 1]
     logger.info("%d of %d docstrings begin with words of their own", len(rows), len(found))
@@ -123,6 +124,12 @@ def docstring_rows(count: int | None = 1000, seed: int = 0) -> list[Row]:
         )
     chosen = random.Random(mixed_seed(seed, "demo", "rows")).sample(range(len(rows)), count)
     return [rows[number] for number in sorted(chosen)]
+
+
+@functools.cache
+def _documented(stdlib: Path) -> dict[str, Row]:
+    """Rows of all documented functions and classes by name. Parsing the library takes seconds."""
+    return {row["id"]: row for file in _source_files(stdlib) for row in _file_rows(file, stdlib)}
 
 
 def answered(generated: str, docstring: str) -> bool:
