@@ -12,8 +12,9 @@ from whence.ablation.gram_matrices import open_grams
 from whence.ablation.heldout_losses import content_name, stored_losses
 from whence.ablation.member_training import recipe_of
 from whence.ablation.pool import MANIFEST, begin_pool, open_pool
+from whence.checksums import sealed
 from whence.errors import ChecksumError, FormatVersionError, WhenceError
-from whence.storage import Place
+from whence.storage import AGAIN, Place
 
 WRITTEN = Path(__file__).parents[1] / "compatibility/written_by_5a17c86"
 
@@ -56,8 +57,8 @@ def test_a_partition_has_one_member(home):
 
 
 def test_another_format_is_told_before_its_entries(home):
-    write(home, {"format_version": 2, "other": []})
-    with pytest.raises(FormatVersionError, match="format 2"):
+    write(home, {"format_version": 3, "other": []})
+    with pytest.raises(FormatVersionError, match="format 3"):
         open_pool(home / "pool")
 
 
@@ -87,17 +88,17 @@ def test_stored_losses_are_of_one_length(tmp_path):
         raise AssertionError
 
     file = tmp_path / f"{content_name(key)}.json"
-    good = {"nats": [1.0, 2.5], "tokens": [3, 4], "bytes": [9, 9]}
-    file.write_text(json.dumps(good))
+    good = {"key": key, "nats": [1.0, 2.5], "tokens": [3, 4], "bytes": [9, 9]}
+    file.write_bytes(sealed(good))
     assert stored_losses(place, key, unmeasured).tokens.tolist() == [3, 4]
     for words, edited in changed(good):
         if words.startswith(("('nats', ", "('tokens', ")) and words.endswith(("0.5", "nan", "1000000000000")):
             continue  # another loss that could be one
-        file.write_text(json.dumps(edited))
+        file.write_bytes(sealed(edited))
         try:
             stored_losses(place, key, unmeasured)
         except ChecksumError as error:
-            assert "the same command measures again" in str(error)
+            assert AGAIN in str(error)
         except AssertionError:
             pytest.fail(words)
 

@@ -104,7 +104,9 @@ def test_no_edit_is_a_traceback(index):
 
 
 def test_a_part_has_the_rows_that_are_listed(index):
-    write(index, content())
+    document = content()
+    document["parts"][0] |= {name: document["parts"][2][name] for name in ("bytes", "sha256")}
+    write(index, document)
     part = index / "corpus/part-00000.parquet"
     shutil.copyfile(index / "corpus/part-00002.parquet", part)
     with pytest.raises(ChecksumError, match="8 rows of id, source, row; 16 are listed"):
