@@ -13,7 +13,8 @@ which goes on with it, evidence by `recover`. What comes out is one of
     silent      the use gave another answer and said nothing
     traceback   an error that nobody foresaw
 
-and a flip is found if the use refused it or `verify` named a file. Then files are exchanged or spoiled as a whole.
+and a flip is found if the use refused it or `verify` named a file. Then files are exchanged or spoiled as a whole. As
+a control an undamaged copy of each is put through the same: `verify` finds nothing, and the answer is the same.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def run_command(*words: Any) -> tuple[str, str]:
     except SystemExit as left:
         if not left.code:
             return "ok", out.getvalue()
-        return "refused", " ".join((err.getvalue() or out.getvalue()).split())
+        said = " ".join((err.getvalue() or out.getvalue()).split())
+        return "refused", said[max(0, said.find("error ")) :]  # without warnings
     except Exception as error:  # what nobody foresaw is what this looks for
         return "traceback", repr(error)
     return "ok", out.getvalue()
@@ -109,8 +111,11 @@ class Bench:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         save_model(root / "base", 0)
-        rows = [{"id": f"row-{n}", "prompt": f"{n * 37 % 101} and {n % 7}?", "source": f"s{n % 2}",
-                 "completion": f" {n % 3}, {n}" + "!" * (n % 9)} for n in range(24)]  # fmt: skip
+        rows = [
+            {"id": f"row-{n}", "prompt": f"{n * 37 % 101} and {n % 7}?", "completion": f" {n % 3}, {n}" + "!" * (n % 9),
+             "source": f"s{n % 2}"}
+            for n in range(24)
+        ]  # fmt: skip
         corpus = write_rows(root / "corpus.jsonl", rows)
         write_rows(root / "task.jsonl", [{"prompt": "1 and 1?", "completion": " 1, 1"}])
         write_rows(root / "eval.jsonl", [{"text": "37 and 1? 1, 1!"}, {"text": "74 and 2? 2, 2!!"}])
@@ -142,8 +147,7 @@ class Bench:
             ],
             "pool": [("ablate", directory, "--eval", root / "eval.jsonl", "--method", "regmean", "--json")],
             "run": [
-                ("index", directory, corpus, "-o", directory.parent / "index-of-run", "--width", 8, "--restart",
-                 "--json"),
+                ("index", directory, corpus, "-o", directory.parent / "index-of-run", "--width", 8, "--restart"),
                 ("train", root / "base", corpus, "-o", directory, *TRAINING, "--json"),
             ],
             "evidence": [("recover", root / "base", root / "final", corpus, "--count", 12, "--method", "nnls",
@@ -218,6 +222,11 @@ def member_of_nan(directory: Path) -> str:
     return "a member of NaN, with its checksum"
 
 
+def controls(bench: Bench, scratch: Path) -> list[dict[str, Any]]:
+    """Copies that nothing has happened to."""
+    return [bench.outcome(kind, lambda directory: "nothing", scratch) for kind in KINDS]
+
+
 def spoiled_whole(bench: Bench, scratch: Path) -> list[dict[str, Any]]:
     """Files exchanged or replaced as a whole."""
     losses = sorted((bench.root / "pool" / "losses").iterdir())[:2]
@@ -259,7 +268,7 @@ def flips(arguments: argparse.Namespace) -> None:
         done.append(bench.outcome(KINDS[number % len(KINDS)], flipped(rng), scratch))
         if number % 10 == 9 or number == arguments.flips - 1:
             out.write_text(json.dumps({"summary": summary(done)} | result, indent=1) + "\n")
-    whole = spoiled_whole(bench, scratch)
+    whole = controls(bench, scratch) + spoiled_whole(bench, scratch)
     shutil.rmtree(scratch)
     out.write_text(json.dumps({"summary": summary(done), "whole files": whole} | result, indent=1) + "\n")
     for kind, counts in summary(done).items():

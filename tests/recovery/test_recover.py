@@ -149,6 +149,7 @@ def test_an_adapter_with_whole_layers_beside_it_is_refused(base, adapter, tmp_pa
     shutil.copytree(last, tmp_path / "own")
     config = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
     (tmp_path / "own" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    (tmp_path / "own" / "whence_checksums.json").unlink()  # else the changed file is refused
     with pytest.raises(ModelError, match=r"whole layers were trained beside its adapter \(lm_head\)"):
         open_case(base, str(tmp_path / "own"), RecoverSettings())
     with pytest.raises(SettingError, match="--rounds: an adapter"):
