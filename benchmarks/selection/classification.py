@@ -65,6 +65,8 @@ WAYS = [
     *(Way("less", warm_up, how) for warm_up in WARM_UPS for how in (MEAN, TURNS)),
     *(Way(method, "preset", how) for method, how in (("less", BEST), ("influence", MEAN), ("influence", TURNS))),
 ]
+UNTRAINED = (Way("less", "preset", BEST), Way("influence", "preset", MEAN))
+"""Ways of which the choice is kept, and no training is made."""
 RESULTS = Path(__file__).parent / "results" / "classification.json"
 PAGE = Path(__file__).parents[2] / "docs/results/selection.md"
 BEGIN, END = "<!-- classification -->\n", "<!-- /classification -->\n"
@@ -116,7 +118,7 @@ def stage_choose(options: argparse.Namespace) -> None:
         indexes: dict[str | None, Any] = {None: pool}
         for way in WAYS:
             file = choice_file(options, way, seed)
-            if file.exists() or (way.warm_up and way.warm_up not in options.warm_ups):
+            if file.exists():
                 continue
             if way.warm_up not in indexes:
                 indexes[way.warm_up] = index_of(options, seed, way.warm_up or "", pool)
@@ -140,14 +142,15 @@ def shares(chosen: list[Row]) -> dict[str, dict[str, int]]:
 
 def stage_table(options: argparse.Namespace) -> None:
     """Train and grade."""
-    ways = {way.name: way for way in WAYS if all(choice_file(options, way, seed).exists() for seed in options.seeds)}
+    ways = {way.name: way for way in WAYS}
+    trained = {name: way for name, way in ways.items() if way not in UNTRAINED}
 
     def chooser(way: Way) -> Method:
         return Method(lambda task, seed: Choice(json.loads(choice_file(options, way, seed).read_text())))
 
     table = evaluate_selection(
         str(Path(options.model).resolve()),
-        {name: chooser(way) for name, way in ways.items()},
+        {name: chooser(way) for name, way in trained.items()},
         {"agnews": graded(options.data)},
         work=options.work / "cells",
         recipe=RECIPE,
@@ -179,6 +182,11 @@ def stage_page(options: argparse.Namespace) -> None:
         rows_of_news = ", ".join(str(seed["sources"].get("agnews", 0)) for seed in chosen) or "-"
         answers = "; ".join(", ".join(str(seed["answers"].get(label, 0)) for label in LABELS) for seed in chosen) or "-"
         out.append(f"| {line['method']} | {line['loss']:.3f} | {gain} | {rows_of_news} | {answers} |")
+    for way in UNTRAINED:
+        chosen = document["chosen"][way.name]
+        answers = "; ".join(", ".join(str(seed["answers"].get(label, 0)) for label in LABELS) for seed in chosen)
+        rows_of_news = ", ".join(str(seed["sources"].get("agnews", 0)) for seed in chosen)
+        out.append(f"| {way.name} | not trained | - | {rows_of_news} | {answers} |")
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + "\n".join(out) + "\n\n" + END + rest.partition(END)[2])
@@ -195,7 +203,6 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/classification"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--warm-ups", nargs="+", default=list(WARM_UPS), choices=WARM_UPS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for stage in options.stages:
