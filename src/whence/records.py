@@ -61,8 +61,12 @@ def read_record(kind: Any, data: bytes, where: str, remedy: str) -> Any:
         ChecksumError: The checksum is wrong, or the bytes are not JSON of this kind.
     """
     try:
-        return fitting(kind, document_of(data))
+        document = document_of(data)
     except (ValueError, RecursionError) as error:
+        raise ChecksumError(f"{where} is not what was written ({error}). {remedy}") from None
+    try:
+        return fitting(kind, document)
+    except MisfitError as error:
         raise unlike_written(where, error, remedy) from None
 
 
