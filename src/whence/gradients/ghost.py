@@ -328,7 +328,7 @@ class Ghost:
 
     def _by_example(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Repeat position ids that all examples share [1 t] for each example, so that their slopes stay separate."""
-        if args and args[0].shape[:-1].numel() == 1:
+        if torch.is_grad_enabled() and args and args[0].shape[:-1].numel() == 1:
             return args[0].expand(len(self.batch.ids), -1), *args[1:]
         return args
 
