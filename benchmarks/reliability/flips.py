@@ -154,7 +154,8 @@ class Bench:
                           "--mixture", "gradients", "--work", directory, "--json")],
         }  # fmt: skip
         if kind == "run" and directory == root / kind:  # the undamaged one is not to be finished
-            directory = Path(shutil.copytree(directory, root / "run-finished", dirs_exist_ok=True))
+            shutil.rmtree(root / "run-finished", ignore_errors=True)
+            directory = Path(shutil.copytree(directory, root / "run-finished"))
             return self.use(kind, directory)
         for words in commands[kind]:
             outcome, text = run_command(*words)
