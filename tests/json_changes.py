@@ -4,6 +4,10 @@ import copy
 import random
 from functools import partial
 
+import pytest
+
+from whence.errors import WhenceError
+
 OTHERS = (None, True, -1, 10**12, 10**30, 0.5, float("nan"), "", "../../x", "/etc/passwd", "a" * 64, [], {}, [[1]])
 
 
@@ -11,6 +15,20 @@ def some_changed(document, count, seed=0):
     """Some of `changed`, drawn at random."""
     every = list(changed(document))
     return random.Random(seed).sample(every, min(count, len(every)))
+
+
+def refusals(edits, use):
+    """How many edited documents are refused, each in one line. `use` takes one; any other error fails the test."""
+    count = 0
+    for words, edited in edits:
+        try:
+            use(edited)
+        except WhenceError as error:
+            count += 1
+            assert "\n" not in str(error), words
+        except Exception as error:
+            pytest.fail(f"{words}: {error!r}")
+    return count
 
 
 def changed(document, others=OTHERS):

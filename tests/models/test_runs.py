@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from whence.errors import ModelError, SettingError
+from whence.errors import ChecksumError, ModelError, SettingError
 from whence.models.runs import Checkpoint, open_run
+from whence.models.saved_files import list_files
 
 
 def trainer_directory(path, steps, rates):
@@ -180,6 +181,8 @@ def test_anything_else_is_a_run_of_one(tmp_path, which, path):
         b'{"log_history": [{"learning_rate": 1.0}]}',
         b'{"log_history": [{"learning_rate": null, "step": 1}]}',
         b'{"log_history": [{"learning_rate": 1.0, "step": [1]}]}',
+        b'{"log_history": [{"learning_rate": 1.0, "step": Infinity}]}',
+        b'{"log_history": [1]}',
     ],
 )
 @pytest.mark.parametrize("which", ["all", "last"])
@@ -189,6 +192,18 @@ def test_corrupt_state_names_its_file(tmp_path, state, which):
     with pytest.raises(ModelError, match="not a Trainer's state") as caught:
         open_run(tmp_path, which=which)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "scheduler.pt"])
+def test_damaged_learning_rates_are_not_weights(tmp_path, name):
+    checkpoint = trainer_directory(tmp_path, [3], {3: 1.0}) / "checkpoint-3"
+    torch.save({"_last_lr": [0.5], "base_lrs": [1.0]}, checkpoint / "scheduler.pt")
+    list_files(checkpoint)
+    assert open_run(tmp_path, which="all").checkpoints[0].weight == 1
+    data = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(data.replace(b"1.0", b"9.0", 1) if name.endswith("json") else data[:-1] + b"?")
+    with pytest.raises(ChecksumError, match=f"{name} is not what was written"):
+        open_run(tmp_path, which="all")
 
 
 def test_unknown_choice_of_checkpoints_is_refused(tmp_path):

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from whence.models.saved_files import check_file
+
 TOLERANCE = 1e-6
 """Of a known rate: rates are written with all their digits."""
 WARMUPS = 20_000
@@ -129,10 +131,15 @@ def _interpolated(at: np.ndarray, rates: np.ndarray, peak: float | None, every: 
 
 
 def read_scheduler(checkpoint: Path) -> Scheduler | None:
-    """A checkpoint's scheduler; None without one that can be read without unpickling objects."""
+    """A checkpoint's scheduler; None without one that can be read without unpickling objects.
+
+    Raises:
+        ChecksumError: `whence train` wrote it, and it is damaged.
+    """
     file = checkpoint / "scheduler.pt"
     if not file.is_file():
         return None
+    check_file(file)
     damages = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError)
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)

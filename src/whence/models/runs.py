@@ -24,6 +24,7 @@ from typing import Any
 
 from whence.errors import ModelError, SettingError
 from whence.models.learning_rates import StepRates, read_scheduler, step_rates
+from whence.models.saved_files import check_file
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
         SettingError: `which` is something else.
         ModelError: The Trainer's state cannot be read, or with "all" lacks the learning rates; or the directory holds
             checkpoints of two trainings.
+        ChecksumError: `whence train` wrote the directory, and a file with learning rates is damaged.
     """
     if which not in ("all", "last"):
         raise SettingError(f"--checkpoints {which}: choose all or last")
@@ -104,6 +106,7 @@ class _State:
 
 def _read_state(directory: Path) -> _State:
     file = directory / "trainer_state.json"
+    check_file(file)
     try:
         state: dict[str, Any] = json.loads(file.read_text())
         log = [entry | {"step": int(entry["step"])} for entry in state["log_history"]]
@@ -112,7 +115,7 @@ def _read_state(directory: Path) -> _State:
         return _State(log, int(state["max_steps"]) if state.get("max_steps") else None)
     except FileNotFoundError:
         return _State()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file}: not a Trainer's state ({error!r})") from None
 
 
