@@ -188,7 +188,7 @@ def test_recover_finds_the_rows_and_goes_on_after_a_stop(base, final, tmp_path, 
     assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
     assert all(0 < row["whence_p"] <= 1 for row in found.rows)
     assert sum(row["whence_weight"] > 0 for row in found.rows) >= 12
-    assert found.settings["shadow"].startswith("15 rows, 3 epochs, sgd")
+    assert found.settings["shadow"].startswith("15 rows, 3 epochs of batch 4, sgd")
     expected, low, high = found.members
     assert low <= expected <= high and low <= 15 <= high
     assert expected == pytest.approx(float(found.scores.sum()), rel=1e-4)
@@ -350,6 +350,18 @@ def test_a_shadow_moves_as_far_and_tells_the_optimizer(base, final, tmp_path):
     assert found.recipe.optimizer == "sgd"
     assert found.norm == pytest.approx(1, abs=0.12)
     assert found.recipe.lr == pytest.approx(0.05, rel=0.5)
+
+
+def test_epochs_and_batch_are_guessed_by_how_alike_the_differences_are(base, tmp_path):
+    """Of four pairs the one that the model was trained with, though the search begins at another."""
+    run = train(base, [ROWS[n] for n in MEMBERS], tmp_path / "run", lr=1e-3, **QUICK | {"epochs": 1, "batch_size": 2})
+    recipe = Recipe(rows=15, epochs=4.0, batch_size=8, max_tokens=32, optimizer="adamw")
+    difference, others = weight_difference(base, str(run)), [ROWS[n] for n in range(1, 60, 4)]
+    guessed = trained_shadow(base, others, difference, recipe, tmp_path / "work", epochs=(1.0,), batch_sizes=(2,))
+    assert (guessed.recipe.epochs, guessed.recipe.batch_size) == (1, 2)
+    assert guessed.recipe.lr == pytest.approx(1e-3, rel=0.3) and guessed.norm == pytest.approx(1, abs=0.12)
+    given = trained_shadow(base, others, difference, recipe, tmp_path / "work")
+    assert (given.recipe.epochs, given.recipe.batch_size) == (4, 8) and given.distance > 2 * guessed.distance
 
 
 def test_a_shadow_is_rounded_as_the_model_in_question_was(base, tmp_path):

@@ -16,7 +16,7 @@ from whence.recovery.source_models import (
     corrected,
     draw_by_shares,
     entries,
-    fitted_shares,
+    fit_of_sources,
     mixture_by_runs,
     rows_interval,
     shares_of_rows,
@@ -74,32 +74,62 @@ def test_the_fit_is_least_squares_without_negative_weights_over_all_parameters()
     found, _ = nnls(matrix.double().numpy(), right.double().numpy())
     assert found[1] == 0 and found[0] > 0, "one of them is held at 0"
     torch.testing.assert_close(
-        fitted_shares(parts, target, [9, 9, 9]), torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6
+        fit_of_sources(parts, target, [9, 9, 9]).shares, torch.from_numpy(found / found.sum()), rtol=1e-4, atol=1e-6
     )
     of_rows = torch.from_numpy(found) * torch.tensor([10.0, 20.0, 40.0])
     torch.testing.assert_close(
-        fitted_shares(parts, target, [10, 20, 40]), of_rows / of_rows.sum(), rtol=1e-4, atol=1e-6
+        fit_of_sources(parts, target, [10, 20, 40]).shares, of_rows / of_rows.sum(), rtol=1e-4, atol=1e-6
     )
     longer = [part | {"b": torch.ones(7)} for part in parts]
-    alone = fitted_shares([{"a": part["a"]} for part in parts], {"a": target["a"]}, [1, 1, 1])
-    assert torch.equal(fitted_shares(longer, target, [1, 1, 1]), alone), "another vocabulary's rows are left out"
-    assert fitted_shares(parts[:1], {name: -part for name, part in parts[0].items()}, [1]) is None, (
+    alone = fit_of_sources([{"a": part["a"]} for part in parts], {"a": target["a"]}, [1, 1, 1]).shares
+    assert torch.equal(fit_of_sources(longer, target, [1, 1, 1]).shares, alone), (
+        "another vocabulary's rows are left out"
+    )
+    assert fit_of_sources(parts[:1], {name: -part for name, part in parts[0].items()}, [1]).shares is None, (
         "it points the other way"
     )
 
 
 def test_what_known_runs_are_off_by_is_taken_off_and_makes_the_interval():
     first = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    same = torch.tensor([[0.1, -0.05, -0.05]] * 2, dtype=torch.float64)
-    shares, half = corrected(first, same)
-    torch.testing.assert_close(shares, torch.tensor([0.5, 0.35, 0.15], dtype=torch.float64))
-    assert float(half) == 0, "they agree"
-    off = same + torch.tensor([[0.02, -0.02, 0.0], [-0.02, 0.02, 0.0]], dtype=torch.float64)
-    shares, half = corrected(first, off)
-    # squares: 4 * 0.0004, freedom (2 - 1) * (3 - 1), and 1 + 1/2 for a mean of two; t of 2 is 4.303
-    assert float(half) == pytest.approx((0.0016 / 2 * 1.5) ** 0.5 * 4.30265, rel=1e-4)
-    shares, _ = corrected(first, torch.tensor([[0.0, -0.2, 0.2]] * 2, dtype=torch.float64))
-    torch.testing.assert_close(shares, torch.tensor([0.6, 0.5, 0.0], dtype=torch.float64) / 1.1)
+    true, even = first.expand(2, 3), 1 / 3
+    shares, half = corrected(first, even + 0.8 * (true - even), true)
+    torch.testing.assert_close(shares, even + (first - even) / 0.8)
+    assert float(half) == pytest.approx(0, abs=1e-12), "the runs agree"
+    same = torch.tensor([-0.1, 0.2, -0.1], dtype=torch.float64)  # across the shares' own direction
+    off = torch.tensor([[0.01, -0.02, 0.01]], dtype=torch.float64) * torch.tensor([[1.0], [-1.0]])
+    across = same - ((same @ (first - even)) / (first - even).square().sum()) * (first - even)
+    shares, half = corrected(first, true + across + off, true)
+    torch.testing.assert_close(shares, first - across)
+    # squares: 2 * 0.0006, freedom (2 - 1) * (3 - 1), and 1 + 1/2 for a mean of two; t of 2 is 4.303
+    assert float(half) == pytest.approx((0.0012 / 2 * 1.5) ** 0.5 * 4.30265, rel=1e-4)
+    assert float(corrected(first, true + across + off, true, misfit=2.0)[1]) == pytest.approx(2 * float(half))
+    assert float(corrected(first, torch.full((2, 3), even).double(), true)[0].sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("noise", "other_recipe"), [(2.0, 1.0), (3.0, 2.0)])
+def test_intervals_hold_where_one_source_is_all(noise, other_recipe):
+    """In a linear world of 7 sources: with the mean error taken off, the source that was all was held by 16% and 1%."""
+    whole, held, of_all, trials = torch.eye(7)[0], 0, 0, 60
+    for trial in range(trials):
+        rng = torch.Generator().manual_seed(trial)
+        means = 0.5 * torch.randn(7, 400, generator=rng) + torch.randn(400, generator=rng)
+
+        def model(shares, rows, scale=1.0, rng=rng, means=means):
+            return {"w": shares.float() @ means + scale * noise / rows**0.5 * torch.randn(400, generator=rng)}
+
+        parts = [model(shares, 75) for shares in torch.eye(7)]
+        fit = fit_of_sources(parts, model(whole, 150, other_recipe), [75] * 7)
+        again = [fit_of_sources(parts, model(fit.shares, 150), [75] * 7) for _ in range(3)]
+        misfit = max(1.0, 3 * fit.residual / sum(refit.residual for refit in again))
+        fitted = torch.stack([refit.shares for refit in again])
+        shares, half = corrected(fit.shares, fitted, fit.shares.expand(3, 7), misfit=misfit)
+        inside = ((shares - half).clamp_min(0) <= whole) & (whole <= shares + half + 1e-9)
+        low, high = rows_interval(shares, half, torch.full((7,), 20.0).double(), freedom=12, seed=0, draws=200)
+        inside &= (low <= whole + 1e-9) & (whole <= high + 1e-9)
+        held, of_all = held + int(inside.sum()), of_all + int(inside[0])
+    assert held / trials / 7 > 0.93
+    assert of_all / trials > 0.85
 
 
 def test_intervals_of_rows_hold_what_they_promise():
@@ -109,7 +139,7 @@ def test_intervals_of_rows_hold_what_they_promise():
     held = alone = 0
     for trial in range(200):
         first, *again = true + spread * torch.randn(1 + runs, 4, generator=rng, dtype=torch.float64) @ CENTRED
-        shares, half = corrected(first, torch.stack(again) - true)
+        shares, half = corrected(first, torch.stack(again), true.expand(runs, 4))
         low, high = rows_interval(shares, half, each, freedom=6, seed=trial, draws=500)
         wanted, own = shares_of_rows(true, each), shares_of_rows(shares, each)
         assert (low <= own).all() and (own <= high).all()
@@ -154,7 +184,7 @@ def test_sources_of_few_rows_count_by_what_their_models_were_trained_on():
     counts = [100, 300, 300]
     parts = [{"w": unit["w"] * count} for unit, count in zip(units, counts, strict=True)]
     target = {"w": torch.tensor([60.0, 240.0, 300.0])}
-    assert fitted_shares(parts, target, counts).tolist() == pytest.approx([0.1, 0.4, 0.5])
+    assert fit_of_sources(parts, target, counts).shares.tolist() == pytest.approx([0.1, 0.4, 0.5])
 
 
 def test_a_known_mixture_is_found_and_a_stop_loses_nothing(base, trained, tmp_path, monkeypatch):
@@ -190,7 +220,7 @@ def test_adapters_begin_at_the_same_a_and_are_compared_by_what_they_do(base, tmp
     dense = [torch.cat([part.low_rank(layer).dense().flatten() for layer in layers]) for part in own]
     assert torch.equal(torch.cat([entry.flatten() for entry in entries(own[0])]), dense[0])
     assert float(torch.nn.functional.cosine_similarity(dense[0], dense[1], 0)) > 0.2, "they learned the same"
-    assert fitted_shares(own[:1], own[1], [15]).tolist() == [1.0]
+    assert fit_of_sources(own[:1], own[1], [15]).shares.tolist() == [1.0]
     with pytest.raises(ModelError, match="the same weights"):
         weight_difference(base, start)
 

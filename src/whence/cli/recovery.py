@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,11 +65,15 @@ def recover(
     optimizer: Annotated[
         str | None, typer.Option(help="Optimizer of the shadow, as of FINAL: adamw or sgd; guessed unless given.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Epochs of the shadow, as of FINAL.")] = 2.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of the shadow, as of FINAL; guessed unless given.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak rate of the shadow, as of FINAL; guessed unless given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a step of the shadow, as of FINAL.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows a step of the shadow, as of FINAL; guessed unless given.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with FINAL.")] = None,
     chat_template: ChatTemplate = None,
     date: Date = None,
@@ -103,9 +107,9 @@ def recover(
     if report is not None:
         write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
-        more: dict[str, Any] = {"mixture": result.mixture, "layers": result.layers}
-        if result.members is not None:
-            more["members"] = dict(zip(("expected", "low", "high"), result.members, strict=True))
+        keys = ("expected", "low", "high")
+        members = None if result.members is None else dict(zip(keys, result.members, strict=True))
+        more = {"members": members, "mixture": result.mixture, "layers": result.layers}
         print_json({"settings": result.settings, "notes": result.notes, **more, "rows": result.rows})
         return
     print_part(recover_tables(result))

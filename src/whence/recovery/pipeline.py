@@ -307,7 +307,8 @@ def _settings_lines(
     if learned is not None:
         recipe = learned.shadow.recipe
         lines["shadow"] = (
-            f"{learned.members:,} rows, {recipe.epochs:g} epochs, {recipe.optimizer} at {recipe.lr:.2g}; it moved "
+            f"{learned.members:,} rows, {recipe.epochs:g} epochs of batch {recipe.batch_size}, "
+            f"{recipe.optimizer} at {recipe.lr:.2g}; it moved "
             f"{learned.shadow.norm:.2f} times as far"
         )
     return lines

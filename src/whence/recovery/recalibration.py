@@ -38,7 +38,7 @@ PROPOSALS, DRAWS = 100, 20
 """Points that are proposed for each, and draws of the parameters among them."""
 FARTHEST_DEVIATIONS = 12.0
 """Deviations from a component's median to which its shape is taken from rows; beyond, it falls exponentially."""
-LIKE_RECIPE, LEAST_WIDTH = 0.4, 0.3
+LIKE_RECIPE, LEAST_WIDTH = 0.4, 0.1
 """Distance of two signatures from which the priors have their full width, and the least part of it."""
 PRIOR_WIDTHS = np.array([0.3, 0.25, 0.6, 0.8])
 """Standard deviations of the priors at full width: place and ln scale of the others, ln distance and ln scale of the

@@ -41,12 +41,12 @@ class RecoverSettings:
     by their own evidence alone."""
     optimizer: str | None = None
     """Optimizer that trains the shadow, "adamw" or "sgd", as it trained the model; None: guessed."""
-    epochs: float = 2.0
-    """Passes of the shadow's training over its rows."""
+    epochs: float | None = None
+    """Passes of the shadow's training over its rows; None: guessed, see `shadow_model`."""
     lr: float | None = None
     """Peak learning rate of the shadow; None: the one that moves the weights as far."""
-    batch_size: int = 16
-    """Rows of a step of the shadow's training."""
+    batch_size: int | None = None
+    """Rows of a step of the shadow's training; None: guessed."""
     undo: str = "none"
     """How the optimizer's scaling is undone on T: not at all ("none"), by the final's own optimizer file ("moments"),
     or by an estimate from the corpus ("rows"); see `preconditioner`."""

@@ -25,7 +25,7 @@ from whence.recovery.evidence import PointEvidence
 from whence.recovery.membership import FOLDS, Calibration, calibrate, features
 from whence.recovery.points import gather_evidence
 from whence.recovery.settings import RecoverSettings
-from whence.recovery.shadow_model import Recipe, Shadow, trained_shadow
+from whence.recovery.shadow_model import BATCH_SIZES, EPOCHS, Recipe, Shadow, trained_shadow
 from whence.storage import Place
 
 SHADOW_DIFFERENCE = "shadow"
@@ -65,11 +65,11 @@ class Learned:
 
 
 def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
-    """How the model was trained on so many rows, as far as is known."""
+    """How the model was trained on so many rows, as far as is known, and where it is not the first to try."""
     return Recipe(
         rows=rows,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
+        epochs=EPOCHS[0] if settings.epochs is None else settings.epochs,
+        batch_size=BATCH_SIZES[0] if settings.batch_size is None else settings.batch_size,
         optimizer=settings.optimizer,
         lr=settings.lr,
         max_tokens=settings.max_tokens,
@@ -110,7 +110,12 @@ def build_calibration_set(
     graded_rows = [pair for pair in numbered if pair[0] in graded]
     recipe = replace(recipe_of(case, settings, len(members)), checkpoints=len(case.between) + 1)
     member_rows = [row for number, row in numbered if number in inside]
-    shadow = trained_shadow(case.base, member_rows, case.difference, recipe, work / "shadow", seed=settings.seed)
+    shadow = trained_shadow(
+        case.base, member_rows, case.difference, recipe, work / "shadow",
+        epochs=EPOCHS if settings.epochs is None else (),
+        batch_sizes=BATCH_SIZES if settings.batch_size is None else (),
+        seed=settings.seed,
+    )  # fmt: skip
     # Room for all its members, and for the share of others that a list of the corpus has room for: its members are
     # canaries, which show how many members such a list loses.
     size = case.short_list

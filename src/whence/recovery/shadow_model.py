@@ -7,12 +7,14 @@ corpus, as many rows as the model is thought to have had, by a recipe that is gi
     optimizer   the one whose first shadow, at a usual rate, has the most similar difference: how its norm is spread
                 over layers, and how evenly within each (mean |x| over root mean square: Adam moves all entries alike,
                 plain SGD a few); neither depends much on the rate, which is found for that optimizer alone
-    epochs      given, and so is the batch: wrong ones still rank rows, but members then stand off otherwise than the
-                shadow's, which `recalibration` makes up for
+    epochs, batch   where they are not given, those of a few whose shadow has the most similar difference: few steps
+                leave it more even than many, and large batches than small ones. What is between those tried, members
+                show by standing off otherwise than the shadow's, which `recalibration` makes up for
 
 Source: shadow models, Shokri et al. 2017, https://arxiv.org/abs/1610.05820; the guesses are ours.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,10 @@ from whence.training.trainer import OPTIMIZERS, train
 
 FIRST_RATES = {"adamw": 3e-4, "sgd": 0.1}
 """Peak rates of an optimizer's first training; an adapter's is ten times as high."""
+EPOCHS, BATCH_SIZES = (2.0, 1.0, 5.0), (16, 4)
+"""Epochs and batches that are tried where they are not given, all pairs, at one rate each; the first ones first."""
+NORM_BY_STEPS = 0.75
+"""Slope of ln norm over ln steps at one rate, about: .72 from 5 to 100 steps of AdamW."""
 MOST_TRAININGS = 4
 """Trainings of the chosen optimizer, at most."""
 LARGEST_RATE_CHANGE = 30.0
@@ -60,6 +66,11 @@ class Recipe:
     """Checkpoints to keep, the last included."""
     stored: torch.dtype = torch.float32
     """Type that the model in question is stored in; a shadow's weights are rounded to it, since rounding shows too."""
+
+    @property
+    def steps(self) -> float:
+        """Steps of the optimizer."""
+        return self.epochs * math.ceil(self.rows / self.batch_size)
 
     @property
     def suffix(self) -> str:
@@ -117,9 +128,17 @@ def distance(first: Signature, second: Signature) -> float:
 
 
 def trained_shadow(
-    base: str, rows: Sequence[Row], difference: Mapping[str, Tensor], recipe: Recipe, work: Path, *, seed: int = 0
+    base: str,
+    rows: Sequence[Row],
+    difference: Mapping[str, Tensor],
+    recipe: Recipe,
+    work: Path,
+    *,
+    epochs: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
+    seed: int = 0,
 ) -> Shadow:
-    """Train a shadow, or several where the optimizer or the rate has to be guessed; or go on doing so.
+    """Train a shadow, or several where the recipe has to be guessed; or go on doing so.
 
     Args:
         base: theta_0, a directory.
@@ -127,6 +146,8 @@ def trained_shadow(
         difference: theta_0 - theta_f of the model in question.
         recipe: The recipe, as far as known.
         work: Directory of the runs.
+        epochs: Epochs to try beside the recipe's.
+        batch_sizes: Batches to try beside the recipe's.
         seed: Seed of the trainings.
     """
     goal = signature(difference)
@@ -134,7 +155,21 @@ def trained_shadow(
     names = [recipe.optimizer] if recipe.optimizer is not None else list(OPTIMIZERS)
     first = [_trained(base, rows, norm, goal, replace(recipe, optimizer=name), work, seed) for name in names]
     likely = min(first, key=lambda shadow: shadow.distance)
+    pairs = {*itertools.product([recipe.epochs, *epochs], [recipe.batch_size, *batch_sizes])}
+    others = sorted(pairs - {(recipe.epochs, recipe.batch_size)})
+    for tried in [_otherwise(likely, *pair, keeps_rate=recipe.lr is not None) for pair in others]:
+        likely = min(likely, _trained(base, rows, norm, goal, tried, work, seed), key=lambda shadow: shadow.distance)
     return _at_norm(base, rows, norm, goal, likely, work, seed, trainings=1 if recipe.lr else MOST_TRAININGS)
+
+
+def _otherwise(shadow: Shadow, epochs: float, batch_size: int, *, keeps_rate: bool) -> Recipe:
+    """A shadow's recipe with other epochs and another batch, at a rate that moves the weights about as far as T."""
+    recipe = replace(shadow.recipe, epochs=epochs, batch_size=batch_size)
+    if keeps_rate:
+        return recipe
+    more_steps = recipe.steps / shadow.recipe.steps
+    rate = (shadow.recipe.lr or 0.0) * math.exp(-_log_norm(shadow)) * more_steps**-NORM_BY_STEPS
+    return replace(recipe, lr=float(f"{rate:.3g}"))
 
 
 def _at_norm(
@@ -185,7 +220,8 @@ def _trained(
 
 def _run_of(base: str, rows: Sequence[Row], recipe: Recipe, work: Path, seed: int) -> Path:
     checkpoints = f"-{recipe.checkpoints}-checkpoints" if recipe.checkpoints > 1 else ""
-    return train_by(base, rows, recipe, work / f"{recipe.optimizer}-{recipe.lr:g}{checkpoints}{recipe.suffix}", seed)
+    name = f"{recipe.optimizer}-{recipe.lr:g}-{recipe.epochs:g}-epochs-of-{recipe.batch_size}"
+    return train_by(base, rows, recipe, work / f"{name}{checkpoints}{recipe.suffix}", seed)
 
 
 def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: int) -> Path:

@@ -11,8 +11,11 @@ rows. D_s includes what the optimizer does to gradients, which mean gradients (`
 (docs/results/recovery.md compares both). Shares are of supervised tokens, since a batch's loss is the mean over them.
 
 The estimate is then put to the test: the base is trained a few times more, on rows drawn by the estimated mixture, of
-which the shares are known, and the same fit is made. Its mean error is taken off the estimate; the variance of its
-error, over runs and sources together, gives the width of the intervals (a parametric bootstrap, with Student's t).
+which the shares are known, and the same fit is made. The D_s are noisy, so a fit draws shares towards even ones, the
+more the farther they are from even; where one source is all, most. The runs tell this factor and an error beside it,
+which are taken off the estimate. The variance of what is left, over runs and sources together, gives the width of the
+intervals (a parametric bootstrap, with Student's t). The runs are trained by the shadow's recipe: where T leaves a
+larger residual than theirs, as that of another recipe does, intervals are as much wider.
 
 Source: linear averages of trained models, Na et al. 2024, https://arxiv.org/abs/2410.15661; the inversion is ours.
 """
@@ -21,7 +24,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,8 @@ CHECK_TRAININGS = 3
 """Trainings on rows drawn by the estimate."""
 SOURCE_ROWS_SHARE = 0.5
 """Rows of a source's own model over those of the model in question: one source seldom has more."""
+LEAST_FACTOR = 0.5
+"""Factor by which a fit draws shares towards even ones, at least."""
 MOST_SOURCES = 12
 """Sources on each of which a model is trained, at most; for more, see `whence pool train`."""
 
@@ -104,13 +109,13 @@ def mixture_by_runs(
         differences.append(weight_difference(base, str(path)))
         counts.append(len(drawn))
         tick(size, 0)
-    estimate = fitted_shares(differences, difference, counts)
-    if estimate is None:
+    fit = fit_of_sources(differences, difference, counts)
+    if fit.shares is None:
         return []
     mean_tokens = torch.tensor([float(tokens[numbers[name]].double().mean()) for name in names], dtype=torch.float64)
-    errors = []
+    refits, true_shares = [], []
     for run in range(runs):
-        drawn = draw_by_shares(estimate, mean_tokens, numbers, recipe.rows, random.Random(f"mixture {seed} {run}"))
+        drawn = draw_by_shares(fit.shares, mean_tokens, numbers, recipe.rows, random.Random(f"mixture {seed} {run}"))
         drawn_rows = [rows[n] for n in drawn]
         run_recipe = replace(recipe, rows=len(drawn))
         path = train_by(
@@ -118,10 +123,12 @@ def mixture_by_runs(
         )
         tick(recipe.rows, 0)
         true = torch.stack([tokens[[n for n in drawn if sources[n] == name]].double().sum() for name in names])
-        refitted = fitted_shares(differences, weight_difference(base, str(path)), counts)
-        errors.append((torch.zeros_like(estimate) if refitted is None else refitted) - true / true.sum())
+        refits.append(fit_of_sources(differences, weight_difference(base, str(path)), counts))
+        true_shares.append(true / true.sum())
+    fitted = torch.stack([torch.zeros_like(fit.shares) if refit.shares is None else refit.shares for refit in refits])
+    misfit = max(1.0, fit.residual * runs / max(1e-12, sum(refit.residual for refit in refits)))
     freedom = (runs - 1) * (len(names) - 1)
-    shares, half = corrected(estimate, torch.stack(errors))
+    shares, half = corrected(fit.shares, fitted, torch.stack(true_shares), misfit=misfit)
     return _mixture_rows(names, shares, half, mean_tokens, freedom=freedom, seed=seed)
 
 
@@ -152,10 +159,20 @@ def rows_to_train(sources: int, rows: int, runs: int = CHECK_TRAININGS) -> int:
     return sources * max(1, round(SOURCE_ROWS_SHARE * rows)) + runs * rows
 
 
-def fitted_shares(
+@dataclass(frozen=True)
+class SourceFit:
+    """A weight difference as a sum of those of sources' models."""
+
+    shares: Float64[Tensor, " s"] | None
+    """Shares v_s n_s / sum of v n; None if v is 0."""
+    residual: float
+    """|T - sum of v_s D_s| over |T|."""
+
+
+def fit_of_sources(
     differences: Sequence[Mapping[str, Tensor]], difference: Mapping[str, Tensor], counts: Sequence[int]
-) -> Float64[Tensor, " s"] | None:
-    """Shares v_s n_s / sum of v n, where v >= 0 minimises |T - sum of v_s D_s|; None if v is 0.
+) -> SourceFit:
+    """The v >= 0 that minimises |T - sum of v_s D_s|, as shares.
 
     Parameters that another vocabulary has made longer are left out.
 
@@ -165,19 +182,23 @@ def fitted_shares(
         counts: n_s, rows that each was trained on.
 
     >>> a, b = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
-    >>> fitted_shares([a, b], {"w": torch.tensor([3.0, 2.0])}, [10, 10]).tolist()
+    >>> fit_of_sources([a, b], {"w": torch.tensor([3.0, 2.0])}, [10, 10]).shares.tolist()
     [0.75, 0.25]
     """
     gram = torch.zeros(len(differences), len(differences), dtype=torch.float64)
-    linear = torch.zeros(len(differences), dtype=torch.float64)
+    linear, square = torch.zeros(len(differences), dtype=torch.float64), 0.0
     for tensors, entry in zip(zip(*map(entries, differences), strict=True), entries(difference), strict=True):
         if any(tensor.shape != entry.shape for tensor in tensors):
             continue
         rows = torch.stack([tensor.flatten() for tensor in tensors])
         gram += (rows @ rows.T).double()
         linear += (rows @ entry.flatten()).double()
-    weights = nonnegative(gram, linear) * torch.tensor(counts, dtype=torch.float64)
-    return weights / weights.sum() if weights.any() else None
+        square += float(entry.double().square().sum())
+    weights = nonnegative(gram, linear)
+    left = square - 2 * float(weights @ linear) + float(weights @ gram @ weights)
+    parts = weights * torch.tensor(counts, dtype=torch.float64)
+    shares = parts / parts.sum() if parts.any() else None
+    return SourceFit(shares, math.sqrt(max(0.0, left) / square) if square else 0.0)
 
 
 def entries(difference: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -214,19 +235,48 @@ def draw_by_shares(
 
 
 def corrected(
-    estimate: Float64[Tensor, " s"], errors: Float64[Tensor, "r s"]
+    estimate: Float64[Tensor, " s"],
+    fitted: Float64[Tensor, "r s"],
+    true: Float64[Tensor, "r s"],
+    *,
+    misfit: float = 1.0,
 ) -> tuple[Float64[Tensor, " s"], Float64[Tensor, ""]]:
-    """An estimate less its mean error, and half the width of its 95% interval.
+    """An estimate without what the runs show that the fit does, and half the width of its 95% interval.
+
+    With u the even shares, a fit is taken as u + factor (true - u) + error: the factor, of at most 1, is that of least
+    squares over the runs, and the error their mean.
 
     Args:
         estimate: Shares.
-        errors: Fitted less true shares, of runs whose shares are known.
+        fitted: Fitted shares of runs whose shares are known.
+        true: These.
+        misfit: Factor of the width.
     """
-    shifted = (estimate - errors.mean(0)).clamp_min(0.0)
-    runs, sources = errors.shape
+    runs, sources = fitted.shape
+    even = 1 / sources
+    apart, square = (true - even) * (fitted - even), (true - even).square().sum()
+    factor = min(1.0, max(LEAST_FACTOR, float(apart.sum() / square))) if square > 0 else 1.0
+    errors = fitted - even - factor * (true - even)
+    shares = nearest_shares(even + (estimate - errors.mean(0) - even) / factor)
     freedom = (runs - 1) * (sources - 1)  # shares sum to 1
-    spread = ((errors - errors.mean(0)).square().sum() / freedom * (1 + 1 / runs)).sqrt()
-    return shifted / shifted.sum(), spread * float(stats.t.ppf(0.975, freedom))
+    spread = ((errors - errors.mean(0)).square().sum() / freedom * (1 + 1 / runs)).sqrt() / factor
+    return shares, misfit * spread * float(stats.t.ppf(0.975, freedom))
+
+
+def nearest_shares(values: Float64[Tensor, "*d s"]) -> Float64[Tensor, "*d s"]:
+    """The shares, 0 or more with a sum of 1, that are nearest to these values.
+
+    Cut at 0 and divided by their sum, the others' noise would take from a source that is all.
+
+    Source: Held et al. 1974, doi 10.1007/BF01580223.
+
+    >>> nearest_shares(torch.tensor([1.25, 0.25, -0.5]).double()).tolist()
+    [1.0, 0.0, 0.0]
+    """
+    ordered = values.sort(-1, descending=True).values
+    levels = (ordered.cumsum(-1) - 1) / torch.arange(1, values.shape[-1] + 1)
+    last = (ordered > levels).sum(-1, keepdim=True) - 1
+    return (values - levels.gather(-1, last)).clamp_min(0.0)
 
 
 def _mixture_rows(
@@ -283,10 +333,12 @@ def rows_interval(
     # Shares sum to 1, which reduces their spread by the factor that is given back here.
     moves = (moves - moves.mean(1, keepdims=True)) * math.sqrt(len(shares) / (len(shares) - 1))
     moves /= np.sqrt(rng.chisquare(freedom, (draws, 1)) / freedom) * float(stats.t.ppf(0.975, freedom))
-    drawn = shares_of_rows((shares + torch.from_numpy(moves) * half).clamp_min(0.0), mean_tokens)
+    drawn = shares_of_rows(nearest_shares(shares + torch.from_numpy(moves) * half), mean_tokens)
     ends = drawn.quantile(drawn.new_tensor([0.025, 0.975]), 0)
     row_shares = shares_of_rows(shares, mean_tokens)
-    return torch.stack([torch.minimum(ends[0], row_shares), torch.maximum(ends[1], row_shares)])
+    # None and all are the same in tokens and in rows; draws of many sources seldom reach all.
+    low, high = torch.where(shares > half, ends[0], 0.0), torch.where(shares + half < 1, ends[1], 1.0)
+    return torch.stack([torch.minimum(low, row_shares), torch.maximum(high, row_shares)])
 
 
 def _seed(seed: int, kind: str, number: int) -> int:
