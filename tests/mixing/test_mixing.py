@@ -20,10 +20,10 @@ from whence import catalogue
 from whence.errors import CorpusError, MissingExtraError, SettingError, UnknownNameError
 from whence.mixing.laws.exponential import ExpLaw
 from whence.mixing.laws.ridge import EPS, PENALTIES, RidgeLaw
-from whence.mixing.pipeline import _codes, _mean_spearman, _notes, cross_validated, mix_law
+from whence.mixing.pipeline import _notes, cross_validated, mix_law
 from whence.mixing.simplex import availability_caps, capped, critical_ratio, optimum, share_outside
 from whence.mixing.tables import MixtureTable, read_mixture_table
-from whence.numerics import spearman
+from whence.numerics import mean_spearman, order_codes, spearman
 
 REGMIX = Path(__file__).parents[3] / "shared/data/mixtures"
 LAWS = list(catalogue.MIXING_LAWS)
@@ -240,11 +240,11 @@ def test_grades_are_those_of_the_held_out_predictions():
 def test_the_fast_rank_correlation_is_that_of_numerics_with_ties():
     pairs = torch.randint(5, (30, 3, 2), generator=torch.Generator().manual_seed(0)).double() - 2.5
     expected = np.mean([spearman(pairs[:, place, 0], pairs[:, place, 1]) for place in range(3)])
-    assert _mean_spearman(_codes(pairs.numpy())) == pytest.approx(expected)
+    assert mean_spearman(order_codes(pairs)) == pytest.approx(expected)
     again = torch.randint(30, (30,), generator=torch.Generator().manual_seed(1))
     expected = np.mean([spearman(pairs[again, place, 0], pairs[again, place, 1]) for place in range(3)])
-    assert _mean_spearman(_codes(pairs.numpy())[again]) == pytest.approx(expected), "of a resample"
-    assert _mean_spearman(_codes(pairs.numpy())[torch.zeros(9, dtype=torch.int64)]) == 0
+    assert mean_spearman(order_codes(pairs)[again]) == pytest.approx(expected), "of a resample"
+    assert mean_spearman(order_codes(pairs)[torch.zeros(9, dtype=torch.int64)]) == 0
 
 
 def test_folds_that_leave_too_few_rows_are_told():
@@ -726,5 +726,5 @@ def test_regmix_files_are_read_and_predicted():
     assert (train.n, test.n, len(train.domains), len(train.sets)) == (512, 256, 17, 13)
     assert train.sets[0] == train.domains[0] == "the_pile_arxiv"
     predicted = ExpLaw.fit(train.rows(np.arange(64))).predict(test.mixtures)
-    codes = _codes(np.stack([predicted, test.losses], -1))
-    assert _mean_spearman(codes) >= 0.93, "the bar of docs/results/mixing.md"
+    codes = order_codes(torch.from_numpy(np.stack([predicted, test.losses], -1)))
+    assert mean_spearman(codes) >= 0.93, "the bar of docs/results/mixing.md"

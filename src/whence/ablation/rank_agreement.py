@@ -21,7 +21,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence.errors import SettingError
-from whence.numerics import bootstrap_interval, spearman
+from whence.numerics import bootstrap_interval, mean_spearman, order_codes, spearman
 
 FEWEST = 4
 """Candidates that a correlation needs, at least."""
@@ -95,8 +95,13 @@ def rank_correlation(
         seed: Seed of the interval.
     """
     by_candidate = torch.stack([x, y], 1).reshape(sets, -1, 2).transpose(0, 1)
-    interval = bootstrap_interval(by_candidate, seed=seed, resamples=1000, statistic=spearman_of)
+    codes = order_codes(by_candidate.reshape(-1, 1, 2)).reshape(by_candidate.shape)
+    interval = bootstrap_interval(codes, seed=seed, resamples=1000, statistic=_of_all_cells)
     return spearman_of(by_candidate), interval
+
+
+def _of_all_cells(codes: Float64[Tensor, "n sets 2"]) -> float:
+    return mean_spearman(codes.reshape(-1, 1, 2))
 
 
 def regret(proxy: Float64[Tensor, " n"], truth: Float64[Tensor, " n"]) -> float:

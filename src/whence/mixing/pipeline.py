@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch import Tensor
 
 from whence import catalogue
 from whence.corpus.layouts import Row
@@ -30,7 +29,7 @@ from whence.mixing.simplex import (
     weight_vector,
 )
 from whence.mixing.tables import ROUNDING, MixtureTable, named_amounts, read_mixture_table
-from whence.numerics import bootstrap_interval, mixed_seed
+from whence.numerics import bootstrap_interval, mean_spearman, mixed_seed, order_codes
 
 RESAMPLES = 1000
 ROWS_PER_DOMAIN = 3
@@ -82,29 +81,9 @@ class HeldOut:
         pairs = np.stack([self.predicted, self.table.losses], -1)[:, columns]  # n e 2
         if not places or (pairs == pairs[0]).all(0).any():
             return Grade(float(errors.mean()), error_interval, None, None)
-        codes = _codes(pairs)
-        interval = bootstrap_interval(codes, seed=self.seed, resamples=RESAMPLES, statistic=_mean_spearman)
-        return Grade(float(errors.mean()), error_interval, _mean_spearman(codes), interval)
-
-
-def _codes(values: Float64[np.ndarray, "n e 2"]) -> Float64[Tensor, "n e 2"]:
-    """The same order in every column, as whole numbers from 0; equal values share one."""
-    columns = values.reshape(len(values), -1).T
-    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in columns], 1)
-    return torch.from_numpy(codes.reshape(values.shape).astype(np.float64))
-
-
-def _mean_spearman(codes: Float64[Tensor, "n e 2"]) -> float:
-    """Mean over sets of `numerics.spearman`, by counting: a thousand resamples of a table take no sorting.
-
-    A resample that is the same everywhere orders nothing, and counts 0.
-    """
-    n, places = len(codes), codes.flatten(1).long().numpy()
-    places = places + n * np.arange(places.shape[1])  # a place for each value of each column
-    counts = np.bincount(places.ravel(), minlength=n * places.shape[1]).reshape(-1, n)
-    ranks = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places].reshape(codes.shape) - (n + 1) / 2
-    norms = np.sqrt((ranks**2).sum(0)).prod(1)
-    return float(np.mean((ranks[..., 0] * ranks[..., 1]).sum(0) / np.where(norms > 0, norms, 1.0)))
+        codes = order_codes(torch.from_numpy(pairs))
+        interval = bootstrap_interval(codes, seed=self.seed, resamples=RESAMPLES, statistic=mean_spearman)
+        return Grade(float(errors.mean()), error_interval, mean_spearman(codes), interval)
 
 
 def cross_validated(table: MixtureTable, law: FitMixingLaw | str = "exp", *, folds: int = 10, seed: int = 0) -> HeldOut:
