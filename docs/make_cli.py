@@ -33,14 +33,23 @@ VERBS = (
     "bench",
 )
 
+ASK_ALL = """
+import sys
+from whence.cli.app import app
+for verb in sys.argv[1:]:
+    app([*verb.split(), "--help"], prog_name="whence", standalone_mode=False)
+    print(end=chr(0), flush=True)
+"""
+"""One process for all verbs: to start one takes longer than to print its help."""
+
 
 def help_pages() -> str:
     """Every verb's `--help`, 100 columns wide."""
     plain = os.environ | {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "TERMINAL_WIDTH": "100"}
     pages = ["# The command line\n\nWritten by `docs/make_cli.py` from `--help`.\n"]
-    for verb in VERBS:
-        command = [sys.executable, "-m", "whence", *verb.split(), "--help"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
+    command = [sys.executable, "-c", ASK_ALL, *VERBS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout.split("\0")
+    for verb, out in zip(VERBS, printed[:-1], strict=True):
         text = "\n".join(line.rstrip() for line in out.strip().splitlines())
         pages.append(f"## whence {verb}".rstrip() + f"\n\n```\n{text}\n```\n")
     return "\n".join(pages)

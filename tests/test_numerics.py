@@ -134,7 +134,7 @@ def test_bootstrap_draws_whole_rows():
     """Of pairs (x, x + 1), every resample's mean difference is 1."""
     x = torch.arange(7.0)
     pairs = torch.stack([x, x + 1], 1)
-    ends = bootstrap_interval(pairs, seed=0, resamples=50, statistic=lambda rows: (rows[:, 1] - rows[:, 0]).mean())
+    ends = bootstrap_interval(pairs, seed=0, resamples=50, statistic=lambda rows: (rows[..., 1] - rows[..., 0]).mean(1))
     assert ends == (1, 1)
 
 
@@ -145,7 +145,7 @@ def test_bootstrap_draws_whole_rows():
         (torch.ones(3), {"level": 1.0}),
         (torch.ones(3), {"resamples": 0}),
         (torch.tensor([1.0, math.nan]), {}),
-        (torch.ones(3), {"statistic": lambda rows: math.inf}),
+        (torch.ones(3), {"statistic": lambda rows: torch.full((len(rows),), math.inf)}),
     ],
 )
 def test_bootstrap_refuses_what_has_no_interval(values, options):

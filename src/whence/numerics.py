@@ -167,20 +167,27 @@ def order_codes(values: Float64[Tensor, "n e 2"]) -> Float64[Tensor, "n e 2"]:
     return codes.reshape(values.shape).double()
 
 
-def mean_spearman(codes: Float64[Tensor, "n e 2"]) -> float:
+def mean_spearman(codes: Float64[Tensor, "*r n e 2"]) -> Float64[Tensor, "*r"]:
     """Mean over e of `spearman` between two columns, by counting: a thousand resamples of a table take no sorting.
 
     A column that is the same everywhere, as in some resamples, orders nothing, and its correlation counts 0.
 
     Args:
-        codes: Rows of `order_codes`, drawn again or not.
+        codes: Rows of `order_codes`, drawn again or not, r times.
     """
-    size, places = int(codes.max()) + 1, codes.flatten(1).long().numpy()
-    places = places + size * np.arange(places.shape[1])  # a place for each value of each column
-    counts = np.bincount(places.ravel(), minlength=size * places.shape[1]).reshape(-1, size)
-    ranks = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places].reshape(codes.shape) - (len(codes) + 1) / 2
-    norms = np.sqrt((ranks**2).sum(0)).prod(1)
-    return float(np.mean((ranks[..., 0] * ranks[..., 1]).sum(0) / np.where(norms > 0, norms, 1.0)))
+    *resamples, n, e, _ = codes.shape
+    size, places = int(codes.max()) + 1, codes.reshape(-1, n, e * 2).long().numpy()
+    columns = len(places) * places.shape[2]
+    places = places + size * np.arange(columns).reshape(len(places), 1, -1)  # a place for each value of each column
+    counts = np.bincount(places.ravel(), minlength=size * columns).reshape(-1, size)
+    ranks = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places].reshape(-1, n, e, 2) - (n + 1) / 2
+    norms = np.sqrt((ranks**2).sum(1)).prod(-1)
+    correlations = (ranks[..., 0] * ranks[..., 1]).sum(1) / np.where(norms > 0, norms, 1.0)
+    return torch.from_numpy(correlations.mean(1)).reshape(resamples)
+
+
+RESAMPLED_NUMBERS = 2**18
+"""Numbers that are resampled at once: few calls, and no more memory than some megabytes."""
 
 
 def bootstrap_interval(
@@ -189,7 +196,7 @@ def bootstrap_interval(
     seed: int,
     level: float = 0.95,
     resamples: int = 10_000,
-    statistic: Callable[[Tensor], Tensor | float] = torch.mean,
+    statistic: Callable[[Tensor], Tensor] = lambda resamples: resamples.flatten(1).mean(1),
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic: rows of `values` are drawn again with replacement.
 
@@ -200,7 +207,7 @@ def bootstrap_interval(
         seed: The same seed gives the same interval.
         level: Share of resamples inside.
         resamples: Number of resamples.
-        statistic: From resampled rows, of the same shape as `values`, to one finite number.
+        statistic: From r resamples, [r n *rest], to r finite numbers; the mean, unless given.
 
     Returns:
         Lower and upper end.
@@ -213,8 +220,10 @@ def bootstrap_interval(
     if len(values) < 2 or not 0 < level < 1 or resamples < 1:
         raise ValueError(f"bootstrap of {len(values)} values at level {level} with {resamples} resamples")
     rng, n = generator(seed, "bootstrap"), len(values)
-    draws = (torch.randint(n, (n,), generator=rng).to(values.device) for _ in range(resamples))
-    statistics = torch.tensor([float(statistic(values[draw])) for draw in draws], dtype=torch.float64)
+    together = max(1, RESAMPLED_NUMBERS // values.numel())
+    sizes = [min(together, resamples - start) for start in range(0, resamples, together)]
+    draws = (torch.randint(n, (size, n), generator=rng).to(values.device) for size in sizes)
+    statistics = torch.cat([statistic(values[draw]).double().cpu() for draw in draws])
     if not torch.isfinite(statistics).all():
         raise ValueError("bootstrap of a statistic that is not finite for some resample")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)

@@ -244,7 +244,10 @@ def test_the_fast_rank_correlation_is_that_of_numerics_with_ties():
     again = torch.randint(30, (30,), generator=torch.Generator().manual_seed(1))
     expected = np.mean([spearman(pairs[again, place, 0], pairs[again, place, 1]) for place in range(3)])
     assert mean_spearman(order_codes(pairs)[again]) == pytest.approx(expected), "of a resample"
-    assert mean_spearman(order_codes(pairs)[torch.zeros(9, dtype=torch.int64)]) == 0
+    alike = torch.zeros(30, dtype=torch.int64)
+    assert mean_spearman(order_codes(pairs)[alike]) == 0
+    several = mean_spearman(order_codes(pairs)[torch.stack([again, alike])])
+    assert several.tolist() == pytest.approx([expected, 0]), "of several resamples at once"
 
 
 def test_folds_that_leave_too_few_rows_are_told():

@@ -81,7 +81,13 @@ class Losses:
         pairs = torch.stack([self.nats, self.tokens.double()], 1)[self.tokens > 0]
         if len(pairs) < 2:
             return self.loss, self.loss
-        return bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum())
+        return bootstrap_interval(pairs, seed=seed, resamples=1000, statistic=_losses)
+
+
+def _losses(pairs: Float64[Tensor, "r n 2"]) -> Float64[Tensor, " r"]:
+    """Nats a token of r resamples of rows, of which each has its nats and its tokens."""
+    nats, tokens = pairs.sum(1).T
+    return nats / tokens
 
 
 def read_sets(paths: Iterable[str | Path]) -> list[EvalSet]:

@@ -100,8 +100,8 @@ def rank_correlation(
     return spearman_of(by_candidate), interval
 
 
-def _of_all_cells(codes: Float64[Tensor, "n sets 2"]) -> float:
-    return mean_spearman(codes.reshape(-1, 1, 2))
+def _of_all_cells(codes: Float64[Tensor, "r n sets 2"]) -> Float64[Tensor, " r"]:
+    return mean_spearman(codes.reshape(len(codes), -1, 1, 2))
 
 
 def regret(proxy: Float64[Tensor, " n"], truth: Float64[Tensor, " n"]) -> float:

@@ -83,7 +83,7 @@ class HeldOut:
             return Grade(float(errors.mean()), error_interval, None, None)
         codes = order_codes(torch.from_numpy(pairs))
         interval = bootstrap_interval(codes, seed=self.seed, resamples=RESAMPLES, statistic=mean_spearman)
-        return Grade(float(errors.mean()), error_interval, mean_spearman(codes), interval)
+        return Grade(float(errors.mean()), error_interval, float(mean_spearman(codes)), interval)
 
 
 def cross_validated(table: MixtureTable, law: FitMixingLaw | str = "exp", *, folds: int = 10, seed: int = 0) -> HeldOut:
