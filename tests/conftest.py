@@ -1,6 +1,7 @@
 """Tiny random models of each architecture, made from configurations; nothing is downloaded."""
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -249,6 +250,12 @@ def cut_short(monkeypatch, name, calls):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(Store, name, stop)
+
+
+def pytest_collection_finish(session):
+    """What is imported stays to the end: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

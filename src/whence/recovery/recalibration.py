@@ -42,7 +42,8 @@ LIKE_RECIPE, LEAST_WIDTH = 0.4, 0.1
 """Distance of two signatures from which the priors have their full width, and the least part of it."""
 PRIOR_WIDTHS = np.array([0.3, 0.25, 0.6, 0.8])
 """Standard deviations of the priors at full width: place and ln scale of the others, ln distance and ln scale of the
-members. Over four recipes they were off by up to .3, .3, .6 and 1.7 (docs/results/recovery.md)."""
+members. Chosen by hand: by a shadow of another recipe than the model's (benchmarks/recovery/recipes.py, seed 0) the
+parameters were off by one to two of them."""
 MOST_DEVIATIONS = 4.0
 """Prior's standard deviations that a parameter may be off by."""
 SHARE_WIDTHS = {True: 0.5, False: 2.0}
