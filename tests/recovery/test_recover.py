@@ -447,19 +447,19 @@ def test_rows_are_labelled_by_the_final_model(base, tmp_path):
     part = [{"prompt": f"{row['text']}:", "completion": f" {'ab'[row['text'] < 'e']}"} for row in rows[1::2]]
     final = train(base, part, tmp_path / "run", lr=1e-2, **{**QUICK, "epochs": 12})
     found = recover(base, final, rows, count=15, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
-                    width=256, **asked)  # fmt: skip
+                    width=64, **asked)  # fmt: skip
     assert len(found.rows) == 15
     for row in found.rows:
         assert row["completion"] in (" a", " b") and row["prompt"] == f"{row['prompt'][:-1]}:"
         assert 0.5 <= row["whence_label_p"] <= 1
     even = recover(base, final, rows, count=14, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
-                   width=256, **asked)  # fmt: skip
+                   width=64, **asked)  # fmt: skip
     own = [row["label"] for row in even.rows]
     possible = min(sum(label == choice for label in even_labels(base, final, rows, asked, tmp_path)) for choice in "ab")
     assert possible >= 7 and own.count("a") == own.count("b") == 7
     assert "every label" in even.settings["chosen"]
     first = recover(base, final, rows, count=14, method="nnls", work=tmp_path / "work", shown=False, max_tokens=32,
-                    width=256, balanced=False, **asked)  # fmt: skip
+                    width=64, balanced=False, **asked)  # fmt: skip
     assert first.numbers == first.scores.argsort(descending=True, stable=True)[:14].tolist() != even.numbers
     assert "chosen" not in first.settings
     with pytest.raises(SettingError, match="need --choices"):
@@ -468,7 +468,7 @@ def test_rows_are_labelled_by_the_final_model(base, tmp_path):
 
 def even_labels(base, final, rows, asked, tmp_path):
     """The label of every row."""
-    everything = recover(base, final, rows, count=60, method="p_min", work=tmp_path / "all", shown=False,
+    everything = recover(base, final, rows, count=60, method="p_min", work=tmp_path / "work", shown=False,
                          max_tokens=32, width=64, **asked)  # fmt: skip
     return [row["label"] for row in everything.rows]
 

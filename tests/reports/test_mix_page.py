@@ -110,12 +110,13 @@ def test_constants_are_those_of_the_law(found, page):
     assert all((kind == "below") == (MINUS in told.split(": ")[1]) for kind, told in colours) and len(colours) == 6
 
 
-def test_ridge_tells_two_tables_and_trees_none():
+def test_ridge_tells_two_tables_and_trees_none(monkeypatch):
     found = fitted("ridge")
     page = mix_page(found)
     for name, values in (("u", found.law.u), ("v", found.law.v)):
         told = rows(section(page, f"The law's constants {name}"))[1]
         assert told.split()[2:] == [number(float(value), ".2f") for value in values[1]]
+    monkeypatch.setattr("whence.mixing.simplex.DRAWS", 10_000)
     assert "constants" not in mix_page(fitted("lightgbm", rows=40))
 
 
