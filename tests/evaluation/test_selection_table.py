@@ -84,6 +84,34 @@ def test_a_stopped_table_goes_on(parent, tmp_path, monkeypatch):
     assert [line.loss for line in stopped.lines] == [line.loss for line in whole.lines]
 
 
+def test_a_cell_is_of_its_models_weights_and_its_own_choice(tmp_path):
+    model, work = save_tiny_llama(tmp_path / "model"), tmp_path / "work"
+
+    def losses(directory, chosen):
+        ways = methods() | {"first": Method(lambda task, seed: Choice(POOL[:chosen]))}
+        table = evaluate_selection(str(model), ways, GRADED, work=directory, recipe=QUICK, seeds=(0, 1))
+        return [(line.rows, line.loss) for line in table.lines]
+
+    first = losses(work, 4)
+    assert losses(work, 8) == losses(tmp_path / "eight", 8) != first
+    save_tiny_llama(model, seed=5)
+    assert losses(work, 4) == losses(tmp_path / "other", 4) != first
+
+
+def test_choices_are_stored_by_what_they_are_made_of(parent, tmp_path):
+    for name, rows in (("pool", POOL), ("task", GRADED["yes"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def chosen(work="work", fraction=0.25):
+        ways, _ = measures.selection_methods(["bm25"], tmp_path / "pool.jsonl", {"t": tmp_path / "task.jsonl"},
+                                             fraction=fraction, work=tmp_path / work, model=parent)  # fmt: skip
+        return ways["bm25"].choose("t", 0).rows
+
+    first = chosen()
+    (tmp_path / "task.jsonl").write_text(json.dumps(POOL[7]) + "\n")
+    assert chosen() == chosen("fresh") != first
+
+
 def test_another_table_is_refused(parent, tmp_path):
     work = tmp_path / "work"
     evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))

@@ -431,6 +431,15 @@ def test_an_embeddings_factor_a_is_the_one_that_began_at_0(base, tmp_path):
     assert torch.equal(difference[layer.name], -stored[layer.name.removesuffix(".default")])
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapter_of_the_head_moves_it(base, tmp_path):
+    """The head itself is saved beside its adapter, as it was."""
+    final = save_adapter(base, tmp_path / "final", target_modules=["lm_head"])
+    assert any(".base_layer." in name for name in load_file(final / "adapter_model.safetensors"))
+    difference = weight_difference(base, final)
+    assert not any("output head did not move" in note for note in difference.notes)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("kind", ["llama", "tied"])
 def test_whole_modules_beside_an_adapter_are_compared(kind, tmp_path):

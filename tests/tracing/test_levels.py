@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import corpus_rows
+from conftest import byte_tokenizer, corpus_rows
 from whence import catalogue
 from whence.indexing.build import index
 from whence.indexing.opening import open_index
@@ -51,6 +51,19 @@ def test_lengths_are_rounded_to_a_tenth():
     for length in range(1, 3000):
         assert abs(rounded(length, 4) - length) <= max(1, 0.1 * length)
     assert len({rounded(length, 4) for length in range(1000)}) < 40
+
+
+def test_a_completion_near_the_context_has_a_level(tmp_path):
+    """58 bytes are rounded to 64, a position more than there is beside a prompt."""
+    import transformers as t
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 259}
+    model = t.GPT2LMHeadModel(t.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"id": str(n), "text": f"the number {n} is {n * n}"} for n in range(40)]
+    built = index(tmp_path / "model", rows, tmp_path / "index", width=4, progress=False)
+    assert trace(built, "a?", "x y z, no! " * 5 + "abc").levels
 
 
 @pytest.mark.parametrize("length", [3, 11, 40])

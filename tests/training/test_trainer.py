@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import contents
@@ -19,6 +19,7 @@ from whence.errors import ChecksumError, CorpusError, SettingError
 from whence.models.difference import weight_difference
 from whence.models.loading import load_model
 from whence.models.runs import open_run
+from whence.storage import Place
 from whence.training.recipe import with_least_steps
 from whence.training.resuming import is_complete
 from whence.training.trainer import TrainSettings, settings_of, train
@@ -229,6 +230,20 @@ def test_other_settings_are_refused_by_name(run, parent, changed, told):
 def test_other_rows_are_refused(run, parent):
     with pytest.raises(SettingError, match="rows_digest is "):
         train(parent, [*ROWS[1:], {"prompt": "a", "completion": "b"}], run, **QUICK, max_steps=7, checkpoints=2)
+
+
+def test_another_base_at_the_same_path_is_refused(parent, tmp_path):
+    base = shutil.copytree(parent, tmp_path / "base")
+    train(base, ROWS, tmp_path / "run", **QUICK, max_steps=1, lora_rank=2)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SettingError, match="weights is "):
+        train(base, ROWS, tmp_path / "run", **QUICK, max_steps=1, lora_rank=2)
+    file = tmp_path / "run" / "whence_train.json"
+    place, record = Place.at(file.parent), json.loads(file.read_text())
+    place.write_document(file.name, {name: record[name] for name in record if name not in ("weights", "checksum")})
+    train(base, ROWS, tmp_path / "run", **QUICK, max_steps=1, lora_rank=2)  # as older runs have it
 
 
 def test_checkpoints_of_another_training_are_refused(parent, tmp_path):

@@ -5,7 +5,8 @@ same number of steps, and graded on rows that no method saw. Beside the methods 
 and the untrained model: a method that does not beat the random choice is of no use.
 
 Lower loss is better. A cell is one training's marks on one task; it is stored as one JSON file as soon as it is graded,
-and is not computed again, so that an evaluation that was stopped goes on. Intervals are of the difference from random
+and is not computed again, so that an evaluation that was stopped goes on. Its file is named after all that it depends
+on: the model's weights, the rows chosen, the task. Intervals are of the difference from random
 selection: seeds and graded rows are drawn anew, so that they hold for other trainings and other rows of the same task.
 
 Source: the protocol is that of LESS (Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 5), with budgets in
@@ -29,18 +30,22 @@ from torch import Tensor
 from whence import catalogue
 from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
+from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import token_losses
+from whence.indexing.ingest import fingerprint_of
+from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index
-from whence.models.loading import LoadedModel, load_model
+from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.models.runs import open_run
 from whence.models.training_state import warn_if_unfinished
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.records import Count, MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
+from whence.selection.views import CorpusView, IndexView
 from whence.storage import AGAIN, Place, claim_directory
 from whence.training.trainer import train
 from whence.turns import one_at_a_time
@@ -107,6 +112,8 @@ class Cell:
     exact: list[float]
     train_seconds: float
     select_seconds: float = 0.0
+    inputs: str = ""
+    """Digest of the model that was trained and of the rows of the choice."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ def selection_methods(
     store = (
         None
         if work is None
-        else _ChoiceStore(Place.at(work), {"budget": budget, **settings, **_origins(source, tasks)})
+        else _ChoiceStore(Place.at(work), {"budget": budget, **settings, **_origins(view, tasks, model)})
     )
     shuffled = everything.selection.rows  # in a random order
     rows = [everything.rows[place] for place in sorted(range(len(shuffled)), key=shuffled.__getitem__)]
@@ -265,10 +272,14 @@ class _ChoiceStore:
         self.place.write_document(self._name(method, seed), {"method": method, "seed": seed, "choices": by_task})
 
 
-def _origins(source: str | Path | Index, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the rows to choose from and the tasks come from."""
-    root = source.store.place.root if isinstance(source, Index) else source
-    return {"source": str(root), "tasks": {name: str(task) for name, task in tasks.items()}}
+def _origins(view: IndexView | CorpusView, tasks: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """Digests of the rows to choose from, of the tasks, and of the model by which they are read."""
+    if isinstance(view, CorpusView):
+        weights = None if model is None else directory_digest(open_run(model).checkpoints[-1].path)
+        source = [fingerprint_of(view.corpus).digest, weights]
+    else:
+        source = [hashlib.sha256(view.index.store.place.read(MANIFEST)).hexdigest()]
+    return {"source": source, "tasks": {name: fingerprint_of(open_corpus(task)).digest for name, task in tasks.items()}}
 
 
 def evaluate_selection(
@@ -311,12 +322,13 @@ def evaluate_selection(
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(Place.at(directory)))
     warn_if_unfinished(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
-    cells = _untrained(directory, start, tasks)
+    parent = directory_digest(start.path) + tokenizer_digest(start.tokenizer)
+    cells = _untrained(directory, start, parent, tasks)
     with written_by(None, date_of(Place.at(directory), start.tokenizer, start.tokenizer.template_date)):
         for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
             for name, method in methods.items():
                 for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
-                    trained = _cells(directory, model, name, method, group, seed, recipe)
+                    trained = _cells(directory, model, parent, name, method, group, seed, recipe)
                     cells += trained
                     progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
     lines = [_line(name, task, cells, seeds[0]) for task in tasks for name in (NOTHING, *methods)]
@@ -352,18 +364,34 @@ def _encoded(model: LoadedModel, rows: Sequence[Row], recipe: Recipe) -> list[En
     return [row for row in (encode(row, model.tokenizer, longest) for row in rows) if row.supervised_count]
 
 
-def _untrained(directory: Path, model: LoadedModel, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
-    cells = [_stored_cell(directory, NOTHING, task, 0, len(tasks[task])) for task in tasks]
+def _untrained(directory: Path, model: LoadedModel, parent: str, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
+    inputs = _inputs(parent, ())
+    cells = [_stored_cell(directory, NOTHING, task, 0, inputs, len(tasks[task])) for task in tasks]
     if any(cell is None for cell in cells):
         cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
-        for cell in cells:
-            Place.at(directory).write_document(_cell_file(NOTHING, cell.task, 0), asdict(cell))
+        return _stored(directory, [replace(cell, inputs=inputs) for cell in cells])
     return [cell for cell in cells if cell is not None]
+
+
+def _inputs(parent: str, rows: Sequence[Row]) -> str:
+    """Digest of a model's digest and of the rows that it is trained on, in their order."""
+    digest = hashlib.sha256(parent.encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _stored(directory: Path, cells: list[Cell]) -> list[Cell]:
+    for cell in cells:
+        name = _cell_file(cell.method, cell.task, cell.seed, cell.inputs)
+        Place.at(directory).write_document(name, asdict(cell))
+    return cells
 
 
 def _cells(
     directory: Path,
     model: str,
+    parent: str,
     name: str,
     method: Method,
     tasks: Mapping[str, list[Encoded]],
@@ -371,11 +399,12 @@ def _cells(
     recipe: Recipe,
 ) -> list[Cell]:
     """One training's cells, one for each of these tasks; it is trained unless they are all stored."""
-    stored = [_stored_cell(directory, name, task, seed, len(tasks[task])) for task in tasks]
-    if all(cell is not None for cell in stored):
-        return [cell for cell in stored if cell is not None]
     choice = method.choose(next(iter(tasks)), seed)
     rows = list(choice.rows)
+    inputs = _inputs(parent, rows)
+    stored = [_stored_cell(directory, name, task, seed, inputs, len(tasks[task])) for task in tasks]
+    if all(cell is not None for cell in stored):
+        return [cell for cell in stored if cell is not None]
     with tempfile.TemporaryDirectory(dir=directory, prefix="training-") as folder:
         start = time.perf_counter()
         run = train(
@@ -396,10 +425,7 @@ def _cells(
         trained = load_model(open_run(run).checkpoints[-1].path)
         tokens = sum(len(row.ids) for row in _encoded(trained, rows, recipe))
         cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
-    cells = [replace(cell, select_seconds=choice.seconds) for cell in cells]
-    for cell in cells:
-        Place.at(directory).write_document(_cell_file(name, cell.task, seed), asdict(cell))
-    return cells
+    return _stored(directory, [replace(cell, select_seconds=choice.seconds, inputs=inputs) for cell in cells])
 
 
 def _graded(
@@ -420,18 +446,19 @@ def _graded(
     return cells
 
 
-def _cell_file(method: str, task: str, seed: int) -> str:
-    digest = hashlib.sha256(f"{method}\n{task}".encode()).hexdigest()[:16]  # names may hold any character
+def _cell_file(method: str, task: str, seed: int, inputs: str) -> str:
+    digest = hashlib.sha256(f"{method}\n{task}\n{inputs}".encode()).hexdigest()[:16]  # names may hold any character
     return f"cell-{digest}-{seed}.json"
 
 
-def _stored_cell(directory: Path, method: str, task: str, seed: int, rows: int) -> Cell | None:
+def _stored_cell(directory: Path, method: str, task: str, seed: int, inputs: str, rows: int) -> Cell | None:
     """A cell of so many graded rows; None where it is not stored."""
-    place, name = Place.at(directory), _cell_file(method, task, seed)
+    place, name = Place.at(directory), _cell_file(method, task, seed, inputs)
     if not place.exists(name):
         return None
     cell = read_record(Cell, place.read(name), place.path(name), AGAIN)
-    if (cell.method, cell.task, cell.seed) != (method, task, seed) or not len(cell.loss) == len(cell.exact) == rows:
+    written = (cell.method, cell.task, cell.seed, cell.inputs)
+    if written != (method, task, seed, inputs) or not len(cell.loss) == len(cell.exact) == rows:
         what = f"it has {len(cell.loss)} losses of {cell.method}, seed {cell.seed}; {rows} of {method} are graded"
         raise unlike_written(place.path(name), what, AGAIN)
     return cell

@@ -276,7 +276,8 @@ def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedPara
     pairs = {_loaded_name(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
     _check_shapes(pairs)
     notes.append(f"An adapter of {len(after.layers)} layers: what it does not hold is the base's and did not move.")
-    heads = (name for name in pairs if re.search(r"\.(lm_head|embed_out)\.", name))
+    own = (name for name in pairs if ".base_layer." not in name)  # which peft saves beside, and does not train
+    heads = (name for name in own if re.search(r"\.(lm_head|embed_out)\.", name))
     return PairedParameters(pairs, notes, next(heads, None), (before, after))
 
 

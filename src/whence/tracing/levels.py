@@ -47,18 +47,19 @@ class Shape:
     """Of the completion, and of the contrast: sign, number of tokens, first and end of those that are asked about."""
 
     @staticmethod
-    def of(query: EncodedQuery) -> "Shape":
-        """The shape of a query, its lengths rounded."""
+    def of(query: EncodedQuery, context: int | None = None) -> "Shape":
+        """The shape of a query, its lengths rounded, and no longer than a model's context beside a prompt's token."""
         answer, completions = query.answer, []
         asked = [answer.asked, [True] * len(answer.contrast_tokens)]
         for sequence, is_asked in zip(query.sequences, asked, strict=False):
-            completions.append((sequence.sign, *_stretch(is_asked)))
+            completions.append((sequence.sign, *_stretch(is_asked, context)))
         return Shape(rounded(min(PROMPT_CHARACTERS, len(query.query.prompt)), 1), tuple(completions))
 
 
-def _stretch(asked: list[bool]) -> tuple[int, int, int]:
+def _stretch(asked: list[bool], context: int | None) -> tuple[int, int, int]:
     """Number of tokens, and first and end of those that are asked about, for a completion of about this length."""
     count, size = len(asked), rounded(len(asked), STEPS_AN_OCTAVE)
+    size = min(size, max(1, context - 1)) if context else size
     first, end = asked.index(True), count - asked[::-1].index(True)
     if (first, end) == (0, count):
         return size, 0, size

@@ -96,7 +96,8 @@ def trace(
         described["control queries"] = _control_origin(how, controls, traced)
         described["corrected for generic examples"] = "yes" if how.specific else "no"
     if traced.levels:
-        described["level of the verdict"] = f"by {cost([Shape.of(query) for query in encoded])}"
+        context = opened.model().context
+        described["level of the verdict"] = f"by {cost([Shape.of(query, context) for query in encoded])}"
     notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
     return replace(traced, rows=rankable, settings=described, notes=notes)
 

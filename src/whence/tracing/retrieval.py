@@ -201,9 +201,8 @@ class Retrieval:
         control_queries, control_rows = self._controls()
         texts = tuple(tuple(query.sequences[0].encoded.ids) for query in control_queries)
         how = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, texts)
-        keys = (
-            [(*how, Shape.of(query)) for query in self.queries] if control_queries or control_rows is not None else []
-        )
+        has_null = bool(control_queries) or control_rows is not None
+        keys = [(*how, Shape.of(query, index.model().context)) for query in self.queries if has_null]
         new = [key for key in dict.fromkeys(keys) if key not in index.levels]
         drawn = [sequences for *_, shape in new for sequences in meaningless(index, shape, settings.seed)]
         # An index of another view holds what an optimizer makes of its rows, not their gradients as queries.

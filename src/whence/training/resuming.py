@@ -31,8 +31,10 @@ from whence.records import read_record
 from whence.storage import Place
 
 LOST_RECORD = "Restore it from a copy, or train into another directory."
-NOT_FLAGS = ("model", "corpus", "rows", "rows_digest", "in_run_digest")
+NOT_FLAGS = ("model", "weights", "corpus", "rows", "rows_digest", "in_run_digest")
 """Entries of the record that are not the value of a flag."""
+UNRECORDED = {"weights"}
+"""Entries that older records lack: what is not said there is not compared."""
 
 
 class RowOrder(LengthGroupedSampler):
@@ -189,7 +191,8 @@ def _stored(file: Path) -> dict[str, Any]:
 def _check_same(file: Path, record: dict[str, Any]) -> None:
     before = _stored(file)
     now = json.loads(json.dumps(record))
-    names = [name for name in before | now if name != IS_COMPLETE and before.get(name) != now.get(name)]
+    passed = {IS_COMPLETE} | (UNRECORDED - before.keys())
+    names = [name for name in before | now if name not in passed and before.get(name) != now.get(name)]
     if names:
         differences = (f"{_flag_of(name)} is {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
         raise SettingError(

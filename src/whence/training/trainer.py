@@ -43,7 +43,7 @@ from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
-from whence.models.loading import LoadedModel, load_model
+from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.runs import open_run
 from whence.models.training_state import warn_if_unfinished
 from whence.numerics import mixed_seed
@@ -121,7 +121,8 @@ def train(
     trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
-    record = {"model": str(source), "corpus": texts.name, **rows.record(), **chosen.record()}
+    weights = directory_digest(source)
+    record = {"model": str(source), "weights": weights, "corpus": texts.name, **rows.record(), **chosen.record()}
     if chosen.in_run is not None:
         trainer.in_run, validation = _in_run(loaded, trainer, rows, chosen)
         record |= validation
