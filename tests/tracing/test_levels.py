@@ -54,7 +54,7 @@ def test_lengths_are_rounded_to_a_tenth():
 
 
 def test_a_completion_near_the_context_has_a_level(tmp_path):
-    """58 bytes are rounded to 64, a position more than there is beside a prompt."""
+    """60 tokens are rounded to 64, a position more than there is beside a prompt."""
     import transformers as t
 
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 259}
@@ -63,7 +63,7 @@ def test_a_completion_near_the_context_has_a_level(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"id": str(n), "text": f"the number {n} is {n * n}"} for n in range(40)]
     built = index(tmp_path / "model", rows, tmp_path / "index", width=4, progress=False)
-    assert trace(built, "a?", "x y z, no! " * 5 + "abc").levels
+    assert trace(built, "a?", "x y z, no! " * 5 + "abcd").levels
 
 
 @pytest.mark.parametrize("length", [3, 11, 40])
