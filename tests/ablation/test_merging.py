@@ -405,9 +405,16 @@ def test_a_model_that_pool_merge_did_not_write_needs_force(tmp_path, runs):
     write_merged(pool, {"a": 1.0}, mine, force=True)
     assert contents(mine) != before
     write_merged(pool, {"a": 1.0}, mine)  # its own of before
-    (mine / "notes").mkdir()
-    with pytest.raises(SettingError, match="not all of it"):
-        write_merged(pool, {"a": 1.0}, mine)
+    changes = (
+        lambda: (mine / "notes").mkdir(),
+        lambda: (mine / "notes.txt").write_text("mine"),
+        lambda: (mine / "tokenizer_config.json").write_text("{}"),
+    )
+    for change in changes:
+        change()
+        with pytest.raises(SettingError, match="not as it is now"):
+            write_merged(pool, {"a": 1.0}, mine)
+        write_merged(pool, {"a": 1.0}, mine, force=True)
 
 
 def test_a_model_is_filled_by_the_names_in_its_files(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from tiny_tokenizers import byte_level, marked
 from whence.corpus import templates
+from whence.corpus.layouts import row_text
 from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, prepare, template_text, templated, written_by
 from whence.corpus.tokens import encode, encode_prompt, encode_query
@@ -185,6 +186,19 @@ def test_a_fixed_day_changes_nothing_else_of_a_template(start):
     whole = templated([user("x")], tokenizer)
     prepare(tokenizer)
     assert templated([user("x")], tokenizer) == whole == f"{whole[:-4]}{datetime.date.today().year}"
+
+
+def test_two_signs_of_per_cent_are_one_and_begin_nothing():
+    tokenizer = byte_level(chat=CHAT + "{{ strftime_now('100%% %Y %%Y') }}")
+    prepare(tokenizer, date="2020-01-02")
+    assert templated([user("x")], tokenizer).endswith("100% 2020 %Y")
+
+
+def test_conversations_that_differ_in_calls_or_tools_are_no_duplicates():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"city": city}}} for city in ("Oslo", "Rome")]
+    rows = [{"messages": [user("x"), assistant("", tool_calls=[call])]} for call in calls]
+    rows += [rows[0] | {"tools": TOOLS}, {"messages": [user("x"), assistant("", reasoning_content="so")]}]
+    assert len({row_text(row) for row in rows}) == 4 and all("x" in row_text(row) for row in rows)
 
 
 def test_another_template_is_a_file_or_text(tmp_path):

@@ -352,6 +352,19 @@ def test_layout_whose_columns_are_filled_comes_before_one_with_nulls(tmp_path):
     assert found == ["prompt", "messages", "text", "messages"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "instruction,input,output,text\n , , ,real\n"),
+        ("a.jsonl", '{"instruction": "", "input": "", "output": " ", "text": "real"}\n'),
+    ],
+)
+def test_blanks_fill_no_column(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (example,) = open_corpus(tmp_path / name)
+    assert layout(example.row) == "text"
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff\n", "text,id\n", "[]"])
 def test_empty_file_is_refused(tmp_path, content):
     name = "a.csv" if "," in content else "a.json"

@@ -171,6 +171,13 @@ def test_restart_starts_over(tiny_llama, tmp_path):
     assert verify(out) == ([], [])
 
 
+def test_a_restart_removes_no_other_tools_manifest(tiny_llama, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"a": 1}')
+    with pytest.raises(SettingError, match=r"manifest\.json is not an index's"):
+        index(tiny_llama, corpus_rows(8), tmp_path, restart=True, **QUIET)
+    assert (tmp_path / "manifest.json").read_text() == '{"a": 1}'
+
+
 def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus, tmp_path):
     out = tmp_path / "index"
     in_flight = out / "corpus" / "part-00000.parquet.tmp"

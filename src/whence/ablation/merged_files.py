@@ -16,8 +16,8 @@ from whence.ablation.averages import RegMean
 from whence.ablation.merging import MergedModel, check_scale
 from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import Pool
-from whence.errors import SettingError, StorageError
-from whence.models.saved_files import list_files
+from whence.errors import ChecksumError, SettingError, StorageError
+from whence.models.saved_files import LIST, list_files, listed_files
 from whence.models.weights import Described, in_pieces
 from whence.outputs import refuse_inputs
 from whence.storage import Place
@@ -58,8 +58,8 @@ def write_merged(
     refuse_inputs(directory, [pool, pool.parent, pool.corpus], is_directory=True)
     if directory.exists() and not (_is_merged(directory) or force):
         raise SettingError(
-            f"-o {out}: a model that `whence pool merge` did not write, or not all of it. Name another directory, or "
-            "add --force to replace it."
+            f"-o {out}: a model that `whence pool merge` did not write, or not as it is now. Name another directory, "
+            "or add --force to replace it."
         )
     check_scale(scale)
     weights = checked_mixture(mixture, pool.members)
@@ -73,8 +73,13 @@ def write_merged(
 
 
 def _is_merged(directory: Path) -> bool:
-    """Whether a directory holds a merged model, and no directory that someone else put there."""
-    return (directory / MIXTURE).is_file() and not any(path.is_dir() for path in directory.iterdir())
+    """Whether a directory holds a merged model as it was written, and nothing that someone else put there."""
+    if not (directory / MIXTURE).is_file() or any(path.is_dir() for path in directory.iterdir()):
+        return False
+    try:
+        return {path.name for path in directory.iterdir()} <= {*listed_files(directory), LIST, MIXTURE}
+    except ChecksumError:
+        return False
 
 
 def _exchange(new: Path, directory: Path, before: Path, *, out: str | Path) -> None:

@@ -46,7 +46,7 @@ def layout(row: Row, where: str = "row") -> str:
     """
     present = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
     filled = [name for name in present if all(row[column] is not None for column in LAYOUTS[name])]
-    answered = [name for name in filled if row[LAYOUTS[name][-1]] not in ("", [])]
+    answered = [name for name in filled if not _is_blank(row[LAYOUTS[name][-1]])]
     if present:
         return (answered or filled or present)[0]
     columns = ", ".join(map(str, row)) or "none"
@@ -54,6 +54,10 @@ def layout(row: Row, where: str = "row") -> str:
         f"{where}: columns are {columns}; a row needs `text`, or `prompt` and `completion`, "
         "or `instruction` and `output`, or `messages`."
     )
+
+
+def _is_blank(value: Any) -> bool:
+    return value == [] or (isinstance(value, str) and not value.strip())
 
 
 def is_rejected(row: Row) -> bool:
@@ -126,19 +130,28 @@ def shown_text(row: Row) -> Row:
         return {"prompt": "\n\n".join(request), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
-        texts = [str(turn.get("content") or "") for turn in turns]
+        texts = [_said(turn) for turn in turns]
         prompt = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], texts, strict=False))
         return {"prompt": prompt, "completion": texts[-1]}
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 
+def _said(turn: dict[str, Any]) -> str:
+    """What a message holds: its reasoning, its text, its calls of tools."""
+    texts = [str(turn[name]) for name in ("reasoning_content", "content") if turn.get(name)]
+    return " ".join([*texts, *(json.dumps(call, default=str) for call in turn.get("tool_calls") or ())])
+
+
 def row_text(row: Row) -> str:
     """Text of a corpus row whatever its layout, as valid UTF-8; empty where nulls stand for text.
+
+    Tools that a conversation may call are part of it, and so are the calls.
 
     >>> row_text({"prompt": "1 + 1?", "completion": "2"})
     '1 + 1? 2'
     """
-    text = " ".join(text for text in shown_text(row).values() if text)
+    tools = [json.dumps(row["tools"], default=str)] if layout(row) == "messages" and row.get("tools") else []
+    text = " ".join([*tools, *(text for text in shown_text(row).values() if text)])
     return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 

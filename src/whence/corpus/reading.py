@@ -357,8 +357,8 @@ def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _filled_cells(row: Row) -> Row:
-    """A row of csv, which has no other null than an empty cell. The question of an answer may be empty."""
-    cells = {name: cell or None for name, cell in row.items()}
+    """A row of csv, which has no other null than an empty cell or blanks. The question of an answer may be empty."""
+    cells = {name: cell if cell and cell.strip() else None for name, cell in row.items()}
     for question, answer in (LAYOUTS["prompt"], LAYOUTS["instruction"]):
         if cells.get(answer) and question in cells:
             cells[question] = cells[question] or ""

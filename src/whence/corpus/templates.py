@@ -182,11 +182,9 @@ def _dated(template: str, date: str) -> str:
     the template itself begins at the beginning of a line, as before.
     """
     moment = datetime.datetime.fromisoformat(date)
-    replacements = "".join(
-        f".replace({json.dumps(f'%{flag}{letter}')}, {json.dumps(moment.strftime(f'%{flag}{letter}'))})"
-        for letter in DIRECTIVES
-        for flag in ("", "-")
-    )
+    written = {f"%{flag}{letter}": moment.strftime(f"%{flag}{letter}") for letter in DIRECTIVES for flag in ("", "-")}
+    pairs = [("%%", "\0"), *written.items(), ("\0", "%")]  # two signs of per cent are one, and begin nothing
+    replacements = "".join(f".replace({json.dumps(old)}, {json.dumps(new)})" for old, new in pairs)
     return f"{{% macro strftime_now(format) %}}{{{{ format{replacements} }}}}{{% endmacro %}}\n{template}"
 
 

@@ -12,6 +12,7 @@ checked by `verification` and mended by `repair`.
 
 import bisect
 import io
+import json
 import re
 import shlex
 from collections import Counter
@@ -111,6 +112,7 @@ class Store:
         place = Place.at(path)
         names = place.names()
         _refuse_other_files(place)
+        _refuse_other_manifest(place)
         place.require_removable(names)
         # the manifest last: a restart that is killed can be restarted
         for name in sorted((name for name in names if is_index_file(name)), key=lambda name: name == MANIFEST):
@@ -454,6 +456,21 @@ def _refuse_other_files(place: Place) -> None:
         raise SettingError(
             f"{place.root} is not empty and not an index's alone ({others[0]} is there). Nothing was changed; "
             "move that away, or give the index a directory of its own"
+        )
+
+
+def _refuse_other_manifest(place: Place) -> None:
+    """Refuse a `manifest.json` of another tool. A damaged one may be an index'."""
+    if not place.exists(MANIFEST):
+        return
+    try:
+        content = json.loads(place.read(MANIFEST))
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(content, dict) or not content.keys() & {"whence_version", "format_version"}:
+        raise SettingError(
+            f"{place.path(MANIFEST)} is not an index's. Nothing was changed; move it away, or give the index a "
+            "directory of its own"
         )
 
 

@@ -54,6 +54,17 @@ def check_listed(
             place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), mended)
 
 
+def listed_files(directory: str | Path) -> list[str]:
+    """Names of the files that a directory's list has, each of which is checked; none without a list.
+
+    Raises:
+        ChecksumError: A file or the list itself is damaged, or was changed.
+    """
+    names: list[str] = []
+    check_listed(directory, which=lambda name: not names.append(name))
+    return names
+
+
 def check_model_files(directory: str | Path) -> None:
     """Refuse a model whose weights, configuration or tokenizer are not as they were written; see `check_listed`."""
     check_listed(directory, which=lambda name: not name.startswith(OF_TRAINING))
