@@ -278,7 +278,8 @@ def test_every_verb_that_asks_an_index_takes_where_its_model_and_tokenizer_go(wh
         assert f"{tmp_path}/nowhere: no loadable tokenizer" in told
 
 
-def test_bench_takes_the_flags_of_an_index(whence, tiny_llama, tiny_corpus):
+def test_bench_takes_the_flags_of_an_index(whence, tiny_llama, tiny_corpus, monkeypatch):
+    monkeypatch.setattr("whence.indexing.speed._peak", lambda *given: 1)  # tests/indexing/test_speed.py measures it
     flags = ["--batch-tokens", 64, "--length", 16, "--batches", 1, "--normalise", "layer", "--gradient-checkpointing"]
     found = whence("bench", tiny_llama, tiny_corpus, *flags, "--projection", "shuffle_sum", "--width", 8,
                    "--shuffle-rounds", 3, "--json").json()  # fmt: skip
@@ -292,7 +293,7 @@ def limited_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on(tiny_llama, tmp_path):
+def test_a_full_disk_is_told_and_the_same_command_goes_on(whence, tiny_llama, tmp_path):
     """No file may grow beyond 4,000 bytes: the manifest and the rows fit, the vectors of 20 rows do not."""
     corpus, out = write_jsonl(tmp_path / "corpus.jsonl", corpus_rows(20)), tmp_path / "index"
     arguments = ("index", tiny_llama, corpus, "-o", out, "--projection", "sjlt", "--width", 256)
@@ -304,7 +305,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tiny_llama, tmp_path):
     assert f"error Cannot write {out}/checkpoint-000/shard-00000.safetensors: File too large" in told
     assert "run the same command again: it resumes" in told
     assert sorted(contents(out)) == ["corpus/part-00000.parquet", "manifest.json"]
-    ran = in_a_process(*arguments, env=quiet)
+    ran = whence(*arguments)
     assert ran.code == 0
     assert "20, of which 20 can be ranked" in ran.out
     assert f'Ask it: whence trace {out} --prompt "..."' in ran.out

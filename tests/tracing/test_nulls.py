@@ -14,7 +14,6 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import Index, open_index
 from whence.tracing import own_answers, retrieval
-from whence.tracing.levels import MEANINGLESS
 from whence.tracing.nulls import LEAST, control_scores, nulls, query_controls, row_controls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import query_vectors
@@ -270,7 +269,8 @@ def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkey
     other = open_index(built.store.place.root)
     other.__dict__["space"] = replace(built.space, view="adam")
     found, expected = trace(other, *ASKED, top=2), trace(open_index(built.store.place.root), *ASKED, top=2)
-    assert sizes == [1 + 20 + MEANINGLESS, 1 + MEANINGLESS], "the query, half of the rows, what is meaningless"
+    drawn = retrieval.MEANINGLESS
+    assert sizes == [1 + 20 + drawn, 1 + drawn], "the query, half of the rows, what is meaningless"
     assert found.needed_z == pytest.approx(expected.needed_z, rel=1e-3)
     for one, same in zip(found.hits, expected.hits, strict=True):
         assert (one.id, one.null.z) == (same.id, pytest.approx(same.null.z, rel=1e-3, abs=1e-3))
