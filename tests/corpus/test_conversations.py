@@ -171,6 +171,7 @@ def test_template_with_a_date_writes_one_day(monkeypatch, tmp_path):
     assert date_of(place, tokenizer) == "2026-11-28"
     with pytest.raises(SettingError, match="were written with 2026-11-28"):
         date_of(place, tokenizer, "2027-03-09")
+    assert date_of(Place.at(tmp_path / "of a run"), tokenizer, trained="2020-01-02") == "2020-01-02"
     with written_by(None, "2026-11-28"):
         prepare(tokenizer)
     assert tokenizer.template_date == "2026-11-28"

@@ -11,6 +11,9 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.indexing.build import append, index, verify
 from whence.indexing.opening import open_index
 from whence.indexing.store import Store
+from whence.models.loading import load_model
+from whence.models.training_state import IS_COMPLETE, RECORD
+from whence.storage import Place
 from whence.tracing.pipeline import trace
 
 QUIET = {"width": 4, "codec": "float32", "progress": False}
@@ -67,6 +70,23 @@ def test_day_of_an_index_is_kept_by_queries_appends_repairs_and_resumed_builds(d
         open_index(out, date="2027-03-09")
     index(dated, ROWS, tmp_path / "same", date="2026-11-28", **QUIET)
     assert contents(tmp_path / "same") == before
+
+
+def test_day_of_a_training_is_that_of_what_is_made_of_its_run(dated, tmp_path, on, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    dated.rename(run / "checkpoint-4")
+    Place.at(run).write_document(RECORD, {"date": "2020-01-02", IS_COMPLETE: True})
+    on("2026-11-28")
+    index(run, ROWS, tmp_path / "index", **QUIET)
+    assert Store.open(tmp_path / "index").manifest.settings["date"] == "2020-01-02"
+    assert load_model(run / "checkpoint-4").tokenizer.template_date == "2020-01-02"
+    with templates.written_by(None, "2024-02-29"):
+        assert load_model(run / "checkpoint-4").tokenizer.template_date == "2024-02-29"
+    assert not caplog.messages
+    index(run, ROWS, tmp_path / "other", date="2026-11-28", **QUIET)
+    assert Store.open(tmp_path / "other").manifest.settings["date"] == "2026-11-28"
+    assert "wrote the day 2020-01-02; here it writes 2026-11-28" in caplog.messages[0]
 
 
 def test_index_with_another_template_answers_by_it_without_the_file(dated, tmp_path):

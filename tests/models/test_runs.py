@@ -43,10 +43,11 @@ def test_weights_are_shares_of_the_interval_mean_learning_rates(tmp_path):
     assert sum(checkpoint.weight for checkpoint in checkpoints) == pytest.approx(1)
 
 
-def schedule(kind, warmup, *, steps=60, peak=1e-3):
+def schedule(kind, warmup, *, steps=60, peak=1e-3, **more):
     """The rate of every step, from torch and transformers."""
     weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = transformers.get_scheduler(kind, weights, num_warmup_steps=warmup, num_training_steps=steps)
+    steps_of = {"num_warmup_steps": warmup, "num_training_steps": steps}
+    scheduler = transformers.get_scheduler(kind, weights, **steps_of, scheduler_specific_kwargs=more)
     rates, states = [], []
     for _ in range(steps):
         rates.append(scheduler.get_last_lr()[0])
@@ -90,6 +91,87 @@ def test_other_schedules_are_interpolated_and_a_note_says_so(tmp_path):
     opened = open_run(run, which="all")
     assert [checkpoint.weight for checkpoint in opened.checkpoints] == pytest.approx(weights, abs=0.03)
     assert "on file for 9 of 60 steps; the others are taken to be interpolated" in opened.notes[0]
+
+
+def weights_of(rates, ends):
+    """Shares of the sums of rates between ends."""
+    sums = [sum(rates[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return [value / sum(rates) for value in sums]
+
+
+def left_by_trainer(path, rates, *, save, log, is_old=False, peak=1e-3, keeps_schedulers=True):
+    """Checkpoints at every `save` steps with logs at every `log` steps; `rates` has one more than steps."""
+    steps = len(rates) - 1
+    ends = list(range(save, steps + 1, save))
+    logged = {step: rates[step - 1 + is_old] for step in range(log, steps + 1, log)}
+    run = trainer_directory(path, ends, logged)
+    state = run / f"checkpoint-{steps}" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"max_steps": steps}))
+    for end in ends if keeps_schedulers else ():
+        peaks = {} if peak is None else {"base_lrs": [peak]}
+        torch.save({"_last_lr": [rates[end]], **peaks}, run / f"checkpoint-{end}" / "scheduler.pt")
+    opened = open_run(run, which="all")
+    return [checkpoint.weight for checkpoint in opened.checkpoints], weights_of(rates[:-1], ends), opened.notes
+
+
+def test_a_drop_at_a_checkpoint_is_no_slope_of_the_interval_before(tmp_path):
+    rates = [1e-3] * 50 + [5e-4] * 50 + [2.5e-4]  # ReduceLROnPlateau, whose state has no peak
+    found, true, (note,) = left_by_trainer(tmp_path, rates, save=50, log=50, peak=None)
+    assert found == pytest.approx(true)
+    assert "before step 50 on the line from step 100, at most 0.001" in note
+
+
+def test_restarts_are_a_schedule(tmp_path):
+    rates, states = schedule("cosine_with_restarts", 0, steps=100, num_cycles=2)
+    found, true, _ = left_by_trainer(tmp_path, [*rates, states[-1]["_last_lr"][0]], save=50, log=50)
+    assert found == pytest.approx(true)
+
+
+def test_rates_that_stay_the_same_do_not_show_which_step_a_log_is_of(tmp_path):
+    rates, _ = schedule("constant_with_warmup", 10, steps=101)
+    found, true, (note,) = left_by_trainer(tmp_path, rates, save=25, log=10)
+    assert found == pytest.approx(true)
+    assert "a constant schedule with 10 warm-up steps, on which" in note
+
+
+@pytest.mark.parametrize(("is_old", "keeps_schedulers"), [(False, False), (True, True)])
+def test_a_schedule_with_as_many_parameters_as_rates_is_not_asserted(tmp_path, is_old, keeps_schedulers):
+    # Constant, then a cosine to 0 in the last 20 steps: a cosine with a warm-up of 75, or a line with one of 50, fits.
+    rates, states = schedule("warmup_stable_decay", 0, steps=100, num_decay_steps=20)
+    rates = [*rates, states[-1]["_last_lr"][0]]
+    how = {"is_old": is_old, "keeps_schedulers": keeps_schedulers}
+    found, true, notes = left_by_trainer(tmp_path, rates, save=50, log=50, **how)
+    assert "the others are taken to be interpolated between these, before step 5" in notes[-1]
+    assert found == pytest.approx(true, abs=0.12)
+
+
+def test_shapes_that_the_rates_cannot_tell_apart_are_named(tmp_path):
+    rates, states = schedule("cosine", 0, steps=100)
+    found, _, notes = left_by_trainer(
+        tmp_path, [*rates, states[-1]["_last_lr"][0]], save=50, log=50, is_old=True, keeps_schedulers=False
+    )
+    assert found == pytest.approx([0.75, 0.25], abs=0.01)
+    assert "a linear schedule with 0 warm-up steps (or up to 50)" in notes[-1]
+    assert "as they do on cosine ones: linear is the Trainer's default" in notes[-1]
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_checkpoints_without_logs_of_two_trainings_are_refused_by_their_peaks(tmp_path, which):
+    trainer_directory(tmp_path, [100, 200, 300, 400], {})
+    for step, peak in ((100, 1e-4), (200, 1e-4), (300, 1e-4), (400, 1e-3)):
+        state = {"_last_lr": [peak * (1 - step / 400)], "base_lrs": [peak]}
+        torch.save(state, tmp_path / f"checkpoint-{step}" / "scheduler.pt")
+    with pytest.raises(ModelError, match=r"checkpoint-100 and checkpoint-400 are .*: the peak .* 0.0001 in .* 0.001"):
+        open_run(tmp_path, which=which)
+
+
+def test_an_empty_log_is_not_the_beginning_of_one_with_earlier_lines(tmp_path):
+    with_log(tmp_path, 300, [1e-3] * 3)
+    with_log(tmp_path, 50, [])
+    assert open_run(tmp_path).checkpoints[0].step == 300
+    with_log(tmp_path, 250, [])
+    with pytest.raises(ModelError, match=r"checkpoint-250 and checkpoint-300 are of two .*: entry 1 .* is missing"):
+        open_run(tmp_path)
 
 
 def test_a_single_rate_is_taken_for_the_default_schedule_and_a_note_says_so(tmp_path):

@@ -33,7 +33,7 @@ from whence.models.loading import load_tokenizer, local_directory, tokenizer_dig
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
 from whence.models.saved_files import check_file
-from whence.models.training_state import warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_if_unfinished
 from whence.outputs import refuse_inputs
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
@@ -128,7 +128,7 @@ def train_pool(
     weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)
     tokenizer = load_tokenizer(start, start, False)
-    date = stored_date(Place.at(out)) or today()
+    date = stored_date(Place.at(out)) or date_of_training(start) or today()
     partitions = read_partitions(start, opened, chosen, date=date)
     address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
     words = tokenizer_digest(tokenizer)

@@ -31,6 +31,7 @@ from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchErr
 from whence.models.loaded_weights import loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
+from whence.models.training_state import date_of_training
 from whence.models.weights import Described, Weights, in_pieces
 from whence.records import Count, Digest, FastDigest, read_record, unlike_written
 from whence.storage import Place
@@ -232,7 +233,7 @@ def open_pool(path: str | Path) -> Pool:
 
 def date_in(pool: Pool) -> str | None:
     """The day with which the rows of a pool are written; None for a chat template without a date."""
-    return date_of(pool.place, load_tokenizer(pool.parent, pool.parent, False))
+    return date_of(pool.place, load_tokenizer(pool.parent, pool.parent, False), trained=date_of_training(pool.parent))
 
 
 def _read(path: str | Path) -> Pool:

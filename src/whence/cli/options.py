@@ -30,7 +30,8 @@ ChatTemplate = Annotated[
     str | None, typer.Option(metavar="FILE", help="Chat template to use in place of the tokenizer's own.")
 ]
 Date = Annotated[
-    str | None, typer.Option(metavar="YYYY-MM-DD", help="Day that a chat template with a date writes; today.")
+    str | None,
+    typer.Option(metavar="YYYY-MM-DD", help="Day that a chat template with a date writes; the training's, else today."),
 ]
 
 

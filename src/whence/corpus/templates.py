@@ -72,13 +72,19 @@ def template_text(template: str | Path) -> str:
     return text
 
 
-def prepare(tokenizer: Tokenizer, template: str | Path | None = None, date: str | None = None) -> None:
+def prepare(
+    tokenizer: Tokenizer,
+    template: str | Path | None = None,
+    date: str | None = None,
+    trained: str | None = None,
+) -> None:
     """Give a tokenizer another chat template where one is named, and its day.
 
     Args:
         tokenizer: It is changed.
         template: A file, or a template's text; None: that of `written_by`, else its own.
-        date: The day that its template writes, as YYYY-MM-DD; None: that of `written_by`, else today.
+        date: The day that its template writes, as YYYY-MM-DD; None: that of `written_by`, else `trained`, else today.
+        trained: The day with which the rows were written that the model was trained on, if that is recorded.
 
     Raises:
         SettingError: There is no such file, or the date is none.
@@ -86,7 +92,7 @@ def prepare(tokenizer: Tokenizer, template: str | Path | None = None, date: str 
     default_template, default_date = _defaults.get()
     if (chosen := template or default_template) is not None:
         tokenizer.chat_template = template_text(chosen)
-    tokenizer.template_date = checked_date(date or default_date or today())
+    tokenizer.template_date = checked_date(date or default_date or trained or today())
 
 
 def writes_date(tokenizer: Tokenizer) -> bool:
@@ -98,13 +104,14 @@ class _StoredDate(TypedDict):
     date: str
 
 
-def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None) -> str | None:
+def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None, trained: str | None = None) -> str | None:
     """The day with which the rows of a work directory are written, kept there; None for a template without a date.
 
     Args:
         place: The directory.
         tokenizer: Its template decides whether there is a day.
-        date: The day that is asked for; None: the stored one, else today.
+        date: The day that is asked for; None: the stored one, else `trained`, else today.
+        trained: The day with which the rows were written that the model was trained on, if that is recorded.
 
     Raises:
         SettingError: Another day than the stored one is asked for.
@@ -112,7 +119,7 @@ def date_of(place: Place, tokenizer: Tokenizer, date: str | None = None) -> str 
     if not writes_date(tokenizer):
         return None
     stored = stored_date(place)
-    chosen = same_date(date, stored, place.root) or today()
+    chosen = same_date(date, stored, place.root) or trained or today()
     if stored is None:
         place.write_document(STORED_DATE, {"date": chosen})
     return chosen

@@ -42,7 +42,7 @@ from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
-from whence.models.training_state import warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_if_unfinished, warn_of_another_day
 from whence.outputs import refuse_inputs
 from whence.storage import Place
 
@@ -106,11 +106,12 @@ def index(
     for note in run.notes:
         logger.warning("%s", note)
     warn_if_unfinished(model)
-    chosen = replace(chosen, date=_date(chosen, None if restart else place))
+    chosen = replace(chosen, date=_date(chosen, model, None if restart else place))
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    warn_of_another_day(model, manifest.settings.get("date"))
     transform = transform_for(loaded, chosen)  # moments that do not fit fail before anything is written
     for earlier in run.checkpoints[:-1]:  # the last is loaded already
         check_files(earlier.path)
@@ -136,10 +137,11 @@ def _with_batch_tokens(settings: IndexSettings, loaded: LoadedModel, begun: Plac
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
 
 
-def _date(settings: IndexSettings, begun: Place | None) -> str:
-    """The day that a chat template writes: the given one, that of the index begun, or today."""
+def _date(settings: IndexSettings, model: str | Path, begun: Place | None) -> str:
+    """The day that a chat template writes: the given one, that of the index begun, of the training, or today."""
     stored = read_manifest(begun).settings.get("date") if begun is not None and begun.exists(MANIFEST) else None
-    return same_date(settings.date, stored, begun.root if begun is not None else "") or today()
+    chosen = same_date(settings.date, stored, begun.root if begun is not None else "")
+    return chosen or date_of_training(model) or today()
 
 
 def append(

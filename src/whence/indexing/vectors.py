@@ -69,7 +69,8 @@ class IndexSettings:
     chat_template: str | Path | None = None
     """File of a chat template, or its text, in place of the tokenizer's own."""
     date: str | None = None
-    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: the day of the build."""
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the model's
+    training, if `whence train` wrote it, else the day of the build."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, a third more time."""

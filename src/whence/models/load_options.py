@@ -15,7 +15,8 @@ class Loading(TypedDict, total=False):
     chat_template: str | Path | None
     """A file with the chat template to use in place of the tokenizer's own, or the template's text."""
     date: str | None
-    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: today."""
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the model's
+    training, if `whence train` wrote it, else today."""
     device: str | None
     """cpu, cuda, ...; None takes a GPU if there is one."""
     device_map: str | None

@@ -30,6 +30,7 @@ from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
 from whence.models.saved_files import check_file, check_model_files
+from whence.models.training_state import date_of_training
 from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def load_model(
     else:
         remedy = "--tokenizer expects a directory with a tokenizer, or a Hub name."
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
-    prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"))
+    prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"), date_of_training(path))
     if adapter:
         with _loading(directory):
             model = with_adapter(model, directory, loaded_tokenizer, adapter.get("modules_to_save") or [])

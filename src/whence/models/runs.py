@@ -9,8 +9,8 @@ interval that it closes, rescaled so that the weights sum to 1; rates that were 
 A checkpoint of weight 0 is left out: nothing was learnt on the way to it. Source: Pruthi et al. 2020,
 https://arxiv.org/abs/2002.08484, section 3.2; Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 3.
 
-Every checkpoint's log is the beginning of the newest one's, unless the directory holds checkpoints of two trainings:
-such a directory is refused.
+Every checkpoint's log is the beginning of the newest one's, and their schedulers have one peak, unless the directory
+holds checkpoints of two trainings: such a directory is refused.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from whence.errors import ModelError, SettingError
-from whence.models.learning_rates import StepRates, read_scheduler, step_rates
+from whence.models.learning_rates import Scheduler, StepRates, read_scheduler, step_rates
 from whence.models.saved_files import check_file
 
 
@@ -72,9 +72,11 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
     if not directories:
         return Run(str(path), (Checkpoint(str(path)),))
     states = [_read_state(directory) for directory in directories]
+    schedulers = [read_scheduler(directory) for directory in directories]
     _refuse_two_trainings(directories, states)
+    _refuse_two_peaks(directories, schedulers)
     steps, newest = [_step(directory) for directory in directories], states[-1]
-    rates = _step_rates(directories, newest)
+    rates = _step_rates(steps, schedulers, newest)
     means = (
         [float(rates.rates[start:end].mean()) for start, end in zip([0, *steps], steps, strict=False)] if rates else []
     )
@@ -125,18 +127,38 @@ def _refuse_two_trainings(directories: list[Path], states: list[_State]) -> None
     if newest is None:
         return
     for directory, state in zip(directories[:-1], states[:-1], strict=True):
-        log = state.log or ()
+        if state.log is None:
+            continue
+        log = state.log
         here = [*log, *({} for _ in newest[len(log) :])]
         there = [*newest, *({} for _ in log[len(newest) :])]
         for number, (entry, other) in enumerate(zip(here, there, strict=True)):
-            if not log or (not entry and other["step"] >= _step(directory)):
+            if not entry and other["step"] >= _step(directory):
                 break  # later entries are of later steps
             if json.dumps(entry, sort_keys=True) != json.dumps(other, sort_keys=True):  # NaN equals itself here
-                raise ModelError(
-                    f"{directory.parent}: {directory.name} and {directories[-1].name} are of two trainings: entry "
-                    f"{number + 1} of their logs is {_shown(entry)} in the first and {_shown(other)} in the second. "
-                    f"Move the checkpoints of one of them away, or name a single one, such as {directory}."
-                )
+                what = f"entry {number + 1} of their logs is {_shown(entry)} in the first and {_shown(other)}"
+                raise _two_trainings(directory, directories[-1], what)
+
+
+def _refuse_two_peaks(directories: list[Path], schedulers: list[Scheduler | None]) -> None:
+    """Refuse schedulers of several peaks: a scheduler keeps its own when its training is resumed."""
+    peaks = [
+        (directory, scheduler.peak)
+        for directory, scheduler in zip(directories, schedulers, strict=True)
+        if scheduler is not None and scheduler.peak is not None
+    ]
+    for directory, peak in peaks[:-1]:
+        newest, other = peaks[-1]
+        if not math.isclose(peak, other, rel_tol=1e-6):
+            what = f"the peak of the learning rate in their scheduler.pt is {peak:g} in the first and {other:g}"
+            raise _two_trainings(directory, newest, what)
+
+
+def _two_trainings(directory: Path, newest: Path, what: str) -> ModelError:
+    return ModelError(
+        f"{directory.parent}: {directory.name} and {newest.name} are of two trainings: {what} in the second. "
+        f"Move the checkpoints of one of them away, or name a single one, such as {directory}."
+    )
 
 
 def _shown(entry: dict[str, Any]) -> str:
@@ -144,12 +166,11 @@ def _shown(entry: dict[str, Any]) -> str:
     return " ".join([f"step {entry['step']}:", *values]) if entry else "missing"
 
 
-def _step_rates(directories: list[Path], newest: _State) -> StepRates | None:
+def _step_rates(steps: list[int], schedulers: list[Scheduler | None], newest: _State) -> StepRates | None:
     entries = [entry for entry in newest.log or () if math.isfinite(entry.get("learning_rate", math.nan))]
     log = [(entry["step"], float(entry["learning_rate"])) for entry in entries]
-    schedulers = {_step(directory): read_scheduler(directory) for directory in directories}
-    by_step = {step: state for step, state in schedulers.items() if state is not None}
-    return step_rates(log, by_step, _step(directories[-1]), newest.max_steps)
+    by_step = {step: state for step, state in zip(steps, schedulers, strict=True) if state is not None}
+    return step_rates(log, by_step, steps[-1], newest.max_steps)
 
 
 def _is_sparse(known: Set[int], steps: list[int]) -> bool:

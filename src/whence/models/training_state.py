@@ -1,7 +1,8 @@
-"""How far the training in a directory has come: what `whence train` and a Trainer say of it themselves."""
+"""What `whence train` and a Trainer say of the training in a directory: how far it has come, and on which day."""
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,34 @@ def state_of(checkpoint: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def date_of_training(model: str | Path) -> str | None:
+    """The day that a chat template wrote into the rows of a training, as YYYY-MM-DD.
+
+    Args:
+        model: Directory of a run of `whence train`, or one of its checkpoints.
+
+    Returns:
+        None where no day is recorded: for a template without a date, and for any other model.
+    """
+    path = Path(model)
+    run = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+    try:
+        date = json.loads((run / RECORD).read_text()).get("date")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return date if isinstance(date, str) else None
+
+
+def warn_of_another_day(model: str | Path, date: str | None) -> None:
+    """Log a note if rows are to be written with another day than those that the model was trained on."""
+    trained = date_of_training(model)
+    if date and trained and date != trained:
+        logger.warning(
+            "%s was trained on rows in which the chat template wrote the day %s; here it writes %s. They are other "
+            "tokens: without --date, in a new directory, the day is the training's.", model, trained, date,
+        )  # fmt: skip
 
 
 def unfinished_note(path: str | Path) -> str | None:

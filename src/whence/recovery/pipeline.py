@@ -29,6 +29,7 @@ from whence.corpus.templates import date_of, prepare, written_by
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
+from whence.models.training_state import date_of_training, warn_of_another_day
 from whence.outputs import refuse_inputs
 from whence.recovery.case import (
     Case,
@@ -125,7 +126,9 @@ def recover(
     case, place = open_case(str(base), str(final), chosen), Path(work)
     tokenizer = load_tokenizer(case.tokenizer or case.final, case.base, False)
     prepare(tokenizer, chosen.chat_template)
-    with written_by(chosen.chat_template, date_of(Place.at(place), tokenizer, chosen.date)):
+    date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
+    warn_of_another_day(case.final, date)
+    with written_by(chosen.chat_template, date):
         return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
 
 

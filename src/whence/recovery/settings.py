@@ -31,7 +31,8 @@ class RecoverSettings:
     chat_template: str | None = None
     """File of a chat template, or its text, that rows are written by; None: the tokenizer's own."""
     date: str | None = None
-    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of `work`, else today."""
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of `work`, else of the
+    training of the final model, if `whence train` wrote it, else today."""
     max_tokens: int | None = None
     tokens_per_batch: int = 4096
     width: int = SKETCH_WIDTH

@@ -65,7 +65,8 @@ class TrainSettings:
     chat_template: str | None = None
     """File of a chat template to train with, or its text; None: the tokenizer's own."""
     date: str | None = None
-    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: the day of the training's start."""
+    """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the
+    training of the model it starts from, if `whence train` wrote it, else the day of the start."""
     fraction: float = 1.0
     """Share of the corpus to train on, chosen at random."""
     lora_rank: int | None = None

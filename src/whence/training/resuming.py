@@ -156,14 +156,6 @@ def refuse_others(directory: Path) -> None:
             )
 
 
-def date_of_start(directory: Path) -> str | None:
-    """The day that the rows of the training in a directory were written with; None where it is not recorded."""
-    try:
-        return json.loads((directory / RECORD).read_text()).get("date")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def finish(directory: Path) -> None:
     """Mark a training as done, and list the files beside its checkpoints with their checksums."""
     place = Place.at(directory)
