@@ -53,7 +53,7 @@ class Shape:
         asked = [answer.asked, [True] * len(answer.contrast_tokens)]
         for sequence, is_asked in zip(query.sequences, asked, strict=False):
             completions.append((sequence.sign, *_stretch(is_asked)))
-        return Shape(rounded(min(PROMPT_CHARACTERS, len(query.query.prompt)), 1), tuple(completions))
+        return Shape(rounded(min(PROMPT_CHARACTERS, len(query.answer.prompt)), 1), tuple(completions))
 
 
 def _stretch(asked: list[bool]) -> tuple[int, int, int]:
