@@ -75,6 +75,7 @@ def of_last_answer(encoded):
 
 def as_query(row, tokenizer, kind):
     (query,) = queries_of([row])
+    assert query.completion is not None
     return encode_query(query.prompt, query.completion, tokenizer, kind=kind, context=query.context)
 
 

@@ -190,9 +190,9 @@ def _answer(completion: str | None, context: Row) -> dict[str, object] | None:
     """The assistant's message for a completion: the context's own where the completion is what that says."""
     if completion is None:
         return None
-    own = context.get("answer")
-    is_own = own is not None and as_text(said(own)) == completion
-    return {**own, "weight": 1} if is_own else {"role": "assistant", "content": completion}
+    own: dict[str, object] = context.get("answer") or {}
+    is_own = bool(own) and as_text(said(own)) == completion
+    return own | {"weight": 1} if is_own else {"role": "assistant", "content": completion}
 
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
