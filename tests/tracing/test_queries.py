@@ -231,7 +231,7 @@ def test_columns_of_a_file_are_read(tmp_path):
     expected = [
         Query("a", "bc", "b", "d"),
         Query("a"),
-        Query("do\n\nit", "done", None, "no"),
+        Query("do", "done", None, "no", {"input": "it"}),
         Query("do"),
         Query("a", "bc", (0, 2)),
         Query("a"),
@@ -277,9 +277,8 @@ def test_defaults_are_for_queries_that_have_none_of_their_own():
         ({"prompt": "a", "span": [0, 1]}, "the columns prompt, span"),
         ({"prompt": "a", "contrast": 3}, "the columns prompt, contrast"),
         ({"prompt": None}, "the columns prompt"),
-        ({"messages": [{"role": "tool", "content": "be"}, {"role": "user", "content": "a"}]}, "the columns messages"),
+        ({"messages": [{"role": "system", "content": "be"}]}, "the columns messages"),
         ({"messages": [{"role": "user", "content": None}]}, "the columns messages"),
-        ({"messages": "a"}, "the columns messages"),
     ],
 )
 def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):

@@ -278,7 +278,7 @@ def test_a_query_longer_than_the_context_is_refused(exact):
         ({"queries": [Query("b")], "completion": "c"}, "--completion belongs to --prompt"),
         ({"queries": []}, "--queries: no query in it"),
         ({"queries": [{"text": "a"}]}, "query 0: a query needs a text as `prompt`.*found the columns text"),
-        ({"queries": [{"prompt": "a", "completion": 3}]}, "query 0: a query needs"),
+        ({"queries": [{"prompt": "a", "contrast": 3}]}, "query 0: a query needs"),
         ({"prompt": "a", "completion": ""}, "nothing to trace for prompt 'a': the completion has no token"),
         ({"prompt": "a", "top": 0}, "--top 0"),
         ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 0"),

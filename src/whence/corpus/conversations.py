@@ -104,11 +104,37 @@ def instruction(
         return _alpaca(request, answer)
     pieces = request if tokenizer.chat_template or len(request) == 1 else [request[0], f"### Input:\n{request[1]}"]
     turns = [*earlier, {"role": "user", "content": "\n\n".join(pieces)}]
+    message = None if answer is None else {"role": "assistant", "content": answer}
+    return answered(turns, message, tokenizer, tools)
+
+
+def answered(
+    turns: Messages,
+    answer: dict[str, Any] | None,
+    tokenizer: Tokenizer,
+    tools: list[dict[str, Any]] | None = None,
+) -> Rendered:
+    """Messages and the assistant's answer to them; None leaves it open, and then nothing is supervised.
+
+    Raises:
+        CorpusError: As `conversation`.
+    """
     if answer is not None:
-        return conversation([*turns, {"role": "assistant", "content": answer}], tokenizer, tools)
+        return conversation([*turns, answer], tokenizer, tools)
     if tokenizer.chat_template:
         return Rendered(templated(turns, tokenizer, opened=True, tools=tools), (), special=False, closed=False)
     return replace(conversation(turns, tokenizer, tools), spans=(), closed=False)
+
+
+def said(message: dict[str, Any]) -> str:
+    """What a message says as text, one piece a line: reasoning, content, and the tools that it calls as JSON.
+
+    >>> said({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]})
+    '[{"function": {"name": "f"}}]'
+    """
+    calls = _calls_of(message)
+    pieces = [message.get(key) for key in (*REASONING, "content")] + [calls and json.dumps(calls, ensure_ascii=False)]
+    return "\n".join(as_text(piece) for piece in pieces if piece not in (None, "", []))
 
 
 def _alpaca(request: list[str], answer: str | None) -> Rendered:
@@ -131,7 +157,7 @@ def conversation(messages: Messages, tokenizer: Tokenizer, tools: list[dict[str,
             raise CorpusError(
                 "the row has `tools`, and the tokenizer has no chat template to write them. Give one: --chat-template."
             )
-        return _plain_conversation(messages)
+        return _plain_conversation(messages, tokenizer)
     if messages[0]["role"] == "assistant":
         raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
     weights = [message.get("weight") for message in messages]
@@ -262,7 +288,7 @@ def _warn(model: str, what: str) -> None:
     )
 
 
-def _plain_conversation(messages: Messages) -> Rendered:
+def _plain_conversation(messages: Messages, tokenizer: Tokenizer) -> Rendered:
     """Messages in Alpaca's template, for a tokenizer without one: the system's turn replaces the preamble.
 
     Raises:
@@ -272,6 +298,9 @@ def _plain_conversation(messages: Messages) -> Rendered:
     is_closed = False
     for message in messages:
         _refuse_tools(message)
+        for key in REASONING:
+            if message.get(key):
+                _warn_of_key(str(tokenizer.name_or_path) or "the tokenizer", key)
         content = as_text(message.get("content") or "")
         is_closed = False
         if message["role"] == "system":
@@ -285,6 +314,16 @@ def _plain_conversation(messages: Messages) -> Rendered:
             opening = "" if text.endswith("\n\n") else "\n\n" if text else f"{ALPACA_PREAMBLE[False]}\n\n"
             text += f"{opening}### Instruction:\n{content}\n\n### Response:\n"
     return Rendered(text, tuple(spans), special=True, closed=is_closed)
+
+
+@functools.cache
+def _warn_of_key(model: str, key: str) -> None:
+    logger.warning(
+        "%s: without a chat template the `%s` of messages is not read, and no part of the text that is trained on. If "
+        "the model saw it, give the template that wrote it: --chat-template.",
+        model,
+        key,
+    )
 
 
 def _refuse_tools(message: dict[str, Any]) -> None:

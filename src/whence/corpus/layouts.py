@@ -56,8 +56,27 @@ def layout(row: Row, where: str = "row") -> str:
     )
 
 
+<<<<<<< HEAD
 def _is_blank(value: Any) -> bool:
     return value == [] or (isinstance(value, str) and not value.strip())
+=======
+def question_layout(row: Row) -> str | None:
+    """Name of the layout of a query, which is a row that may lack its answer; None if it asks nothing.
+
+    It is that of a corpus' row wherever the row has an answer.
+
+    >>> question_layout({"prompt": "a", "instruction": "b", "output": "c"}), question_layout({"text": "a"})
+    ('instruction', None)
+    """
+    asked = [name for name, columns in LAYOUTS.items() if name != "text" and row.get(columns[0]) is not None]
+    answered = [name for name in asked if row.get(LAYOUTS[name][-1]) not in (None, "", [])]
+    return (*answered, *asked, None)[0]
+
+
+def query_columns(kind: str) -> tuple[str, ...]:
+    """Columns that a query of a layout reads: a corpus row's, and with a `prompt` what may come before it."""
+    return *LAYOUTS[kind], *(("system", "history", "tools") if kind == "prompt" else OPTIONAL[kind])
+>>>>>>> f91cbee6143198bacb3aa90f22efbdf937bee214
 
 
 def is_rejected(row: Row) -> bool:

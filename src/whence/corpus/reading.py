@@ -109,7 +109,7 @@ def open_corpus(origin: "str | Path | Corpus | Iterable[Any]", *, first_number: 
         return Corpus(origin.origin, first_number=first_number, from_arrow=origin.from_arrow)
     if isinstance(origin, str | Path):
         return Corpus(origin, first_number=first_number)
-    return Corpus(rows_in_memory(origin), first_number=first_number, from_arrow=_is_from_arrow(origin))
+    return Corpus(rows_in_memory(origin), first_number=first_number, from_arrow=is_from_arrow(origin))
 
 
 def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
@@ -117,7 +117,7 @@ def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
     return origin.to_dict("records") if hasattr(origin, "iterrows") else list(origin)  # type: ignore[attr-defined]
 
 
-def _is_from_arrow(origin: Any) -> bool:
+def is_from_arrow(origin: Any) -> bool:
     """Whether rows in memory are a Hugging Face data set's, or a DataFrame's, which may be read from Parquet."""
     return type(origin).__module__.partition(".")[0] in ("datasets", "pandas")
 

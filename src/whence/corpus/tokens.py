@@ -26,7 +26,15 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from whence.corpus.conversations import Rendered, as_text, checked_messages, conversation, instruction
+from whence.corpus.conversations import (
+    Rendered,
+    answered,
+    as_text,
+    checked_messages,
+    conversation,
+    instruction,
+    said,
+)
 from whence.corpus.layouts import Row, is_rejected, layout, tools_of, turns_before
 from whence.corpus.missing import without_missing
 from whence.corpus.templates import Tokenizer
@@ -91,8 +99,7 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     if kind == "instruction":
         if row["instruction"] is None or row["output"] is None:
             return None
-        request = [as_text(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
-        return instruction(request, as_text(row["output"]), tokenizer, checked_messages(turns_before(row)))
+        return instruction(request_of(row), as_text(row["output"]), tokenizer, checked_messages(turns_before(row)))
     if kind == "prompt":
         if row["prompt"] is None or row["completion"] is None:
             return None
@@ -103,6 +110,11 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
         return None
     text = as_text(row["text"])
     return Rendered(text, ((0, len(text)),), special=True, closed=True)
+
+
+def request_of(row: Row) -> list[str]:
+    """The instruction of a row, and its input if both are there."""
+    return [as_text(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, "")] or [""]
 
 
 def supervised_bytes(row: Row, tokenizer: Tokenizer) -> int:
@@ -125,7 +137,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool, context: Row
         prompt: The text.
         tokenizer: The tokenizer of the model that is to continue.
         chat: The prompt is the user's turn.
-        context: `system`, `history` and `tools` that come before, as columns of a row.
+        context: What else the request holds, as columns of a row: `system`, `history` and `tools` that come before,
+            and the `input` of an instruction. `messages` stand for all turns before the answer, the prompt's among
+            them, and `answer` for the completion where that is a message of more than its text: one that calls tools.
 
     Raises:
         CorpusError: There is a context, and no conversation; or the chat template refuses it.
@@ -152,18 +166,33 @@ def encode_query(
 
 def _request(prompt: str, completion: str | None, tokenizer: Tokenizer, *, chat: bool, context: Row | None) -> Rendered:
     """A prompt with its completion, which alone is supervised; None leaves it open."""
-    before, tools = turns_before(context or {}), tools_of(context or {})
+    context = context or {}
+    messages, tools = context.get("messages"), tools_of(context)
+    before = [turn | {"weight": 0} for turn in (*turns_before(context), *(messages or []))]
+    request = [prompt, *(as_text(text) for text in [context.get("input")] if text not in (None, ""))]
+    if chat and messages is not None:
+        return answered(checked_messages(before) or [], _answer(completion, context), tokenizer, tools)
     if chat:
-        silent = [turn | {"weight": 0} for turn in before]
-        return instruction([prompt], completion, tokenizer, checked_messages(silent), tools)
-    if before or tools:
+        return instruction(request, completion, tokenizer, checked_messages(before), tools)
+    if before or tools or context.get("answer"):
         raise CorpusError(
-            "`system`, `history` and `tools` have a place in conversations alone, and the rows of this corpus are "
-            "plain text: write them into the prompt as the rows have them."
+            "`system`, `history`, `tools`, and messages other than a question and its answer in words have a place in "
+            "conversations alone, and the rows of this corpus are plain text: write them into the prompt as the rows "
+            "have them."
         )
+    prompt = "\n\n".join(request)
     text = prompt + (completion or "")
     spans = () if completion is None else ((len(prompt), len(text)),)
     return Rendered(text, spans, special=True, closed=completion is not None)
+
+
+def _answer(completion: str | None, context: Row) -> dict[str, object] | None:
+    """The assistant's message for a completion: the context's own where the completion is what that says."""
+    if completion is None:
+        return None
+    own: dict[str, object] = context.get("answer") or {}
+    is_own = bool(own) and as_text(said(own)) == completion
+    return own | {"weight": 1} if is_own else {"role": "assistant", "content": completion}
 
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -10,7 +10,17 @@ import logging
 from collections import Counter
 from typing import Any
 
-from whence.corpus.layouts import LAYOUTS, OPTIONAL, VERDICTS, Row, is_rejected, is_verdict, layout
+from whence.corpus.layouts import (
+    LAYOUTS,
+    OPTIONAL,
+    VERDICTS,
+    Row,
+    is_rejected,
+    is_verdict,
+    layout,
+    query_columns,
+    question_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +66,12 @@ class Unread:
 
 def log_unread_of_queries(name: str, rows: list[Row]) -> None:
     """Say of the queries with this name which columns that decide a text are not read."""
-    known = {column for columns in (*LAYOUTS.values(), *OPTIONAL.values()) for column in columns}
-    counts = Counter(column for row in rows for column in DECIDING - known if row.get(column))
+    counts: Counter[str] = Counter()
+    for row in rows:
+        kind = question_layout(row) or "text"
+        answer = row.get(LAYOUTS[kind][-1])
+        names = DECIDING - {*query_columns(kind)}
+        counts.update(name for name in names if _may_be_text(name, row.get(name), answer))
     if counts:
         _log_columns(name, tuple(sorted(counts)), max(counts.values()), len(rows))
 

@@ -12,13 +12,12 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1
 2024, https://arxiv.org/abs/2405.11724, for token-wise retrieval and the method of that name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from whence import catalogue
-from whence.corpus.layouts import Row
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
@@ -36,10 +35,10 @@ def trace(
     prompt: str | None = None,
     completion: str | None = None,
     *,
-    queries: str | Path | Sequence[Query | Row] | None = None,
+    queries: str | Path | Iterable[Any] | None = None,
     span: str | tuple[int, int] | None = None,
     contrast: str | None = None,
-    controls: str | Path | Sequence[Query | Row] | None = None,
+    controls: str | Path | Iterable[Any] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     model: str | None = None,

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.corpus.layouts import Row, shown_text
-from whence.corpus.reading import rows_with_place
-from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query
+from whence.corpus.conversations import as_text, checked_messages, said
+from whence.corpus.layouts import LAYOUTS, Row, query_columns, question_layout
+from whence.corpus.missing import without_missing
+from whence.corpus.reading import is_from_arrow, rows_in_memory, rows_with_place
+from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query, request_of
 from whence.corpus.unread import log_unread_of_queries
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.gradients.capture import sketch, token_losses
 from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
 from whence.indexing.opening import Index
@@ -30,8 +32,6 @@ from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
 from whence.tracing.results import Answer
 from whence.turns import one_at_a_time
 
-CONTEXT = ("system", "history", "tools")
-"""Columns of what comes before a prompt."""
 QUOTED = 60
 """Characters of a text that a message quotes."""
 COLUMNS = (
@@ -52,7 +52,9 @@ class Query:
     contrast: str | None = None
     """Another completion, for "why the one and not this"."""
     context: Row | None = None
-    """`system`, `history` and `tools` that come before the prompt, as a corpus row has them."""
+    """What else the request holds, as a corpus row has it: `system`, `history` and `tools` that come before the prompt,
+    an instruction's `input`, the `messages` that stand for a prompt of several turns, and the message `answer` that
+    stands for a completion of more than text; see `corpus.tokens.encode_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,22 @@ def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--que
     """Queries of a file, of rows in memory, or as they are.
 
     Args:
-        origin: A file as `open_corpus` reads it, rows, or queries. A row has one of the layouts of `COLUMNS`, without
-            the answer where the model is to complete it, and perhaps `span` (or `span_tokens`, as FROM:TO) and
-            `contrast`.
+        origin: A file, a DataFrame, a data set or rows, as `open_corpus` reads them, or queries. A row has one of the
+            layouts of `COLUMNS`, without the answer where the model is to complete it, and perhaps `span` (or
+            `span_tokens`, as FROM:TO) and `contrast`. A query asks about the last answer alone, whatever its `weight`
+            or `label`; the answers before it are part of its prompt.
         defaults: `span` and `contrast` for queries that have none.
         flag: The flag that named them, for messages.
 
     Raises:
         SettingError: A row is no query, or there is no row.
     """
-    is_file = isinstance(origin, str | Path)
-    rows = rows_with_place(origin) if is_file else ((f"query {number}", item) for number, item in enumerate(origin))
-    if is_file and {".csv", ".tsv"} & {*Path(origin).suffixes}:  # an empty cell is their only null
-        rows = ((location, {name: cell or None for name, cell in row.items()}) for location, row in rows)
-    items = list(rows)
+    name = str(origin) if isinstance(origin, str | Path) else flag
+    items = list(_rows(origin))
     queries = [item if isinstance(item, Query) else _query(item, location) for location, item in items]
-    log_unread_of_queries(str(origin) if is_file else flag, [item for _, item in items if isinstance(item, dict)])
+    log_unread_of_queries(name, [item for _, item in items if isinstance(item, dict)])
     if not queries:
-        raise SettingError(f"{origin if is_file else flag}: no query in it")
+        raise SettingError(f"{name}: no query in it")
     if defaults is None:
         return queries
     default_fields = {"span": defaults.span, "contrast": defaults.contrast}
@@ -96,41 +96,79 @@ def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--que
     ]
 
 
+def _rows(origin: Any) -> Iterator[tuple[str, Any]]:
+    """Rows with None for missing values, or queries, each with its place."""
+    if isinstance(origin, str | Path):
+        yield from rows_with_place(origin)
+        return
+    from_arrow = is_from_arrow(origin)
+    for number, item in enumerate(rows_in_memory(origin)):
+        yield f"query {number}", without_missing(item, from_arrow=from_arrow) if isinstance(item, dict) else item
+
+
 def _query(row: Any, location: str) -> Query:
     """A row as a query; its layout is that of a corpus row, but it may lack the answer."""
-    columns = _with_prompt_columns(row) if isinstance(row, dict) else {}
-    others = [columns.get(name) for name in ("completion", "span", "span_tokens", "contrast")]
-    if not isinstance(columns.get("prompt"), str) or not all(isinstance(text, str | None) for text in others):
-        have = f"the columns {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    try:
+        request = _request(row) if isinstance(row, dict) else None
+    except CorpusError as error:
+        raise SettingError(f"{location}: {error}") from None
+    others = [row.get(name) for name in ("span", "span_tokens", "contrast")] if request else []
+    if request is None or not all(isinstance(text, str | None) for text in others):
+        have = f"the columns {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise SettingError(f"{location}: a query needs {COLUMNS}; found {have}")
-    completion, text, tokens, contrast = others
-    return Query(
-        columns["prompt"],
-        completion,
-        span_of(text or None, tokens or None, f"{location}: span_tokens"),
-        contrast or None,
-        {name: columns[name] for name in CONTEXT if columns.get(name)} or None,
-    )
+    text, tokens, contrast = others
+    span = span_of(text or None, tokens or None, f"{location}: span_tokens")
+    return replace(request, span=span, contrast=contrast or None)
 
 
-def _with_prompt_columns(row: Row) -> Row:
-    """A row with the columns `prompt` and, if it has an answer, `completion`, whatever its layout."""
-    if row.get("prompt") is not None:
-        return row
-    if isinstance(row.get("instruction"), str):
-        return row | shown_text({"output": None, **row})
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return row
-    texts, roles = [turn.get("content") for turn in turns], [turn.get("role") for turn in turns]
-    system, first = (texts[0], 1) if roles[:1] == ["system"] else (row.get("system"), 0)
-    said = len(turns) - first
-    if not said or roles[first:] != (["user", "assistant"] * said)[:said]:
-        return row
-    questions, answers = texts[first::2], texts[first + 1 :: 2]
-    pairs = [list(pair) for pair in zip(questions[:-1], answers, strict=False)]
-    answer = answers[-1] if len(answers) == len(questions) else None
-    return row | {"prompt": questions[-1], "completion": answer, "system": system, "history": pairs}
+def _request(row: Row) -> Query | None:
+    """What a row asks, and its answer; None if it asks nothing.
+
+    Raises:
+        CorpusError: Something else stands where text is expected.
+    """
+    kind = question_layout(row)
+    if kind is None:
+        return None
+    if kind == "messages":
+        return _of_messages(row)
+    first, *more = request_of(row) if kind == "instruction" else [as_text(row["prompt"])]
+    answer = row.get(LAYOUTS[kind][-1])
+    columns = [name for name in query_columns(kind) if name not in (*LAYOUTS[kind], "input")]
+    context = {name: row[name] for name in columns if row.get(name)} | ({"input": more[0]} if more else {})
+    return Query(first, None if answer is None else as_text(answer), context=context or None)
+
+
+def _of_messages(row: Row) -> Query | None:
+    """What a row of messages asks; only a question and its answer in words are a prompt and a completion."""
+    turns, context = row["messages"], {"tools": row["tools"]} if row.get("tools") else {}
+    if isinstance(turns, list) and turns and _is_place_of_answer(turns[-1]):
+        turns = turns[:-1]
+    messages = checked_messages(turns)
+    if not messages:
+        return None
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    answer = messages.pop() if messages[-1]["role"] == "assistant" else None
+    if answer is None and messages[-1]["role"] in ("system", "developer"):
+        return None
+    questions = [said(message) for message in messages if message["role"] == "user"] or [*map(said, messages)]
+    prompt = questions[-1] if questions else ""
+    is_plain = answer is None or answer.keys() == {"role", "content"}
+    if not is_plain or messages != [{"role": "user", "content": prompt}]:
+        context |= {"messages": messages} | ({} if is_plain else {"answer": answer})
+    return Query(prompt, None if answer is None else said(answer), context=context or None)
+
+
+def _is_place_of_answer(message: Any) -> bool:
+    """Whether a message is the assistant's, and null."""
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return False
+    return {key for key, value in message.items() if value is not None} <= {"role", "weight"}
+
+
+def _shown_prompt(query: Query) -> str:
+    """The prompt and its input, as text for a person."""
+    return "\n\n".join([query.prompt, *(str(text) for text in [(query.context or {}).get("input")] if text)])
 
 
 def span_of(text: str | None, tokens: str | None, location: str) -> str | tuple[int, int] | None:
@@ -221,7 +259,7 @@ def _encoded_query(
         contrast_tokens, contrast_probabilities = _token_probabilities(other, model)
         sequences.append(SignedSequence(other, sign=-1.0))
     answer = Answer(
-        prompt=query.prompt,
+        prompt=_shown_prompt(query),
         completion=completion,
         is_generated=own is not None,
         ending=None if own is None else own.ending,
