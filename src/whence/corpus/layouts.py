@@ -56,10 +56,10 @@ def layout(row: Row, where: str = "row") -> str:
     )
 
 
-<<<<<<< HEAD
 def _is_blank(value: Any) -> bool:
     return value == [] or (isinstance(value, str) and not value.strip())
-=======
+
+
 def question_layout(row: Row) -> str | None:
     """Name of the layout of a query, which is a row that may lack its answer; None if it asks nothing.
 
@@ -76,7 +76,6 @@ def question_layout(row: Row) -> str | None:
 def query_columns(kind: str) -> tuple[str, ...]:
     """Columns that a query of a layout reads: a corpus row's, and with a `prompt` what may come before it."""
     return *LAYOUTS[kind], *(("system", "history", "tools") if kind == "prompt" else OPTIONAL[kind])
->>>>>>> f91cbee6143198bacb3aa90f22efbdf937bee214
 
 
 def is_rejected(row: Row) -> bool:

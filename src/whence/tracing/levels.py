@@ -52,13 +52,8 @@ class Shape:
         answer, completions = query.answer, []
         asked = [answer.asked, [True] * len(answer.contrast_tokens)]
         for sequence, is_asked in zip(query.sequences, asked, strict=False):
-<<<<<<< HEAD
             completions.append((sequence.sign, *_stretch(is_asked, context)))
-        return Shape(rounded(min(PROMPT_CHARACTERS, len(query.query.prompt)), 1), tuple(completions))
-=======
-            completions.append((sequence.sign, *_stretch(is_asked)))
         return Shape(rounded(min(PROMPT_CHARACTERS, len(query.answer.prompt)), 1), tuple(completions))
->>>>>>> f91cbee6143198bacb3aa90f22efbdf937bee214
 
 
 def _stretch(asked: list[bool], context: int | None) -> tuple[int, int, int]:
