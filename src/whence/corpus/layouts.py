@@ -57,7 +57,7 @@ def layout(row: Row, where: str = "row") -> str:
 
 
 def _is_blank(value: Any) -> bool:
-    return value == [] or (isinstance(value, str) and not value.strip())
+    return value in (None, []) or (isinstance(value, str) and not value.strip())
 
 
 def question_layout(row: Row) -> str | None:
@@ -69,7 +69,7 @@ def question_layout(row: Row) -> str | None:
     ('instruction', None)
     """
     asked = [name for name, columns in LAYOUTS.items() if name != "text" and row.get(columns[0]) is not None]
-    answered = [name for name in asked if row.get(LAYOUTS[name][-1]) not in (None, "", [])]
+    answered = [name for name in asked if not _is_blank(row.get(LAYOUTS[name][-1], ""))]
     return (*answered, *asked, None)[0]
 
 
