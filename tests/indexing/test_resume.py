@@ -47,7 +47,7 @@ def drive(model, corpus, home):
     seen, built = [], [home / "build-0"]
     while len(seen) < KILLS:
         kind = STORAGE if len(seen) % 3 == 2 else ""
-        limit = calls["copying" + kind] if len(seen) < KILLED_COPYING else calls[kind] // 5
+        limit = calls["copying" + kind] if len(seen) < KILLED_COPYING else calls[kind] // 3
         if forked(_counted_build, *arguments, built[-1], dice.randrange(1, limit), kind) is None:
             seen.append(_progress(built[-1]))
         else:
@@ -104,7 +104,7 @@ def test_builds_killed_at_20_random_points_resume_to_the_same_bytes(tiny_run, tm
     The points: an uninterrupted build's calls into and out of Whence's functions are counted, from the first moment
     that anything is written; a `write`, `fsync` or `rename` that Whence asks for is such a call. Each child is killed
     before a call whose number is drawn (seed 0): for the first six kills from as many as copying the rows takes, for
-    the others from a fifth of the whole; for every third, only the calls of `storage` count, so that files are left
+    the others from a third of the whole; for every third, only the calls of `storage` count, so that files are left
     half written. The next child resumes where it was killed, so that the points wander over the whole build; a child
     that completes one early is followed by a build elsewhere, until 20 were killed.
     """

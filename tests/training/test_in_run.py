@@ -366,7 +366,7 @@ def test_a_record_is_as_before_where_nothing_is_measured(models, tmp_path):
     record = json.loads((run / "whence_train.json").read_text())
     unused = {*IN_RUN, *MIX, "tokenizer", "chat_template", "date", "least_steps"}
     names = vars(TrainSettings()).keys() - unused
-    assert record.keys() == {"checksum", "model", "corpus", "rows", "rows_digest", "is_complete"} | names
+    assert record.keys() == {"checksum", "model", "weights", "corpus", "rows", "rows_digest", "is_complete"} | names
     assert sorted(path.name for path in run.iterdir() if "in_run" in path.name or "mixing" in path.name) == []
 
 
