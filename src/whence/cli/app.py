@@ -28,6 +28,7 @@ from whence.cli.selection import select
 from whence.cli.tracing import trace
 from whence.cli.training import train
 from whence.errors import WhenceError
+from whence.reports.text import one_line, visible
 
 STOPPED = 130
 """The exit code that the parser makes of Ctrl-C, as a shell does."""
@@ -72,6 +73,11 @@ class _Handler(RichHandler):
 
     def __init__(self):
         super().__init__(console=Console(stderr=True), show_time=False, show_path=False, show_level=True)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message; a line of Whence's own may name a column or a file, whose name may hold any character."""
+        text = super().format(record)
+        return one_line(text) if record.name.partition(".")[0] == "whence" else visible(text)
 
 
 def _version(is_asked: bool) -> bool:

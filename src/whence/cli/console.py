@@ -4,15 +4,19 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+
+from whence.reports.text import one_line, visible
 
 
 def complain(message: str) -> None:
-    """Print an error to stderr."""
+    """Print an error to stderr, in one line."""
     Console(stderr=True, soft_wrap=True).print("[bold red]error[/]", end=" ")
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(one_line(message) + "\n")
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -25,7 +29,19 @@ def print_json(document: dict[str, Any]) -> None:
 
 def print_part(part: Any, *, err: bool = False) -> None:
     """Print a table, or a line as it stands, for its paths and commands are copied."""
-    Console(stderr=err).print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    shown = visible(part) if isinstance(part, str) else _Visible(part)
+    Console(stderr=err).print(shown, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class _Visible:
+    """A table whose cells, such as names of files, have no control characters."""
+
+    part: Any
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.part, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 @contextlib.contextmanager

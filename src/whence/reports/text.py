@@ -16,6 +16,15 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    r"""Text as `visible` shows it, its tabs and newlines too: names of files and columns may hold any.
+
+    >>> one_line("a\x1b]0;b\nc")
+    'a␛]0;b␊c'
+    """
+    return visible(text).replace("\n", "␊").replace("\t", "␉")
+
+
 def encodable(text: str) -> str:
     """Text that can be written as UTF-8: lone surrogates, which JSON may hold, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
