@@ -16,6 +16,13 @@ def test_cli_page_is_the_help_of_today():
     assert (ROOT / "docs/reference/cli.md").read_text() == made.help_pages(), "run: python docs/make_cli.py"
 
 
+def test_flags_that_messages_name_are_those_of_the_command_line():
+    flags = {*re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/reference/cli.md").read_text()), "--optim"}  # a Trainer's
+    for file in (ROOT / "src").rglob("*.py"):
+        unknown = {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", file.read_text())} - flags
+        assert not unknown, f"{file.name}: {unknown}"
+
+
 def test_readme_lists_every_projection_and_is_short():
     text = (ROOT / "README.md").read_text()
     assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == set(catalogue.PROJECTIONS)

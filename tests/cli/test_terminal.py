@@ -58,7 +58,20 @@ def test_names_in_a_corpus_are_told_in_plain_text(run, tiny_llama, tmp_path):
 def test_names_of_partitions_are_told_in_plain_text(run, tiny_llama, tmp_path):
     rows = [row | {"source": f"s{number % 2}{ESCAPE}"} for number, row in enumerate(corpus_rows(8))]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
-    arguments = ("pool", "train", tiny_llama, corpus, "-o", tmp_path / "pool", "--steps", 1, "--warmup-steps", 0, "--tokens", 40)
+    arguments = (
+        "pool",
+        "train",
+        tiny_llama,
+        corpus,
+        "-o",
+        tmp_path / "pool",
+        "--steps",
+        1,
+        "--warmup-steps",
+        0,
+        "--tokens",
+        40,
+    )
     code, out, err = run(*arguments)
     assert code == 0, err
     assert run("pool", "merge", tmp_path / "pool", "--mixture", f"x{ESCAPE}=1", "-o", tmp_path / "merged")[0] == 2

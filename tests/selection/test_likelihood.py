@@ -64,7 +64,7 @@ def test_loss_drop_of_an_adapter_is_against_the_model_without_it():
 def test_loss_drop_without_a_base_says_what_is_missing(tiny_llama, tmp_path):
     model = load_model(tiny_llama, device="cpu")
     view = Rows(corpus_rows(3), model)
-    with pytest.raises(SettingError, match=r"none was named. Name it with --base MODEL"):
+    with pytest.raises(SettingError, match=r"none was named. Name it with --set base=MODEL"):
         LossDrop()(view, asking(""))
     with pytest.raises(ModelError, match="not a model directory"):
         LossDrop(base=str(tmp_path / "nowhere"))(view, asking(""))

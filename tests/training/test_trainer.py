@@ -358,7 +358,7 @@ def test_a_corpus_without_targets_is_refused(parent, tmp_path):
         ({"epochs": 0}, "--epochs 0: a number above 0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"fraction": 1.5}, "--fraction 1.5"),
-        ({"warmup": 1.0}, "--warmup 1.0"),
+        ({"warmup": 1.0}, "warmup 1.0"),
         ({"lora_rank": 2, "lora_dropout": -0.1}, "--lora-dropout -0.1: a share from 0"),
         ({"lora_alpha": 8}, "need a --lora-rank"),
         ({"micro_batch": 3}, "--micro-batch 3: a divisor of --batch-size 16"),

@@ -113,7 +113,7 @@ class TrainSettings:
                 raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
         if not 0 < self.fraction <= 1:
             raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
-        for flag, value in (("--warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
+        for flag, value in (("warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
             if not 0 <= value < 1:
                 raise SettingError(f"{flag} {value}: a share from 0 and below 1 is expected")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:

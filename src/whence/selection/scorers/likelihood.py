@@ -80,7 +80,7 @@ class LossDrop:
         if self.base is None and not model.has_adapter:
             raise SettingError(
                 f"loss_drop compares {model.path} with the model that its training began from, and none was named. "
-                "Name it with --base MODEL."
+                "Name it with --set base=MODEL."
             )
         after = _row_losses(model, view)
         return _for_each(targets, self._before(model, view) - after)
@@ -94,7 +94,7 @@ class LossDrop:
         base = load_model(self.base, device=str(model.device), dtype=name)
         if model.tokenizer is not None and tokenizer_digest(base.tokenizer) != tokenizer_digest(model.tokenizer):
             raise ModelError(
-                f"--base {self.base}: its tokenizer is not that of {model.path}, so the two models' losses are of "
+                f"--set base={self.base}: its tokenizer is not that of {model.path}, so the two models' losses are of "
                 "different tokens. Name the model that the training began from."
             )
         return _row_losses(base, view)
