@@ -72,6 +72,6 @@ def test_names_of_partitions_are_told_in_plain_text(run, tiny_llama, tmp_path):
         "--tokens",
         40,
     )
-    code, out, err = run(*arguments)
+    code, _, err = run(*arguments)
     assert code == 0, err
     assert run("pool", "merge", tmp_path / "pool", "--mixture", f"x{ESCAPE}=1", "-o", tmp_path / "merged")[0] == 2
