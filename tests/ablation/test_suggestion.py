@@ -42,17 +42,17 @@ def test_slopes_are_those_of_finite_differences(pool):
 
 
 def test_a_suggestion_is_better_than_all_alike_and_within_its_caps(pool):
-    found = suggest(pool, SETS, steps=6, rate=1.0, shown=False)
+    found = suggest(pool, SETS, steps=12, rate=1.0, shown=False)
     assert sum(found.mixture.values()) == pytest.approx(1)
     mean = {name: sum(losses.values()) / 2 for name, losses in
             (("found", found.losses), ("uniform", found.uniform), ("parent", found.parent))}  # fmt: skip
     assert mean["found"] < mean["uniform"] and found.mixture.get("c", 0.0) < 1 / 3, "c helps neither set"
-    assert len(found.steps) == 6 and found.steps[-1]["loss"] < found.steps[0]["loss"]
-    again = suggest(pool, SETS, steps=6, rate=1.0, shown=False)
+    assert len(found.steps) == 12 and found.steps[-1]["loss"] < found.steps[0]["loss"]
+    again = suggest(pool, SETS, steps=12, rate=1.0, shown=False)
     assert again.mixture == found.mixture
-    held = suggest(pool, SETS, steps=6, rate=1.0, caps={"a": 0.2}, shown=False)
+    held = suggest(pool, SETS, steps=12, rate=1.0, caps={"a": 0.2}, shown=False)
     assert held.mixture["a"] <= 0.2 + 1e-9
-    only = suggest(pool, SETS, steps=6, rate=1.0, targets={"b": 1.0}, shown=False)
+    only = suggest(pool, SETS, steps=12, rate=1.0, targets={"b": 1.0}, shown=False)
     assert max(only.mixture, key=only.mixture.get) == "b" and only.alone == "b"
 
 

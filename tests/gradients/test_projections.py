@@ -20,7 +20,7 @@ WIDTHS = {
     "shuffle_sum": 16,
 }
 NAMES = list(catalogue.PROJECTIONS)
-SEEDS = 1000
+SEEDS = 2000
 
 
 def make(name, seed=0, shapes=SHAPES):
