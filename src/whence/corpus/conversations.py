@@ -14,6 +14,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+from whence.corpus.layouts import REASONING, calls_of, pieces_of
 from whence.corpus.templates import (
     Tokenizer,
     common_prefix_length,
@@ -30,8 +31,6 @@ ALPACA_PREAMBLE = {
     "Write a response that appropriately completes the request.",
     False: "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 }  # https://github.com/tatsu-lab/stanford_alpaca; the key says whether there is an input
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what the assistant thought."""
 Messages = list[dict[str, Any]]
 
 
@@ -72,7 +71,7 @@ def checked_messages(messages: object) -> Messages | None:
     ):
         raise CorpusError(f"messages are a list of objects with `role` and `content`; found {str(messages)[:60]!r}")
     texts = [message.get("content") for message in messages]
-    if any(text is None and not _calls_of(message) for text, message in zip(texts, messages, strict=True)):
+    if any(text is None and not calls_of(message) for text, message in zip(texts, messages, strict=True)):
         return None
     for message in messages:
         if message.get("weight") not in (None, 0, 1):
@@ -132,9 +131,7 @@ def said(message: dict[str, Any]) -> str:
     >>> said({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]})
     '[{"function": {"name": "f"}}]'
     """
-    calls = _calls_of(message)
-    pieces = [message.get(key) for key in (*REASONING, "content")] + [calls and json.dumps(calls, ensure_ascii=False)]
-    return "\n".join(as_text(piece) for piece in pieces if piece not in (None, "", []))
+    return "\n".join(map(as_text, pieces_of(message)))
 
 
 def _alpaca(request: list[str], answer: str | None) -> Rendered:
@@ -167,7 +164,7 @@ def conversation(messages: Messages, tokenizer: Tokenizer, tools: list[dict[str,
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     written = [number for number in turns if _writes_calls(messages, number, tokenizer, tools, model)]
     spans = {number: span for number in written if (span := _turn_span(text, messages, number, tokenizer, tools))}
-    nonempty = [number for number in written if messages[number].get("content") or _calls_of(messages[number])]
+    nonempty = [number for number in written if messages[number].get("content") or calls_of(messages[number])]
     if nonempty and not spans:
         raise CorpusError(
             "the tokenizer's chat template leaves out what the assistant says, so nothing would be supervised. "
@@ -179,15 +176,10 @@ def conversation(messages: Messages, tokenizer: Tokenizer, tools: list[dict[str,
     return Rendered(text, tuple(spans[n] for n in spans if weights[n] != 0), special=False, closed=False)
 
 
-def _calls_of(message: dict[str, Any]) -> Any:
-    """Tools that a message calls, in either of OpenAI's forms."""
-    return message.get("tool_calls") or message.get("function_call")
-
-
 def _writes_calls(messages: Messages, number: int, tokenizer: Tokenizer, tools: Any, model: str) -> bool:
     """Whether the assistant's turn says something in this template: its text, or the tools that it calls."""
     message = messages[number]
-    if not _calls_of(message):
+    if not calls_of(message):
         return True
     silent = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
     silent["content"] = message.get("content") or ""

@@ -30,6 +30,10 @@ VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what the assistant thought."""
+
+
 def layout(row: Row, where: str = "row") -> str:
     """Name of the first of `LAYOUTS` whose columns a row fills.
 
@@ -148,16 +152,23 @@ def shown_text(row: Row) -> Row:
         return {"prompt": "\n\n".join(request), "completion": _text(row["output"])}
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
-        texts = [_said(turn) for turn in turns]
+        texts = [" ".join(map(str, pieces_of(turn))) for turn in turns]
         prompt = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], texts, strict=False))
         return {"prompt": prompt, "completion": texts[-1]}
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 
-def _said(turn: dict[str, Any]) -> str:
-    """What a message holds: its reasoning, its text, its calls of tools."""
-    texts = [str(turn[name]) for name in ("reasoning_content", "content") if turn.get(name)]
-    return " ".join([*texts, *(json.dumps(call, default=str) for call in turn.get("tool_calls") or ())])
+def pieces_of(message: dict[str, Any]) -> list[Any]:
+    """What a message says, without what it lacks: reasoning, content, and the tools that it calls as JSON."""
+    calls = calls_of(message)
+    pieces = [message.get(key) for key in (*REASONING, "content")]
+    pieces.append(calls and json.dumps(calls, ensure_ascii=False, default=str))
+    return [piece for piece in pieces if piece not in (None, "", [])]
+
+
+def calls_of(message: dict[str, Any]) -> Any:
+    """Tools that a message calls, in either of OpenAI's forms."""
+    return message.get("tool_calls") or message.get("function_call")
 
 
 def row_text(row: Row) -> str:
