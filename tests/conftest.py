@@ -267,8 +267,8 @@ def few_meaningless_completions(monkeypatch, request):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command: its exit code, stdout, and stderr without line breaks."""
+def printed(monkeypatch, capsys):
+    """Run a command: its exit code, stdout and stderr."""
 
     def call(*words):
         from whence.cli.app import main
@@ -277,7 +277,18 @@ def command(monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             main()
         said = capsys.readouterr()
-        return left.value.code, said.out, " ".join(said.err.split())
+        return left.value.code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def command(printed):
+    """Run a command: its exit code, stdout, and stderr without line breaks."""
+
+    def call(*words):
+        code, out, err = printed(*words)
+        return code, out, " ".join(err.split())
 
     return call
 

@@ -1,28 +1,23 @@
 """Names of untrusted files, columns, sources and flags reach a terminal as text: no control character, one line."""
 
 import re
-import sys
 
 import pytest
 
 from conftest import corpus_rows, write_jsonl
-from whence.cli.app import main
 
 ESCAPE = "\x1b]0;owned\x07"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(printed):
     """Run a command: its exit code, stdout and stderr, neither of which has a control character."""
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["whence", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr()
-        assert not CONTROLS.search(said.out + said.err), repr(said)
-        return left.value.code, said.out, said.err
+        code, out, err = printed(*words)
+        assert not CONTROLS.search(out + err), repr((out, err))
+        return code, out, err
 
     return call
 
