@@ -128,6 +128,14 @@ def test_rows_that_say_nothing_are_left_out_with_their_reason(model):
     assert {"row-0", "twin"} <= {row["id"] for row in both.rows}
 
 
+def test_the_model_of_a_corpus_may_be_a_run(tiny_run):
+    checkpoints = sorted(tiny_run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found, expected = (
+        select(POOL, TASKS, method="loss", count=4, model=str(path)) for path in (tiny_run, checkpoints[-1])
+    )
+    assert torch.equal(found.candidates.scores, expected.candidates.scores)
+
+
 def test_a_task_row_without_an_answer_is_left_out_and_told(built):
     found = select(built, [*TASKS, {"task": "sums", "text": None}], method="less", count=2, **PUBLISHED)
     assert found.selection.notes[0].startswith("1 task rows")

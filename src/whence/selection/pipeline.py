@@ -25,6 +25,7 @@ from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
+from whence.models.runs import open_run
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits
@@ -194,7 +195,7 @@ def open_view(
         )
     loaded: LoadedModel | None = None
     if model is not None:
-        loaded = load_model(model, **loading)
+        loaded = load_model(open_run(model).checkpoints[-1].path, **loading)
     elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")
     return CorpusView(open_corpus(source), loaded)
