@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -555,15 +556,15 @@ def test_bench_prints_the_promised_keys(whence, tiny_llama, tiny_corpus, monkeyp
     assert "of a training step" in whence("bench", tiny_llama, tiny_corpus, *sizes).out
 
 
-def test_a_stop_is_told_with_how_to_go_on(whence, tiny_llama, tiny_corpus, tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Store, "add_shard", stop)
-    ran = whence("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--width", 4)
-    assert ran.code == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_told_with_how_to_go_on(whence, tiny_llama, tiny_corpus, tmp_path, monkeypatch, number):
+    handlers = [signal.getsignal(each) for each in signal.Signals]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add_shard", lambda *args: os.kill(os.getpid(), number))
+        ran = whence("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--width", 4)
+    assert ran.code == 128 + number
     assert "the same command goes on from there" in ran.err
-    monkeypatch.undo()
+    assert [signal.getsignal(each) for each in signal.Signals] == handlers
 
 
 def test_two_models_are_traced_apart(whence, tiny_index, tmp_path):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from conftest import corpus_rows, random_examples, save_tiny_llama, tiny_model
-from whence.errors import CorpusError, SettingError
+from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.evaluation import selection as measures
-from whence.evaluation.selection import Cell, Choice, Method, Recipe, evaluate_selection, grade
+from whence.evaluation.cells import Cell, Costs, Seconds, stored_cells
+from whence.evaluation.selection import Choice, Method, Recipe, evaluate_selection, grade
 from whence.numerics import crossed_bootstrap_interval
+from whence.storage import Place
 
 QUICK = Recipe(steps=2, batch_size=2, lr=1e-2)
 POOL = corpus_rows(12)
@@ -80,8 +82,25 @@ def test_a_stopped_table_goes_on(parent, tmp_path, monkeypatch):
     assert not list(work.glob("training-*"))
     stopped = evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
     assert len(made) == 1 + 6, "the two finished cells are not made again"
-    whole = evaluate_selection(parent, methods(), GRADED, work=tmp_path / "other", recipe=QUICK, seeds=(0, 1))
+    (leftover := work / "training-of-a-killed-process").mkdir()
+    other = tmp_path / "other"
+    whole = evaluate_selection(parent, methods(), GRADED, work=other, recipe=QUICK, seeds=(0, 1))
     assert [line.loss for line in stopped.lines] == [line.loss for line in whole.lines]
+    cells = sorted(file.name for file in other.glob("cell-*.json"))
+    assert [(work / name).read_bytes() for name in cells] == [(other / name).read_bytes() for name in cells]
+    with Place.at(work).locked(), pytest.raises(ManifestMismatchError, match="Another process is writing"):
+        evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
+    again = evaluate_selection(parent, methods(), GRADED, work=work, recipe=QUICK, seeds=(0, 1))
+    assert not leftover.exists()
+    assert [line.train_seconds > 0 for line in again.lines] == [line.method != "nothing" for line in again.lines]
+
+
+def test_cells_with_their_wall_times_of_an_older_whence_are_taken(parent, tmp_path):
+    place = Place.at(tmp_path)
+    cell = Cell("m", "t", 0, rows=1, tokens=9, loss=[2.0], exact=[0.0], inputs="ab")
+    place.write_document(cell.file, vars(cell) | {"train_seconds": 3.5, "select_seconds": 0.5})
+    assert stored_cells(place, "m", 0, "ab", {"t": [0]}) == [cell]
+    assert Costs.read(place).of(cell.file) == Seconds(3.5, 0.5)
 
 
 def test_a_cell_is_of_its_models_weights_and_its_own_choice(tmp_path):
@@ -133,14 +152,14 @@ def test_what_cannot_be_told_is_refused(parent, tmp_path):
 
 def test_a_gain_worked_by_hand(tmp_path):
     def cell(method, seed, loss):
-        return Cell(method, "t", seed, rows=1, tokens=9, loss=loss, exact=[0.0, 1.0], train_seconds=1.0)
+        return Cell(method, "t", seed, rows=1, tokens=9, loss=loss, exact=[0.0, 1.0])
 
     cells = [cell("random", 0, [2.0, 4.0]), cell("random", 1, [4.0, 6.0])]
     cells += [cell("m", 0, [1.0, 3.0]), cell("m", 1, [3.0, 5.0])]
-    line = measures._line("m", "t", cells, 0)
+    line = measures._line("m", "t", cells, Costs(), 0)
     assert (line.loss, line.gain, line.gain_interval, line.exact) == (3.0, 1.0, (1.0, 1.0), 0.5)
     untrained = [*cells, cell("nothing", 0, [5.0, 7.0])]
-    assert measures._line("nothing", "t", untrained, 0).gain == -2.0
+    assert measures._line("nothing", "t", untrained, Costs(), 0).gain == -2.0
     assert json.loads(json.dumps(line.__dict__))["gain"] == 1.0
 
 

@@ -201,6 +201,20 @@ def test_an_index_is_shown_with_its_counts(tiny_index):
 # -- files of rows
 
 
+def test_text_that_a_spreadsheet_would_run_stays_and_is_told(tmp_path, caplog):
+    rows = [
+        {"text": "=HYPERLINK(1)", "score": -1.5},
+        {"text": "- a list", "score": 2.0},
+        {"text": "a = b", "score": 0.0},
+    ]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    assert not caplog.text
+    write_rows(rows, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        assert [row["text"] for row in csv.DictReader(stream)] == [row["text"] for row in rows]
+    assert "2 cells of this .csv begin with = + - or @" in caplog.text
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_rows_are_read_back(tmp_path, ending):
     file = tmp_path / f"rows.{ending}"

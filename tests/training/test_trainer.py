@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from conftest import contents
 from whence.cli.demonstration import make_parent
 from whence.corpus.tokens import encode
-from whence.errors import ChecksumError, CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
 from whence.models.difference import weight_difference
 from whence.models.loading import load_model
 from whence.models.runs import open_run
@@ -378,3 +378,9 @@ def test_plain_sgd_moves_weights_by_the_gradient(parent, tmp_path):
     assert difference.norm() == pytest.approx(1, rel=1e-3)
     with pytest.raises(SettingError, match="--optimizer adam: choose one of adamw, sgd"):
         TrainSettings(optimizer="adam")
+
+
+def test_two_trainings_in_one_directory_are_refused(parent, tmp_path):
+    with Place.at(tmp_path).locked(), pytest.raises(ManifestMismatchError, match="Another process is writing"):
+        train(parent, ROWS, tmp_path, **QUICK, max_steps=1)
+    assert not list(tmp_path.iterdir())

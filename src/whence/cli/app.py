@@ -1,13 +1,18 @@
 """The command line as a whole: its verbs, its messages, its exit codes.
 
 Results go to stdout (with `--json` one document and nothing else), progress and messages to stderr. Exit code 0; 2 for
-a user's mistake, with one clear message; 1 for a failure. Only names are imported here: torch comes with the verb.
+a user's mistake, with one clear message; 1 for a failure; 130, 143 or 129 where Ctrl-C, SIGTERM or SIGHUP stopped it.
+Only names are imported here: torch comes with the verb.
 """
 
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -32,6 +37,8 @@ from whence.reports.text import one_line, visible
 
 STOPPED = 130
 """The exit code that the parser makes of Ctrl-C, as a shell does."""
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that stop a command as Ctrl-C does: a scheduler's, and a terminal's that is closed."""
 
 app = typer.Typer(
     name="whence",
@@ -50,22 +57,44 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # corpora hold lone surrogates, and terminals may lack UTF-8
-    try:
-        code = app(prog_name="whence", standalone_mode=False)
-    except WhenceError as error:
-        complain(str(error))
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
-        sys.exit(0)
-    except TyperException as error:  # a missing argument, an unknown flag
-        if message := error.format_message():  # empty: the help was printed
-            verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
-            complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
-        sys.exit(error.exit_code)
+    with _stopped_by_signals() as received:
+        try:
+            code = app(prog_name="whence", standalone_mode=False)
+        except WhenceError as error:
+            complain(str(error))
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
+            sys.exit(0)
+        except TyperException as error:  # a missing argument, an unknown flag
+            if message := error.format_message():  # empty: the help was printed
+                verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
+                complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
+            sys.exit(error.exit_code)
     if code == STOPPED:
         complain("stopped. What was finished is kept: the same command goes on from there.")
+        code = 128 + received[0] if received else STOPPED
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """Let the first of `STOPPING` interrupt as Ctrl-C does, and a second one end at once; gives those that came."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    watched = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_DFL]  # none under nohup
+    for number in watched:
+        signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number in watched:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Handler(RichHandler):

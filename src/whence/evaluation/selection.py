@@ -4,9 +4,8 @@ Every method of `select` chooses from one corpus under one budget of tokens, a m
 same number of steps, and graded on rows that no method saw. Beside the methods stand a random choice, the whole corpus,
 and the untrained model: a method that does not beat the random choice is of no use.
 
-Lower loss is better. A cell is one training's marks on one task; it is stored as one JSON file as soon as it is graded,
-and is not computed again, so that an evaluation that was stopped goes on. Its file is named after all that it depends
-on: the model's weights, the rows chosen, the task. Intervals are of the difference from random
+Lower loss is better. A cell (`cells`) is one training's marks on one task; it is not computed again, so that an
+evaluation that was stopped goes on. Intervals are of the difference from random
 selection: seeds and graded rows are drawn anew, so that they hold for other trainings and other rows of the same task.
 
 Source: the protocol is that of LESS (Xia et al. 2024, https://arxiv.org/abs/2402.04333, section 5), with budgets in
@@ -15,6 +14,7 @@ tokens instead of rows, as Ivison et al. 2025 (https://arxiv.org/abs/2503.01807)
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +34,7 @@ from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
+from whence.evaluation.cells import Cell, Costs, Seconds, add_costs, store_cells, stored_cells
 from whence.gradients.capture import token_losses
 from whence.indexing.ingest import fingerprint_of
 from whence.indexing.manifest import MANIFEST
@@ -43,7 +44,7 @@ from whence.models.runs import open_run
 from whence.models.training_state import warn_if_unfinished
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
-from whence.records import Count, MisfitError, fitting, read_record, unlike_written
+from whence.records import MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.selection.views import CorpusView, IndexView
 from whence.storage import AGAIN, Place, claim_directory
@@ -53,6 +54,8 @@ from whence.turns import one_at_a_time
 NOTHING, RANDOM, EVERYTHING = "nothing", "random", "full pool"
 """Lines of a table that are no method: the untrained model, a random choice, and the whole corpus."""
 TABLE_FILE = "table.json"
+TRAINING = "training-"
+"""Prefix of a training's directory, which is removed once its model is graded."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +99,6 @@ class Recipe:
     lora_rank: int | None = None
     max_tokens: int = 512
     schedule: str = "linear"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The marks of one trained model, or of the untrained one, on one task."""
-
-    method: str
-    task: str
-    seed: int
-    rows: Count
-    """Rows of the choice that it was trained on; they have `tokens` tokens."""
-    tokens: Count
-    loss: list[float]
-    exact: list[float]
-    train_seconds: float
-    select_seconds: float = 0.0
-    inputs: str = ""
-    """Digest of the model that was trained and of the rows of the choice."""
 
 
 @dataclass(frozen=True)
@@ -262,14 +247,18 @@ class _ChoiceStore:
         document = read_record(dict[str, Any], data, where, AGAIN)
         by_task = document.get("choices") if is_sealed(data) else document
         try:
-            return fitting(dict[str, Choice], by_task)
+            choices = fitting(dict[str, Choice], by_task)
         except MisfitError as error:
             raise unlike_written(where, error, AGAIN) from None
+        seconds = Costs.read(self.place).of(name).select
+        return {task: Choice(choice.rows, seconds or choice.seconds) for task, choice in choices.items()}
 
     def write(self, method: str, seed: int, choices: dict[str, Choice]) -> None:
-        """Write the choices for all tasks, whole or not at all."""
-        by_task = {task: asdict(choice) for task, choice in choices.items()}
-        self.place.write_document(self._name(method, seed), {"method": method, "seed": seed, "choices": by_task})
+        """Write the choices for all tasks, and beside them the time that they took."""
+        name = self._name(method, seed)
+        add_costs(self.place, {name: Seconds(select=max(choice.seconds for choice in choices.values()))})
+        by_task = {task: {"rows": choice.rows} for task, choice in choices.items()}
+        self.place.write_document(name, {"method": method, "seed": seed, "choices": by_task})
 
 
 def _origins(view: IndexView | CorpusView, tasks: Mapping[str, Any], model: str | None) -> dict[str, Any]:
@@ -309,6 +298,7 @@ def evaluate_selection(
     Raises:
         SettingError: Fewer than two seeds, no `random` among the methods, or `work` holds another table.
         CorpusError: A task without a row that can be graded, or a choice without a row that can be trained on.
+        ManifestMismatchError: Another process is writing cells there.
     """
     recipe = recipe or Recipe()
     if len({*seeds}) < 2:
@@ -316,30 +306,48 @@ def evaluate_selection(
     if RANDOM not in methods:
         raise SettingError(f"no method {RANDOM!r}: it is what the others are measured against")
     refuse_inputs(work, [model], flag="--work", is_directory=True)
-    directory = Path(work)
-    settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
-    claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
-    start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(Place.at(directory)))
+    place = Place.at(work)
+    with place.locked():
+        settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
+        claim_directory(place, TABLE_FILE, settings, partial(_other_table, place.root))
+        for leftover in Path(place.root).glob(f"{TRAINING}*"):  # of a killed process
+            shutil.rmtree(leftover)
+        cells = _all_cells(model, methods, graded, place, recipe, seeds, progress)
+    costs = Costs.read(place)
+    lines = [_line(name, task, cells, costs, seeds[0]) for task in graded for name in (NOTHING, *methods)]
+    return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
+
+
+def _all_cells(
+    model: str,
+    methods: Mapping[str, Method],
+    graded: Mapping[str, Sequence[Row]],
+    place: Place,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    progress: Callable[[str], None],
+) -> list[Cell]:
+    """Every cell of a table: the untrained model's, and one for each method, task and seed."""
+    start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(place))
     warn_if_unfinished(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     parent = directory_digest(start.path) + tokenizer_digest(start.tokenizer)
-    cells = _untrained(directory, start, parent, tasks)
-    with written_by(None, date_of(Place.at(directory), start.tokenizer, start.tokenizer.template_date)):
+    cells = _untrained(place, start, parent, tasks)
+    with written_by(None, date_of(place, start.tokenizer, start.tokenizer.template_date)):
         for seed in seeds:  # seed by seed, so that a table that is stopped early has every method
             for name, method in methods.items():
                 for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
-                    trained = _cells(directory, model, parent, name, method, group, seed, recipe)
+                    trained = _cells(place, model, parent, name, method, group, seed, recipe)
                     cells += trained
                     progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
-    lines = [_line(name, task, cells, seeds[0]) for task in tasks for name in (NOTHING, *methods)]
-    return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
+    return cells
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _other_table(directory: Path, difference: str) -> SettingError:
+def _other_table(directory: str, difference: str) -> SettingError:
     return SettingError(
         f"--work {directory}: its cells have another {difference}. Name another directory, or remove that one."
     )
@@ -364,13 +372,13 @@ def _encoded(model: LoadedModel, rows: Sequence[Row], recipe: Recipe) -> list[En
     return [row for row in (encode(row, model.tokenizer, longest) for row in rows) if row.supervised_count]
 
 
-def _untrained(directory: Path, model: LoadedModel, parent: str, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
+def _untrained(place: Place, model: LoadedModel, parent: str, tasks: Mapping[str, list[Encoded]]) -> list[Cell]:
     inputs = _inputs(parent, ())
-    cells = [_stored_cell(directory, NOTHING, task, 0, inputs, len(tasks[task])) for task in tasks]
-    if any(cell is None for cell in cells):
-        cells = _graded(model, NOTHING, 0, tasks, rows=0, tokens=0, seconds=0.0)
-        return _stored(directory, [replace(cell, inputs=inputs) for cell in cells])
-    return [cell for cell in cells if cell is not None]
+    if (cells := stored_cells(place, NOTHING, 0, inputs, tasks)) is not None:
+        return cells
+    cells = _graded(model, NOTHING, 0, tasks, inputs, rows=0, tokens=0)
+    store_cells(place, cells, Seconds())
+    return cells
 
 
 def _inputs(parent: str, rows: Sequence[Row]) -> str:
@@ -381,15 +389,8 @@ def _inputs(parent: str, rows: Sequence[Row]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _stored(directory: Path, cells: list[Cell]) -> list[Cell]:
-    for cell in cells:
-        name = _cell_file(cell.method, cell.task, cell.seed, cell.inputs)
-        Place.at(directory).write_document(name, asdict(cell))
-    return cells
-
-
 def _cells(
-    directory: Path,
+    place: Place,
     model: str,
     parent: str,
     name: str,
@@ -402,10 +403,9 @@ def _cells(
     choice = method.choose(next(iter(tasks)), seed)
     rows = list(choice.rows)
     inputs = _inputs(parent, rows)
-    stored = [_stored_cell(directory, name, task, seed, inputs, len(tasks[task])) for task in tasks]
-    if all(cell is not None for cell in stored):
-        return [cell for cell in stored if cell is not None]
-    with tempfile.TemporaryDirectory(dir=directory, prefix="training-") as folder:
+    if (cells := stored_cells(place, name, seed, inputs, tasks)) is not None:
+        return cells
+    with tempfile.TemporaryDirectory(dir=place.root, prefix=TRAINING) as folder:
         start = time.perf_counter()
         run = train(
             model,
@@ -424,8 +424,9 @@ def _cells(
         seconds = time.perf_counter() - start
         trained = load_model(open_run(run).checkpoints[-1].path)
         tokens = sum(len(row.ids) for row in _encoded(trained, rows, recipe))
-        cells = _graded(trained, name, seed, tasks, rows=len(rows), tokens=tokens, seconds=seconds)
-    return _stored(directory, [replace(cell, select_seconds=choice.seconds, inputs=inputs) for cell in cells])
+        cells = _graded(trained, name, seed, tasks, inputs, rows=len(rows), tokens=tokens)
+    store_cells(place, cells, Seconds(seconds, choice.seconds))
+    return cells
 
 
 def _graded(
@@ -433,40 +434,23 @@ def _graded(
     method: str,
     seed: int,
     tasks: Mapping[str, list[Encoded]],
+    inputs: str,
     *,
     rows: int,
     tokens: int,
-    seconds: float,
 ) -> list[Cell]:
     cells = []
     for task, encoded in tasks.items():
         marks = grade(model, encoded)
         exact = marks.exact.float().tolist()
-        cells.append(Cell(method, task, seed, rows, tokens, marks.loss.tolist(), exact, seconds))
+        cells.append(Cell(method, task, seed, rows, tokens, marks.loss.tolist(), exact, inputs))
     return cells
 
 
-def _cell_file(method: str, task: str, seed: int, inputs: str) -> str:
-    digest = hashlib.sha256(f"{method}\n{task}\n{inputs}".encode()).hexdigest()[:16]  # names may hold any character
-    return f"cell-{digest}-{seed}.json"
-
-
-def _stored_cell(directory: Path, method: str, task: str, seed: int, inputs: str, rows: int) -> Cell | None:
-    """A cell of so many graded rows; None where it is not stored."""
-    place, name = Place.at(directory), _cell_file(method, task, seed, inputs)
-    if not place.exists(name):
-        return None
-    cell = read_record(Cell, place.read(name), place.path(name), AGAIN)
-    written = (cell.method, cell.task, cell.seed, cell.inputs)
-    if written != (method, task, seed, inputs) or not len(cell.loss) == len(cell.exact) == rows:
-        what = f"it has {len(cell.loss)} losses of {cell.method}, seed {cell.seed}; {rows} of {method} are graded"
-        raise unlike_written(place.path(name), what, AGAIN)
-    return cell
-
-
-def _line(method: str, task: str, cells: Sequence[Cell], seed: int) -> Line:
+def _line(method: str, task: str, cells: Sequence[Cell], costs: Costs, seed: int) -> Line:
     """One line of the table, from the cells of all methods."""
     line_cells = [cell for cell in cells if (cell.method, cell.task) == (method, task)]
+    seconds = [costs.of(cell.file) for cell in line_cells]
     loss = torch.tensor([cell.loss for cell in line_cells])
     line = Line(
         method=method,
@@ -476,8 +460,8 @@ def _line(method: str, task: str, cells: Sequence[Cell], seed: int) -> Line:
         tokens=sum(cell.tokens for cell in line_cells) / len(line_cells),
         loss=float(loss.mean()),
         exact=float(torch.tensor([cell.exact for cell in line_cells]).mean()),
-        train_seconds=sum(cell.train_seconds for cell in line_cells) / len(line_cells),
-        select_seconds=sum(cell.select_seconds for cell in line_cells) / len(line_cells),
+        train_seconds=sum(cost.train for cost in seconds) / len(seconds),
+        select_seconds=sum(cost.select for cost in seconds) / len(seconds),
     )
     if method == RANDOM:
         return line

@@ -1,12 +1,14 @@
 """Results as files: rows as .jsonl, .csv or .parquet, pages as .html; whole or not at all.
 
 Rows come from untrusted text: lone surrogates, which JSON may hold and UTF-8 lacks, are replaced, and a number that
-JSON has no word for becomes null.
+JSON has no word for becomes null. Text in a .csv that a spreadsheet would take for a formula stays as it is, for the
+file is to be read again as a corpus; a note says that it is there.
 """
 
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,11 @@ from typing import Any
 
 from whence.errors import SettingError, StorageError
 from whence.storage import Place, reason
+
+logger = logging.getLogger(__name__)
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of cells that spreadsheets take for formulas (OWASP, CSV Injection)."""
 
 
 def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
@@ -102,6 +109,12 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer = csv.DictWriter(stream, names)
     writer.writeheader()
     writer.writerows(rows)
+    if count := sum(isinstance(cell, str) and cell.startswith(FORMULA) for row in rows for cell in row.values()):
+        logger.warning(
+            "%d cells of this .csv begin with = + - or @: they are the corpus' own text, which a spreadsheet would run "
+            "as formulas. Open it as text, or write .jsonl.",
+            count,
+        )
     return stream.getvalue()
 
 

@@ -48,6 +48,7 @@ from whence.models.runs import open_run
 from whence.models.training_state import date_of_training, warn_if_unfinished
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
+from whence.storage import Place
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
@@ -100,9 +101,22 @@ def train(
         ModelError: The model cannot be loaded, or `in_run` cannot follow its training.
         SettingError: A setting has a value that cannot work, or `out` is or holds an input, a model, or another
             training's checkpoints.
+        ManifestMismatchError: Another process is training there.
     """
     chosen, directory = settings_of(preset, settings), Path(out)
     refuse_inputs(directory, [model, corpus, chosen.in_run, chosen.tokenizer], is_directory=True)
+    with Place.at(directory).locked():
+        return _train(model, corpus, directory, chosen, progress)
+
+
+def _train(
+    model: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    directory: Path,
+    chosen: TrainSettings,
+    progress: bool,
+) -> Path:
+    """Train in a directory that is locked."""
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
