@@ -170,13 +170,18 @@ SELECTORS: dict[str, Entry] = {
 }
 
 
-def projection(name: str) -> Any:
-    """Class of a projection; call it as `gradients.protocols.MakeProjection`.
+def projection_entry(name: str) -> Entry:
+    """A projection's entry.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
     """
-    return _lookup(PROJECTIONS, name, "--projection").load()
+    return _lookup(PROJECTIONS, name, "--projection")
+
+
+def projection(name: str) -> Any:
+    """Class of a projection; call it as `gradients.protocols.MakeProjection`."""
+    return projection_entry(name).load()
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,26 @@ def trace_method(name: str) -> TraceMethod:
         UnknownNameError: No such name; the message lists those there are.
     """
     return _lookup(TRACE_METHODS, name, "--method")
+
+
+CODECS: dict[str, str] = {
+    "float32": "the numbers themselves",
+    "bfloat16": "8 bits of exponent, 7 of fraction",
+    "float16": "5 bits of exponent, 10 of fraction",
+    "int8": "-127 to 127, scaled by the row's largest",
+    "int4": "-7 to 7, scaled by the row's largest",
+    "onebit": "signs, scaled by the row's mean magnitude",
+}
+"""How vectors are stored; `indexing.codecs.CODECS` has the codecs."""
+
+
+def check_codec(name: str) -> None:
+    """Refuse the name of no codec.
+
+    Raises:
+        UnknownNameError: The message lists those there are.
+    """
+    _lookup(CODECS, name, "--codec", "codec")
 
 
 def index_methods() -> list[str]:
@@ -284,13 +309,18 @@ MIXING_LAWS: dict[str, LawEntry] = {
 }
 
 
-def mixing_law(name: str) -> Any:
-    """Class of a mixing law; `mixing.protocols.FitMixingLaw` says what it does.
+def law_entry(name: str) -> LawEntry:
+    """A mixing law's entry.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
     """
-    return _lookup(MIXING_LAWS, name, "--law").load()
+    return _lookup(MIXING_LAWS, name, "--law")
+
+
+def mixing_law(name: str) -> Any:
+    """Class of a mixing law; `mixing.protocols.FitMixingLaw` says what it does."""
+    return law_entry(name).load()
 
 
 def scorer(name: str) -> Any:
@@ -311,18 +341,23 @@ def scorer_entry(name: str) -> ScorerEntry:
     return _lookup(SCORERS, name, "--method")
 
 
-def selector(name: str) -> Any:
-    """Class of a selector; call it as `selection.protocols.MakeSelector`.
+def selector_entry(name: str) -> Entry:
+    """A selector's entry.
 
     Raises:
         UnknownNameError: No such name; the message lists those there are.
     """
-    return _lookup(SELECTORS, name, "--selector").load()
+    return _lookup(SELECTORS, name, "--selector")
 
 
-def _lookup(table: dict[str, Any], name: str, flag: str) -> Any:
+def selector(name: str) -> Any:
+    """Class of a selector; call it as `selection.protocols.MakeSelector`."""
+    return selector_entry(name).load()
+
+
+def _lookup(table: dict[str, Any], name: str, flag: str, kind: str = "method") -> Any:
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UnknownNameError(f"{flag} {name}: no such method.{hint} There are {', '.join(table)}.")
+        raise UnknownNameError(f"{flag} {name}: no such {kind}.{hint} There are {', '.join(table)}.")
     return table[name]

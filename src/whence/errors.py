@@ -30,6 +30,20 @@ class UnknownNameError(WhenceError):
 class MissingIndexError(WhenceError):
     """There is no index at this path, or it is incomplete."""
 
+    @classmethod
+    def at(cls, path: str) -> "MissingIndexError":
+        """The refusal of a path where there is none."""
+        return cls(f"There is no index at {path}; make one with: whence index MODEL CORPUS -o {path}")
+
+
+class MissingPoolError(MissingIndexError):
+    """There is no pool at this path."""
+
+    @classmethod
+    def at(cls, path: str) -> "MissingPoolError":
+        """The refusal of a path where there is none."""
+        return cls(f"{path}: no pool here (no pool.json). Make one: whence pool train PARENT CORPUS -o {path}")
+
 
 class ManifestMismatchError(WhenceError):
     """Two things were made with different settings: an index and a build, a query or a model."""

@@ -25,11 +25,8 @@ from typing import Any
 
 import fsspec.core
 import numpy as np
-import torch
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import UInt8
-from torch import Tensor
 
 from whence.checksums import Recorded, Written, digest, document_of, sealed
 from whence.errors import (
@@ -214,13 +211,13 @@ class Place:
             raise ChecksumError(f"{self.path(record)} is the record of {document.get('file')}. {AGAIN}")
         self.check(name, Written(document["bytes"], None, document["xxh3"]), AGAIN)
 
-    def mapped(self, name: str) -> UInt8[Tensor, " bytes"]:
-        """The bytes of a file as a tensor: memory-mapped where local (changes stay private), else read."""
+    def mapped(self, name: str) -> np.ndarray:
+        """The bytes of a file [bytes], uint8: memory-mapped where local (changes stay private), else read."""
         if not self.is_local:
-            return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
+            return np.frombuffer(bytearray(self.read(name)), dtype=np.uint8)
         # mode "c": pages are shared with the file until written to, and torch warns of read-only arrays
         with self._refusals_as_errors("read", name):
-            return torch.from_numpy(np.memmap(self.path(name), dtype=np.uint8, mode="c"))
+            return np.memmap(self.path(name), dtype=np.uint8, mode="c")
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int) -> Written:
         """Write a file whole or not at all.

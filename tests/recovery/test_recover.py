@@ -16,7 +16,8 @@ from whence.corpus.reading import open_corpus
 from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.difference import weight_difference
-from whence.models.loading import load_model, local_directory
+from whence.models.loading import load_model
+from whence.models.local_copies import local_directory
 from whence.models.rounding import round_stored, stored_dtype
 from whence.models.runs import open_run
 from whence.recovery.case import foreign_tokenizer, open_case

@@ -29,7 +29,8 @@ from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, stored_date, today, written_by
 from whence.errors import ManifestMismatchError, SettingError
-from whence.models.loading import load_tokenizer, local_directory, tokenizer_digest
+from whence.models.loading import load_tokenizer, tokenizer_digest
+from whence.models.local_copies import local_directory
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
 from whence.models.saved_files import check_file

@@ -27,9 +27,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.corpus.templates import date_of
-from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError, ModelError
+from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingPoolError, ModelError
 from whence.models.loaded_weights import loaded_weights
-from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
+from whence.models.loading import adapter_config, directory_digest, load_tokenizer
+from whence.models.local_copies import local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.training_state import date_of_training
 from whence.models.weights import Described, Weights, in_pieces
@@ -240,9 +241,7 @@ def _read(path: str | Path) -> Pool:
     """Read a pool's manifest, without a look at its parent."""
     place = Place.at(path)
     if not place.exists(MANIFEST):
-        raise MissingIndexError(
-            f"{path}: no pool here (no {MANIFEST}). Make one: whence pool train PARENT CORPUS -o {path}"
-        )
+        raise MissingPoolError.at(str(path))
     data = place.read(MANIFEST)
     _check_format(place, data)
     stored = read_record(_StoredPool, data, place.path(MANIFEST), REMEDY)

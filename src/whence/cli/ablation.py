@@ -9,13 +9,19 @@ from typing import Annotated
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import a_corpus, a_model
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
+from whence.reports.existing_files import Output, check_outputs
+from whence.reports.files import write_page, write_rows
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
 Mixtures = Annotated[
     str | None,
-    typer.Option(help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together."),
+    typer.Option(
+        help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together.",
+        callback=a_corpus,
+    ),
 ]
 Scale = Annotated[float, typer.Option(help="Factor of the members' moves away from the parent (task arithmetic).")]
 Method = Annotated[str, typer.Option(help="How to average: mean, or regmean, by what goes into linear layers.")]
@@ -24,8 +30,12 @@ Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single f
 
 @pool.command()
 def train(
-    parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
+    parent: Annotated[
+        str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.", callback=a_model)
+    ],
+    corpus: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.", callback=a_corpus)
+    ],
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
     by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
@@ -74,14 +84,12 @@ def merge(
     weights = parsed_mixture(mixture) if "=" in mixture else None
     if yaml is not None and method != "mean":
         raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
+    check_outputs([Output("--yaml", yaml, None)], rows=[corpus], others=[path], force=force)
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import averaging
         from whence.ablation.merged_files import mergekit_yaml, write_merged
         from whence.ablation.mixtures import checked_mixture, named_mixture
         from whence.ablation.pool import open_pool
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page
-    check_outputs([Output("--yaml", yaml, None)], rows=[corpus], others=[path], force=force)
     opened = open_pool(path)
     weights = checked_mixture(named_mixture(opened, mixture) if weights is None else weights, opened.members)
     regmean = averaging(opened, method, alpha=alpha, corpus=corpus)
@@ -111,7 +119,7 @@ def grams(
 
 
 @pool.command()
-def verify(path: Annotated[str, typer.Argument(metavar="POOL")]) -> None:
+def verify(path: PoolPath) -> None:
     """Read every member's file again and compare its checksum, and the files of its input matrices."""
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import verify_grams
@@ -144,14 +152,12 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page
         from whence.reports.ablate_tables import ablate_tables
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
-    outputs = [Output("-o", out), Output("--report", report, (".html",))]
-    check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
     rows = result.rows()

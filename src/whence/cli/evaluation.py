@@ -6,8 +6,13 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import a_corpus, a_model, an_index, an_index_or_corpus
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
+from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
+from whence.outputs import refuse_inputs
+from whence.reports.existing_files import Output, check_outputs
+from whence.reports.files import write_page, write_rows
 
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
@@ -20,8 +25,11 @@ PointsFile = Annotated[
 
 @evaluate.command()
 def selection(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.")],
-    source: Annotated[str, typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.", callback=a_model)],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from.", callback=an_index_or_corpus),
+    ],
     tasks: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Examples to choose for. Repeat it.")],
     graded: Annotated[
         list[str], typer.Option(metavar="[NAME=]FILE", help="Other rows of the same tasks, to grade by.")
@@ -46,13 +54,6 @@ def selection(
     as_json: Json = False,
 ) -> None:
     """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
-    with waiting("Loading torch"):
-        from whence.corpus.reading import open_corpus
-        from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
-        from whence.outputs import refuse_inputs
-        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-evaluate.work"
     task_files, graded_files = files("--tasks", tasks), files("--graded", graded)
@@ -61,6 +62,13 @@ def selection(
     inputs, output = [source, *task_files.values(), *graded_files.values()], Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=inputs, others=[model], force=force)
     refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
+    for name in methods.split(","):
+        catalogue.scorer_entry(name.partition(":")[0])
+    for file in (*task_files.values(), *graded_files.values()):
+        a_corpus(file)
+    with waiting("Loading torch"):
+        from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
+        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
     with waiting("Scoring"):
@@ -88,7 +96,7 @@ def selection(
 
 @evaluate.command("join")
 def compare_with_pool(
-    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.")],
+    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.", callback=an_index)],
     path: PoolPath,
     evaluated: EvalFiles,
     methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
@@ -101,13 +109,13 @@ def compare_with_pool(
     as_json: Json = False,
 ) -> None:
     """Do scores of examples, summed by partition, say what leaving that partition out does?"""
-    with waiting("Loading torch"):
-        from whence.evaluation.joining import join
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
-        from whence.reports.join_tables import join_plot, join_tables
+    for name in listed(methods):
+        catalogue.scorer_entry(name)
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
+    with waiting("Loading torch"):
+        from whence.evaluation.joining import join
+        from whence.reports.join_tables import join_plot, join_tables
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
                   model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
     if out is not None:

@@ -1,12 +1,17 @@
 """The verbs `index`, `info`, `verify`, `append` and `bench`: parse, call one library function, print."""
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
+from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
 from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
-from whence.errors import SettingError
+from whence.errors import MissingIndexError, SettingError
+from whence.gradients.space import GradientSpace
+from whence.outputs import refuse_inputs
+from whence.storage import Place
 
 
 def index(
@@ -26,6 +31,8 @@ def index(
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
     if workers != 1:
         raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
+    _check_settings(settings)
+    refuse_inputs(out, [model, corpus, loading.tokenizer], is_directory=True)
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
     options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
@@ -47,10 +54,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of an index, pool, run or work directory against its checksum."""
+    if not Place.at(index).names():
+        raise MissingIndexError.at(Place.at(index).root)
     with waiting("Reading every file"):
         from whence.indexing.build import verify as check
         from whence.indexing.manifest import MANIFEST
-        from whence.storage import Place
 
         if not Place.at(index).exists(MANIFEST):
             _print_verified(index, as_json)
@@ -127,6 +135,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time index building against a training step of the same model on the same batches."""
+    _check_settings(settings)
     with waiting("Loading torch"):
         from whence.indexing.speed import bench as run
         from whence.reports.index_tables import bench_table
@@ -134,6 +143,14 @@ def bench(
     with waiting("Timing"):
         result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
     print_json(vars(result)) if as_json else print_part(bench_table(result))
+
+
+def _check_settings(settings: IndexFlags) -> None:
+    """Refuse values that cannot be before torch is imported."""
+    names = {field.name for field in fields(GradientSpace)}
+    space = GradientSpace(**{name: value for name, value in vars(settings).items() if name in names})
+    catalogue.projection_entry(space.sketch)
+    catalogue.check_codec(settings.codec)
 
 
 def _print_info(facts: dict[str, Any], as_json: bool) -> None:

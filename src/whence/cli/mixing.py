@@ -8,7 +8,10 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import a_corpus
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
+from whence.reports.existing_files import Output, check_outputs
+from whence.reports.files import write_page, write_rows
 
 mix = typer.Typer(
     help="Which mixture of data to train on, from the losses of others.", no_args_is_help=True, rich_markup_mode="rich"
@@ -28,9 +31,12 @@ def law(
         typer.Argument(
             metavar="TABLE",
             help="Mixtures with losses as columns metric/NAME, or what `ablate -o` wrote: csv, jsonl, ...",
+            callback=a_corpus,
         ),
     ],
-    losses: Annotated[str | None, typer.Option(help="File of the losses, if they are not in TABLE.")] = None,
+    losses: Annotated[
+        str | None, typer.Option(help="File of the losses, if they are not in TABLE.", callback=a_corpus)
+    ] = None,
     law: Annotated[str, typer.Option(help=f"What predicts: {', '.join(catalogue.MIXING_LAWS)}.")] = "exp",
     target: Targets = None,
     cap: Annotated[
@@ -62,15 +68,14 @@ def law(
     as_json: Json = False,
 ) -> None:
     """Fit a mixing law to a table of mixtures and losses: what is it worth, and which mixture is best?"""
-    with waiting("Loading"):
-        from whence.mixing.pipeline import mix_law
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
-        from whence.reports.mix_page import mix_page
-        from whence.reports.mix_tables import mix_tables
+    catalogue.law_entry(law)
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[table, losses], force=force)
     targets, caps, parent = numbers("--target", target), numbers("--cap", cap), numbers("--before", before)
+    with waiting("Loading"):
+        from whence.mixing.pipeline import mix_law
+        from whence.reports.mix_page import mix_page
+        from whence.reports.mix_tables import mix_tables
     with waiting("Fitting"):
         result = mix_law(
             table, losses, law=law, targets=targets, caps=caps, before=parent, within=within, folds=folds, seed=seed,
@@ -110,15 +115,13 @@ def suggest(
     as_json: Json = False,
 ) -> None:
     """Find the best mixture of a pool's partitions, by descent through the averages of its members."""
+    check_outputs([Output("-o", out)], rows=evaluated, others=[pool], force=force)
+    caps, targets = numbers("--cap", cap), numbers("--target", target)
     with waiting("Loading torch"):
         from whence.ablation.suggestion import suggest as run
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_rows
         from whence.reports.suggest_tables import suggest_tables
-    check_outputs([Output("-o", out)], rows=evaluated, others=[pool], force=force)
     result = run(
-        pool, evaluated, steps=steps, rate=rate, rows=rows, caps=numbers("--cap", cap),
-        targets=numbers("--target", target), seed=seed, shown=not as_json,
+        pool, evaluated, steps=steps, rate=rate, rows=rows, caps=caps, targets=targets, seed=seed, shown=not as_json
     )  # fmt: skip
     if out is not None:
         write_rows(result.rows(), out)

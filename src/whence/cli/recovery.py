@@ -8,15 +8,25 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import a_corpus, a_model
 from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
+from whence.recovery.settings import RecoverSettings, check_count
+from whence.reports.existing_files import Output, check_outputs
+from whence.reports.files import write_page, write_rows
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
 
 def recover(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.")],
-    final: Annotated[str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.")],
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.", callback=a_model)
+    ],
+    final: Annotated[
+        str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.", callback=a_model)
+    ],
+    corpus: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.", callback=a_corpus)
+    ],
     count: Annotated[int | None, typer.Option(help="Rows to choose: about as many as it was trained on.")] = None,
     method: Annotated[
         str | None, typer.Option(help=f"How rows are scored: {_METHODS}.", show_default="calibrated")
@@ -84,24 +94,23 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
-    with waiting("Loading torch"):
-        from whence.recovery.pipeline import recover as run
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
-        from whence.reports.recover_page import recover_page
-        from whence.reports.recover_tables import recover_tables
+    settings = {
+        "method": method or ("calibrated" if calibrate else "nnls"), "optimizer": optimizer, "epochs": epochs, "lr": lr,
+        "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed, "short_list": short_list, "points": points,
+        "checkpoints": checkpoints, "undo": undo, "remove_decay": remove_decay, "choices": listed(choices),
+        "template": template.replace("\\n", "\n"), "labels": labels, "balanced": balanced, "rounds": rounds,
+        "mixture": mixture, "tokenizer": tokenizer, "chat_template": chat_template, "date": date, "layers": layers,
+    }  # fmt: skip
+    check_count(count, RecoverSettings(**settings))
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
-    result = run(
-        base, final, corpus, count=count, work=work, shown=not as_json, layers=layers, points=points,
-        method=method or ("calibrated" if calibrate else "nnls"), optimizer=optimizer, epochs=epochs, lr=lr,
-        batch_size=batch_size, max_tokens=max_tokens, seed=seed, short_list=short_list, checkpoints=checkpoints,
-        undo=undo, remove_decay=remove_decay, template=template.replace("\\n", "\n"), choices=listed(choices),
-        labels=labels, balanced=balanced, rounds=rounds, mixture=mixture, tokenizer=tokenizer,
-        chat_template=chat_template, date=date,
-    )  # fmt: skip
+    with waiting("Loading torch"):
+        from whence.recovery.pipeline import recover as run
+        from whence.reports.recover_page import recover_page
+        from whence.reports.recover_tables import recover_tables
+    result = run(base, final, corpus, count=count, work=work, shown=not as_json, **settings)
     if out is not None:
         write_rows(result.rows, out)
     if report is not None:

@@ -6,11 +6,16 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import a_corpus, a_model, is_index
 from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
+from whence.reports.existing_files import Output, check_outputs
+from whence.reports.files import write_page, write_rows
+from whence.selection.budget import Budget, Limits, no_index_for
 
 _METHODS = ", ".join(catalogue.SCORERS)
 Tasks = Annotated[
-    str | None, typer.Option(help="File of the task's examples; a column `task` makes several tasks of it.")
+    str | None,
+    typer.Option(help="File of the task's examples; a column `task` makes several tasks of it.", callback=a_corpus),
 ]
 Fraction = Annotated[float | None, typer.Option(help="Choose this share of the rows.")]
 Caps = Annotated[
@@ -30,7 +35,8 @@ Duplicates = Annotated[
 
 def select(
     source: Annotated[
-        str, typer.Argument(metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text.")
+        str,
+        typer.Argument(metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text."),
     ],
     loading: LoadingFlags,
     tasks: Tasks = None,
@@ -39,7 +45,9 @@ def select(
     count: Annotated[int | None, typer.Option(help="Choose this number of rows.")] = None,
     tokens_budget: Annotated[int | None, typer.Option(help="Choose rows of so many tokens together.")] = None,
     out: RowsFile = None,
-    corpus: Annotated[str | None, typer.Option(help="The rows, if not the copy that the index keeps.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="The rows, if not the copy that the index keeps.", callback=a_corpus)
+    ] = None,
     selector: Annotated[
         str | None, typer.Option(help=f"What makes one order of several tasks: {', '.join(catalogue.SELECTORS)}.")
     ] = None,
@@ -59,7 +67,10 @@ def select(
         str | None, typer.Option(help="Write what was chosen, and what was not, as one .html page.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model that scores of a corpus read; for an index, where its model is now.")
+        str | None,
+        typer.Option(
+            help="The model that scores of a corpus read; for an index, where its model is now.", callback=a_model
+        ),
     ] = None,
     gradients: Annotated[
         str | None,
@@ -72,20 +83,28 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Which training examples should be trained on for a task?"""
+    entry = catalogue.scorer_entry(method)
+    catalogue.selector_entry(selector or entry.selector)
+    for name in listed(compare):
+        catalogue.scorer_entry(name)
+    Budget(fraction=fraction, count=count, tokens=tokens_budget)
+    limits = {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
+    Limits(**limits)
+    if not is_index(source):
+        if entry.needs_index:
+            raise no_index_for(method, source)
+        a_corpus(source)
+    options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
+    models = [model, loading.tokenizer, *options["options"].values()]
+    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
     with waiting("Loading torch"):
-        from whence.reports.existing_files import Output, check_outputs
-        from whence.reports.files import write_page, write_rows
         from whence.reports.select_page import select_page
         from whence.reports.select_tables import select_tables
         from whence.selection.description import composition, method_overlaps
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
-    options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
-    models = [model, loading.tokenizer, *options["options"].values()]
-    outputs = [Output("-o", out), Output("--report", report, (".html",))]
-    check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
-    options |= {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
-    options |= {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
+    options |= limits | {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
     with waiting("Scoring"):
         view = open_view(

@@ -10,6 +10,8 @@ import typer
 
 from whence.cli.console import print_json, print_part, waiting
 from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
+from whence.outputs import refuse_inputs
+from whence.training.recipe import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,12 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
-    with waiting("Loading torch"):
-        from whence.training.trainer import train as run
     options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
     options = {name: value for name, value in options.items() if value is not None}
+    settings_of(preset, options)
+    refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer], is_directory=True)
+    with waiting("Loading torch"):
+        from whence.training.trainer import train as run
     path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
     in_run = _in_run(path) if settings.in_run is not None else None
     if as_json:

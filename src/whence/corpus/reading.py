@@ -37,16 +37,13 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from whence.corpus.addresses import KINDS, SUFFIXES, file_system, has_suffix, hub_rows, require_hub_data_set
 from whence.corpus.layouts import LAYOUTS, Row, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
-
-
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def rows_with_place(origin: "str | Path | list[Row]", from_arrow: bool = False) 
 def _is_arrows_place(origin: "str | Path | list[Row]", where: str) -> bool:
     """Whether the row at a place is Arrow's: a Parquet file's, a saved data set's, or the Hub's."""
     file = where.rpartition("[")[0] if where.endswith("]") else where.rpartition(":")[0]
-    if isinstance(origin, list) or _has_suffix(file, tuple(set(SUFFIXES) - {".parquet"})):
+    if isinstance(origin, list) or has_suffix(file, tuple(set(SUFFIXES) - {".parquet"})):
         return False
     return where.endswith("]")
 
@@ -171,37 +168,13 @@ def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
     if isinstance(origin, list):
         return ((f"row {number}", _checked_object(row, f"row {number}")) for number, row in enumerate(origin))
     address = str(origin)
-    files, root = _file_system(address)
+    files, root = file_system(address)
     if files.isfile(root):
         return _file_rows(files, root)
     if files.isdir(root):
         return _directory_rows(files, root, address if "://" in address else root)
-    if "://" in address or _has_suffix(address, SUFFIXES) or address.startswith((".", "/", "~")):
-        raise CorpusError(f"{address}: no such file or directory. A corpus is {_KINDS}.")
-    return _hub_rows(address)
-
-
-_KINDS = (
-    f"a file ({' '.join(SUFFIXES)}), a directory of them, or a Hugging Face data set "
-    "(NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT)"
-)
-
-
-def _file_system(address: str) -> tuple[Any, str]:
-    """File system of an address, and the path in it."""
-    try:
-        return fsspec.url_to_fs(address)
-    except ValueError as error:
-        raise CorpusError(f"{address}: {error}. A corpus is {_KINDS}.") from None
-    except ImportError as error:
-        raise MissingExtraError(f"{address}: {error}, with pip.") from None
-
-
-def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
-    path = path.lower()
-    for ending in COMPRESSED:
-        path = path.removesuffix(ending)
-    return path.endswith(suffixes)
+    require_hub_data_set(address)
+    return hub_rows(address)
 
 
 def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
@@ -213,11 +186,11 @@ def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, 
         raise CorpusError(f"{root}: an index of Whence, not a corpus. Name the files that it was made from.")
     outside_indexes = [path for path in below if not path.startswith(tuple(f"{index}/" for index in indexes))]
     data = [path for path in outside_indexes if not _is_metadata(path, below)]
-    row_files = [path for path in data if _has_suffix(path, SUFFIXES)]
+    row_files = [path for path in data if has_suffix(path, SUFFIXES)]
     others = tuple(path for path in data if path not in set(row_files))
     if not row_files:
         example = f" ({len(others)} of other kinds, such as {others[0]})" if others else ""
-        raise CorpusError(f"{root}: no corpus file in this directory{example}. A corpus is {_KINDS}.")
+        raise CorpusError(f"{root}: no corpus file in this directory{example}. A corpus is {KINDS}.")
     if others:
         _warn_of_left_out_files(root, others)
     return itertools.chain.from_iterable(_file_rows(files, path) for path in row_files)
@@ -279,21 +252,21 @@ def _warn_of_left_out_files(root: str, paths: tuple[str, ...]) -> None:
 
 
 def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
-    if not _has_suffix(path, SUFFIXES):
-        raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {_KINDS}.")
+    if not has_suffix(path, SUFFIXES):
+        raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {KINDS}.")
     if path.lower().endswith(".zst") and "zstd" not in fsspec.available_compressions():
         raise MissingExtraError(f"{path}: zstd needs one more package: pip install zstandard")
     try:
-        yield from _parquet_rows(files, path) if _has_suffix(path, (".parquet",)) else _text_rows(files, path)
+        yield from _parquet_rows(files, path) if has_suffix(path, (".parquet",)) else _text_rows(files, path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from None
 
 
 def _text_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
     with files.open(path, "rb", compression="infer") as stream:
-        if _has_suffix(path, (".csv", ".tsv")):
+        if has_suffix(path, (".csv", ".tsv")):
             yield from _csv_rows(stream, path)
-        elif _has_suffix(path, (".json",)) and _starts_with_bracket(files, path):
+        elif has_suffix(path, (".json",)) and _starts_with_bracket(files, path):
             yield from _array_rows(stream, path)
         else:
             yield from _json_rows(stream, path)
@@ -342,7 +315,7 @@ def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
     # Bytes that are not UTF-8 pass here, since decoding in blocks cannot say in which line they are.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         # strict: a quote that is never closed would silently swallow all that follows into one cell.
-        delimiter = "\t" if _has_suffix(path, (".tsv",)) else ","
+        delimiter = "\t" if has_suffix(path, (".tsv",)) else ","
         reader = csv.DictReader(_utf8_lines(text, path), delimiter=delimiter, strict=True)
         try:
             _refuse_duplicate_columns(reader.fieldnames or (), f"{path}:{reader.line_num}")
@@ -457,40 +430,3 @@ def _chosen_split(files: Any, root: str) -> str:
     if "train" in splits or len(splits) == 1:
         return f"/{'train' if 'train' in splits else splits[0]}"
     raise CorpusError(f"{root}: splits are {', '.join(splits)}; name one: {root}/{splits[0]}")
-
-
-def _hub_rows(name: str) -> Iterator[tuple[str, Row]]:
-    import datasets
-    import huggingface_hub
-    from datasets.exceptions import DatasetsError
-
-    repository, configuration, split = _hub_name(name)
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            # This asks for no file: it finds out at once that a name is wrong, where datasets tries for 25 s.
-            huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=[])
-        data = datasets.load_dataset(repository, configuration, split=split, streaming=True)
-        for number, row in enumerate(data):
-            yield f"{name}[{number}]", dict(row)
-    except (OSError, ValueError, OverflowError, RuntimeError, DatasetsError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join([lines[0], *(line for line in lines[1:] if "available configs" in line)])
-        if "available configs" in reason or "BuilderConfig" in reason:
-            raise CorpusError(f"{name}: {reason}. Name one as {repository}:CONFIGURATION:{split}") from None
-        raise CorpusError(
-            f"{name}: no such file or directory here, and no data set of that name could be read from the "
-            f"Hugging Face Hub ({reason}). A corpus is {_KINDS}."
-        ) from None
-
-
-def _hub_name(name: str) -> tuple[str, str | None, str]:
-    """Repository, configuration and split of `name`, `name:split` or `name:configuration:split`.
-
-    >>> _hub_name("a/b"), _hub_name("a/b:test[:10]"), _hub_name("openai/gsm8k:main:train")
-    (('a/b', None, 'train'), ('a/b', None, 'test[:10]'), ('openai/gsm8k', 'main', 'train'))
-    """
-    repository, *rest = re.split(r":(?![^\[]*\])", name)  # a colon in brackets belongs to the split
-    if len(rest) > 2:
-        raise CorpusError(f"{name}: {len(rest)} colons, where NAME:CONFIGURATION:SPLIT has two.")
-    configuration = rest[0] if len(rest) == 2 else None
-    return repository, configuration or None, rest[-1] if rest and rest[-1] else "train"

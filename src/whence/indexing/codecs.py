@@ -13,7 +13,6 @@ Scales and errors are in the unit of the vectors' entries. Each codec names the 
 queries; `Codec.prepare` takes the fastest of them. Files, statuses and ranks are not known here.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Float32, Shaped
 from torch import Tensor
 
-from whence.errors import UnknownNameError
+from whence import catalogue
 from whence.indexing.kernels import (
     TINY,
     Fastest,
@@ -104,10 +103,7 @@ def codec(name: str) -> Codec:
     >>> codec("int4").decode(stored, scale, 3)
     tensor([[ 7., -7.,  1.]])
     """
-    if name not in CODECS:
-        near = difflib.get_close_matches(name, CODECS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UnknownNameError(f"--codec {name!r}: no such codec.{hint} There are {', '.join(CODECS)}.")
+    catalogue.check_codec(name)
     return CODECS[name]
 
 

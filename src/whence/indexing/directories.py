@@ -70,10 +70,8 @@ def verified(path: str | PathLike) -> Verified:
         if (what := place.defect(name, written)) is not None:
             problems.append(Problem(name, what))
     if not checked:
-        raise MissingIndexError(
-            f"There is no index at {place.root}; make one with: whence index MODEL CORPUS -o {place.root}"
-            + (" (nor has any of its files a checksum of Whence's)" if names else "")
-        )
+        none = " (nor has any of its files a checksum of Whence's)" if names else ""
+        raise MissingIndexError(f"{MissingIndexError.at(place.root)}{none}")
     return Verified(_kind(names), sorted(problems, key=lambda problem: problem.file), checked, list(unchecked))
 
 

@@ -142,9 +142,7 @@ def read_manifest(place: Place) -> Manifest:
     try:
         data = place.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingIndexError(
-            f"There is no index at {place.root}; make one with: whence index MODEL CORPUS -o {place.root}"
-        ) from error
+        raise MissingIndexError.at(place.root) from error
     try:
         content = json.loads(data)
         checksum, version = content.pop("checksum"), content["format_version"]

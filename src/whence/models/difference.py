@@ -39,7 +39,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.errors import ModelError
-from whence.models.loading import adapter_config, local_directory
+from whence.models.loading import adapter_config
+from whence.models.local_copies import local_directory
 from whence.models.pairing import Adapter, LowRank, Pair, PairedParameters, listed, pair_adapters, pair_models
 from whence.models.runs import open_run
 

@@ -29,6 +29,7 @@ from whence.models.causality import refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
+from whence.models.local_copies import local_directory
 from whence.models.saved_files import check_file, check_model_files
 from whence.models.training_state import date_of_training
 from whence.turns import one_at_a_time
@@ -309,25 +310,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.chat_template, tokenizer.eos_token_id)).encode())
     return digest.hexdigest()
-
-
-def local_directory(path: str | Path) -> str:
-    """Local directory of a model: the path itself, or the cached copy of a Hub repository."""
-    if Path(path).is_dir():
-        return str(path)
-    if Path(path).exists() or str(path).startswith((".", "/", "~")):
-        raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
-    import huggingface_hub
-
-    patterns = ["*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-    try:
-        return huggingface_hub.snapshot_download(str(path), allow_patterns=patterns)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{path}: no such directory, and the Hugging Face Hub has no model of that name that can be "
-            f"read from here ({reason})."
-        ) from None
 
 
 def adapter_config(directory: str) -> dict[str, Any] | None:

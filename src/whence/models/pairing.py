@@ -18,7 +18,8 @@ from torch import Tensor
 
 from whence.errors import ModelError
 from whence.models.loaded_weights import LoadedWeights, loaded_weights
-from whence.models.loading import adapter_config, directory_digest, load_tokenizer, local_directory
+from whence.models.loading import adapter_config, directory_digest, load_tokenizer
+from whence.models.local_copies import local_directory
 from whence.models.weights import Weights, read_json, weights_of
 
 ZERO_AT_FIRST = ("true", "gaussian", "eva")

@@ -147,7 +147,7 @@ def with_scale(case: Case, undo: str, corpus: Corpus, rows: int) -> Case:
 
     Args:
         case: Two models.
-        undo: One of `preconditioner.UNDO`.
+        undo: One of `settings.UNDO`.
         corpus: The corpus whose rows the estimate is from.
         rows: Number of its rows.
 

@@ -118,10 +118,7 @@ def recover(
         ManifestMismatchError: `work` holds evidence of other models or another corpus.
     """
     chosen = RecoverSettings(**settings)
-    if count is None and chosen.method != "calibrated":
-        raise SettingError(f"--method {chosen.method} ranks rows and draws no line: add --count N")
-    if count is not None and count < 1:
-        raise SettingError(f"--count {count}: 1 or more are expected")
+    check_count(count, chosen)
     refuse_inputs(work, [base, final, corpus, chosen.tokenizer], flag="--work", is_directory=True)
     case, place = open_case(str(base), str(final), chosen), Path(work)
     tokenizer = load_tokenizer(case.tokenizer or case.final, case.base, False)

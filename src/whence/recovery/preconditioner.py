@@ -27,7 +27,6 @@ from whence.models.loading import LoadedModel
 from whence.models.moments import read_moments
 from whence.recovery.evidence import LayerDirection
 
-UNDO = ("none", "moments", "rows")
 REMEDY = "--undo rows and --undo none need no optimizer file."
 SAMPLE_ROWS = 256
 """Rows of the corpus in the mean of "rows"."""

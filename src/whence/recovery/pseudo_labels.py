@@ -15,7 +15,6 @@ Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553, whose code
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -24,46 +23,17 @@ from torch import Tensor
 from whence.corpus.layouts import Row, row_text
 from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.tokens import encode
-from whence.errors import CorpusError, SettingError
+from whence.errors import CorpusError
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.recovery.evidence import ROWS_PER_PART, claim, parts_of
+from whence.recovery.settings import Labels
 from whence.runner import Tick
 from whence.storage import Place
 
-LABELLINGS = ("hard", "sampled")
-"""Ways to choose a row's label."""
 PROBABILITY = "whence_label_p"
 """Column of a label's probability."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """How rows are labelled."""
-
-    choices: tuple[str, ...]
-    """Labels that the model may give."""
-    template: str = "{text}"
-    """Prompt, with the row's text in place of `{text}`."""
-    how: str = "hard"
-    """"hard": the most likely choice; "sampled": one drawn by its probability."""
-
-    def __post_init__(self):
-        if len({*self.choices}) < 2 or not all(self.choices):
-            raise SettingError(f"--choices {','.join(self.choices)}: two or more different labels are expected")
-        if self.template.count("{text}") != 1:
-            raise SettingError(f"--template {self.template!r}: {{text}} is expected in it, once")
-        if self.how not in LABELLINGS:
-            raise SettingError(f"--labels {self.how}: choose one of {', '.join(LABELLINGS)}")
-
-    def prompt(self, row: Row) -> str:
-        """The prompt of a row."""
-        return self.template.replace("{text}", row_text(row))
-
-    def completion(self, choice: str) -> str:
-        """A choice as it continues the prompt."""
-        return choice if self.template[-1].isspace() or choice[0].isspace() else f" {choice}"
 
 
 def label_corpus(

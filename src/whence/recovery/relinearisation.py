@@ -25,7 +25,7 @@ from torch import Tensor
 
 from whence.corpus.layouts import Row
 from whence.models.difference import weight_difference
-from whence.models.loading import local_directory
+from whence.models.local_copies import local_directory
 from whence.models.runs import open_run
 from whence.recovery.case import Case, at_point
 from whence.recovery.evidence import LayerDirection, length_of, sketch_of

@@ -1,16 +1,50 @@
-"""Settings of a recover job: how evidence is gathered, how a shadow is trained, how rows are scored and chosen."""
+"""Settings of a recover job: how evidence is gathered, how a shadow is trained, how rows are scored and chosen.
+
+The command line checks them before it imports torch, so that this module does not.
+"""
 
 from dataclasses import dataclass
 
 from whence.catalogue import recover_method
+from whence.corpus.layouts import Row, row_text
 from whence.errors import SettingError
-from whence.recovery.preconditioner import UNDO
-from whence.recovery.pseudo_labels import Labels
 
 MATCHING_METHODS = ("nnls", "matching", "cosine")
 """Methods that match rows jointly to T, which re-linearising changes."""
 SKETCH_WIDTH = 16_384
 """Numbers of a row's sketch."""
+UNDO = ("none", "moments", "rows")
+"""Ways to undo an optimizer's scaling; see `preconditioner`."""
+LABELLINGS = ("hard", "sampled")
+"""Ways to choose a row's label; see `pseudo_labels`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """How rows are labelled."""
+
+    choices: tuple[str, ...]
+    """Labels that the model may give."""
+    template: str = "{text}"
+    """Prompt, with the row's text in place of `{text}`."""
+    how: str = "hard"
+    """"hard": the most likely choice; "sampled": one drawn by its probability."""
+
+    def __post_init__(self):
+        if len({*self.choices}) < 2 or not all(self.choices):
+            raise SettingError(f"--choices {','.join(self.choices)}: two or more different labels are expected")
+        if self.template.count("{text}") != 1:
+            raise SettingError(f"--template {self.template!r}: {{text}} is expected in it, once")
+        if self.how not in LABELLINGS:
+            raise SettingError(f"--labels {self.how}: choose one of {', '.join(LABELLINGS)}")
+
+    def prompt(self, row: Row) -> str:
+        """The prompt of a row."""
+        return self.template.replace("{text}", row_text(row))
+
+    def completion(self, choice: str) -> str:
+        """A choice as it continues the prompt."""
+        return choice if self.template[-1].isspace() or choice[0].isspace() else f" {choice}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +131,15 @@ class RecoverSettings:
     def labelling(self) -> Labels:
         """How rows are labelled."""
         return Labels(choices=tuple(self.choices), template=self.template, how=self.labels)
+
+
+def check_count(count: int | None, settings: RecoverSettings) -> None:
+    """Refuse a number of rows that cannot be, or that a method without probabilities lacks.
+
+    Raises:
+        SettingError: It is one.
+    """
+    if count is None and settings.method != "calibrated":
+        raise SettingError(f"--method {settings.method} ranks rows and draws no line: add --count N")
+    if count is not None and count < 1:
+        raise SettingError(f"--count {count}: 1 or more are expected")

@@ -17,7 +17,7 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.difference import weight_difference
-from whence.models.loading import local_directory
+from whence.models.local_copies import local_directory
 from whence.models.rounding import stored_dtype
 from whence.models.runs import open_run
 from whence.recovery.case import Case, foreign_tokenizer, with_scale

@@ -74,6 +74,13 @@ class Limits:
                     )
 
 
+def no_index_for(method: str, source: str) -> SettingError:
+    """The refusal of rows without an index, for a method that reads its vectors."""
+    return SettingError(
+        f"{source}: no index, which --method {method} needs. Make one with: whence index MODEL CORPUS -o INDEX"
+    )
+
+
 class Ledger:
     """How much of a budget is spent, reserved and still free.
 

@@ -28,7 +28,7 @@ from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
-from whence.selection.budget import Budget, Limits
+from whence.selection.budget import Budget, Limits, no_index_for
 from whence.selection.choice import Candidates, Selection, choose
 from whence.selection.protocols import QueryText, Scorer, Target, View
 from whence.selection.settings import SelectSettings, described_settings
@@ -189,10 +189,7 @@ def open_view(
     if view is not None:
         raise SettingError(f"--view {view} is of an index, and this is a corpus")
     if entry.needs_index:
-        name = source if isinstance(source, str | Path) else "the rows"
-        raise SettingError(
-            f"{name}: no index, which --method {method} needs. Make one with: whence index MODEL CORPUS -o INDEX"
-        )
+        raise no_index_for(method, str(source) if isinstance(source, str | Path) else "the rows")
     loaded: LoadedModel | None = None
     if model is not None:
         loaded = load_model(open_run(model).checkpoints[-1].path, **loading)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from transformers import SchedulerType
-
 from whence.errors import SettingError
 from whence.training.online_mixing import read_options
 
@@ -18,6 +16,11 @@ MIX = ("mix", "by", "mix_set")
 """Settings that belong together: those of the measurement beside a training, and those of the order of rows."""
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 """The Trainer's name of each optimizer."""
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
+)
+"""Names in transformers' `SchedulerType`, which takes seconds to import."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Xia et al. 2024, https://arxiv.org/abs/2402.04333, and its released scripts
@@ -124,8 +127,8 @@ class TrainSettings:
             raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
         if self.optimizer not in OPTIMIZERS:
             raise SettingError(f"--optimizer {self.optimizer}: choose one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in (names := [kind.value for kind in SchedulerType]):
-            raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(names)}")
+        if self.schedule not in SCHEDULES:
+            raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(SCHEDULES)}")
         self._check_in_run()
         self._check_mix()
 

@@ -1,0 +1,38 @@
+"""Where a model's files are here: its own directory, or the copy of a Hub repository.
+
+The command line asks before it imports torch, so that this module does not.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from whence.errors import ModelError
+
+PATTERNS = ("*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+"""Files of a repository that are copied."""
+
+
+def local_directory(path: str | Path, *, patterns: Sequence[str] = PATTERNS) -> str:
+    """Local directory of a model: the path itself, or the cached copy of a Hub repository.
+
+    Args:
+        path: A directory, or a name on the Hub.
+        patterns: Files to copy; none asks whether there is such a repository.
+
+    Raises:
+        ModelError: There is neither.
+    """
+    if Path(path).is_dir():
+        return str(path)
+    if Path(path).exists() or str(path).startswith((".", "/", "~")):
+        raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path}: no such directory, and the Hugging Face Hub has no model of that name that can be "
+            f"read from here ({reason})."
+        ) from None
