@@ -37,7 +37,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from whence.corpus.layouts import LAYOUTS, Row, layout
+from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
 from whence.errors import CorpusError, MissingExtraError
@@ -91,7 +91,7 @@ class Corpus:
         """
         unread = Unread()
         for number, (where, row) in enumerate(rows_with_place(self.origin, self.from_arrow), start=self.first_number):
-            layout(row, where)
+            check_messages(row, layout(row, where), where)
             unread.add(row)
             yield _example(row, number, _file_of(where))
         if not unread.rows:
@@ -129,7 +129,11 @@ def rows_with_place(origin: "str | Path | list[Row]", from_arrow: bool = False) 
         CorpusError: There is no such file, or a row cannot be read.
     """
     for where, row in _rows(origin):
-        yield where, without_missing(row, from_arrow=from_arrow or _is_arrows_place(origin, where))
+        try:
+            plain = without_missing(row, from_arrow=from_arrow or _is_arrows_place(origin, where))
+        except CorpusError as error:
+            raise CorpusError(f"{where}: {error}.") from None
+        yield where, plain
 
 
 def _is_arrows_place(origin: "str | Path | list[Row]", where: str) -> bool:
