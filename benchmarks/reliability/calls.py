@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when its library is imported: strange names are not asked for
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-MESSAGE = re.compile(r"error |WARNING |ERROR |INFO |.*: [\d,]+/[\d,]+, |.* seed \d+ .*: [\d.]+$|\s*$")
+MESSAGE = re.compile(
+    r"error |WARNING |ERROR |INFO |.*: [\d,]+/[\d,]+, |\d\. [A-Z]|   |\d+ s in all|.*\|.*\[.*|.* seed \d+ .*: [\d.]+$|\s*$"
+)
 """How a line of stderr begins: a message, or a progress line of a command without a terminal."""
 UNEXPECTED = "error unexpected "
 WIDTH = 100_000
@@ -86,7 +89,7 @@ def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
         outcome = "traceback"
     extra = [line for line in lines if not MESSAGE.match(line)]
     found = [text for text in printed if CONTROLS.search(text)]
-    text = place or message
+    text = place or message or (printed[0].strip().splitlines() or [""])[-1] * (outcome == "refused")
     if found or extra:
         text += f" | {(extra or found)[0][:300]!r}"
     return Ending(outcome, text[:600], sum(len(CONTROLS.findall(text)) for text in found), len(extra))

@@ -30,16 +30,25 @@ from typing import Any
 
 from benchmarks.reliability.calls import Ending, whence
 from benchmarks.reliability.inputs import USES, VERBS, Inputs, edit_json
-from benchmarks.reliability.mutations import LAYOUTS, NUMBERS, SUFFIXES, TEXTS, write_file, write_template
+from benchmarks.reliability.mutations import NUMBERS, SUFFIXES, TEXTS, write_file, write_template
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 SECONDS = 20.0
 """Time of a call; most take milliseconds."""
 MEMORY = 12 << 30
 """Bytes of address space, so that what asks for more is refused and not granted."""
-WORK = {"--steps", "--max-steps", "--epochs", "--tokens", "--batches", "--rows", "--rounds", "--seeds", "--max-new-tokens"}
+WORK = {
+    "--steps",
+    "--max-steps",
+    "--epochs",
+    "--tokens",
+    "--batches",
+    "--rows",
+    "--rounds",
+    "--seeds",
+    "--max-new-tokens",
+}
 """Flags that say how much work is asked for: a command that is still busy with it does not hang."""
-OUTPUT = "OUTPUT"
 
 
 def files(inputs: Inputs, scratch: Path, rng: random.Random) -> tuple[str, Ending]:
@@ -48,20 +57,24 @@ def files(inputs: Inputs, scratch: Path, rng: random.Random) -> tuple[str, Endin
         path = write_template(scratch, rng)
         words = ["index", inputs.base, inputs.corpus, "-o", scratch / "ix", "--width", 4, "--chat-template", path]
         return "chat template", whence(*words, seconds=SECONDS)
-    path, out = write_file(scratch, rng), scratch / f"out{rng.choice(SUFFIXES[:3])}"
-    readers: dict[str, tuple[int, list[Any]]] = {
-        "select": (50, ["select", path, "--method", "random", "--fraction", 0.9, "-o", out]),
-        "select by task": (10, ["select", path, "--method", "bm25", "--tasks", path, "--count", 2, "-o", out, "--report", scratch / "r.html"]),
-        "tasks": (4, ["select", inputs.corpus, "--method", "bm25", "--tasks", path, "--count", 2, "-o", out]),
-        "queries": (10, ["trace", inputs.index, "--queries", path, "--top", 2, "--no-null", "-o", rng.choice((out, scratch / "r.html"))]),
-        "mix law": (10, ["mix", "law", path, "--folds", 2, "-o", out, "--report", scratch / "r.html"]),
-        "mixtures": (4, ["ablate", inputs.pool, "--eval", inputs.held_out, "--mixtures", path, "-o", out]),
-        "held-out rows": (2, ["ablate", inputs.pool, "--eval", path, "-o", out]),
-        "index": (6, ["index", inputs.base, path, "-o", scratch / "ix", "--width", 4]),
-        "train": (2, ["train", inputs.base, path, "-o", scratch / "run", "--max-steps", 1, "--batch-size", 2, "--lr", 1e-3, "--json"]),
-        "pool train": (2, ["pool", "train", inputs.base, path, "-o", scratch / "p", "--max-tokens", 64, "--tokens", 64, "--steps", 1, "--warmup-steps", 0]),
-        "recover": (1, ["recover", inputs.base, inputs.final, path, "--count", 1, "--method", "cosine", "-o", out, "--work", scratch / "w"]),
-    }  # fmt: skip
+    path, out, page = write_file(scratch, rng), scratch / f"out{rng.choice(SUFFIXES[:3])}", scratch / "page.html"
+    task = ("--method", "bm25", "--tasks", path, "--count", 2, "-o", out)
+    step = ("--max-steps", 1, "--batch-size", 2, "--lr", 1e-3, "--json")
+    member = ("--max-tokens", 64, "--tokens", 64, "--steps", 1, "--warmup-steps", 0)
+    query = ("--top", 2, "--no-null", "-o", rng.choice((out, page)))
+    readers: dict[str, tuple[int, tuple[Any, ...]]] = {
+        "select": (50, ("select", path, "--method", "random", "--fraction", 0.9, "-o", out)),
+        "select by task": (10, ("select", path, *task, "--report", page)),
+        "tasks": (4, ("select", inputs.corpus, *task)),
+        "queries": (10, ("trace", inputs.index, "--queries", path, *query)),
+        "mix law": (10, ("mix", "law", path, "--folds", 2, "-o", out, "--report", page)),
+        "mixtures": (4, ("ablate", inputs.pool, "--eval", inputs.held_out, "--mixtures", path, "-o", out)),
+        "held-out rows": (2, ("ablate", inputs.pool, "--eval", path, "-o", out)),
+        "index": (6, ("index", inputs.base, path, "-o", scratch / "ix", "--width", 4)),
+        "train": (2, ("train", inputs.base, path, "-o", scratch / "run", *step)),
+        "pool train": (2, ("pool", "train", inputs.base, path, "-o", scratch / "p", *member)),
+        "recover": (1, ("recover", inputs.base, inputs.final, path, "--count", 1, "--method", "cosine", "-o", out)),
+    }
     reader = rng.choices([*readers], [weight for weight, _ in readers.values()])[0]
     ending = whence(*readers[reader][1], seconds=SECONDS)
     return f"{reader} of {path.suffix}", ending
@@ -72,7 +85,15 @@ def flags(inputs: Inputs, scratch: Path, rng: random.Random, number: int) -> tup
     every = [(verb, parameter) for verb, parameters in inputs.parameters.items() for parameter in parameters]
     verb, parameter = every[number % len(every)]
     values = VERBS[verb](inputs, scratch)
-    places = [scratch, inputs.base, inputs.corpus, inputs.index, inputs.pool, inputs.final / "config.json", scratch / "none"]
+    places = [
+        scratch,
+        inputs.base,
+        inputs.corpus,
+        inputs.index,
+        inputs.pool,
+        inputs.final / "config.json",
+        scratch / "none",
+    ]
     value: Any = rng.choice((rng.choice(NUMBERS), rng.choice(TEXTS), rng.choice(TEXTS), rng.choice(places)))
     kind = str(parameter.type_descriptor)
     if "class 'int'" in kind or "class 'float'" in kind:
@@ -128,6 +149,17 @@ def case(stream: str, number: int, seed: int, inputs: Inputs, scratch: Path) -> 
     return {"case": f"{stream} {number}", "what": what, **vars(ending), "seconds": seconds}
 
 
+def make_small() -> None:
+    """Let the demo learn a few docstrings in a step, and `bench` start no process to measure memory: both take long."""
+    from whence.cli import demonstration
+    from whence.indexing import speed
+
+    demonstration.ANSWER_TOKENS = 4
+    demonstration.ROWS, demonstration.RECIPE = 12, demonstration.RECIPE | {"epochs": 1}
+    demonstration.SHAPE |= {"hidden_size": 16, "intermediate_size": 16}
+    speed._peak = lambda *arguments: 0  # type: ignore[assignment]
+
+
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts by stream."""
     table = {}
@@ -146,7 +178,9 @@ def main(arguments: argparse.Namespace) -> None:
     """Do the cases that FILE does not have yet."""
     out, root = Path(arguments.out or RESULTS), Path(arguments.dir).absolute()
     counts = {"files": arguments.files, "flags": arguments.flags, "edits": arguments.edits}
-    document = json.loads(out.read_text()) if out.exists() else {"seed": arguments.seed, "done": {}, "faults": [], "cases": []}
+    document = (
+        json.loads(out.read_text()) if out.exists() else {"seed": arguments.seed, "done": {}, "faults": [], "cases": []}
+    )
     if document["seed"] != arguments.seed:
         raise SystemExit(f"{out} has another seed")
     log, now = out.with_suffix(".cases"), out.with_suffix(".now")
@@ -154,8 +188,9 @@ def main(arguments: argparse.Namespace) -> None:
     if now.exists():
         cases.append({"case": now.read_text(), "what": "the process ended", **vars(Ending("hang", ""))})
     inputs = Inputs(root)
+    make_small()
     before = inputs.digest()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HOME": str(root / "home")}
+    os.environ["HOME"] = str(root / "home")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     done = {item["case"] for item in cases}
     with log.open("a") as file:

@@ -17,7 +17,10 @@ from whence.models.saved_files import LIST
 from whence.models.training_state import IS_COMPLETE, RECORD
 
 TRAINING = ("--max-steps", 4, "--checkpoints", 2, "--batch-size", 4, "--lr", "1e-2", "--max-tokens", 64)
-TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
 
 
 class Inputs:
@@ -140,10 +143,10 @@ VERBS: dict[str, Callable[[Inputs, Path], dict[str, Any]]] = {
     "ablate": lambda i, s: {"path": i.pool, "evaluated": i.held_out},
     "evaluate selection": lambda i, s: {"model": i.base, "source": i.corpus, "tasks": i.task, "graded": i.task,
                                         "methods": "bm25", "seeds": 2, "steps": 1, "batch_size": 2, "max_tokens": 64,
-                                        "fraction": 0.2, "work": s / "w"},
+                                        "fraction": 0.2, "work": shutil.copytree(i.root / "cells", s / "w")},
     "evaluate join": lambda i, s: {"source": i.index, "path": i.pool, "evaluated": i.held_out, "methods": "bm25",
                                    "queries": 1},
-    "mix law": lambda i, s: {"table": i.table, "folds": 2},
+    "mix law": lambda i, s: {"table": i.table, "folds": 7},
     "mix suggest": lambda i, s: {"pool": i.pool, "evaluated": i.held_out, "steps": 1, "rows": 2},
     "pool train": lambda i, s: {"parent": i.base, "corpus": i.corpus, "out": s / "pool", "max_tokens": 64,
                                 "tokens": 64, "steps": 1, "warmup_steps": 0},
@@ -158,7 +161,7 @@ def _uses_of_run(inputs: Inputs, copy: Path, scratch: Path) -> list[tuple]:
     return [
         ("verify", copy),
         ("index", copy, inputs.corpus, "-o", scratch / "ix", "--width", 4, "--checkpoints", "all"),
-        ("index", copy, inputs.corpus, "-o", scratch / "ix2", "--width", 4, "--view", "adam", "--projection", "two_sided"),
+        ("index", copy, inputs.corpus, "-o", scratch / "ix2", "--width", 4, "--view", "adam"),
         ("recover", inputs.base, copy, inputs.corpus, "--count", 4, "--method", "cosine", "--mixture", "none",
          "--checkpoints", "all", "--undo", "moments", "--work", scratch / "w"),
         ("train", inputs.base, inputs.corpus, "-o", copy, *TRAINING, "--json"),

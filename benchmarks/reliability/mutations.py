@@ -22,7 +22,19 @@ NUMBERS = (
 )
 TEXTS = (
     *("", " ", "-", "--", "=", "=1", "a=", "a=b=c", "a=nan", "a=1e308", "a=-1", "a=" + "9" * 401, ",", ",,", ":"),
-    *("0:1", "5:2", "9:" + "9" * 30, "a:b:c:d", "\x1b]0;x\x07", "a\nb", "\u202ex", "e\u0301", "日本語", "\x00", "\udcff"),
+    *(
+        "0:1",
+        "5:2",
+        "9:" + "9" * 30,
+        "a:b:c:d",
+        "\x1b]0;x\x07",
+        "a\nb",
+        "\u202ex",
+        "e\u0301",
+        "日本語",
+        "\x00",
+        "\udcff",
+    ),
     *("x" * 5000, "%s{}[0]", "{text", "{0}", "*", "!*", "[", "(", "\\", "s3://bucket/x", "memory://x", "http://["),
     *("~", ".", "..", "/dev/null", "/dev/full", "./none/such", "none.jsonl", "none.parquet", "x.html", "2026-13-01"),
 )
@@ -58,7 +70,7 @@ def table(rng: random.Random) -> list[Any]:
 def changed_json(document: Any, rng: random.Random) -> Any:
     """A copy of a JSON value with one change somewhere: another value, a removal, a repetition, a nest."""
     document = copied(document)
-    places = [place for place in _places(document)]
+    places = _places(document)
     if not places:
         return rng.choice(OTHERS)
     parent, key = rng.choice(places)
@@ -111,9 +123,17 @@ def changed_bytes(data: bytes, rng: random.Random) -> bytes:
     if how == 2:
         return data[:place] + data[place + rng.choice((1, 2, 30)) :]
     if how == 3:
-        return data[:place] + rng.choice((b"\x00", b"\x1b]0;owned\x07", b"\xff\xfe", b"\xed\xa0\x80", b"\r", b'"')) + data[place:]
+        return (
+            data[:place]
+            + rng.choice((b"\x00", b"\x1b]0;owned\x07", b"\xff\xfe", b"\xed\xa0\x80", b"\r", b'"'))
+            + data[place:]
+        )
     if how == 4:
-        return data[:place] + rng.choice((b"[" * 100_000, b'{"a":' * 20_000, b"9" * 5_000, b"1e999", b"NaN")) + data[place:]
+        return (
+            data[:place]
+            + rng.choice((b"[" * 100_000, b'{"a":' * 20_000, b"9" * 5_000, b"1e999", b"NaN"))
+            + data[place:]
+        )
     if how == 5:
         return data + data[:place]
     flipped = bytearray(data)
@@ -134,7 +154,7 @@ def file_bytes(rows: list[Any], suffix: str, rng: random.Random) -> bytes:
     records = [row if isinstance(row, dict) else {"text": row} for row in rows]
     names = list(dict.fromkeys(str(name) for row in records for name in row))
     if suffix == ".parquet":
-        return _parquet(records, names)
+        return _parquet(records, names, rng)
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t" if suffix == ".tsv" else ",")
     cells = [[_cell(row.get(name)) for name in names] for row in records]
@@ -147,7 +167,30 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
-def _parquet(rows: list[Row], names: list[str]) -> bytes:
+def _typed_column(count: int, rng: random.Random) -> Any:
+    """A column of a type that JSON lacks."""
+    import datetime
+    import decimal
+
+    import pyarrow
+
+    day = datetime.date(2026, 2, 28)
+    columns = [
+        pyarrow.array([day] * count),
+        pyarrow.array([decimal.Decimal("1.50")] * count),
+        pyarrow.array([b"\xff\x00"] * count),
+        pyarrow.array([2**64 - 1] * count, pyarrow.uint64()),
+        pyarrow.array([10**17] * count, pyarrow.timestamp("us", "UTC")),
+        pyarrow.array([3] * count, pyarrow.duration("ns")),
+        pyarrow.array([{"day": day, "rest": [None, 1]}] * count),
+        pyarrow.array(["a"] * count).dictionary_encode(),
+        pyarrow.array([None] * count),
+        pyarrow.array([[b"x"]] * count),
+    ]
+    return rng.choice(columns)
+
+
+def _parquet(rows: list[Row], names: list[str], rng: random.Random) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -158,6 +201,8 @@ def _parquet(rows: list[Row], names: list[str]) -> bytes:
             columns[_utf8(name)] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError, ValueError):
             columns[_utf8(name)] = [None if value is None else _utf8(_cell(value)) for value in values]
+    if rng.random() < 0.3:
+        columns |= {rng.choice(("extra", "id", "text", "source")): _typed_column(len(rows), rng)}
     sink = io.BytesIO()
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), sink)
@@ -190,7 +235,7 @@ def write_file(folder: Path, rng: random.Random) -> Path:
 TEMPLATES = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}",
     "{% for i in range(10**12) %}x{% endfor %}",
-    "{% for m in messages %}{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ messages[0]['content'] * 10**10 }}",
     "{{ 'a' * 10**12 }}",

@@ -12,6 +12,7 @@ from whence.errors import SettingError
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
 )
+MOST_SEEDS = 1_000
 TABLE_OR_PLOT = (".jsonl", ".csv", ".parquet", ".svg")
 PointsFile = Annotated[
     str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -53,6 +54,8 @@ def selection(
         from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
         from whence.reports.existing_files import Output, check_outputs
         from whence.reports.files import write_page, write_rows
+    if not 2 <= seeds <= MOST_SEEDS:
+        raise SettingError(f"--seeds {seeds}: a number from 2 to {MOST_SEEDS:,} is expected, as intervals need several")
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-evaluate.work"
     task_files, graded_files = files("--tasks", tasks), files("--graded", graded)

@@ -7,7 +7,7 @@ data for KTO) is never trained on.
 """
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 from whence.errors import CorpusError
 
@@ -77,11 +77,9 @@ def check_messages(row: Row, kind: str, where: str = "row") -> None:
         raise CorpusError(f"{where}: {NOT_MESSAGES}; found {str(messages)[:60]!r}")
 
 
-def is_list_of_messages(messages: object) -> bool:
+def is_list_of_messages(messages: object) -> TypeGuard[list[dict[str, Any]]]:
     """Whether they are a list of objects that have a role."""
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and "role" in message for message in messages
-    )
+    return isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
 
 
 def _is_blank(value: Any) -> bool:

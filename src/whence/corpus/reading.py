@@ -163,10 +163,10 @@ def _example(row: Row, number: int, file: str | None) -> Example:
     identifier, source = row.get("id"), row.get("source")
     if identifier is None or identifier == "":
         identifier = f"{hashlib.sha256(row_json(row).encode()).hexdigest()[:12]}-{number}"
-    return Example(id=_storable(identifier), source=None if source is None else _storable(source), row=row, file=file)
+    return Example(id=storable(identifier), source=None if source is None else storable(source), row=row, file=file)
 
 
-def _storable(value: object) -> str:
+def storable(value: object) -> str:
     """A value as text that any file can hold: JSON may give lone surrogates, which UTF-8 lacks."""
     return str(value).encode("utf-8", "replace").decode()
 
@@ -494,7 +494,7 @@ def _hub_name(name: str) -> tuple[str, str | None, str]:
     (('a/b', None, 'train'), ('a/b', None, 'test[:10]'), ('openai/gsm8k', 'main', 'train'))
     """
     repository, *rest = re.split(r":(?![^\[]*\])", name)  # a colon in brackets belongs to the split
-    if len(rest) > 2:
+    if len(rest) > 2 or not repository:
         raise CorpusError(f"{name}: {len(rest)} colons, where NAME:CONFIGURATION:SPLIT has two.")
     configuration = rest[0] if len(rest) == 2 else None
     return repository, configuration or None, rest[-1] if rest and rest[-1] else "train"

@@ -31,6 +31,7 @@ from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
 from whence.models.training_state import date_of_training, warn_of_another_day
 from whence.outputs import refuse_inputs
+from whence.paths import writing_to
 from whence.recovery.case import (
     Case,
     labelled,
@@ -128,7 +129,7 @@ def recover(
     prepare(tokenizer, chosen.chat_template)
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
-    with written_by(chosen.chat_template, date):
+    with written_by(chosen.chat_template, date), writing_to(work):
         return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
 
 
