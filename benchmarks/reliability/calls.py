@@ -24,7 +24,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when its library is imported: strange names are not asked for
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MESSAGE = re.compile(
-    r"error |WARNING |ERROR |INFO |.*: [\d,]+/[\d,]+, |\d\. [A-Z]|   |\d+ s in all|.*\|.*\[.*|.* seed \d+ .*: [\d.]+$|\s*$"
+    r"error |WARNING |ERROR |INFO |.*: [\d,]+/[\d,]+, |\d\. [A-Z]|   |\d+ s in all|.*\|.*\[|"
+    r".* seed \d+ .*: [\d.]+$|\s*$"
 )
 """How a line of stderr begins: a message, or a progress line of a command without a terminal."""
 UNEXPECTED = "error unexpected "
@@ -70,6 +71,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
     """Call what prints and leaves by `SystemExit`, as the command line does."""
+    columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(WIDTH)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "replace", write_through=True) for _ in range(2))
     outcome, place = "ok", ""
@@ -82,6 +84,8 @@ def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
         outcome, place = "hang", _place(error)
     except Exception as error:  # what nobody foresaw is what this looks for
         outcome, place = "traceback", f"{_place(error)}: {error!r}"
+    finally:
+        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
     printed = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]
     lines = printed[1].splitlines()
     message = next((line for line in lines if line.startswith("error ")), "")
@@ -92,7 +96,7 @@ def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
     text = place or message or (printed[0].strip().splitlines() or [""])[-1] * (outcome == "refused")
     if found or extra:
         text += f" | {(extra or found)[0][:300]!r}"
-    return Ending(outcome, text[:600], sum(len(CONTROLS.findall(text)) for text in found), len(extra))
+    return Ending(outcome, text[:900], sum(len(CONTROLS.findall(text)) for text in found), len(extra))
 
 
 def whence(*words: Any, seconds: float = 20) -> Ending:

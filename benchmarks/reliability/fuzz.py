@@ -51,9 +51,9 @@ WORK = {
 """Flags that say how much work is asked for: a command that is still busy with it does not hang."""
 
 
-def files(inputs: Inputs, scratch: Path, rng: random.Random) -> tuple[str, Ending]:
-    """One mutated file through one of its readers."""
-    if rng.random() < 0.01:
+def files(inputs: Any, scratch: Path, rng: random.Random, only: tuple[str, ...] = ()) -> tuple[str, Ending]:
+    """One mutated file through one of its readers, or of those that are named."""
+    if not only and rng.random() < 0.01:
         path = write_template(scratch, rng)
         words = ["index", inputs.base, inputs.corpus, "-o", scratch / "ix", "--width", 4, "--chat-template", path]
         return "chat template", whence(*words, seconds=SECONDS)
@@ -75,6 +75,7 @@ def files(inputs: Inputs, scratch: Path, rng: random.Random) -> tuple[str, Endin
         "pool train": (2, ("pool", "train", inputs.base, path, "-o", scratch / "p", *member)),
         "recover": (1, ("recover", inputs.base, inputs.final, path, "--count", 1, "--method", "cosine", "-o", out)),
     }
+    readers = {name: reader for name, reader in readers.items() if name in (only or readers)}
     reader = rng.choices([*readers], [weight for weight, _ in readers.values()])[0]
     ending = whence(*readers[reader][1], seconds=SECONDS)
     return f"{reader} of {path.suffix}", ending

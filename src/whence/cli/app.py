@@ -86,7 +86,7 @@ def unforeseen(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)] or frames
     place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:600]
     return (
         f"unexpected {type(error).__name__} ({place}): {text}. This is a fault of Whence's: please report it with what "
         f"whence {TRACEBACK} and the rest of the command print."
