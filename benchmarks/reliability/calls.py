@@ -28,6 +28,8 @@ MESSAGE = re.compile(
     r".* seed \d+ .*: [\d.]+$|\s*$"
 )
 """How a line of stderr begins: a message, or a progress line of a command without a terminal."""
+BAR = re.compile(r"\r? *\d+%\|[^\r\n]*")
+"""A bar of the Trainer's, drawn over itself."""
 UNEXPECTED = "error unexpected "
 WIDTH = 100_000
 """Columns of the terminal: so wide that a line is broken only where the message has a line break."""
@@ -87,6 +89,7 @@ def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
     finally:
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
     printed = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]
+    printed = [BAR.sub("", text) for text in printed]
     lines = printed[1].splitlines()
     message = next((line for line in lines if line.startswith("error ")), "")
     if message.startswith(UNEXPECTED):

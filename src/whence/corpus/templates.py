@@ -165,7 +165,8 @@ def templated(
         if date is not None and writes_date(tokenizer):
             options["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), date)
         with time_limit(SECONDS):
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
+        return text.encode("utf-8", "replace").decode()  # a role or a tool may hold lone surrogates, as JSON does
     except TimeoutError:
         raise CorpusError(
             f"the tokenizer's chat template took more than {SECONDS:g} s for these messages, as an endless loop does. "
