@@ -73,6 +73,8 @@ def words_on(inputs: Inputs, verb: str, disk: Path) -> list[Any]:
         values = {"out": disk / "demo"}
     if verb == "ablate":
         values["path"] = disk / "pool"
+    if verb == "pool grams":
+        shutil.rmtree(disk / "pool" / "grams")
     return inputs.words(verb, values)
 
 
@@ -111,8 +113,9 @@ def full(inputs: Inputs, verb: str, scratch: Path) -> dict[str, Any]:
             copies(inputs, verb, disk)
             words = words_on(inputs, verb, disk)
             size = before + int(share * (most - before)) // PAGE * PAGE
-            ballast = disk / "ballast"  # takes the room: a tmpfs cannot be made smaller than what it holds
-            subprocess.run(["mount", "-o", f"remount,size={max(PAGE, size)}", disk], check=True)
+            ballast = disk / "ballast"
+            ballast.write_bytes(bytes(PAGE))  # a tmpfs has one page at least
+            subprocess.run(["mount", "-o", f"remount,size={PAGE + size}", disk], check=True)
             ending = whence(*words, seconds=300)
             subprocess.run(["mount", "-o", f"remount,size={1 << 28}", disk], check=True)
             ballast.unlink(missing_ok=True)
@@ -200,8 +203,8 @@ def permissions(inputs: Inputs, verb: str, scratch: Path) -> list[dict[str, Any]
             copy = scratch / f"input-{path.name}"
             shutil.copytree(path, copy) if path.is_dir() else shutil.copyfile(path, copy)
             values[name] = copy
-            files = sorted(p for p in copy.rglob("*") if p.is_file()) if copy.is_dir() else []
-            locked = [copy, *files]
+            files = {p.parent if p.parent.name == "losses" else p: p for p in copy.rglob("*") if p.is_file()}
+            locked = [copy, *sorted(files.values())] if copy.is_dir() else [copy]
         else:
             locked = [scratch / "locked"]
             locked[0].mkdir()
