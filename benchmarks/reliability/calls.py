@@ -96,7 +96,7 @@ def watched(call: Callable[[], Any], *, seconds: float = 20) -> Ending:
         outcome = "traceback"
     extra = [line for line in lines if not MESSAGE.match(line)]
     found = [text for text in printed if CONTROLS.search(text)]
-    text = place or message or (printed[0].strip().splitlines() or [""])[-1] * (outcome == "refused")
+    text = place or message or " ".join(printed[0].split()) * (outcome == "refused")
     if found or extra:
         text += f" | {(extra or found)[0][:300]!r}"
     return Ending(outcome, text[:900], sum(len(CONTROLS.findall(text)) for text in found), len(extra))
