@@ -92,7 +92,7 @@ def flags(inputs: Inputs, scratch: Path, rng: random.Random, number: int) -> tup
         inputs.corpus,
         inputs.index,
         inputs.pool,
-        inputs.final / "config.json",
+        inputs.base / "config.json",
         scratch / "none",
     ]
     value: Any = rng.choice((rng.choice(NUMBERS), rng.choice(TEXTS), rng.choice(TEXTS), rng.choice(places)))
