@@ -106,10 +106,8 @@ class Place:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        if self.is_local:
-            return exists(self.path(name))
-        with self._refusals_as_errors("read", name):
-            return self.fs.exists(self.path(name))
+        with self._refusals_as_errors("read", name):  # fsspec says of a file that may not be looked at: there is none
+            return self.fs.exists(self.path(name)) or (self.is_local and exists(self.path(name)))
 
     def size(self, name: str) -> int:
         """Size of a file in bytes."""

@@ -37,6 +37,7 @@ from whence.errors import SettingError, StorageError
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import Index
 from whence.numerics import mixed_seed
+from whence.outputs import require_writable
 from whence.paths import writing_to
 from whence.reports.files import write_page
 from whence.reports.trace_page import trace_page
@@ -388,6 +389,7 @@ def _write_corpus(path: Path, rows: list[Row]) -> None:
         raise StorageError(
             f"{path}: cannot be written ({reason(error)}). Name a directory that can, with --out"
         ) from None
+    require_writable(place, f"--out {place}")
     Place.at(place).write(path.name, [data.encode()], total=len(data.encode()))
 
 
