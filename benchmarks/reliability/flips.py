@@ -61,6 +61,8 @@ def run_command(*words: Any) -> tuple[str, str]:
         if not left.code:
             return "ok", out.getvalue()
         said = " ".join((err.getvalue() or out.getvalue()).split())
+        if "error unexpected " in said:
+            return "traceback", said
         return "refused", said[max(0, said.find("error ")) :]  # without warnings
     except Exception as error:  # what nobody foresaw is what this looks for
         return "traceback", repr(error)

@@ -17,6 +17,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from whence.errors import SettingError, WhenceError
+from whence.paths import exists
+from whence.paths import is_directory as folder_exists
 from whence.storage import TEMPORARY, Place
 
 DESCRIPTIONS = ("manifest.json", "pool.json", "whence_train.json", "adapter_config.json")
@@ -92,9 +94,13 @@ def refuse_inputs(
         is_own: Whether a file in the directory of an input is no part of it, as Whence's own tables are none.
 
     Raises:
-        SettingError: It is one.
+        SettingError: It is one, or a directory cannot be made or written there.
     """
     written = Address.of(out)
+    if is_directory and written.is_local:
+        if not _is_utf8(written.path):  # safetensors cannot open what is below it
+            raise SettingError(f"{flag} {out}: its name is not UTF-8. Name another place, or rename the directory.")
+        require_writable(written.path, f"{flag} {out}")
     drafts = () if is_directory else (Address.of(f"{out}{TEMPORARY}"),)  # written first, then renamed
     for source in addresses(inputs):
         for target in (written, *drafts):
@@ -103,6 +109,41 @@ def refuse_inputs(
                 raise SettingError(f"{flag} {out}: it {relation} the input {source.given}. Name another place.")
             if not (is_directory or is_own) and target.is_file_of(source):
                 raise SettingError(f"{flag} {out}: a file of the input {source.given}. Name another place.")
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python holds other bytes of a name as lone surrogates
+        return False
+    return True
+
+
+def require_writable(directory: str | os.PathLike, label: str) -> None:
+    """Refuse, before any work is done, a local directory that cannot be made or written.
+
+    Args:
+        directory: It need not exist.
+        label: What the user gave, for the message.
+
+    Raises:
+        SettingError: It is a file or lies below one, or this user may not write there.
+    """
+    place = Path(directory)
+    while not exists(place) and place != place.parent:
+        place = place.parent
+    if not folder_exists(place):
+        what = (
+            "a file, where a directory is"
+            if place == Path(directory)
+            else f"{place} is a file, and no directory can be"
+        )
+        raise SettingError(f"{label}: {what} to be written. Name another place.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SettingError(
+            f"{label}: this user may not write in {place} (permission denied). Let yourself write there (chmod, chown) "
+            "or name another place."
+        )
 
 
 def addresses(inputs: Iterable[Any]) -> Iterator[Address]:
@@ -120,7 +161,9 @@ def addresses(inputs: Iterable[Any]) -> Iterator[Address]:
 
 def is_described(path: Any) -> bool:
     """Whether a path is a directory of Whence's or an adapter's, whose files are named in it, and not of rows."""
-    return isinstance(path, str | os.PathLike) and any(Path(path, name).is_file() for name in DESCRIPTIONS)
+    if not isinstance(path, str | os.PathLike) or not folder_exists(path):
+        return False
+    return any(os.access(Path(path, name), os.F_OK) for name in DESCRIPTIONS)
 
 
 def _named_in(directory: Address) -> set[str]:

@@ -16,19 +16,18 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict
 
 import fsspec.core
 import numpy as np
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from whence.checksums import Recorded, Written, digest, document_of, sealed
+from whence.checksums import Recorded, Written, digest, sealed
 from whence.errors import (
     ChecksumError,
     ManifestMismatchError,
@@ -37,7 +36,8 @@ from whence.errors import (
     StorageError,
     WhenceError,
 )
-from whence.records import read_record
+from whence.paths import exists, free_bytes, reason, refuse_impossible
+from whence.records import Count, FastDigest, read_record
 
 TEMPORARY = ".tmp"
 AGAIN = "Remove it, and run the same command again: it makes the file anew."
@@ -45,6 +45,14 @@ AGAIN = "Remove it, and run the same command again: it makes the file anew."
 _READ_BYTES = 1 << 22
 _intact: set[tuple[Any, ...]] = set()
 """Files that this process has checked, as they were then: see `Place.check`."""
+
+
+class FileEntry(TypedDict):
+    """What a document says of a file in its directory."""
+
+    file: str
+    bytes: Count
+    xxh3: FastDigest
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Place:
         """The directory at a path or address; it need not exist yet.
 
         Raises:
-            SettingError: The address is of an unknown kind.
+            SettingError: The address is of an unknown kind, or a path that no file can have.
             MissingExtraError: The address needs a package that is not installed.
         """
         try:
@@ -71,6 +79,8 @@ class Place:
                 f"{path}: not an address that can be opened ({error}). Give a directory, or an address of fsspec's "
                 "such as s3://bucket/name"
             ) from None
+        if isinstance(fs, LocalFileSystem):
+            refuse_impossible(root)
         return Place(fs, root.rstrip("/") or "/")
 
     @property
@@ -93,8 +103,8 @@ class Place:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        with self._refusals_as_errors("read", name):
-            return self.fs.exists(self.path(name))
+        with self._refusals_as_errors("read", name):  # fsspec says of a file that may not be looked at: there is none
+            return self.fs.exists(self.path(name)) or (self.is_local and exists(self.path(name)))
 
     def size(self, name: str) -> int:
         """Size of a file in bytes."""
@@ -123,7 +133,7 @@ class Place:
             pieces = self._pieces(name) if data is None else [data]
             is_same = digest(pieces, fast=is_fast) == (recorded.xxh3 if is_fast else recorded.sha256)
             return None if is_same else "wrong checksum"
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
             return "missing"
         except StorageError as error:
             return f"cannot be read: {reason(error.__cause__ or error)}"
@@ -187,10 +197,7 @@ class Place:
         Raises:
             ChecksumError: It is damaged; the message ends with the remedy.
         """
-        try:
-            return document_of(self.read(name))
-        except ValueError as error:
-            raise ChecksumError(f"{self.path(name)} is not what was written ({error}). {remedy}") from None
+        return read_record(dict[str, Any], self.read(name), self.path(name), remedy)
 
     def write_recorded(self, name: str, data: bytes) -> None:
         """Write a file, and before it a document with its size and checksum at the top of the directory."""
@@ -206,10 +213,11 @@ class Place:
         record = _record_name(name)
         if not self.exists(record):
             return
-        document = self.read_document(record, f"Remove it and {name}, and run the same command again.")
-        if document.get("file") != name:
-            raise ChecksumError(f"{self.path(record)} is the record of {document.get('file')}. {AGAIN}")
-        self.check(name, Written(document["bytes"], None, document["xxh3"]), AGAIN)
+        remedy = f"Remove it and {name}, and run the same command again."
+        entry = read_record(FileEntry, self.read(record), self.path(record), remedy)
+        if entry["file"] != name:
+            raise ChecksumError(f"{self.path(record)} is the record of {entry['file']}. {AGAIN}")
+        self.check(name, Written(entry["bytes"], None, entry["xxh3"]), AGAIN)
 
     def mapped(self, name: str) -> np.ndarray:
         """The bytes of a file [bytes], uint8: memory-mapped where local (changes stay private), else read."""
@@ -263,7 +271,7 @@ class Place:
         if not self.is_local:
             yield
             return
-        is_new = not Path(self.root).exists()
+        is_new = not exists(self.root)
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root, os.O_RDONLY)
@@ -334,9 +342,7 @@ class Place:
 
     def _failure(self, name: str, total: int, error: Exception) -> str:
         folder = Path(self.root)
-        while self.is_local and not folder.exists():
-            folder = folder.parent
-        free = f"; {shutil.disk_usage(folder).free:,} are free there" if self.is_local else ""
+        free = f"; {free_bytes(folder):,} are free there" if self.is_local else ""
         size = f" It takes {total:,} bytes{free}." if total else ""
         return (
             f"Cannot write {self.path(name)}: {reason(error)}.{size} Nothing of it was kept; "
@@ -373,12 +379,6 @@ def _record_name(name: str) -> str:
 def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 80 else text[:77] + "..."
-
-
-def reason(error: BaseException) -> str:
-    """The message of an operating system or of a store's client, in one line."""
-    message = error.strerror if isinstance(error, OSError) else None
-    return message or " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _missing_package(path: str, error: ImportError) -> str:

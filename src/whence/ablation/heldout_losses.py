@@ -28,10 +28,11 @@ from whence.corpus.layouts import Row
 from whence.corpus.partitions import pieces_of
 from whence.corpus.reading import open_corpus, row_json
 from whence.corpus.tokens import Encoded, encode, supervised_bytes
-from whence.errors import ChecksumError, CorpusError, SettingError
+from whence.errors import ChecksumError, CorpusError, ModelError, SettingError
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel
 from whence.numerics import bootstrap_interval
+from whence.paths import is_directory, require_readable
 from whence.records import Count, read_record, unlike_written
 from whence.storage import AGAIN, Place
 
@@ -97,7 +98,11 @@ def read_sets(paths: Iterable[str | Path]) -> list[EvalSet]:
         CorpusError: A file cannot be read or has no row.
         SettingError: Two sets have one name.
     """
-    files = [file for path in map(Path, paths) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if is_directory(path):
+            require_readable(path, ())
+        files += sorted(path.iterdir()) if is_directory(path) else [path]
     sets: list[EvalSet] = []
     for file in files:
         name = file.name.partition(".")[0]
@@ -116,6 +121,7 @@ def measure(
 
     Raises:
         CorpusError: No row has a supervised token.
+        ModelError: A row's loss is not finite.
     """
     longest = min((limit for limit in (max_tokens, model.context) if limit), default=None)
     pieces, encoded = [], []
@@ -131,6 +137,11 @@ def measure(
     for numbers, means in losses(model, encoded, tokens_per_batch):
         supervised = counts[numbers]
         nats[numbers] = torch.where(supervised > 0, means.double() * supervised, 0.0)
+    if not nats.isfinite().all():
+        raise ModelError(
+            f"{evaluated.name}: a model has no finite loss there, since its weights are too large or no numbers. Take "
+            "a --scale that is nearer to 1, or train the pool again at a lower --lr"
+        )
     owners = torch.tensor([number for number, _ in pieces])
     sizes = torch.tensor([supervised_bytes(piece, model.tokenizer) for _, piece in pieces])
     n = len(evaluated.rows)
@@ -165,6 +176,8 @@ def _losses_from(stored: _StoredLosses, where: str) -> Losses:
     if len({*lengths}) > 1 or not any(stored["tokens"]):
         what = f"its lists of nats, tokens and bytes have {', '.join(map(str, lengths))} entries"
         raise unlike_written(where, what, AGAIN)
+    if not all(map(math.isfinite, stored["nats"])):
+        raise unlike_written(where, "a row's nats are not finite", AGAIN)
     tokens, sizes = (torch.tensor(stored[name], dtype=torch.int64) for name in ("tokens", "bytes"))
     return Losses(torch.tensor(stored["nats"], dtype=torch.float64), tokens, sizes)
 

@@ -36,8 +36,10 @@ from whence.models.runs import open_run
 from whence.models.saved_files import check_file
 from whence.models.training_state import date_of_training, warn_if_unfinished
 from whence.outputs import refuse_inputs
+from whence.paths import exists, writing_to
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
+from whence.training.recipe import check_amount, check_seed
 from whence.training.trainer import train
 
 
@@ -66,8 +68,10 @@ class PoolSettings:
 
     def __post_init__(self):
         for name in ("tokens", "steps", "lr", "max_tokens"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"--{name.replace('_', '-')} {getattr(self, name)}: a number above 0 is expected")
+            check_amount(f"--{name.replace('_', '-')}", getattr(self, name))
+        check_seed(self.seed)
+        if self.lora_rank is not None:
+            check_amount("--lora-rank", self.lora_rank)
         if not 0 <= self.warmup_steps < self.steps:
             raise SettingError(f"--warmup-steps {self.warmup_steps}: from 0 to below --steps {self.steps} are expected")
         if self.dtype not in DTYPES:
@@ -138,7 +142,8 @@ def train_pool(
         raise SettingError(
             f"--by {chosen.by}: {len(partitions)} partition in the corpus; two or more are expected, to be mixed"
         )
-    with pool.place.locked(), written_by(None, date_of(pool.place, tokenizer, date)):
+    date = date_of(pool.place, tokenizer, date)
+    with pool.place.locked(), written_by(None, date), writing_to(out):
         pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # read again, under the lock
         for partition in partitions.values():
             refuse_other_rows(pool, partition, opened.name)
@@ -231,7 +236,7 @@ def pool_partitions(
         ManifestMismatchError: A partition has other rows than its member was trained on.
     """
     origin = corpus if corpus is not None else pool.corpus
-    if origin is None or (corpus is None and not Path(str(origin)).exists()):
+    if origin is None or (corpus is None and not exists(str(origin))):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
     partitions = read_partitions(pool.parent, opened, recipe_of(pool), date=date_in(pool))

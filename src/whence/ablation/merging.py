@@ -13,7 +13,6 @@ Sources: Na et al. 2024, https://arxiv.org/abs/2410.15661 (uniform means); task 
 https://arxiv.org/abs/2212.04089.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +24,9 @@ from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import MemberWeights, Pool
 from whence.errors import SettingError
 from whence.models.weights import Weights
+
+LARGEST_SCALE = 1_000
+"""Factors that are of use are about 1."""
 
 
 def merged_tensors(
@@ -73,10 +75,10 @@ class MergedModel:
 
 
 def check_scale(scale: float) -> None:
-    """Check that a scale is a finite number.
+    """Check that a scale is a number, and not so large that no weight would be left of the parent's size.
 
     Raises:
         SettingError: It is not.
     """
-    if not math.isfinite(scale):
-        raise SettingError(f"--scale {scale}: a number is expected")
+    if not abs(scale) <= LARGEST_SCALE:
+        raise SettingError(f"--scale {scale:g}: a number from -{LARGEST_SCALE:,} to {LARGEST_SCALE:,} is expected")

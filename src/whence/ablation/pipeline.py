@@ -49,6 +49,7 @@ from whence.corpus.partitions import Partition
 from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_model
+from whence.paths import exists
 from whence.selection.scorers.lexical import gram_divergence, mixture_divergence
 
 PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
@@ -437,7 +438,7 @@ def _partitions(
     A corpus that has changed is refused if it is needed, and else not used.
     """
     origin = corpus if corpus is not None else pool.corpus
-    if origin is None or (corpus is None and not Path(str(origin)).exists()):
+    if origin is None or (corpus is None and not exists(str(origin))):
         return None, []
     opened = open_corpus(origin)
     partitions = read_partitions(pool.parent, opened, settings, date=date_in(pool))

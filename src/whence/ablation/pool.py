@@ -34,6 +34,7 @@ from whence.models.local_copies import local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.training_state import date_of_training
 from whence.models.weights import Described, Weights, in_pieces
+from whence.paths import is_directory
 from whence.records import Count, Digest, FastDigest, read_record, unlike_written
 from whence.storage import Place
 
@@ -199,7 +200,7 @@ class MemberWeights:
 
     def read(self, name: str, parent: Float32[Tensor, "..."]) -> Float32[Tensor, "..."] | None:
         """theta_u of a parameter, given theta_0 of it; None if it is the parent's own."""
-        with safetensors.safe_open(self.file, framework="pt") as opened:
+        with self._opened() as opened:
             if self.member.kind == "lora":
                 left, right = f"{name}:left", f"{name}:right"
                 if left not in opened.keys():  # noqa: SIM118
@@ -209,6 +210,13 @@ class MemberWeights:
                 return None
             stored = opened.get_tensor(name)
         return stored if self.member.kind == "weights" else parent + stored.float()
+
+    def _opened(self) -> Any:
+        try:
+            return safetensors.safe_open(self.file, framework="pt")
+        except FileNotFoundError:
+            remedy = _RETRAIN.format(partition=self.member.partition).removeprefix("Remove the file; ")
+            raise ChecksumError(f"{self.file} was there, and was removed meanwhile: {remedy}") from None
 
 
 def open_pool(path: str | Path) -> Pool:
@@ -225,7 +233,7 @@ def open_pool(path: str | Path) -> Pool:
     remedy = (
         f"Say where it is: whence pool train PARENT {pool.corpus or 'CORPUS'} -o {path}, no member is trained again."
     )
-    if not Path(pool.parent).is_dir():
+    if not is_directory(pool.parent):
         raise ModelError(f"{path}: its parent is not at {pool.parent} any more. {remedy}")
     if directory_digest(pool.parent) != pool.parent_digest:
         raise ManifestMismatchError(f"{path}: the weights at {pool.parent} are not its parent's any more. {remedy}")

@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -35,6 +37,7 @@ from whence.cli.training import train
 from whence.errors import WhenceError
 from whence.reports.text import one_line, visible
 
+TRACEBACK = "--traceback"
 STOPPED = 130
 """The exit code that the parser makes of Ctrl-C, as a shell does."""
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
@@ -71,6 +74,11 @@ def main() -> None:
                 verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
                 complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
             sys.exit(error.exit_code)
+        except Exception as error:
+            if TRACEBACK in sys.argv[1:2]:
+                raise
+            complain(unforeseen(error))
+            sys.exit(1)
     if code == STOPPED:
         complain("stopped. What was finished is kept: the same command goes on from there.")
         code = 128 + received[0] if received else STOPPED
@@ -97,6 +105,23 @@ def _stopped_by_signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def unforeseen(error: Exception) -> str:
+    """What to say of an error that nobody foresaw: where it is raised, and how to see more."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
+        return (
+            "out of memory. Give it more, or ask for less at a time: fewer or shorter rows, a smaller --batch-tokens."
+        )
+    package = Path(__file__).parent.parent
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)] or frames
+    place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+    text = " ".join(str(error).split())[:600]
+    return (
+        f"unexpected {type(error).__name__} ({place}): {text}. This is a fault of Whence's: please report it with what "
+        f"whence {TRACEBACK} and the rest of the command print."
+    )
+
+
 class _Handler(RichHandler):
     """Log lines to stderr, without time or path."""
 
@@ -118,6 +143,9 @@ def _version(is_asked: bool) -> bool:
 
 @app.callback()
 def _root(
+    show_traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show Python's traceback of an error that nobody foresaw.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     pass

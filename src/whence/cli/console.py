@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from whence.reports.text import one_line, visible
+from whence.reports.text import BIDI, one_line, visible
+
+_UNSEEN = re.compile(f"[\x7f-\x9f{''.join(sorted(BIDI))}]")
+"""Characters that JSON need not escape."""
 
 
 def complain(message: str) -> None:
@@ -24,7 +28,16 @@ def print_json(document: dict[str, Any]) -> None:
     from whence.reports.files import finite
 
     text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json_without_controls(text) + "\n")
+
+
+def json_without_controls(text: str) -> str:
+    r"""The same JSON, with escapes for characters that move a terminal's cursor or change the order of others.
+
+    >>> json_without_controls('["\u202e"]')
+    '["\\u202e"]'
+    """
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def print_part(part: Any, *, err: bool = False) -> None:

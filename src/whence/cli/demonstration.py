@@ -37,10 +37,12 @@ from whence.errors import SettingError, StorageError
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import Index
 from whence.numerics import mixed_seed
+from whence.outputs import require_writable
+from whence.paths import writing_to
 from whence.reports.files import write_page
 from whence.reports.trace_page import trace_page
 from whence.reports.trace_tables import trace_tables
-from whence.storage import reason
+from whence.storage import Place, reason
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
 from whence.tracing.results import Trace
@@ -264,6 +266,7 @@ def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = No
         StorageError: `out` cannot be written.
     """
     say = say or Console().print
+    Place.at(out)  # refuses what no directory can be called
     place, seconds = Path(out), {}
     rows = docstring_rows(ROWS, seed)
     corpus, parent, run, index = (place / name for name in ("corpus.jsonl", "parent", "run", "index"))
@@ -368,7 +371,8 @@ def _train_once(parent: Path, run: Path, corpus: Path, rows: list[Row], seed: in
     if is_complete(run):
         say(Text("   done before; kept"))
         return
-    train(make_parent(parent, rows, seed), corpus, run, seed=seed, **RECIPE)
+    with writing_to(parent.parent):
+        train(make_parent(parent, rows, seed), corpus, run, seed=seed, **RECIPE)
 
 
 def _write_corpus(path: Path, rows: list[Row]) -> None:
@@ -381,12 +385,12 @@ def _write_corpus(path: Path, rows: list[Row]) -> None:
             raise SettingError(f"{place} holds {others[0]}, and no demo made it; name another directory with --out")
         if path.exists() and path.read_text() != data:
             raise SettingError(f"{path} is of another demo (another --seed or Python); remove {place}, or use --out")
-        place.mkdir(parents=True, exist_ok=True)
-        path.write_text(data)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({reason(error)}). Name a directory that can, with --out"
         ) from None
+    require_writable(place, f"--out {place}")
+    Place.at(place).write(path.name, [data.encode()], total=len(data.encode()))
 
 
 def _shown(rows: list[Row]) -> list[str]:

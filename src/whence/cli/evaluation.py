@@ -17,6 +17,7 @@ from whence.reports.files import write_page, write_rows
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
 )
+MOST_SEEDS = 1_000
 TABLE_OR_PLOT = (".jsonl", ".csv", ".parquet", ".svg")
 PointsFile = Annotated[
     str | None, typer.Option("-o", "--out", help="Write the points to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -54,6 +55,8 @@ def selection(
     as_json: Json = False,
 ) -> None:
     """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
+    if not 2 <= seeds <= MOST_SEEDS:
+        raise SettingError(f"--seeds {seeds}: a number from 2 to {MOST_SEEDS:,} is expected, as intervals need several")
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-evaluate.work"
     task_files, graded_files = files("--tasks", tasks), files("--graded", graded)

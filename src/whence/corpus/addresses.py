@@ -100,7 +100,7 @@ def _hub_name(name: str) -> tuple[str, str | None, str]:
     (('a/b', None, 'train'), ('a/b', None, 'test[:10]'), ('openai/gsm8k', 'main', 'train'))
     """
     repository, *rest = re.split(r":(?![^\[]*\])", name)  # a colon in brackets belongs to the split
-    if len(rest) > 2:
+    if len(rest) > 2 or not repository:
         raise CorpusError(f"{name}: {len(rest)} colons, where NAME:CONFIGURATION:SPLIT has two.")
     configuration = rest[0] if len(rest) == 2 else None
     return repository, configuration or None, rest[-1] if rest and rest[-1] else "train"

@@ -14,7 +14,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from whence.corpus.layouts import REASONING, calls_of, pieces_of
+from whence.corpus.layouts import NOT_MESSAGES, REASONING, calls_of, is_list_of_messages, pieces_of
 from whence.corpus.templates import (
     Tokenizer,
     common_prefix_length,
@@ -66,10 +66,8 @@ def checked_messages(messages: object) -> Messages | None:
     """
     if messages is None:
         return None
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message for message in messages
-    ):
-        raise CorpusError(f"messages are a list of objects with `role` and `content`; found {str(messages)[:60]!r}")
+    if not is_list_of_messages(messages):
+        raise CorpusError(f"{NOT_MESSAGES}; found {str(messages)[:60]!r}")
     texts = [message.get("content") for message in messages]
     if any(text is None and not calls_of(message) for text, message in zip(texts, messages, strict=True)):
         return None

@@ -7,7 +7,7 @@ data for KTO) is never trained on.
 """
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 from whence.errors import CorpusError
 
@@ -30,6 +30,7 @@ VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
 
 
+NOT_MESSAGES = "messages are a list of objects with `role` and `content`"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what the assistant thought."""
 
@@ -58,6 +59,27 @@ def layout(row: Row, where: str = "row") -> str:
         f"{where}: columns are {columns}; a row needs `text`, or `prompt` and `completion`, "
         "or `instruction` and `output`, or `messages`."
     )
+
+
+def check_messages(row: Row, kind: str, where: str = "row") -> None:
+    """Refuse a row whose messages are no list of objects with a role, whoever reads it; null is no fault.
+
+    Args:
+        row: A row of a corpus.
+        kind: Its layout.
+        where: Its place, for the message.
+
+    Raises:
+        CorpusError: They have another form.
+    """
+    messages = row["messages"] if kind == "messages" else None
+    if messages is not None and not is_list_of_messages(messages):
+        raise CorpusError(f"{where}: {NOT_MESSAGES}; found {str(messages)[:60]!r}")
+
+
+def is_list_of_messages(messages: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether they are a list of objects that have a role."""
+    return isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
 
 
 def _is_blank(value: Any) -> bool:

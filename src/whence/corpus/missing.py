@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 from whence.corpus.layouts import Row
+from whence.errors import CorpusError
+
+DEEPEST = 100
+"""Levels of lists and objects within a cell: Python follows no more than about a thousand of anything."""
 
 
 def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
@@ -19,6 +23,9 @@ def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
     Args:
         row: A row in any form; it is not changed.
         from_arrow: Nulls inside the row's objects are Arrow's, and their keys are dropped.
+
+    Raises:
+        CorpusError: A cell is nested deeper than `DEEPEST`.
 
     >>> without_missing({"prompt": "a", "completion": float("nan")})
     {'prompt': 'a', 'completion': None}
@@ -29,15 +36,17 @@ def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
     return plain
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, levels: int = DEEPEST) -> Any:
     if value is None or isinstance(value, str | int):
         return value
+    if not levels:
+        raise CorpusError(f"a cell holds lists or objects that are nested more than {DEEPEST} levels deep")
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _plain(item, levels - 1) for name, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return _plain(value.tolist(), levels)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, levels - 1) for item in value]
     return None if _is_missing(value) else value
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from whence.corpus.layouts import Row, layout
-from whence.corpus.reading import Corpus
+from whence.corpus.reading import Corpus, storable
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
 
@@ -106,7 +106,7 @@ def partitions_of(
         if (value := example.row.get(by, example.file if by == FILE else None)) is None:
             names = ", ".join(map(str, example.row))
             raise CorpusError(f"{corpus.name}: row {example.id} has no {by!r} to partition by; its columns are {names}")
-        pieces = pieces_of_value.setdefault(str(value), [])
+        pieces = pieces_of_value.setdefault(storable(value), [])
         for number, row in enumerate(pieces_of(example.row, tokenizer, max_tokens)):
             encoded = encode(row, tokenizer, max_tokens)
             if encoded.supervised_count:
@@ -123,6 +123,7 @@ def pieces_of(row: Row, tokenizer: Any, max_tokens: int | None) -> Iterator[Row]
     if max_tokens is None or layout(row) != "text" or not isinstance(text, str):
         yield row
         return
+    text = storable(text)
     if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers report where a token stands
         yield row
         return

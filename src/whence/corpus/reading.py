@@ -38,7 +38,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from whence.corpus.addresses import KINDS, SUFFIXES, file_system, has_suffix, hub_rows, require_hub_data_set
-from whence.corpus.layouts import LAYOUTS, Row, layout
+from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
 from whence.errors import CorpusError, MissingExtraError
@@ -88,7 +88,7 @@ class Corpus:
         """
         unread = Unread()
         for number, (where, row) in enumerate(rows_with_place(self.origin, self.from_arrow), start=self.first_number):
-            layout(row, where)
+            check_messages(row, layout(row, where), where)
             unread.add(row)
             yield _example(row, number, _file_of(where))
         if not unread.rows:
@@ -126,7 +126,11 @@ def rows_with_place(origin: "str | Path | list[Row]", from_arrow: bool = False) 
         CorpusError: There is no such file, or a row cannot be read.
     """
     for where, row in _rows(origin):
-        yield where, without_missing(row, from_arrow=from_arrow or _is_arrows_place(origin, where))
+        try:
+            plain = without_missing(row, from_arrow=from_arrow or _is_arrows_place(origin, where))
+        except CorpusError as error:
+            raise CorpusError(f"{where}: {error}.") from None
+        yield where, plain
 
 
 def _is_arrows_place(origin: "str | Path | list[Row]", where: str) -> bool:
@@ -156,10 +160,10 @@ def _example(row: Row, number: int, file: str | None) -> Example:
     identifier, source = row.get("id"), row.get("source")
     if identifier is None or identifier == "":
         identifier = f"{hashlib.sha256(row_json(row).encode()).hexdigest()[:12]}-{number}"
-    return Example(id=_storable(identifier), source=None if source is None else _storable(source), row=row, file=file)
+    return Example(id=storable(identifier), source=None if source is None else storable(source), row=row, file=file)
 
 
-def _storable(value: object) -> str:
+def storable(value: object) -> str:
     """A value as text that any file can hold: JSON may give lone surrogates, which UTF-8 lacks."""
     return str(value).encode("utf-8", "replace").decode()
 

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from whence.errors import CorpusError, SettingError
 from whence.records import read_record
 from whence.storage import AGAIN, Place
+from whence.time_limits import time_limit
 
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
 
@@ -23,6 +24,8 @@ DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVeDFTRhklnrst"
 """Letters that `strftime` knows after a %, or after %-."""
 
 
+SECONDS = 10.0
+"""Time of a template for one conversation, a thousand times what it takes."""
 STORED_DATE = "template_date.json"
 """File of a work directory whose rows are written by a chat template with a date."""
 _defaults: ContextVar[tuple[str | Path | None, str | None]] = ContextVar("_defaults", default=(None, None))
@@ -65,7 +68,7 @@ def template_text(template: str | Path) -> str:
         return str(template)
     try:
         text = Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingError(f"--chat-template {template}: cannot be read ({error}). A Jinja file is expected.") from None
     if "{" not in text:
         raise SettingError(f"--chat-template {template}: no Jinja template in it; one that writes messages is expected")
@@ -156,16 +159,22 @@ def templated(
     Raises:
         CorpusError: The template refuses them.
     """
-    from jinja2 import TemplateError  # raised by a template that refuses a role
-
     options: dict[str, Any] = {} if tools is None else {"tools": tools}
     try:
         date = getattr(tokenizer, "template_date", None)
         if date is not None and writes_date(tokenizer):
             options["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), date)
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise CorpusError(f"the tokenizer's chat template refuses these messages: {error}") from None
+        with time_limit(SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **options)
+        return text.encode("utf-8", "replace").decode()  # a role or a tool may hold lone surrogates, as JSON does
+    except TimeoutError:
+        raise CorpusError(
+            f"the tokenizer's chat template took more than {SECONDS:g} s for these messages, as an endless loop does. "
+            "Give another with --chat-template."
+        ) from None
+    except Exception as error:  # a template is foreign code: it may refuse a role, or fail in any way
+        reason = str(error) or type(error).__name__
+        raise CorpusError(f"the tokenizer's chat template refuses these messages: {reason}") from None
 
 
 def templated_or_none(

@@ -44,6 +44,7 @@ from whence.models.runs import open_run
 from whence.models.training_state import warn_if_unfinished
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
+from whence.paths import writing_to
 from whence.records import MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.selection.views import CorpusView, IndexView
@@ -185,6 +186,8 @@ def selection_methods(
     Returns:
         The methods, and the budget in tokens.
     """
+    if not 0 < fraction <= 1:
+        raise SettingError(f"--fraction {fraction}: a share above 0 and up to 1 is expected")
     view = open_view(source, RANDOM, model=model)
     everything = select(view, None, method=RANDOM, fraction=1.0, duplicates=None)
     budget = max(1, round(fraction * everything.selection.tokens))
@@ -405,7 +408,7 @@ def _cells(
     inputs = _inputs(parent, rows)
     if (cells := stored_cells(place, name, seed, inputs, tasks)) is not None:
         return cells
-    with tempfile.TemporaryDirectory(dir=place.root, prefix=TRAINING) as folder:
+    with writing_to(place.root), tempfile.TemporaryDirectory(dir=place.root, prefix=TRAINING) as folder:
         start = time.perf_counter()
         run = train(
             model,

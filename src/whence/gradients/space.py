@@ -13,6 +13,10 @@ VIEWS = ("sgd", "adam")
 ADAM_MODES = ("torch", "less")
 
 
+LARGEST_WIDTH = 2**30
+"""A row of so many numbers takes 4 GB."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientSpace:
     """All that decides what vector an example becomes. A query is scored only in the space of its index."""
@@ -53,8 +57,8 @@ class GradientSpace:
             )
         if self.adam_mode not in ADAM_MODES:
             raise SettingError(f"--adam-mode {self.adam_mode}: choose one of {', '.join(ADAM_MODES)}")
-        if self.width is not None and self.width < 1:
-            raise SettingError(f"--width {self.width}: a positive number is expected")
+        if self.width is not None and not 0 < self.width <= LARGEST_WIDTH:
+            raise SettingError(f"--width {self.width}: a number from 1 to {LARGEST_WIDTH:,} is expected")
 
     @property
     def sketch(self) -> str:

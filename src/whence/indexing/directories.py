@@ -57,7 +57,7 @@ def verified(path: str | PathLike) -> Verified:
             continue
         try:
             document = document_of(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(Problem(name, str(error)))
             document = {}
         if not is_old or not document:
@@ -93,6 +93,8 @@ def _files_of(value: Any, document: PurePosixPath) -> Iterator[tuple[str, Writte
     size, sha256, xxh3 = value.get("bytes"), value.get("sha256"), value.get("xxh3")
     if isinstance(size, int) and (sha256 or xxh3):
         file = value.get("file") or f"{document.stem}.safetensors"  # of input matrices by an older Whence
+        if not all(isinstance(text, str | None) for text in (file, sha256, xxh3)):
+            return  # its use says what is wrong with it
         yield str(document.parent / file), Written(size, sha256, xxh3)
         return
     for item in value.values():

@@ -33,6 +33,7 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
+from whence.paths import exists, is_directory
 from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Index:
         entry = self.store.manifest.checkpoints[number]
         path = _current_path(entry["path"], self._model_path)
         remedy = f"name it with --model, or index again with --restart into {self.store.place.root}"
-        if Path(path).is_absolute() and not Path(path).exists():
+        if Path(path).is_absolute() and not exists(path):
             raise ManifestMismatchError(
                 f"{path}: the model of this index (weights and configuration of digest {entry['digest'][:12]}) is not "
                 f"there. If it has moved, {remedy}."
@@ -279,4 +280,4 @@ def _current_path(path: str, moved_to: str | None) -> str:
     if moved_to is None:
         return path
     inside = Path(moved_to) / Path(path).name
-    return str(inside) if inside.is_dir() else moved_to
+    return str(inside) if is_directory(inside) else moved_to

@@ -33,6 +33,8 @@ from whence.indexing.vectors import IndexSettings, batch_tokens, load_for, proje
 from whence.models.loading import LoadedModel
 from whence.models.runs import open_run
 
+MOST_TIMED = 1_000_000
+"""Rows, batches or tokens, at most."""
 MEMORY_BATCHES = 3
 ROWS = 16
 """Default number of rows in a batch of rows as they are."""
@@ -93,8 +95,9 @@ def bench(
     Raises:
         CorpusError: The corpus has too little text for one batch.
     """
-    if (batch_size is not None and batch_size < 1) or batches < 1 or (length is not None and length < 2):
-        raise SettingError("--batch-size and --batches need 1 or more, --length 2 or more")
+    for flag, value, least in (("batch-size", batch_size, 1), ("batches", batches, 1), ("length", length, 2)):
+        if value is not None and not least <= value <= MOST_TIMED:
+            raise SettingError(f"--{flag} {value}: a number from {least} to {MOST_TIMED:,} is expected")
     chosen = with_options(settings or IndexSettings(), options)
     loaded = load_for(open_run(model).checkpoints[-1].path, chosen)
     if length is not None and loaded.context is not None and length > loaded.context:

@@ -39,6 +39,7 @@ from whence.models.loading import (
 )
 from whence.models.moments import moments_digest, read_moments
 from whence.models.runs import Checkpoint
+from whence.paths import exists
 
 DEFAULT_CONTEXT = 2048
 """Longest row in tokens, where neither the caller nor the model's configuration says."""
@@ -208,7 +209,7 @@ def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
 
 def absolute(path: str | None) -> str | None:
     """An existing path made absolute, so that it holds in any directory; anything else as it is."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return str(Path(path).resolve()) if path is not None and exists(path) else path
 
 
 def example_vectors(

@@ -29,6 +29,8 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import rows_with_place
 from whence.errors import SettingError
 
+LARGEST = 1e100
+"""Squares of larger numbers overflow."""
 KEYS = ("index", "id", "name")
 """Columns that name a row."""
 MIXTURE_PREFIXES = ("train_", "mixture/", "weights/")
@@ -256,7 +258,14 @@ def _number(where: str, row: Row, column: str) -> float:
             return 0.0
         raise SettingError(f"{where}: nothing in column {column}, where a number is expected")
     try:
-        return float(value)
+        number = float(value)
+        if LARGEST < abs(number) < math.inf:
+            raise OverflowError
+        return number
+    except OverflowError:
+        raise SettingError(
+            f"{where}: column {column} holds a number above {LARGEST:g}, which is no share and no loss"
+        ) from None
     except (TypeError, ValueError):
         raise SettingError(
             f"{where}: column {column} holds {str(value)[:40]!r}, where a number is expected. A column that names the "

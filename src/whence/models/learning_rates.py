@@ -236,5 +236,5 @@ def read_scheduler(checkpoint: Path) -> Scheduler | None:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
         peaks = state.get("base_lrs")
         return Scheduler(float(state["_last_lr"][0]), float(peaks[0]) if peaks else None)
-    except (*damages, AttributeError):
+    except (*damages, AttributeError, ArithmeticError):
         return None

@@ -29,9 +29,11 @@ from whence.models.causality import refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
-from whence.models.local_copies import local_directory
+from whence.models.loading_errors import as_model_errors, reason_of
+from whence.models.local_copies import MODEL_FILES, local_directory
 from whence.models.saved_files import check_file, check_model_files
 from whence.models.training_state import date_of_training
+from whence.paths import is_directory, require_readable
 from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,15 @@ ADAPTER_PARAMETERS = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
 """Text in the names of parameters that peft adds to a model."""
 
 CAUSAL = "CAUSAL_LM"
+"""What a model is loaded from."""
+ADAPTER_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None, "modules_to_save": None}
+ADAPTER_KINDS = {
+    "r": int,
+    "lora_alpha": int | float,
+    "target_modules": str | list | None,
+    "modules_to_save": list | None,
+}
+"""Types of what Whence reads of an adapter's configuration; values that it lacks are peft's."""
 """peft's name for the task of a causal language model; an adapter of another task has a head of its own."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -220,7 +231,7 @@ def load_model(
     options |= {"ignore_mismatched_sizes": True}  # so that `_refuse_missing` can name them
     options |= {"device_map": device_map} if device_map else {}
     check_files(directory, base=base)
-    with _loading(source), _quiet(transformers):
+    with as_model_errors(source), _quiet(transformers):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
     if tokenizer is None:
@@ -230,7 +241,7 @@ def load_model(
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
     prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"), date_of_training(path))
     if adapter:
-        with _loading(directory):
+        with as_model_errors(directory):
             model = with_adapter(model, directory, loaded_tokenizer, adapter.get("modules_to_save") or [])
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
@@ -253,7 +264,7 @@ def model_without_storage(path: str) -> Any:
     """
     import transformers
 
-    with _loading(path), _quiet(transformers), torch.device("meta"):
+    with as_model_errors(path), _quiet(transformers), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(path)
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -297,7 +308,9 @@ def _relevant_settings(file: Path) -> bytes:
     """A configuration without its formatting and without entries that do not change an output."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):  # there is none, or loading the model will report it
+    except (OSError, ValueError, RecursionError):  # there is none, or loading the model will report it
+        return b""
+    if not isinstance(content, dict):
         return b""
     relevant = {name: value for name, value in content.items() if name not in IRRELEVANT}
     return json.dumps(relevant, sort_keys=True).encode()
@@ -324,7 +337,7 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
     try:
         config = json.loads(file.read_text())
         kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelError(f"{file}: not the configuration of a peft adapter ({error!r})") from None
     if kind != "LORA":
         raise ModelError(f"{file}: a {kind} adapter; Whence reads LoRA adapters.")
@@ -332,13 +345,19 @@ def adapter_config(directory: str) -> dict[str, Any] | None:
         raise ModelError(f"{file}: an adapter for the task {task}, not {CAUSAL}: Whence traces causal language models.")
     if not isinstance(base, str):
         raise ModelError(f"{file}: base_model_name_or_path is {base}; write the base model's directory or name there.")
+    config = ADAPTER_DEFAULTS | config
+    for name, kinds in ADAPTER_KINDS.items():
+        items = config[name] if isinstance(config[name], list) else []
+        if not isinstance(config[name], kinds) or not all(isinstance(item, str) for item in items):
+            raise ModelError(f"{file}: not the configuration of a peft adapter ({name} is {str(config[name])[:60]!r})")
     beside = Path(directory) / base
-    return config | {"base_model_name_or_path": str(beside if not Path(base).is_dir() and beside.is_dir() else base)}
+    chosen = str(beside if not is_directory(base) and is_directory(beside) else base)
+    return config | {"base_model_name_or_path": chosen}
 
 
 def base_of(config: dict[str, Any], known: str | None = None) -> str:
     """Directory or Hub name of an adapter's base: `known` if that directory still exists, else the configuration's."""
-    return known if known is not None and Path(known).is_dir() else config["base_model_name_or_path"]
+    return known if known is not None and is_directory(known) else config["base_model_name_or_path"]
 
 
 def check_files(path: str | Path, *, base: str | None = None) -> None:
@@ -380,19 +399,6 @@ def _check_directory(directory: str) -> None:
 
 
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
-    import safetensors
-    from huggingface_hub.errors import StrictDataclassError  # raised for a value of the wrong type in config.json
-
-    known = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, StrictDataclassError)
-    try:
-        yield
-    except known as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{path}: not loadable as a causal language model ({reason})") from error
-
-
-@contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
     """Silence transformers' own bar and loading report on stderr; what matters in it is checked and raised."""
     level = transformers.logging.get_verbosity()
@@ -424,21 +430,21 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
 @one_at_a_time
 def load_tokenizer(path: str | Path, fallback: str, trust_remote_code: bool) -> Any:
     """A directory's own tokenizer, or the fallback's if the directory has none."""
-    has_own = Path(path).is_dir() and any(Path(path).glob("tokenizer*"))
-    source = str(path) if has_own or not Path(path).is_dir() else _tokenizer_above(Path(path), fallback)
+    has_own = is_directory(path) and any(Path(path).glob("tokenizer*"))
+    source = str(path) if has_own or not is_directory(path) else _tokenizer_above(Path(path), fallback)
     return _tokenizer(source, trust_remote_code, "Save one there, or name one with --tokenizer.")
 
 
 def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
     import transformers
 
-    if Path(source).is_dir():
+    if is_directory(source):
+        require_readable(source, MODEL_FILES)
         check_model_files(source)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source}: no loadable tokenizer ({reason.removesuffix('.')}). {remedy}") from error
+    except Exception as error:  # tokenizers raises plain ones
+        raise ModelError(f"{source}: no loadable tokenizer ({reason_of(error).removesuffix('.')}). {remedy}") from error
     tokenizer.model_max_length = 10**30  # Whence truncates by itself; this silences the warning about long rows
     return tokenizer
 

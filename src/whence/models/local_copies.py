@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from whence.errors import ModelError
+from whence.paths import exists, is_directory, require_readable
 
-PATTERNS = ("*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
-"""Files of a repository that are copied."""
+MODEL_FILES = ("*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+"""Files of a model, by which a repository is copied."""
 
 
-def local_directory(path: str | Path, *, patterns: Sequence[str] = PATTERNS) -> str:
+def local_directory(path: str | Path, *, patterns: Sequence[str] = MODEL_FILES) -> str:
     """Local directory of a model: the path itself, or the cached copy of a Hub repository.
 
     Args:
@@ -21,10 +22,12 @@ def local_directory(path: str | Path, *, patterns: Sequence[str] = PATTERNS) -> 
 
     Raises:
         ModelError: There is neither.
+        StorageError: The directory may not be read.
     """
-    if Path(path).is_dir():
+    if is_directory(path):
+        require_readable(path, MODEL_FILES)
         return str(path)
-    if Path(path).exists() or str(path).startswith((".", "/", "~")):
+    if str(path).startswith((".", "/", "~")) or exists(path):
         raise ModelError(f"{path}: not a model directory. Give a directory with config.json, or a name on the Hub.")
     import huggingface_hub
 

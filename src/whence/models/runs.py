@@ -25,6 +25,7 @@ from typing import Any
 from whence.errors import ModelError, SettingError
 from whence.models.learning_rates import Scheduler, StepRates, read_scheduler, step_rates
 from whence.models.saved_files import check_file
+from whence.paths import is_directory, require_readable
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,9 @@ def _no_rates(newest: Path) -> ModelError:
 
 
 def _checkpoint_directories(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not is_directory(path):
         return []
+    require_readable(path, ())
     directories = [item for item in path.iterdir() if re.fullmatch(r"checkpoint-\d+", item.name) and item.is_dir()]
     return sorted(directories, key=_step)
 

@@ -7,9 +7,11 @@ or an older Whence's, is read as it stands.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from whence.checksums import Written, digest
-from whence.storage import TEMPORARY, Place
+from whence.records import read_record
+from whence.storage import TEMPORARY, FileEntry, Place
 
 LIST = "whence_checksums.json"
 OF_TRAINING = ("optimizer.", "scheduler.", "rng_state", "training_args.", "trainer_state.", "in_run.", "online_mixing.")
@@ -24,6 +26,10 @@ def list_files(directory: str | Path, *, but: str = "") -> None:
         if file.is_file() and file.name not in (LIST, but) and not file.name.endswith(TEMPORARY):
             entries.append({"file": file.name, "bytes": file.stat().st_size, "xxh3": _digest(file)})
     Place.at(directory).write_document(LIST, {"files": entries})
+
+
+class _Listed(TypedDict):
+    files: list[FileEntry]
 
 
 def forget_files(directory: str | Path) -> None:
@@ -48,7 +54,7 @@ def check_listed(
     if not (Path(directory) / LIST).is_file():
         return
     advice = remedy or f"Copy {directory} again from where it is whole, or train it again."
-    for entry in place.read_document(LIST, advice)["files"]:
+    for entry in read_record(_Listed, place.read(LIST), place.path(LIST), advice)["files"]:
         if which is None or which(entry["file"]):
             mended = f"{advice} If you changed it yourself, remove {LIST} there."
             place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), mended)

@@ -22,7 +22,7 @@ def state_of(checkpoint: str | Path) -> dict[str, Any]:
     """A Trainer's state in a checkpoint; empty where there is none that can be read."""
     try:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}
 
@@ -40,7 +40,7 @@ def date_of_training(model: str | Path) -> str | None:
     run = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
     try:
         date = json.loads((run / RECORD).read_text()).get("date")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return date if isinstance(date, str) else None
 

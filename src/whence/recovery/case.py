@@ -98,7 +98,7 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
                 f"{end}: whole layers were trained beside its adapter ({names}), and where those began is not on file. "
                 "Give the merged model: PeftModel.merge_and_unload() and save_pretrained()."
             )
-        modules = config["target_modules"]
+        modules = config["target_modules"] or ()
         lora = {
             "lora_rank": config["r"],
             "lora_alpha": config["lora_alpha"],

@@ -31,6 +31,7 @@ from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
 from whence.models.training_state import date_of_training, warn_of_another_day
 from whence.outputs import refuse_inputs
+from whence.paths import writing_to
 from whence.recovery.case import (
     Case,
     labelled,
@@ -45,7 +46,7 @@ from whence.recovery.points import DIFFERENCE, gather_evidence, with_points_of
 from whence.recovery.recalibration import Recalibrated, recalibrated
 from whence.recovery.relinearisation import Round, relinearised
 from whence.recovery.scores import method_scores
-from whence.recovery.settings import RecoverSettings
+from whence.recovery.settings import RecoverSettings, check_count
 from whence.recovery.shadow_calibration import (
     SHADOW_DIFFERENCE,
     CalibrationSet,
@@ -125,7 +126,7 @@ def recover(
     prepare(tokenizer, chosen.chat_template)
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
-    with written_by(chosen.chat_template, date):
+    with written_by(chosen.chat_template, date), writing_to(work):
         return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
 
 

@@ -17,6 +17,8 @@ UNDO = ("none", "moments", "rows")
 """Ways to undo an optimizer's scaling; see `preconditioner`."""
 LABELLINGS = ("hard", "sampled")
 """Ways to choose a row's label; see `pseudo_labels`."""
+MOST_POINTS = 100
+"""Synthetic checkpoints, at each of which every row is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,8 @@ class RecoverSettings:
             raise SettingError("--mixture runs needs --method calibrated, whose shadow tells the recipe")
         if self.undo not in UNDO:
             raise SettingError(f"--undo {self.undo}: choose one of {', '.join(UNDO)}")
-        if self.points < 0:
-            raise SettingError(f"--points {self.points}: 0 or more are expected")
+        if not 0 <= self.points <= MOST_POINTS:
+            raise SettingError(f"--points {self.points}: a number from 0 to {MOST_POINTS:,} is expected")
         if self.rounds < 0 or (self.rounds and self.method not in MATCHING_METHODS):
             raise SettingError(
                 f"--rounds {self.rounds}: 0 or more are expected, with --method {' or '.join(MATCHING_METHODS)}, which "

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from whence.errors import SettingError, StorageError
+from whence.outputs import require_writable
+from whence.paths import is_directory
 from whence.storage import Place, reason
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,14 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
         StorageError: The file cannot be written.
     """
     ending = Path(out).suffix
-    rows = [{name: _storable(value) for name, value in row.items()} for row in rows]
+    rows = [{_storable(name): _storable(value) for name, value in row.items()} for row in rows]
     if ending == ".parquet":
         data = _parquet([_flat(row) for row in rows])
     elif ending == ".csv":
         data = _csv([_flat(row) for row in rows]).encode("utf-8", "replace")
     else:
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        data = "".join(lines).encode("utf-8", "replace")
     _write(out, data)
 
 
@@ -88,7 +91,8 @@ def finite(value: Any) -> Any:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """For tables: what is nested becomes JSON text, one type a column."""
-    return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+    nested = dict | list | tuple
+    return {name: json.dumps(value, default=str) if isinstance(value, nested) else value for name, value in row.items()}
 
 
 def check_ending(
@@ -99,8 +103,10 @@ def check_ending(
         listed = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise SettingError(f"{flag} {path}: what is found is written to {listed}")
     place, _ = destination(path)
-    if place.is_local and not Path(place.root or "/").is_dir():
-        raise SettingError(f"{flag} {path}: there is no directory {place.root}")
+    if place.is_local:
+        if not is_directory(place.root or "/"):
+            raise SettingError(f"{flag} {path}: there is no directory {place.root}")
+        require_writable(place.root or "/", f"{flag} {path}")
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -123,7 +129,25 @@ def _parquet(rows: Sequence[dict[str, Any]]) -> memoryview:
     import pyarrow.parquet
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return sink.getbuffer()
+
+
+def _column(values: Sequence[Any]) -> Any:
+    """Values as a column of one type; as text where they have several, or one that Parquet lacks.
+
+    >>> _column([1, None, 0.5]).to_pylist(), _column([1, "odd"]).to_pylist(), _column([2**64]).to_pylist()
+    ([1.0, None, 0.5], ['1', 'odd'], ['18446744073709551616'])
+    """
+    import pyarrow
+
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) == 1 or kinds == {int, float}:
+        try:
+            return pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
+            pass
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
+    return pyarrow.array([None if value is None else text for value, text in zip(values, texts, strict=True)])

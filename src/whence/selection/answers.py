@@ -39,7 +39,14 @@ def answer_shares(chosen: Sequence[str | None], examples: Sequence[str]) -> list
     AnswerShare(answer='yes', task_share=0.5, share=0.5, rows=2)
     >>> answer_shares(["a", "b"], ["c", "d"])
     []
+
+    Without examples there is nothing to compare with:
+
+    >>> answer_shares(["a", "a"], [])
+    []
     """
+    if not examples:
+        return []
     theirs = Counter(_normal(answer) for answer in examples)
     ours = Counter(_normal(answer) for answer in chosen if answer is not None)
     names = [name for name, count in theirs.most_common() if count > 1]

@@ -40,6 +40,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 """Settings by the name of a preset."""
+LARGEST = 2**53
+"""Whole numbers below are floats too."""
+LARGEST_SEED = 2**32 - 1
+"""As numpy's generator takes it, which a Trainer seeds."""
 LEAST_BATCH = 8
 """Rows of a step, below which its gradient says little of the corpus: `least_steps` then takes more epochs."""
 
@@ -112,8 +116,9 @@ class TrainSettings:
         counts = ("batch_size", "micro_batch", "max_steps", "least_steps", "max_tokens", "checkpoints")
         for name in ("epochs", "lr", "lora_rank", "lora_alpha", *counts):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingError(f"--{name.replace('_', '-')} {value}: a number above 0 is expected")
+            if value is not None:
+                check_amount(f"--{name.replace('_', '-')}", value)
+        check_seed(self.seed)
         if not 0 < self.fraction <= 1:
             raise SettingError(f"--fraction {self.fraction}: a share above 0 and up to 1 is expected")
         for flag, value in (("warmup", self.warmup), ("--lora-dropout", self.lora_dropout)):
@@ -155,6 +160,25 @@ class TrainSettings:
         unused += ("least_steps",)  # what it led to is in the others
         unused += tuple(name for name in ("tokenizer", "chat_template", "date") if getattr(self, name) is None)
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
+
+
+def check_amount(flag: str, value: int | float) -> None:
+    """Refuse an amount that is 0, less or none, or larger than any machine counts to.
+
+    >>> check_amount("--steps", 10**400)
+    Traceback (most recent call last):
+    whence.errors.SettingError: --steps: a number above 0 and below 9.0e+15 is expected
+    """
+    if not 0 < value < LARGEST:
+        shown = f" {value}" if abs(value) < LARGEST or value != value else ""
+        more = "" if shown else f" and below {LARGEST:.1e}"
+        raise SettingError(f"{flag}{shown}: a number above 0{more} is expected")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a training cannot have."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise SettingError(f"--seed {seed}: a number from 0 to {LARGEST_SEED} is expected")
 
 
 def settings_of(preset: str | None, settings: dict[str, Any]) -> TrainSettings:

@@ -42,12 +42,14 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
-from whence.errors import CorpusError, SettingError
+from whence.errors import CorpusError, ModelError, SettingError, WhenceError
 from whence.models.loading import LoadedModel, directory_digest, load_model
+from whence.models.loading_errors import reason_of
 from whence.models.runs import open_run
 from whence.models.training_state import date_of_training, warn_if_unfinished
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
+from whence.paths import is_directory, writing_to
 from whence.storage import Place
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
@@ -121,7 +123,7 @@ def _train(
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
     warn_if_unfinished(model)
-    source = Path(last).resolve() if Path(last).is_dir() else last
+    source = Path(last).resolve() if is_directory(last) else last
     date = same_date(chosen.date, date_of_training(directory), str(directory))
     loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
                         dtype=None if chosen.lora_rank else "float32")  # fmt: skip
@@ -131,7 +133,8 @@ def _train(
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)
     chosen = with_least_steps(chosen, len(rows))
-    trainer = _trainer(loaded, rows, directory, chosen)
+    with writing_to(directory):  # the Trainer makes it
+        trainer = _trainer(loaded, rows, directory, chosen)
     if progress:
         trainer.add_callback(_Bar)
     weights = directory_digest(source)
@@ -143,13 +146,14 @@ def _train(
         domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
         trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
     begin(directory, record)
-    _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
-    if trainer.in_run is not None:
-        heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
-        origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
-        trainer.in_run.write(directory, rows.ids, rows.sources, origin)
-    loaded.tokenizer.save_pretrained(directory)
-    finish(directory)
+    with writing_to(directory):
+        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+        if trainer.in_run is not None:
+            heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
+            origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
+            trainer.in_run.write(directory, rows.ids, rows.sources, origin)
+        loaded.tokenizer.save_pretrained(directory)
+        finish(directory)
     return directory
 
 
@@ -162,7 +166,17 @@ def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: in
     if newest is not None and step_of(newest) % steps_per_epoch and trainer.mixing is None:
         trainer.order.resumed_from = read_order(newest)  # within an epoch, whose order was drawn before
     with quiet_saving():
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except (WhenceError, MemoryError):
+            raise
+        except Exception as error:  # what a damaged file of a checkpoint ends in is the Trainer's business
+            if newest is None or trainer.has_begun:
+                raise
+            raise ModelError(
+                f"{newest}: the training cannot go on from there ({reason_of(error)}). Remove {newest}: the same "
+                "command goes on from an earlier one."
+            ) from error
 
 
 def _in_run(
@@ -271,6 +285,8 @@ class _Trainer(Trainer):
 
     in_run: InRun | None = None
     mixing: OnlineBatches | None = None
+    has_begun = False
+    """Whether a step has begun in this process."""
 
     def __init__(self, order: RowOrder, **options: Any):
         self.order = order
@@ -316,6 +332,10 @@ class _StepEvents(TrainerCallback):
 
     def __init__(self, trainer: _Trainer):
         self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Whatever a checkpoint holds is loaded."""
+        self.trainer.has_begun = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradient is clipped, and the step not yet made."""
@@ -395,7 +415,8 @@ def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingA
         gradient_accumulation_steps=settings.batch_size // (settings.micro_batch or settings.batch_size),
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=math.ceil(settings.warmup * steps),
+        # The rate of the first step of a warm-up is 0: a single step would leave all weights as they were.
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         weight_decay=settings.weight_decay,
         optim=OPTIMIZERS[settings.optimizer],
         train_sampling_strategy="group_by_length",
