@@ -9,19 +9,14 @@ from typing import Annotated
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model
+from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
 Mixtures = Annotated[
     str | None,
-    typer.Option(
-        help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together.",
-        callback=a_corpus,
-    ),
+    typer.Option(help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together."),
 ]
 Scale = Annotated[float, typer.Option(help="Factor of the members' moves away from the parent (task arithmetic).")]
 Method = Annotated[str, typer.Option(help="How to average: mean, or regmean, by what goes into linear layers.")]
@@ -30,12 +25,8 @@ Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single f
 
 @pool.command()
 def train(
-    parent: Annotated[
-        str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.", callback=a_model)
-    ],
-    corpus: Annotated[
-        str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.", callback=a_corpus)
-    ],
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
     by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
@@ -51,6 +42,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model for each partition that has none in the pool yet."""
+    check_inputs(models=[parent], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
     result = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
@@ -81,10 +73,14 @@ def merge(
     force: Force = False,
 ) -> None:
     """Write a mixture's average as a model that `from_pretrained` loads."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page
+
     weights = parsed_mixture(mixture) if "=" in mixture else None
     if yaml is not None and method != "mean":
         raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
     check_outputs([Output("--yaml", yaml, None)], rows=[corpus], others=[path], force=force)
+    check_inputs(pool=path, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import averaging
         from whence.ablation.merged_files import mergekit_yaml, write_merged
@@ -110,6 +106,7 @@ def grams(
     corpus: PoolCorpus = None,
 ) -> None:
     """Collect what goes into members' linear layers, for --method regmean, which else does it when first used."""
+    check_inputs(pool=path, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import collect, open_grams
         from whence.ablation.pool import open_pool
@@ -121,6 +118,7 @@ def grams(
 @pool.command()
 def verify(path: PoolPath) -> None:
     """Read every member's file again and compare its checksum, and the files of its input matrices."""
+    check_inputs(pool=path)
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import verify_grams
         from whence.ablation.pool import open_pool
@@ -152,8 +150,12 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
+    check_inputs(pool=path, corpora=[*evaluated, mixtures, corpus])
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page

@@ -6,13 +6,9 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model, an_index, an_index_or_corpus
+from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
-from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
-from whence.outputs import refuse_inputs
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
@@ -26,10 +22,10 @@ PointsFile = Annotated[
 
 @evaluate.command()
 def selection(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.", callback=a_model)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.")],
     source: Annotated[
         str,
-        typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from.", callback=an_index_or_corpus),
+        typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from."),
     ],
     tasks: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Examples to choose for. Repeat it.")],
     graded: Annotated[
@@ -55,6 +51,11 @@ def selection(
     as_json: Json = False,
 ) -> None:
     """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
+    from whence.corpus.reading import open_corpus
+    from whence.outputs import refuse_inputs
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     if not 2 <= seeds <= MOST_SEEDS:
         raise SettingError(f"--seeds {seeds}: a number from 2 to {MOST_SEEDS:,} is expected, as intervals need several")
     if not work:
@@ -67,8 +68,7 @@ def selection(
     refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
     for name in methods.split(","):
         catalogue.scorer_entry(name.partition(":")[0])
-    for file in (*task_files.values(), *graded_files.values()):
-        a_corpus(file)
+    check_inputs(models=[model], corpora=inputs[1:] if is_index(source) else inputs)
     with waiting("Loading torch"):
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
         from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
@@ -99,7 +99,7 @@ def selection(
 
 @evaluate.command("join")
 def compare_with_pool(
-    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.", callback=an_index)],
+    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.")],
     path: PoolPath,
     evaluated: EvalFiles,
     methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
@@ -112,10 +112,14 @@ def compare_with_pool(
     as_json: Json = False,
 ) -> None:
     """Do scores of examples, summed by partition, say what leaving that partition out does?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     for name in listed(methods):
         catalogue.scorer_entry(name)
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
+    check_inputs(index=source, pool=path, corpora=[*evaluated, corpus])
     with waiting("Loading torch"):
         from whence.evaluation.joining import join
         from whence.reports.join_tables import join_plot, join_tables

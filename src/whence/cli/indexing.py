@@ -7,11 +7,9 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import check_inputs
 from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
 from whence.errors import MissingIndexError, SettingError
-from whence.gradients.space import GradientSpace
-from whence.outputs import refuse_inputs
-from whence.storage import Place
 
 
 def index(
@@ -29,10 +27,13 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    from whence.outputs import refuse_inputs
+
     if workers != 1:
         raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
     _check_settings(settings)
     refuse_inputs(out, [model, corpus, loading.tokenizer], is_directory=True)
+    check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
     options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
@@ -41,6 +42,7 @@ def index(
 
 def info(index: IndexPath, as_json: Json = False) -> None:
     """Show what an index holds."""
+    check_inputs(index=index)
     from whence.indexing.store import Store
 
     _print_info(Store.open(index).info(), as_json)
@@ -54,6 +56,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of an index, pool, run or work directory against its checksum."""
+    from whence.storage import Place
+
     if not Place.at(index).names():
         raise MissingIndexError.at(Place.at(index).root)
     with waiting("Reading every file"):
@@ -117,6 +121,7 @@ def append(
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
+    check_inputs(index=index, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import append as run
     _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store.info(), as_json)
@@ -136,6 +141,7 @@ def bench(
 ) -> None:
     """Time index building against a training step of the same model on the same batches."""
     _check_settings(settings)
+    check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.speed import bench as run
         from whence.reports.index_tables import bench_table
@@ -147,6 +153,8 @@ def bench(
 
 def _check_settings(settings: IndexFlags) -> None:
     """Refuse values that cannot be before torch is imported."""
+    from whence.gradients.space import GradientSpace
+
     names = {field.name for field in fields(GradientSpace)}
     space = GradientSpace(**{name: value for name, value in vars(settings).items() if name in names})
     catalogue.projection_entry(space.sketch)

@@ -8,10 +8,8 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus
+from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 mix = typer.Typer(
     help="Which mixture of data to train on, from the losses of others.", no_args_is_help=True, rich_markup_mode="rich"
@@ -31,12 +29,9 @@ def law(
         typer.Argument(
             metavar="TABLE",
             help="Mixtures with losses as columns metric/NAME, or what `ablate -o` wrote: csv, jsonl, ...",
-            callback=a_corpus,
         ),
     ],
-    losses: Annotated[
-        str | None, typer.Option(help="File of the losses, if they are not in TABLE.", callback=a_corpus)
-    ] = None,
+    losses: Annotated[str | None, typer.Option(help="File of the losses, if they are not in TABLE.")] = None,
     law: Annotated[str, typer.Option(help=f"What predicts: {', '.join(catalogue.MIXING_LAWS)}.")] = "exp",
     target: Targets = None,
     cap: Annotated[
@@ -68,10 +63,14 @@ def law(
     as_json: Json = False,
 ) -> None:
     """Fit a mixing law to a table of mixtures and losses: what is it worth, and which mixture is best?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     catalogue.law_entry(law)
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[table, losses], force=force)
     targets, caps, parent = numbers("--target", target), numbers("--cap", cap), numbers("--before", before)
+    check_inputs(corpora=[table, losses])
     with waiting("Loading"):
         from whence.mixing.pipeline import mix_law
         from whence.reports.mix_page import mix_page
@@ -115,8 +114,12 @@ def suggest(
     as_json: Json = False,
 ) -> None:
     """Find the best mixture of a pool's partitions, by descent through the averages of its members."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_rows
+
     check_outputs([Output("-o", out)], rows=evaluated, others=[pool], force=force)
     caps, targets = numbers("--cap", cap), numbers("--target", target)
+    check_inputs(pool=pool, corpora=evaluated)
     with waiting("Loading torch"):
         from whence.ablation.suggestion import suggest as run
         from whence.reports.suggest_tables import suggest_tables

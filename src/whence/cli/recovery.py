@@ -8,25 +8,16 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model
+from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
-from whence.recovery.settings import RecoverSettings, check_count
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
 
 def recover(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.", callback=a_model)
-    ],
-    final: Annotated[
-        str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.", callback=a_model)
-    ],
-    corpus: Annotated[
-        str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.", callback=a_corpus)
-    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.")],
+    final: Annotated[str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.")],
     count: Annotated[int | None, typer.Option(help="Rows to choose: about as many as it was trained on.")] = None,
     method: Annotated[
         str | None, typer.Option(help=f"How rows are scored: {_METHODS}.", show_default="calibrated")
@@ -94,6 +85,10 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
+    from whence.recovery.settings import RecoverSettings, check_count
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     settings = {
         "method": method or ("calibrated" if calibrate else "nnls"), "optimizer": optimizer, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed, "short_list": short_list, "points": points,
@@ -106,6 +101,7 @@ def recover(
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
+    check_inputs(models=[base, final], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page

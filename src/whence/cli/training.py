@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
-from whence.outputs import refuse_inputs
-from whence.training.recipe import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +84,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
+    from whence.outputs import refuse_inputs
+    from whence.training.recipe import settings_of
+
     options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
     options = {name: value for name, value in options.items() if value is not None}
     settings_of(preset, options)
     refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer], is_directory=True)
+    check_inputs(models=[model], corpora=[corpus, settings.in_run])
     with waiting("Loading torch"):
         from whence.training.trainer import train as run
     path = run(model, corpus, out, preset=preset, progress=not as_json, **options)

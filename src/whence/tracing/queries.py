@@ -30,6 +30,7 @@ from whence.models.generation import ends_of
 from whence.models.loading import LoadedModel
 from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
 from whence.tracing.results import Answer
+from whence.tracing.spans import span_of
 from whence.turns import one_at_a_time
 
 QUOTED = 60
@@ -169,17 +170,6 @@ def _is_place_of_answer(message: Any) -> bool:
 def _shown_prompt(query: Query) -> str:
     """The prompt and its input, as text for a person."""
     return "\n\n".join([query.prompt, *(str(text) for text in [(query.context or {}).get("input")] if text)])
-
-
-def span_of(text: str | None, tokens: str | None, location: str) -> str | tuple[int, int] | None:
-    """The stretch of a completion to trace: its text, or its tokens FROM:TO."""
-    if tokens is None:
-        return text
-    first, colon, end = tokens.partition(":")
-    if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
-        flag = "--span" if location.startswith("--") else "`span`"
-        raise SettingError(f"{location} {tokens}: FROM:TO is expected, such as 3:7, and no {flag} beside it")
-    return int(first), int(end)
 
 
 @one_at_a_time
