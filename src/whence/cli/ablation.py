@@ -42,6 +42,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model for each partition that has none in the pool yet."""
+    from whence.outputs import refuse_inputs
+
+    refuse_inputs(out, [parent, corpus], is_directory=True)
     check_inputs(models=[parent], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool

@@ -34,10 +34,10 @@ def check_inputs(
         raise MissingIndexError.at(Place.at(index).root)
     if pool is not None and not Place.at(pool).exists(POOL):
         raise MissingPoolError.at(pool)
-    for path in filter(None, models):
-        _check_model(path)
     for path in filter(None, corpora):
         _check_corpus(path)
+    for path in filter(None, models):
+        _check_model(path)
 
 
 def is_index(path: str) -> bool:

@@ -85,6 +85,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
+    from whence.outputs import refuse_inputs
     from whence.recovery.settings import RecoverSettings, check_count
     from whence.reports.existing_files import Output, check_outputs
     from whence.reports.files import write_page, write_rows
@@ -101,6 +102,7 @@ def recover(
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
+    refuse_inputs(work, [base, final, corpus, tokenizer], flag="--work", is_directory=True)
     check_inputs(models=[base, final], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
