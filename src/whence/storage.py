@@ -24,7 +24,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec.core
-import numpy as np
 import torch
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
@@ -215,12 +214,19 @@ class Place:
         self.check(name, Written(document["bytes"], None, document["xxh3"]), AGAIN)
 
     def mapped(self, name: str) -> UInt8[Tensor, " bytes"]:
-        """The bytes of a file as a tensor: memory-mapped where local (changes stay private), else read."""
+        """The bytes of a file as a tensor: memory-mapped where local (changes stay private), else read.
+
+        A mapping holds no file handle. Linux allows a process 65,530 mappings (`vm.max_map_count`).
+        """
         if not self.is_local:
             return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
-        # mode "c": pages are shared with the file until written to, and torch warns of read-only arrays
+        # np.memmap holds a handle as long as it lives, torch.from_file none: an index may have thousands of files
         with self._refusals_as_errors("read", name):
-            return torch.from_numpy(np.memmap(self.path(name), dtype=np.uint8, mode="c"))
+            with self.fs.open(self.path(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+            if not size:
+                return torch.zeros(0, dtype=torch.uint8)
+            return torch.from_file(self.path(name), shared=False, size=size, dtype=torch.uint8)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int) -> Written:
         """Write a file whole or not at all.
