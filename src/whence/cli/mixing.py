@@ -8,6 +8,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.groups import reads_rows
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
 
 mix = typer.Typer(
@@ -22,6 +23,7 @@ Targets = Annotated[
 
 
 @mix.command()
+@reads_rows
 def law(
     table: Annotated[
         str,
@@ -91,6 +93,7 @@ def law(
 
 
 @mix.command()
+@reads_rows
 def suggest(
     pool: PoolPath,
     evaluated: EvalFiles,
