@@ -288,20 +288,24 @@ class Retrieval:
     def _rerank(self, results: list[_QueryResult]) -> None:
         """Order every query's short list by exact scores."""
         index, totals = self.index, [torch.zeros(len(result.rows)) for result in results]
-        encoded = [self._encoded(result.rows) for result in results]
+        lists = [result.rows for result in results]
+        numbers = sorted({row for rows in lists for row in rows})
+        rows = dict(zip(numbers, self._encoded(numbers), strict=True))
         for checkpoint, model in last_first(index):
             layers, space = index.layers(model), index.space
-            for total, query, rows in zip(totals, self.queries, encoded, strict=True):
-                inner = exact.layer_products(
-                    model,
-                    layers,
-                    exact.query_gradient(model, layers, query.sequences, space, self.settings.objective),
-                    rows,
-                    reduction=space.reduction,
-                    tokens_per_batch=index.tokens_per_batch,
-                )
-                scores = inner.scores(normalise=space.normalise, cosine=self.settings.cosine)
-                total += index.weights[checkpoint] * scores
+            objective = self.settings.objective
+            scores = exact.list_scores(
+                model,
+                layers,
+                (exact.query_gradient(model, layers, query.sequences, space, objective) for query in self.queries),
+                lists,
+                rows,
+                space=space,
+                cosine=self.settings.cosine,
+                tokens_per_batch=index.tokens_per_batch,
+            )
+            for total, query_scores in zip(totals, scores, strict=True):
+                total += index.weights[checkpoint] * query_scores
         for result, total in zip(results, totals, strict=True):
             result.exact = dict(zip(result.rows, total.tolist(), strict=True))
             result.reorder(self.settings.top)
