@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
@@ -24,6 +25,7 @@ Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single f
 
 
 @pool.command()
+@reads_rows
 def train(
     parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
@@ -101,6 +103,7 @@ def merge(
 
 
 @pool.command()
+@reads_rows
 def grams(
     path: PoolPath,
     tokens: Annotated[

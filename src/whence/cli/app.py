@@ -26,7 +26,7 @@ from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.console import complain, print_json, waiting
 from whence.cli.evaluation import evaluate
-from whence.cli.groups import flattened
+from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, verify
 from whence.cli.mixing import mix
 from whence.cli.options import Json
@@ -166,8 +166,8 @@ def demo(
 
 
 for verb in (train, index, trace, info, verify, append, bench, select, recover):
-    app.command()(flattened(verb))
+    app.command()(flattened(verb) if verb is info else reads_rows(flattened(verb)))
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")
 app.add_typer(pool, name="pool")
-app.command()(ablate)
+app.command()(reads_rows(ablate))

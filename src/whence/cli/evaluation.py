@@ -6,6 +6,7 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
 from whence.errors import SettingError
@@ -21,6 +22,7 @@ PointsFile = Annotated[
 
 
 @evaluate.command()
+@reads_rows
 def selection(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.")],
     source: Annotated[
@@ -98,6 +100,7 @@ def selection(
 
 
 @evaluate.command("join")
+@reads_rows
 def compare_with_pool(
     source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.")],
     path: PoolPath,

@@ -8,8 +8,10 @@ import typer
 
 from whence import catalogue
 from whence.cli.console import print_json, print_part, waiting
+from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
+from whence.errors import SettingError
 
 mix = typer.Typer(
     help="Which mixture of data to train on, from the losses of others.", no_args_is_help=True, rich_markup_mode="rich"
@@ -23,6 +25,7 @@ Targets = Annotated[
 
 
 @mix.command()
+@reads_rows
 def law(
     table: Annotated[
         str,
@@ -55,6 +58,11 @@ def law(
     loss_prefix: Annotated[
         str | None, typer.Option(help="How columns of losses begin; metric/ or loss/ unless given.")
     ] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="Predict these mixtures too, and grade the law by their losses, if known."),
+    ] = None,
+    predict_losses: Annotated[str | None, typer.Option(help="File of their losses, if they are not in TABLE.")] = None,
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the mixture, a row a domain, to .jsonl, .csv or .parquet.")
     ] = None,
@@ -68,26 +76,36 @@ def law(
 
     catalogue.law_entry(law)
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
-    check_outputs(outputs, rows=[table, losses], force=force)
+    check_outputs(outputs, rows=[table, losses, predict, predict_losses], force=force)
+    if predict_losses is not None and predict is None:
+        raise SettingError("--predict-losses belongs to --predict TABLE")
     targets, caps, parent = numbers("--target", target), numbers("--cap", cap), numbers("--before", before)
-    check_inputs(corpora=[table, losses])
+    check_inputs(corpora=[table, losses, predict, predict_losses])
     with waiting("Loading"):
         from whence.mixing.pipeline import mix_law
+        from whence.mixing.prediction import predict as predict_mixtures
+        from whence.mixing.prediction import read_others
         from whence.reports.mix_page import mix_page
-        from whence.reports.mix_tables import mix_tables
+        from whence.reports.mix_tables import mix_tables, prediction_tables
+    prefixes = {"mixture_prefix": mixture_prefix, "loss_prefix": loss_prefix}
+    others = None if predict is None else read_others(predict, predict_losses, **prefixes)
     with waiting("Fitting"):
         result = mix_law(
             table, losses, law=law, targets=targets, caps=caps, before=parent, within=within, folds=folds, seed=seed,
-            mixture_prefix=mixture_prefix, loss_prefix=loss_prefix,
+            **prefixes,
         )  # fmt: skip
+        prediction = None if others is None else predict_mixtures(result, others)
     if out is not None:
         write_rows(result.rows, out)
     if report is not None:
         write_page(mix_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:
-        print_json(result.document())
+        predictions = {} if prediction is None else {"predictions": prediction.document()}
+        print_json(result.document() | predictions)
         return
     print_part(mix_tables(result))
+    if prediction is not None:
+        print_part(prediction_tables(prediction))
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:
@@ -95,6 +113,7 @@ def law(
 
 
 @mix.command()
+@reads_rows
 def suggest(
     pool: PoolPath,
     evaluated: EvalFiles,

@@ -171,7 +171,7 @@ class MixLaw:
         """One row for each evaluation set: its grade, and the losses predicted for it."""
         at_mean = self.law.predict(self.mean[None])[0]
         return [
-            {"set": name, "weight": float(self.weights[place]), **_grade_columns(self.held_out.sets[name])}
+            {"set": name, "weight": float(self.weights[place]), **grade_columns(self.held_out.sets[name])}
             | {"suggested": float(self.best.predicted[place]), "mean": float(at_mean[place])}
             | {"best_tried": float(self.table.losses[self.best_row, place])}
             for place, name in enumerate(self.table.sets)
@@ -185,7 +185,7 @@ class MixLaw:
         return {
             "settings": self.settings,
             "notes": self.notes,
-            "overall": _grade_columns(self.held_out.overall),
+            "overall": grade_columns(self.held_out.overall),
             "objective": self.best.objective,
             "gap": self.best.gap,
             "sets": self.set_rows,
@@ -194,7 +194,8 @@ class MixLaw:
         }
 
 
-def _grade_columns(grade: Grade) -> Row:
+def grade_columns(grade: Grade) -> Row:
+    """A grade as columns of a row."""
     low, high = grade.error_interval
     below, above = grade.spearman_interval or (None, None)
     return {

@@ -5,8 +5,12 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.mixing.pipeline import TRIED, Grade, MixLaw
+from whence.mixing.prediction import Prediction
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
+
+SHOWN = 10
+"""Predicted mixtures of another table that are shown."""
 
 
 def mix_tables(result: MixLaw) -> RenderableType:
@@ -36,6 +40,25 @@ def _graded(result: MixLaw) -> Table:
         table.add_row(Text(visible(row["set"])), *_grade(result.held_out.sets[row["set"]]), style=style)
     table.add_row("mean", *_grade(result.held_out.overall), style="bold")
     return table
+
+
+def prediction_tables(prediction: Prediction) -> RenderableType:
+    """What the law expects of another table's mixtures, best first, and its grades where their losses are known."""
+    known = prediction.held_out
+    table = _table("Predicted mixtures", "mixture", "predicted", *(["true"] if known is not None else []))
+    for place in prediction.objective.argsort(kind="stable")[:SHOWN].tolist():
+        true = [f"{known.table.losses[place].mean():.3f}"] if known is not None else []
+        table.add_row(Text(visible(prediction.names[place])), f"{prediction.objective[place]:.3f}", *true)
+    table.caption = f"The best {table.row_count} of {len(prediction.names):,}; predicted: weighted as --target says"
+    table.caption += "; true: mean of the sets below." if known is not None else "."
+    table.caption_justify = "left"
+    if known is None:
+        return table
+    graded = _table("Prediction of these mixtures", "set", "error", "95%", "Spearman", "95%")
+    for name, grade in known.sets.items():
+        graded.add_row(Text(visible(name)), *_grade(grade))
+    graded.add_row("mean", *_grade(known.overall), style="bold")
+    return Group(table, graded)
 
 
 def _losses(result: MixLaw) -> Table:

@@ -9,8 +9,9 @@ than a pass through it.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -29,7 +30,7 @@ from whence.tracing import nulls
 from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
-from whence.tracing.results import Hit, Null, TokenMatrix, Trace
+from whence.tracing.results import Hit, TokenMatrix, Trace
 from whence.turns import one_at_a_time
 
 
@@ -244,7 +245,7 @@ class Retrieval:
         rankings, best = self._ranked(meaningless, self.settings.top, controls), []
         for number in range(meaningless.shape[1]):
             result = self._result(number, rankings, meaningless[:, number], controls)
-            best.append(max((null.z for null in self._nulls(result, result.sides[0], controls)), default=0.0))
+            best.append(self._among(result, result.sides[0], controls, nulls.best_z))
         return needed_z(best)
 
     def _ranked(
@@ -278,30 +279,33 @@ class Retrieval:
             result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
         return result
 
-    def _nulls(self, result: _QueryResult, side: Side, controls: nulls.Controls) -> list[Null]:
-        if not side.rows:
-            return []
+    def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
+        """`nulls.nulls` or `nulls.best_z` of a side's rows."""
         raw = [score + result.means[row] for row, score in zip(side.rows, side.scores, strict=True)]
         scale = None if self.settings.cosine else result.norms
-        return nulls.nulls(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
+        return measure(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
 
     def _rerank(self, results: list[_QueryResult]) -> None:
         """Order every query's short list by exact scores."""
         index, totals = self.index, [torch.zeros(len(result.rows)) for result in results]
-        encoded = [self._encoded(result.rows) for result in results]
+        lists = [result.rows for result in results]
+        numbers = sorted({row for rows in lists for row in rows})
+        rows = dict(zip(numbers, self._encoded(numbers), strict=True))
         for checkpoint, model in last_first(index):
             layers, space = index.layers(model), index.space
-            for total, query, rows in zip(totals, self.queries, encoded, strict=True):
-                inner = exact.layer_products(
-                    model,
-                    layers,
-                    exact.query_gradient(model, layers, query.sequences, space, self.settings.objective),
-                    rows,
-                    reduction=space.reduction,
-                    tokens_per_batch=index.tokens_per_batch,
-                )
-                scores = inner.scores(normalise=space.normalise, cosine=self.settings.cosine)
-                total += index.weights[checkpoint] * scores
+            objective = self.settings.objective
+            scores = exact.list_scores(
+                model,
+                layers,
+                (exact.query_gradient(model, layers, query.sequences, space, objective) for query in self.queries),
+                lists,
+                rows,
+                space=space,
+                cosine=self.settings.cosine,
+                tokens_per_batch=index.tokens_per_batch,
+            )
+            for total, query_scores in zip(totals, scores, strict=True):
+                total += index.weights[checkpoint] * query_scores
         for result, total in zip(results, totals, strict=True):
             result.exact = dict(zip(result.rows, total.tolist(), strict=True))
             result.reorder(self.settings.top)
@@ -337,7 +341,9 @@ class Retrieval:
     def _hits(self, query: int, result: _QueryResult, controls: nulls.Controls | None) -> list[Hit]:
         hits = []
         for side in result.sides:
-            side_nulls = [None] * len(side.rows) if controls is None else self._nulls(result, side, controls)
+            side_nulls = (
+                [None] * len(side.rows) if controls is None else self._among(result, side, controls, nulls.nulls)
+            )
             for (rank, row, score), null in zip(side.ranked(), side_nulls, strict=True):
                 by_token, matrix = result.by_token.get(row, (None, None))
                 stored = self.stored_rows[row]
