@@ -212,20 +212,53 @@ def test_an_adapter_with_a_head_that_its_base_lacks_is_refused(adapter):
         load_model(adapter)
 
 
+def adapter_of_another_vocabulary(base, rows, directory, **options):
+    """An adapter of a base that was given so many rows before it was trained; its files, and the model itself."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    saving = {name: options.pop(name) for name in ("save_embedding_layers",) if name in options}
+    config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | options)
+    made = peft.get_peft_model(model, config)
+    made.save_pretrained(directory, **saving)
+    return made.eval()
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}], ids=["modules", "embedding"]
+    "options",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}, {"trainable_token_indices": [VOCABULARY, VOCABULARY + 1]}],
+    ids=["modules", "embedding", "tokens"],
 )
 def test_an_adapter_of_an_enlarged_vocabulary_is_loaded_as_peft_does(saved, options, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
-    model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    adapter_of_another_vocabulary(saved, VOCABULARY + 2, tmp_path / "adapter", **options)
     words(VOCABULARY + 2).save_pretrained(tmp_path / "adapter")
     expected = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     loaded = load_model(tmp_path / "adapter")
     ids = torch.tensor([[5, VOCABULARY + 1, 7, VOCABULARY]])
     torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (VOCABULARY + 2, {"trainable_token_indices": [VOCABULARY + 1], "save_embedding_layers": False}),
+        (VOCABULARY + 2, {"target_modules": ["lm_head"], "save_embedding_layers": False}),
+        (VOCABULARY + 2, {"modules_to_save": ["lm_head"], "save_embedding_layers": False}),
+        (VOCABULARY - 2, {"save_embedding_layers": True}),
+    ],
+    ids=["tokens", "head", "module", "fewer"],
+)
+def test_an_adapter_without_its_tokenizer_says_its_size_by_its_weights(saved, rows, options, tmp_path):
+    """Peft looks at the tokenizer alone, and fails with an IndexError or a size mismatch."""
+    expected = adapter_of_another_vocabulary(saved, rows, tmp_path / "adapter", **options)
+    tokenizer = words(min(rows, VOCABULARY))
+    tokenizer.save_pretrained(tmp_path / "words")
+    ids = torch.tensor([[5, 9, 7, 11]])
+    logits = load_model(tmp_path / "adapter", tokenizer=tmp_path / "words").model(input_ids=ids).logits
+    assert logits.shape[-1] == rows
+    known = slice(0, min(rows, VOCABULARY))  # rows of new tokens that the adapter does not hold are in no file
+    torch.testing.assert_close(logits[..., known], expected(input_ids=ids).logits[..., known])
 
 
 def test_adapter_of_another_rank_is_refused(adapter):

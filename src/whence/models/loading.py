@@ -230,7 +230,7 @@ def load_model(
     prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"), date_of_training(path))
     if adapter:
         with _loading(directory):
-            model = with_adapter(model, directory, loaded_tokenizer, adapter.get("modules_to_save") or [])
+            model = with_adapter(model, directory, loaded_tokenizer, adapter)
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
         model = model.to(_device(loading.get("device")))
