@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from whence.corpus.tokens import collate
 from whence.errors import ModelError, SettingError
 from whence.models.generation import PROMPTS_PER_BATCH, generate
 from whence.models.loading import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
+from whence.models.weights import weights_of
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 GATED = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -259,6 +261,64 @@ def test_an_adapter_without_its_tokenizer_says_its_size_by_its_weights(saved, ro
     assert logits.shape[-1] == rows
     known = slice(0, min(rows, VOCABULARY))  # rows of new tokens that the adapter does not hold are in no file
     torch.testing.assert_close(logits[..., known], expected(input_ids=ids).logits[..., known])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_torch_files_of_older_trainers_are_loaded_as_tensors_only(copy, shards, monkeypatch, tmp_path):
+    expected = load_model(copy).model.state_dict()
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    files = [copy / "pytorch_model.bin"] if shards == 1 else [copy / f"pytorch_model-{n}.bin" for n in range(shards)]
+    for number, file in enumerate(files):
+        torch.save(dict([*weights.items()][number::shards]), file)
+    if shards > 1:
+        weight_map = {name: files[number % shards].name for number, name in enumerate(weights)}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = load_model(copy).model.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    torch.save({"weight": Harm()}, files[0])
+    monkeypatch.chdir(tmp_path)
+    refused(copy, files[0], "not a readable torch file of tensors")
+    assert not (tmp_path / "harmed").exists()
+
+
+class Harm:
+    """Creates a file when unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("harmed"),))
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["pytorch_model_fsdp_0/__0_0.distcp"], ["accelerate merge-weights {0}/pytorch_model_fsdp_0 {0}"]),
+        (["__0_0.distcp"], ["accelerate merge-weights {0} OUT"]),
+        (["pytorch_model_fsdp.bin"], ["rename it to pytorch_model.bin"]),
+        (
+            ["global_step4/zero.pt", "zero_to_fp32.py"],
+            ["global_step4 is Deep", "python zero_to_fp32.py . . --safe"],
+        ),
+        (["epoch_0/model.safetensors", "epoch_10/x", "epoch_2/x"], ["epoch_0, epoch_2, epoch_10", "{0}/epoch_10."]),
+        ([], ["no model.safetensors or pytorch_model.bin in it. Give"]),
+    ],
+)
+def test_weights_in_another_form_are_named_with_the_command_that_joins_them(copy, names, parts):
+    (copy / "model.safetensors").unlink()
+    for name in names:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).touch()
+    refused(copy, "no model.safetensors", *(part.format(copy) for part in parts))
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        weights_of(str(copy), "model", "pytorch_model")
+
+
+def test_weights_without_a_configuration_are_told_where_to_find_it(copy, tmp_path):
+    """As accelerate's `save_state` leaves them in `checkpoint_0`."""
+    state = copy / "checkpoint_0"
+    state.mkdir()
+    shutil.copy(copy / "model.safetensors", state)
+    refused(state, "no config.json", f"cp {copy}/*.json {state}")
 
 
 def test_adapter_of_another_rank_is_refused(adapter):

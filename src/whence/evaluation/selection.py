@@ -40,7 +40,7 @@ from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.models.runs import open_run
-from whence.models.training_state import warn_if_unfinished
+from whence.models.training_state import warn_of_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.records import Count, MisfitError, fitting, read_record, unlike_written
@@ -320,7 +320,7 @@ def evaluate_selection(
     settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
     claim_directory(Place.at(directory), TABLE_FILE, settings, partial(_other_table, directory))
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(Place.at(directory)))
-    warn_if_unfinished(model)
+    warn_of_run(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     parent = directory_digest(start.path) + tokenizer_digest(start.tokenizer)
     cells = _untrained(directory, start, parent, tasks)

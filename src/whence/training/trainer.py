@@ -45,7 +45,7 @@ from whence.corpus.tokens import Encoded, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.runs import open_run
-from whence.models.training_state import date_of_training, warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_of_run
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
@@ -106,7 +106,7 @@ def train(
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
-    warn_if_unfinished(model)
+    warn_of_run(model)
     source = Path(last).resolve() if Path(last).is_dir() else last
     date = same_date(chosen.date, date_of_training(directory), str(directory))
     loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
