@@ -41,7 +41,7 @@ from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.models.runs import open_run
-from whence.models.training_state import warn_if_unfinished
+from whence.models.training_state import warn_of_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
@@ -332,7 +332,7 @@ def _all_cells(
 ) -> list[Cell]:
     """Every cell of a table: the untrained model's, and one for each method, task and seed."""
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(place))
-    warn_if_unfinished(model)
+    warn_of_run(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     parent = directory_digest(start.path) + tokenizer_digest(start.tokenizer)
     cells = _untrained(place, start, parent, tasks)

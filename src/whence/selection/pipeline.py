@@ -26,6 +26,7 @@ from whence.indexing.opening import Index, open_index
 from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
+from whence.models.training_state import warn_of_run
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
@@ -192,6 +193,7 @@ def open_view(
         raise no_index_for(method, str(source) if isinstance(source, str | Path) else "the rows")
     loaded: LoadedModel | None = None
     if model is not None:
+        warn_of_run(model)
         loaded = load_model(open_run(model).checkpoints[-1].path, **loading)
     elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")

@@ -46,7 +46,7 @@ from whence.errors import CorpusError, ModelError, SettingError, WhenceError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.loading_errors import reason_of
 from whence.models.runs import open_run
-from whence.models.training_state import date_of_training, warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_of_run
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.paths import is_directory, writing_to
@@ -122,7 +122,7 @@ def _train(
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
-    warn_if_unfinished(model)
+    warn_of_run(model)
     source = Path(last).resolve() if is_directory(last) else last
     date = same_date(chosen.date, date_of_training(directory), str(directory))
     loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
