@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
 from whence.errors import SettingError
 
@@ -50,7 +50,7 @@ def selection(
         from whence.corpus.reading import open_corpus
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
         from whence.outputs import refuse_inputs
-        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
+        from whence.reports.evaluate_tables import best_method, evaluate_answer, evaluate_plot, evaluate_tables
         from whence.reports.existing_files import Output, check_outputs
         from whence.reports.files import write_page, write_rows
     if not work:
@@ -63,7 +63,7 @@ def selection(
     refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
-    with waiting("Scoring"):
+    with working("Scoring"):
         choosers, budget = selection_methods(
             methods.split(","), source, task_files, fraction=fraction, model=model, work=work
         )
@@ -84,6 +84,11 @@ def selection(
     print_part(evaluate_tables(table))
     if out is not None:
         print_part(f"written to {out}")
+    best, file = best_method(table), next(iter(task_files.values()))
+    command = again("--methods", "bm25") if best is None else (
+        "whence", "select", source, "--method", best, "--tasks", file, "--fraction", fraction, "-o", "chosen.jsonl"
+    )  # fmt: skip
+    print_ending(evaluate_answer(table), *command)
 
 
 @evaluate.command("join")
@@ -105,7 +110,7 @@ def compare_with_pool(
         from whence.evaluation.joining import join
         from whence.reports.existing_files import Output, check_outputs
         from whence.reports.files import write_page, write_rows
-        from whence.reports.join_tables import join_plot, join_tables
+        from whence.reports.join_tables import join_answer, join_plot, join_tables
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
@@ -118,3 +123,5 @@ def compare_with_pool(
     print_part(join_tables(result))
     if out is not None:
         print_part(f"written to {out}")
+    command = ("whence", "ablate", path, *(word for file in evaluated for word in ("--eval", file)))
+    print_ending(join_answer(result), *(again("-o", "join.svg") if out is None else command))

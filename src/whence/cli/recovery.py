@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
@@ -89,7 +89,7 @@ def recover(
         from whence.reports.existing_files import Output, check_outputs
         from whence.reports.files import write_page, write_rows
         from whence.reports.recover_page import recover_page
-        from whence.reports.recover_tables import recover_tables
+        from whence.reports.recover_tables import recover_answer, recover_tables
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
@@ -117,3 +117,5 @@ def recover(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    command = again("-o", "found.jsonl") if out is None else ("whence", "index", final, out, "-o", "INDEX")
+    print_ending(recover_answer(result), *command)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
 
 _METHODS = ", ".join(catalogue.SCORERS)
@@ -76,7 +76,7 @@ def select(
         from whence.reports.existing_files import Output, check_outputs
         from whence.reports.files import write_page, write_rows
         from whence.reports.select_page import select_page
-        from whence.reports.select_tables import select_tables
+        from whence.reports.select_tables import FEW_IN_COMMON, select_answer, select_tables
         from whence.selection.description import composition, method_overlaps
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
@@ -87,7 +87,7 @@ def select(
     options |= {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
     options |= {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
-    with waiting("Scoring"):
+    with working("Scoring"):
         view = open_view(
             source,
             method,
@@ -112,4 +112,14 @@ def select(
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:
-        print_part(f"written to {out}. Next: whence train MODEL {out} -o RUN")
+        print_part(f"written to {out}")
+    others = [name for name, share in overlaps.items() if share < FEW_IN_COMMON]
+    if out is None:
+        command = again("-o", "chosen.jsonl")
+    elif others and tasks is not None:
+        methods = ",".join([method, *others])
+        command = ("whence", "evaluate", "selection", model or "MODEL", source, "--tasks", tasks, "--graded",
+                   "HELDOUT.jsonl", "--methods", methods)  # fmt: skip
+    else:
+        command = ("whence", "train", model or "MODEL", out, "-o", "RUN")
+    print_ending(select_answer(chosen, overlaps), *command)

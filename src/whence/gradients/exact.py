@@ -28,6 +28,7 @@ from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
+from whence.runner import counted
 
 
 def inner_products(
@@ -235,7 +236,8 @@ def layer_products(
     """Exact inner products of a query's gradient with training examples, in the examples' order."""
     n, products = len(rows), []
     order: list[int] = []
-    for numbers, batch in batches(rows, tokens_per_batch):
+    steps = counted(batches(rows, tokens_per_batch), "Exact gradients", n, lambda step: len(step[0]))
+    for numbers, batch in steps:
         consume = InnerProducts(query, len(numbers))
         backward(model, layers, batch, consume, reduction=reduction, whole=True)
         products.append(consume.result())

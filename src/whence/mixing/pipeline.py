@@ -317,7 +317,10 @@ def _notes(result: MixLaw) -> list[str]:
             "ranks well"
         )
     if table.column == "merged":
-        notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
+        notes.append(
+            "the losses are of merged models, which were not trained: they say which mixture is better, not what loss "
+            "it has"
+        )
     outside = share_outside(table, best.mixture)
     if outside > SHARE_OUTSIDE:
         mend = "" if result.settings["bounds"] == TRIED else ", or leave out --extrapolate"
