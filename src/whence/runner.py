@@ -132,7 +132,7 @@ class _Rate(ProgressColumn):
         return Text(_rates(done, tokens, elapsed, self.unit))
 
 
-def _rates(done: float, tokens: float, seconds: float, unit: str) -> str:
+def _rates(done: float | int, tokens: float | int, seconds: float, unit: str) -> str:
     """Things a second, and tokens a second where any were counted.
 
     >>> _rates(3, 0, 2.0, "mixtures"), _rates(3, 600, 2.0, "examples")

@@ -308,7 +308,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(whence, tiny_llama, tm
     ran = whence(*arguments)
     assert ran.code == 0
     assert "20, of which 20 can be ranked" in ran.out
-    assert f'Ask it: whence trace {out} --prompt "..."' in ran.out
+    assert ran.out.endswith(f"Next: whence trace {out} --prompt '0 and 0?'\n")
     assert Store.open(out).manifest.is_complete
 
 
@@ -505,7 +505,8 @@ def test_append_prints_what_the_index_holds_then(whence, tiny_index, tmp_path):
 
 def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     out = shutil.copytree(tiny_index, tmp_path / "index")
-    assert whence("verify", out) == Ran(0, "every file is as it was written\n", "")
+    asked = f"whence trace {out} --prompt '0 and 0?'"
+    assert whence("verify", out) == Ran(0, f"Every file of the index is as it was written. Next: {asked}\n", "")
     shard = out / "checkpoint-000" / "shard-00000.safetensors"
     before = shard.read_bytes()
     shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -513,7 +514,7 @@ def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     assert told.code == 1
     assert told.out.splitlines() == [
         "checkpoint-000/shard-00000.safetensors: wrong checksum",
-        f"Mend it with: whence verify {out} --repair",
+        f"1 file of the index is wrong. Next: whence verify {out} --repair",
     ]
     ran = whence("verify", out, "--json")
     assert (ran.code, ran.json()["repairs"]) == (1, [])

@@ -305,7 +305,7 @@ def test_without_truth_the_law_is_of_merged_losses():
     found = ablated(truth=False)
     table = read_mixture_table(found.rows())
     assert table.column == "merged" and table.losses[:, 0].tolist() == [cell.merged for cell in found.cells[:10]]
-    assert any("law of a proxy" in note for note in mix_law(found.rows(), law="ridge").notes)
+    assert any("which were not trained" in note for note in mix_law(found.rows(), law="ridge").notes)
 
 
 # -- in a browser

@@ -419,9 +419,11 @@ def test_scores_that_are_no_influence_are_not_called_so(show):
 def test_lowest_examples_that_do_not_oppose_are_called_lowest(show):
     rows = [hit(1, 0.5, {"text": "t"}), hit(-1, 0.1, {"text": "t"}), hit(-2, 0.2, {"text": "t"})]
     browser = show(Trace([answer([" a"])], rows, "dot", 3))
-    assert texts(browser, "main h2")[1] == "LowestNone of them opposes the answer."
+    assert texts(browser, "main h2")[1] == "LowestNone of these opposes the answer."
     browser = show(Trace([answer([" a"])], [*rows, hit(-3, -0.2, {"text": "t"})], "dot", 4))
-    assert texts(browser, "main h2")[1] == "OpposingThose below zero oppose the answer."
+    heads = ["OpposingTraining on these makes the answer less likely.", "LowestNone of these opposes the answer."]
+    assert texts(browser, "main h2")[1:] == heads
+    assert texts(browser, "main section:nth-child(2) .rank") == [f"{MINUS}3"]
 
 
 def test_a_long_example_is_an_excerpt_until_it_is_unfolded(show):

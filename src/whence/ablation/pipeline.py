@@ -99,6 +99,15 @@ class Ablation:
     is cheaper."""
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """How much was read, the best mixture, and how to go on."""
+        gained = self.gained()
+        lines = [f"Ablation({len(gained)} mixtures on {len(self.best())} evaluation sets)"]
+        if gained:
+            name, change = next(iter(gained.items()))
+            lines.append(f"  best: {name}, {change:+.3f} nats a token against the parent, mean over sets")
+        return "\n".join([*lines, "  More: .rows() as a table, .best() by set, .gained(), .agreements, .cost, .notes"])
+
     def best(self) -> dict[str, str]:
         """The mixture with the smallest merged loss, by set."""
         sets = dict.fromkeys(cell.set for cell in self.cells)

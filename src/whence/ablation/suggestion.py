@@ -63,6 +63,12 @@ class Suggestion:
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Mixture, and loss of the sampled rows, at each step."""
 
+    def __repr__(self) -> str:
+        """The mixture, what it gains, and how to go on."""
+        shares = ", ".join(f"{name} {weight:.1%}" for name, weight in self.mixture.items())
+        gain = "{:+.3f} nats a token against all alike ({:+.3f} to {:+.3f})".format(*self.gain)
+        return f"Suggestion({shares})\n  {gain}\n  More: .mixture, .losses, .uniform, .best_alone, .parent, .steps"
+
     def rows(self) -> list[dict[str, Any]]:
         """One row a partition."""
         return [{"partition": name, "weight": weight} for name, weight in self.mixture.items()]

@@ -54,7 +54,7 @@ def train(
     for member in members:
         loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
         print_part(f"{member['partition']}: {member['rows']:,} rows, {member['tokens']:,} tokens{loss}")
-    answer = f"The pool has {len(members)} models, one for each partition of {corpus}."
+    answer = f"The pool has {len(members)} members, each a model of one partition of {corpus}."
     print_ending(answer, "whence", "ablate", out, "--eval", "HELDOUT.jsonl")
 
 

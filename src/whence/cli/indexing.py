@@ -103,7 +103,7 @@ def _print_verified(path: str, as_json: bool) -> None:
             print_ending(answer, "whence", "verify", path)
         else:
             next_words = [path if word == "PATH" else word for word in _NEXT.get(result.kind, _NEXT["a model"])]
-            print_ending(f"{result.kind}: {_files(result.checked)} as written.".capitalize(), *next_words)
+            print_ending(f"This is {result.kind}, of which {_files(result.checked)} are as written.", *next_words)
     if result.problems:
         raise typer.Exit(1)
 

@@ -87,10 +87,15 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
         "ending": None if answer.ending is None else _visible(answer.ending),
         "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
         "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
-        "overlap": None if number >= len(trace.overlaps) else overlap_sentence(trace.overlaps[number]),
+        "overlap": _overlap(trace, number),
         "helpful": [_hit(hit, trace.levels) for hit in trace.of(number)],
         "opposing": [_hit(hit, trace.levels) for hit in trace.of(number, opposing=True)],
     }
+
+
+def _overlap(trace: Trace, number: int) -> str | None:
+    is_known = number < len(trace.overlaps) and math.isfinite(trace.overlaps[number])
+    return overlap_sentence(trace.overlaps[number]) if is_known else None
 
 
 def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> list[dict[str, Any]]:

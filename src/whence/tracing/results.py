@@ -83,13 +83,13 @@ class TokenMatrix:
 
     basis: str
     """`position`: where in the training text the gradient arises. `loss`: which training token is predicted."""
-    query: list[str]
+    query: list[str] = field(repr=False)
     """Tokens as `Answer.query_tokens` has them; rows of a contrast's tokens have a minus in the matrix."""
-    train: list[str]
+    train: list[str] = field(repr=False)
     """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
-    supervised: list[bool]
+    supervised: list[bool] = field(repr=False)
     """For each of `train`, whether the example is trained to say it."""
-    matrix: Float32[Tensor, "u s"]
+    matrix: Float32[Tensor, "u s"] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -100,7 +100,7 @@ class TokenMatrix:
 class Null:
     """One training example's scores for control queries, and the place of this query's score among them."""
 
-    scores: list[float]
+    scores: list[float] = field(repr=False)
     """The example's score for each control query."""
     mean: float
     z: float
@@ -130,7 +130,7 @@ class Hit:
     null: Null | None = None
     by_token: list[float] | None = None
     """Share of each query token in `score`, from the index' vectors; sums to it, before any correction."""
-    tokens: TokenMatrix | None = None
+    tokens: TokenMatrix | None = field(default=None, repr=False)
     exact_rank_score: float | None = None
     """With `exact`, what orders the ranks: the exact score, with `specific` less the mean over the controls."""
 
@@ -175,6 +175,18 @@ class Trace:
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
+
+    def __repr__(self) -> str:
+        """How much there is, the first examples, and how to go on."""
+        lines = [
+            f"Trace({self.method} over {self.rows:,} examples, {len(self.answers)} answers, {len(self.hits)} hits)"
+        ]
+        for number, answer in enumerate(self.answers[:3]):
+            first = next((f"{hit.id} first, score {hit.rank_score:+.4g}" for hit in self.of(number)), "no example")
+            lines.append(
+                f"  {answer.prompt[:50]!r}: {first}. {self.verdicts[number] if self.verdicts else ''}".rstrip()
+            )
+        return "\n".join([*lines, "  More: .of(QUERY), .answers, .verdicts, .notes; [hit.as_row() for hit in .hits]"])
 
     @property
     def needed_z(self) -> float | None:

@@ -109,7 +109,7 @@ class Side:
     def joined(self, other: "Side") -> "Side":
         """With the rows of the other side that it lacks."""
         more = [place for place, row in enumerate(other.rows) if row not in {*self.rows}]
-        rows, scores = ([values[place] for place in more] for values in (other.rows, other.scores))
+        rows, scores = [other.rows[place] for place in more], [other.scores[place] for place in more]
         return Side(self.sign, self.rows + rows, self.scores + scores)
 
     def cut(self, top: int) -> "Side":
@@ -350,7 +350,6 @@ class Retrieval:
             for (rank, row, score), null in zip(side.ranked(), side_nulls, strict=True):
                 by_token, matrix = result.by_token.get(row, (None, None))
                 exact = result.exact.get(row)
-                ranks = exact is not None and self.settings.exact
                 stored = self.stored_rows[row]
                 hits.append(
                     Hit(
@@ -361,7 +360,9 @@ class Retrieval:
                         source=stored["source"],
                         row=json.loads(stored["row"]),
                         exact=exact,
-                        exact_rank_score=exact - result.means[row] if ranks else None,
+                        exact_rank_score=None
+                        if exact is None or not self.settings.exact
+                        else exact - result.means[row],
                         null=null,
                         by_token=by_token,
                         tokens=matrix,
