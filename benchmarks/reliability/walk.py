@@ -159,10 +159,12 @@ BROKEN = r"""(() => {
       if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) broken.push(word[0]);
     }
   }
-  const cut = [...document.querySelectorAll('.stacked')].filter((box) => box.scrollWidth > box.clientWidth + 1);
+  const isOver = (box) => box.scrollWidth > box.clientWidth + 1;
+  const over = [...document.querySelectorAll(".stacked td, .rank, .figure")].filter(isOver);
+  const cut = [...document.querySelectorAll(".stacked")].filter(isOver);
   const wide = document.documentElement.scrollWidth > innerWidth ? ['the page'] : [];
   const words = broken.map((word) => `breaks ${word}`);
-  return [...words, ...cut.map((box) => `cuts ${box.innerText.slice(0, 60)}`), ...wide];
+  return [...words, ...over.map((box) => `runs over ${box.innerText}`), ...cut.map((box) => `cuts ${box.innerText.slice(0, 60)}`), ...wide];
 })()"""
 """Words that stand on two lines, tables that are cut, and a page that is wider than the window."""
 

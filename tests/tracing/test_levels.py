@@ -125,7 +125,9 @@ def test_a_method_without_a_null_says_so(built, method):
     assert (found.levels, found.verdicts, found.needed_z) == ([], [], None)
     (note,) = found.notes
     assert note.startswith(f"no z and no verdict with --method {method}: ") and note.endswith("with --method cosine.")
-    assert ("it takes a gradient for every token, and a null asks 227 queries more" in note) == (method == "reach")
+    assert ("it takes a gradient for every token, and to measure chance asks 227 queries more" in note) == (
+        method == "reach"
+    )
     assert trace(built, *ASKED, top=2, method=method, null=False).notes == []
 
 

@@ -17,8 +17,8 @@ from whence.reports.svg import escaped
 
 LONGEST = 600
 """Characters of a row that are shown."""
-BESIDE = 5
-"""Most columns of numbers beside a picture on a telephone; more stand under it, four in a line."""
+BESIDE, IN_LINE, FEWER = 3, 5, 4
+"""Most columns of numbers beside a picture on a telephone; under it in one line; and in each of several lines."""
 
 
 def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
@@ -103,7 +103,8 @@ def table(head: str, rows: Sequence[str], *, stacks: bool = True) -> str:
     has_picture = "<th></th>" in head
     numbers = head.count("<th") - 1 - has_picture
     beside = " beside" if has_picture and numbers <= BESIDE else ""
-    return f'<div class="scroll stacked{beside} n{numbers if beside else min(numbers, 4)}"><table>{inner}</table></div>'
+    in_line = numbers if numbers <= IN_LINE else FEWER
+    return f'<div class="scroll stacked{beside} n{in_line}"><table>{inner}</table></div>'
 
 
 def bars(*shares: float) -> str:
