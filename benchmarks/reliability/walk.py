@@ -146,29 +146,6 @@ def walk(folder: Path, width: int | None, names: list[str]) -> list[str]:
     return wrong
 
 
-BROKEN = r"""(() => {
-  const broken = [], range = document.createRange();
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node; (node = walker.nextNode());) {
-    const parent = node.parentElement;
-    if (parent.closest('script, style, noscript, svg, [hidden], .text, .heat') || !parent.offsetParent) continue;
-    for (const word of node.data.matchAll(/\S+/g)) {
-      if (word[0].length > 24) continue;  // a path, which may break
-      range.setStart(node, word.index);
-      range.setEnd(node, word.index + word[0].length);
-      if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) broken.push(word[0]);
-    }
-  }
-  const isOver = (box) => box.scrollWidth > box.clientWidth + 1;
-  const over = [...document.querySelectorAll(".stacked td, .rank, .figure")].filter(isOver);
-  const cut = [...document.querySelectorAll(".stacked")].filter(isOver);
-  const wide = document.documentElement.scrollWidth > innerWidth ? ['the page'] : [];
-  const words = broken.map((word) => `breaks ${word}`);
-  return [...words, ...over.map((box) => `runs over ${box.innerText}`), ...cut.map((box) => `cuts ${box.innerText.slice(0, 60)}`), ...wide];
-})()"""
-"""Words that stand on two lines, tables that are cut, and a page that is wider than the window."""
-
-
 def pictures(folder: Path) -> list[str]:
     """Pictures of every page, into `screens`; what is broken in those of 390 pixels."""
     wrong, out = [], folder / "screens"
@@ -188,7 +165,7 @@ def pictures(folder: Path) -> list[str]:
                     picture = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
                     (out / f"{name}-{width}-{scheme}.png").write_bytes(base64.b64decode(picture["data"]))
                 if width == 390 and page.suffix == ".html":
-                    wrong += [f"{name}, {width} pixels: {what}" for what in browser.value(BROKEN)]
+                    wrong += [f"{name}, {width} pixels: {what}" for what in browser.broken()]
         browser.close()
     return wrong
 

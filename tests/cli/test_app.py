@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whence as whence_package
-from conftest import byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
+from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
 from whence import __version__, catalogue
 from whence.cli.app import main
 from whence.indexing.codecs import CODECS
@@ -51,6 +51,8 @@ def whence(monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             main()
         captured = capsys.readouterr()
+        if not caught.value.code and not {"--json", "--help", "--version"} & {*arguments}:
+            assert ENDING.fullmatch(captured.out.splitlines()[-1]), captured.out
         return Ran(caught.value.code, captured.out, captured.err)
 
     return run

@@ -318,6 +318,7 @@ def test_nothing_runs_and_a_telephone_needs_no_sideways_scrolling(browser, tmp_p
         for width in (400, 1200):
             browser.open(file, width=width)
             assert browser.value("document.documentElement.scrollWidth") <= width
+            assert browser.broken() == []
         assert not browser.value(IS_OWNED)
         assert browser.value("document.querySelectorAll('body :is(script, iframe, img, a)').length") == 0
         fill = "getComputedStyle(document.querySelector('td.below')).backgroundColor"

@@ -123,6 +123,15 @@ def test_coloured_tokens_are_neither_markup_nor_control_characters():
     assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 
+def test_colours_of_tokens_have_a_legend_with_their_unit():
+    matrix = token_matrix(["a", "b"], [2.5, -1.0])
+    asked = Trace([answer([0.5])], [replace(hit(1, 0.5, {"text": "t"}), tokens=matrix)], "dot", 1)
+    text = " ".join(shown(trace_tables(asked), width=80).split())
+    assert "Training tokens, by position of its gradient: helps opposes the answer" in text
+    assert "of the example's exact score (its largest token has 2.5 at most)" in text
+    assert "Training tokens" not in shown(trace_tables(Trace([answer([0.5])], [hit(1, 0.5, {"text": "t"})], "dot", 1)))
+
+
 def test_only_tokens_around_the_most_influential_are_shown():
     train, influence = [f"<{number}>" for number in range(500)], [0.1] * 500
     influence[250] = -3.0
