@@ -162,9 +162,10 @@ def _hits_table(trace: Trace, query: int) -> Table:
     has_exact = any(hit.exact is not None for hit in helpful)
     has_null = any(hit.null is not None for hit in helpful)
     table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    if has_exact:
-        table.add_column("exact", justify="right")
+    is_exact = any(hit.exact_rank_score is not None for hit in helpful)
+    names = ("exact", "compressed") if is_exact else ("score", "exact")  # what ranks comes first
+    for name in names if has_exact else names[:1]:
+        table.add_column(name, justify="right")
     if has_null:
         table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
@@ -179,16 +180,16 @@ def _hits_table(trace: Trace, query: int) -> Table:
     against = "oppose the answer" if all(opposed) else "are the lowest; those below 0 oppose the answer"
     if not any(opposed):
         against = "are the lowest; none opposes the answer"
-    by = " by exact scores" if any(hit.exact_rank_score is not None for hit in helpful) else ""
-    table.caption = f"{trace.method} over {trace.rows:,} examples, ranked{by}; negative ranks {against}"
+    by = ", ranked by exact scores" if is_exact else ""
+    table.caption = f"{trace.method} over {trace.rows:,} examples{by}; negative ranks {against}"
     table.caption_justify = "left"
     return table
 
 
 def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool) -> list[RenderableType]:
-    cells: list[RenderableType] = [str(hit.rank), _signed(hit.score, form)]
-    if has_exact:
-        cells.append(_signed(hit.exact, form) if hit.exact is not None else "")
+    scores = [hit.score, hit.exact] if hit.exact_rank_score is None else [hit.exact, hit.score]
+    cells: list[RenderableType] = [str(hit.rank)]
+    cells += ["" if score is None else _signed(score, form) for score in (scores if has_exact else scores[:1])]
     if has_null:
         null = hit.null
         cells.append("" if null is None else f"{null.z:+.1f}{'*' if null.generic else ' '}")
