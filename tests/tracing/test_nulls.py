@@ -254,7 +254,7 @@ def test_a_file_gives_a_null_where_the_rows_are_too_few(tiny_index, controls):
 
 
 def test_too_few_controls_are_refused(built):
-    with pytest.raises(SettingError, match=f"--controls: 3 queries; a null needs {LEAST} or more"):
+    with pytest.raises(SettingError, match=f"--controls: 3 queries; to say what chance reaches takes {LEAST} or more"):
         trace(built, *ASKED, controls=corpus_rows(3))
 
 

@@ -149,7 +149,7 @@ def train_pool(
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
-        with runner.progress("Training members", len(partitions), done=done, shown=shown) as tick:
+        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=shown) as tick:
 
             def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
                 place = Path(pool.place.root) / "work" / slug(partition.name)

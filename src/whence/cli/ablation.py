@@ -4,11 +4,12 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
@@ -60,7 +61,8 @@ def train(
     for member in members:
         loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
         print_part(f"{member['partition']}: {member['rows']:,} rows, {member['tokens']:,} tokens{loss}")
-    print_part(f"{len(members)} members in {out}. Next: whence ablate {out} --eval HELDOUT.jsonl")
+    answer = f"The pool has {len(members)} members, each a model of one partition of {corpus}."
+    print_ending(answer, "whence", "ablate", out, "--eval", "HELDOUT.jsonl")
 
 
 @pool.command()
@@ -99,7 +101,8 @@ def merge(
         write_page(mergekit_yaml(opened, weights, scale=scale), yaml)
         print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
                    "--mixture NAME=1 -o members/NAME")  # fmt: skip
-    print_part(f"written to {directory}")
+    answer = f"The average of {len(weights)} members is a model in {directory}."
+    print_ending(answer, "whence", "train", out, "CORPUS", "-o", "RUN")
 
 
 @pool.command()
@@ -118,7 +121,8 @@ def grams(
         from whence.ablation.pool import open_pool
     opened = open_pool(path)
     collect(opened, corpus, tokens=tokens)
-    print_part(f"inputs of {len(open_grams(opened).grams)} members in {path}/grams")
+    answer = f"Inputs of {len(open_grams(opened).grams)} members are in {path}/grams."
+    print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl", "--method", "regmean")
 
 
 @pool.command()
@@ -131,7 +135,8 @@ def verify(path: PoolPath) -> None:
     opened = open_pool(path)
     opened.verify()
     verify_grams(opened)
-    print_part(f"{len(opened.members)} members are as they were written")
+    answer = f"All {len(opened.members)} members are as they were written."
+    print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl")
 
 
 def ablate(
@@ -165,7 +170,7 @@ def ablate(
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page
-        from whence.reports.ablate_tables import ablate_tables
+        from whence.reports.ablate_tables import ablate_answer, ablate_tables
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
     rows = result.rows()
@@ -187,6 +192,30 @@ def ablate(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    best = next(iter(result.gained("truth") or result.gained()))
+    weights = next(candidate.weights for candidate in result.candidates if candidate.name == best)
+    how = (*(("--scale", scale) if scale != 1 else ()), *(("--method", method) if method != "mean" else ()))
+    print_ending(
+        ablate_answer(result),
+        "whence",
+        "pool",
+        "merge",
+        path,
+        "--mixture",
+        mixture_words(weights),
+        *how,
+        "-o",
+        "MERGED",
+    )
+
+
+def mixture_words(mixture: Mapping[str, float]) -> str:
+    """Weights as `--mixture` takes them, rounded.
+
+    >>> mixture_words({"a": 1 / 3, "b": 2 / 3})
+    'a=0.33333,b=0.66667'
+    """
+    return ",".join(f"{name}={weight:.5g}" for name, weight in mixture.items())
 
 
 def parsed_mixture(text: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from typer.exceptions import TyperException
 
 from whence import __version__
 from whence.cli.ablation import ablate, pool
-from whence.cli.console import complain, print_json, waiting
+from whence.cli.console import complain, print_ending, print_json, waiting
 from whence.cli.evaluation import evaluate
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, verify
@@ -160,9 +160,13 @@ def demo(
     """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
     with waiting("Loading torch"):
         from whence.cli.demonstration import demo as run
+        from whence.cli.demonstration import grade_answer
     result = run(out, seed=seed, say=Console(stderr=as_json).print)
     if as_json:
         print_json(result)
+        return
+    question = "What does json.dumps do?"
+    print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 
 
 for verb in (train, index, trace, info, verify, append, bench, select, recover):

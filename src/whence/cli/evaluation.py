@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
@@ -73,10 +73,10 @@ def selection(
     check_inputs(models=[model], corpora=inputs[1:] if is_index(source) else inputs)
     with waiting("Loading torch"):
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
-        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
+        from whence.reports.evaluate_tables import best_method, evaluate_answer, evaluate_plot, evaluate_tables
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
-    with waiting("Scoring"):
+    with working("Scoring"):
         choosers, budget = selection_methods(
             methods.split(","), source, task_files, fraction=fraction, model=model, work=work
         )
@@ -97,6 +97,11 @@ def selection(
     print_part(evaluate_tables(table))
     if out is not None:
         print_part(f"written to {out}")
+    best, file = best_method(table), next(iter(task_files.values()))
+    command = again("--methods", "bm25") if best is None else (
+        "whence", "select", source, "--method", best, "--tasks", file, "--fraction", fraction, "-o", "chosen.jsonl"
+    )  # fmt: skip
+    print_ending(evaluate_answer(table), *command)
 
 
 @evaluate.command("join")
@@ -125,7 +130,7 @@ def compare_with_pool(
     check_inputs(index=source, pool=path, corpora=[*evaluated, corpus])
     with waiting("Loading torch"):
         from whence.evaluation.joining import join
-        from whence.reports.join_tables import join_plot, join_tables
+        from whence.reports.join_tables import join_answer, join_plot, join_tables
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
                   model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
     if out is not None:
@@ -136,3 +141,5 @@ def compare_with_pool(
     print_part(join_tables(result))
     if out is not None:
         print_part(f"written to {out}")
+    command = ("whence", "ablate", path, *(word for file in evaluated for word in ("--eval", file)))
+    print_ending(join_answer(result), *(again("-o", "join.svg") if out is None else command))

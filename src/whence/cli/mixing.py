@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.ablation import mixture_words
+from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
@@ -86,7 +87,7 @@ def law(
         from whence.mixing.prediction import predict as predict_mixtures
         from whence.mixing.prediction import read_others
         from whence.reports.mix_page import mix_page
-        from whence.reports.mix_tables import mix_tables, prediction_tables
+        from whence.reports.mix_tables import mix_answer, mix_tables, prediction_tables
     prefixes = {"mixture_prefix": mixture_prefix, "loss_prefix": loss_prefix}
     others = None if predict is None else read_others(predict, predict_losses, **prefixes)
     with waiting("Fitting"):
@@ -110,6 +111,14 @@ def law(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    suggested = mixture_words({row["domain"]: row["suggested"] for row in result.rows if row["suggested"] > 0})
+    if out is None:
+        command = again("-o", "mixture.jsonl")
+    elif result.table.column == "merged":  # of a pool's averages, which can be made
+        command = ("whence", "pool", "merge", "POOL", "--mixture", suggested, "-o", "MERGED")
+    else:
+        command = again("--law", next(name for name in catalogue.MIXING_LAWS if name != law))
+    print_ending(mix_answer(result), *command)
 
 
 @mix.command()
@@ -141,7 +150,7 @@ def suggest(
     check_inputs(pool=pool, corpora=evaluated)
     with waiting("Loading torch"):
         from whence.ablation.suggestion import suggest as run
-        from whence.reports.suggest_tables import suggest_tables
+        from whence.reports.suggest_tables import suggest_answer, suggest_tables
     result = run(
         pool, evaluated, steps=steps, rate=rate, rows=rows, caps=caps, targets=targets, seed=seed, shown=not as_json
     )  # fmt: skip
@@ -149,9 +158,12 @@ def suggest(
         write_rows(result.rows(), out)
     if as_json:
         losses = {"losses": result.losses, "uniform": result.uniform, "best_alone": result.best_alone}
-        more = {"alone": result.alone, "parent": result.parent, "steps": result.steps}
+        more = {"gain": dict(zip(("nats", "low", "high"), result.gain, strict=True))}
+        more |= {"alone": result.alone, "parent": result.parent, "steps": result.steps}
         print_json({"rows": result.rows(), **losses, **more})
         return
     print_part(suggest_tables(result))
     if out is not None:
-        print_part(f"written to {out}. Confirm it by a real training: whence ablate {pool} --mixtures FILE --truth")
+        print_part(f"written to {out}")
+    mixture = mixture_words(result.mixture) if result.gain[0] > 0 else "macro"
+    print_ending(suggest_answer(result), "whence", "pool", "merge", pool, "--mixture", mixture, "-o", "MERGED")

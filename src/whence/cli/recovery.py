@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
 
@@ -107,7 +107,7 @@ def recover(
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page
-        from whence.reports.recover_tables import recover_tables
+        from whence.reports.recover_tables import recover_answer, recover_tables
     result = run(base, final, corpus, count=count, work=work, shown=not as_json, **settings)
     if out is not None:
         write_rows(result.rows, out)
@@ -124,3 +124,5 @@ def recover(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    command = again("-o", "found.jsonl") if out is None else ("whence", "index", final, out, "-o", "INDEX")
+    print_ending(recover_answer(result), *command)

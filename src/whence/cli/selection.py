@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
 
@@ -96,13 +96,13 @@ def select(
     check_inputs(models=[model], corpora=[tasks, corpus, None if is_index(source) else source])
     with waiting("Loading torch"):
         from whence.reports.select_page import select_page
-        from whence.reports.select_tables import select_tables
+        from whence.reports.select_tables import FEW_IN_COMMON, select_answer, select_tables
         from whence.selection.description import composition, method_overlaps
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
     options |= limits | {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
-    with waiting("Scoring"):
+    with working("Scoring"):
         view = open_view(
             source,
             method,
@@ -127,4 +127,18 @@ def select(
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:
-        print_part(f"written to {out}. Next: whence train MODEL {out} -o RUN")
+        print_part(f"written to {out}")
+    others = [name for name, share in overlaps.items() if share < FEW_IN_COMMON]
+    print_ending(
+        select_answer(chosen, overlaps), *_next(source, tasks, model, out, [method, *others] if others else [])
+    )
+
+
+def _next(source: str, tasks: str | None, model: str | None, out: str | None, methods: list[str]) -> tuple[str, ...]:
+    """The next command: write the rows, compare methods that differ by training, or train on the rows."""
+    if out is None:
+        return again("-o", "chosen.jsonl")
+    if methods and tasks is not None:
+        return ("whence", "evaluate", "selection", model or "MODEL", source, "--tasks", tasks, "--graded",
+                "HELDOUT.jsonl", "--methods", ",".join(methods))  # fmt: skip
+    return "whence", "train", model or "MODEL", out, "-o", "RUN"

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
 from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath
 
@@ -37,12 +37,12 @@ def trace(
     ] = "position",
     controls: Annotated[
         str | None,
-        typer.Option(help="File of queries whose scores are the null; rows of the index unless given."),
+        typer.Option(help="File of queries whose scores say what chance is; rows of the index unless given."),
     ] = None,
     specific: Annotated[
         bool, typer.Option("--specific", help="Rank by the score less the example's mean over control queries.")
     ] = False,
-    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with those for controls.")] = True,
+    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with what chance reaches.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature of a generated answer; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
@@ -67,9 +67,9 @@ def trace(
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
         from whence.reports.trace_page import trace_page
-        from whence.reports.trace_tables import trace_tables
+        from whence.reports.trace_tables import MANY, stands_out, trace_answer, trace_tables
         from whence.tracing.pipeline import trace as run
-    with waiting("Tracing"):
+    with working("Tracing"):
         opened = open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             tokens |= opened.space.view == "sgd"
@@ -90,3 +90,17 @@ def trace(
     print_part(trace_tables(result))
     if out is not None:
         print_part(f"written to {out}")
+    can_be_exact = not exact and method in catalogue.index_methods() and opened.space.view == "sgd"
+    if min(result.overlaps, default=1.0) < MANY and 2 * shortlist < result.rows:
+        command = again("--shortlist", 4 * shortlist)
+    elif result.levels and not any(stands_out(result, number) for number in range(len(result.answers))):
+        asked = ("--prompt", prompt) if queries is None else ("--queries", queries)
+        words = () if completion is None else ("--completion", completion)
+        command = ("whence", "trace", index, *asked, *words, "--method", "bm25")
+    elif can_be_exact:
+        command = again("--exact")
+    elif not is_page:
+        command = again("-o", "trace.html")
+    else:
+        command = ("whence", "select", index, "--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
+    print_ending(trace_answer(result), *command)

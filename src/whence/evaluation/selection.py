@@ -133,6 +133,17 @@ class SelectionTable:
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """Gains by task and method, the first of them, and how to go on."""
+        gains = [line for line in self.lines if line.gain is not None]
+        lines = [
+            f"  {line.task}, {line.method}: {line.gain:+.3f} nats a token against random rows" for line in gains[:8]
+        ]
+        more = [f"  ... {len(gains) - 8} more"] if len(gains) > 8 else []
+        return "\n".join(
+            [f"SelectionTable({len(self.lines)} lines)", *lines, *more, "  More: .rows(), .settings, .notes"]
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         """The lines as plain rows."""
         return [asdict(line) for line in self.lines]

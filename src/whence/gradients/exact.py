@@ -29,6 +29,7 @@ from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
+from whence.runner import counted
 
 HELD_BYTES = 2**31
 """Largest size of the queries' pairs that are held for one pass, and of their formed gradients."""
@@ -300,7 +301,8 @@ def layer_products(
     n, products = len(rows), []
     order: list[int] = []
     queries = Queries([query])
-    for numbers, batch in batches(rows, tokens_per_batch):
+    steps = counted(batches(rows, tokens_per_batch), "Exact gradients", n, lambda step: len(step[0]))
+    for numbers, batch in steps:
         consume = InnerProducts(queries, torch.ones(1, len(numbers), dtype=torch.bool))
         backward(model, layers, batch, consume, reduction=reduction, whole=True)
         products.append(consume.result(0))

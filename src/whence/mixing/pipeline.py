@@ -63,6 +63,9 @@ class HeldOut:
     folds: int
     seed: int
 
+    def __repr__(self) -> str:
+        return f"HeldOut({self.table!r}, {self.folds} folds)"
+
     @cached_property
     def sets(self) -> dict[str, Grade]:
         """The grade of each evaluation set, by name."""
@@ -135,6 +138,18 @@ class MixLaw:
     """By evaluation set whose loss before was given, and by domain."""
     settings: dict[str, Any]
     notes: list[str]
+
+    def __repr__(self) -> str:
+        """The law, what it is worth, what it suggests, and how to go on."""
+        suggested = sorted(zip(self.best.mixture, self.table.domains, strict=True), reverse=True)[:4]
+        shares = ", ".join(f"{name} {share:.0%}" for share, name in suggested)
+        lines = [f"MixLaw({self.settings['law']}, {self.table!r})"]
+        lines.append(
+            f"  suggests {shares}: {self.best.objective:.4g}, held-out error {self.held_out.overall.error:.3g}"
+        )
+        return "\n".join(
+            [*lines, "  More: .law.predict(MIXTURES), .rows, .set_rows, .held_out.overall, .critical, .notes"]
+        )
 
     @property
     def mean(self) -> Float64[np.ndarray, " K"]:
@@ -318,7 +333,10 @@ def _notes(result: MixLaw) -> list[str]:
             "ranks well"
         )
     if table.column == "merged":
-        notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
+        notes.append(
+            "the losses are of merged models, which were not trained: they say which mixture is better, not what loss "
+            "it has"
+        )
     outside = share_outside(table, best.mixture)
     if outside > SHARE_OUTSIDE:
         mend = "" if result.settings["bounds"] == TRIED else ", or leave out --extrapolate"

@@ -68,6 +68,9 @@ class MixtureTable:
     column: str = ""
     """Which of `LONG_COLUMNS` the losses come from; "" in another layout."""
 
+    def __repr__(self) -> str:
+        return f"MixtureTable({len(self.mixtures):,} mixtures of {len(self.domains)} domains, {len(self.sets)} sets)"
+
     def __post_init__(self):
         n = len(self.mixtures)
         if not self.row_names:

@@ -24,6 +24,20 @@ def mix_tables(result: MixLaw) -> RenderableType:
     return Group(*parts)
 
 
+def mix_answer(result: MixLaw) -> str:
+    """Whether the suggested mixture is expected to be better than the best tried, in a sentence."""
+    tried = float(result.table.losses[result.best_row] @ result.weights)
+    better, error = tried - result.best.objective, result.held_out.overall.error
+    used = [row for row in sorted(result.rows, key=lambda row: -row["suggested"]) if row["suggested"] >= 0.005]
+    shares = ", ".join(f"{visible(row['domain'])} {row['suggested']:.0%}" for row in used[:3])
+    more = ", ..." if len(used) > 3 else ""
+    answer = f"The law suggests {shares}{more}: "
+    if better <= 0:
+        return f"{answer}it expects no better of it than the best tried already has."
+    sure = "less" if better < error else "more"
+    return f"{answer}better by {better:.3f} than the best tried, which is {sure} than the law's error of {error:.3f}."
+
+
 def _table(title: str, first: str, *columns: str) -> Table:
     table = plain_table(title)
     table.add_column(first, overflow="fold")

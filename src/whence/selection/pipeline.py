@@ -55,6 +55,18 @@ class Chosen:
     answers: list[AnswerShare] = field(default_factory=list)
     """How often the task's labels are the answers of the chosen rows, and of its examples; none for free text."""
 
+    def __repr__(self) -> str:
+        """How much was chosen, the first row, and how to go on."""
+        selection, how = self.selection, f"{self.settings['method']}, {self.settings['selector']}"
+        lines = [
+            f"Chosen({len(self.rows):,} of {len(selection.reasons):,} rows, {selection.tokens:,} tokens, by {how})"
+        ]
+        if self.rows:
+            lines.append(f"  first: row {selection.rows[0]:,}, score {selection.scores[0]:.4g}")
+        return "\n".join(
+            [*lines, "  More: .rows in rank order, to train on; .selection.tally(), .selection.notes, .settings"]
+        )
+
 
 def select(
     source: str | Path | Index | Corpus | Iterable[Row] | IndexView | CorpusView,

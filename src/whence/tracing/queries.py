@@ -28,6 +28,7 @@ from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
 from whence.indexing.opening import Index
 from whence.models.generation import ends_of
 from whence.models.loading import LoadedModel
+from whence.runner import counted
 from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
 from whence.tracing.results import Answer
 from whence.tracing.spans import span_of
@@ -367,7 +368,9 @@ def query_vectors(
         rows = torch.zeros(len(queries), projection.width)
         plain = [number for number, sequences in enumerate(queries) if len(sequences) == 1]
         lengths = [len(queries[number][0].encoded.ids) for number in plain]
-        for batch in bucketed(lengths, index.tokens_per_batch):
+        for batch in counted(
+            bucketed(lengths, index.tokens_per_batch), "Gradients of questions", len(plain), len, "texts"
+        ):
             numbers = [plain[place] for place in batch]
             rows[numbers] = sketch(
                 model,

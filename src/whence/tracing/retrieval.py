@@ -107,6 +107,12 @@ class Side:
         )
         return Side(self.sign, [self.rows[place] for place in order], [self.scores[place] for place in order])
 
+    def joined(self, other: "Side") -> "Side":
+        """With the rows of the other side that it lacks."""
+        more = [place for place, row in enumerate(other.rows) if row not in {*self.rows}]
+        rows, scores = [other.rows[place] for place in more], [other.scores[place] for place in more]
+        return Side(self.sign, self.rows + rows, self.scores + scores)
+
     def cut(self, top: int) -> "Side":
         """The first `top` rows."""
         return Side(self.sign, self.rows[:top], self.scores[:top])
@@ -136,9 +142,10 @@ class _QueryResult:
         return sorted({row for side in self.sides for row in side.rows})
 
     def reorder(self, top: int) -> None:
-        """Order both sides by exact scores, and set the overlap of the two rankings."""
-        helpful = self.sides[0]
-        self.sides = [side.ordered(self.exact, self.means) for side in self.sides]
+        """Order the rows of both short lists by exact scores, from either end, and set the overlap of the rankings."""
+        helpful, opposing = self.sides
+        self.sides = [side.joined(other).ordered(self.exact, self.means)
+                      for side, other in ((helpful, opposing), (opposing, helpful))]  # fmt: skip
         best = helpful.rows[:top]
         self.overlap = len({*best} & {*self.sides[0].rows[:top]}) / len(best) if best else 1.0
 
@@ -234,7 +241,9 @@ class Retrieval:
         if not (settings.null or settings.specific):
             return [], None
         if queries and len(queries) < nulls.LEAST:
-            raise SettingError(f"--controls: {len(queries)} queries; a null needs {nulls.LEAST} or more")
+            raise SettingError(
+                f"--controls: {len(queries)} queries; to say what chance reaches takes {nulls.LEAST} or more"
+            )
         rows = None if queries else nulls.control_rows(self.index, seed=settings.seed)
         if settings.specific and not queries and rows is None:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
@@ -346,6 +355,7 @@ class Retrieval:
             )
             for (rank, row, score), null in zip(side.ranked(), side_nulls, strict=True):
                 by_token, matrix = result.by_token.get(row, (None, None))
+                exact = result.exact.get(row)
                 stored = self.stored_rows[row]
                 hits.append(
                     Hit(
@@ -355,7 +365,10 @@ class Retrieval:
                         score=score,
                         source=stored["source"],
                         row=json.loads(stored["row"]),
-                        exact=result.exact.get(row),
+                        exact=exact,
+                        exact_rank_score=None
+                        if exact is None or not self.settings.exact
+                        else exact - result.means[row],
                         null=null,
                         by_token=by_token,
                         tokens=matrix,
