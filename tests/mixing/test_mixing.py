@@ -486,7 +486,7 @@ def test_the_long_layout_of_ablate_is_read(small):
         read_mixture_table([{"weights": row["weights"]} for row in shares], long)
     half = [row | ({"truth": None} if number else {}) for number, row in enumerate(long)]
     assert read_mixture_table(shares, half).column == "merged"
-    assert "law of a proxy" in mix_law(shares, half, law="ridge", folds=3).notes[0]
+    assert "which were not trained" in mix_law(shares, half, law="ridge", folds=3).notes[0]
     with pytest.raises(SettingError, match="mixture m0 has two losses on s0"):
         read_mixture_table(shares, [*long, long[0]])
     with pytest.raises(SettingError, match="without a loss in every one"):
