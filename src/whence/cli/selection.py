@@ -134,7 +134,7 @@ def select(
     )
 
 
-def _next(source: str, tasks: str | None, model: str | None, out: str | None, methods: list[str]) -> tuple[str, ...]:
+def _next(source: str, tasks: str | None, model: str | None, out: str | None, methods: list[str]) -> tuple[object, ...]:
     """The next command: write the rows, compare methods that differ by training, or train on the rows."""
     if out is None:
         return again("-o", "chosen.jsonl")
