@@ -276,9 +276,12 @@ def _fill(built: Index, progress: bool) -> None:
             )
 
         advice = _memory_advice(built)
-        for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
-            _refuse_zeros(store, entry)
-            store.add_shard(entry)
+        try:
+            for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
+                _refuse_zeros(store, entry)
+                store.add_shard(entry)
+        finally:
+            store.flush()
 
 
 def _refuse_zeros(store: Store, last: ShardEntry) -> None:
@@ -288,6 +291,8 @@ def _refuse_zeros(store: Store, last: ShardEntry) -> None:
         ModelError: There are rows with supervised tokens, and not one has a gradient.
     """
     parts = range(len(store.manifest.parts))
+    if sum(entry.checkpoint == last.checkpoint for entry in store.manifest.shards) + 1 < len(parts):
+        return
     others = (store.manifest.shard(last.checkpoint, part) for part in parts if part != last.part)
     counts = [entry.counts for entry in (*others, last) if entry is not None]
     ok = sum(count["ok"] for count in counts)
