@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 2
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
-some chat templates, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and read two beginnings."""
+some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
+read two beginnings."""
 
 
 @dataclass(frozen=True)

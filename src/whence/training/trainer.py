@@ -42,6 +42,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
+from whence.corpus.unsupervised import reason
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.runs import open_run
@@ -230,7 +231,10 @@ class _Rows(Dataset):
 def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
     rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
-        raise CorpusError(f"{corpus.name}: no row has a supervised token, so there is nothing to train on.")
+        why = reason(next(iter(corpus)).row)
+        raise CorpusError(
+            f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
+        )
     return rows
 
 
