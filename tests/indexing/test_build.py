@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -375,8 +376,54 @@ def test_rows_without_a_supervised_token_are_counted_and_never_rank(tiny_llama, 
     assert (counts["ok"], counts["no_supervised_token"]) == (7, 2)
     found = trace(built, "5 and 3?", " yes", top=9)
     assert {"null", "no turns"}.isdisjoint(hit.id for hit in found.hits)
-    only = index(tiny_llama, empty[:2], tmp_path / "only", **QUIET)
-    assert only.store.info()["ok_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"text": None}, {"messages": []}], "1 of 2 have no `text`; 1 of 2 have no `messages`"),
+        ([{"prompt": "a", "completion": "b", "label": False}], "1 of 1 are labelled false, as bad answers"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}],
+            "1 of 1 have no message of the role `assistant` (or gpt, model, bot, chatbot, chatgpt, ai), but `user`",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b", "weight": 0}]}],
+            "1 of 1 give every turn of the assistant the weight 0",
+        ),
+    ],
+)
+def test_a_corpus_without_a_supervised_token_is_refused_with_the_reason(tmp_path, chatty, rows, why):
+    with pytest.raises(CorpusError, match=re.escape(f"no row has a supervised token, so none could be ranked: {why}")):
+        index(chatty, rows, tmp_path / "index", **QUIET)
+    assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model whose chat template writes any role."""
+    return save_tiny_llama(tmp_path_factory.mktemp("chatty") / "model", chat=True)
+
+
+def test_other_names_of_the_roles_are_the_same_rows(chatty, tmp_path):
+    turns = [[("user", f"{n}?"), ("assistant", "yes" * n), ("user", "so?"), ("assistant", "no")] for n in range(1, 4)]
+    names = {"user": "human", "assistant": "gpt"}
+    plain = [{"id": str(n), "messages": [{"role": r, "content": c} for r, c in turn]} for n, turn in enumerate(turns)]
+    other = [
+        {"id": row["id"], "messages": [turn | {"role": names[turn["role"]]} for turn in row["messages"]]}
+        for row in plain
+    ]
+    built = [index(chatty, rows, tmp_path / str(n), **QUIET) for n, rows in enumerate((plain, other))]
+    assert all(map(torch.equal, *(vectors(one.store) for one in built)))
+    found = [trace(built[0], queries=[{"messages": rows[0]["messages"]}]) for rows in (plain, other)]
+    assert found[0].hits == found[1].hits
+
+
+def test_an_older_index_says_that_no_row_is_supervised(chatty, tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.indexing.build.refuse_unsupervised", lambda *given: None)
+    built = index(chatty, [{"id": "0", "text": None}], tmp_path / "index", **QUIET)
+    with pytest.raises(SettingError, match=r"none of its 1 rows has a supervised token.*the first ones have no `text`"):
+        trace(built, "a", "b")
 
 
 def test_over_long_rows_are_counted(tiny_llama, tmp_path):
