@@ -446,7 +446,10 @@ def test_over_long_rows_are_counted(tiny_llama, tmp_path):
         ({"id": "x", "text": ["a", "b"]}, "row x has a list as `text`, where text is expected"),
         ({"id": "x", "prompt": {"a": 1}, "completion": "b"}, "row x has a dict as `prompt`"),
         ({"id": "x", "instruction": "a", "input": ["b"], "output": "c"}, "row x has a list as `input`"),
-        ({"id": "x", "messages": "hello"}, "row x has a str as `messages`, where a list of messages is expected"),
+        (
+            {"id": "x", "messages": "hello"},
+            "row 2: messages are a list of objects with `role` and `content`; found 'hello'",
+        ),
     ],
 )
 def test_what_is_no_text_is_refused_before_anything_is_written(tiny_llama, tmp_path, row, told):
@@ -458,7 +461,7 @@ def test_what_is_no_text_is_refused_before_anything_is_written(tiny_llama, tmp_p
 def test_messages_that_a_template_refuses_are_named_by_row(tmp_path):
     model = save_tiny_llama(tmp_path / "model", chat=True)
     rows = [{"id": "fine", "messages": [{"role": "user", "content": "a"}]}, {"id": "x", "messages": [{"say": "a"}]}]
-    with pytest.raises(CorpusError, match="row x: "):
+    with pytest.raises(CorpusError, match="row 1: messages are a list of objects"):
         index(model, rows, tmp_path / "index", **QUIET)
 
 
