@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from whence.errors import SettingError, StorageError, WhenceError
 
 LONGEST_NAME = 255
@@ -32,7 +34,7 @@ def writing_to(directory: str | os.PathLike) -> Iterator[None]:
         if isinstance(error.__cause__, FileNotFoundError) and not folder.is_dir():
             raise StorageError(_gone(folder)) from error
         raise
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not isinstance(error, OSError) and not _UNWRITTEN.search(str(error)):
             raise
         if isinstance(error, FileNotFoundError) or _MISSING.search(str(error)):

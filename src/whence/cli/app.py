@@ -74,7 +74,7 @@ def main() -> None:
                 verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
                 complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
             sys.exit(error.exit_code)
-        except Exception as error:
+        except Exception as error:  # none is expected here: it is a fault of Whence's, and is said as one
             if TRACEBACK in sys.argv[1:2]:
                 raise
             complain(unforeseen(error))

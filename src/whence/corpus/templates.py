@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict
 
+from jinja2 import TemplateError
+
 from whence.corpus.roles import names_in
 from whence.errors import CorpusError, SettingError
 from whence.records import read_record
@@ -23,8 +25,10 @@ Tokenizer = Any  # a transformers tokenizer; its classes share no useful static 
 
 DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVeDFTRhklnrst"
 """Letters that `strftime` knows after a %, or after %-."""
-
-
+TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError),
+)
+"""How a template ends that refuses messages, or that is itself at fault."""
 SECONDS = 10.0
 """Time of a template for one conversation, a thousand times what it takes."""
 STORED_DATE = "template_date.json"
@@ -175,7 +179,7 @@ def templated(
             f"the tokenizer's chat template took more than {SECONDS:g} s for these messages, as an endless loop does. "
             "Give another with --chat-template."
         ) from None
-    except Exception as error:  # a template is foreign code: it may refuse a role, or fail in any way
+    except TEMPLATE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise CorpusError(f"the tokenizer's chat template refuses these messages: {reason}") from None
 

@@ -29,7 +29,7 @@ from whence.models.causality import refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
-from whence.models.loading_errors import as_model_errors, reason_of
+from whence.models.loading_errors import FOREIGN, as_model_errors, reason_of
 from whence.models.local_copies import MODEL_FILES, local_directory
 from whence.models.saved_files import check_file, check_model_files
 from whence.models.training_state import date_of_training
@@ -433,7 +433,9 @@ def _tokenizer(source: str, trust_remote_code: bool, remedy: str) -> Any:
         check_model_files(source)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain ones
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, FOREIGN):  # tokenizers raises plain ones
+            raise
         raise ModelError(f"{source}: no loadable tokenizer ({reason_of(error).removesuffix('.')}). {remedy}") from error
     tokenizer.model_max_length = 10**30  # Whence truncates by itself; this silences the warning about long rows
     return tokenizer

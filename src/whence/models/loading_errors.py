@@ -1,19 +1,28 @@
 """Errors of the libraries that load a model, as Whence's own: foreign files end in errors of any type."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from whence.errors import ModelError, WhenceError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from whence.errors import ModelError
+
+FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError, pickle.UnpicklingError, SafetensorError),
+    StrictDataclassError,  # a value of the wrong type in config.json
+)
+"""What transformers, peft and torch raise of files that are not as they expect; fuzzing found each."""
 
 
 @contextmanager
 def as_model_errors(path: str) -> Iterator[None]:
-    """Turn whatever transformers, peft or torch raise while they load a directory into a `ModelError` that names it."""
+    """Turn the `FOREIGN` errors of loading a directory into a `ModelError` that names it."""
     try:
         yield
-    except (WhenceError, MemoryError):
-        raise
-    except Exception as error:
+    except FOREIGN as error:
         raise ModelError(f"{path}: not loadable as a causal language model ({reason_of(error)})") from error
 
 

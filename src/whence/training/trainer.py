@@ -44,9 +44,9 @@ from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
 from whence.corpus.unsupervised import reason
-from whence.errors import CorpusError, ModelError, SettingError, WhenceError
+from whence.errors import CorpusError, ModelError, SettingError
 from whence.models.loading import LoadedModel, directory_digest, load_model
-from whence.models.loading_errors import reason_of
+from whence.models.loading_errors import FOREIGN, reason_of
 from whence.models.runs import open_run
 from whence.models.training_state import date_of_training, warn_of_run
 from whence.numerics import mixed_seed
@@ -174,9 +174,7 @@ def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: in
         trainer.add_callback(_Ticks(tick))
         try:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        except (WhenceError, MemoryError):
-            raise
-        except Exception as error:  # what a damaged file of a checkpoint ends in is the Trainer's business
+        except FOREIGN as error:  # of a damaged file of a checkpoint
             if newest is None or trainer.has_begun:
                 raise
             raise ModelError(
