@@ -9,7 +9,7 @@ from whence.corpus import templates
 from whence.corpus.layouts import row_text
 from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, prepare, template_text, templated, written_by
-from whence.corpus.tokens import encode, encode_prompt, encode_query
+from whence.corpus.tokens import encode, encode_prompt, encode_query, render
 from whence.errors import CorpusError, SettingError
 from whence.storage import Place
 
@@ -225,7 +225,7 @@ def test_another_template_is_a_file_or_text(tmp_path):
     ids=["it writes names of its own", "it knows no others"],
 )
 def test_a_template_is_given_the_names_of_the_roles_that_it_knows(template):
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_level()
     tokenizer.chat_template = template
     for names in (("user", "assistant"), ("human", "gpt"), ("user", "model"), ("Prompter", "Bot")):
         rendered = render({"messages": [{"role": names[n % 2], "content": f"t{n}"} for n in range(4)]}, tokenizer)
