@@ -382,7 +382,7 @@ def test_empty_corpora_of_other_kinds_are_refused(tmp_path):
 
 
 def test_unknown_ending_and_missing_path_say_what_a_corpus_is(tmp_path):
-    refused(written(tmp_path / "a.txt", "text"), "a.txt", ".parquet")
+    refused(written(tmp_path / "a.docx", "text"), "a.docx", ".parquet")
     refused(tmp_path / "nothing", "no such file", ".parquet")
     refused("nothing-here.jsonl.gz", "no such file")
     refused("./nothing", "no such file")

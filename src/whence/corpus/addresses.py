@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from whence.corpus.directories import SPLITS
 from whence.corpus.layouts import Row
 from whence.errors import CorpusError, MissingExtraError
 
@@ -45,8 +46,14 @@ def require_corpus(address: str) -> None:
         CorpusError: There is no such file, directory or data set.
     """
     files, root = file_system(address)
-    if not files.exists(root):
+    if not (files.exists(root) or split_of(files, address)):
         require_hub_data_set(address)
+
+
+def split_of(files: Any, address: str) -> tuple[str, str] | None:
+    """The directory and the split that DIRECTORY:SPLIT names; None if it names none."""
+    folder, _, split = address.rpartition(":")
+    return (folder, split) if split in SPLITS and "://" not in address and files.isdir(folder) else None
 
 
 def require_hub_data_set(address: str) -> None:

@@ -7,7 +7,7 @@ their sizes; where that gives only a mean, before they become Python's. Then Arr
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +76,16 @@ def lines(stream: Any, path: str) -> Iterator[bytes]:
             raise too_large(f"{path}:{number}", "a line")
     if begun:
         yield bytes(begun)
+
+
+def up_to(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Pieces until they have more than `size` bytes together."""
+    total = 0
+    for piece in pieces:
+        yield piece
+        total += len(piece)
+        if total > size:
+            return
 
 
 class TextLines:

@@ -1,9 +1,13 @@
 """Rows of text from files and data sets, each with an id.
 
 A corpus is an ordered collection that can be read again: jsonl, csv and Parquet files (compressed or not, local or
-at any fsspec address), a directory of them in the order of their names, a data set of the Hugging Face Hub (by name,
-`name:split`, or `name:configuration:split` as in `openai/gsm8k:main:train`), a `save_to_disk` directory, or rows in
+at any fsspec address), a directory of them in the order of their names (of its splits `train` alone, or
+DIRECTORY:SPLIT; see `directories`), a data set of the Hugging Face Hub (by name, `name:split`, or
+`name:configuration:split` as in `openai/gsm8k:main:train`), a `save_to_disk` directory, or rows in
 memory. Rows are read as a stream, and only the current one is held; one that is too large is refused (`bounds`).
+
+A json or jsonl file is one object a line, an array, one object that holds the rows (`json_values`), or objects over
+several lines, whatever its ending.
 
 A directory is read with its subdirectories and links, but without hidden files, without the metadata of data sets, and
 without indexes: the index of a corpus may lie in the corpus' own directory.
@@ -18,15 +22,14 @@ This module does not tokenise; `tokens` does.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
 import lzma
-import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,16 +38,31 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from whence.corpus import bounds
-from whence.corpus.addresses import KINDS, SUFFIXES, file_system, has_suffix, hub_rows, require_hub_data_set
+from whence.corpus.addresses import (
+    COMPRESSED,
+    KINDS,
+    SUFFIXES,
+    file_system,
+    has_suffix,
+    hub_rows,
+    require_hub_data_set,
+    split_of,
+)
+from whence.corpus.directories import files_below, is_index, is_metadata, of_split, warn_of_left_out_files
+from whence.corpus.foreign_files import by_content, by_ending
+from whence.corpus.json_values import rows_in, values_of, wrapped_rows
 from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
+
+
+OVER_LINES = 1 << 28
+"""Bytes of a file that is not one object a line, which is read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -178,53 +196,31 @@ def _rows(origin: "str | Path | list[Row]") -> Iterator[tuple[str, Row]]:
         return _file_rows(files, root)
     if files.isdir(root):
         return _directory_rows(files, root, address if "://" in address else root)
+    if named := split_of(files, address):
+        folder, split = named
+        return _directory_rows(files, files._strip_protocol(folder), folder, split)
     require_hub_data_set(address)
     return hub_rows(address)
 
 
-def _directory_rows(files: Any, root: str, address: str) -> Iterator[tuple[str, Row]]:
+def _directory_rows(files: Any, root: str, address: str, split: str | None = None) -> Iterator[tuple[str, Row]]:
     if _is_saved_data_set(files, root):
+        address, root = (f"{place}/{split}" if split else place for place in (address, root))
         return _saved_rows(files, root, address)
-    below = _files_below(files, root)
-    indexes = [path.rpartition("/")[0] for path in below if path.endswith("/manifest.json") and _is_index(files, path)]
+    below = files_below(files, root)
+    indexes = [path.rpartition("/")[0] for path in below if path.endswith("/manifest.json") and is_index(files, path)]
     if root in indexes:
         raise CorpusError(f"{root}: an index of Whence, not a corpus. Name the files that it was made from.")
     outside_indexes = [path for path in below if not path.startswith(tuple(f"{index}/" for index in indexes))]
-    data = [path for path in outside_indexes if not _is_metadata(path, below)]
+    data = [path for path in outside_indexes if not is_metadata(path, below)]
     row_files = [path for path in data if has_suffix(path, SUFFIXES)]
     others = tuple(path for path in data if path not in set(row_files))
     if not row_files:
         example = f" ({len(others)} of other kinds, such as {others[0]})" if others else ""
         raise CorpusError(f"{root}: no corpus file in this directory{example}. A corpus is {KINDS}.")
     if others:
-        _warn_of_left_out_files(root, others)
-    return itertools.chain.from_iterable(_file_rows(files, path) for path in row_files)
-
-
-def _files_below(files: Any, root: str) -> list[str]:
-    """Every file below a directory in the order of names, without files and directories that a dot hides."""
-    paths = _local_files_below(root) if isinstance(files, LocalFileSystem) else files.find(root)
-    return sorted(path for path in paths if "/." not in path.removeprefix(root))
-
-
-def _local_files_below(root: str) -> Iterator[str]:
-    """Files below a local directory. Links are followed, but each directory is read once: a link may lead upwards."""
-
-    def refuse(error: OSError) -> None:
-        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    visited: set[Path] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        if (real := Path(folder).resolve()) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        # a directory's own subdirectories come before those that it links to
-        folders[:] = sorted(
-            (name for name in folders if not name.startswith(".")),
-            key=lambda name, folder=folder: (Path(folder, name).is_symlink(), name),
-        )
-        yield from (f"{folder.rstrip('/')}/{name}" for name in names)
+        warn_of_left_out_files(root, others)
+    return itertools.chain.from_iterable(_file_rows(files, path) for path in of_split(row_files, root, split))
 
 
 def _is_saved_data_set(files: Any, root: str) -> bool:
@@ -234,34 +230,15 @@ def _is_saved_data_set(files: Any, root: str) -> bool:
     return "dataset_dict.json" in names or ("dataset_info.json" in names and has_rows)
 
 
-def _is_index(files: Any, path: str) -> bool:
-    """Whether a `manifest.json` is an index': it has the keys that every version writes (see `indexing.manifest`)."""
-    try:
-        content = json.loads(files.cat_file(path))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {"whence_version", "format_version", "checksum"}
-
-
-def _is_metadata(path: str, below: list[str]) -> bool:
-    """Whether a file holds the metadata of a Hugging Face data set, and no rows."""
-    folder, _, name = path.rpartition("/")
-    if name == "state.json":
-        return f"{folder}/dataset_info.json" in below
-    return name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-
-
-@functools.cache  # once per process, since a corpus is read several times
-def _warn_of_left_out_files(root: str, paths: tuple[str, ...]) -> None:
-    logger.warning("%s: files left out for their endings: %d, such as %s", root, len(paths), paths[0])
-
-
 def _file_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
     if not has_suffix(path, SUFFIXES):
-        raise CorpusError(f"{path}: not a kind of file that Whence reads. A corpus is {KINDS}.")
+        reason = by_ending(path) or f"not a kind of file that Whence reads. A corpus is {KINDS}."
+        raise CorpusError(f"{path}: {reason}")
     if path.lower().endswith(".zst") and "zstd" not in fsspec.available_compressions():
         raise MissingExtraError(f"{path}: zstd needs one more package: pip install zstandard")
     try:
+        if not path.lower().endswith(COMPRESSED) and (reason := by_content(files.cat_file(path, end=512), path)):
+            raise CorpusError(f"{path}: {reason}")
         yield from _parquet_rows(files, path) if has_suffix(path, (".parquet",)) else _text_rows(files, path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from None
@@ -283,11 +260,48 @@ def _starts_with_bracket(files: Any, path: str) -> bool:
 
 
 def _json_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(bounds.lines(stream, path), start=1):
+    is_first, lines = True, bounds.lines(stream, path)
+    for number, line in enumerate(lines, start=1):
         text = line.removeprefix(b"\xef\xbb\xbf").strip()
-        if text:
-            where = f"{path}:{number}"
-            yield where, _parsed(text, where)
+        if not text:
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = _parsed(text, where)
+        except CorpusError as error:
+            if not is_first:
+                raise
+            whole = b"\n".join(bounds.up_to(itertools.chain([text], lines), OVER_LINES))
+            yield from _placed(_values_over_lines(whole, path, error), path)
+            return
+        yield from [(where, row)] if (rows := wrapped_rows(row)) is None else _placed(rows, where)
+        is_first = False
+
+
+def _placed(rows: Iterable[Any], path: str) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(rows):
+        where = f"{path}[{number}]"
+        yield where, _checked_object(row, where)
+
+
+def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> list[Any]:
+    """Rows of a file whose first line is no object: objects over several lines, or several without line breaks."""
+    try:
+        rows = rows_in(list(values_of(text.decode())))
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+        raise of_first_line
+    except json.JSONDecodeError as error:
+        if error.lineno == 1:
+            raise of_first_line from None
+        name = shlex.quote(path)
+        cut = f", of which {OVER_LINES:,} bytes are read" if len(text) > OVER_LINES else ""
+        raise CorpusError(
+            f"{path}: JSON over several lines{cut}, and not readable: {error}. Write one object a line: jq -c . {name} "
+            "> NEW"
+        ) from None
+    except (ValueError, RecursionError):
+        raise of_first_line from None
 
 
 def _parsed(text: bytes, where: str) -> Row:
@@ -305,9 +319,7 @@ def _checked_object(row: Any, where: str) -> Row:
 
 
 def _array_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    for number, row in enumerate(bounds.array_items(stream, path)):
-        where = f"{path}[{number}]"
-        yield where, _checked_object(row, where)
+    yield from _placed(bounds.array_items(stream, path), path)
 
 
 def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
