@@ -12,6 +12,7 @@ from whence.errors import ModelError
 from whence.gradients.capture import (
     Captured,
     Sketches,
+    backward,
     example_gradients,
     gradient_norms,
     gradients,
@@ -192,18 +193,30 @@ def test_a_model_that_no_gpu_runs_in_a_fixed_order_runs_and_is_told_of(caplog, m
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_layer_used_twice_adds_up_and_has_no_norm():
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_layer_used_twice_adds_up_and_has_a_norm(gradient_checkpointing):
     model, examples = tiny_model("llama"), random_examples(3, seed=6)
     model.base.model.layers[1] = model.base.model.layers[0]
     model.base.config.use_cache = False  # both would write into one place of it
-    layers = model.layers()
+    layers, batch = model.layers(), collate(examples)
     expected, _ = oracle(model, layers, examples)
-    found, _ = gradients(model, layers, collate(examples))
+    found, _ = gradients(model, layers, batch)
     assert not disagreements(found, expected, tolerance=1e-5)
+    norms, _ = gradient_norms(model, layers, batch)
+    squares = torch.stack([x.flatten(1).square().sum(1) for x in expected.values()])
+    torch.testing.assert_close(norms, squares.sum(0).sqrt(), rtol=1e-4, atol=0)
     projection = Identity({name: layer_shape(layer) for name, layer in layers.items()})
-    for attempt in (gradient_norms, lambda *of: sketch(*of, projection, normalise="layer")):
-        with pytest.raises(ModelError, match=r"layers.0.*used twice in a forward pass.*--layers"):
-            attempt(model, layers, collate(examples))
+    how = {"normalise": "layer", "gradient_checkpointing": gradient_checkpointing}
+    unit = torch.cat([x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in expected.values()], 1)
+    torch.testing.assert_close(sketch(model, layers, batch, projection, **how)[0], unit, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_used_once_is_handed_over_as_it_comes_when_it_is_recomputed():
+    """A recomputed block calls its layers again, which is no second use."""
+    model, captured = tiny_model("llama"), []
+    layers, batch = model.layers(), collate(random_examples(3, seed=6))
+    backward(model, layers, batch, captured.append, whole=True, gradient_checkpointing=True)
+    assert [one.layer for one in captured if one.rows is not None] == []
 
 
 def test_modules_that_share_a_weight_are_one_layer():

@@ -14,9 +14,14 @@ BUDGET = 40  # tokens of a pass: several batches
 SPACES = [(normalise, cosine) for normalise in ("none", "layer") for cosine in (False, True)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "lora"])  # linear, Conv1D with tied head, adapters
+@pytest.fixture(scope="module", params=["llama", "gpt2", "lora", "twice"])  # linear, Conv1D with tied head, adapters
 def loaded(request):
-    return tiny_model(request.param)
+    if request.param != "twice":
+        return tiny_model(request.param)
+    model = tiny_model("llama")  # one block at both places, as in HRM
+    model.base.model.layers[1] = model.base.model.layers[0]
+    model.base.config.use_cache = False  # both would write into one place of it
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +154,12 @@ def test_positions_are_told_apart_by_hand(loaded, of_query):
     matrix = tokenwise.token_products(
         loaded, traced, pairs, 1, [row], factors, basis="position", reduction="mean", tokens_per_batch=BUDGET
     )[0]
-    query, captured = of_query(sequences), {}
-    backward(loaded, traced, collate([row]), lambda seen: captured.update({seen.layer: seen}))
+    query, captured = of_query(sequences), []
+    backward(loaded, traced, collate([row]), captured.append)
     for place in range(len(row.ids)):
         true = sum(
-            float(torch.einsum("o,oi,i->", seen.g[0, place], query[layer][0], seen.a[0, place]))
-            for layer, seen in captured.items()
+            float(torch.einsum("o,oi,i->", seen.g[0, place], query[seen.layer][0], seen.a[0, place]))
+            for seen in captured
         )
         assert float(matrix[0, place]) == pytest.approx(true, rel=1e-3, abs=1e-5 * float(matrix.abs().max()) + 1e-9)
 

@@ -408,7 +408,7 @@ def test_biases_of_modules_that_share_a_weight_stay_apart():
     assert not disagreements(per_example_dot(model, collate(examples), direction), gradients, direction)
 
 
-def test_norms_of_a_weight_that_is_used_twice_are_refused():
+def test_norms_of_a_weight_that_modules_share_are_refused():
     model, batch = made("llama"), collate(random_examples(3, seed=18))
     first, second = (model.base.model.layers[number].mlp for number in (0, 1))
     second.up_proj.weight = first.up_proj.weight
@@ -416,5 +416,5 @@ def test_norms_of_a_weight_that_is_used_twice_are_refused():
     direction = random_direction(model, [name])
     gradients = {name: oracle(model, random_examples(3, seed=18))[name]}
     assert not disagreements(per_example_dot(model, batch, direction), gradients, direction)
-    with pytest.raises(ModelError, match="used twice"):
+    with pytest.raises(ModelError, match="several modules use"):
         per_example_dot(model, batch, direction, norms=True)

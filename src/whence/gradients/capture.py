@@ -15,6 +15,7 @@ fp32 whatever the model's dtype.
 Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -59,7 +60,10 @@ class Captured:
     rows: Int64[Tensor, " b"] | None
     """Which examples of the batch these are; None for all, in order. The output head comes in several chunks."""
     places: Int64[Tensor, "b t"] | None = None
-    """Of the output head, where in its example each position is; of a tied one, positions of the embedding too."""
+    """Of the output head and of a layer used more than once, where in its example each position is.
+
+    A position occurs once per use; of a tied head, the embedding's positions are among them.
+    """
 
 
 Consume = Callable[[Captured], None]
@@ -132,19 +136,19 @@ class _Pass:
     batch_shape: tuple[int, int]
     consume: Consume
     whole: bool = False
-    """Whether a layer of the output head is handed over once, with its chunks joined."""
-    head_chunks: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
-    """Chunks of the output head that are not handed over yet: (a, g, owners, places) by layer."""
+    """Whether every layer is handed over once, with the output head's chunks and all uses of a layer joined."""
+    parts: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    """Chunks and uses that are not handed over yet: (a, g, owners, places) by layer."""
     owners: tuple[Int64[Tensor, " s"], Int64[Tensor, " s"]] | None = None
     """Example and place of each position of the current chunk of the output head; None inside the decoder."""
     upcast: bool = True
     """Whether `(a, g)` is handed over in fp32; else in the model's dtype."""
     scale: SlopeScale = field(default_factory=SlopeScale)
     """Factors of the slopes, which are divided out before they are handed over."""
-    called: set[str] = field(default_factory=set)
-    """Layers whose hook ran."""
-    handed_over: set[str] = field(default_factory=set)
-    """Layers of the decoder that were handed over."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each layer's hook ran."""
+    used_again: set[str] = field(default_factory=set)
+    """Layers that the forward pass used more than once, known before the decoder's backward pass."""
 
     def hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps one layer."""
@@ -160,7 +164,7 @@ class _Pass:
             )
         if not out.requires_grad:
             out.requires_grad_()
-        self.called.add(name)
+        self.calls[name] += 1
         owners, copy = self.owners, writes_into_outputs(self.model)
         return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)  # type: ignore[return-value]
 
@@ -172,7 +176,7 @@ class _Pass:
             slopes = self.scale.undone_in_head(g.flatten(0, -2))
             chunk = (a.flatten(0, -2), slopes, *(tensor.to(a.device) for tensor in owners))
             if self.whole:
-                self.head_chunks.setdefault(name, []).append(chunk)
+                self.parts.setdefault(name, []).append(chunk)
             else:
                 self._hand_over_head(name, *chunk)
             return
@@ -182,13 +186,13 @@ class _Pass:
                 f"layer {name} is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}, so its "
                 "inputs cannot be told apart by example. Leave it out with --layers."
             )
-        if self.whole and name in self.handed_over:
-            raise ModelError(
-                f"layer {name} is used twice in a forward pass, so its gradient comes in parts, which a norm, an "
-                "optimizer's view or a token's share cannot be taken of. Leave it out with --layers."
-            )
-        self.handed_over.add(name)
-        self.consume(Captured(name, a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1)), None))
+        a, g = a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1))
+        if self.whole and name in self.used_again:
+            owners, places = torch.meshgrid(torch.arange(b), torch.arange(t), indexing="ij")
+            part = (a.flatten(0, 1), g.flatten(0, 1), owners.flatten().to(a.device), places.flatten().to(a.device))
+            self.parts.setdefault(name, []).append(part)
+        else:
+            self.consume(Captured(name, a, g, None))
 
     def embedding_hook(self, name: str) -> Callable[..., Tensor]:
         """Forward hook that taps an embedding whose weight is that of the output head `name`."""
@@ -210,7 +214,7 @@ class _Pass:
         slopes = slopes.float() if self.upcast else slopes
         for chunk in as_linear(module, ids, slopes, LOGITS_PER_CHUNK.get(g.device.type, 2**20)):
             if self.whole:
-                self.head_chunks.setdefault(name, []).append(chunk)
+                self.parts.setdefault(name, []).append(chunk)
             else:
                 self._hand_over_head(name, *chunk)
 
@@ -218,11 +222,11 @@ class _Pass:
         self.consume(Captured(name, *_by_example(a, g, owners, places)))
 
     @torch.no_grad()
-    def hand_over_chunks(self) -> None:
-        """Hand the output head's chunks over, joined."""
-        for name, chunks in self.head_chunks.items():
-            a, g, owners, places = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
-            if (owners.diff() < 0).any():  # a tied embedding's positions come behind the head's
+    def hand_over_parts(self) -> None:
+        """Hand over, joined, what came in parts."""
+        for name, parts in self.parts.items():
+            a, g, owners, places = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            if (owners.diff() < 0).any():  # of a layer used again, or a tied embedding
                 order = owners.argsort(stable=True)
                 a, g, owners, places = a[order], g[order], owners[order], places[order]
             self._hand_over_head(name, a, g, owners, places)
@@ -260,11 +264,12 @@ def backward(
         model: Frozen, in evaluation mode.
         layers: Traced layers by name; see `LoadedModel.layers`.
         batch: Examples, on any device.
-        consume: Called once per layer (for the output head once per chunk), from the last layer to the first.
+        consume: Called once per use of a layer (of the output head once per chunk), from the last to the first.
         reduction: "mean" over each example's own supervised tokens, or "sum".
         objective: What is differentiated at each token: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
             gradient does not vanish where the model is sure; see `objectives`.
-        whole: Hand the output head over once, with all of an example's positions, as norms require.
+        whole: Hand every layer over once, with all of an example's positions and all of a layer's uses, as norms and
+            products require: a gradient is the sum over uses, and its products have cross terms.
         upcast: Hand `(a, g)` over in fp32. Otherwise a GPU hands over the model's dtype: half the memory to move.
         shared: Trace every module that has a layer's weight, an embedding too, under that layer's name; otherwise only
             the given modules.
@@ -287,11 +292,11 @@ def backward(
     try:
         with checkpointed, repeatable(model), torch.enable_grad():
             losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
-            state.hand_over_chunks()
+            state.hand_over_parts()
     finally:
         for hook in hooks:
             hook.remove()
-    uncalled = {name: layer for name, layer in layers.items() if name not in state.called}
+    uncalled = {name: layer for name, layer in layers.items() if name not in state.calls}
     refuse_hidden_uses(model, uncalled, batch, are_all=len(uncalled) == len(layers))
     return losses
 
@@ -327,6 +332,7 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
             state.owners = None
         del logits, slope
     if state is not None and states.requires_grad and len(owners):
+        state.used_again = {name for name, count in state.calls.items() if count > 1}
         slope = torch.zeros_like(states, dtype=slopes.dtype)
         slope[where] = slopes
         states.backward(state.scale.in_decoder(slope).to(states.dtype))

@@ -122,7 +122,7 @@ def per_example_dot(
     Raises:
         SettingError: The direction is empty, or has a name or shape that the model does not have.
         ModelError: A parameter's module has no closed form here, or its inputs cannot be told apart by example; with
-            `norms`, also if it is used twice in a pass, except for a tied embedding.
+            `norms`, also if several modules of a pass share it, except for a tied embedding.
     """
     batch = batch.to(model.device)
     ghost = Ghost(owners_of(model, direction), batch, direction, norms, scale_for(model))
@@ -400,7 +400,7 @@ class Ghost:
         device, b = self.batch.ids.device, len(self.batch.ids)
         places = torch.arange(b, device=device) if rows is None else rows.to(device)
         if squares is not None and name in self.squares and not is_second:
-            raise ModelError(f"{name} is used twice in a forward pass, so its gradient's norm is not known")
+            raise ModelError(f"several modules use {name} in a forward pass, so its gradient's norm is not known")
         for table, values in ((self.dots, dots), (self.squares, squares)):
             if values is not None:
                 table.setdefault(name, torch.zeros(b, device=device)).index_add_(0, places, values.to(device))
