@@ -26,6 +26,29 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 """Chromium reads commands from file 3 and answers on file 4."""
 
+BROKEN = r"""(() => {
+  const broken = [], range = document.createRange();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    const parent = node.parentElement;
+    if (parent.closest('script, style, noscript, svg, [hidden], .text, .heat') || !parent.offsetParent) continue;
+    for (const word of node.data.matchAll(/\S+/g)) {
+      if (word[0].length > 24 || !/^[\p{L}\p{N}_.,:/+\u2212%-]+$/u.test(word[0])) continue;  // a path, or markup
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) broken.push(word[0]);
+    }
+  }
+  const isOver = (box) => box.scrollWidth > box.clientWidth + 1;
+  const over = [...document.querySelectorAll(".stacked td, .rank, .figure")].filter(isOver);
+  const cut = [...document.querySelectorAll(".stacked")].filter(isOver);
+  const wide = document.documentElement.scrollWidth > innerWidth ? ['the page'] : [];
+  const words = broken.map((word) => `breaks ${word}`);
+  const named = (what, boxes) => boxes.map((box) => `${what} ${box.innerText.slice(0, 60)}`);
+  return [...words, ...named('runs over', over), ...named('cuts', cut), ...wide];
+})()"""
+"""Words that stand on two lines, tables that are cut, and a page that is wider than the window."""
+
 
 class Browser:
     """One tab of a headless Chromium, with a profile directory of its own."""
@@ -101,6 +124,10 @@ class Browser:
             pressed = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **pressed)
         self.settle()
+
+    def broken(self):
+        """Words of 24 letters at most that stand on two lines, cells and tables that are cut, a page that is wider."""
+        return self.value(BROKEN)
 
     def press(self, key):
         """One key, as from a keyboard."""

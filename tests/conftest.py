@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import sys
 
 import beartype.door
@@ -24,6 +25,8 @@ from whence.models.loading import LoadedModel
 FIRST = (beartype.door, bm25s, datasets, peft, scipy.optimize, scipy.stats, typer.rich_utils)
 """Imported before Whence: what an instrumented module is the first to import is compiled from its source each time
 (jaxtyping gives compiled files another name meanwhile), a third of the time that collecting the tests takes."""
+ENDING = re.compile(r"\S.*[.;:)] Next: whence [a-z].*")
+"""The last line of a verb's stdout; it ends with a command, which no width breaks."""
 VOCABULARY = 61
 ARCHITECTURES = ["llama", "gpt2", "neox", "qwen2", "gemma", "lora"]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -277,6 +280,8 @@ def printed(monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             main()
         said = capsys.readouterr()
+        if not left.value.code and not {"--json", "--help", "--version"} & {*words}:
+            assert ENDING.fullmatch(said.out.splitlines()[-1]), "a verb's last line is its answer and the next command"
         return left.value.code, said.out, said.err
 
     return call

@@ -1,6 +1,9 @@
 """Jobs are done in order, again where a machine failed them, and never where Whence itself refused."""
 
+import itertools
 import logging
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -153,6 +156,41 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     assert "4/4" in err
 
 
+def test_things_are_called_what_they_are_and_tokens_only_where_they_are_counted(capsys):
+    with runner.progress("Reading mixtures", 3, unit="mixtures") as tick:
+        tick(3, 0)
+    err = capsys.readouterr().err
+    assert "mixtures/s" in err and "tokens" not in err and "examples" not in err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_bar_is_one_line_of_the_terminal(monkeypatch, capsys, width):
+    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr, width=width))
+    clock = itertools.count(step=0.7)
+    monkeypatch.setattr(runner, "Progress", partial(runner.Progress, get_time=lambda: next(clock)))
+    with runner.progress("Training a model on each source", 2_000_000, unit="examples") as tick:
+        tick(1_234_567, 987_654_321)
+    lines = re.split(r"[\r\n]+|\x1b\[[0-9;?]*[A-Za-z]", capsys.readouterr().err)
+    whole = "".join(re.split(r"\x1b\[[0-9;?]*[A-Za-z]", "".join(lines)))
+    assert "examples/s" in whole and ("tokens/s" in whole) == (width == 120)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(lines))
+    assert max(map(len, plain.splitlines())) <= width
+
+
+def test_what_is_counted_shows_a_bar_where_a_command_waits_long(monkeypatch, capsys):
+    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr, width=80))
+    monkeypatch.setattr(runner, "PATIENCE", 0.0)
+    assert list(runner.counted([1, 2, 3], "Scanning", 3, lambda each: 1)) == [1, 2, 3]
+    assert capsys.readouterr() == ("", ""), "a library call shows nothing"
+    with runner.waiting("Tracing"):
+        assert list(runner.counted([1, 2, 3], "Scanning", 3, lambda each: 1, "shards")) == [1, 2, 3]
+    assert "Scanning" in (err := capsys.readouterr().err) and "/3" in err
+    monkeypatch.undo()
+    with runner.waiting("Tracing"):
+        assert list(runner.counted([1, 2], "Scanning", 2, lambda each: 1)) == [1, 2]
+    assert capsys.readouterr() == ("", ""), "nothing of a short wait goes into a pipe"
+
+
 class _Terminal(runner.Console):
-    def __init__(self, *, stderr):
-        super().__init__(stderr=stderr, force_terminal=True, width=100)
+    def __init__(self, *, stderr, width=100):
+        super().__init__(stderr=stderr, force_terminal=True, width=width)

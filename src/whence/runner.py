@@ -9,11 +9,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Column
 from rich.text import Text
 
 from whence.errors import JobError, SettingError
@@ -23,8 +26,13 @@ logger = logging.getLogger(__name__)
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 Tick = Callable[[int, int], None]
-"""Called with the examples and tokens done since the last call."""
+"""Called with how many things, and how many tokens, were done since the last call."""
+ItemT = TypeVar("ItemT")
 ENGINES = ("local",)
+WIDE = 100
+"""Columns of a terminal from which a bar has room for tokens/s too."""
+PATIENCE = 1.0
+"""Seconds after which a bar is worth while."""
 
 
 def map(
@@ -110,58 +118,164 @@ def _first_line(error: Exception) -> str:
 
 
 class _Rate(ProgressColumn):
-    """Examples and tokens per second since the bar began."""
+    """Things a second since the bar began, and tokens where they are counted and there is room."""
+
+    def __init__(self, unit: str, *, has_room: bool):
+        self.unit, self.has_room = unit, has_room
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         elapsed, done = task.elapsed or 0, task.completed - task.fields["before"]
         if elapsed < 0.5 or done <= 0:
             return Text("")
-        return Text(f"{done / elapsed:,.1f} examples/s · {task.fields['tokens'] / elapsed:,.0f} tokens/s")
+        tokens = task.fields["tokens"] if self.has_room else 0
+        return Text(_rates(done, tokens, elapsed, self.unit))
+
+
+def _rates(done: float | int, tokens: float | int, seconds: float, unit: str) -> str:
+    """Things a second, and tokens a second where any were counted.
+
+    >>> _rates(3, 0, 2.0, "mixtures"), _rates(3, 600, 2.0, "examples")
+    ('1.5 mixtures/s', '1.5 examples/s, 300 tokens/s')
+    """
+    rate = done / seconds
+    words = f"{rate:,.1f} {unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:,.0f} s for one"
+    return f"{words}, {tokens / seconds:,.0f} tokens/s" if tokens else words
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Tick]:
-    """A bar on stderr with examples/s, tokens/s and the time left, or one line per minute if stderr is no terminal.
+def progress(label: str, total: int, *, unit: str = "examples", done: int = 0, shown: bool = True) -> Iterator[Tick]:
+    """A bar on stderr with the rate and the time left, or one line per minute if stderr is no terminal.
 
     Args:
         label: What is being done.
-        total: Examples in all.
-        done: Examples done before this run; they do not count in the rates.
+        total: Things in all.
+        unit: What they are, in the plural.
+        done: Things done before this run; they do not count in the rates.
         shown: Whether to show a bar at all.
     """
     console = Console(stderr=True)
     if not shown:
-        yield lambda examples, tokens: None
+        yield lambda count, tokens: None
     elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        )
-        with Progress(*columns, _Rate(), TimeRemainingColumn(compact=True), console=console) as bar:
-            task = bar.add_task(label, total=total, completed=done, tokens=0, before=done)
-            yield lambda examples, tokens: bar.update(
-                task, advance=examples, tokens=bar.tasks[task].fields["tokens"] + tokens
-            )
+        with _bar(console, unit, is_transient=False) as bar:
+            yield _ticking(bar, label, total, done)
     else:
-        yield _line_a_minute(label, total, done)
+        yield _line_a_minute(label, total, done, unit)
 
 
-def _line_a_minute(label: str, total: int, done: int) -> Tick:
+def _bar(console: Console, unit: str, *, is_transient: bool) -> Progress:
+    """A bar in one line, whatever the terminal's width: what has no room is cut."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        _Rate(unit, has_room=console.width >= WIDE),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+    )
+    return Progress(*columns, console=console, expand=True, transient=is_transient)
+
+
+def _ticking(bar: Progress, label: str, total: int, done: int) -> Tick:
+    task = bar.add_task(label, total=total, completed=done, tokens=0, before=done)
+
+    def tick(count: int, tokens: int) -> None:
+        bar.update(task, advance=count, tokens=bar.tasks[task].fields["tokens"] + tokens)
+
+    return tick
+
+
+def _line_a_minute(label: str, total: int, done: int, unit: str, *, ends: bool = True) -> Tick:
     start = last = time.monotonic()
     count, tokens_done = done, 0
 
-    def tick(examples: int, tokens: int) -> None:
+    def tick(more: int, tokens: int) -> None:
         nonlocal count, tokens_done, last
-        count, tokens_done = count + examples, tokens_done + tokens
+        count, tokens_done = count + more, tokens_done + tokens
         now = time.monotonic()
-        if now - last < 60 and count < total:
+        if now - last < 60 and (count < total or not ends):
             return
-        last, rate = now, (count - done) / max(now - start, 1e-9)
-        seconds_left = (total - count) / rate if rate > 0 else 0
-        sys.stderr.write(
-            f"{label}: {count:,}/{total:,}, {rate:,.1f} examples/s, "
-            f"{tokens_done / max(now - start, 1e-9):,.0f} tokens/s, {seconds_left:,.0f} s left\n"
-        )
+        last, seconds = now, max(now - start, 1e-9)
+        rate = (count - done) / seconds
+        left = f"{(total - count) / rate:,.0f} s left" if count < total and rate > 0 else f"{now - start:,.0f} s"
+        sys.stderr.write(f"{label}: {count:,}/{total:,}, {_rates(count - done, tokens_done, seconds, unit)}, {left}\n")
 
     return tick
+
+
+# -- bars of what a command waits for
+
+
+class _Waiting:
+    """A spinner, which gives way to a bar once something that is counted takes longer than `PATIENCE`."""
+
+    def __init__(self, spinner: Status, console: Console):
+        self.spinner, self.console = spinner, console
+        self.is_counting = False
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Tick]:
+        """A tick whose bar begins when it is worth while."""
+        if not self.console.is_terminal:
+            yield _line_a_minute(label, total, 0, unit, ends=False)
+            return
+        start, count, bar = time.monotonic(), 0, _bar(self.console, unit, is_transient=True)
+        shown: list[Tick] = []
+
+        def tick(more: int, tokens: int) -> None:
+            nonlocal count
+            if shown:
+                shown[0](more, tokens)
+            elif (count := count + more) < total and time.monotonic() - start > PATIENCE:
+                self.spinner.stop()
+                bar.start()
+                shown.append(_ticking(bar, label, total, 0))
+                shown[0](count, tokens)
+
+        try:
+            yield tick
+        finally:
+            if shown:
+                bar.stop()
+                self.spinner.start()
+
+
+_WAITING: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+
+
+@contextlib.contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """Turn a spinner on stderr; what is `counted` meanwhile shows a bar in its place."""
+    console = Console(stderr=True)
+    with console.status(words) as spinner:
+        token = _WAITING.set(_Waiting(spinner, console))
+        try:
+            yield
+        finally:
+            _WAITING.reset(token)
+
+
+def counted(
+    items: Iterable[ItemT], label: str, total: int, size: Callable[[ItemT], int], unit: str = "examples"
+) -> Iterator[ItemT]:
+    """The items; where a command waits, a bar shows how far they are. A library call shows nothing.
+
+    Args:
+        items: What is worked on between one and the next.
+        label: What is being done.
+        total: Sum of the sizes.
+        size: How many things an item is.
+        unit: What these are, in the plural.
+    """
+    waits = _WAITING.get()
+    if waits is None or waits.is_counting:
+        yield from items
+        return
+    waits.is_counting = True
+    try:
+        with waits.bar(label, total, unit) as tick:
+            for item in items:
+                yield item
+                tick(size(item), 0)
+    finally:
+        waits.is_counting = False

@@ -23,7 +23,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 import fsspec.core
-import numpy as np
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
@@ -219,13 +218,22 @@ class Place:
             raise ChecksumError(f"{self.path(record)} is the record of {entry['file']}. {AGAIN}")
         self.check(name, Written(entry["bytes"], None, entry["xxh3"]), AGAIN)
 
-    def mapped(self, name: str) -> np.ndarray:
-        """The bytes of a file [bytes], uint8: memory-mapped where local (changes stay private), else read."""
+    def mapped(self, name: str) -> Any:
+        """The bytes of a file as a tensor [bytes], uint8: memory-mapped where local (changes stay private), else read.
+
+        A mapping holds no file handle. Linux allows a process 65,530 mappings (`vm.max_map_count`).
+        """
+        import torch  # which no other method needs: the command line opens places before it
+
         if not self.is_local:
-            return np.frombuffer(bytearray(self.read(name)), dtype=np.uint8)
-        # mode "c": pages are shared with the file until written to, and torch warns of read-only arrays
+            return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
+        # np.memmap holds a handle as long as it lives, torch.from_file none: an index may have thousands of files
         with self._refusals_as_errors("read", name):
-            return np.memmap(self.path(name), dtype=np.uint8, mode="c")
+            with self.fs.open(self.path(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+            if not size:
+                return torch.zeros(0, dtype=torch.uint8)
+            return torch.from_file(self.path(name), shared=False, size=size, dtype=torch.uint8)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int) -> Written:
         """Write a file whole or not at all.

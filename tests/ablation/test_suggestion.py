@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from test_ablate import HELD, QUICK, ROWS
 
 from conftest import save_tiny_llama
-from whence.ablation.heldout_losses import EvalSet, measure
+from whence.ablation.heldout_losses import EvalSet, Losses, measure
 from whence.ablation.member_training import train_pool
 from whence.ablation.mixed_model import mixed_model
-from whence.ablation.suggestion import _slopes, suggest
+from whence.ablation.suggestion import _slopes, gain_of, suggest
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
+from whence.numerics import bootstrap_interval
 
 SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
 
@@ -68,3 +70,20 @@ def test_mistakes_are_told(pool):
             suggest(pool, SETS, shown=False, **options)
     with pytest.raises(CorpusError, match="the evaluation set e has no text"):
         suggest(pool, [EvalSet("e", ({"text": None},))], steps=1, shown=False)
+
+
+def test_the_gain_over_all_alike_has_the_interval_of_a_bootstrap_over_rows():
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 30, (200,), generator=random)
+    before = tokens * (3 + torch.randn(200, generator=random, dtype=torch.float64))
+    after = before - tokens * (0.1 + 0.4 * torch.randn(200, generator=random, dtype=torch.float64))
+    losses = [Losses(nats, tokens, tokens) for nats in (before, after)]
+    gain, low, high = gain_of(losses[:1], losses[1:], [1.0])
+    assert gain == pytest.approx(losses[0].loss - losses[1].loss)
+    pairs = torch.stack([before - after, tokens.double()], 1)
+    expected = bootstrap_interval(
+        pairs, seed=0, resamples=2000, statistic=lambda drawn: drawn.sum(1)[:, 0] / drawn.sum(1)[:, 1]
+    )
+    assert (low, high) == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+    one = [Losses(nats[:1], tokens[:1], tokens[:1]) for nats in (before, after)]
+    assert gain_of(one[:1], one[1:], [1.0])[1] == -float("inf")

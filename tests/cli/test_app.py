@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whence as whence_package
-from conftest import byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
+from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
 from whence import __version__, catalogue
 from whence.cli.app import main
 from whence.indexing.codecs import CODECS
@@ -52,6 +52,8 @@ def whence(monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             main()
         captured = capsys.readouterr()
+        if not caught.value.code and not {"--json", "--help", "--version"} & {*arguments}:
+            assert ENDING.fullmatch(captured.out.splitlines()[-1]), captured.out
         return Ran(caught.value.code, captured.out, captured.err)
 
     return run
@@ -309,7 +311,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(whence, tiny_llama, tm
     ran = whence(*arguments)
     assert ran.code == 0
     assert "20, of which 20 can be ranked" in ran.out
-    assert f'Ask it: whence trace {out} --prompt "..."' in ran.out
+    assert ran.out.endswith(f"Next: whence trace {out} --prompt '0 and 0?'\n")
     assert Store.open(out).manifest.is_complete
 
 
@@ -506,7 +508,8 @@ def test_append_prints_what_the_index_holds_then(whence, tiny_index, tmp_path):
 
 def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     out = shutil.copytree(tiny_index, tmp_path / "index")
-    assert whence("verify", out) == Ran(0, "every file is as it was written\n", "")
+    asked = f"whence trace {out} --prompt '0 and 0?'"
+    assert whence("verify", out) == Ran(0, f"Every file of the index is as it was written. Next: {asked}\n", "")
     shard = out / "checkpoint-000" / "shard-00000.safetensors"
     before = shard.read_bytes()
     shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -514,7 +517,7 @@ def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     assert told.code == 1
     assert told.out.splitlines() == [
         "checkpoint-000/shard-00000.safetensors: wrong checksum",
-        f"Mend it with: whence verify {out} --repair",
+        f"1 file of the index is wrong. Next: whence verify {out} --repair",
     ]
     ran = whence("verify", out, "--json")
     assert (ran.code, ran.json()["repairs"]) == (1, [])

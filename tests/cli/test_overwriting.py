@@ -23,6 +23,8 @@ def home(tmp_path, monkeypatch):
     for name in ("index", "model", "pool", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text(json.dumps(TEXT) + "\n")
+    for name in ("index/manifest.json", "pool/pool.json"):
+        (tmp_path / name).write_text("{}")
     os.link("rows.jsonl", "hard.jsonl")
     (tmp_path / "soft.jsonl").symlink_to("rows.jsonl")
     return tmp_path

@@ -69,7 +69,7 @@ def test_truth_is_told_beside(run, files, pool, tmp_path):
 def test_a_mixture_is_written_as_a_model(run, files, pool, tmp_path):
     code, said, _ = run("pool", "merge", pool, "--mixture", "a=0.25,b=0.75", "-o", tmp_path / "out", "--yaml",
                         tmp_path / "recipe.yaml")  # fmt: skip
-    assert code == 0 and f"written to {tmp_path / 'out'}" in said
+    assert code == 0 and f"a model in {tmp_path / 'out'}" in said
     assert load_model(tmp_path / "out").tokenizer is not None
     assert "task_arithmetic" in (tmp_path / "recipe.yaml").read_text()
     words = ["pool", "merge", pool, "--mixture", "a=0.25,b=0.75", "--method", "regmean", "--alpha", 0.5]
@@ -77,7 +77,7 @@ def test_a_mixture_is_written_as_a_model(run, files, pool, tmp_path):
     one, other = (load_model(tmp_path / name).model.state_dict() for name in ("out", "other"))
     assert any(not one[name].equal(other[name]) for name in one)
     code, said, _ = run("pool", "grams", pool, "--tokens", 50)
-    assert code == 0 and f"inputs of 3 members in {pool}/grams" in said
+    assert code == 0 and f"Inputs of 3 members are in {pool}/grams" in said
     table = tmp_path / "mixtures.csv"
     table.write_text("name,a,b,c\none,0.5,0.5,0\n")
     found = {}
@@ -93,7 +93,7 @@ def test_a_mixture_is_suggested(run, files, pool, tmp_path):
     out = tmp_path / "mixture.jsonl"
     words = ["mix", "suggest", pool, "--eval", files / "held", "--steps", 3, "--cap", "a=0.3"]
     code, said, _ = run(*words, "-o", out)
-    assert code == 0 and "all alike" in said and "whence ablate" in said
+    assert code == 0 and "all alike" in said and f"whence pool merge {pool} --mixture" in said
     rows = {row["partition"]: row["weight"] for row in map(json.loads, out.read_text().splitlines())}
     assert rows["a"] <= 0.3 + 1e-9 and sum(rows.values()) == pytest.approx(1)
     assert run("mix", "suggest", pool, "--eval", files / "held", "--cap", "z=0.3")[0] == 2

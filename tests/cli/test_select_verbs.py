@@ -32,7 +32,7 @@ def test_rows_are_chosen_written_and_told(command, files, tmp_path):
     assert code == 0 and len(rows) == 4
     assert sum(row["source"] == "s0" for row in rows) <= 2
     assert {*rows[0]} == {"id", "prompt", "completion", "source", "whence_score"}
-    for words in ("4 of 16 rows", "by bm25", "lift", "Rows in common with: random", f"whence train MODEL {out}"):
+    for words in ("4 of 16 rows", "by bm25", "times the pool's", "Rows in common with: random", "rows are chosen"):
         assert words in said
 
 

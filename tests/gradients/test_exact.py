@@ -6,8 +6,8 @@ import torch
 from conftest import random_examples, tiny_model
 from whence.corpus.tokens import Encoded, collate
 from whence.gradients import exact, tokenwise
-from whence.gradients.capture import OBJECTIVES, backward, gradients
-from whence.gradients.exact import SignedSequence
+from whence.gradients.capture import OBJECTIVES, backward, gradients, squared_norms
+from whence.gradients.exact import SignedSequence, inner_products
 from whence.gradients.space import GradientSpace
 
 BUDGET = 40  # tokens of a pass: several batches
@@ -91,6 +91,46 @@ def test_scores_are_inner_products_of_whole_gradients(loaded, traced, whole, of_
         found = inner.scores(normalise=normalise, cosine=cosine)
         true = [score(of_query(sequences), whole(row), normalise=normalise, cosine=cosine) for row in rows]
         assert found.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true)))
+
+
+def test_lists_of_many_queries_share_one_pass_over_their_rows(loaded, traced, whole, of_query, monkeypatch):
+    """A row of several lists is read once, and scored for the queries alone that ask for it."""
+    queries, rows, read = [query_sequences(False), query_sequences(True)] * 2, random_examples(7, seed=6), []
+    lists, real = [[0, 3, 5], [3, 5, 6], [], [0, 1, 3, 5, 6]], exact.batches
+
+    def recorded(some, budget):
+        read.extend(some)
+        return real(some, budget)
+
+    monkeypatch.setattr(exact, "batches", recorded)
+    for held, (normalise, cosine) in [*((2**31, how) for how in SPACES), (1, ("none", True))]:
+        monkeypatch.setattr(exact, "HELD_BYTES", held)
+        space, read[:] = GradientSpace(normalise=normalise), []
+        gradients = (exact.query_gradient(loaded, traced, sequences, space, "loss") for sequences in queries)
+        found = exact.list_scores(
+            loaded, traced, gradients, lists, dict(enumerate(rows)), space=space, cosine=cosine, tokens_per_batch=BUDGET
+        )
+        assert len(read) == (5 if held > 1 else sum(map(len, lists)))
+        for sequences, numbers, scores in zip(queries, lists, found, strict=True):
+            true = [
+                score(of_query(sequences), whole(rows[number]), normalise=normalise, cosine=cosine)
+                for number in numbers
+            ]
+            assert scores.tolist() == pytest.approx(true, rel=1e-3, abs=1e-4 * max(map(abs, true), default=0))
+
+
+def test_products_by_gram_and_by_formed_gradients_are_the_same(loaded, traced, monkeypatch):
+    queries = [exact.query_gradient(loaded, traced, query_sequences(contrast), GradientSpace(), "loss")
+               for contrast in (False, True)]  # fmt: skip
+    captured = []
+    backward(loaded, traced, collate(random_examples(1, seed=6)), captured.append, whole=True)
+    monkeypatch.setattr(exact, "FORMED_AT_ONCE", 1)
+    for one in captured:
+        held = exact.Queries(queries)
+        formed_dots, formed_squares = held._formed_products(one)
+        dots = [inner_products(one.a, one.g, *pair)[0] for pair in held.pairs[one.layer]]
+        torch.testing.assert_close(torch.stack(dots), formed_dots, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(squared_norms(one.a, one.g), formed_squares, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("reduction", "objective"), [("mean", "loss"), ("sum", "margin")])

@@ -23,9 +23,9 @@ def pool(tmp_path):
 
 def test_verify_reads_every_kind_of_file(pool, command):
     code, out, _ = command("verify", pool)
-    assert (code, out) == (
-        0, "a pool: 7 files are as they were written\n1 files have no checksum and were not checked, notes.txt first\n"
-    )  # fmt: skip
+    unchecked = "1 file without a checksum, not checked; the first is notes.txt"
+    answer = f"This is a pool, of which 7 files are as written. Next: whence ablate {pool} --eval HELDOUT.jsonl"
+    assert (code, out) == (0, f"{unchecked}\n{answer}\n")
 
 
 @pytest.mark.parametrize(

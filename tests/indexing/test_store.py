@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -410,7 +409,6 @@ def test_what_cannot_be_read_is_a_storage_error(tmp_path, monkeypatch, code, tex
     store = build(tmp_path / "index")
     for name in ("cat_file", "info", "open", "find", "exists"):
         monkeypatch.setattr(LocalFileSystem, name, refusing(code, text))
-    monkeypatch.setattr(np, "memmap", refusing(code, text))
     place, name = store.place, store.manifest.parts[0].file
     for read in (place.names, *(partial(getattr(place, verb), name) for verb in ("exists", "size", "read"))):
         with pytest.raises(StorageError, match=rf"Cannot read {place.root}.*: {text}\. Mend that"):
@@ -702,6 +700,22 @@ def test_zeros_rank_where_subnormal_numbers_are_taken_for_zero():
         torch.set_flush_denormal(False)
     assert helpful.rows.tolist() == [[5, 0, 1]]
     assert opposing.rows.tolist() == [[0, 1, 2]]
+
+
+def test_open_shards_hold_no_file_handle(tmp_path):
+    """An index has more shards than a process may have handles."""
+    build(tmp_path / "index")
+    store, (soft, hard) = Store.open(tmp_path / "index"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, hard))
+    try:
+        ranking, _ = store.top_k(torch.ones(2, 1, WIDTH), torch.ones(2), m=3)
+        assert len(store.vectors(list(range(store.rows)))[0]) == 2
+        assert len(store.read_rows(ranking.rows[0].tolist())) == 3
+        assert problems_at(tmp_path / "index") == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_query_is_answered_by_nothing(tmp_path):

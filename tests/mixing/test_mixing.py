@@ -486,7 +486,7 @@ def test_the_long_layout_of_ablate_is_read(small):
         read_mixture_table([{"weights": row["weights"]} for row in shares], long)
     half = [row | ({"truth": None} if number else {}) for number, row in enumerate(long)]
     assert read_mixture_table(shares, half).column == "merged"
-    assert "law of a proxy" in mix_law(shares, half, law="ridge", folds=3).notes[0]
+    assert "which were not trained" in mix_law(shares, half, law="ridge", folds=3).notes[0]
     with pytest.raises(SettingError, match="mixture m0 has two losses on s0"):
         read_mixture_table(shares, [*long, long[0]])
     with pytest.raises(SettingError, match="without a loss in every one"):
@@ -685,6 +685,24 @@ def test_mix_law_gives_one_json_document(command, file, name):
     assert again == found, "the same seed gives the same document"
 
 
+def test_mix_law_predicts_another_table_and_grades_itself_by_its_losses(command, file, small, tmp_path):
+    rows = [dict(reversed(row.items())) for row in rows_of(small)[:5]]  # domains in another order
+    fitted = mix_law(small, law="ridge", folds=3)
+    expected = fitted.law.predict(small.mixtures[:5])
+    for has_losses in (True, False):
+        some = rows if has_losses else [{k: v for k, v in row.items() if not k.startswith("metric")} for row in rows]
+        other = write_csv(tmp_path / f"{has_losses}.csv", some)
+        code, said, _ = command("mix", "law", file, "--law", "ridge", "--folds", 3, "--predict", other, "--json")
+        found = json.loads(said)["predictions"]
+        assert code == 0
+        assert [row["predicted/s1"] for row in found["rows"]] == pytest.approx(expected[:, 1].tolist())
+        assert (found["overall"] is None) == (not has_losses)
+        if has_losses:
+            assert found["overall"]["error"] == pytest.approx(float(np.abs(expected - small.losses[:5]).mean()))
+        printed = command("mix", "law", file, "--law", "ridge", "--folds", 3, "--predict", other)[1]
+        assert "Predicted mixtures" in printed and ("Prediction of these mixtures" in printed) == has_losses
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -700,6 +718,8 @@ def test_mix_law_gives_one_json_document(command, file, name):
         (["-o", "best.txt"], "-o best.txt: what is found is written to .jsonl, .csv or .parquet"),
         (["--loss-prefix", "ppl"], "no column of losses begins with ppl"),
         (["--losses", "none.csv"], "none.csv: no such file or directory"),
+        (["--predict", "none.csv"], "none.csv: no such file or directory"),
+        (["--predict-losses", "none.csv"], "--predict-losses belongs to --predict TABLE"),
     ],
 )
 def test_mistakes_are_one_clear_line(command, file, words, told):

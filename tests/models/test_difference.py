@@ -452,6 +452,24 @@ def test_whole_modules_beside_an_adapter_are_compared(kind, tmp_path):
     assert not any("output head did not move" in note for note in difference.notes)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("more", [2, -2])
+def test_an_adapters_saved_vocabulary_of_another_size_is_compared_by_the_tokens_of_both(base, more, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    size = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(size + more, mean_resizing=False)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, config)
+    next(weight for name, weight in made.named_parameters() if "lora_B" in name).data.normal_()
+    made.save_pretrained(tmp_path / "final", save_embedding_layers=True)
+    difference = weight_difference(base, tmp_path / "final")
+    embedding = difference[f"base_model.model.{EMBEDDING}"]
+    assert embedding.shape[0] == size + more and not embedding.any()
+
+
 def test_two_adapters_of_one_base_are_compared_factor_by_factor(base, tmp_path):
     first, second = (save_adapter(base, tmp_path / str(seed), seed) for seed in (1, 2))
     difference, before, after = weight_difference(first, second), parameters(first), parameters(second)

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from whence.corpus.tokens import collate
 from whence.errors import ModelError, SettingError
 from whence.models.generation import PROMPTS_PER_BATCH, generate
 from whence.models.loading import LoadedModel, directory_digest, layer_shape, load_model, tokenizer_digest
+from whence.models.weights import weights_of
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 GATED = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -212,20 +214,111 @@ def test_an_adapter_with_a_head_that_its_base_lacks_is_refused(adapter):
         load_model(adapter)
 
 
+def adapter_of_another_vocabulary(base, rows, directory, **options):
+    """An adapter of a base that was given so many rows before it was trained; its files, and the model itself."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    saving = {name: options.pop(name) for name in ("save_embedding_layers",) if name in options}
+    config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | options)
+    made = peft.get_peft_model(model, config)
+    made.save_pretrained(directory, **saving)
+    return made.eval()
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}], ids=["modules", "embedding"]
+    "options",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}, {"trainable_token_indices": [VOCABULARY, VOCABULARY + 1]}],
+    ids=["modules", "embedding", "tokens"],
 )
 def test_an_adapter_of_an_enlarged_vocabulary_is_loaded_as_peft_does(saved, options, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
-    model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    adapter_of_another_vocabulary(saved, VOCABULARY + 2, tmp_path / "adapter", **options)
     words(VOCABULARY + 2).save_pretrained(tmp_path / "adapter")
     expected = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     loaded = load_model(tmp_path / "adapter")
     ids = torch.tensor([[5, VOCABULARY + 1, 7, VOCABULARY]])
     torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (VOCABULARY + 2, {"trainable_token_indices": [VOCABULARY + 1], "save_embedding_layers": False}),
+        (VOCABULARY + 2, {"target_modules": ["lm_head"], "save_embedding_layers": False}),
+        (VOCABULARY + 2, {"modules_to_save": ["lm_head"], "save_embedding_layers": False}),
+        (VOCABULARY - 2, {"save_embedding_layers": True}),
+    ],
+    ids=["tokens", "head", "module", "fewer"],
+)
+def test_an_adapter_without_its_tokenizer_says_its_size_by_its_weights(saved, rows, options, tmp_path):
+    """Peft looks at the tokenizer alone, and fails with an IndexError or a size mismatch."""
+    expected = adapter_of_another_vocabulary(saved, rows, tmp_path / "adapter", **options)
+    tokenizer = words(min(rows, VOCABULARY))
+    tokenizer.save_pretrained(tmp_path / "words")
+    ids = torch.tensor([[5, 9, 7, 11]])
+    logits = load_model(tmp_path / "adapter", tokenizer=tmp_path / "words").model(input_ids=ids).logits
+    assert logits.shape[-1] == rows
+    known = slice(0, min(rows, VOCABULARY))  # rows of new tokens that the adapter does not hold are in no file
+    torch.testing.assert_close(logits[..., known], expected(input_ids=ids).logits[..., known])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_torch_files_of_older_trainers_are_loaded_as_tensors_only(copy, shards, monkeypatch, tmp_path):
+    expected = load_model(copy).model.state_dict()
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    files = [copy / "pytorch_model.bin"] if shards == 1 else [copy / f"pytorch_model-{n}.bin" for n in range(shards)]
+    for number, file in enumerate(files):
+        torch.save(dict([*weights.items()][number::shards]), file)
+    if shards > 1:
+        weight_map = {name: files[number % shards].name for number, name in enumerate(weights)}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = load_model(copy).model.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    torch.save({"weight": Harm()}, files[0])
+    monkeypatch.chdir(tmp_path)
+    refused(copy, files[0], "not a readable torch file of tensors")
+    assert not (tmp_path / "harmed").exists()
+
+
+class Harm:
+    """Creates a file when unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("harmed"),))
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["pytorch_model_fsdp_0/__0_0.distcp"], ["accelerate merge-weights {0}/pytorch_model_fsdp_0 {0}"]),
+        (["__0_0.distcp"], ["accelerate merge-weights {0} OUT"]),
+        (["pytorch_model_fsdp.bin"], ["rename it to pytorch_model.bin"]),
+        (
+            ["global_step4/zero.pt", "zero_to_fp32.py"],
+            ["global_step4 is Deep", "python zero_to_fp32.py . . --safe"],
+        ),
+        (["epoch_0/model.safetensors", "epoch_10/x", "epoch_2/x"], ["epoch_0, epoch_2, epoch_10", "{0}/epoch_10."]),
+        ([], ["no model.safetensors or pytorch_model.bin in it. Give"]),
+    ],
+)
+def test_weights_in_another_form_are_named_with_the_command_that_joins_them(copy, names, parts):
+    (copy / "model.safetensors").unlink()
+    for name in names:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).touch()
+    refused(copy, "no model.safetensors", *(part.format(copy) for part in parts))
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        weights_of(str(copy), "model", "pytorch_model")
+
+
+def test_weights_without_a_configuration_are_told_where_to_find_it(copy, tmp_path):
+    """As accelerate's `save_state` leaves them in `checkpoint_0`."""
+    state = copy / "checkpoint_0"
+    state.mkdir()
+    shutil.copy(copy / "model.safetensors", state)
+    refused(state, "no config.json", f"cp {copy}/*.json {state}")
 
 
 def test_adapter_of_another_rank_is_refused(adapter):

@@ -169,13 +169,37 @@ def test_betas_eps_and_steps_are_those_of_the_file(copy):
     assert {(held.step, held.betas, held.eps) for held in moments_of(copy).values()} == {(77, (0.5, 0.75), 1e-3)}
 
 
-def test_moments_of_32_bits_under_bitsandbytes_names_are_read(copy):
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_moments_of_32_bits_under_bitsandbytes_names_are_read(copy, is_wrapped):
+    """As `paged_adamw_32bit` keeps them; newer versions put them into an object of their own."""
     expected, content = moments_of(copy), contents_of(copy)
-    for entry in content["state"].values():
-        entry |= {"state1": entry.pop("exp_avg"), "state2": entry.pop("exp_avg_sq"), "step": 2}
+    for key, entry in content["state"].items():
+        moments = {"state1": entry["exp_avg"], "state2": entry["exp_avg_sq"]}
+        content["state"][key] = {"step": 2, **({"__bnb_optimizer_quant_state__": moments} if is_wrapped else moments)}
     torch.save(content, copy / "optimizer.pt")
     found = moments_of(copy)
     assert all(torch.equal(found[name].m2, expected[name].m2) and found[name].step == 2 for name in expected)
+
+
+def test_moments_of_8_bits_are_their_codes_values_times_the_scale_of_their_block(copy):
+    content, rng = contents_of(copy), torch.Generator().manual_seed(0)
+    values = {"1": torch.linspace(-1, 1, 256), "2": torch.linspace(0, 1, 256)}
+    for entry in content["state"].values():
+        shape = entry.pop("exp_avg").shape
+        entry.pop("exp_avg_sq")
+        for side, qmap in values.items():
+            blocks = -(-shape.numel() // 256)
+            entry[f"state{side}"] = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+            entry |= {f"qmap{side}": qmap, f"absmax{side}": torch.rand(blocks, generator=rng)}
+    torch.save(content, copy / "optimizer.pt")
+    found, loaded = moments_of(copy), load_model(copy)
+    order = [name for names in next(iter(_orders(loaded))) for name in names]
+    name = "model.layers.1.mlp.up_proj"  # 24 by 16: two blocks, the second half full
+    entry = content["state"][order.index(f"{name}.weight")]
+    for moment, side in ((found[name].m1, "1"), (found[name].m2, "2")):
+        for place in ((0, 0), (15, 15), (16, 0), (23, 15)):
+            code, block = int(entry[f"state{side}"][place]), (place[0] * 16 + place[1]) // 256
+            assert float(moment[place]) == pytest.approx(float(values[side][code] * entry[f"absmax{side}"][block]))
 
 
 # -- what cannot be used
@@ -222,7 +246,7 @@ def test_layers_that_were_not_trained_are_named(tmp_path):
     refused(tmp_path / "run" / "checkpoint-2", "so that weight was not trained", "up_proj", layers="*up_proj*")
 
 
-def test_8_bit_moments_are_refused(copy):
+def test_8_bit_moments_without_their_scales_are_refused(copy):
     content = contents_of(copy)
     for entry in content["state"].values():
         size = entry.pop("exp_avg").shape

@@ -291,3 +291,18 @@ def test_damaged_learning_rates_are_not_weights(tmp_path, name):
 def test_unknown_choice_of_checkpoints_is_refused(tmp_path):
     with pytest.raises(SettingError, match="choose all or last"):
         open_run(tmp_path, which="first")
+
+
+def test_a_state_beside_the_checkpoints_is_read_where_they_have_none(tmp_path):
+    rates = {2: 1e-3, 4: 1e-3, 6: 5e-4}
+    expected = open_run(trainer_directory(tmp_path, [4, 6], rates), which="all").checkpoints
+    (tmp_path / "checkpoint-6" / "trainer_state.json").rename(tmp_path / "trainer_state.json")
+    assert open_run(tmp_path, which="all").checkpoints == expected
+
+
+def test_all_checkpoints_of_accelerate_are_refused_by_their_names(tmp_path):
+    for name in ("epoch_0", "epoch_10", "epoch_2"):
+        (tmp_path / name).mkdir()
+    assert [checkpoint.path for checkpoint in open_run(tmp_path).checkpoints] == [str(tmp_path)]
+    with pytest.raises(ModelError, match=r"its checkpoints are epoch_0 to epoch_10, of which no file says"):
+        open_run(tmp_path, which="all")

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
 from conftest import save_tiny_run
-from whence.models.training_state import unfinished_note
+from whence.models.training_state import best_note, unfinished_note
 from whence.storage import Place
 
 
@@ -44,3 +45,22 @@ def test_index_and_recover_tell_it(tmp_path, tiny_corpus, tiny_llama, caplog):
         index(run, tiny_corpus, tmp_path / "index", width=8, progress=False)
     assert "(checkpoint 4 of 9)" in caplog.text
     assert "(checkpoint 4 of 9)" in open_case(str(tiny_llama), str(run), RecoverSettings()).notes[0]
+
+
+def test_a_run_whose_best_checkpoint_is_not_its_last_tells_which_is_taken(tmp_path, tiny_llama, tiny_corpus, caplog):
+    """As `load_best_model_at_end` leaves it: the best weights beside the checkpoints."""
+    from whence.indexing.build import index
+
+    run = save_tiny_run(tmp_path / "run")
+    file = run / "checkpoint-4" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": "out/checkpoint-2"}))
+    assert best_note(run) is None, "there is no model beside the checkpoints"
+    shutil.copytree(run / "checkpoint-4", run, dirs_exist_ok=True)
+    assert best_note(run) is None, "the model beside the checkpoints is the last"
+    shutil.copytree(run / "checkpoint-2", run, dirs_exist_ok=True)
+    assert best_note(run / "checkpoint-4") is None
+    with caplog.at_level(logging.WARNING):
+        index(run, tiny_corpus, tmp_path / "index", width=8, progress=False)
+    assert f"checkpoint-4 is taken; for the best, name {run / 'checkpoint-2'}." in caplog.text
+    shutil.rmtree(run / "checkpoint-2")  # `save_total_limit` may have
+    assert "copy the model's own files to another directory" in best_note(run)

@@ -373,4 +373,5 @@ def test_a_telephone_needs_no_sideways_scrolling(browser, tmp_path):
             assert browser.value("document.documentElement.scrollWidth") <= width
             tables = "[...document.querySelectorAll('.scroll')].every(node => node.scrollWidth <= node.clientWidth + 1)"
             assert browser.value(tables)
+            assert browser.broken() == []
             assert browser.value("getComputedStyle(document.querySelector('.share rect')).fill") != "rgb(0, 0, 0)"

@@ -306,6 +306,42 @@ def test_examples_are_coloured_by_all_tokens_at_first(show):
     ]
 
 
+def ranked_exactly():
+    """Compressed scores of another order and sign than the exact ones that rank."""
+    rows = [(1, 0.016, 0.5), (2, 0.021, 0.25), (-1, -0.3, -0.125), (-2, -0.2, 0.019)]
+    hits = [hit(rank, score, {"text": "t"}, exact=exact, exact_rank_score=exact) for rank, score, exact in rows]
+    return Trace([answer([" a"])], hits, "cosine", 4, overlaps=[0.4])
+
+
+def test_what_ranks_is_what_travels():
+    first = payload(trace_page(ranked_exactly()))["queries"][0]
+    assert [(shown["ranked"], shown["isExact"]) for shown in first["helpful"]] == [(0.5, True), (0.25, True)]
+    assert "longer --shortlist" in first["overlap"]
+    assert not payload(trace_page(small_trace()))["queries"][0]["helpful"][0]["isExact"]
+
+
+def test_exact_scores_that_rank_are_the_large_numbers_and_the_bars(show):
+    browser = show(ranked_exactly(), width=390)
+    assert texts(browser, ".figure") == [
+        "+0.500exact score", "+0.250exact score", f"{MINUS}0.125exact score", "+0.019exact score"
+    ]  # fmt: skip
+    assert next(text for text in texts(browser, ".facts span") if "compressed" in text) == "compressed +0.016"
+    widths = browser.value("[...document.querySelectorAll('.bar i')].map(node => parseFloat(node.style.width))")
+    assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
+    assert texts(browser, "main h2") == [
+        "HelpfulTraining on these makes the answer more likely.",
+        "OpposingTraining on these makes the answer less likely.",
+        "LowestNone of these opposes the answer.",
+    ]
+    assert browser.broken() == []
+
+
+def test_how_sure_is_of_the_span():
+    asked = answer([" a", " b", " c"], probabilities=[0.9, 0.25, 0.9], asked=[False, True, False])
+    (shown,) = payload(trace_page(Trace([asked], [], "dot", 1)))["queries"]
+    assert shown["certainty"].startswith("0 of 1 tokens of the span at p ≥ 0.5; perplexity 4.00 a token")
+
+
 def test_the_address_pins_a_token(show):
     browser = show(small_trace(), "#q=0&t=1")
     assert pinned(browser) == ["no"]
@@ -419,9 +455,11 @@ def test_scores_that_are_no_influence_are_not_called_so(show):
 def test_lowest_examples_that_do_not_oppose_are_called_lowest(show):
     rows = [hit(1, 0.5, {"text": "t"}), hit(-1, 0.1, {"text": "t"}), hit(-2, 0.2, {"text": "t"})]
     browser = show(Trace([answer([" a"])], rows, "dot", 3))
-    assert texts(browser, "main h2")[1] == "LowestNone of them opposes the answer."
+    assert texts(browser, "main h2")[1] == "LowestNone of these opposes the answer."
     browser = show(Trace([answer([" a"])], [*rows, hit(-3, -0.2, {"text": "t"})], "dot", 4))
-    assert texts(browser, "main h2")[1] == "OpposingThose below zero oppose the answer."
+    heads = ["OpposingTraining on these makes the answer less likely.", "LowestNone of these opposes the answer."]
+    assert texts(browser, "main h2")[1:] == heads
+    assert texts(browser, "main section:nth-child(2) .rank") == [f"{MINUS}3"]
 
 
 def test_a_long_example_is_an_excerpt_until_it_is_unfolded(show):

@@ -38,9 +38,9 @@ def test_one_in_twenty_meaningless_queries_stands_above_the_needed_z():
 @pytest.mark.parametrize(
     ("best", "words"),
     [
-        (3.1, "The best example stands above the null: z 3.1, where meaningless completions reach 3.0."),
-        (3.0, "Nothing here stands above the null: the best z is 3.0, and meaningless completions reach 3.0."),
-        (None, "Nothing here stands above the null: no example has a null, and"),
+        (3.1, "The best example stands above chance: z 3.1, where meaningless completions reach 3.0."),
+        (3.0, "Nothing here stands above chance: the best z is 3.0, and meaningless completions reach 3.0."),
+        (None, "Nothing here stands above chance: no example has a z, and"),
     ],
 )
 def test_a_verdict_is_in_words(best, words):
@@ -125,7 +125,9 @@ def test_a_method_without_a_null_says_so(built, method):
     assert (found.levels, found.verdicts, found.needed_z) == ([], [], None)
     (note,) = found.notes
     assert note.startswith(f"no z and no verdict with --method {method}: ") and note.endswith("with --method cosine.")
-    assert ("it takes a gradient for every token, and a null asks 227 queries more" in note) == (method == "reach")
+    assert ("it takes a gradient for every token, and to measure chance asks 227 queries more" in note) == (
+        method == "reach"
+    )
     assert trace(built, *ASKED, top=2, method=method, null=False).notes == []
 
 

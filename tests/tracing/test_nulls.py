@@ -14,7 +14,7 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import Index, open_index
 from whence.tracing import own_answers, retrieval
-from whence.tracing.nulls import LEAST, control_scores, nulls, query_controls, row_controls
+from whence.tracing.nulls import LEAST, best_z, control_scores, nulls, query_controls, row_controls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import query_vectors
 
@@ -83,6 +83,20 @@ def test_a_longer_query_is_no_more_of_a_signal():
     assert long.z == pytest.approx(short.z, rel=1e-4)
     assert long.mean == pytest.approx(10 * short.mean, rel=1e-4)
     assert long.generic == short.generic
+
+
+def test_the_best_z_is_the_highest_and_a_row_is_read_once_whatever_is_asked(monkeypatch):
+    synthetic, read, real = Synthetic(vectors(64)), [], Synthetic.vectors
+    controls, rows = row_controls(synthetic, cosine=False), [int(n) for n in range(40)]
+    monkeypatch.setattr(Synthetic, "vectors", lambda self, numbers: read.extend(numbers) or real(self, numbers))
+    for seed in range(3):
+        query = vectors(1, seed=seed)[:, 0]
+        scores = [score(query, synthetic.held[:, row], False) for row in rows]
+        how = {"cosine": False, "norms": query.norm(dim=1)}
+        expected = max(null.z for null in nulls(synthetic, controls, rows, scores, **how))
+        assert best_z(synthetic, controls, rows, scores, **how) == pytest.approx(expected)
+    assert sorted(read) == rows
+    assert best_z(synthetic, controls, [], [], cosine=False) == 0
 
 
 def test_an_example_is_left_out_of_its_own_null():
@@ -240,7 +254,7 @@ def test_a_file_gives_a_null_where_the_rows_are_too_few(tiny_index, controls):
 
 
 def test_too_few_controls_are_refused(built):
-    with pytest.raises(SettingError, match=f"--controls: 3 queries; a null needs {LEAST} or more"):
+    with pytest.raises(SettingError, match=f"--controls: 3 queries; to say what chance reaches takes {LEAST} or more"):
         trace(built, *ASKED, controls=corpus_rows(3))
 
 

@@ -127,20 +127,22 @@ def test_the_exact_score_is_that_of_an_index_of_whole_gradients(made, method, no
         assert {hit.id: hit.exact for hit in found.of(query)} == near(scores_of(whole.of(query)))
 
 
-def test_exact_scores_decide_the_order_of_the_short_list(made):
+def test_exact_scores_decide_the_order_of_both_short_lists_together(made):
     whole = trace(made(20, projection="identity"), PROMPT, COMPLETION, top=20)
     coarse = trace(made(20, width=1), PROMPT, COMPLETION, top=20)
     true = scores_of(whole.of(0))
     for shortlist, top in ((20, 5), (8, 3), (2, 4)):
         found = trace(made(20, width=1), PROMPT, COMPLETION, exact=True, shortlist=shortlist, top=top)
+        sides = [[hit.id for hit in coarse.of(0, opposing=side)][: max(shortlist, 2 * top)] for side in (False, True)]
         for opposing, sign in ((False, -1), (True, 1)):
-            short = [hit.id for hit in coarse.of(0, opposing=opposing)][: max(shortlist, 2 * top)]
-            expected = sorted(short, key=lambda name: sign * true[name])[:top]
+            short = sides[opposing]
+            expected = sorted({*sides[0], *sides[1]}, key=lambda name: sign * true[name])[:top]
             assert expected != short[:top], "this compression changes nothing"
             hits = found.of(0, opposing=opposing)
             assert [hit.id for hit in hits] == expected
             assert [hit.rank for hit in hits] == [-sign * place for place in range(1, top + 1)]
             assert scores_of(hits) == near({name: scores_of(coarse.of(0))[name] for name in expected})
+            assert all(hit.rank_score == hit.exact for hit in hits)
             if not opposing:
                 assert found.overlaps == [len({*expected} & {*short[:top]}) / top]
 

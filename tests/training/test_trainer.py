@@ -311,6 +311,7 @@ def test_flags_that_are_not_given_leave_the_word_to_the_preset(monkeypatch, flag
         "train",
         lambda model, corpus, out, **options: seen.update(options) or out,
     )
+    monkeypatch.setattr("whence.cli.training.check_inputs", lambda **inputs: None)
     monkeypatch.setattr(sys, "argv", ["whence", "train", "model", "corpus", "-o", "run", "--json", *flags])
     with pytest.raises(SystemExit) as caught:
         cli.main()

@@ -214,7 +214,7 @@ def collect(
         model = mixed_model(pool)
         inputs = inputs_of(model.model, pool.start())
         done = len(pool.members) - len(todo)
-        with runner.progress("Reading inputs", len(pool.members), done=done, shown=shown) as tick:
+        with runner.progress("Reading inputs", len(pool.members), unit="members", done=done, shown=shown) as tick:
 
             def work(partition: str, report: runner.Tick) -> None:
                 counted = _collect_member(pool, model, inputs, rows[partition], length, tokens_per_batch)

@@ -34,7 +34,7 @@ from whence.models.local_copies import local_directory
 from whence.models.pairing import weights_by_name
 from whence.models.runs import open_run
 from whence.models.saved_files import check_file
-from whence.models.training_state import date_of_training, warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_of_run
 from whence.outputs import refuse_inputs
 from whence.paths import exists, writing_to
 from whence.records import MisfitError, fitting, unlike_written
@@ -129,7 +129,7 @@ def train_pool(
     runner.check_engine(engine)
     refuse_inputs(out, [parent, corpus], is_directory=True)
     start = local_directory(open_run(parent).checkpoints[-1].path)
-    warn_if_unfinished(parent)
+    warn_of_run(parent)
     weights_by_name(start)  # every member is compared with them: a parent without weights fails before any training
     opened = open_corpus(corpus)
     tokenizer = load_tokenizer(start, start, False)
@@ -149,7 +149,7 @@ def train_pool(
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
-        with runner.progress("Training members", len(partitions), done=done, shown=shown) as tick:
+        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=shown) as tick:
 
             def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
                 place = Path(pool.place.root) / "work" / slug(partition.name)

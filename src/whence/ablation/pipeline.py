@@ -100,17 +100,30 @@ class Ablation:
     is cheaper."""
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """How much was read, the best mixture, and how to go on."""
+        gained = self.gained()
+        lines = [f"Ablation({len(gained)} mixtures on {len(self.best())} evaluation sets)"]
+        if gained:
+            name, change = next(iter(gained.items()))
+            lines.append(f"  best: {name}, {change:+.3f} nats a token against the parent, mean over sets")
+        return "\n".join([*lines, "  More: .rows() as a table, .best() by set, .gained(), .agreements, .cost, .notes"])
+
     def best(self) -> dict[str, str]:
         """The mixture with the smallest merged loss, by set."""
         sets = dict.fromkeys(cell.set for cell in self.cells)
         return {name: min((cell for cell in self.cells if cell.set == name), key=lambda cell: cell.merged).mixture
                 for name in sets}  # fmt: skip
 
-    def gained(self) -> dict[str, float]:
-        """Merged loss less the parent's, in nats, the mean over sets, by mixture; the best comes first."""
+    def gained(self, by: str = "merged") -> dict[str, float]:
+        """Merged or true loss less the parent's, in nats, the mean over sets, by mixture; the best comes first.
+
+        Mixtures without such a loss, such as the true one of what was not trained, are left out.
+        """
         changes: dict[str, list[float]] = {}
         for cell in self.cells:
-            changes.setdefault(cell.mixture, []).append(cell.merged - cell.parent)
+            if (loss := getattr(cell, by)) is not None:
+                changes.setdefault(cell.mixture, []).append(loss - cell.parent)
         means = {name: math.fsum(differences) / len(differences) for name, differences in changes.items()}
         return dict(sorted(means.items(), key=lambda pair: pair[1]))
 
@@ -220,7 +233,7 @@ class _Evaluator:
         mixtures |= {_member_name(name): {name: 1.0} for name in self.pool.members}
         mixtures |= {candidate.name: candidate.weights for candidate in candidates}
         by_name: dict[str, dict[str, Losses]] = {}
-        with runner.progress("Reading mixtures", len(mixtures), shown=shown) as tick:
+        with runner.progress("Reading mixtures", len(mixtures), unit="mixtures", shown=shown) as tick:
             for name, weights in mixtures.items():
                 key = None if weights is None else {partition: [self.pool.members[partition].sha256, weight]
                                                     for partition, weight in weights.items()}  # fmt: skip
@@ -250,7 +263,7 @@ class _Evaluator:
         """Losses of models really trained, by candidate and set; an interrupted training is done again."""
         by_name: dict[str, dict[str, Losses]] = {}
         digests = {name: partition.digest for name, partition in partitions.items()}
-        with runner.progress("Training the truth", len(candidates), shown=shown) as tick:
+        with runner.progress("Training on mixtures", len(candidates), unit="mixtures", shown=shown) as tick:
 
             def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
                 key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),
@@ -402,7 +415,7 @@ def _cost(
 
 def _notes(cells: Sequence[Cell], candidates: Sequence[Candidate], pool: Pool, missing: Sequence[str]) -> list[str]:
     """Limits of the result that a reader has to know, one sentence each."""
-    notes = ["Merged losses rank mixtures; their level is not that of a model trained on the mixture."]
+    notes = ["Losses of averages say which mixture is better, not what loss a model trained on it has."]
     if any(len({*candidate.weights.values()}) > 1 for candidate in candidates):
         notes.append(
             "Weights that are not uniform are Whence's extension of the method: docs/results/ablation.md measures it."

@@ -89,6 +89,14 @@ class Pool:
     words: str | None = None
     """Digest of the parent's tokenizer."""
 
+    def __repr__(self) -> str:
+        """Where it is, of whom, how many members, and how to go on."""
+        some = ", ".join(list(self.members)[:6]) + (", ..." if len(self.members) > 6 else "")
+        return (
+            f"Pool({self.place.root}, {len(self.members)} members of {self.parent}: {some})\n"
+            "  More: .members, .recipe; whence.ablate(POOL, EVAL)"
+        )
+
     @property
     def partitions(self) -> list[str]:
         """Names of the partitions, in the order in which they joined."""

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whence.ablation.heldout_losses import EvalSet, measure, read_sets
+from whence.ablation.heldout_losses import EvalSet, Losses, measure, read_sets
 from whence.ablation.member_training import recipe_of
 from whence.ablation.mixed_model import MixedModel, mixed_model, placed_sources
 from whence.ablation.pool import Pool, open_pool
@@ -57,8 +57,17 @@ class Suggestion:
     """Name of that partition."""
     parent: dict[str, float]
     """Losses of the parent."""
+    gain: tuple[float, float, float]
+    """Loss of the uniform mixture less that of the suggestion, in nats a token, over the sets by their weights; and the
+    ends of its 95% interval over the sets' rows. The descent read some of these rows: fresh ones would show less."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Mixture, and loss of the sampled rows, at each step."""
+
+    def __repr__(self) -> str:
+        """The mixture, what it gains, and how to go on."""
+        shares = ", ".join(f"{name} {weight:.1%}" for name, weight in self.mixture.items())
+        gain = "{:+.3f} nats a token against all alike ({:+.3f} to {:+.3f})".format(*self.gain)
+        return f"Suggestion({shares})\n  {gain}\n  More: .mixture, .losses, .uniform, .best_alone, .parent, .steps"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a partition."""
@@ -110,7 +119,7 @@ def suggest(
     windows = [_windows(mixed.model, evaluated_set, longest, rows, seed) for evaluated_set in sets]
     weights = capped(np.full((1, len(names)), 1 / len(names)), upper)[0]
     trail: list[dict[str, Any]] = []
-    with progress("Descending", steps, shown=shown) as tick:
+    with progress("Descending", steps, unit="steps", shown=shown) as tick:
         for _ in range(steps):
             loss, slopes = _slopes(mixed, _named(names, weights), windows, set_weights, tokens_per_batch)
             if trail and loss > trail[-1]["loss"]:
@@ -124,19 +133,50 @@ def suggest(
         weights = capped((large / large.sum())[None], np.where(large > 0, upper, 0.0))[0]
     mixture = _named(names, weights)
 
-    def losses(mixture: Mapping[str, float] | None) -> dict[str, float]:
+    def measured(mixture: Mapping[str, float] | None) -> dict[str, Losses]:
         model = mixed.become(mixture)
-        return {evaluated_set.name: measure(model, evaluated_set, max_tokens=longest,
-                                            tokens_per_batch=tokens_per_batch).loss
+        return {evaluated_set.name: measure(model, evaluated_set, max_tokens=longest, tokens_per_batch=tokens_per_batch)
                 for evaluated_set in sets}  # fmt: skip
+
+    def losses(mixture: Mapping[str, float] | None) -> dict[str, float]:
+        return {name: of_set.loss for name, of_set in measured(mixture).items()}
 
     def overall(by_set: Mapping[str, float]) -> float:
         return sum(weight * by_set[evaluated_set.name] for weight, evaluated_set in zip(set_weights, sets, strict=True))
 
     single = {name: losses({name: 1.0}) for name in names}
     alone = min(single, key=lambda name: overall(single[name]))
-    uniform = losses(dict.fromkeys(names, 1 / len(names)))
-    return Suggestion(mixture, losses(mixture), uniform, single[alone], alone, losses(None), trail)
+    rows_at, rows_uniform = measured(mixture), measured(dict.fromkeys(names, 1 / len(names)))
+    at, uniform = ({name: of_set.loss for name, of_set in found.items()} for found in (rows_at, rows_uniform))
+    gain = gain_of(list(rows_uniform.values()), list(rows_at.values()), set_weights)
+    return Suggestion(mixture, at, uniform, single[alone], alone, losses(None), gain, trail)
+
+
+def gain_of(before: Sequence[Losses], after: Sequence[Losses], weights: Sequence[float]) -> tuple[float, float, float]:
+    """Loss before less loss after, the weighted sum over sets, and its 95% interval.
+
+    A row counts as one draw, the same before and after; sets are independent. Of a set of one row nothing is known.
+
+    >>> one, half = (Losses(torch.tensor([2.0, 4.0]) * s, torch.tensor([1, 2]), torch.tensor([1, 2])) for s in (1, 0.5))
+    >>> gain_of([one], [half], [1.0])
+    (1.0, 1.0, 1.0)
+    """
+    gain = sum(weight * (old.loss - new.loss) for old, new, weight in zip(before, after, weights, strict=True))
+    variance = sum(weight**2 * _variance(old, new) for old, new, weight in zip(before, after, weights, strict=True))
+    spread = 1.96 * math.sqrt(variance)
+    return gain, gain - spread, gain + spread
+
+
+def _variance(before: Losses, after: Losses) -> float:
+    """Variance of the difference of two losses on the same rows, each a ratio of sums over rows.
+
+    Source: Cochran 1977, Sampling Techniques, equation 6.13: linearised.
+    """
+    n = len(before.nats)
+    if n < 2:
+        return math.inf
+    residuals = before.nats - after.nats - (before.loss - after.loss) * before.tokens
+    return float(residuals.square().sum() / (before.tokens.sum() ** 2)) * n / (n - 1)
 
 
 def _named(names: Sequence[str], weights: np.ndarray) -> dict[str, float]:

@@ -4,24 +4,21 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
-from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model
+from whence.cli.console import print_ending, print_json, print_part, waiting
+from whence.cli.groups import reads_rows
+from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
 from whence.errors import SettingError
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
 Mixtures = Annotated[
     str | None,
-    typer.Option(
-        help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together.",
-        callback=a_corpus,
-    ),
+    typer.Option(help="File of mixtures, partitions as columns; unless given each alone, all pairs, all together."),
 ]
 Scale = Annotated[float, typer.Option(help="Factor of the members' moves away from the parent (task arithmetic).")]
 Method = Annotated[str, typer.Option(help="How to average: mean, or regmean, by what goes into linear layers.")]
@@ -29,13 +26,10 @@ Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single f
 
 
 @pool.command()
+@reads_rows
 def train(
-    parent: Annotated[
-        str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.", callback=a_model)
-    ],
-    corpus: Annotated[
-        str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.", callback=a_corpus)
-    ],
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
     by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
@@ -51,6 +45,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model for each partition that has none in the pool yet."""
+    from whence.outputs import refuse_inputs
+
+    refuse_inputs(out, [parent, corpus], is_directory=True)
+    check_inputs(models=[parent], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
     result = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
@@ -63,7 +61,8 @@ def train(
     for member in members:
         loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
         print_part(f"{member['partition']}: {member['rows']:,} rows, {member['tokens']:,} tokens{loss}")
-    print_part(f"{len(members)} members in {out}. Next: whence ablate {out} --eval HELDOUT.jsonl")
+    answer = f"The pool has {len(members)} members, each a model of one partition of {corpus}."
+    print_ending(answer, "whence", "ablate", out, "--eval", "HELDOUT.jsonl")
 
 
 @pool.command()
@@ -81,10 +80,14 @@ def merge(
     force: Force = False,
 ) -> None:
     """Write a mixture's average as a model that `from_pretrained` loads."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page
+
     weights = parsed_mixture(mixture) if "=" in mixture else None
     if yaml is not None and method != "mean":
         raise SettingError(f"--yaml: mergekit has no {method}; leave one of the two out")
     check_outputs([Output("--yaml", yaml, None)], rows=[corpus], others=[path], force=force)
+    check_inputs(pool=path, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import averaging
         from whence.ablation.merged_files import mergekit_yaml, write_merged
@@ -98,10 +101,12 @@ def merge(
         write_page(mergekit_yaml(opened, weights, scale=scale), yaml)
         print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
                    "--mixture NAME=1 -o members/NAME")  # fmt: skip
-    print_part(f"written to {directory}")
+    answer = f"The average of {len(weights)} members is a model in {directory}."
+    print_ending(answer, "whence", "train", out, "CORPUS", "-o", "RUN")
 
 
 @pool.command()
+@reads_rows
 def grams(
     path: PoolPath,
     tokens: Annotated[
@@ -110,24 +115,28 @@ def grams(
     corpus: PoolCorpus = None,
 ) -> None:
     """Collect what goes into members' linear layers, for --method regmean, which else does it when first used."""
+    check_inputs(pool=path, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import collect, open_grams
         from whence.ablation.pool import open_pool
     opened = open_pool(path)
     collect(opened, corpus, tokens=tokens)
-    print_part(f"inputs of {len(open_grams(opened).grams)} members in {path}/grams")
+    answer = f"Inputs of {len(open_grams(opened).grams)} members are in {path}/grams."
+    print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl", "--method", "regmean")
 
 
 @pool.command()
 def verify(path: PoolPath) -> None:
     """Read every member's file again and compare its checksum, and the files of its input matrices."""
+    check_inputs(pool=path)
     with waiting("Loading torch"):
         from whence.ablation.gram_matrices import verify_grams
         from whence.ablation.pool import open_pool
     opened = open_pool(path)
     opened.verify()
     verify_grams(opened)
-    print_part(f"{len(opened.members)} members are as they were written")
+    answer = f"All {len(opened.members)} members are as they were written."
+    print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl")
 
 
 def ablate(
@@ -152,12 +161,16 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
+    check_inputs(pool=path, corpora=[*evaluated, mixtures, corpus])
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page
-        from whence.reports.ablate_tables import ablate_tables
+        from whence.reports.ablate_tables import ablate_answer, ablate_tables
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
     rows = result.rows()
@@ -179,6 +192,30 @@ def ablate(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    best = next(iter(result.gained("truth") or result.gained()))
+    weights = next(candidate.weights for candidate in result.candidates if candidate.name == best)
+    how = (*(("--scale", scale) if scale != 1 else ()), *(("--method", method) if method != "mean" else ()))
+    print_ending(
+        ablate_answer(result),
+        "whence",
+        "pool",
+        "merge",
+        path,
+        "--mixture",
+        mixture_words(weights),
+        *how,
+        "-o",
+        "MERGED",
+    )
+
+
+def mixture_words(mixture: Mapping[str, float]) -> str:
+    """Weights as `--mixture` takes them, rounded.
+
+    >>> mixture_words({"a": 1 / 3, "b": 2 / 3})
+    'a=0.33333,b=0.66667'
+    """
+    return ",".join(f"{name}={weight:.5g}" for name, weight in mixture.items())
 
 
 def parsed_mixture(text: str) -> dict[str, float]:

@@ -24,9 +24,9 @@ from typer.exceptions import TyperException
 
 from whence import __version__
 from whence.cli.ablation import ablate, pool
-from whence.cli.console import complain, print_json, waiting
+from whence.cli.console import complain, print_ending, print_json, waiting
 from whence.cli.evaluation import evaluate
-from whence.cli.groups import flattened
+from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, verify
 from whence.cli.mixing import mix
 from whence.cli.options import Json
@@ -160,14 +160,18 @@ def demo(
     """Train a small model on Python's own docstrings, and ask which of them taught it each answer."""
     with waiting("Loading torch"):
         from whence.cli.demonstration import demo as run
+        from whence.cli.demonstration import grade_answer
     result = run(out, seed=seed, say=Console(stderr=as_json).print)
     if as_json:
         print_json(result)
+        return
+    question = "What does json.dumps do?"
+    print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 
 
 for verb in (train, index, trace, info, verify, append, bench, select, recover):
-    app.command()(flattened(verb))
+    app.command()(flattened(verb) if verb is info else reads_rows(flattened(verb)))
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")
 app.add_typer(pool, name="pool")
-app.command()(ablate)
+app.command()(reads_rows(ablate))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
+from rich.text import Text
 
 from whence.reports.text import BIDI, one_line, visible
 
@@ -46,6 +48,38 @@ def print_part(part: Any, *, err: bool = False) -> None:
     Console(stderr=err).print(shown, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
+def print_ending(answer: str, *command: object) -> None:
+    """Print the last line of a verb: the answer to its own question, and the command that goes on from there.
+
+    No width breaks it, since the command is copied; with `--json` a verb has no such line.
+
+    Args:
+        answer: A sentence, with its full stop.
+        command: Words of the command, as a shell would hand them over; in capitals what the user has yet to name.
+    """
+    words = " ".join(quoted(str(word)) for word in command)
+    line = Text.assemble(one_line(answer), (" Next: ", "bold"), one_line(words))
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def again(*more: object) -> tuple[object, ...]:
+    """The command that runs now, with flags in addition; of a flag given twice the last one holds."""
+    return ("whence", *sys.argv[1:], *more)
+
+
+def quoted(word: str) -> str:
+    r"""A word for the shell, in one line: control characters are escaped as bash, zsh and ksh read them.
+
+    >>> quoted("a b"), quoted("it's\nso")
+    ("'a b'", "$'it\\'s\\nso'")
+    """
+    if visible(word) == word and not {"\n", "\t"} & {*word}:
+        return shlex.quote(word)
+    escapes = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
+    shown = (escapes.get(char, char if visible(char) == char else f"\\u{ord(char):04x}") for char in word)
+    return f"$'{''.join(shown)}'"
+
+
 @dataclass(frozen=True)
 class _Visible:
     """A table whose cells, such as names of files, have no control characters."""
@@ -61,4 +95,13 @@ class _Visible:
 def waiting(words: str) -> Iterator[None]:
     """Turn a spinner on stderr while imports and loading keep a person waiting."""
     with Console(stderr=True).status(words):
+        yield
+
+
+@contextlib.contextmanager
+def working(words: str) -> Iterator[None]:
+    """The same while the library works, which shows a bar in its place where it counts."""
+    from whence.runner import waiting as counting  # with torch
+
+    with counting(words):
         yield

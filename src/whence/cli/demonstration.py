@@ -290,7 +290,7 @@ def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = No
         result = grade(built, rows)
         say(grade_table(result))
     result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    say(Text(f"{sum(seconds.values()):.0f} s in all. Everything is in {place}; ask on with the commands above."))
+    say(Text(f"{sum(seconds.values()):.0f} s in all. Everything is in {place}."))
     return result
 
 
@@ -329,6 +329,15 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
         "true_top10": _fraction(sum(rank is not None for rank in true_ranks), len(answered_rows)),
         "chance": 1 / len(rows),
     }
+
+
+def grade_answer(result: dict[str, Any]) -> str:
+    """How often the docstring behind an answer is found, in a sentence."""
+    first, asked = result["own_first"], result["answered"]
+    return (
+        f"For {first['count']:,} of the {first['of']:,} answers that it had learned (of {asked['of']:,} asked), the "
+        f"docstring behind the answer ranks first, against {result['chance']:.1%} by chance."
+    )
 
 
 def grade_table(result: dict[str, Any]) -> Table:

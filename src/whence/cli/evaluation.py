@@ -5,14 +5,11 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model, an_index, an_index_or_corpus
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
+from whence.cli.groups import reads_rows
+from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
-from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
-from whence.outputs import refuse_inputs
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 evaluate = typer.Typer(
     help="Grade what attribution promised, by training.", no_args_is_help=True, rich_markup_mode="rich"
@@ -25,11 +22,12 @@ PointsFile = Annotated[
 
 
 @evaluate.command()
+@reads_rows
 def selection(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.", callback=a_model)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Every training starts from it.")],
     source: Annotated[
         str,
-        typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from.", callback=an_index_or_corpus),
+        typer.Argument(metavar="INDEX_OR_CORPUS", help="The pool that is chosen from."),
     ],
     tasks: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Examples to choose for. Repeat it.")],
     graded: Annotated[
@@ -55,6 +53,11 @@ def selection(
     as_json: Json = False,
 ) -> None:
     """Train on what each method chooses, on chance's choice and on everything; grade all on held-out rows."""
+    from whence.corpus.reading import open_corpus
+    from whence.outputs import refuse_inputs
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     if not 2 <= seeds <= MOST_SEEDS:
         raise SettingError(f"--seeds {seeds}: a number from 2 to {MOST_SEEDS:,} is expected, as intervals need several")
     if not work:
@@ -67,14 +70,13 @@ def selection(
     refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
     for name in methods.split(","):
         catalogue.scorer_entry(name.partition(":")[0])
-    for file in (*task_files.values(), *graded_files.values()):
-        a_corpus(file)
+    check_inputs(models=[model], corpora=inputs[1:] if is_index(source) else inputs)
     with waiting("Loading torch"):
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
-        from whence.reports.evaluate_tables import evaluate_plot, evaluate_tables
+        from whence.reports.evaluate_tables import best_method, evaluate_answer, evaluate_plot, evaluate_tables
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
-    with waiting("Scoring"):
+    with working("Scoring"):
         choosers, budget = selection_methods(
             methods.split(","), source, task_files, fraction=fraction, model=model, work=work
         )
@@ -95,11 +97,17 @@ def selection(
     print_part(evaluate_tables(table))
     if out is not None:
         print_part(f"written to {out}")
+    best, file = best_method(table), next(iter(task_files.values()))
+    command = again("--methods", "bm25") if best is None else (
+        "whence", "select", source, "--method", best, "--tasks", file, "--fraction", fraction, "-o", "chosen.jsonl"
+    )  # fmt: skip
+    print_ending(evaluate_answer(table), *command)
 
 
 @evaluate.command("join")
+@reads_rows
 def compare_with_pool(
-    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.", callback=an_index)],
+    source: Annotated[str, typer.Argument(metavar="INDEX", help="Index of the pool's corpus.")],
     path: PoolPath,
     evaluated: EvalFiles,
     methods: Annotated[str, typer.Option(help="Scorers, with commas between.")] = "influence,bm25,rds+",
@@ -112,13 +120,17 @@ def compare_with_pool(
     as_json: Json = False,
 ) -> None:
     """Do scores of examples, summed by partition, say what leaving that partition out does?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     for name in listed(methods):
         catalogue.scorer_entry(name)
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
+    check_inputs(index=source, pool=path, corpora=[*evaluated, corpus])
     with waiting("Loading torch"):
         from whence.evaluation.joining import join
-        from whence.reports.join_tables import join_plot, join_tables
+        from whence.reports.join_tables import join_answer, join_plot, join_tables
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
                   model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
     if out is not None:
@@ -129,3 +141,5 @@ def compare_with_pool(
     print_part(join_tables(result))
     if out is not None:
         print_part(f"written to {out}")
+    command = ("whence", "ablate", path, *(word for file in evaluated for word in ("--eval", file)))
+    print_ending(join_answer(result), *(again("-o", "join.svg") if out is None else command))

@@ -1,17 +1,19 @@
 """The verbs `index`, `info`, `verify`, `append` and `bench`: parse, call one library function, print."""
 
+import json
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, waiting
+from whence.cli.inputs import check_inputs
 from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
 from whence.errors import MissingIndexError, SettingError
-from whence.gradients.space import GradientSpace
-from whence.outputs import refuse_inputs
-from whence.storage import Place
+
+if TYPE_CHECKING:
+    from whence.indexing.store import Store
 
 
 def index(
@@ -29,21 +31,25 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    from whence.outputs import refuse_inputs
+
     if workers != 1:
         raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
     _check_settings(settings)
     refuse_inputs(out, [model, corpus, loading.tokenizer], is_directory=True)
+    check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
     options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
-    _print_info(build(model, corpus, out, restart=restart, **options).store.info(), as_json)
+    _print_info(build(model, corpus, out, restart=restart, **options).store, out, as_json)
 
 
 def info(index: IndexPath, as_json: Json = False) -> None:
     """Show what an index holds."""
+    check_inputs(index=index)
     from whence.indexing.store import Store
 
-    _print_info(Store.open(index).info(), as_json)
+    _print_info(Store.open(index), index, as_json)
 
 
 def verify(
@@ -54,6 +60,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of an index, pool, run or work directory against its checksum."""
+    from whence.storage import Place
+
     if not Place.at(index).names():
         raise MissingIndexError.at(Place.at(index).root)
     with waiting("Reading every file"):
@@ -73,10 +81,12 @@ def verify(
             print_part(f"{problem.file}: {problem.what}")
         for repair_line in repairs:
             print_part(repair_line)
-        if not problems:
-            print_part("every file is as it was written")
-        elif not repair and problems[0].file != "manifest.json":
-            print_part(f"Mend it with: whence verify {index} --repair")
+        if not remaining:
+            mended = f"{_files(len(problems))} of it is mended, and every" if problems else "Every"
+            print_ending(f"{mended} file of the index is as it was written.", *_asking(index))
+        else:
+            about = f"{_files(len(remaining))} of the index {'is' if len(remaining) == 1 else 'are'} wrong."
+            print_ending(about, "whence", "verify", index, *([] if repair else ["--repair"]))
     if remaining:
         raise typer.Exit(1)
 
@@ -97,11 +107,15 @@ def _print_verified(path: str, as_json: bool) -> None:
     else:
         for problem, how in zip(result.problems, remedies, strict=True):
             print_part(f"{problem.file}: {problem.what}. Mend it: {how}")
-        if not result.problems:
-            print_part(f"{result.kind}: {result.checked} files are as they were written")
         if result.unchecked:
             count, first = len(result.unchecked), result.unchecked[0]
-            print_part(f"{count} files have no checksum and were not checked, {first} first")
+            print_part(f"{_files(count)} without a checksum, not checked; the first is {first}")
+        if result.problems:
+            answer = f"{_files(len(result.problems))} of {result.checked} not as written; how to mend it stands above."
+            print_ending(answer, "whence", "verify", path)
+        else:
+            next_words = [path if word == "PATH" else word for word in _NEXT.get(result.kind, _NEXT["a model"])]
+            print_ending(f"This is {result.kind}, of which {_files(result.checked)} are as written.", *next_words)
     if result.problems:
         raise typer.Exit(1)
 
@@ -117,9 +131,10 @@ def append(
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
+    check_inputs(index=index, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import append as run
-    _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store.info(), as_json)
+    _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store, index, as_json)
 
 
 def bench(
@@ -136,29 +151,75 @@ def bench(
 ) -> None:
     """Time index building against a training step of the same model on the same batches."""
     _check_settings(settings)
+    check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.speed import bench as run
-        from whence.reports.index_tables import bench_table
+        from whence.reports.index_tables import bench_answer, bench_table
     options: dict[str, Any] = vars(settings) | vars(loading)
     with waiting("Timing"):
         result = run(model, corpus, batch_size=batch_size, length=length or None, batches=batches, **options)
-    print_json(vars(result)) if as_json else print_part(bench_table(result))
+    if as_json:
+        print_json(vars(result))
+        return
+    print_part(bench_table(result))
+    print_ending(bench_answer(result), "whence", "index", model, corpus, "-o", "INDEX")
 
 
 def _check_settings(settings: IndexFlags) -> None:
     """Refuse values that cannot be before torch is imported."""
+    from whence.gradients.space import GradientSpace
+
     names = {field.name for field in fields(GradientSpace)}
     space = GradientSpace(**{name: value for name, value in vars(settings).items() if name in names})
     catalogue.projection_entry(space.sketch)
     catalogue.check_codec(settings.codec)
 
 
-def _print_info(facts: dict[str, Any], as_json: bool) -> None:
-    from whence.reports.index_tables import info_table
+_NEXT = {
+    "a pool": ("whence", "ablate", "PATH", "--eval", "HELDOUT.jsonl"),
+    "a run": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
+    "a model": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
+    "recover's work": ("whence", "recover", "BASE", "FINAL", "CORPUS", "--work", "PATH"),
+    "an evaluation": ("whence", "evaluate", "selection", "MODEL", "INDEX_OR_CORPUS", "--tasks", "FILE", "--graded",
+                      "FILE", "--work", "PATH"),
+}  # fmt: skip
+"""What a directory that is as written can be used for, by `directories.KINDS`."""
 
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
+def _print_info(store: "Store", path: str, as_json: bool) -> None:
+    from whence.reports.index_tables import info_answer, info_table
+
+    facts = store.info()
     if as_json:
         print_json(facts)
         return
     print_part(info_table(facts))
-    if facts["complete"]:
-        print_part(f'Ask it: whence trace {facts["path"]} --prompt "..."')
+    if not facts["complete"]:
+        print_ending(info_answer(facts), *_finishing(store, path))
+    elif not facts["ok_rows"]:
+        print_ending(info_answer(facts), "whence", "verify", path)
+    else:
+        print_ending(info_answer(facts), *_asking(path))
+
+
+def _finishing(store: "Store", path: str) -> tuple[str, ...]:
+    """The command that finishes an index."""
+    joining = store.manifest.joining
+    return (
+        ("whence", "append", path, joining["name"]) if joining else ("whence", "index", "MODEL", "CORPUS", "-o", path)
+    )
+
+
+def _asking(path: str) -> tuple[str, ...]:
+    """A trace of the prompt of the index' first row, or of how its text begins: a question that it can answer."""
+    from whence.corpus.layouts import shown_text
+    from whence.indexing.store import Store
+
+    store = Store.open(path)
+    text = next(iter(shown_text(json.loads(store.read_rows([0])[0]["row"])).values()), None) if store.rows else None
+    words = (text or "").split("\n")[0].split()[:10]
+    return ("whence", "trace", path, "--prompt", " ".join(words) or "TEXT")

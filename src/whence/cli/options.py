@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.inputs import a_corpus, a_model, a_pool, an_index, corpora
 from whence.errors import SettingError
 
 CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
@@ -14,29 +13,19 @@ CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name.", callback=a_model
-    ),
+    typer.Argument(metavar="MODEL", help="Model directory, Trainer output directory, LoRA adapter, or Hub name."),
 ]
-CorpusPath = Annotated[str, typer.Argument(metavar="CORPUS", help=CORPUS, callback=a_corpus)]
-IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.", callback=an_index)]
-PoolPath = Annotated[
-    str, typer.Argument(metavar="POOL", help="Directory that `whence pool train` wrote.", callback=a_pool)
-]
-PoolCorpus = Annotated[
-    str | None, typer.Option("--corpus", help="The pool's corpus, if it has moved since.", callback=a_corpus)
-]
-EvalFiles = Annotated[
-    list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.", callback=corpora)
-]
+CorpusPath = Annotated[str, typer.Argument(metavar="CORPUS", help=CORPUS)]
+IndexPath = Annotated[str, typer.Argument(metavar="INDEX", help="Directory of an index.")]
+PoolPath = Annotated[str, typer.Argument(metavar="POOL", help="Directory that `whence pool train` wrote.")]
+PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="The pool's corpus, if it has moved since.")]
+EvalFiles = Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")]
 RowsFile = Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")]
 Report = Annotated[str | None, typer.Option(help="Write an HTML report.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite a file that Whence did not write. An input is never overwritten.")
 ]
-ModelPath = Annotated[
-    str | None, typer.Option("--model", help="The model's directory, if it has moved since.", callback=a_model)
-]
+ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(metavar="FILE", help="Chat template to use in place of the tokenizer's own.")

@@ -7,26 +7,17 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model
+from whence.cli.console import again, print_ending, print_json, print_part, waiting
+from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
-from whence.recovery.settings import RecoverSettings, check_count
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
 
 def recover(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.", callback=a_model)
-    ],
-    final: Annotated[
-        str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.", callback=a_model)
-    ],
-    corpus: Annotated[
-        str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.", callback=a_corpus)
-    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a directory or a Hub name.")],
+    final: Annotated[str, typer.Argument(metavar="FINAL", help="The model after, or an adapter on it.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows that it may have been trained on.")],
     count: Annotated[int | None, typer.Option(help="Rows to choose: about as many as it was trained on.")] = None,
     method: Annotated[
         str | None, typer.Option(help=f"How rows are scored: {_METHODS}.", show_default="calibrated")
@@ -94,6 +85,11 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
+    from whence.outputs import refuse_inputs
+    from whence.recovery.settings import RecoverSettings, check_count
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
     settings = {
         "method": method or ("calibrated" if calibrate else "nnls"), "optimizer": optimizer, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed, "short_list": short_list, "points": points,
@@ -106,10 +102,12 @@ def recover(
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
+    refuse_inputs(work, [base, final, corpus, tokenizer], flag="--work", is_directory=True)
+    check_inputs(models=[base, final], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page
-        from whence.reports.recover_tables import recover_tables
+        from whence.reports.recover_tables import recover_answer, recover_tables
     result = run(base, final, corpus, count=count, work=work, shown=not as_json, **settings)
     if out is not None:
         write_rows(result.rows, out)
@@ -126,3 +124,5 @@ def recover(
         print_part(f"report written to {report}")
     if out is not None:
         print_part(f"written to {out}")
+    command = again("-o", "found.jsonl") if out is None else ("whence", "index", final, out, "-o", "INDEX")
+    print_ending(recover_answer(result), *command)

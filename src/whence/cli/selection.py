@@ -5,17 +5,14 @@ from typing import Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus, a_model, is_index
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
+from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
-from whence.selection.budget import Budget, Limits, no_index_for
 
 _METHODS = ", ".join(catalogue.SCORERS)
 Tasks = Annotated[
     str | None,
-    typer.Option(help="File of the task's examples; a column `task` makes several tasks of it.", callback=a_corpus),
+    typer.Option(help="File of the task's examples; a column `task` makes several tasks of it."),
 ]
 Fraction = Annotated[float | None, typer.Option(help="Choose this share of the rows.")]
 Caps = Annotated[
@@ -45,9 +42,7 @@ def select(
     count: Annotated[int | None, typer.Option(help="Choose this number of rows.")] = None,
     tokens_budget: Annotated[int | None, typer.Option(help="Choose rows of so many tokens together.")] = None,
     out: RowsFile = None,
-    corpus: Annotated[
-        str | None, typer.Option(help="The rows, if not the copy that the index keeps.", callback=a_corpus)
-    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="The rows, if not the copy that the index keeps.")] = None,
     selector: Annotated[
         str | None, typer.Option(help=f"What makes one order of several tasks: {', '.join(catalogue.SELECTORS)}.")
     ] = None,
@@ -68,9 +63,7 @@ def select(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="The model that scores of a corpus read; for an index, where its model is now.", callback=a_model
-        ),
+        typer.Option(help="The model that scores of a corpus read; for an index, where its model is now."),
     ] = None,
     gradients: Annotated[
         str | None,
@@ -83,6 +76,10 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Which training examples should be trained on for a task?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+    from whence.selection.budget import Budget, Limits, no_index_for
+
     entry = catalogue.scorer_entry(method)
     catalogue.selector_entry(selector or entry.selector)
     for name in listed(compare):
@@ -90,23 +87,22 @@ def select(
     Budget(fraction=fraction, count=count, tokens=tokens_budget)
     limits = {"caps": amounts("--cap", cap), "floors": amounts("--floor", floor)}
     Limits(**limits)
-    if not is_index(source):
-        if entry.needs_index:
-            raise no_index_for(method, source)
-        a_corpus(source)
+    if entry.needs_index and not is_index(source):
+        raise no_index_for(method, source)
     options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
     models = [model, loading.tokenizer, *options["options"].values()]
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
     check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
+    check_inputs(models=[model], corpora=[tasks, corpus, None if is_index(source) else source])
     with waiting("Loading torch"):
         from whence.reports.select_page import select_page
-        from whence.reports.select_tables import select_tables
+        from whence.reports.select_tables import FEW_IN_COMMON, select_answer, select_tables
         from whence.selection.description import composition, method_overlaps
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
     options |= limits | {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
     budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
-    with waiting("Scoring"):
+    with working("Scoring"):
         view = open_view(
             source,
             method,
@@ -131,4 +127,18 @@ def select(
     if report is not None:
         print_part(f"report written to {report}")
     if out is not None:
-        print_part(f"written to {out}. Next: whence train MODEL {out} -o RUN")
+        print_part(f"written to {out}")
+    others = [name for name, share in overlaps.items() if share < FEW_IN_COMMON]
+    print_ending(
+        select_answer(chosen, overlaps), *_next(source, tasks, model, out, [method, *others] if others else [])
+    )
+
+
+def _next(source: str, tasks: str | None, model: str | None, out: str | None, methods: list[str]) -> tuple[object, ...]:
+    """The next command: write the rows, compare methods that differ by training, or train on the rows."""
+    if out is None:
+        return again("-o", "chosen.jsonl")
+    if methods and tasks is not None:
+        return ("whence", "evaluate", "selection", model or "MODEL", source, "--tasks", tasks, "--graded",
+                "HELDOUT.jsonl", "--methods", ",".join(methods))  # fmt: skip
+    return "whence", "train", model or "MODEL", out, "-o", "RUN"

@@ -5,11 +5,9 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_json, print_part, waiting
-from whence.cli.inputs import a_corpus
+from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
+from whence.cli.inputs import check_inputs
 from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath
-from whence.reports.existing_files import Output, check_outputs
-from whence.reports.files import write_page, write_rows
 
 
 def trace(
@@ -17,9 +15,7 @@ def trace(
     loading: LoadingFlags,
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
     completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
-    queries: Annotated[
-        str | None, typer.Option(help="In place of these: a file of prompts (and completions).", callback=a_corpus)
-    ] = None,
+    queries: Annotated[str | None, typer.Option(help="In place of these: a file of prompts (and completions).")] = None,
     span: Annotated[str | None, typer.Option(help="Ask about this text of the completion alone.")] = None,
     span_tokens: Annotated[str | None, typer.Option(help="Ask about tokens FROM:TO of it alone, from 0.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Why the completion, and not this one?")] = None,
@@ -41,14 +37,12 @@ def trace(
     ] = "position",
     controls: Annotated[
         str | None,
-        typer.Option(
-            help="File of queries whose scores are the null; rows of the index unless given.", callback=a_corpus
-        ),
+        typer.Option(help="File of queries whose scores say what chance is; rows of the index unless given."),
     ] = None,
     specific: Annotated[
         bool, typer.Option("--specific", help="Rank by the score less the example's mean over control queries.")
     ] = False,
-    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with those for controls.")] = True,
+    null: Annotated[bool, typer.Option("--null/--no-null", help="Compare scores with what chance reaches.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature of a generated answer; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
@@ -60,18 +54,22 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+    from whence.tracing.spans import span_of
+
     catalogue.trace_method(method)
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, (".jsonl", ".csv", ".parquet", ".html"))
     check_outputs([output], rows=[queries, controls], others=[index, model, loading.tokenizer], force=force)
+    place = span_of(span, span_tokens, "--span-tokens")
+    check_inputs(index=index, corpora=[queries, controls])
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
         from whence.reports.trace_page import trace_page
-        from whence.reports.trace_tables import trace_tables
+        from whence.reports.trace_tables import MANY, stands_out, trace_answer, trace_tables
         from whence.tracing.pipeline import trace as run
-        from whence.tracing.queries import span_of
-    place = span_of(span, span_tokens, "--span-tokens")
-    with waiting("Tracing"):
+    with working("Tracing"):
         opened = open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             tokens |= opened.space.view == "sgd"
@@ -92,3 +90,17 @@ def trace(
     print_part(trace_tables(result))
     if out is not None:
         print_part(f"written to {out}")
+    can_be_exact = not exact and method in catalogue.index_methods() and opened.space.view == "sgd"
+    if min(result.overlaps, default=1.0) < MANY and 2 * shortlist < result.rows:
+        command = again("--shortlist", 4 * shortlist)
+    elif result.levels and not any(stands_out(result, number) for number in range(len(result.answers))):
+        asked = ("--prompt", prompt) if queries is None else ("--queries", queries)
+        words = () if completion is None else ("--completion", completion)
+        command = ("whence", "trace", index, *asked, *words, "--method", "bm25")
+    elif can_be_exact:
+        command = again("--exact")
+    elif not is_page:
+        command = again("-o", "trace.html")
+    else:
+        command = ("whence", "select", index, "--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
+    print_ending(trace_answer(result), *command)

@@ -1,6 +1,8 @@
 """The verb `train`: parse, call one library function, print."""
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from whence.cli.console import print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, waiting
+from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
-from whence.outputs import refuse_inputs
-from whence.training.recipe import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +86,44 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
+    from whence.outputs import refuse_inputs
+    from whence.training.recipe import settings_of
+
     options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
     options = {name: value for name, value in options.items() if value is not None}
     settings_of(preset, options)
     refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer], is_directory=True)
+    check_inputs(models=[model], corpora=[corpus, settings.in_run])
     with waiting("Loading torch"):
         from whence.training.trainer import train as run
+    start = time.perf_counter()
     path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
+    seconds = time.perf_counter() - start
     in_run = _in_run(path) if settings.in_run is not None else None
     if as_json:
         print_json({"run": str(path)} | ({} if in_run is None else {"in_run": in_run}))
         return
-    print_part(_size(path))
-    print_part(f"A run is in {path}. Next: whence index {path} {corpus} -o INDEX")
     if in_run is not None:
         for line in _in_run_lines(in_run):
             print_part(line)
+    print_ending(f"{_training(path)}; this took {seconds:,.0f} s.", "whence", "index", out, corpus, "-o", "INDEX")
 
 
-def _size(run: Path) -> str:
-    """What a run was trained on, and in how many steps."""
+def _training(run: Path) -> str:
+    """What a run was trained on, in how many steps, and what that did to its loss."""
     from whence.models.runs import open_run
     from whence.training.resuming import RECORD
 
-    record, steps = json.loads((run / RECORD).read_text()), open_run(run).checkpoints[-1].step
-    return f"Trained on {record['rows']:,} rows, in {steps:,} steps of {record['batch_size']:,} rows."
+    record, last = json.loads((run / RECORD).read_text()), open_run(run).checkpoints[-1]
+    state = json.loads((Path(last.path) / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]
+    some = max(1, len(losses) // 10)
+    first, final = (math.fsum(part) / some if losses else math.nan for part in (losses[:some], losses[-some:]))
+    few = "first and last steps" if some == 1 else "first and last tenth of the steps"
+    return (
+        f"Trained on {record['rows']:,} rows in {last.step:,} steps of {record['batch_size']:,}: the loss went from "
+        f"{first:.3f} to {final:.3f} nats a token ({few})"
+    )
 
 
 def _in_run(run: Path) -> dict[str, Any]:

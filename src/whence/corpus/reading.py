@@ -3,7 +3,7 @@
 A corpus is an ordered collection that can be read again: jsonl, csv and Parquet files (compressed or not, local or
 at any fsspec address), a directory of them in the order of their names, a data set of the Hugging Face Hub (by name,
 `name:split`, or `name:configuration:split` as in `openai/gsm8k:main:train`), a `save_to_disk` directory, or rows in
-memory. Rows are read as a stream, and only the current one is held.
+memory. Rows are read as a stream, and only the current one is held; one that is too large is refused (`bounds`).
 
 A directory is read with its subdirectories and links, but without hidden files, without the metadata of data sets, and
 without indexes: the index of a corpus may lie in the corpus' own directory.
@@ -37,6 +37,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from whence.corpus import bounds
 from whence.corpus.addresses import KINDS, SUFFIXES, file_system, has_suffix, hub_rows, require_hub_data_set
 from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
@@ -282,7 +283,7 @@ def _starts_with_bracket(files: Any, path: str) -> bool:
 
 
 def _json_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(bounds.lines(stream, path), start=1):
         text = line.removeprefix(b"\xef\xbb\xbf").strip()
         if text:
             where = f"{path}:{number}"
@@ -304,29 +305,27 @@ def _checked_object(row: Any, where: str) -> Row:
 
 
 def _array_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    try:
-        rows = json.load(stream)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: not a JSON array: {error}.") from None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(bounds.array_items(stream, path)):
         where = f"{path}[{number}]"
         yield where, _checked_object(row, where)
 
 
 def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(2**30)  # the default refuses cells over 128 KiB, and a row of text may well be longer
+    csv.field_size_limit(bounds.max_row_bytes())  # the default refuses cells over 128 KiB
     last = 0
     # Bytes that are not UTF-8 pass here, since decoding in blocks cannot say in which line they are.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         # strict: a quote that is never closed would silently swallow all that follows into one cell.
         delimiter = "\t" if has_suffix(path, (".tsv",)) else ","
-        reader = csv.DictReader(_utf8_lines(text, path), delimiter=delimiter, strict=True)
+        lines = bounds.TextLines(text, path)
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             _refuse_duplicate_columns(reader.fieldnames or (), f"{path}:{reader.line_num}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row:
                     raise CorpusError(f"{where}: more cells than the header has columns.")
+                lines.row_bytes = 0
                 yield where, _filled_cells(row)
                 last = reader.line_num
         except csv.Error as error:
@@ -351,15 +350,6 @@ def _refuse_duplicate_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
-def _utf8_lines(text: Iterable[str], path: str) -> Iterator[str]:
-    for number, line in enumerate(text, start=1):
-        try:
-            line.encode()
-        except UnicodeEncodeError:
-            raise CorpusError(f"{path}:{number}: not UTF-8. Save the file in that encoding.") from None
-        yield line
-
-
 def parquet_file(source: Any) -> Any:
     """A Parquet file, to be read with `use_threads=False`.
 
@@ -379,7 +369,7 @@ def _parquet_rows(files: Any, path: str) -> Iterator[tuple[str, Row]]:
         with files.open(path, "rb") as stream:
             table, number = parquet_file(stream), 0
             _refuse_duplicate_columns(table.schema_arrow.names, path)
-            for batch in table.iter_batches(batch_size=1024, use_threads=False):
+            for batch in bounds.parquet_batches(table, stream, path):
                 for row in _batch_rows(batch, path, number):
                     yield f"{path}[{number}]", row
                     number += 1

@@ -16,12 +16,16 @@ Boundaries are found in characters, from the tokenizer's offsets over the whole 
 as it was in training. (Tokenising prompt and completion separately gives other tokens where they meet.)
 """
 
+import bisect
 import functools
 import itertools
+import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -43,6 +47,14 @@ from whence.turns import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
+LONG = 2**17
+"""Characters of a text whose beginning is tokenised by itself where the rest is cut off."""
+MARGIN = 16
+"""Words between the end of such a beginning and the last token that is taken from it."""
+NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer"))
+"""Normalizers that change no character by those far from it."""
+SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
+"""Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
 LAYOUT_VERSION = 2
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and read two beginnings."""
@@ -56,9 +68,12 @@ class Encoded:
     supervised: list[bool]
     """Whether each token of `ids` is supervised; the first never is."""
     cut: int = 0
-    """Tokens left out because the row is too long: from the left of a prompt, from the right of a text."""
+    """Tokens left out because the row is too long: from the left of a prompt, from the right of a text.
+
+    Of a text that is much too long, at least so many: its end is not tokenised.
+    """
     completion_cut: int = 0
-    """Supervised tokens among them, of an answer that is too long by itself."""
+    """Supervised tokens among them, of an answer that is too long by itself; likewise."""
 
     @property
     def supervised_count(self) -> int:
@@ -83,8 +98,52 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
     rendered = render(row, tokenizer)
     if rendered is None:
         return Encoded([], [])
+    keep_left = layout(row) == "text"
+    if max_tokens is not None and len(rendered.text) > LONG:
+        begun = _from_beginning(rendered, tokenizer, max_tokens, keep_left=keep_left)
+        if begun is not None:
+            return begun
     ids, supervised = _tokenised(rendered, tokenizer)
-    return _truncated(ids, supervised, max_tokens, keep_left=layout(row) == "text", tokenizer=tokenizer)
+    return _truncated(ids, supervised, max_tokens, keep_left=keep_left, tokenizer=tokenizer)
+
+
+def _from_beginning(rendered: Rendered, tokenizer: Tokenizer, max_tokens: int, *, keep_left: bool) -> Encoded | None:
+    """As `encode`, from the beginning of a long text, where that is all that is kept; else None.
+
+    A tokenizer that splits texts into words reads each by itself, and no expression that splits looks further than some
+    words ahead. So ids that lie `MARGIN` words before the end of a beginning are those of the whole text.
+    """
+    if not _splits_into_words(tokenizer):
+        return None
+    size = LONG // 2
+    while (size := 2 * size) < len(rendered.text) // 2:
+        beginning = replace(rendered, text=rendered.text[:size])
+        ids, offsets = _with_offsets(beginning, tokenizer)
+        words = re.findall(r"\s*\S+", beginning.text[-LONG // 2 :])
+        if len(words) <= MARGIN:
+            continue
+        safe = size - len("".join(words[-MARGIN:]))
+        count = bisect.bisect_right(offsets, safe, key=lambda offset: offset[1])
+        ids, supervised = ids[:count], [False, *_supervised(offsets[1:count], rendered.spans)]
+        if keep_left and count > max_tokens:
+            return _truncated(ids, supervised, max_tokens, keep_left=True, tokenizer=tokenizer)
+        if not keep_left and True in supervised and count - max_tokens >= supervised.index(True):
+            encoded = _truncated(ids, supervised, max_tokens, keep_left=False, tokenizer=tokenizer)
+            if encoded.completion_cut:
+                return encoded
+    return None
+
+
+def _splits_into_words(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer splits texts at spaces at least, and changes no character by those far from it."""
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
+    if backend is None or backend.pre_tokenizer is None:
+        return False
+    if backend.normalizer is not None:
+        normalizer = json.loads(backend.normalizer.__getstate__())
+        if not {member["type"] for member in normalizer.get("normalizers", [normalizer])} <= NORMALIZERS:
+            return False
+    return all(len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1 for text in SPLIT_TEXTS)
 
 
 def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
@@ -197,7 +256,7 @@ def _answer(completion: str | None, context: Row) -> dict[str, object] | None:
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     ids, offsets = _with_offsets(rendered, tokenizer)
-    supervised = [any(_overlap(*offset, *span) for span in rendered.spans) for offset in offsets]
+    supervised = _supervised(offsets, rendered.spans)
     if rendered.closed and tokenizer.eos_token_id is not None:
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
@@ -207,13 +266,16 @@ def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], lis
     return ids, supervised
 
 
-def _overlap(start: int, end: int, begin: int, stop: int) -> bool:
-    """Whether a token of characters [start, end) holds some of the span [begin, stop)."""
-    if start < end:
-        return start < stop and end > begin
-    # A tokenizer that trims its offsets gives a token of spaces the length 0, at its end. The special tokens that a
-    # tokenizer puts first lie at 0.
-    return begin < end <= stop or begin == end == 0
+def _supervised(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token, of characters [start, end), holds some of a span [begin, stop)."""
+    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    out = np.zeros(len(start), dtype=bool)
+    for begin, stop in spans:
+        # A tokenizer that trims its offsets gives a token of spaces the length 0, at its end. The special tokens that a
+        # tokenizer puts first lie at 0.
+        empty = (begin < end) & (end <= stop) | (begin == end) & (end == 0)
+        out |= np.where(start < end, (start < stop) & (end > begin), empty)
+    return out.tolist()
 
 
 def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:

@@ -51,6 +51,13 @@ class Join:
     """For each method, Spearman over all pairs with its 95% interval, and by evaluation set."""
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """Correlations by method, and how to go on."""
+        lines = [f"  {name}: Spearman {marks['spearman']:.2f} ({marks['low']:.2f} to {marks['high']:.2f})"
+                 for name, marks in self.correlations.items()]  # fmt: skip
+        more = "  More: .points as rows, .correlations, .notes"
+        return "\n".join([f"Join({len(self.points):,} points, {len(lines)} methods)", *lines, more])
+
 
 def join(
     source: str | Path | Index,

@@ -41,7 +41,7 @@ from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.models.runs import open_run
-from whence.models.training_state import warn_if_unfinished
+from whence.models.training_state import warn_of_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
@@ -132,6 +132,17 @@ class SelectionTable:
     lines: list[Line]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Gains by task and method, the first of them, and how to go on."""
+        gains = [line for line in self.lines if line.gain is not None]
+        lines = [
+            f"  {line.task}, {line.method}: {line.gain:+.3f} nats a token against random rows" for line in gains[:8]
+        ]
+        more = [f"  ... {len(gains) - 8} more"] if len(gains) > 8 else []
+        return "\n".join(
+            [f"SelectionTable({len(self.lines)} lines)", *lines, *more, "  More: .rows(), .settings, .notes"]
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines as plain rows."""
@@ -332,7 +343,7 @@ def _all_cells(
 ) -> list[Cell]:
     """Every cell of a table: the untrained model's, and one for each method, task and seed."""
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(place))
-    warn_if_unfinished(model)
+    warn_of_run(model)
     tasks = {task: _gradable(start, task, rows, recipe) for task, rows in graded.items()}
     parent = directory_digest(start.path) + tokenizer_digest(start.tokenizer)
     cells = _untrained(place, start, parent, tasks)

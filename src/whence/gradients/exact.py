@@ -13,13 +13,14 @@ sum among tokens.
 Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
@@ -28,6 +29,12 @@ from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
+from whence.runner import counted
+
+HELD_BYTES = 2**31
+"""Largest size of the queries' pairs that are held for one pass, and of their formed gradients."""
+FORMED_AT_ONCE = 2**24
+"""Entries of examples' gradients that are formed at a time, at most, or one example's."""
 
 
 def inner_products(
@@ -191,35 +198,93 @@ def batches(rows: Sequence[Encoded], tokens_per_batch: int) -> Iterator[tuple[li
         yield group, collate([rows[member] for member in group])
 
 
+class Queries:
+    """Gradients of some queries, laid out for products with training examples."""
+
+    def __init__(self, queries: Sequence[QueryGradient]):
+        self.pairs = {
+            layer: [joined(query[layer]) if query[layer] else None for query in queries] for layer in queries[0]
+        }
+        """(a, g) of each query; None where the loss does not reach the layer."""
+        self.formed: dict[str, Float32[Tensor, "q d"]] = {}
+        self.squares: dict[str, Float32[Tensor, " q"]] = {}
+
+    def __len__(self):
+        return len(next(iter(self.pairs.values()), []))
+
+    def products(
+        self, captured: Captured, wanted: Bool[Tensor, "q b"], norms: bool
+    ) -> tuple[Float32[Tensor, "q b"], Float32[Tensor, " b"]]:
+        """Inner products with a layer's examples where they are wanted, and the examples' squared norms if asked for.
+
+        The cheaper way is taken: Gram's identity for each wanted pair, or the gradients of all.
+        """
+        a, g, pairs = captured.a, captured.g, self.pairs[captured.layer]
+        (b, t, i), o = a.shape, g.shape[2]
+        positions = torch.tensor([0 if pair is None else pair[0].shape[1] for pair in pairs])
+        gram = int((wanted.sum(1) * positions).sum()) * t * (i + o)
+        to_form = 0 if captured.layer in self.formed else int(positions.sum())
+        if gram >= (b * t + to_form + len(pairs) * b) * i * o:
+            return self._formed_products(captured)
+        if norms and captured.layer not in self.squares:
+            squares = [torch.zeros(()) if pair is None else squared_norms(*pair)[0].cpu() for pair in pairs]
+            self.squares[captured.layer] = torch.stack(squares).clamp(min=0)
+        dots = torch.zeros(len(pairs), b)
+        for number, pair in enumerate(pairs):
+            some = wanted[number].nonzero()[:, 0].to(a.device)
+            if pair is not None and len(some):
+                dots[number, some.cpu()] = inner_products(a[some], g[some], *pair)[0].cpu()
+        return dots, squared_norms(a, g).clamp(min=0).cpu() if norms else torch.zeros(b)
+
+    def _formed_products(self, captured: Captured) -> tuple[Float32[Tensor, "q b"], Float32[Tensor, " b"]]:
+        layer, size = captured.layer, captured.a.shape[2] * captured.g.shape[2]
+        queries = self.formed.get(layer)
+        if queries is None:
+            zeros = captured.a.new_zeros(size)
+            flat = [zeros if pair is None else example_gradients(*pair).flatten() for pair in self.pairs[layer]]
+            queries = torch.stack(flat)
+            self.squares[layer] = queries.square().sum(1).cpu()
+            if sum(map(_bytes, [queries, *self.formed.values()])) <= HELD_BYTES:
+                self.formed[layer] = queries
+        dots, squares, step = [], [], max(1, FORMED_AT_ONCE // size)
+        for a, g in zip(captured.a.split(step), captured.g.split(step), strict=True):
+            gradients = example_gradients(a, g).flatten(1)
+            dots.append((queries @ gradients.T).cpu())
+            squares.append(gradients.square().sum(1).cpu())
+        return torch.cat(dots, 1), torch.cat(squares)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
 @dataclass
 class InnerProducts:
-    """Consumes a whole backward pass over `b` examples into their inner products with one query's gradient."""
+    """Consumes a whole backward pass over `b` examples into their inner products with queries' gradients."""
 
-    query: QueryGradient
-    b: int
-    dots: dict[str, Tensor] = field(default_factory=dict)
-    query_squares: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] = field(default_factory=dict)
+    queries: Queries
+    wanted: Bool[Tensor, "q b"]
+    norms: bool = True
+    """Whether squared norms are taken too."""
+    dots: dict[str, Float32[Tensor, "q b"]] = field(default_factory=dict)
+    squares: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
 
     def __call__(self, captured: Captured) -> None:
         """Add one layer."""
-        rows = torch.arange(self.b) if captured.rows is None else captured.rows.cpu()
-        pairs = self.query[captured.layer]
-        zeros = (captured.a.new_zeros(1, 1, captured.a.shape[2]), captured.g.new_zeros(1, 1, captured.g.shape[2]))
-        query_a, query_g = joined(pairs) if pairs else zeros
-        dots = inner_products(captured.a, captured.g, query_a, query_g)[0]
-        if captured.layer not in self.query_squares:
-            self.query_squares[captured.layer] = squared_norms(query_a, query_g).clamp(min=0).cpu()[0]
-        for table, values in ((self.dots, dots), (self.squares, squared_norms(captured.a, captured.g).clamp(min=0))):
-            table[captured.layer] = torch.zeros(self.b).index_add_(0, rows, values.cpu())
+        q, b = self.wanted.shape
+        rows = torch.arange(b) if captured.rows is None else captured.rows.cpu()
+        dots, squares = self.queries.products(captured, self.wanted[:, rows], self.norms)
+        self.dots[captured.layer] = torch.zeros(q, b).index_add_(1, rows, dots)
+        self.squares[captured.layer] = torch.zeros(b).index_add_(0, rows, squares)
 
-    def result(self) -> LayerProducts:
-        """The products by layer, in the query's order; a layer that the loss does not reach has zeros."""
-        zeros = torch.zeros(self.b)
+    def result(self, query: int) -> LayerProducts:
+        """One query's products by layer; a layer that the loss does not reach has zeros."""
+        q, b = self.wanted.shape
+        layers, nothing = self.queries.pairs, torch.zeros(q, b)
         return LayerProducts(
-            torch.stack([self.dots.get(layer, zeros) for layer in self.query]),
-            torch.stack([self.query_squares.get(layer, torch.zeros(())) for layer in self.query]),
-            torch.stack([self.squares.get(layer, zeros) for layer in self.query]),
+            torch.stack([self.dots.get(layer, nothing)[query] for layer in layers]),
+            torch.stack([self.queries.squares.get(layer, torch.zeros(q))[query] for layer in layers]),
+            torch.stack([self.squares.get(layer, torch.zeros(b)) for layer in layers]),
         )
 
 
@@ -235,10 +300,12 @@ def layer_products(
     """Exact inner products of a query's gradient with training examples, in the examples' order."""
     n, products = len(rows), []
     order: list[int] = []
-    for numbers, batch in batches(rows, tokens_per_batch):
-        consume = InnerProducts(query, len(numbers))
+    queries = Queries([query])
+    steps = counted(batches(rows, tokens_per_batch), "Exact gradients", n, lambda step: len(step[0]))
+    for numbers, batch in steps:
+        consume = InnerProducts(queries, torch.ones(1, len(numbers), dtype=torch.bool))
         backward(model, layers, batch, consume, reduction=reduction, whole=True)
-        products.append(consume.result())
+        products.append(consume.result(0))
         order += numbers
     place = torch.empty(n, dtype=torch.int64)
     place[torch.tensor(order, dtype=torch.int64)] = torch.arange(n)
@@ -247,6 +314,66 @@ def layer_products(
         products[0].query_squares,
         torch.cat([batch_products.squares for batch_products in products], 1)[:, place],
     )
+
+
+# -- short lists of many queries
+
+
+def list_scores(
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    queries: Iterable[QueryGradient],
+    lists: Sequence[Sequence[int]],
+    rows: Mapping[int, Encoded],
+    *,
+    space: GradientSpace,
+    cosine: bool,
+    tokens_per_batch: int,
+) -> list[Float32[Tensor, " n"]]:
+    """Exact scores of each query for the rows of its own list, from one pass over the rows of all lists.
+
+    Queries of more than `HELD_BYTES` together take several passes.
+
+    Args:
+        model: Frozen, in evaluation mode.
+        layers: Traced layers by name.
+        queries: A gradient for each list; taken as they are needed.
+        lists: Numbers of rows, for each query.
+        rows: The rows of all lists.
+        space: The reduction of a row's loss, and whether layers are normalised.
+        cosine: Whether scores are divided by both gradients' norms.
+        tokens_per_batch: Budget of a backward pass.
+    """
+    out: list[Tensor] = []
+    for group in _groups_that_fit(queries):
+        some = lists[len(out) : len(out) + len(group)]
+        place = {number: column for column, number in enumerate(sorted({*itertools.chain.from_iterable(some)}))}
+        wanted = torch.zeros(len(group), len(place), dtype=torch.bool)
+        for mask, numbers in zip(wanted, some, strict=True):
+            mask[[place[number] for number in numbers]] = True
+        scores, held = torch.zeros(len(group), len(place)), Queries(group)
+        for columns, batch in batches([rows[number] for number in place], tokens_per_batch):
+            needs_norms = cosine or space.normalise == "layer"
+            consume = InnerProducts(held, wanted[:, columns], needs_norms)
+            backward(model, layers, batch, consume, reduction=space.reduction, whole=True)
+            for query, query_scores in enumerate(scores):
+                query_scores[columns] = consume.result(query).scores(normalise=space.normalise, cosine=cosine)
+        out += [line[[place[number] for number in numbers]] for line, numbers in zip(scores, some, strict=True)]
+    return out
+
+
+def _groups_that_fit(queries: Iterable[QueryGradient]) -> Iterator[list[QueryGradient]]:
+    group: list[QueryGradient] = []
+    held = 0
+    for query in queries:
+        size = sum(_bytes(one.a) + _bytes(one.g) for pairs in query.values() for one in pairs)
+        if group and held + size > HELD_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(query)
+        held += size
+    if group:
+        yield group
 
 
 # -- against a whole corpus

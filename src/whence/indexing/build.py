@@ -42,7 +42,7 @@ from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, check_files
 from whence.models.runs import open_run
-from whence.models.training_state import date_of_training, warn_if_unfinished, warn_of_another_day
+from whence.models.training_state import date_of_training, warn_of_another_day, warn_of_run
 from whence.outputs import refuse_inputs
 from whence.storage import Place
 
@@ -105,7 +105,7 @@ def index(
     run = open_run(model, which=chosen.checkpoints)
     for note in run.notes:
         logger.warning("%s", note)
-    warn_if_unfinished(model)
+    warn_of_run(model)
     chosen = replace(chosen, date=_date(chosen, model, None if restart else place))
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)

@@ -8,6 +8,7 @@ one job reads one file.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ NUMBERS_PER_SHARD = 2**23
 """A shard holds about so many numbers (32 MB in fp32), in at most `ROWS_PER_SHARD` rows: that much a kill loses and a
 job holds in memory."""
 ROWS_PER_SHARD = 1024
+BYTES_PER_PART = 2**28
+"""A part with so many bytes of rows ends, however few they are: it is read into memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +178,17 @@ def _remove_rows(store: Store, after: int) -> None:
         store.place.remove(file)
 
 
-def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0) -> Iterator[list[Row]]:
+def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0, most: float = BYTES_PER_PART) -> Iterator[list[Row]]:
     rows: list[Row] = []
+    held = 0
     for number, example in enumerate(corpus):
         if number < skip:
             continue
         rows.append({"id": example.id, "source": example.source, "row": row_json(example.row)})
-        if len(rows) == size:
+        held += len(rows[-1]["row"])
+        if len(rows) == size or held >= most:
             yield rows
-            rows = []
+            rows, held = [], 0
     if rows:
         yield rows
 
@@ -198,6 +203,6 @@ def reread_part(store: Store, part: int) -> list[Row]:
             texts = open_corpus(corpus["name"], first_number=first)
             if fingerprint_of(texts).digest != corpus["digest"]:
                 raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
-            return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first))
+            return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first, most=math.inf))
         first += corpus["rows"]
     raise AssertionError(f"part {part} belongs to no corpus")

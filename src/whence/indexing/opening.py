@@ -67,6 +67,11 @@ class Index:
         self.levels: dict[tuple, float] = {}
         """Results of `tracing.levels` by what they depend on: each is measured once while the index is open."""
 
+    def __repr__(self) -> str:
+        """Where it is, and how to go on."""
+        more = "More: whence.trace(INDEX, PROMPT), .store.info()"
+        return f"Index({self.store.place.root}, {self.store.rows:,} rows)\n  {more}"
+
     @cached_property
     def space(self) -> GradientSpace:
         """The gradient space in which the index was built."""

@@ -31,6 +31,8 @@ _WAITING_BYTES = 1 << 30  # of stored rows that a remote index holds in memory u
 _WAITING_PAIRS = 16  # for each query and place: more wait only where scores are too close to tell apart, such as ties
 _GROUP = 64  # rows that are represented by their best
 _LEAST_ROWS = 256  # of a block, whatever its bytes and queries
+_DENSE = 8  # one pair of so many makes the products of all pairs cheaper than those of the pairs alone
+_FORMED_ENTRIES = 1 << 22  # of decoded rows at a time
 _SERIAL_ENTRIES = 1 << 15  # torch does not wake its threads for tensors of so few entries
 
 
@@ -339,6 +341,12 @@ def _rescored(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> np.
             for name in ("vectors", "scale", "norm")
         )
         factor = weight * (inverse_or_zero(norm) if scan_query.cosine else torch.ones_like(norm))
+        if _DENSE * len(total) > len(rows) * queries.shape[1]:  # nearly all pairs: a product of matrices gives them
+            few = max(1, _FORMED_ENTRIES // queries.shape[2])
+            chunks = zip(stored.split(few), scale.split(few), strict=True)
+            products = [scan_query.codec.decode(*chunk, queries.shape[2]) @ queries[c].T for chunk in chunks]
+            total += torch.cat(products)[place, query] * factor[place]
+            continue
         for pair in torch.arange(len(total)).split(step):
             vectors = scan_query.codec.decode(stored[place[pair]], scale[place[pair]], queries.shape[2])
             total[pair] += torch.linalg.vecdot(vectors, queries[c, query[pair]]) * factor[place[pair]]

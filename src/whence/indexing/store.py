@@ -44,6 +44,7 @@ from whence.indexing.manifest import (
     shard_file,
 )
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
+from whence.runner import counted
 from whence.storage import TEMPORARY, Place
 
 _INDEX_FILE = re.compile(
@@ -360,7 +361,9 @@ class Store:
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         scan_query = self._scan_query(queries, weights, cosine, minus)
-        return scan.top_k(scan_query, self._batches(queries.shape[1]), min(m, max(self.rows, 1)))
+        batches = self._batches(queries.shape[1])
+        steps = counted(batches, "Ranking", self.rows, lambda batch: int(batch.starts[-1]))
+        return scan.top_k(scan_query, steps, min(m, max(self.rows, 1)))
 
     def scores(
         self,
@@ -407,7 +410,8 @@ class Store:
         return batches[key]
 
     def _pieces(self) -> Iterator[scan.Piece]:
-        for number, part in enumerate(self.manifest.parts):
+        parts = counted(enumerate(self.manifest.parts), "Scanning the index", self.rows, lambda each: each[1].rows)
+        for number, part in parts:
             yield part.first_row, [self.shard(c, number) for c in range(len(self.manifest.checkpoints))]
 
     def require_complete(self) -> None:

@@ -63,6 +63,9 @@ class HeldOut:
     folds: int
     seed: int
 
+    def __repr__(self) -> str:
+        return f"HeldOut({self.table!r}, {self.folds} folds)"
+
     @cached_property
     def sets(self) -> dict[str, Grade]:
         """The grade of each evaluation set, by name."""
@@ -136,6 +139,18 @@ class MixLaw:
     settings: dict[str, Any]
     notes: list[str]
 
+    def __repr__(self) -> str:
+        """The law, what it is worth, what it suggests, and how to go on."""
+        suggested = sorted(zip(self.best.mixture, self.table.domains, strict=True), reverse=True)[:4]
+        shares = ", ".join(f"{name} {share:.0%}" for share, name in suggested)
+        lines = [f"MixLaw({self.settings['law']}, {self.table!r})"]
+        lines.append(
+            f"  suggests {shares}: {self.best.objective:.4g}, held-out error {self.held_out.overall.error:.3g}"
+        )
+        return "\n".join(
+            [*lines, "  More: .law.predict(MIXTURES), .rows, .set_rows, .held_out.overall, .critical, .notes"]
+        )
+
     @property
     def mean(self) -> Float64[np.ndarray, " K"]:
         """The mean of the table's mixtures."""
@@ -171,7 +186,7 @@ class MixLaw:
         """One row for each evaluation set: its grade, and the losses predicted for it."""
         at_mean = self.law.predict(self.mean[None])[0]
         return [
-            {"set": name, "weight": float(self.weights[place]), **_grade_columns(self.held_out.sets[name])}
+            {"set": name, "weight": float(self.weights[place]), **grade_columns(self.held_out.sets[name])}
             | {"suggested": float(self.best.predicted[place]), "mean": float(at_mean[place])}
             | {"best_tried": float(self.table.losses[self.best_row, place])}
             for place, name in enumerate(self.table.sets)
@@ -185,7 +200,7 @@ class MixLaw:
         return {
             "settings": self.settings,
             "notes": self.notes,
-            "overall": _grade_columns(self.held_out.overall),
+            "overall": grade_columns(self.held_out.overall),
             "objective": self.best.objective,
             "gap": self.best.gap,
             "sets": self.set_rows,
@@ -194,7 +209,8 @@ class MixLaw:
         }
 
 
-def _grade_columns(grade: Grade) -> Row:
+def grade_columns(grade: Grade) -> Row:
+    """A grade as columns of a row."""
     low, high = grade.error_interval
     below, above = grade.spearman_interval or (None, None)
     return {
@@ -317,7 +333,10 @@ def _notes(result: MixLaw) -> list[str]:
             "ranks well"
         )
     if table.column == "merged":
-        notes.append("the losses are of merged models: this is a law of a proxy, which ranks, and whose level is off")
+        notes.append(
+            "the losses are of merged models, which were not trained: they say which mixture is better, not what loss "
+            "it has"
+        )
     outside = share_outside(table, best.mixture)
     if outside > SHARE_OUTSIDE:
         mend = "" if result.settings["bounds"] == TRIED else ", or leave out --extrapolate"

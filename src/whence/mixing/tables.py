@@ -68,6 +68,9 @@ class MixtureTable:
     column: str = ""
     """Which of `LONG_COLUMNS` the losses come from; "" in another layout."""
 
+    def __repr__(self) -> str:
+        return f"MixtureTable({len(self.mixtures):,} mixtures of {len(self.domains)} domains, {len(self.sets)} sets)"
+
     def __post_init__(self):
         n = len(self.mixtures)
         if not self.row_names:
@@ -180,6 +183,27 @@ def read_mixture_table(
         losses=loss_values,
         row_names=tuple(where for where, _ in mixture_rows),
         column=column,
+    )
+
+
+def has_losses(origin: str | Path | list[Row], loss_prefix: str | None = None) -> bool:
+    """Whether a table of mixtures has columns of losses too."""
+    prefixes = LOSS_PREFIXES if loss_prefix is None else (loss_prefix,)
+    return any("set" in row or any(name.startswith(prefixes) for name in row) for _, row in _flat_rows(origin))
+
+
+def read_mixtures(
+    origin: str | Path | list[Row], sets: Sequence[str], *, mixture_prefix: str | None = None
+) -> MixtureTable:
+    """Read mixtures without losses, as a table whose losses on some sets are 0."""
+    rows = _flat_rows(origin)
+    if not rows:
+        raise SettingError(f"{origin}: no rows. A table of mixtures needs some.")
+    domains = _columns(rows, mixture_prefix, MIXTURE_PREFIXES, "shares", False)
+    shares = np.array([[_number(*row, column) for column in domains] for row in rows])
+    names, nothing = tuple(where for where, _ in rows), np.zeros((len(rows), len(sets)))
+    return MixtureTable(
+        domains=tuple(domains.values()), sets=tuple(sets), mixtures=shares, losses=nothing, row_names=names
     )
 
 

@@ -1,7 +1,8 @@
 """A LoRA adapter on its base, as `AutoPeftModelForCausalLM` loads it: on a base with as many tokens as in the training.
 
 Tokens that were added before the training enlarge the base's vocabulary, and the enlarged base is seldom saved. The
-adapter's own tokenizer, and the embedding where the adapter holds it whole, say how many there were. Rows of new tokens
+embedding or head says how many there were, where the adapter holds one or an update of it; else the adapter's own
+tokenizer and the new tokens that it trains. peft looks at the tokenizer alone. Rows of new tokens
 that the adapter does not hold are the mean of the others here: where peft draws them at random, they are in no file.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from whence.errors import ModelError
-from whence.models.weights import weights_of
+from whence.models.weights import Weights, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +23,14 @@ PREFIX = "base_model.model."
 """Prefix that peft puts before every name."""
 
 
-def with_adapter(model: Any, directory: str, tokenizer: Any, modules: list[str]) -> Any:
-    """The adapter of a directory on a base, which is enlarged if the adapter was trained with more tokens.
+def with_adapter(model: Any, directory: str, tokenizer: Any, config: dict[str, Any]) -> Any:
+    """The adapter of a directory on a base, which is given as many tokens as the adapter was trained with.
 
     Args:
         model: The base.
         directory: The adapter's.
         tokenizer: That of the rows.
-        modules: Modules that the adapter replaces whole, as its configuration says.
+        config: The adapter's configuration.
 
     Raises:
         ModelError: The adapter lacks weights that its configuration names, or holds a module that the base lacks.
@@ -38,21 +39,19 @@ def with_adapter(model: Any, directory: str, tokenizer: Any, modules: list[str])
 
     stored = weights_of(directory, "adapter_model")
     names = [name for name, _ in model.named_modules()]
-    for module in modules:
+    for module in config.get("modules_to_save") or []:
         held = next((name for name in stored.files if f".{module}." in name), None)
         if held and not any(name == module or name.endswith(f".{module}") for name in names):
             raise ModelError(
                 f"{directory}: the adapter holds {held.removeprefix(PREFIX)}, which its base has no place for: it was "
                 "trained with another head. Whence traces the loss of a causal language model."
             )
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    shapes = {name: stored.shape(name) for name in stored.files if name.startswith(f"{PREFIX}{embedding}.")}
-    rows = [shape[1 if "lora_embedding_A" in name else 0] for name, shape in shapes.items()
-            if "lora_embedding_A" in name or ("lora_" not in name and "trainable_tokens" not in name)]  # fmt: skip
-    if any(Path(directory).glob("tokenizer*")):
-        rows.append(len(tokenizer))
-    if rows and (most := max(rows)) > len(model.get_input_embeddings().weight):
-        _enlarge(model, most, directory)
+    before = len(model.get_input_embeddings().weight)
+    held = _vocabularies(stored, model)
+    tokens = [len(tokenizer)] if any(Path(directory).glob("tokenizer*")) else []
+    rows = max(held) if held else max([before, *tokens, *_trained_tokens(config)])
+    if rows != before:
+        _resize(model, rows, directory)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by peft
         # An adapter's weight that its file lacks keeps its random start, and peft only warns.
@@ -63,18 +62,38 @@ def with_adapter(model: Any, directory: str, tokenizer: Any, modules: list[str])
             raise ModelError(f"{directory}: {str(warning)[:300]} Its adapter_config.json names more.") from None
 
 
+def _vocabularies(stored: Weights, model: Any) -> list[int]:
+    """Numbers of tokens that the adapter's own embedding or head has, whole or as a low-rank update."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is end for end in ends)]
+    rows = {"lora_embedding_A": 1, "lora_embedding_B": None, "lora_A": None, "lora_B": 0, "trainable_tokens": None}
+    sizes = []
+    for name in (name for name in stored.files if name.startswith((*names,)) and not name.endswith(".bias")):
+        dimension = next((dimension for word, dimension in rows.items() if word in name), 0)
+        if dimension is not None and len(shape := stored.shape(name)) == 2:
+            sizes.append(shape[dimension])
+    return sizes
+
+
+def _trained_tokens(config: dict[str, Any]) -> list[int]:
+    """Numbers of tokens that a vocabulary must have for the new tokens that the adapter trains."""
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return [max(numbers) + 1 for numbers in lists if numbers]
+
+
 @torch.no_grad()
-def _enlarge(model: Any, rows: int, directory: str) -> None:
+def _resize(model: Any, rows: int, directory: str) -> None:
     """Give the base a vocabulary of `rows`; new rows are the mean of the old ones."""
     before = len(model.get_input_embeddings().weight)
     logger.warning(
-        "%s was trained with %d tokens, and its base has %d: the base's embedding and head are enlarged; a new token's "
-        "row that the adapter does not hold is the mean of the others",
+        "%s was trained with %d tokens, and its base has %d: the base's embedding and head are resized%s",
         directory,
         rows,
         before,
+        "; a new token's row that the adapter does not hold is the mean of the others" if rows > before else "",
     )
     model.resize_token_embeddings(rows, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and rows > before:
             weight[before:] = weight[:before].float().mean(0).to(weight)

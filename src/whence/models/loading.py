@@ -33,6 +33,8 @@ from whence.models.loading_errors import as_model_errors, reason_of
 from whence.models.local_copies import MODEL_FILES, local_directory
 from whence.models.saved_files import check_file, check_model_files
 from whence.models.training_state import date_of_training
+from whence.models.unreadable_layouts import missing_configuration, missing_weights
+from whence.models.weights import weight_files
 from whence.paths import is_directory, require_readable
 from whence.turns import one_at_a_time
 
@@ -40,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 IRRELEVANT = ("_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "use_cache")
 """Entries of a configuration that do not change an output."""
-
-TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model*.bin"}
-"""Patterns of older weight files, by the stem of the safetensors file that is preferred to them."""
 
 ADAPTER_PARAMETERS = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
 """Text in the names of parameters that peft adds to a model."""
@@ -229,13 +228,14 @@ def load_model(
     directory = local_directory(path)
     adapter = adapter_config(directory)
     source = base_of(adapter, base) if adapter else directory
-    options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
+    check_files(directory, base=base)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "weights_only": True}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # so that `_refuse_missing` can name them
     options |= {"device_map": device_map} if device_map else {}
-    check_files(directory, base=base)
     with as_model_errors(source), _quiet(transformers):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)  # type: ignore[misc]
+        files = local_directory(source)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(files, **options)  # type: ignore[misc]
     _refuse_missing(report, source)
     if tokenizer is None:
         loaded_tokenizer = load_tokenizer(directory, source, trust_remote_code)
@@ -245,7 +245,7 @@ def load_model(
     prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"), date_of_training(path))
     if adapter:
         with as_model_errors(directory):
-            model = with_adapter(model, directory, loaded_tokenizer, adapter.get("modules_to_save") or [])
+            model = with_adapter(model, directory, loaded_tokenizer, adapter)
     _check_tokenizer(loaded_tokenizer, model, str(tokenizer or directory), source)
     if not device_map:
         model = model.to(_device(loading.get("device")))
@@ -290,21 +290,6 @@ def directory_digest(path: str | Path, *, base: str | None = None) -> str:
     if adapter := adapter_config(directory):
         digest.update(directory_digest(base_of(adapter, base)).encode())
     return digest.hexdigest()
-
-
-def weight_files(directory: str | Path) -> list[Path]:
-    """Every file of a directory from which its weights may be read.
-
-    A torch file counts only without a safetensors file of its name, which transformers and peft would prefer.
-    """
-    folder = Path(directory)
-    torch_files = [
-        file
-        for stem, pattern in TORCH_FILES.items()
-        if not (any(folder.glob(f"{stem}.safetensors")) or (folder / f"{stem}.safetensors.index.json").exists())
-        for file in folder.glob(pattern)
-    ]
-    return [*sorted(folder.glob("*.safetensors")), *sorted(torch_files)]
 
 
 def _relevant_settings(file: Path) -> bytes:
@@ -387,7 +372,12 @@ def _check_directory(directory: str) -> None:
     import safetensors
 
     check_model_files(directory)
-    for file in weight_files(directory):
+    files, is_adapter = weight_files(directory), (Path(directory) / "adapter_config.json").is_file()
+    if not files:
+        raise ModelError(missing_weights(directory, adapter=is_adapter))
+    if not (is_adapter or (Path(directory) / "config.json").is_file()):
+        raise ModelError(missing_configuration(directory))
+    for file in files:
         is_torch = file.suffix == ".bin"
         try:
             if is_torch:

@@ -10,7 +10,9 @@ from whence.errors import ModelError
 from whence.paths import exists, is_directory, require_readable
 
 MODEL_FILES = ("*.safetensors", "adapter_model.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
-"""Files of a model, by which a repository is copied."""
+"""Files of a model, by which a repository is copied; weights first."""
+OLDER_WEIGHTS = "pytorch_model*.bin"
+"""Files of weights that are copied where there are no others."""
 
 
 def local_directory(path: str | Path, *, patterns: Sequence[str] = MODEL_FILES) -> str:
@@ -32,7 +34,10 @@ def local_directory(path: str | Path, *, patterns: Sequence[str] = MODEL_FILES) 
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns))
+        directory = huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns))
+        if patterns and not any(Path(directory).glob(name) for name in patterns[:2]):
+            return huggingface_hub.snapshot_download(str(path), allow_patterns=[*patterns, OLDER_WEIGHTS])
+        return directory
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(

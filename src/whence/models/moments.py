@@ -9,9 +9,12 @@ The number of steps, betas and eps are read from the file too, never assumed. A 
 pair of moments, for both its uses together.
 
 Files are read as tensors only (`weights_only`), and mapped, so that only the traced layers are fetched from the disk.
-Not readable are 8-bit moments, sharded or DeepSpeed checkpoints, and optimizers other than Adam and AdamW.
+Moments of 8 bits (bitsandbytes) are the codes' values times the largest of each block of 256, as its optimizer reads
+them. Not readable are sharded or DeepSpeed checkpoints, and optimizers other than Adam and AdamW.
 
-Source: transformers' `Trainer.create_optimizer` and `get_decay_parameter_names` for the order.
+Source: transformers' `Trainer.create_optimizer` and `get_decay_parameter_names` for the order; bitsandbytes 0.50,
+`optim/optimizer.py` and `functional.dequantize_blockwise`, and Dettmers et al. 2022, https://arxiv.org/abs/2110.02861,
+for moments of 8 bits.
 """
 
 import hashlib
@@ -38,6 +41,10 @@ OTHER_LAYOUTS = ("optimizer_0", "global_step*", "rank*-of-*-optimizer.pt", "zero
 """Patterns of the files that sharded and DeepSpeed checkpoints hold instead."""
 KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 """Names of the two moments in torch and in bitsandbytes."""
+WRAPPED = "__bnb_optimizer_quant_state__"
+"""Key under which newer bitsandbytes puts a parameter's tensors, also those of 32 bits."""
+BLOCK = 256
+"""Moments of 8 bits that share one scale."""
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 """Components that FSDP, activation checkpointing and torch.compile add to a name."""
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -146,7 +153,9 @@ def _read_optimizer(file: Path) -> dict[str, Any]:
             f"the entries {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else type(content).__name__
         )
         raise ModelError(f"{file}: an optimizer's `state` and `param_groups` are expected, found {kind}.")
-    return content
+    state = content["state"]
+    unwrapped = {key: {**entry, **entry.get(WRAPPED, {})} for key, entry in state.items() if isinstance(entry, dict)}
+    return content | {"state": {**state, **unwrapped}}
 
 
 def _can_be_mapped(file: Path) -> bool:
@@ -173,12 +182,7 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
             f"{file}: of {names[0]} it holds {contents}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW "
             "keep them."
         )
-    pair = [entry.state[key] for key in keys]
-    if any(moment.dtype == torch.uint8 for moment in pair):
-        raise ModelError(
-            f"{file}: the moments of {names[0]} are in 8 bits (bitsandbytes), which Whence does not read. Train with "
-            f"a 32-bit AdamW, such as --optim adamw_torch."
-        )
+    pair = [_dequantised(entry.state, key, names[0], file) for key in keys]
     if entry.group.get("amsgrad") or entry.group.get("maximize"):
         raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
     for key, moment in zip(keys, pair, strict=True):
@@ -192,6 +196,21 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
     assert m1.shape == layer_shape(module), f"{layer}: {m1.shape}"
     first, second = (float(beta) for beta in entry.group["betas"])
     return Moments(m1, m2, int(entry.state["step"]), (first, second), float(entry.group["eps"]))
+
+
+def _dequantised(state: Mapping[str, Any], key: str, name: str, file: Path) -> Tensor:
+    """A moment as numbers: one of 8 bits is the value of its code times the scale of its block."""
+    stored = state[key]
+    if stored.dtype != torch.uint8:
+        return stored
+    values, scales = (state.get(f"{kind}{key.removeprefix('state')}") for kind in ("qmap", "absmax"))
+    if values is None or scales is None or values.numel() != 256 or scales.numel() != -(-stored.numel() // BLOCK):
+        raise ModelError(
+            f"{file}: the moments of {name} are in 8 bits (bitsandbytes), without the scales of blocks of {BLOCK} that "
+            "Whence reads. Train with a 32-bit AdamW, such as --optim adamw_torch."
+        )
+    numbers = values.float()[stored.flatten().long()] * scales.float().repeat_interleave(BLOCK)[: stored.numel()]
+    return numbers.view(stored.shape)
 
 
 # -- names

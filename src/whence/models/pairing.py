@@ -275,11 +275,23 @@ def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedPara
             )
         bases = _initial_values(after.weights, _model_files(root), notes)
     pairs = {_loaded_name(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
+    pairs = {name: pair if before else _of_shared_tokens(pair) for name, pair in pairs.items()}
     _check_shapes(pairs)
     notes.append(f"An adapter of {len(after.layers)} layers: what it does not hold is the base's and did not move.")
     own = (name for name in pairs if ".base_layer." not in name)  # which peft saves beside, and does not train
     heads = (name for name in own if re.search(r"\.(lm_head|embed_out)\.", name))
     return PairedParameters(pairs, notes, next(heads, None), (before, after))
+
+
+def _of_shared_tokens(pair: Pair) -> Pair:
+    """A pair of vocabularies of two sizes, by the tokens of both: added ones stand behind the base's own."""
+    if pair.base is None or not isinstance(root := pair.base[0], LoadedWeights):
+        return pair
+    sizes = root.shape(pair.base[1])[:1] + pair.shape[:1]
+    if len({*sizes}) < 2 or pair.base[1] not in (root.embedding, root.head):
+        return pair
+    shared = torch.arange(min(sizes))
+    return replace(pair, rows=(shared, shared))
 
 
 def _initial_values(

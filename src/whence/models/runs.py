@@ -25,6 +25,7 @@ from typing import Any
 from whence.errors import ModelError, SettingError
 from whence.models.learning_rates import Scheduler, StepRates, read_scheduler, step_rates
 from whence.models.saved_files import check_file
+from whence.models.unreadable_layouts import accelerate_checkpoints
 from whence.paths import is_directory, require_readable
 
 
@@ -71,8 +72,15 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
         raise SettingError(f"--checkpoints {which}: choose all or last")
     directories = _checkpoint_directories(Path(path))
     if not directories:
+        if which == "all" and (others := accelerate_checkpoints(Path(path))):
+            raise ModelError(
+                f"{path}: its checkpoints are {others[0].name} to {others[-1].name}, of which no file says the "
+                "learning rates that weight them, as a Trainer's checkpoint-STEP does: --checkpoints last, or name one."
+            )
         return Run(str(path), (Checkpoint(str(path)),))
     states = [_read_state(directory) for directory in directories]
+    if states[-1].log is None:  # `Trainer.save_state` writes it beside the checkpoints
+        states[-1] = _read_state(Path(path))
     schedulers = [read_scheduler(directory) for directory in directories]
     _refuse_two_trainings(directories, states)
     _refuse_two_peaks(directories, schedulers)

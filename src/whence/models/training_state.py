@@ -1,5 +1,8 @@
-"""What `whence train` and a Trainer say of the training in a directory: how far it has come, and on which day."""
+"""What `whence train` and a Trainer say of the training in a directory: how far it has come, which of its
+checkpoints is its best, and on which day it was made.
+"""
 
+import filecmp
 import json
 import logging
 import re
@@ -8,6 +11,7 @@ from typing import Any
 
 from whence.errors import WhenceError
 from whence.models.runs import open_run
+from whence.models.weights import weight_files
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -77,7 +81,31 @@ def unfinished_note(path: str | Path) -> str | None:
     return None
 
 
-def warn_if_unfinished(path: str | Path) -> None:
-    """Log the note of `unfinished_note`, if there is one."""
-    if note := unfinished_note(path):
-        logger.warning(note)
+def best_note(path: str | Path) -> str | None:
+    """A sentence on a run whose own weights are those of its best checkpoint, where the last one is taken; else None.
+
+    With `load_best_model_at_end` a Trainer's directory holds the best weights, and its newest checkpoint the last.
+    """
+    last = Path(open_run(path).checkpoints[-1].path)
+    best, own = state_of(last).get("best_model_checkpoint"), weight_files(path) if last != Path(path) else []
+    if not (isinstance(best, str) and own) or Path(best).name == last.name:
+        return None
+    if all((last / file.name).is_file() and filecmp.cmp(file, last / file.name, shallow=False) for file in own):
+        return None
+    where = Path(path) / Path(best).name
+    return (
+        f"{path}: the weights beside its checkpoints are not those of {last.name}: the Trainer's best by its metric is "
+        f"{Path(best).name} (load_best_model_at_end). {last.name} is taken; for the best, "
+        + (f"name {where}." if where.is_dir() else "copy the model's own files to another directory and name that.")
+    )
+
+
+def run_notes(path: str | Path) -> tuple[str, ...]:
+    """What a reader has to know of the checkpoint that stands for a run: `unfinished_note` and `best_note`."""
+    return tuple(note for note in (unfinished_note(path), best_note(path)) if note)
+
+
+def warn_of_run(path: str | Path) -> None:
+    """Log the notes of `run_notes`."""
+    for note in run_notes(path):
+        logger.warning("%s", note)

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from whence.errors import ModelError
 from whence.models.saved_files import check_file, check_model_files
+from whence.models.unreadable_layouts import missing_weights
 from whence.records import MisfitError, fitting
 
+TORCH_FILES = {"adapter_model": "adapter_model.bin", "model": "pytorch_model[.-]*bin"}
+"""Patterns of older weight files, by the stem of the safetensors file that is preferred to them."""
 FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of dtypes in safetensors, in the order in which it stores tensors."""
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -147,7 +150,22 @@ def weights_of(directory: str, *stems: str) -> Weights:
                 raise ModelError(f"{index}: it names {missing[0]}, which is not there. Copy the model again.")
             files = {name: index.parent / shard for name, shard in stored.items() if not BUFFERS.search(name)}
             return Weights(directory, files)
-    raise ModelError(f"{directory}: there is no {stems[0]}.safetensors in it. Give the directory of a saved model.")
+    raise ModelError(missing_weights(directory, adapter=stems[0].startswith("adapter")))
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """Every file of a directory from which its weights may be read.
+
+    A torch file counts only without a safetensors file of its name, which transformers and peft would prefer.
+    """
+    folder = Path(directory)
+    torch_files = [
+        file
+        for stem, pattern in TORCH_FILES.items()
+        if not (any(folder.glob(f"{stem}.safetensors")) or (folder / f"{stem}.safetensors.index.json").exists())
+        for file in folder.glob(pattern)
+    ]
+    return [*sorted(folder.glob("*.safetensors")), *sorted(torch_files)]
 
 
 class _WeightIndex(TypedDict):

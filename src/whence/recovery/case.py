@@ -32,7 +32,7 @@ from whence.models.loading import (
     tokenizer_digest,
 )
 from whence.models.runs import open_run
-from whence.models.training_state import unfinished_note
+from whence.models.training_state import run_notes
 from whence.recovery.evidence import LayerDirection, direction_by_layer
 from whence.recovery.preconditioner import SAMPLE_ROWS, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.recovery.pseudo_labels import label_corpus
@@ -117,9 +117,9 @@ def open_case(base: str, final: str, settings: RecoverSettings) -> Case:
         raise SettingError("--rounds: an adapter's trainings begin at another A each, and cannot be compared")
     if lora and settings.remove_decay:
         raise SettingError("--remove-decay: an adapter's B begins at 0: decay cannot be told from its gradients")
-    unfinished = tuple(note for path in (base, final) if (note := unfinished_note(path)))
+    notes = tuple(note for path in (base, final) for note in run_notes(path))
     return Case(start, end, difference, index_settings, settings.short_list, lora, settings.remove_decay,
-                tuple(between), settings.tokenizer, notes=unfinished)  # fmt: skip
+                tuple(between), settings.tokenizer, notes=notes)  # fmt: skip
 
 
 @contextmanager

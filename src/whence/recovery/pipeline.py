@@ -87,6 +87,18 @@ class Recovered:
     members: tuple[float, float, float] | None = None
     """Expected number of members in the corpus, and the ends of its 95% interval; `calibrated` only."""
 
+    def __repr__(self) -> str:
+        """How many rows, of how many expected, and how to go on."""
+        lines = [f"Recovered({len(self.rows):,} of {len(self.scores):,} rows, by {self.settings['method']})"]
+        if self.members is not None:
+            lines.append("  trained on about {:,.0f} of the corpus' rows ({:,.0f} to {:,.0f})".format(*self.members))
+        if self.mixture:
+            most = max(self.mixture, key=lambda line: line["share"])
+            lines.append(f"  mostly from {most['source']}: {most['share']:.0%}")
+        return "\n".join(
+            [*lines, "  More: .rows in rank order; .mixture, .scores, .p_values, .layers, .notes, .settings"]
+        )
+
 
 def recover(
     base: str | Path,

@@ -146,7 +146,7 @@ def _heat_map(grid: _Grid) -> str:
         caption += f" {_count(rest, 'more mixture')} of larger mean loss {'is' if rest == 1 else 'are'} not shown."
         caption += " -o FILE writes all."
     head = heat_head([*grid.sets, "mean, nats"], "mixture", "shares")
-    drawn = f'<div class="heat">{table(head, lines)}</div>'
+    drawn = f'<div class="heat">{table(head, lines, stacks=False)}</div>'
     scale = ramp(float(largest), "nats from the parent") if largest > 0 else ""
     legend = "" if len(grid.partitions) == 3 else _legend(grid)
     return section("Mixtures, the best first", f'<div class="legends">{legend}{scale}</div>{drawn}{sentence(caption)}')

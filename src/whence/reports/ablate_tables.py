@@ -31,6 +31,24 @@ def ablate_tables(ablation: Ablation, *, bits: bool = False) -> RenderableType:
     return Group(*parts)
 
 
+def ablate_answer(ablation: Ablation) -> str:
+    """Which mixture is best, by how much, and whether a real training agrees, in a sentence."""
+    gained, true = ablation.gained(), ablation.gained("truth")
+    best, among = next(iter(gained)), f"{len(gained)} mixtures over {len(ablation.best())} evaluation sets"
+    answer = f"The best of {among} is {visible(best)}, {_against_parent(gained[best])}"
+    if not true:
+        return f"{answer}, by averages: none was trained."
+    first = next(iter(true))
+    if first == best:
+        return f"{answer}; of those really trained it is the best too."
+    lost = true[best] - true[first]
+    return f"{answer}; of those really trained the best is {visible(first)}, and this one worse by {lost:.3f}."
+
+
+def _against_parent(change: float) -> str:
+    return f"{abs(change):.3f} nats a token {'below' if change <= 0 else 'above'} the parent"
+
+
 def cost_sentence(cost: Mapping[str, float]) -> str:
     """What reading mixtures took beside training them, as a sentence."""
     return (

@@ -1,12 +1,13 @@
 """The table of `evaluate selection` in the terminal, and its plot: the gain of every method over chance."""
 
+import math
 from collections.abc import Callable
 from html import escape
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from whence.evaluation.selection import NOTHING, RANDOM, Line, SelectionTable
+from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
 
@@ -36,6 +37,30 @@ def evaluate_tables(table: SelectionTable) -> RenderableType:
              "random rows. Green: its interval is above chance; red: below.", "dim")
     )  # fmt: skip
     return Group(*parts)
+
+
+def evaluate_answer(table: SelectionTable) -> str:
+    """Which method chose best for how many tasks, and whether that is more than chance, in a sentence."""
+    best = best_method(table)
+    tasks = list(dict.fromkeys(line.task for line in table.lines))
+    if best is None:
+        return "Only chance's choice was graded."
+    above = [line.task for line in table.lines if line.method == best and (line.gain_interval or (0.0,))[0] > 0]
+    gains = [line.gain or 0.0 for line in table.lines if line.method == best]
+    mean = math.fsum(gains) / len(gains)
+    answer = f"Of the methods, {visible(best)} chose best: {mean:+.3f} nats a token against random rows"
+    if above:
+        return f"{answer}, surely on {len(above)} of {len(tasks)} tasks."
+    return f"{answer}, which may be chance; more --seeds would tell."
+
+
+def best_method(table: SelectionTable) -> str | None:
+    """The method of the highest mean gain over chance; None where only chance and the ends of the scale are there."""
+    gains: dict[str, list[float]] = {}
+    for line in table.lines:
+        if line.gain is not None and line.method not in (NOTHING, EVERYTHING):
+            gains.setdefault(line.method, []).append(line.gain)
+    return max(gains, key=lambda name: math.fsum(gains[name]) / len(gains[name]), default=None)
 
 
 def _colour(line: Line) -> str:

@@ -30,6 +30,25 @@ def info_table(info: dict[str, Any]) -> Table:
     return pairs_table(lines)
 
 
+def info_answer(info: dict[str, Any]) -> str:
+    """Whether the index can be asked, in a sentence."""
+    if not info["complete"]:
+        return f"The index is not complete: {info['to_do']}."
+    return f"The index is complete: {info['ok_rows']:,} of its {info['rows']:,} rows can be ranked."
+
+
+def bench_answer(result: BenchResult) -> str:
+    """What an index costs, in a sentence."""
+    seconds = 1e5 / max(result.examples_per_second, 1e-9)
+    size, unit = next(
+        pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= 2 * pair[0] or pair[0] == 1
+    )
+    return (
+        f"Indexing a batch takes {result.ratio:.2f} of the time of a training step; 100,000 such examples take about "
+        f"{seconds / size:,.0f} {unit} here."
+    )
+
+
 def bench_table(result: BenchResult) -> Table:
     """A bench in a few lines."""
     least, most = result.spread["index"]

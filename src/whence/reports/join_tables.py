@@ -1,6 +1,7 @@
 """What a person sees of a join: correlations in the terminal, and a scatter of scores against changes."""
 
 import itertools
+import math
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -32,6 +33,23 @@ def join_tables(join: Join) -> RenderableType:
         )
         lines.append(Text(visible(f"{most}{by_change[-1]['partition']} ({by_change[-1]['change']:+.3f})"), "dim"))
     return Group(*lines)
+
+
+def join_answer(join: Join) -> str:
+    """Whether summed scores say what leaving a partition out does, in a sentence."""
+    best = max(join.correlations, key=lambda name: _or_lowest(join.correlations[name]["spearman"]))
+    marks = join.correlations[best]
+    by = f"{best} has Spearman {marks['spearman']:.2f} (95%: {marks['low']:.2f} to {marks['high']:.2f})"
+    among = f", the best of {len(join.correlations)}" if len(join.correlations) > 1 else ""
+    if marks["low"] > 0:
+        return f"Yes, summed scores say in part what leaving a partition out does: {by}{among}."
+    if marks["high"] < 0:
+        return f"No, summed scores say the opposite of what leaving a partition out does: {by}{among}."
+    return f"Not surely: summed scores may say nothing of what leaving a partition out does; {by}{among}."
+
+
+def _or_lowest(correlation: float) -> float:
+    return correlation if math.isfinite(correlation) else -2.0
 
 
 def join_plot(join: Join) -> str:

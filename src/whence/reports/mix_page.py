@@ -192,7 +192,7 @@ def _heat_map(law: MixingLaw, term: Term, title: str) -> str:
     legend = f'<div class="legends">{ramp(largest, "as the table has it")}</div>' if largest > 0 else ""
     head = heat_head(law.domains, "evaluation set", *term.constants)
     caption = f"{law.formula}; the numbers are {term.symbol}{CENTRED if term.is_centred else '.'}"
-    return section(title, f'{legend}<div class="heat">{table(head, rows)}</div>{sentence(caption)}')
+    return section(title, f'{legend}<div class="heat">{table(head, rows, stacks=False)}</div>{sentence(caption)}')
 
 
 def _critical(result: MixLaw) -> list[str]:
@@ -202,10 +202,11 @@ def _critical(result: MixLaw) -> list[str]:
         rows = []
         for domain, ratio in by_domain.items():
             share = "none" if ratio.share is None else f"{ratio.side} {ratio.share:.1%}"
-            cells = f"<td>{escaped(share)}</td><td>{escaped(ratio.reason)}</td>"
+            cells = f'<td>{escaped(share)}</td><td class="more">{escaped(ratio.reason)}</td>'
             rows.append(f'<tr><td class="name">{escaped(domain)}</td>{cells}</tr>')
         caption = "The other domains as in the table's mean mixture."
-        drawn = f'<div class="numbers">{table("<th>domain</th><th>share</th><th></th>", rows)}</div>'
+        head = '<th>domain</th><th>share</th><th class="more"></th>'
+        drawn = f'<div class="numbers">{table(head, rows)}</div>'
         title = f"Loss on {escaped(name)} stays at {result.settings['before'][name]:g} or below"
         parts.append(section(title, drawn + sentence(caption)))
     return parts

@@ -5,8 +5,12 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.mixing.pipeline import TRIED, Grade, MixLaw
+from whence.mixing.prediction import Prediction
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
+
+SHOWN = 10
+"""Predicted mixtures of another table that are shown."""
 
 
 def mix_tables(result: MixLaw) -> RenderableType:
@@ -18,6 +22,20 @@ def mix_tables(result: MixLaw) -> RenderableType:
     parts += [_graded(result), _losses(result), _mixture(result)]
     parts += [_critical(result, name) for name in result.critical]
     return Group(*parts)
+
+
+def mix_answer(result: MixLaw) -> str:
+    """Whether the suggested mixture is expected to be better than the best tried, in a sentence."""
+    tried = float(result.table.losses[result.best_row] @ result.weights)
+    better, error = tried - result.best.objective, result.held_out.overall.error
+    used = [row for row in sorted(result.rows, key=lambda row: -row["suggested"]) if row["suggested"] >= 0.005]
+    shares = ", ".join(f"{visible(row['domain'])} {row['suggested']:.0%}" for row in used[:3])
+    more = ", ..." if len(used) > 3 else ""
+    answer = f"The law suggests {shares}{more}: "
+    if better <= 0:
+        return f"{answer}it expects no better of it than the best tried already has."
+    sure = "less" if better < error else "more"
+    return f"{answer}better by {better:.3f} than the best tried, which is {sure} than the law's error of {error:.3f}."
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -36,6 +54,25 @@ def _graded(result: MixLaw) -> Table:
         table.add_row(Text(visible(row["set"])), *_grade(result.held_out.sets[row["set"]]), style=style)
     table.add_row("mean", *_grade(result.held_out.overall), style="bold")
     return table
+
+
+def prediction_tables(prediction: Prediction) -> RenderableType:
+    """What the law expects of another table's mixtures, best first, and its grades where their losses are known."""
+    known = prediction.held_out
+    table = _table("Predicted mixtures", "mixture", "predicted", *(["true"] if known is not None else []))
+    for place in prediction.objective.argsort(kind="stable")[:SHOWN].tolist():
+        true = [f"{known.table.losses[place].mean():.3f}"] if known is not None else []
+        table.add_row(Text(visible(prediction.names[place])), f"{prediction.objective[place]:.3f}", *true)
+    table.caption = f"The best {table.row_count} of {len(prediction.names):,}; predicted: weighted as --target says"
+    table.caption += "; true: mean of the sets below." if known is not None else "."
+    table.caption_justify = "left"
+    if known is None:
+        return table
+    graded = _table("Prediction of these mixtures", "set", "error", "95%", "Spearman", "95%")
+    for name, grade in known.sets.items():
+        graded.add_row(Text(visible(name)), *_grade(grade))
+    graded.add_row("mean", *_grade(known.overall), style="bold")
+    return Group(table, graded)
 
 
 def _losses(result: MixLaw) -> Table:

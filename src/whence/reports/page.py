@@ -17,6 +17,8 @@ from whence.reports.svg import escaped
 
 LONGEST = 600
 """Characters of a row that are shown."""
+BESIDE, IN_LINE, FEWER = 3, 5, 4
+"""Most columns of numbers beside a picture on a telephone; under it in one line; and in each of several lines."""
 
 
 def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
@@ -76,12 +78,33 @@ def sentence(text: str) -> str:
 
 def fact_list(pairs: Mapping[str, str]) -> str:
     """Names with their values, as text."""
-    return f"<dl>{''.join(f'<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>' for name, value in pairs.items())}</dl>"
+    lines = (f"<dt>{escaped(name)}</dt><dd>{_unbroken(name, value)}</dd>" for name, value in pairs.items())
+    return f"<dl>{''.join(lines)}</dl>"
 
 
-def table(head: str, rows: Sequence[str]) -> str:
-    """A table that scrolls sideways where it is too wide."""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+def _unbroken(name: str, value: str) -> str:
+    """A fact as text; the words of a command, such as --top, break at no hyphen."""
+    if name != "command":
+        return escaped(value)
+    return " ".join(f'<span class="word">{escaped(word)}</span>' for word in value.split(" "))
+
+
+def table(head: str, rows: Sequence[str], *, stacks: bool = True) -> str:
+    """A table; on a telephone each row's first cell stands over the others, or it scrolls sideways.
+
+    Args:
+        head: Cells of its head: a name, perhaps an empty one for a picture, and those of the other columns.
+        rows: Its rows.
+        stacks: Whether it may stack: not a heat map, whose cells are compared across and down.
+    """
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    if not stacks:
+        return f'<div class="scroll"><table>{inner}</table></div>'
+    has_picture = "<th></th>" in head
+    numbers = head.count("<th") - 1 - has_picture
+    beside = " beside" if has_picture and numbers <= BESIDE else ""
+    in_line = numbers if numbers <= IN_LINE else FEWER
+    return f'<div class="scroll stacked{beside} n{in_line}"><table>{inner}</table></div>'
 
 
 def bars(*shares: float) -> str:

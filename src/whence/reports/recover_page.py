@@ -97,17 +97,15 @@ def _probability(value: float) -> str:
     return "over 99.9%" if value >= 0.9995 else "under 0.1%" if value < 0.0005 else f"{value:.1%}"
 
 
-def _head(*names: str, wide: int = 1) -> str:
-    """Names of columns: the first, one without a name for the bars, numbers; those from `wide` on narrow screens."""
-    numbers = [f'<th class="n{" minor" if place >= wide else ""}">{name}</th>' for place, name in enumerate(names[1:])]
-    return f"<th>{names[0]}</th><th></th>{''.join(numbers)}"
+def _head(*names: str) -> str:
+    """Names of columns: the first, one without a name for the bars, numbers."""
+    numbers = "".join(f'<th class="n">{name}</th>' for name in names[1:])
+    return f"<th>{names[0]}</th><th></th>{numbers}"
 
 
-def _line(name: str, drawn: str, *cells: str, wide: int = 1) -> str:
+def _line(name: str, drawn: str, *cells: str) -> str:
     """A row under `_head`. Cells are text."""
-    numbers = [
-        f'<td class="n{" minor" if place >= wide else ""}">{escaped(cell)}</td>' for place, cell in enumerate(cells)
-    ]
+    numbers = [f'<td class="n">{escaped(cell)}</td>' for cell in cells]
     parts = escaped(name).replace(".", ".<wbr>")  # so that a parameter's name can break
     return f'<tr><td class="name">{parts}</td><td class="wide">{drawn}</td>{"".join(numbers)}</tr>'
 
@@ -124,14 +122,12 @@ def _mixture(recovery: Recovered) -> str:
     for line in lines[:SOURCES]:
         count = chosen[line["source"]]
         share = f"{count:,} ({count / len(recovery.rows):.0%})" if recovery.rows else "0"
-        rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share, wide=2))
+        rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share))
     caption = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
     if rest := lines[SOURCES:]:
         caption += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
-    head = _head("source", "share (95%)", "rows found", wide=2)
-    return section(
-        "What it was trained on, by source", f'<div class="stacked">{table(head, rows)}</div>{sentence(caption)}'
-    )
+    head = _head("source", "share (95%)", "rows found")
+    return section("What it was trained on, by source", table(head, rows) + sentence(caption))
 
 
 def _interval(line: Mapping[str, Any]) -> str:
@@ -321,7 +317,6 @@ def _layers(recovery: Recovered) -> str:
             _times(line["signal"]),
             number(line["relative"], ".2%"),
             number(line["unchanged"], ".0%"),
-            wide=2,
         )
         for line in moved[:LAYERS]
     ]
@@ -332,10 +327,8 @@ def _layers(recovery: Recovered) -> str:
     if len(moved) > LAYERS:
         caption += f" {len(moved) - LAYERS:,} more moved less than these."
     key = '<span class="key"><i></i>moved by<i class="pool"></i>by rounding alone</span>'
-    head = _head("parameter", "moved by", "over rounding", "of its norm", "unchanged", wide=2)
-    return section(
-        "What moved the most", f'<div class="stacked layers">{table(head, rows)}</div>{sentence(caption)}', key
-    )
+    head = _head("parameter", "moved by", "over rounding", "of its norm", "unchanged")
+    return section("What moved the most", f'<div class="layers">{table(head, rows)}</div>{sentence(caption)}', key)
 
 
 def _times(signal: float | None) -> str:

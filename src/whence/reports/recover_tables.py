@@ -33,6 +33,20 @@ def recover_tables(recovery: Recovered) -> RenderableType:
     return Group(*parts)
 
 
+def recover_answer(recovery: Recovered) -> str:
+    """How many rows the model was trained on, and from where most of them come, in a sentence."""
+    count, total = len(recovery.rows), len(recovery.scores)
+    if recovery.learned is not None:
+        answer = f"The model was trained on about {members_text(recovery)} of {total:,} rows; {count:,} are listed"
+    else:
+        answer = f"{count:,} of {total:,} rows fit best what training did to the weights"
+    if recovery.mixture:
+        most = max(recovery.mixture, key=lambda line: line["share"])
+        source = f"{visible(most['source'])}, {most['share']:.0%} ({most['low']:.0%} to {most['high']:.0%})"
+        answer += f"; most were from {source}"
+    return f"{answer}."
+
+
 def members_text(recovery: Recovered) -> str:
     """The expected number of members, with its 95% interval."""
     if recovery.members is None:

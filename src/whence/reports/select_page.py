@@ -67,7 +67,7 @@ def _sources(chosen: Chosen) -> str:
         cells += [f"{line['tokens']:,}"] if chosen.selection.tokens else []
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows.append(f'<tr><td>{escaped(line["source"] or "-")}</td><td class="wide">{drawn}</td>{numbers}</tr>')
-    names = ["rows", "share", "of the pool", "lift"] + (["tokens"] if chosen.selection.tokens else [])
+    names = ["rows", "share", "of the pool", "times the pool's"] + (["tokens"] if chosen.selection.tokens else [])
     head = "<th>source</th><th></th>" + "".join(f'<th class="n">{name}</th>' for name in names)
     return section("Where the rows come from", table(head, rows), _KEY)
 
@@ -200,7 +200,9 @@ def _left_out(chosen: Chosen) -> str:
         number = next(n for n, reason in enumerate(reasons) if reason is not None and reason.startswith(kind))
         text = " ".join(chosen.candidates.texts[number].split())[:160]
         example = f"row {number + 1}{': ' + text if text else ''}"
-        rows.append(f'<tr><td>{escaped(kind)}</td><td class="n">{count:,}</td><td>{escaped(example)}</td></tr>')
+        rows.append(
+            f'<tr><td>{escaped(kind)}</td><td class="n">{count:,}</td><td class="more">{escaped(example)}</td></tr>'
+        )
     if not rows:
         return ""
-    return section("Left out", table('<th>why</th><th class="n">rows</th><th>one of them</th>', rows))
+    return section("Left out", table('<th>why</th><th class="n">rows</th><th class="more">one of them</th>', rows))

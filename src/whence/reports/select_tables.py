@@ -46,6 +46,23 @@ def select_tables(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -
     return Group(*parts)
 
 
+FEW_IN_COMMON = 0.05
+"""Share of rows in common from which on two choices are called different."""
+
+
+def select_answer(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
+    """How many rows are chosen, and of which source most, in a sentence; and what differs from them."""
+    lines, count, total = composition(chosen), len(chosen.rows), len(chosen.selection.reasons)
+    answer = f"{count:,} of {total:,} rows are chosen"
+    if len(lines) > 1:
+        most = lines[0]
+        answer += f", {most['share']:.0%} of them from {most['source'] or 'no source'}"
+        answer += f" (in the pool {most['pool_rows'] / total:.0%})"
+    if others := [name for name, share in (overlaps or {}).items() if share < FEW_IN_COMMON]:
+        return f"{answer}; {' and '.join(others)} would choose other rows, and only training says which are better."
+    return f"{answer}."
+
+
 def nearness_sentence(nats: float) -> str:
     """DSIR's KL reduction in words."""
     way = "nearer to" if nats >= 0 else "farther from"
@@ -64,7 +81,7 @@ def _composition(chosen: Chosen) -> Table:
     table = plain_table()
     table.add_column("source")
     counted = ["tokens"] if chosen.selection.tokens else []  # none are without a tokenizer
-    for name in ("rows", "share", "of the pool", "lift", *counted):
+    for name in ("rows", "share", "of the pool", "times the pool's", *counted):
         table.add_column(name, justify="right")
     total = len(chosen.selection.reasons)
     for line in composition(chosen):

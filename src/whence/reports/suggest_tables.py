@@ -9,6 +9,17 @@ from whence.reports.text import visible
 from whence.reports.wide_table import WideTable
 
 
+def suggest_answer(suggestion: Suggestion) -> str:
+    """Whether the suggestion beats all partitions alike, and by how much, in a sentence."""
+    gain, low, high = suggestion.gain
+    by = f"{gain:+.3f} nats a token (95%: {low:+.3f} to {high:+.3f}, on the rows that it was found by)"
+    if low > 0:
+        return f"The suggestion beats all partitions alike: {by}."
+    if high < 0:
+        return f"The suggestion is worse than all partitions alike: {by}."
+    return f"The suggestion does not surely beat all partitions alike: {by}."
+
+
 def suggest_tables(suggestion: Suggestion) -> RenderableType:
     """The mixture, and losses of its average beside those of all alike, the best alone, and the parent."""
     mixture = plain_table()

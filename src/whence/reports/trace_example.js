@@ -155,10 +155,12 @@ class Example {
     const { hit } = this;
     const facts = el("p", { class: "facts" }, el("span", { class: "id", dir: "auto" }, hit.id));
     if (hit.source !== null) facts.append(el("span", { class: "source", dir: "auto" }, hit.source));
-    if (hit.exact !== null) facts.append(el("span", {}, "exact ", el("b", {}, score(hit.exact))));
+    const fact = (name, value) => facts.append(el("span", {}, `${name} `, el("b", {}, score(value))));
+    if (hit.isExact) fact("compressed", hit.score);
+    if (hit.exact !== null && (!hit.isExact || hit.exact !== hit.ranked)) fact("exact", hit.exact);
     if (hit.null?.generic) {
-      const why = "It scores high whatever is asked; --specific corrects for that.";
-      facts.append(el("span", { class: "badge", title: why }, "generic"));
+      const why = "A generic example: it scores high whatever is asked; --specific corrects for that.";
+      facts.append(el("span", { class: "badge", title: why }, "high for any question"));
     }
     return facts;
   }
@@ -261,10 +263,12 @@ class Example {
   }
 
   measure(row, reach) {
-    const value = row === null ? this.hit.score : (this.shares?.[row] ?? null);
-    const whole = this.matrix && this.hit.exact !== null ? this.hit.exact : this.hit.score;
+    const { hit } = this;
+    const value = row === null ? hit.ranked : (this.shares?.[row] ?? null);
+    const whole = this.matrix && hit.exact !== null ? hit.exact : hit.score;
+    const unit = !hit.isExact ? "score" : hit.exact === hit.ranked ? "exact score" : "exact, specific";
     this.figure.textContent = row === null ? score(value) : number(value);
-    this.unit.textContent = row === null ? "score" : `of ${score(whole)}`;
+    this.unit.textContent = row === null ? unit : `of ${score(whole)}`;
     this.fill.className = (value ?? 0) < 0 ? "opposes" : "helps";
     this.fill.style.left = `${100 * (reach.zero + Math.min(0, value ?? 0) * reach.unit)}%`;
     this.fill.style.width = `${100 * Math.abs(value ?? 0) * reach.unit}%`;
@@ -294,7 +298,7 @@ function nullView({ null: found, score: own }) {
   const clears = found.needed !== null && found.z !== null && found.z > found.needed;
   const z = el("b", { class: clears ? "clears" : "" }, `z ${found.z === null ? "n/a" : plain(found.z)}`);
   if (found.needed !== null) z.title = `Chance alone reaches ${plain(found.needed)}.`;
-  const caption = el("figcaption", {}, z, el("span", { title: "control queries" }, above(found)));
+  const caption = el("figcaption", {}, z, el("span", { title: "of unrelated questions" }, above(found)));
   return el("figure", { class: "null" }, found.scores.length && own !== null ? histogram(found, own) : "", caption);
 }
 
@@ -325,7 +329,7 @@ function histogram(found, own) {
     class: own < 0 ? "mark opposes" : "mark helps",
   });
   const base = svg("path", { d: `M0 ${high}H${wide}`, class: "base" });
-  const words = `What this example scores for ${found.scores.length} control queries: mean ${number(found.mean)}; here ${score(own)}`;
+  const words = `What this example scores for ${found.scores.length} unrelated questions: mean ${number(found.mean)}; here ${score(own)}`;
   return svg(
     "svg",
     { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": words },

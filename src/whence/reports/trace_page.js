@@ -21,10 +21,7 @@ function drawAnswer() {
   if (ending) parts.push(el("p", { class: "certainty" }, `The answer was ${ending}.`));
   parts.push(el("p", { class: "certainty" }, certainty));
   if (verdict) parts.push(el("p", { class: "verdict" }, verdict));
-  if (overlap !== null) {
-    const share = `${Math.round(100 * overlap)}%`;
-    parts.push(el("p", { class: "certainty" }, `Of the index’s best examples, ${share} are among the exact best.`));
-  }
+  if (overlap !== null) parts.push(el("p", { class: "certainty" }, overlap));
   parts.push(
     statusView(),
     legendView(
@@ -123,37 +120,35 @@ function drawExamples() {
   const make = (hits) => hits.map((hit) => new Example(hit));
   const sides = [make(helpful), make(opposing)];
   examples = sides.flat();
-  byId("examples").replaceChildren(...sides.map((side, number) => sectionView(side, number === 1)).filter(Boolean));
+  byId("examples").replaceChildren(...sectionsOf(sides[0], false), ...sectionsOf(sides[1], true));
   byId("examples").classList.toggle("without-null", !examples.some(({ hit }) => hit.null));
   for (const example of examples) sight.observe(example.node);
 }
 
 const SIDES = {
   high: [
-    "Helpful",
-    "Highest",
-    "Training on these makes the answer more likely.",
-    "Those above zero help the answer.",
-    "None of them helps the answer.",
+    ["Helpful", "Training on these makes the answer more likely."],
+    ["Highest", "None of these helps the answer."],
   ],
   low: [
-    "Opposing",
-    "Lowest",
-    "Training on these makes the answer less likely.",
-    "Those below zero oppose the answer.",
-    "None of them opposes the answer.",
+    ["Opposing", "Training on these makes the answer less likely."],
+    ["Lowest", "None of these opposes the answer."],
   ],
 };
 
-function sectionView(side, isLow) {
-  if (!side.length) return isLow ? null : el("p", { class: "note" }, "No example is listed for this query.");
-  const agree = side.filter(({ hit }) => (isLow ? hit.score < 0 : hit.score > 0)).length;
-  const [title, otherwise, all, some, none] = isLow ? SIDES.low : SIDES.high;
-  const words = agree === side.length ? all : agree ? some : none;
-  const heading = DATA.isInfluence
-    ? [agree ? title : otherwise, el("small", {}, words)]
-    : [otherwise, el("small", {}, "By likeness, which is not influence.")];
-  return el("section", {}, el("h2", {}, ...heading), ...side.map((example) => example.node));
+// A side in two parts: what helps, or opposes, by the score that ranks; and what only ranks there.
+function sectionsOf(side, isLow) {
+  if (!side.length) return isLow ? [] : [el("p", { class: "note" }, "No example is listed for this query.")];
+  const [[title, words], [otherwise, none]] = isLow ? SIDES.low : SIDES.high;
+  if (!DATA.isInfluence) return [sectionView(otherwise, "By likeness, which is not influence.", side)];
+  const agrees = ({ hit }) => (isLow ? hit.ranked < 0 : hit.ranked > 0);
+  const others = side.filter((example) => !agrees(example));
+  return [sectionView(title, words, side.filter(agrees)), sectionView(otherwise, none, others)].filter(Boolean);
+}
+
+function sectionView(title, words, side) {
+  if (!side.length) return null;
+  return el("section", {}, el("h2", {}, title, el("small", {}, words)), ...side.map((example) => example.node));
 }
 
 // What is near the window is coloured at once, the rest a moment later.
@@ -212,7 +207,7 @@ function paint() {
   const row = active();
   paintChips();
   paintStatus(row);
-  const values = examples.map(({ hit, shares }) => (row === null ? hit.score : (shares?.[row] ?? 0)) ?? 0);
+  const values = examples.map(({ hit, shares }) => (row === null ? hit.ranked : (shares?.[row] ?? 0)) ?? 0);
   const reach = reachOf(Math.min(0, ...values), Math.max(0, ...values));
   for (const example of examples) {
     example.measure(row, reach);

@@ -25,6 +25,7 @@ from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
 from whence.reports.page import content_policy, packaged
 from whence.reports.text import encodable, visible
+from whence.reports.trace_tables import overlap_sentence
 from whence.tracing.results import Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
@@ -86,10 +87,15 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
         "ending": None if answer.ending is None else _visible(answer.ending),
         "certainty": f"{answer.certainty.removesuffix('.')}.".replace(">=", "≥"),
         "verdict": _visible(trace.verdicts[number]) if number < len(trace.verdicts) else None,
-        "overlap": _number(trace.overlaps[number]) if number < len(trace.overlaps) else None,
+        "overlap": _overlap(trace, number),
         "helpful": [_hit(hit, trace.levels) for hit in trace.of(number)],
         "opposing": [_hit(hit, trace.levels) for hit in trace.of(number, opposing=True)],
     }
+
+
+def _overlap(trace: Trace, number: int) -> str | None:
+    is_known = number < len(trace.overlaps) and math.isfinite(trace.overlaps[number])
+    return overlap_sentence(trace.overlaps[number]) if is_known else None
 
 
 def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> list[dict[str, Any]]:
@@ -107,6 +113,8 @@ def _hit(hit: Hit, levels: list[float]) -> dict[str, Any]:
         "source": None if hit.source is None else _visible(hit.source),
         "score": _number(hit.score),
         "exact": _number(hit.exact),
+        "ranked": _number(hit.rank_score),
+        "isExact": hit.exact_rank_score is not None,
         "null": None if hit.null is None else _null(hit.null, levels[hit.query] if levels else None),
         "shares": None if by_token is None else [_number(share) for share in by_token],
         "tokens": None if hit.tokens is None else _matrix(hit.tokens),

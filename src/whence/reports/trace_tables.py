@@ -18,6 +18,9 @@ UNSURE = 0.1
 COLOURED = 3
 """Examples shown token by token in the terminal."""
 
+MANY = 0.5
+"""Share of the index' best among the exact best below which a longer short list is advised."""
+
 WINDOW = 90
 """Their training tokens shown, around the one of most influence."""
 
@@ -31,12 +34,36 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
     """
     parts: list[RenderableType] = [Text(visible(note), "yellow") for note in trace.notes]
     for number, answer in enumerate(trace.answers[:most]):
-        parts += [answer_text(answer), _hits_table(trace, number), *_words(trace, number)]
+        parts += [answer_text(answer), _hits_table(trace, number), *_words(trace, number), *_legend(trace, number)]
         parts += [_coloured(hit) for hit in trace.of(number)[:COLOURED] if hit.tokens is not None]
         parts.append(Text(""))
     if len(trace.answers) > most:
         parts.append(Text(f"... and {len(trace.answers) - most} more queries; write them all with -o FILE", "dim"))
     return Group(*parts)
+
+
+def trace_answer(trace: Trace) -> str:
+    """Which example stands behind the answer, and whether that is more than chance, in a sentence."""
+    count = len(trace.answers)
+    best = [next(iter(trace.of(number)), None) for number in range(count)]
+    if count > 1:
+        above = sum(stands_out(trace, number) for number in range(count))
+        return f"{above} of {count} answers have an example that stands above chance." if trace.levels else (
+            f"{count} answers were traced; nothing here says how high chance reaches.")  # fmt: skip
+    if not count or best[0] is None:
+        return "No example can be ranked."
+    first = f"{visible(best[0].id)} ranks first"
+    if not trace.levels:
+        return f"{first}; nothing here says how high chance reaches."
+    top = max((hit.null.z for hit in trace.of(0) if hit.null is not None), default=0.0)
+    if stands_out(trace, 0):
+        return f"{first}; z is {top:.1f} at most, where chance reaches {trace.levels[0]:.1f}: more than chance."
+    return f"Nothing here is more than chance: z is {top:.1f} at most, and chance reaches {trace.levels[0]:.1f}."
+
+
+def stands_out(trace: Trace, query: int) -> bool:
+    """Whether an example of a query stands above chance."""
+    return any(hit.null is not None and hit.null.z > trace.levels[query] for hit in trace.of(query))
 
 
 def _words(trace: Trace, query: int) -> list[RenderableType]:
@@ -45,12 +72,41 @@ def _words(trace: Trace, query: int) -> list[RenderableType]:
     if trace.verdicts:
         lines.append(Text(trace.verdicts[query], "yellow" if trace.verdicts[query].startswith("Nothing") else "green"))
     if trace.overlaps:
-        lines.append(Text(f"Of the index' best, {trace.overlaps[query]:.0%} are among the exact best.", "dim"))
+        lines.append(Text(overlap_sentence(trace.overlaps[query]), "dim"))
     if any(hit.null is not None and hit.null.generic for hit in trace.of(query)):
         lines.append(
-            Text("* generic: this example scores high whatever is asked; --specific corrects for that.", "dim")
+            Text("* scores high for any question (generic), and says little about this one; see --specific.", "dim")
         )
     return lines
+
+
+def overlap_sentence(share: float) -> str:
+    """How much of the exact ranking the index finds, and what to do where that is little."""
+    words = f"Of the index' best, {share:.0%} are among the exact best."
+    if share >= MANY:
+        return words
+    return f"{words} Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
+
+
+LEGEND = (("#2171b5", "helps"), ("#d94801", "opposes"))
+
+
+def _legend(trace: Trace, query: int) -> list[Text]:
+    """What the colours of training tokens mean, and their unit."""
+    matrices = [hit.tokens for hit in trace.of(query)[:COLOURED] if hit.tokens is not None]
+    if not matrices:
+        return []
+    of = "position of its gradient" if matrices[0].basis == "position" else "its own loss"
+    most = max((float(tokens.matrix.sum(0).abs().max()) for tokens in matrices if tokens.matrix.numel()), default=0.0)
+    text = Text("Training tokens, by ", "dim").append(of, "dim").append(": ", "dim")
+    for hue, word in LEGEND:
+        text.append(f" {word} ", f"bold white on {hue}").append(" ")
+    text.append(
+        f"the answer; stronger colour, more of the example's exact score (its largest token has {most:.2g} at most); "
+        "dim ones have little.",
+        "dim",
+    )
+    return [text]
 
 
 def _coloured(hit: Hit) -> Text:
@@ -106,9 +162,10 @@ def _hits_table(trace: Trace, query: int) -> Table:
     has_exact = any(hit.exact is not None for hit in helpful)
     has_null = any(hit.null is not None for hit in helpful)
     table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    if has_exact:
-        table.add_column("exact", justify="right")
+    is_exact = any(hit.exact_rank_score is not None for hit in helpful)
+    names = ("exact", "compressed") if is_exact else ("score", "exact")  # what ranks comes first
+    for name in names if has_exact else names[:1]:
+        table.add_column(name, justify="right")
     if has_null:
         table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
@@ -119,18 +176,20 @@ def _hits_table(trace: Trace, query: int) -> Table:
             table.add_row(*_cells(hit, form, has_exact, has_null))
         if hits is helpful and opposing:
             table.add_section()
-    against = (
-        "oppose the answer" if any(hit.score < 0 for hit in opposing) else "are the lowest; none opposes the answer"
-    )
-    table.caption = f"{trace.method} over {trace.rows:,} examples; negative ranks {against}"
+    opposed = [hit.rank_score < 0 for hit in opposing]
+    against = "oppose the answer" if all(opposed) else "are the lowest; those below 0 oppose the answer"
+    if not any(opposed):
+        against = "are the lowest; none opposes the answer"
+    by = ", ranked by exact scores" if is_exact else ""
+    table.caption = f"{trace.method} over {trace.rows:,} examples{by}; negative ranks {against}"
     table.caption_justify = "left"
     return table
 
 
 def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool) -> list[RenderableType]:
-    cells: list[RenderableType] = [str(hit.rank), _signed(hit.score, form)]
-    if has_exact:
-        cells.append(_signed(hit.exact, form) if hit.exact is not None else "")
+    scores = [hit.score, hit.exact] if hit.exact_rank_score is None else [hit.exact, hit.score]
+    cells: list[RenderableType] = [str(hit.rank)]
+    cells += ["" if score is None else _signed(score, form) for score in (scores if has_exact else scores[:1])]
     if has_null:
         null = hit.null
         cells.append("" if null is None else f"{null.z:+.1f}{'*' if null.generic else ' '}")

@@ -40,6 +40,9 @@ class Candidates:
     refused: Mapping[int, str] = field(default_factory=dict)
     """Rows that may not be chosen whatever their scores, with the reason."""
 
+    def __repr__(self) -> str:
+        return f"Candidates({len(self.texts):,} rows, {len(self.targets)} targets)"
+
     def __post_init__(self):
         assert self.scores.shape == (len(self.targets), len(self.tokens)), "a score for each target and row"
         assert len(self.sources) == len(self.texts) == len(self.tokens), "a source and a text for each row"
@@ -93,6 +96,9 @@ class Selection:
     """Number of tokens of the chosen rows together."""
     notes: list[str]
     """What else a person should know."""
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self.rows):,} of {len(self.reasons):,} rows, {self.tokens:,} tokens, .tally())"
 
     def tally(self) -> dict[str, int]:
         """Number of rows left out for each kind of reason, most first; all duplicates are one kind."""

@@ -26,6 +26,7 @@ from whence.indexing.opening import Index, open_index
 from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
+from whence.models.training_state import warn_of_run
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
@@ -53,6 +54,18 @@ class Chosen:
     """Texts of the tasks' examples."""
     answers: list[AnswerShare] = field(default_factory=list)
     """How often the task's labels are the answers of the chosen rows, and of its examples; none for free text."""
+
+    def __repr__(self) -> str:
+        """How much was chosen, the first row, and how to go on."""
+        selection, how = self.selection, f"{self.settings['method']}, {self.settings['selector']}"
+        lines = [
+            f"Chosen({len(self.rows):,} of {len(selection.reasons):,} rows, {selection.tokens:,} tokens, by {how})"
+        ]
+        if self.rows:
+            lines.append(f"  first: row {selection.rows[0]:,}, score {selection.scores[0]:.4g}")
+        return "\n".join(
+            [*lines, "  More: .rows in rank order, to train on; .selection.tally(), .selection.notes, .settings"]
+        )
 
 
 def select(
@@ -192,6 +205,7 @@ def open_view(
         raise no_index_for(method, str(source) if isinstance(source, str | Path) else "the rows")
     loaded: LoadedModel | None = None
     if model is not None:
+        warn_of_run(model)
         loaded = load_model(open_run(model).checkpoints[-1].path, **loading)
     elif entry.needs_model and not brings_model:
         raise SettingError(f"--method {method} reads a model, and a corpus has none: add --model MODEL")

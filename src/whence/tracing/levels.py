@@ -137,13 +137,11 @@ def needed_z(best: Sequence[float]) -> float:
 
 
 def verdict(best: float | None, needed: float) -> str:
-    """Whether any example stands above the null, in words."""
+    """Whether any example stands above chance (the null), in words."""
     if best is not None and best > needed:
-        return (
-            f"The best example stands above the null: z {best:.1f}, where meaningless completions reach {needed:.1f}."
-        )
-    reason = "no example has a null" if best is None else f"the best z is {best:.1f}"
+        return f"The best example stands above chance: z {best:.1f}, where meaningless completions reach {needed:.1f}."
+    reason = "no example has a z" if best is None else f"the best z is {best:.1f}"
     return (
-        f"Nothing here stands above the null: {reason}, and meaningless completions reach {needed:.1f}. "
+        f"Nothing here stands above chance: {reason}, and meaningless completions reach {needed:.1f}. "
         "Do not read a cause into these examples."
     )

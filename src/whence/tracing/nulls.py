@@ -17,10 +17,10 @@ controls themselves the correction includes a share of their own norm, 1/128 of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from whence.indexing.opening import Index
@@ -48,6 +48,8 @@ class Controls:
     """Their numbers in the index; None for controls that are not rows of it."""
     usual: float
     """The mean score over the controls that 99 of 100 examples stay below."""
+    products: dict[tuple[int, bool], Float32[Tensor, "c m"]] = field(default_factory=dict)
+    """Weighted products of rows that were scored, by row and whether they are divided by the row's norm."""
 
     def mean(self, norms: Float32[Tensor, "c q"]) -> Float32[Tensor, "c q k"]:
         """The mean control query, scaled to queries' norms."""
@@ -98,17 +100,61 @@ def control_scores(
     index: Index, controls: Controls, rows: Sequence[int], *, cosine: bool, norms: Float32[Tensor, " c"] | None = None
 ) -> Float32[Tensor, "h m"]:
     """Scores of rows of the index for every control query; the controls have the norms `norms`, or 1."""
-    weights = torch.tensor(index.weights) * (1.0 if norms is None else norms)
-    out = torch.zeros(len(rows), controls.vectors.shape[1])
+    products = controls.products
+    new = [row for row in dict.fromkeys(rows) if (row, cosine) not in products]
+    weights = torch.tensor(index.weights)
     step = max(1, BYTES // (16 * controls.vectors.shape[2] * len(weights)))
-    for first in range(0, len(rows), step):
-        batch = slice(first, first + step)
-        vectors, lengths = index.store.vectors(rows[batch])
-        products = torch.einsum("chk,cmk,c->chm", vectors, controls.vectors, weights)
+    for first in range(0, len(new), step):
+        batch = new[first : first + step]
+        vectors, lengths = index.store.vectors(batch)
+        by_row = torch.einsum("chk,cmk,c->hcm", vectors, controls.vectors, weights)
         if cosine:
-            products = products * inverse_or_zero(lengths)[:, :, None]
-        out[batch] = products.sum(0)
-    return out
+            by_row = by_row * inverse_or_zero(lengths).T[:, :, None]
+        products |= {(row, cosine): own for row, own in zip(batch, by_row, strict=True)}
+    if not len(rows):
+        return torch.zeros(0, controls.vectors.shape[1])
+    stacked = torch.stack([products[row, cosine] for row in rows])
+    return (stacked if norms is None else stacked * norms[:, None]).sum(1)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Places of rows' scores for a query among their scores for the controls."""
+
+    scores: Float32[Tensor, "h m"]
+    is_other: Bool[Tensor, "h m"]
+    """Whether a control is another row."""
+    mean: Float64[Tensor, " h"]
+    z: Float64[Tensor, " h"]
+
+    def share(self, holds: Bool[Tensor, "h m"]) -> Float64[Tensor, " h"]:
+        """Share of the other rows among the controls for which something holds."""
+        return (holds & self.is_other).sum(1).double() / self.is_other.sum(1)
+
+
+def _places(controls: Controls, rows: Sequence[int], scores: Sequence[float], for_controls: Tensor) -> _Places:
+    is_other = torch.ones(for_controls.shape, dtype=torch.bool)
+    if controls.rows is not None:
+        is_other = torch.tensor(rows)[:, None] != controls.rows
+    count, values = is_other.sum(1), for_controls.double()
+    mean = (values * is_other).sum(1) / count
+    deviation = (((values - mean[:, None]) * is_other).square().sum(1) / (count - 1)).sqrt()
+    z = (torch.tensor(scores, dtype=torch.float64) - mean) * inverse_or_zero(deviation)
+    return _Places(for_controls, is_other, mean, z)
+
+
+def best_z(
+    index: Index,
+    controls: Controls,
+    rows: Sequence[int],
+    scores: Sequence[float],
+    *,
+    cosine: bool,
+    norms: Float32[Tensor, " c"] | None = None,
+) -> float:
+    """The highest z of some rows, as `nulls` has it; 0 without rows."""
+    for_controls = control_scores(index, controls, rows, cosine=cosine, norms=norms)
+    return float(_places(controls, rows, scores, for_controls).z.max()) if len(rows) else 0.0
 
 
 def nulls(
@@ -130,15 +176,18 @@ def nulls(
         cosine: Whether the method is the cosine.
         norms: This query's norm under each checkpoint; None for the cosine, which is 1.
     """
-    out = []
     scaled = control_scores(index, controls, rows, cosine=cosine, norms=norms)
     unscaled = scaled if norms is None else control_scores(index, controls, rows, cosine=cosine)
-    for row, score, row_scaled, row_unscaled in zip(rows, scores, scaled, unscaled, strict=True):
-        is_other = torch.ones(len(row_scaled), dtype=torch.bool) if controls.rows is None else controls.rows != row
-        others = row_scaled[is_other]
-        mean, deviation = float(others.mean()), float(others.std())
-        generic = float(row_unscaled[is_other].mean()) > controls.usual and float((others > 0).float().mean()) >= MOSTLY
-        z = (score - mean) / deviation if deviation > 0 else 0.0
-        percentile = 100 * float((others < score).float().mean())
-        out.append(Null(others.tolist(), mean, z, percentile, generic))
-    return out
+    if not len(rows):
+        return []
+    places = _places(controls, rows, scores, scaled)
+    usual = (unscaled.double() * places.is_other).sum(1) / places.is_other.sum(1)
+    generic = (usual > controls.usual) & (places.share(scaled > 0) >= MOSTLY)
+    percentile = 100 * places.share(scaled < torch.tensor(scores)[:, None])
+    columns = (places.mean, places.z, percentile, generic)
+    return [
+        Null(own[is_other].tolist(), *values)
+        for own, is_other, *values in zip(
+            scaled, places.is_other, *(column.tolist() for column in columns), strict=True
+        )
+    ]

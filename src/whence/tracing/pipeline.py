@@ -93,7 +93,7 @@ def trace(
     described = _described_settings(opened, how) | {"completion": _completion_origin(traced.answers, sampling)}
     if catalogue.trace_method(how.method).from_index:
         described["control queries"] = _control_origin(how, controls, traced)
-        described["corrected for generic examples"] = "yes" if how.specific else "no"
+        described["corrected for examples high for any question"] = "yes" if how.specific else "no"
     if traced.levels:
         context = opened.model().context
         described["level of the verdict"] = f"by {cost([Shape.of(query, context) for query in encoded])}"
@@ -126,9 +126,10 @@ def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[
             f"no z and no verdict: {index.store.place.root} has fewer than {2 * nulls.LEAST} rows to draw control "
             "queries from. Give some with --controls."
         ]
-    reason = "a null is measured of scores from the index' vectors alone"
+    reason = "what chance reaches is measured of scores from the index' vectors alone"
     if settings.method == "reach":
-        reason = f"it takes a gradient for every token, and a null asks {nulls.CONTROLS + MEANINGLESS} queries more"
+        more = nulls.CONTROLS + MEANINGLESS
+        reason = f"it takes a gradient for every token, and to measure chance asks {more} queries more"
     return [
         f"no z and no verdict with --method {settings.method}: {reason}. Whether an example stands above chance, see "
         "with --method cosine."

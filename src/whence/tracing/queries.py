@@ -28,8 +28,10 @@ from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
 from whence.indexing.opening import Index
 from whence.models.generation import ends_of
 from whence.models.loading import LoadedModel
+from whence.runner import counted
 from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
 from whence.tracing.results import Answer
+from whence.tracing.spans import span_of
 from whence.turns import one_at_a_time
 
 QUOTED = 60
@@ -169,17 +171,6 @@ def _is_place_of_answer(message: Any) -> bool:
 def _shown_prompt(query: Query) -> str:
     """The prompt and its input, as text for a person."""
     return "\n\n".join([query.prompt, *(str(text) for text in [(query.context or {}).get("input")] if text)])
-
-
-def span_of(text: str | None, tokens: str | None, location: str) -> str | tuple[int, int] | None:
-    """The stretch of a completion to trace: its text, or its tokens FROM:TO."""
-    if tokens is None:
-        return text
-    first, colon, end = tokens.partition(":")
-    if text is not None or not (colon and first.isdecimal() and end.isdecimal()):
-        flag = "--span" if location.startswith("--") else "`span`"
-        raise SettingError(f"{location} {tokens}: FROM:TO is expected, such as 3:7, and no {flag} beside it")
-    return int(first), int(end)
 
 
 @one_at_a_time
@@ -377,7 +368,9 @@ def query_vectors(
         rows = torch.zeros(len(queries), projection.width)
         plain = [number for number, sequences in enumerate(queries) if len(sequences) == 1]
         lengths = [len(queries[number][0].encoded.ids) for number in plain]
-        for batch in bucketed(lengths, index.tokens_per_batch):
+        for batch in counted(
+            bucketed(lengths, index.tokens_per_batch), "Gradients of questions", len(plain), len, "texts"
+        ):
             numbers = [plain[place] for place in batch]
             rows[numbers] = sketch(
                 model,

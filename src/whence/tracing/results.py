@@ -4,6 +4,7 @@ Everything that a person or a program reads of a trace is here; `reports` only d
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,22 +49,32 @@ class Answer:
     @property
     def perplexity(self) -> float:
         """Exp of the mean loss of a token in nats: 1 is certain, the vocabulary's size is a blind guess."""
-        if not self.probabilities:
-            return math.nan
-        return math.exp(sum(-math.log(max(p, 1e-30)) for p in self.probabilities) / len(self.probabilities))
+        return _perplexity(self.probabilities)
 
     @property
     def certainty(self) -> str:
-        """How sure the model is of the completion, in words."""
-        sure = sum(probability >= SURE for probability in self.probabilities)
-        words = f"{sure} of {len(self.tokens)} tokens at p >= {SURE}; perplexity {self.perplexity:,.2f} a token"
-        guesses = ". The model guesses here: expect generic influences."
-        return words + guesses if sure < len(self.tokens) / 2 else words
+        """How sure the model is of the tokens that the query is about, in words."""
+        places = [place for place, is_asked in enumerate(self.asked) if is_asked] or range(len(self.probabilities))
+        probabilities = [self.probabilities[place] for place in places]
+        sure = sum(probability >= SURE for probability in probabilities)
+        of_span = " of the span" if len(probabilities) < len(self.probabilities) else ""
+        words = (
+            f"{sure} of {len(probabilities)} tokens{of_span} at p >= {SURE}; "
+            f"perplexity {_perplexity(probabilities):,.2f} a token"
+        )
+        guesses = ". The model guesses here: expect examples that score high for any question."
+        return words + guesses if sure < len(probabilities) / 2 else words
 
     def query_tokens(self) -> list[str]:
         """Text of the tokens that the query is about, those of the contrast after them: rows of a `TokenMatrix`."""
         in_query = self.asked or [True] * len(self.tokens)
         return [token for token, is_asked in zip(self.tokens, in_query, strict=True) if is_asked] + self.contrast_tokens
+
+
+def _perplexity(probabilities: Sequence[float]) -> float:
+    if not probabilities:
+        return math.nan
+    return math.exp(sum(-math.log(max(p, 1e-30)) for p in probabilities) / len(probabilities))
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,13 @@ class TokenMatrix:
 
     basis: str
     """`position`: where in the training text the gradient arises. `loss`: which training token is predicted."""
-    query: list[str]
+    query: list[str] = field(repr=False)
     """Tokens as `Answer.query_tokens` has them; rows of a contrast's tokens have a minus in the matrix."""
-    train: list[str]
+    train: list[str] = field(repr=False)
     """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
-    supervised: list[bool]
+    supervised: list[bool] = field(repr=False)
     """For each of `train`, whether the example is trained to say it."""
-    matrix: Float32[Tensor, "u s"]
+    matrix: Float32[Tensor, "u s"] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -89,7 +100,7 @@ class TokenMatrix:
 class Null:
     """One training example's scores for control queries, and the place of this query's score among them."""
 
-    scores: list[float]
+    scores: list[float] = field(repr=False)
     """The example's score for each control query."""
     mean: float
     z: float
@@ -107,7 +118,7 @@ class Hit:
     query: int
     """Number of the query, from 0."""
     rank: int
-    """From 1 for the highest score; from -1 for the lowest, which opposes where its score is negative."""
+    """From 1 for the highest score; from -1 for the lowest, which opposes where what ranks it is negative."""
     id: str
     score: float
     """Score from the index' vectors, or by the trace's method; with `specific`, less the mean over the controls."""
@@ -119,7 +130,14 @@ class Hit:
     null: Null | None = None
     by_token: list[float] | None = None
     """Share of each query token in `score`, from the index' vectors; sums to it, before any correction."""
-    tokens: TokenMatrix | None = None
+    tokens: TokenMatrix | None = field(default=None, repr=False)
+    exact_rank_score: float | None = None
+    """With `exact`, what orders the ranks: the exact score, with `specific` less the mean over the controls."""
+
+    @property
+    def rank_score(self) -> float:
+        """What orders the ranks, from the index or exact."""
+        return self.score if self.exact_rank_score is None else self.exact_rank_score
 
     def as_row(self) -> Row:
         """For a file: the numbers beside the row's own text."""
@@ -157,6 +175,18 @@ class Trace:
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
+
+    def __repr__(self) -> str:
+        """How much there is, the first examples, and how to go on."""
+        lines = [
+            f"Trace({self.method} over {self.rows:,} examples, {len(self.answers)} answers, {len(self.hits)} hits)"
+        ]
+        for number, answer in enumerate(self.answers[:3]):
+            first = next((f"{hit.id} first, score {hit.rank_score:+.4g}" for hit in self.of(number)), "no example")
+            lines.append(
+                f"  {answer.prompt[:50]!r}: {first}. {self.verdicts[number] if self.verdicts else ''}".rstrip()
+            )
+        return "\n".join([*lines, "  More: .of(QUERY), .answers, .verdicts, .notes; [hit.as_row() for hit in .hits]"])
 
     @property
     def needed_z(self) -> float | None:

@@ -9,8 +9,9 @@ than a pass through it.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -29,7 +30,7 @@ from whence.tracing import nulls
 from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
-from whence.tracing.results import Hit, Null, TokenMatrix, Trace
+from whence.tracing.results import Hit, TokenMatrix, Trace
 from whence.turns import one_at_a_time
 
 
@@ -106,6 +107,12 @@ class Side:
         )
         return Side(self.sign, [self.rows[place] for place in order], [self.scores[place] for place in order])
 
+    def joined(self, other: "Side") -> "Side":
+        """With the rows of the other side that it lacks."""
+        more = [place for place, row in enumerate(other.rows) if row not in {*self.rows}]
+        rows, scores = [other.rows[place] for place in more], [other.scores[place] for place in more]
+        return Side(self.sign, self.rows + rows, self.scores + scores)
+
     def cut(self, top: int) -> "Side":
         """The first `top` rows."""
         return Side(self.sign, self.rows[:top], self.scores[:top])
@@ -135,9 +142,10 @@ class _QueryResult:
         return sorted({row for side in self.sides for row in side.rows})
 
     def reorder(self, top: int) -> None:
-        """Order both sides by exact scores, and set the overlap of the two rankings."""
-        helpful = self.sides[0]
-        self.sides = [side.ordered(self.exact, self.means) for side in self.sides]
+        """Order the rows of both short lists by exact scores, from either end, and set the overlap of the rankings."""
+        helpful, opposing = self.sides
+        self.sides = [side.joined(other).ordered(self.exact, self.means)
+                      for side, other in ((helpful, opposing), (opposing, helpful))]  # fmt: skip
         best = helpful.rows[:top]
         self.overlap = len({*best} & {*self.sides[0].rows[:top]}) / len(best) if best else 1.0
 
@@ -233,7 +241,9 @@ class Retrieval:
         if not (settings.null or settings.specific):
             return [], None
         if queries and len(queries) < nulls.LEAST:
-            raise SettingError(f"--controls: {len(queries)} queries; a null needs {nulls.LEAST} or more")
+            raise SettingError(
+                f"--controls: {len(queries)} queries; to say what chance reaches takes {nulls.LEAST} or more"
+            )
         rows = None if queries else nulls.control_rows(self.index, seed=settings.seed)
         if settings.specific and not queries and rows is None:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
@@ -244,7 +254,7 @@ class Retrieval:
         rankings, best = self._ranked(meaningless, self.settings.top, controls), []
         for number in range(meaningless.shape[1]):
             result = self._result(number, rankings, meaningless[:, number], controls)
-            best.append(max((null.z for null in self._nulls(result, result.sides[0], controls)), default=0.0))
+            best.append(self._among(result, result.sides[0], controls, nulls.best_z))
         return needed_z(best)
 
     def _ranked(
@@ -278,30 +288,33 @@ class Retrieval:
             result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
         return result
 
-    def _nulls(self, result: _QueryResult, side: Side, controls: nulls.Controls) -> list[Null]:
-        if not side.rows:
-            return []
+    def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
+        """`nulls.nulls` or `nulls.best_z` of a side's rows."""
         raw = [score + result.means[row] for row, score in zip(side.rows, side.scores, strict=True)]
         scale = None if self.settings.cosine else result.norms
-        return nulls.nulls(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
+        return measure(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
 
     def _rerank(self, results: list[_QueryResult]) -> None:
         """Order every query's short list by exact scores."""
         index, totals = self.index, [torch.zeros(len(result.rows)) for result in results]
-        encoded = [self._encoded(result.rows) for result in results]
+        lists = [result.rows for result in results]
+        numbers = sorted({row for rows in lists for row in rows})
+        rows = dict(zip(numbers, self._encoded(numbers), strict=True))
         for checkpoint, model in last_first(index):
             layers, space = index.layers(model), index.space
-            for total, query, rows in zip(totals, self.queries, encoded, strict=True):
-                inner = exact.layer_products(
-                    model,
-                    layers,
-                    exact.query_gradient(model, layers, query.sequences, space, self.settings.objective),
-                    rows,
-                    reduction=space.reduction,
-                    tokens_per_batch=index.tokens_per_batch,
-                )
-                scores = inner.scores(normalise=space.normalise, cosine=self.settings.cosine)
-                total += index.weights[checkpoint] * scores
+            objective = self.settings.objective
+            scores = exact.list_scores(
+                model,
+                layers,
+                (exact.query_gradient(model, layers, query.sequences, space, objective) for query in self.queries),
+                lists,
+                rows,
+                space=space,
+                cosine=self.settings.cosine,
+                tokens_per_batch=index.tokens_per_batch,
+            )
+            for total, query_scores in zip(totals, scores, strict=True):
+                total += index.weights[checkpoint] * query_scores
         for result, total in zip(results, totals, strict=True):
             result.exact = dict(zip(result.rows, total.tolist(), strict=True))
             result.reorder(self.settings.top)
@@ -337,9 +350,12 @@ class Retrieval:
     def _hits(self, query: int, result: _QueryResult, controls: nulls.Controls | None) -> list[Hit]:
         hits = []
         for side in result.sides:
-            side_nulls = [None] * len(side.rows) if controls is None else self._nulls(result, side, controls)
+            side_nulls = (
+                [None] * len(side.rows) if controls is None else self._among(result, side, controls, nulls.nulls)
+            )
             for (rank, row, score), null in zip(side.ranked(), side_nulls, strict=True):
                 by_token, matrix = result.by_token.get(row, (None, None))
+                exact = result.exact.get(row)
                 stored = self.stored_rows[row]
                 hits.append(
                     Hit(
@@ -349,7 +365,10 @@ class Retrieval:
                         score=score,
                         source=stored["source"],
                         row=json.loads(stored["row"]),
-                        exact=result.exact.get(row),
+                        exact=exact,
+                        exact_rank_score=None
+                        if exact is None or not self.settings.exact
+                        else exact - result.means[row],
                         null=null,
                         by_token=by_token,
                         tokens=matrix,

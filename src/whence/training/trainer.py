@@ -38,6 +38,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
+from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
@@ -46,7 +47,7 @@ from whence.errors import CorpusError, ModelError, SettingError, WhenceError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.loading_errors import reason_of
 from whence.models.runs import open_run
-from whence.models.training_state import date_of_training, warn_if_unfinished
+from whence.models.training_state import date_of_training, warn_of_run
 from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.paths import is_directory, writing_to
@@ -122,7 +123,7 @@ def _train(
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
-    warn_if_unfinished(model)
+    warn_of_run(model)
     source = Path(last).resolve() if is_directory(last) else last
     date = same_date(chosen.date, date_of_training(directory), str(directory))
     loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
@@ -135,8 +136,6 @@ def _train(
     chosen = with_least_steps(chosen, len(rows))
     with writing_to(directory):  # the Trainer makes it
         trainer = _trainer(loaded, rows, directory, chosen)
-    if progress:
-        trainer.add_callback(_Bar)
     weights = directory_digest(source)
     record = {"model": str(source), "weights": weights, "corpus": texts.name, **rows.record(), **chosen.record()}
     if chosen.in_run is not None:
@@ -146,8 +145,9 @@ def _train(
         domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
         trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
     begin(directory, record)
+    steps_per_epoch = math.ceil(len(rows) / chosen.batch_size)
     with writing_to(directory):
-        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=math.ceil(len(rows) / chosen.batch_size))
+        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=steps_per_epoch, shown=progress)
         if trainer.in_run is not None:
             heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
             origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
@@ -157,7 +157,7 @@ def _train(
     return directory
 
 
-def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int) -> None:
+def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int, shown: bool) -> None:
     """Train from the newest checkpoint, or from the start, unless all steps are done."""
     for follower in trainer.followers():
         follower.load(newest)
@@ -165,7 +165,12 @@ def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: in
         return
     if newest is not None and step_of(newest) % steps_per_epoch and trainer.mixing is None:
         trainer.order.resumed_from = read_order(newest)  # within an epoch, whose order was drawn before
-    with quiet_saving():
+    done = 0 if newest is None else step_of(newest)
+    with (
+        quiet_saving(),
+        runner.progress("Training", trainer.args.max_steps, unit="steps", done=done, shown=shown) as tick,
+    ):
+        trainer.add_callback(_Ticks(tick))
         try:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         except (WhenceError, MemoryError):
@@ -219,11 +224,15 @@ def quiet_saving() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-class _Bar(ProgressCallback):
-    """The Trainer's bar, on stderr, without the log lines that it writes to stdout."""
+class _Ticks(TrainerCallback):
+    """Counts steps for the bar."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        pass
+    def __init__(self, tick: runner.Tick):
+        self.tick = tick
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is made."""
+        self.tick(1, 0)
 
 
 class _Rows(Dataset):

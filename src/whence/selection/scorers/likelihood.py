@@ -31,7 +31,7 @@ from whence.corpus.layouts import row_text
 from whence.corpus.tokens import Batch, Encoded, encode_prompt
 from whence.errors import ModelError, SettingError
 from whence.gradients.forward_passes import batches, losses
-from whence.models.loading import DTYPES, LoadedModel, load_model, tokenizer_digest
+from whence.models.loading import DTYPES, LoadedModel, load_model, local_directory, tokenizer_digest
 from whence.selection.protocols import Target, View
 from whence.turns import one_at_a_time
 
@@ -218,7 +218,7 @@ def _load_judge(path: str | Path) -> _Judge:
     if not config.is_encoder_decoder:
         return _causal_judge(load_model(path))
     try:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(local_directory(path), weights_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
