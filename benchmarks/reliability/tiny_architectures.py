@@ -186,7 +186,16 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(SPREAD * torch.randn(weight.shape, generator=generator))
+        padding_to_zero(model)
     return model
+
+
+@torch.no_grad()
+def padding_to_zero(model: Any) -> None:
+    """Zeros in the padding rows of embeddings, as training leaves them; some types write them on loading."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0
 
 
 def pretrained(directory: Path) -> Any:

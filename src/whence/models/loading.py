@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from whence.corpus.templates import prepare
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
+from whence.models.auto_classes import auto_class
 from whence.models.causality import is_unreached, refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
@@ -233,9 +234,9 @@ def load_model(
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # so that `_refuse_missing` can name them
     options |= {"device_map": device_map} if device_map else {}
-    with as_model_errors(source), _quiet(transformers):
-        files = local_directory(source)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(files, **options)  # type: ignore[misc]
+    files = local_directory(source)
+    with as_model_errors(source, files), _quiet(transformers):
+        model, report = auto_class(files, trust_remote_code=trust_remote_code).from_pretrained(files, **options)
     _refuse_missing(report, source)
     if tokenizer is None:
         loaded_tokenizer = load_tokenizer(directory, source, trust_remote_code)
@@ -269,7 +270,7 @@ def model_without_storage(path: str) -> Any:
 
     with as_model_errors(path), _quiet(transformers), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(path)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        return auto_class(path).from_config(config).eval()
 
 
 def directory_digest(path: str | Path, *, base: str | None = None) -> str:
