@@ -1,11 +1,11 @@
 """`whence recover` and `whence index` on every causal type of transformers, against autograd.
 
-`tiny_architectures` makes a tiny model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, moved at random and saved by
-transformers, so that its files have whatever names and forms transformers gives them. Then
+`tiny_architectures` makes a tiny model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, moved at random and saved
+by transformers, so that its files have whatever names and forms transformers gives them. Then
 
     recover   the ghost scores of --layers are the mean over both ends of <g, theta_0 - theta_f>, with g by autograd
     index     vectors of the projection `identity` are the gradients by autograd
-    encoder   a type that has `is_decoder` is refused once its configuration says false
+    encoder   a type that has `is_decoder` or `causal` is refused once its configuration says false
 
 A refusal that gives a pattern to paste, or one row at a time, is followed once, as a user would. What came of a type:
 
@@ -16,8 +16,8 @@ A refusal that gives a pattern to paste, or one row at a time, is followed once,
     wrong, crash     for those, `noise` is how far transformers' own logits of a row differ alone and in a padded batch
     not made         transformers itself makes or loads no such model here
 
-    python -m benchmarks.reliability.architectures -o benchmarks/reliability/results/architectures.json [--types TYPE ...]
-    python -m benchmarks.reliability.architectures -o FILE --table      the table, of a file that is there already
+    python -m benchmarks.reliability.architectures [--types TYPE ...]    grades them; the results are in RESULTS
+    python -m benchmarks.reliability.architectures --table               the table alone, of the results that are there
 """
 
 import argparse
@@ -49,6 +49,7 @@ ROWS = [
     ("x=", "1234567890 +-*/ 0987654321"),
     ("Capital of France? ", "Paris, of course"),
 ]
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
 MOVE = 0.01
 """Standard deviation of the random moves."""
 
@@ -161,10 +162,11 @@ def batch_noise(base: Path) -> float:
 def as_encoder(base: Path, out: Path) -> dict[str, Any] | None:
     """What becomes of the model once its configuration says that it is no decoder; None if it does not say."""
     config = json.loads((base / "config.json").read_text())
-    if not config.get("is_decoder"):
+    setting = next((name for name in ("is_decoder", "causal") if config.get(name) is True), None)
+    if setting is None:
         return None
     shutil.copytree(base, out, dirs_exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config | {"is_decoder": False}))
+    (out / "config.json").write_text(json.dumps(config | {setting: False}))
     try:
         load_model(out)
     except whence.WhenceError as error:
@@ -224,7 +226,9 @@ def outcome(checks: dict[str, Any]) -> str:
         if any(entry["status"] == status for entry in checks.values()):
             return status
     notes = [entry["followed"] for entry in checks.values() if "followed" in entry]
-    return "right" if not notes else "right, alone" if any("--batch-tokens" in note for note in notes) else "right, named"
+    return (
+        "right" if not notes else "right, alone" if any("--batch-tokens" in note for note in notes) else "right, named"
+    )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -242,7 +246,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Grade every type, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     parser.add_argument("--types", nargs="*")
     parser.add_argument("--checks", nargs="*", default=["recover", "recover:*", "index", "index:*", "encoder"])
     parser.add_argument("--table", action="store_true")

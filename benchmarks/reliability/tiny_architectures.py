@@ -32,13 +32,15 @@ SIZES: list[tuple[str, Any]] = [
     (r"(cross_attention_)?hidden_size|[dn]_model|n_embd|e?mb_dim|dim|d_embed|(input_)?embedding_size|embed_dim", 32),
     (r"word_embed_proj_dim|projection_dim|mm_hidden_size|lru_width|emb_dim", 32),
     (r".*(shared|moe|expert)\w*(intermediate|ffn_hidden)_size", 32),
-    (r"(dense_|prefix_dense_)?intermediate_size\w*|\w*ffn_dim|ffn_hidden_size|d_ff|n_inner|d_inner|dim_ff|mamba_d_ssm", 64),
+    (r"(dense_|prefix_dense_)?intermediate_size\w*|\w*ffn_dim|ffn_hidden_size", 64),
+    (r"d_ff|n_inner|d_inner|dim_ff|mamba_d_ssm", 64),
     (r"qk_head_dim", 16),
     # Depth and heads.
     (r"num_(hidden_|decoder_|encoder_)?layers|n_layers?|(de|en)coder_layers|depth", 2),
-    (r"(swa_)?num_(key_value|kv)_heads|n_head_kv|num_global_key_value_heads|linear_num_key_heads|index_n_heads|n_mamba_heads", 2),
+    (r"(swa_)?num_(key_value|kv)_heads|n_head_kv|num_global_key_value_heads", 2),
+    (r"linear_num_key_heads|index_n_heads|n_mamba_heads", 2),
     (r"(swa_|linear_)?num_(attention_|value_)?heads|n_heads?|(num_)?(de|en)coder_attention_heads", 4),
-    (r"(\w+_)?head_dim|attention_head_size|d_kv|d_head|state_size|mamba_(d_state|d_head|head_dim|headdim)|ssm_state_size", 8),
+    (r"(\w+_)?head_dim|attention_head_size|d_kv|d_head|(ssm_)?state_size|mamba_(d_state|d_head|headdim)", 8),
     (r"mamba_n(um)?_heads", 8),
     (r"(kv|q|o)_lora_rank", 16),
     (r"rotary_dim|laurel_rank|(mamba_dt|time_step)_rank", 4),
@@ -61,28 +63,34 @@ LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"
 
 LATENT = {"num_key_value_heads": 4}
 """Attention by a latent has as many key as query heads."""
+DEEPER = {"num_hidden_layers": 4}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 BLT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4,
        "intermediate_size": 64, "head_dim": 8}  # fmt: skip
-QWEN4 = {"num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
-         "indexer_budget": 16, "indexer_compress_ratio": 4, "hc_lowrank": 8, "ple_embed_dim": 32,
-         "ngram_vocab_size_base": 500, "split_ngram_parts": 2, "output_gate_type": "sigmoid"}  # fmt: skip
+QWEN4 = DEEPER | {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+    "indexer_compress_ratio": 4, "hc_lowrank": 8, "ple_embed_dim": 32, "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 2, "output_gate_type": "sigmoid",
+}  # fmt: skip
 LINEAR = LATENT | {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
                    "linear_head_dim": 8, "linear_num_heads": 4}  # fmt: skip
 ASSISTANT = {"num_hidden_layers": 2, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-ALTERNATING = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+ALTERNATING = DEEPER | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA3N = ALTERNATING | {"num_kv_shared_layers": 2, "intermediate_size": [64] * 4,
+                         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}  # fmt: skip
+
+WITH_LATENT = ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
+               "longcat_flash", "minicpm3", "youtu")  # fmt: skip
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
-                     "longcat_flash", "minicpm3", "youtu"), LATENT),
+    **dict.fromkeys(WITH_LATENT, LATENT),
     "deepseek_v2": LATENT | {"topk_method": "greedy", "num_experts_per_tok": 2},
     "dots3_note": {"text_config": LATENT, "vision_config": {"mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32,
                                                             "adapter_out_dim": 32},
                    "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32}},
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm3", "recurrent_gemma"),
-                    {"num_hidden_layers": 4}),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": {"num_hidden_layers": 4}}),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 8}),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm3", "recurrent_gemma"), DEEPER),
+    **{kind: {"text_config": DEEPER} for kind in ("qwen3_5", "qwen3_5_moe")},
+    **{kind: {"head_dim": 8} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "bailing_hybrid": LINEAR | {"num_nextn_predict_layers": 0},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blt": {
@@ -99,10 +107,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
              "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "gemma3n_text": ALTERNATING | {"num_kv_shared_layers": 2, "intermediate_size": [64] * 4,
-                                   "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
-    "gemma3n": {"text_config": ALTERNATING | {"num_kv_shared_layers": 2, "intermediate_size": [64] * 4,
-                                              "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
     "emu3": {"vocabulary_map": {"<image>": 5}, "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1],
                                                              "codebook_size": 64}},
     "gemma4_assistant": {"text_config": ASSISTANT | {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
@@ -122,6 +128,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],
                  "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 4},
     "roc_bert": {"shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY},
+    "xlm": {"causal": True},
     "xlstm": {"num_blocks": 2, "embedding_dim": 32, "ffn_round_up_to_multiple_of": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},

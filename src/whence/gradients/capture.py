@@ -160,7 +160,7 @@ class _Pass:
         """Forward hook that taps one layer."""
         return partial(self._tap, name)  # under shape checks, a function of its own would be compiled for every layer
 
-    def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> Any:
         if not torch.is_grad_enabled():
             return out
         self.calls[name] += 1
@@ -170,7 +170,7 @@ class _Pass:
         if not out.requires_grad:
             out.requires_grad_()
         owners, copy = self.owners, writes_into_outputs(self.model)
-        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)  # type: ignore[return-value]
+        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: tuple[Tensor, Tensor] | None) -> None:

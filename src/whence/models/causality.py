@@ -205,8 +205,8 @@ def _calls_watched(model: nn.Module, ids: Int64[Tensor, "b t"]) -> Iterator[None
     """Note linear layers of the parts that a pass over token ids does not call: towers, cross-attention.
 
     An expert is such a part too if no token chose it, but then others of its kind in its list are called. A weight can
-    be used without a call of its layer (Mamba); so a layer counts as unreached only in a part that has a `forward` of its
-    own, and if the logits' graph does not hold its weight.
+    be used without a call of its layer (Mamba); so a layer counts as unreached only in a part that has a `forward` of
+    its own, and if the logits' graph does not hold its weight.
     """
     called = {model}
     hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]

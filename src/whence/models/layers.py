@@ -104,10 +104,12 @@ def leaving_out(bad: Collection[str], good: Collection[str]) -> str:
 
 
 def _globs(name: str) -> Iterator[str]:
-    """Patterns that match a layer: by the end of its name, with numbers left open; by a part of it; the name itself."""
-    parts = ["*" if part.isdigit() else part for part in name.split(".")]
+    """Patterns that match a layer: by its name's end, with numbers left open; by a part; by a beginning; its name."""
+    own = name.split(".")
+    parts = ["*" if part.isdigit() else part for part in own]
     for start in reversed(range(len(parts))):
         if parts[start] != "*":
             yield f"*{'.'.join(parts[start:])}"
     yield from (f"*{part}.*" for part in reversed(parts[:-1]) if part != "*")
+    yield from (f"{'.'.join(own[:end])}.*" for end in reversed(range(1, len(own))))
     yield name

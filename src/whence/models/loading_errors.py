@@ -23,8 +23,8 @@ def as_model_errors(path: str, files: str | None = None) -> Iterator[None]:
     except Exception as error:
         if method := quantisation(files or path):
             raise ModelError(
-                f"{path}: a quantised model ({method}), which does not load here ({reason_of(error)}). Do what that asks "
-                "for, or give the model as it was before it was quantised."
+                f"{path}: a quantised model ({method}), which does not load here ({reason_of(error)}). Do what that "
+                "asks for, or give the model as it was before it was quantised."
             ) from error
         raise ModelError(f"{path}: not loadable as a causal language model ({reason_of(error)})") from error
 
