@@ -184,11 +184,11 @@ def _default(cls: Any, special: dict[str, Any]) -> Any:
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
-    """A model of a type, in evaluation mode."""
+    """A model of a type, in evaluation mode; of a type that is not causal by itself, that of image and text."""
     torch.manual_seed(seed)
     config = tiny_config(kind)
-    auto = getattr(transformers, WHOLE.get(kind, "AutoModelForCausalLM"))
-    model = auto.from_config(config).eval().float()
+    other = "AutoModelForCausalLM" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "AutoModelForImageTextToText"
+    model = getattr(transformers, WHOLE.get(kind, other)).from_config(config).eval().float()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for weight in model.parameters():
