@@ -79,7 +79,7 @@ def main() -> None:
         commands = {
             "trace": ("trace", root, *query, "--json"),
             "trace --exact": ("trace", root, *query, "--exact", "--top", "3", "--json"),
-            "select": ("select", root, "--tasks", str(Path(folder) / "rows.jsonl"), "--budget", "10", "-o", chosen),
+            "select": ("select", root, "--tasks", str(Path(folder) / "rows.jsonl"), "--count", "10", "-o", chosen),
             "verify": ("verify", root),
         }
         result = {name: answer(*words) for name, words in commands.items()}

@@ -1,6 +1,6 @@
 """What `trace --exact` costs for many queries: a pass for each query's short list, one pass for all, or all rows.
 
-    python -m benchmarks.tracing.exact_lists [--queries 20] [--rows 2000] [--lists 100 400 2000] [-o FILE]
+    python -m benchmarks.tracing.exact_lists [--queries 20] [--rows 500] [--lists 50 200] [-o FILE]
 
 Queries are gsm8k's questions and answers, rows are of alpaca by base-6m, and short lists are drawn at random,
 the hardest case for a shared pass: they overlap no more than they must. CPU seconds of one process, threads and all.
@@ -42,8 +42,8 @@ def main() -> None:
     """Time each way at each length of list, and compare their scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--lists", type=int, nargs="*", default=[100, 400, 2000])
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--lists", type=int, nargs="*", default=[50, 200])
     parser.add_argument("--data", type=Path, default=Path("../shared/data/instruct"))
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("-o", "--out", type=Path, default=RESULTS)

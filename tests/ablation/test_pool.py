@@ -135,7 +135,7 @@ def test_a_trainers_directory_gives_its_last_checkpoint_as_the_parent(tmp_path):
 def test_a_parent_that_is_no_whole_model_is_refused_before_anything_is_written(tmp_path):
     save_tiny_llama(tmp_path / "parent")
     (tmp_path / "parent" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"there is no model\.safetensors in it"):
+    with pytest.raises(ModelError, match=r"there is no model\.safetensors or pytorch_model\.bin in it"):
         train_pool(tmp_path / "parent", ROWS, tmp_path / "pool", shown=False, **QUICK)
     assert not (tmp_path / "pool").exists()
 

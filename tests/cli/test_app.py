@@ -244,7 +244,8 @@ def test_an_index_of_a_newer_format_is_told(whence, tiny_index, tmp_path):
     content = json.loads((out / "manifest.json").read_text())
     newer = {**content, "format_version": FORMAT_VERSION + 1, "whence_version": "9.9"}
     (out / "manifest.json").write_text(json.dumps(newer))
-    for arguments in (["info", out], ["trace", out, "--prompt", "a"], ["verify", out], ["append", out, "x.jsonl"]):
+    rows = write_jsonl(tmp_path / "x.jsonl", corpus_rows(1))
+    for arguments in (["info", out], ["trace", out, "--prompt", "a"], ["verify", out], ["append", out, rows]):
         told = complaint(whence(*arguments))
         assert f"has format version {FORMAT_VERSION + 1}, written by Whence 9.9" in told
         assert "pip install 'whence>=9.9'" in told

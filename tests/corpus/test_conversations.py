@@ -9,7 +9,7 @@ from whence.corpus import templates
 from whence.corpus.layouts import row_text
 from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, prepare, template_text, templated, written_by
-from whence.corpus.tokens import encode, encode_prompt, encode_query
+from whence.corpus.tokens import encode, encode_prompt, encode_query, render
 from whence.errors import CorpusError, SettingError
 from whence.storage import Place
 
@@ -211,3 +211,23 @@ def test_another_template_is_a_file_or_text(tmp_path):
         (tmp_path / "a.jinja").write_text(text) if text else (tmp_path / "a.jinja").unlink()
         with pytest.raises(SettingError, match=message):
             template_text(tmp_path / "a.jinja")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<' + role + '>' + m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}",
+        "{% for m in messages %}{% if m.role == 'human' %}<user>{{ m.content }}</s>{% elif m.role == 'model' %}<model>"
+        "{{ m.content }}</s>{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<model>{% endif %}",
+    ],
+    ids=["it writes names of its own", "it knows no others"],
+)
+def test_a_template_is_given_the_names_of_the_roles_that_it_knows(template):
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    for names in (("user", "assistant"), ("human", "gpt"), ("user", "model"), ("Prompter", "Bot")):
+        rendered = render({"messages": [{"role": names[n % 2], "content": f"t{n}"} for n in range(4)]}, tokenizer)
+        assert rendered.text == "<user>t0</s><model>t1</s><user>t2</s><model>t3</s>"
+        assert [rendered.text[start:end] for start, end in rendered.spans] == ["t1</s>", "t3</s>"]

@@ -272,7 +272,7 @@ def test_what_a_template_leaves_out_of_earlier_turns_is_not_supervised_and_told(
     ("message", "found"),
     [
         ({"role": "tool", "content": "sunny"}, "the role 'tool'"),
-        ({"role": "human", "content": "x"}, "the role 'human'"),
+        ({"role": "narrator", "content": "x"}, "the role 'narrator'"),
         (assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]), "`tool_calls`"),
         (assistant("Let me see.", tool_calls=[{"function": {"name": "f"}}]), "`tool_calls`"),
         (assistant("", function_call={"name": "f"}), "`function_call`"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -375,8 +376,54 @@ def test_rows_without_a_supervised_token_are_counted_and_never_rank(tiny_llama, 
     assert (counts["ok"], counts["no_supervised_token"]) == (7, 2)
     found = trace(built, "5 and 3?", " yes", top=9)
     assert {"null", "no turns"}.isdisjoint(hit.id for hit in found.hits)
-    only = index(tiny_llama, empty[:2], tmp_path / "only", **QUIET)
-    assert only.store.info()["ok_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"text": None}, {"messages": []}], "1 of 2 have no `text`; 1 of 2 have no `messages`"),
+        ([{"prompt": "a", "completion": "b", "label": False}], "1 of 1 are labelled false, as bad answers"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}],
+            "1 of 1 have no message of the role `assistant` (or gpt, model, bot, chatbot, chatgpt, ai), but `user`",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b", "weight": 0}]}],
+            "1 of 1 give every turn of the assistant the weight 0",
+        ),
+    ],
+)
+def test_a_corpus_without_a_supervised_token_is_refused_with_the_reason(tmp_path, chatty, rows, why):
+    with pytest.raises(CorpusError, match=re.escape(f"no row has a supervised token, so none could be ranked: {why}")):
+        index(chatty, rows, tmp_path / "index", **QUIET)
+    assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model whose chat template writes any role."""
+    return save_tiny_llama(tmp_path_factory.mktemp("chatty") / "model", chat=True)
+
+
+def test_other_names_of_the_roles_are_the_same_rows(chatty, tmp_path):
+    turns = [[("user", f"{n}?"), ("assistant", "yes" * n), ("user", "so?"), ("assistant", "no")] for n in range(1, 4)]
+    names = {"user": "human", "assistant": "gpt"}
+    plain = [{"id": str(n), "messages": [{"role": r, "content": c} for r, c in turn]} for n, turn in enumerate(turns)]
+    other = [
+        {"id": row["id"], "messages": [turn | {"role": names[turn["role"]]} for turn in row["messages"]]}
+        for row in plain
+    ]
+    built = [index(chatty, rows, tmp_path / str(n), **QUIET) for n, rows in enumerate((plain, other))]
+    assert all(map(torch.equal, *(vectors(one.store) for one in built)))
+    found = [trace(built[0], queries=[{"messages": rows[0]["messages"]}]) for rows in (plain, other)]
+    assert found[0].hits == found[1].hits
+
+
+def test_an_older_index_says_that_no_row_is_supervised(chatty, tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.indexing.build.refuse_unsupervised", lambda *given: None)
+    built = index(chatty, [{"id": "0", "text": None}], tmp_path / "index", **QUIET)
+    with pytest.raises(SettingError, match=r"none of its 1 rows has a supervised token.*the first ones have no `text`"):
+        trace(built, "a", "b")
 
 
 def test_over_long_rows_are_counted(tiny_llama, tmp_path):
@@ -399,7 +446,10 @@ def test_over_long_rows_are_counted(tiny_llama, tmp_path):
         ({"id": "x", "text": ["a", "b"]}, "row x has a list as `text`, where text is expected"),
         ({"id": "x", "prompt": {"a": 1}, "completion": "b"}, "row x has a dict as `prompt`"),
         ({"id": "x", "instruction": "a", "input": ["b"], "output": "c"}, "row x has a list as `input`"),
-        ({"id": "x", "messages": "hello"}, "row x has a str as `messages`, where a list of messages is expected"),
+        (
+            {"id": "x", "messages": "hello"},
+            "row 2: messages are a list of objects with `role` and `content`; found 'hello'",
+        ),
     ],
 )
 def test_what_is_no_text_is_refused_before_anything_is_written(tiny_llama, tmp_path, row, told):
@@ -411,7 +461,7 @@ def test_what_is_no_text_is_refused_before_anything_is_written(tiny_llama, tmp_p
 def test_messages_that_a_template_refuses_are_named_by_row(tmp_path):
     model = save_tiny_llama(tmp_path / "model", chat=True)
     rows = [{"id": "fine", "messages": [{"role": "user", "content": "a"}]}, {"id": "x", "messages": [{"say": "a"}]}]
-    with pytest.raises(CorpusError, match="row x: "):
+    with pytest.raises(CorpusError, match="row 1: messages are a list of objects"):
         index(model, rows, tmp_path / "index", **QUIET)
 
 

@@ -81,7 +81,7 @@ def test_bfloat16_rounds_to_nearest():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(UnknownNameError, match=r"'int7'.*float32.*onebit"):
+    with pytest.raises(UnknownNameError, match=r"--codec int7:.*float32.*onebit"):
         codec("int7")
 
 

@@ -702,6 +702,21 @@ def test_zeros_rank_where_subnormal_numbers_are_taken_for_zero():
     assert opposing.rows.tolist() == [[0, 1, 2]]
 
 
+def test_a_long_manifest_is_not_written_for_every_file_and_ends_the_same(tmp_path, monkeypatch):
+    """Else an index of n files takes a time that grows as n^2."""
+    expected, written = build(tmp_path / "one"), []
+    real = Place.write
+    monkeypatch.setattr(Place, "write", lambda self, name, *a, **b: written.append(name) or real(self, name, *a, **b))
+    monkeypatch.setattr("whence.indexing.store.FILES_PER_WRITE", 2)
+    store = build(tmp_path / "two", upto=8)
+    assert len(store.manifest.shards) == 5 > len(Store.open(tmp_path / "two").manifest.shards)
+    store.flush()
+    assert Store.open(tmp_path / "two").manifest == store.manifest
+    build(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert written.count("manifest.json") < 1 + len(expected.manifest.parts) + len(expected.manifest.shards)
+
+
 def test_open_shards_hold_no_file_handle(tmp_path):
     """An index has more shards than a process may have handles."""
     build(tmp_path / "index")

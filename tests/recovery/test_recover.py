@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from conftest import byte_tokenizer, save_tiny_llama
 from whence import catalogue, recover
 from whence.corpus.reading import open_corpus
-from whence.errors import ManifestMismatchError, ModelError, SettingError, UnknownNameError
+from whence.errors import CorpusError, ManifestMismatchError, ModelError, SettingError, UnknownNameError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.difference import weight_difference
 from whence.models.loading import load_model
@@ -242,7 +242,7 @@ def test_mistakes_are_told(base, final, tmp_path):
     with pytest.raises(SettingError, match="--points -1"):
         recover(base, final, ROWS, points=-1, work=tmp_path, shown=False)
     nothing = [{"prompt": "a", "completion": None, "id": str(n)} for n in range(3)]
-    with pytest.raises(SettingError, match="none of its 3 rows has evidence"):
+    with pytest.raises(CorpusError, match=r"none could be ranked: 3 of 3 have no `completion`"):
         recover(base, final, nothing, count=1, method="p_min", work=tmp_path / "n", shown=False)
 
 

@@ -266,6 +266,7 @@ def test_text_is_writable_and_hides_nothing():
 def run(monkeypatch, command):
     """Run a command, in which an ablation takes no time; its exit code, stdout, stderr, and what was asked."""
     asked = []
+    monkeypatch.setattr("whence.cli.ablation.check_inputs", lambda **inputs: None)
     monkeypatch.setattr("whence.ablation.pipeline.ablate", lambda *given, **more: asked.append(given) or ablated())
 
     return lambda *words: (*command(*words), asked)

@@ -313,6 +313,7 @@ def test_long_rows_are_cut():
 def run(monkeypatch, command):
     """Run a command, in which recovering takes no time; its exit code, stdout and stderr."""
     asked = []
+    monkeypatch.setattr("whence.cli.recovery.check_inputs", lambda **inputs: None)
     monkeypatch.setattr("whence.recovery.pipeline.recover", lambda *given, **more: asked.append(given) or recovered())
 
     return lambda *words: (*command(*words), asked)

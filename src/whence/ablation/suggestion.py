@@ -157,7 +157,8 @@ def gain_of(before: Sequence[Losses], after: Sequence[Losses], weights: Sequence
 
     A row counts as one draw, the same before and after; sets are independent. Of a set of one row nothing is known.
 
-    >>> one, half = (Losses(torch.tensor([2.0, 4.0]) * s, torch.tensor([1, 2]), torch.tensor([1, 2])) for s in (1, 0.5))
+    >>> nats, tokens = torch.tensor([2.0, 4.0]).double(), torch.tensor([1, 2])
+    >>> one, half = Losses(nats, tokens, tokens), Losses(nats / 2, tokens, tokens)
     >>> gain_of([one], [half], [1.0])
     (1.0, 1.0, 1.0)
     """

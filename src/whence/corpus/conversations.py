@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from whence.corpus.layouts import NOT_MESSAGES, REASONING, calls_of, is_list_of_messages, pieces_of
+from whence.corpus.roles import role_of
 from whence.corpus.templates import (
     Tokenizer,
     common_prefix_length,
@@ -59,7 +60,7 @@ def as_text(value: object) -> str:
 
 
 def checked_messages(messages: object) -> Messages | None:
-    """Messages with text that any tokenizer takes; None if they, or the content of one, are null.
+    """Messages with text that any tokenizer takes and the roles' own names; None if they, or one's content, are null.
 
     Raises:
         CorpusError: They have another form, or a message has a weight other than 0 and 1.
@@ -75,7 +76,7 @@ def checked_messages(messages: object) -> Messages | None:
         if message.get("weight") not in (None, 0, 1):
             raise CorpusError(f"a message has the weight {str(message['weight'])[:60]}; 0 or 1 is expected")
     return [
-        message if text is None else message | {"content": as_text(text)}
+        message | {"role": role_of(message["role"])} | ({} if text is None else {"content": as_text(text)})
         for text, message in zip(texts, messages, strict=True)
     ]
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict
 
+from whence.corpus.roles import names_in
 from whence.errors import CorpusError, SettingError
 from whence.records import read_record
 from whence.storage import AGAIN, Place
@@ -161,6 +162,8 @@ def templated(
     """
     options: dict[str, Any] = {} if tools is None else {"tools": tools}
     try:
+        if names := names_in(str(tokenizer.chat_template)):
+            messages = [message | {"role": names.get(message["role"], message["role"])} for message in messages]
         date = getattr(tokenizer, "template_date", None)
         if date is not None and writes_date(tokenizer):
             options["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), date)

@@ -57,7 +57,8 @@ SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
 """Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
 LAYOUT_VERSION = 2
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
-some chat templates, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and read two beginnings."""
+some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
+read two beginnings."""
 
 
 @dataclass(frozen=True)

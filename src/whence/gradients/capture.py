@@ -190,8 +190,8 @@ class _Pass:
             return
         a, g = a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1))
         if self.whole and name in self.used_again:
-            examples, places = torch.meshgrid(torch.arange(b), torch.arange(t), indexing="ij")
-            part = (a.flatten(0, 1), g.flatten(0, 1), examples.flatten().to(a.device), places.flatten().to(a.device))
+            rows, places = torch.meshgrid(torch.arange(b), torch.arange(t), indexing="ij")
+            part = (a.flatten(0, 1), g.flatten(0, 1), rows.flatten().to(a.device), places.flatten().to(a.device))
             self.parts.setdefault(name, []).append(part)
         else:
             self.consume(Captured(name, a, g, None))

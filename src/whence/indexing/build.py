@@ -19,6 +19,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import same_date, today
 from whence.corpus.tokens import Encoded, encode
+from whence.corpus.unsupervised import refuse_unsupervised
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, ModelError, SettingError
 from whence.indexing.directories import verified
 from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
@@ -111,6 +112,7 @@ def index(
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    refuse_unsupervised(texts, loaded.tokenizer, manifest.settings["max_tokens"])
     warn_of_another_day(model, manifest.settings.get("date"))
     transform = transform_for(loaded, chosen)  # moments that do not fit fail before anything is written
     for earlier in run.checkpoints[:-1]:  # the last is loaded already
@@ -194,6 +196,7 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     texts = open_corpus(corpus, first_number=before)
     refuse_known_ids(store, texts)
     check_conversations(texts, fingerprint.layouts, opened.model().tokenizer)  # before anything is written
+    refuse_unsupervised(texts, opened.model().tokenizer, store.manifest.settings["max_tokens"])
     for number in range(len(store.manifest.checkpoints)):
         opened.check_moments(number)
     store.extend({"name": absolute(texts.name) or texts.name, "digest": fingerprint.digest, "rows": fingerprint.rows})
@@ -276,9 +279,12 @@ def _fill(built: Index, progress: bool) -> None:
             )
 
         advice = _memory_advice(built)
-        for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
-            _refuse_zeros(store, entry)
-            store.add_shard(entry)
+        try:
+            for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
+                _refuse_zeros(store, entry)
+                store.add_shard(entry)
+        finally:
+            store.flush()
 
 
 def _refuse_zeros(store: Store, last: ShardEntry) -> None:
@@ -288,6 +294,8 @@ def _refuse_zeros(store: Store, last: ShardEntry) -> None:
         ModelError: There are rows with supervised tokens, and not one has a gradient.
     """
     parts = range(len(store.manifest.parts))
+    if sum(entry.checkpoint == last.checkpoint for entry in store.manifest.shards) + 1 < len(parts):
+        return
     others = (store.manifest.shard(last.checkpoint, part) for part in parts if part != last.part)
     counts = [entry.counts for entry in (*others, last) if entry is not None]
     ok = sum(count["ok"] for count in counts)

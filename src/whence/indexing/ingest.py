@@ -7,12 +7,17 @@ has already. From then on the index needs no other file than the model. A part h
 one job reads one file.
 """
 
+import array
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import UInt64
 
 from whence.corpus.layouts import LAYOUTS, Row, layout, tools_of, turns_before
 from whence.corpus.reading import Corpus, Example, open_corpus, row_json
@@ -60,19 +65,32 @@ def fingerprint_of(corpus: Corpus) -> Fingerprint:
     """
     digest, rows = hashlib.sha256(), 0
     layouts: dict[str, None] = {}
-    known: set[bytes] = set()
+    keys = array.array("Q")
     for example in corpus:
         layouts[_checked_layout(example, corpus.name)] = None
-        key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if key in known:
-            raise CorpusError(
-                f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {rows}). Ids name "
-                "examples in every answer: make them unique, or leave the column out and Whence makes them."
-            )
-        known.add(key)
+        keys.append(xxhash.xxh3_64_intdigest(example.id.encode("utf-8", "surrogatepass")))
         digest.update(row_json(example.row).encode())
         rows += 1
+    _refuse_repeated_ids(corpus, np.frombuffer(keys, dtype=np.uint64))
     return Fingerprint(digest.hexdigest(), rows, tuple(layouts))
+
+
+def _refuse_repeated_ids(corpus: Corpus, keys: UInt64[np.ndarray, " n"]) -> None:
+    """Refuse a corpus two of whose ids are the same; ids of the same hash are read again and compared."""
+    order = keys.argsort(kind="stable")
+    is_repeated = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if not len(is_repeated):
+        return
+    suspects, known = {*order[is_repeated].tolist(), *order[is_repeated + 1].tolist()}, set()
+    for number, example in enumerate(corpus):
+        if number not in suspects:
+            continue
+        if example.id in known:
+            raise CorpusError(
+                f"{corpus.name}: the id {example.id!r} is given twice (the second time at row {number}). Ids name "
+                "examples in every answer: make them unique, or leave the column out and Whence makes them."
+            )
+        known.add(example.id)
 
 
 def _checked_layout(example: Example, name: str) -> str:

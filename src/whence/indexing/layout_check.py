@@ -42,8 +42,9 @@ def layout_notes(store: Store, tokenizer: Tokenizer, *, is_dated: bool) -> list[
     if changed:
         notes.append(
             f"{root}: its rows were laid out by older rules, and queries are by today's: {changed} of the first {rows} "
-            "rows would be other tokens now (every turn of the assistant is closed; tools, system, history and weights "
-            f"are read; NaN and empty cells are missing; a beginning is read once). Index again: {again}"
+            "rows would be other tokens now (every turn of the assistant is closed, and `gpt` is the assistant; tools, "
+            "system, history and weights are read; NaN and empty cells are missing; a beginning is read once). Index "
+            f"again: {again}"
         )
     return notes
 

@@ -5,13 +5,12 @@
     INDEX/checkpoint-000/shard-00000.safetensors  the vectors of part 0's rows under checkpoint 0 (`shards`)
 
 Part p and shard p of every checkpoint hold the same rows. A file is listed in the manifest only after it is complete
-under its name, so that a kill at any moment loses at most the files being written, and the same build resumed ends with
-the same bytes: nothing here depends on time, process or order. The store does not interpret the settings. Its files are
-checked by `verification` and mended by `repair`.
+under its name, so that a kill at any moment loses at most the files being written (of a long index, one file in
+`FILES_PER_WRITE`), and the same build resumed ends with the same bytes: nothing here depends on time, process or order.
+The store does not interpret the settings. Its files are checked by `verification` and mended by `repair`.
 """
 
 import bisect
-import io
 import json
 import re
 import shlex
@@ -22,12 +21,10 @@ from dataclasses import replace
 from os import PathLike
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from whence.corpus.reading import parquet_file
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
@@ -43,6 +40,7 @@ from whence.indexing.manifest import (
     read_manifest,
     shard_file,
 )
+from whence.indexing.parts import part_bytes, part_rows
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.runner import counted
 from whence.storage import TEMPORARY, Place
@@ -50,7 +48,8 @@ from whence.storage import TEMPORARY, Place
 _INDEX_FILE = re.compile(
     re.escape(MANIFEST) + r"|corpus/part-[0-9]{5,}\.parquet|checkpoint-[0-9]{3,}/shard-[0-9]{5,}\.safetensors"
 )
-_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
+FILES_PER_WRITE = 250
+"""A manifest of more files than this is written once for several new ones, at most one for so many listed."""
 
 
 class Store:
@@ -59,6 +58,8 @@ class Store:
     def __init__(self, place: Place, manifest: Manifest) -> None:
         self.place = place
         self.manifest = manifest
+        self._unsaved = 0
+        """Files that were listed in memory alone, since the manifest was last written."""
         self._open_shards: dict[str, Shard] = {}
         self._batch_cache: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
 
@@ -172,10 +173,7 @@ class Store:
         try:
             data = self.place.read(entry.file)
             self.place.check(entry.file, entry, remedy, data=data)
-            table = _read_parquet(data)
-            if (table.schema.names, len(table)) != (_SCHEMA.names, entry.rows):
-                raise ValueError(f"{len(table)} rows of {', '.join(table.schema.names)}; {entry.rows} are listed")
-            return table.to_pylist()
+            return part_rows(data, entry.rows)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ChecksumError(f"{self.place.path(entry.file)} cannot be read ({error}). {remedy}") from error
 
@@ -258,7 +256,7 @@ class Store:
         """Write the next corpus part: rows with id, source (may be None) and row (JSON)."""
         assert number == len(self.manifest.parts), "parts are written in order"
         entry = self._write_part_file(number, rows, first_row=self.rows)
-        self._save(replace(self.manifest, parts=(*self.manifest.parts, entry)))
+        self._list(replace(self.manifest, parts=(*self.manifest.parts, entry)))
 
     def replace_part(self, number: int, rows: Sequence[dict]) -> PartEntry:
         """Write a listed part again, with as many rows, and update its entry."""
@@ -269,7 +267,7 @@ class Store:
         return parts[number]
 
     def _write_part_file(self, number: int, rows: Sequence[dict], *, first_row: int) -> PartEntry:
-        name, data = part_file(number), _parquet(rows)
+        name, data = part_file(number), part_bytes(rows)
         written = self.place.write(name, [data], total=len(data))
         return PartEntry(file=name, rows=len(rows), first_row=first_row, **vars(written))
 
@@ -334,13 +332,29 @@ class Store:
         """List a written shard, in place of an earlier one of the same part and checkpoint."""
         self._open_shards.pop(entry.file, None)
         self._batch_cache = (None, {})
-        self._save(self.manifest.with_shard(entry))
+        manifest = self.manifest.with_shard(entry)
+        if manifest.is_complete:
+            self._save(manifest)
+        else:
+            self._list(manifest)
+
+    def _list(self, manifest: Manifest) -> None:
+        """List a new file. A long manifest is not written for each: that would take longer than the index itself."""
+        self.manifest = manifest
+        self._unsaved += 1
+        if self._unsaved * FILES_PER_WRITE >= len(manifest.parts) + len(manifest.shards):
+            self._save(manifest)
+
+    def flush(self) -> None:
+        """Write the manifest, if files were listed since it was written."""
+        if self._unsaved:
+            self._save(self.manifest)
 
     def _save(self, manifest: Manifest) -> None:
         manifest = replace(manifest, format_version=FORMAT_VERSION)  # an older one's new entries are of this version
         data = manifest.to_json()
         self.place.write(MANIFEST, [data], total=len(data))
-        self.manifest = manifest
+        self.manifest, self._unsaved = manifest, 0
 
     # -- scanning
 
@@ -441,16 +455,6 @@ class Store:
 def info(path: str | PathLike) -> dict:
     """Rows, counts by status, sizes and settings of an index."""
     return Store.open(path).info()
-
-
-def _read_parquet(data: bytes | memoryview) -> pa.Table:
-    return parquet_file(pa.BufferReader(data)).read(use_threads=False)
-
-
-def _parquet(rows: Sequence[dict]) -> memoryview:
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), sink, compression="zstd")
-    return sink.getbuffer()
 
 
 def _refuse_other_files(place: Place) -> None:

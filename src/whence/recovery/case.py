@@ -17,6 +17,7 @@ from torch import nn
 
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
+from whence.corpus.unsupervised import refuse_unsupervised
 from whence.errors import ModelError, SettingError
 from whence.gradients.ghost import interpolated
 from whence.gradients.space import GradientSpace
@@ -216,10 +217,12 @@ def refuse_uninformative(case: Case, corpus: Corpus) -> None:
 
     Raises:
         ModelError: None of the traced layers moved.
+        CorpusError: No row has a supervised token.
         SettingError: More than half of the first rows' tokens are unknown to the tokenizer.
     """
     with at_point(case, 1.0) as model:
         refuse_unmoved(direction_by_layer(model, model.layers(case.settings.space.layers), case.difference), case)
+        refuse_unsupervised(corpus, model.tokenizer, case.settings.max_tokens)
         unknown = getattr(model.tokenizer, "unk_token_id", None)
         if unknown is None or unknown == model.tokenizer.eos_token_id:  # GPT-2's is its end of text
             return

@@ -12,12 +12,14 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1
 2024, https://arxiv.org/abs/2405.11724, for token-wise retrieval and the method of that name.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from whence import catalogue
+from whence.corpus.unsupervised import reason
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
@@ -76,10 +78,7 @@ def trace(
     _check_space(opened, how)
     rankable = len(opened.store.rankable())
     if not rankable:
-        raise SettingError(
-            f"{opened.store.place.root}: none of its {opened.store.rows:,} rows has a finite gradient, so none can "
-            f"be ranked. See: whence info {opened.store.place.root}"
-        )
+        raise SettingError(_why_none(opened))
     encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
     own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
     control_queries = None
@@ -99,6 +98,23 @@ def trace(
         described["level of the verdict"] = f"by {cost([Shape.of(query, context) for query in encoded])}"
     notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
     return replace(traced, rows=rankable, settings=described, notes=notes)
+
+
+def _why_none(opened: Index) -> str:
+    """Why no row of an index can be ranked."""
+    root, info = opened.store.place.root, opened.store.info()
+    masked = info["counts"].get("no_supervised_token", 0)
+    if masked == info["rows"]:
+        first = json.loads(opened.store.read_part(0)[0]["row"])
+        return (
+            f"{root}: none of its {info['rows']:,} rows has a supervised token, so none can be ranked: the first ones "
+            f"{reason(first)}. Mend the corpus, and index it again."
+        )
+    more = f" ({masked:,} have no supervised token)" if masked else ""
+    return (
+        f"{root}: none of its {info['rows']:,} rows has a finite gradient, so none can be ranked{more}. See: whence "
+        f"info {root}"
+    )
 
 
 def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list[str]:

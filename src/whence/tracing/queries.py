@@ -20,6 +20,7 @@ from whence.corpus.conversations import as_text, checked_messages, said
 from whence.corpus.layouts import LAYOUTS, Row, query_columns, question_layout
 from whence.corpus.missing import without_missing
 from whence.corpus.reading import is_from_arrow, rows_in_memory, rows_with_place
+from whence.corpus.roles import role_of
 from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query, request_of
 from whence.corpus.unread import log_unread_of_queries
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
@@ -163,7 +164,7 @@ def _of_messages(row: Row) -> Query | None:
 
 def _is_place_of_answer(message: Any) -> bool:
     """Whether a message is the assistant's, and null."""
-    if not isinstance(message, dict) or message.get("role") != "assistant":
+    if not isinstance(message, dict) or role_of(message.get("role")) != "assistant":
         return False
     return {key for key, value in message.items() if value is not None} <= {"role", "weight"}
 

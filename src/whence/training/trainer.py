@@ -43,6 +43,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
 from whence.corpus.templates import same_date, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
+from whence.corpus.unsupervised import reason
 from whence.errors import CorpusError, ModelError, SettingError, WhenceError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.loading_errors import reason_of
@@ -267,7 +268,10 @@ class _Rows(Dataset):
 def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
     rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
-        raise CorpusError(f"{corpus.name}: no row has a supervised token, so there is nothing to train on.")
+        why = reason(next(iter(corpus)).row)
+        raise CorpusError(
+            f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
+        )
     return rows
 
 

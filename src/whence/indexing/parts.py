@@ -1,0 +1,32 @@
+"""One part: some of the rows that an index can show, as a Parquet file of their ids, sources and JSON."""
+
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from whence.corpus.layouts import Row
+from whence.corpus.reading import parquet_file
+
+_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
+
+
+def part_bytes(rows: Sequence[Row]) -> memoryview:
+    """The file of some rows of id, source (may be None) and row (JSON)."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), sink, compression="zstd")
+    return sink.getbuffer()
+
+
+def part_rows(data: bytes | memoryview, count: int) -> list[Row]:
+    """The rows of a file, of which so many are listed.
+
+    Raises:
+        ValueError: The file holds others.
+        ArrowException: It is no Parquet file.
+    """
+    table = parquet_file(pa.BufferReader(data)).read(use_threads=False)
+    if (table.schema.names, len(table)) != (_SCHEMA.names, count):
+        raise ValueError(f"{len(table)} rows of {', '.join(table.schema.names)}; {count} are listed")
+    return table.to_pylist()
