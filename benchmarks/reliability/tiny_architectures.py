@@ -208,7 +208,8 @@ def padding_to_zero(model: Any) -> None:
 def pretrained(directory: Path) -> Any:
     """The model that transformers itself loads, by the class that its configuration names."""
     config = transformers.AutoConfig.from_pretrained(directory)
-    return getattr(transformers, config.architectures[0]).from_pretrained(directory, dtype=torch.float32).eval()
+    model_class = getattr(transformers, config.architectures[0])
+    return model_class.from_pretrained(directory, config=config, dtype=torch.float32).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
