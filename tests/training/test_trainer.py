@@ -17,12 +17,12 @@ from whence.cli.demonstration import make_parent
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
 from whence.models.difference import weight_difference
-from whence.models.loading import load_model
+from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.storage import Place
 from whence.training.recipe import with_least_steps
 from whence.training.resuming import is_complete
-from whence.training.trainer import TrainSettings, settings_of, train
+from whence.training.trainer import TrainSettings, _trainable, settings_of, train
 
 ROWS = [
     {"id": str(number), "prompt": f"What is {number}?", "completion": f" It is {number} of {40 - number}."}
@@ -345,6 +345,20 @@ def test_a_step_of_several_passes_is_one_step(parent, tmp_path):
 def test_targets_that_the_model_lacks_are_named(parent, tmp_path):
     with pytest.raises(SettingError, match=r"--lora-targets c_attn: .* are called q_proj, k_proj, "):
         train(parent, ROWS, tmp_path / "run", **QUICK, lora_rank=2, lora_targets="c_attn")
+
+
+def test_adapters_leave_routers_alone_and_layers_that_peft_refuses_are_named():
+    """Phi-MoE's router returns more than a product, and no adapter can wrap it."""
+    tiny = pytest.importorskip("benchmarks.reliability.tiny_architectures")
+    model = LoadedModel(tiny.tiny_model("phimoe"), None, "phimoe")
+    adapted = _trainable(model, TrainSettings(lora_rank=2))
+    assert not any("router" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
+    assert adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    model = LoadedModel(tiny.tiny_model("mamba"), None, "mamba")
+    with pytest.raises(
+        SettingError, match=r"mamba: peft does not adapt .* --lora-targets: in_proj, x_proj, dt_proj, out"
+    ):
+        _trainable(model, TrainSettings(lora_rank=2))
 
 
 def test_a_corpus_without_targets_is_refused(parent, tmp_path):

@@ -32,8 +32,9 @@ from whence.gradients.embeddings import as_linear, tied_embeddings
 from whence.gradients.objectives import OBJECTIVES, SlopeOf, cross_entropy
 from whence.gradients.protocols import Projection
 from whence.gradients.slope_scale import SlopeScale, scale_for
-from whence.models.causality import refuse_dependent_rows, refuse_mixed_positions
-from whence.models.hook_safety import decoder_states, refuse_hidden_uses, repeatable, writes_into_outputs
+from whence.models.causality import not_by_example, refuse_dependent_rows
+from whence.models.hook_safety import decoder_states, hidden_uses, repeatable, writes_into_outputs
+from whence.models.layers import refuse_layers
 from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import inverse_or_zero, product
 from whence.turns import one_at_a_time
@@ -46,6 +47,9 @@ FORMED_ENTRIES = {"cpu": 2**17, "cuda": 2**27}
 """Entries of the gradients [b o i] that are formed at a time to be transformed. On a CPU half a MB, in cache."""
 FORMED_AT_LEAST = 2**24
 """At least so many entries if they are only sketched, which is one product: 64 MB, all examples of a small model."""
+
+MIXED = "is called on positions that do not come example by example (time first, or mixed)"
+UNCALLED = "is used out of sight of hooks, by its weight and without a call"
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ class _Pass:
     """Factors of the slopes, which are divided out before they are handed over."""
     calls: Counter[str] = field(default_factory=Counter)
     """How often each layer's hook ran."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Why a layer's gradient cannot be seen."""
     used_again: set[str] = field(default_factory=set)
     """Layers that the forward pass used more than once, known before the decoder's backward pass."""
 
@@ -154,19 +160,17 @@ class _Pass:
         """Forward hook that taps one layer."""
         return partial(self._tap, name)  # under shape checks, a function of its own would be compiled for every layer
 
-    def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def _tap(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Any) -> Any:
         if not torch.is_grad_enabled():
             return out
+        self.calls[name] += 1
         if not isinstance(out, Tensor):
-            raise ModelError(
-                f"layer {name} is a {type(module).__name__}, which returns more than a linear layer's output. Leave it "
-                f"out: --layers '!*{name.rsplit('.', 1)[-1]}'"
-            )
+            self.faults[name] = f"is a {type(module).__name__}, which returns more than a linear layer's output"
+            return out
         if not out.requires_grad:
             out.requires_grad_()
-        self.calls[name] += 1
         owners, copy = self.owners, writes_into_outputs(self.model)
-        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)  # type: ignore[return-value]
+        return Tap.apply(out, args[0].detach(), lambda a, g: self._hand_over(name, a, g, owners), copy)
 
     @torch.no_grad()
     def _hand_over(self, name: str, a: Tensor, g: Tensor, owners: tuple[Tensor, Tensor] | None) -> None:
@@ -182,10 +186,8 @@ class _Pass:
             return
         b, t = self.batch_shape
         if a.shape[:-1].numel() != b * t:
-            raise ModelError(
-                f"layer {name} is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}, so its "
-                "inputs cannot be told apart by example. Leave it out with --layers."
-            )
+            self.faults[name] = f"is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}"
+            return
         a, g = a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1))
         if self.whole and name in self.used_again:
             rows, places = torch.meshgrid(torch.arange(b), torch.arange(t), indexing="ij")
@@ -278,12 +280,15 @@ def backward(
 
     Returns:
         The losses, whatever the objective.
+
+    Raises:
+        ModelError: The gradients of some layers cannot be seen; it names the pattern that leaves all of them out.
     """
     batch = batch.to(model.device)
     state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole, scale=scale or scale_for(model))
     state.upcast = upcast or model.device.type != "cuda" or state.scale.is_needed
     uses = [*(model.uses(layers) if shared else layers.items())]
-    refuse_mixed_positions(uses)
+    state.faults = {name: MIXED for name, module in uses if not_by_example(module)}
     hooks = [module.register_forward_hook(state.hook(name)) for name, module in uses]
     if shared:
         tied = tied_embeddings(model, layers)
@@ -297,7 +302,8 @@ def backward(
         for hook in hooks:
             hook.remove()
     uncalled = {name: layer for name, layer in layers.items() if name not in state.calls}
-    refuse_hidden_uses(model, uncalled, batch, are_all=len(uncalled) == len(layers))
+    state.faults |= dict.fromkeys(hidden_uses(model, uncalled, batch), UNCALLED)
+    refuse_layers(model.path, state.faults, state.calls, has_adapter=model.has_adapter)
     return losses
 
 

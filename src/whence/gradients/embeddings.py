@@ -54,12 +54,13 @@ def tied_embeddings(model: LoadedModel, layers: Mapping[str, nn.Module]) -> Iter
     """
     names = {id(layer.weight): name for name, layer in layers.items()}
     for other_name, module in model.base.named_modules():
-        name = names.get(id(getattr(module, "weight", None)))
+        own = dict(module.named_parameters(recurse=False)).get("weight")  # peft's wrapper shows its layer's as its own
+        name = None if own is None else names.get(id(own))
         if name is None or isinstance(module, type(layers[name])) or isinstance(layers[name], type(module)):
             continue
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             raise ModelError(
                 f"layer {name} shares its weight with {other_name}, a {type(module).__name__}, which adds to its "
-                "gradient in a way that Whence does not know. Leave it out with --layers."
+                f"gradient in a way that Whence does not know. Leave it out: --layers '!{name}'"
             )
         yield name, module

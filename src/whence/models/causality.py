@@ -1,17 +1,17 @@
-"""Is a model causal, and does every row of a batch stand for itself? One forward pass of a few tokens decides.
+"""Is a model causal, and does every row of a batch stand for itself? Forward passes of a few tokens decide.
 
-Two rows of a batch begin with the same tokens. The first goes on, the second is padded. A causal model gives both the
-same logits at the common tokens, and the same inputs to every linear layer: what comes after must not matter, nor
-padding, nor the other row. Where logits differ, the model sees answers before it gives them (encoders without
-`is_decoder`) or mixes rows, and is refused. Where only a layer's inputs differ, it lays positions out by time first or
-mixes them, so that hooks could not tell whose they are: the layer is refused when it is traced.
+Two rows of a batch begin with the same tokens. The first goes on, the second is padded. A causal model gives both, and
+the first alone, the same logits at the common tokens, and the same inputs to every linear layer: what comes after must
+not matter, nor padding, nor the other row. Where logits differ, the model sees answers before it gives them (encoders
+without `is_decoder`) or mixes rows, and is refused. Where only a layer's inputs differ, it lays positions out by time
+first or mixes them, so that hooks could not tell whose they are: the layer is refused when it is traced.
 
 Differences are root mean squares, relative to the spread of what is compared. fp32 rounds by 1e-6. Rounding in 16 bits
 can send a token to another expert, which moves that token and those after it: there all tokens have to differ.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ ATTEMPTS = 3
 
 _NOT_BY_EXAMPLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Linear layers whose positions do not come example by example."""
+_UNREACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Linear layers that no text reaches."""
 
 
 def refuse_not_causal(model: Any, path: str, device: torch.device, special: set[int]) -> None:
@@ -86,12 +88,14 @@ def _later_tokens_seen(model: Any, path: str, ids: Int64[Tensor, " t"]) -> str:
     rows = torch.stack([ids, torch.cat([ids[:COMMON], torch.zeros_like(ids[COMMON:])])])
     mask = torch.ones_like(rows)
     mask[1, COMMON:] = 0
-    with _layers_watched(model, TOLERANCE if is_wide else TOLERANCE_OF_INPUTS_16_BITS):
-        logits = _logits(model, path, rows, mask)
-    if not worst(_differences(logits[0, :COMMON], logits[1, :COMMON])) > tolerance:  # NaN is seen row by row, later
+    with _layers_watched(model, TOLERANCE if is_wide else TOLERANCE_OF_INPUTS_16_BITS), _calls_watched(model, rows):
+        logits = _logits(model, path, rows, mask)[:, :COMMON]
+    whole = _logits(model, path, rows[:1], mask[:1])
+    others = logits[1], whole[0, :COMMON]  # PaliGemma is causal beside a padded row, and alone it is not
+    if not any(worst(_differences(logits[0], other)) > tolerance for other in others):  # NaN is seen row by row, later
         return ""
     kind = f"{path}: this {type(model).__name__}"
-    whole, cut = (_logits(model, path, rows[:1, :length], mask[:1, :length]) for length in (COMMON + MORE, COMMON))
+    cut = _logits(model, path, rows[:1, :COMMON], mask[:1, :COMMON])
     if worst(_differences(whole[0, :COMMON], cut[0])) > tolerance:
         return f"{kind} is not causal: tokens see those after them, and so the answer. {_remedy(model, path)}"
     return (
@@ -133,18 +137,14 @@ def refuse_dependent_rows(model: Any, batch: Any, states: Float[Tensor, "b t d"]
         )
 
 
-def refuse_mixed_positions(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse layers whose positions do not come example by example, as `refuse_not_causal` saw them.
+def not_by_example(layer: nn.Module) -> bool:
+    """Whether a layer's positions do not come example by example, as `refuse_not_causal` saw them."""
+    return layer in _NOT_BY_EXAMPLE
 
-    Raises:
-        ModelError: One does not.
-    """
-    for name, layer in layers:
-        if layer in _NOT_BY_EXAMPLE:
-            raise ModelError(
-                f"layer {name} is called on positions that do not come example by example (time first, or mixed), so "
-                "its inputs cannot be told apart by example. Leave it out with --layers."
-            )
+
+def is_unreached(layer: nn.Module) -> bool:
+    """Whether no text reaches a layer, as `refuse_not_causal` saw it: one of a vision tower, or of cross-attention."""
+    return layer in _UNREACHED
 
 
 def _remedy(model: Any, path: str) -> str:
@@ -200,3 +200,43 @@ def _layers_watched(model: nn.Module, tolerance: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _calls_watched(model: nn.Module, ids: Int64[Tensor, "b t"]) -> Iterator[None]:
+    """Note linear layers of the parts that a pass over token ids does not call: towers, cross-attention.
+
+    An expert is such a part too if no token chose it, but then others of its kind in its list are called. A weight can
+    be used without a call of its layer (Mamba); so a layer counts as unreached only in a part that has a `forward` of
+    its own, and if the logits' graph does not hold its weight.
+    """
+    called = {model}
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    suspects = {module for part in _uncalled_parts(model, called) for module in part.modules() if is_linear(module)}
+    weights: list[Any] = [module.weight for module in suspects]
+    weights = [weight for weight in weights if weight.is_floating_point()]
+    with torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        is_used = model(input_ids=ids, use_cache=False).logits.requires_grad if suspects else False
+        for weight in weights:
+            weight.requires_grad_(False)
+    if not is_used:
+        _UNREACHED.update(suspects)
+
+
+def _uncalled_parts(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest modules that have parts, and are called neither themselves nor in part; no experts of a list."""
+    lists = nn.ModuleList | nn.ModuleDict
+    kinds = {type(child) for child in module.children() if child in called} if isinstance(module, lists) else set()
+    for child in module.children():
+        if not isinstance(child, lists) and called.isdisjoint(child.modules()):
+            if any(child.children()) and type(child) not in kinds:
+                yield child
+        else:
+            yield from _uncalled_parts(child, called)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Batch
-from whence.errors import ModelError
 from whence.models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -56,10 +55,8 @@ _CLEARED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDict
 """Layers of a model that were not called in some pass, and whose weights nothing else used in it."""
 
 
-def refuse_hidden_uses(
-    model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch, *, are_all: bool = False
-) -> None:
-    """Check that layers whose hooks did not run did not contribute to the loss either, like experts not chosen.
+def hidden_uses(model: LoadedModel, uncalled: Mapping[str, nn.Module], batch: Batch) -> list[str]:
+    """Layers whose hooks did not run, but which contribute to the loss, unlike experts not chosen.
 
     Some models multiply by a layer's weight without calling the layer (Mamba's dt_proj), or compute gradients in a
     backward pass of their own (Reformer). No hook can see that, and the gradient would be taken for zero. Autograd sees
@@ -70,17 +67,13 @@ def refuse_hidden_uses(
         model: Frozen, in evaluation mode.
         uncalled: Layers whose hooks did not run with gradients on.
         batch: The batch of that pass.
-        are_all: Whether no other layer is traced.
-
-    Raises:
-        ModelError: A weight was used without a call of its layer.
     """
     cleared, head = _CLEARED.setdefault(model.model, set()), model.base.get_output_embeddings()
     suspects = {name: layer for name, layer in uncalled.items() if name not in cleared and layer is not head}
     weights = {name: layer.get_parameter("weight") for name, layer in suspects.items()}
     weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     if not weights:
-        return
+        return []
     embedding = model.base.get_input_embeddings()
     # Reformer computes gradients in a backward pass of its own, and only if its input has one.
     hook = embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_().clone())
@@ -99,18 +92,8 @@ def refuse_hidden_uses(
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
-    if len(used) == len(uncalled) and are_all:
-        raise ModelError(
-            f"{model.path}: a {type(model.base).__name__} uses its layers out of sight of hooks, so their gradients "
-            "cannot be seen. Whence cannot trace it: give another model."
-        )
-    if used:
-        raise ModelError(
-            f"{model.path}: the model uses the weights of {', '.join(used[:3])}{' ...' if len(used) > 3 else ''} "
-            f"without calling the layer{'s' if len(used) > 1 else ''}, so that no gradient of theirs can be seen. "
-            f"Leave {'them' if len(used) > 1 else 'it'} out: --layers '!*{used[0].rsplit('.', 1)[-1]}'"
-        )
-    cleared.update(weights)
+    cleared.update(weights.keys() - used)
+    return used
 
 
 def writes_into_outputs(model: LoadedModel) -> bool:

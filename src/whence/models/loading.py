@@ -6,7 +6,7 @@ layer, and leaving the weight products out is what makes an index cheaper than a
 By default a LoRA adapter's A and B are traced. Without an adapter it is every linear layer of the blocks (`nn.Linear`
 and the `Conv1D` of GPT-2), but not the output head, whose gradient is as large as the vocabulary; `--layers` can add
 it. Embeddings, norms, biases and experts fused into one three-dimensional parameter are not linear layers and are left
-out; `traced_fraction` says how much of the model remains.
+out, and so are layers that no text reaches (a vision tower); `traced_fraction` says how much of the model remains.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from whence.corpus.templates import prepare
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
-from whence.models.causality import refuse_not_causal, refuse_other_logits
+from whence.models.auto_classes import auto_class
+from whence.models.causality import is_unreached, refuse_not_causal, refuse_other_logits
 from whence.models.checkpointing import blocks, recomputing
 from whence.models.layers import linear_layers, matching_layers
 from whence.models.load_options import Loading
@@ -105,17 +106,20 @@ class LoadedModel:
         Args:
             pattern: Shell-style patterns of names, with commas between; a "!" before one leaves its layers out. None
                 gives the default that the module's text describes, and patterns that only leave out start from it.
+                Layers that no text reaches, as those of a vision tower, are never among them.
 
         Raises:
-            SettingError: A pattern matches no linear layer.
+            SettingError: A pattern matches no linear layer, or only such as no text reaches.
         """
         linear = dict(linear_layers(self.base))
+        unreached = [name for name, layer in linear.items() if is_unreached(layer)]
+        linear = {name: layer for name, layer in linear.items() if name not in unreached}
         if self.has_adapter:
             default = {name: layer for name, layer in linear.items() if ".lora_A." in name or ".lora_B." in name}
         else:
             head = self.base.get_output_embeddings()
             default = {name: layer for name, layer in linear.items() if layer is not head}
-        return default if pattern is None else matching_layers(linear, default, pattern)
+        return default if pattern is None else matching_layers(linear, default, pattern, unreached)
 
     def uses(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """Every module that has a layer's weight, with the layer's name; for example, Zamba2's blocks share weights."""
@@ -230,9 +234,9 @@ def load_model(
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # so that `_refuse_missing` can name them
     options |= {"device_map": device_map} if device_map else {}
-    with as_model_errors(source), _quiet(transformers):
-        files = local_directory(source)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(files, **options)  # type: ignore[misc]
+    files = local_directory(source)
+    with as_model_errors(source, files), _quiet(transformers):
+        model, report = auto_class(files, trust_remote_code=trust_remote_code).from_pretrained(files, **options)
     _refuse_missing(report, source)
     if tokenizer is None:
         loaded_tokenizer = load_tokenizer(directory, source, trust_remote_code)
@@ -266,7 +270,7 @@ def model_without_storage(path: str) -> Any:
 
     with as_model_errors(path), _quiet(transformers), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(path)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        return auto_class(path).from_config(config).eval()
 
 
 def directory_digest(path: str | Path, *, base: str | None = None) -> str:

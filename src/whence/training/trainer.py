@@ -402,17 +402,33 @@ def _trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,
         target_modules=modules if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
+        exclude_modules=None if settings.lora_targets else _routers(loaded.base),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
         task_type="CAUSAL_LM",
     )
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in loaded.layers()))
     try:
         return get_peft_model(loaded.base, adapter)
     except ValueError as error:
-        names = dict.fromkeys(name.rpartition(".")[2] for name in loaded.layers())
+        reason = " ".join(str(error).split())[:100]
+        if settings.lora_targets is None:
+            raise SettingError(
+                f"{loaded.path}: peft does not adapt all its linear layers ({reason}). Name some of them with "
+                f"--lora-targets: {names}"
+            ) from None
         raise SettingError(
             f"--lora-targets {settings.lora_targets}: this model has no such layers; its linear layers are called "
-            f"{', '.join(names)} ({' '.join(str(error).split())[:100]})"
+            f"{names} ({reason})"
         ) from None
+
+
+def _routers(model: nn.Module) -> list[str] | None:
+    """Linear layers of the model's own kinds, which return more than a product: routers of Phi-MoE and Llama 4."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    ] or None
 
 
 def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:
