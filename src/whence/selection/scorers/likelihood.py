@@ -32,7 +32,7 @@ from whence.corpus.tokens import Batch, Encoded, encode_prompt
 from whence.errors import ModelError, SettingError
 from whence.gradients.forward_passes import batches, losses
 from whence.models.loading import DTYPES, LoadedModel, load_model, local_directory, tokenizer_digest
-from whence.models.loading_errors import reason_of
+from whence.models.loading_errors import FOREIGN, reason_of
 from whence.selection.protocols import Target, View
 from whence.turns import one_at_a_time
 
@@ -214,14 +214,14 @@ def _load_judge(path: str | Path) -> _Judge:
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(path))
-    except Exception:  # an adapter has no model configuration; loading tells what is no model
+    except FOREIGN:  # an adapter has no model configuration; loading tells what is no model
         return _causal_judge(load_model(path))
     if not config.is_encoder_decoder:
         return _causal_judge(load_model(path))
     try:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(local_directory(path), weights_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
-    except Exception as error:  # whatever a foreign file ends in
+    except FOREIGN as error:
         raise ModelError(f"{path}: not loadable as a sequence-to-sequence model ({reason_of(error)})") from error
     tokenizer.model_max_length = 10**30  # the text is cut here, without a warning
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
