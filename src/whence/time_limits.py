@@ -6,22 +6,21 @@ instructions, so that one long call into C ends first. A limit costs about a mic
 """
 
 import ctypes
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 PERIOD = 0.1
 """Seconds from one look to the next: the most by which a limit is late."""
-_deadlines: dict[object, tuple[int, float]] = {}
-"""The thread and the end of each limit. Whoever takes an entry out decides whether its error is raised."""
+_running: dict["time_limit", None] = {}
+"""The limits whose work goes on. Whoever takes one out decides whether its error is raised."""
 _watch: threading.Thread | None = None
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+class time_limit:  # noqa: N801  (named as a function, as a context manager of the standard library is)
     """Raise `TimeoutError` in what is done under it after some seconds.
+
+    A class, not a generator: an error that arrives between two instructions of `with` itself would leave a generator
+    behind, half done, whose end comes whenever it is collected.
 
     >>> with time_limit(0.01):
     ...     while True:
@@ -29,28 +28,49 @@ def time_limit(seconds: float) -> Iterator[None]:
     Traceback (most recent call last):
     TimeoutError
     """
-    _start()
-    entry = object()
-    _deadlines[entry] = threading.get_ident(), time.monotonic() + seconds
-    try:
-        yield
-    finally:
-        if _deadlines.pop(entry, None) is None:
-            while not isinstance(sys.exception(), TimeoutError):  # it is on its way, and must not come later
-                time.sleep(0.001)
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._is_raised = False
+
+    def __enter__(self) -> None:
+        _start()
+        self._thread, self._end = threading.get_ident(), time.monotonic() + self._seconds
+        _running[self] = None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if _running.pop(self, self) is None:
+            return
+        for _ in range(1000):  # the watch has taken it out, and raises its error in its next line
+            if self._is_raised:
+                break
+            time.sleep(0.001)
+        _set_error(self._thread, None)  # it may not have come yet, and must not come later
+        if not isinstance(error, TimeoutError):  # what ran under the limit caught it, or ended in the same moment
+            raise TimeoutError from error
+
+    def raise_where_over(self) -> None:
+        """Raise the error in the thread that is under this limit, where its time is over."""
+        if time.monotonic() > self._end and _running.pop(self, self) is None:
+            _set_error(self._thread, TimeoutError)
+            self._is_raised = True
+
+
+def _set_error(thread: int, error: type[BaseException] | None) -> None:
+    """Have a thread raise an error at its next instruction; None takes back one that it has not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
 def _start() -> None:
     """Start the thread that looks at limits, unless it runs: a forked process has none."""
     global _watch
     if _watch is None or not _watch.is_alive():
-        _watch = threading.Thread(target=_raise_where_time_is_over, name="whence-time-limits", daemon=True)
+        _watch = threading.Thread(target=_look_at_limits, name="whence-time-limits", daemon=True)
         _watch.start()
 
 
-def _raise_where_time_is_over() -> None:
+def _look_at_limits() -> None:
     while True:
         time.sleep(PERIOD)
-        for entry, (thread, end) in _deadlines.copy().items():
-            if time.monotonic() > end and _deadlines.pop(entry, None) is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+        for limit in _running.copy():
+            limit.raise_where_over()
