@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
+import jaxtyping
 import pytest
 import typer.main
 
@@ -127,7 +128,11 @@ def small_demo(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Trainings end without a collection of garbage, a third of their time; laws soon; memory stays unmeasured."""
+    """Trainings end without a collection of garbage, laws are fitted roughly, and no process measures memory.
+
+    Shapes are not checked, which takes half of the time, and is done wherever else these functions are tested.
+    """
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr("whence.indexing.speed._peak", lambda *_: 1)
     law = importlib.import_module("whence.mixing.laws.exponential")
