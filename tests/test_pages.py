@@ -45,7 +45,7 @@ SHORTER = {
     "pool train": ("--tokens", 200, "--steps", 2, "--warmup-steps", 1),
     "mix suggest": ("--rows", 2, "--steps", 2),
     "evaluate selection": ("--steps", 1, "--seeds", 2, "--batch-size", 2, "--fraction", 0.4),
-    "recover": ("--batch-size", 4),
+    "recover": ("--batch-size", 4, "--epochs", 1, "--lr", 5e-4),
 }
 """What is appended to a verb's words."""
 ANSWER = " Eat, move and sleep."
