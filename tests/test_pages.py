@@ -257,9 +257,10 @@ def test_commands_in_the_text_have_verbs_and_flags_that_exist():
         for words in commands_in_text(page):
             command, names = COMMANDS, []
             for word in words[1:]:
-                if word not in getattr(command, "commands", {}):
+                inner = getattr(command, "commands", {})
+                if word not in inner:
                     break
-                command, names = command.commands[word], [*names, word]
+                command, names = inner[word], [*names, word]
             flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
             unknown = {word.partition("=")[0] for word in words if word.startswith("-")} - flags - {"--help", "-h"}
             assert not unknown, f"{page}: {shlex.join(words)}: {unknown} are no flags of whence {' '.join(names)}"
