@@ -1,6 +1,7 @@
 """The verbs `select` and `evaluate selection` as a user types them."""
 
 import json
+import shlex
 
 import pytest
 
@@ -99,6 +100,49 @@ def test_the_closed_loop_is_one_command(command, files, tmp_path):
     assert out.read_text().startswith("<svg") and (tmp_path / "table.work").is_dir()
     code, said, complaint = command(*words[:-2], "--work", tmp_path / "table.work", "--json")
     assert code == 0 and len(json.loads(said)["rows"]) == 5, "from the kept cells"
+
+
+@pytest.fixture(scope="module")
+def warmed(files):
+    """An index as LESS makes it: by a run that began at the model."""
+    from whence.indexing.build import index
+    from whence.training.trainer import train
+
+    pool = files / "pool.jsonl"
+    train(str(files / "model"), pool, files / "run", max_steps=2, lora_rank=2, checkpoints=2, progress=False)
+    return index(files / "run", pool, files / "index", view="adam", checkpoints="all", width=64, progress=False)
+
+
+def test_the_closed_loop_takes_an_index_of_a_warm_up_run(command, files, warmed, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    asked = ("select", "index", "--tasks", "task.jsonl", "--fraction", 0.3, "--compare", "random", "-o")
+    code, said, _ = command(*asked, tmp_path / "chosen.jsonl")
+    assert code == 0 and " Next: whence evaluate selection MODEL index --tasks task.jsonl " in said
+    loop = ("evaluate", "selection", "model", "index", "--tasks", "task.jsonl", "--graded", "graded.jsonl",
+            "--methods", "less:within=mean_cosine", "--fraction", 0.4, "--seeds", 2, "--steps", 1, "--batch-size", 2,
+            "--work", tmp_path / "work")  # fmt: skip
+    code, said, complaint = command(*loop)
+    assert code == 0, complaint
+    *_, following = said.partition(" Next: whence ")
+    assert command(*shlex.split(following), "-o", tmp_path / "chosen.jsonl")[0] == 0
+    chosen = [json.loads(line)["id"] for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    graded = [json.loads(file.read_text()) for file in (tmp_path / "work").glob("choice-*.json")]
+    graded = [document for document in graded if document["method"].startswith("less")]
+    assert [[row["id"] for row in document["choices"]["task"]["rows"]] for document in graded] == [chosen]
+
+    (files / "run").rename(files / "moved")
+    code, _, complaint = command(*loop)
+    assert code == 2 and "If it has moved, name it with --model" in complaint
+    code, said, complaint = command(*loop, "--model", "moved")
+    assert code == 0 and " --model moved " in said, complaint
+    said = command(*asked, tmp_path / "again.jsonl", "--model", "moved")[1]
+    assert "evaluate selection MODEL index " in said and said.endswith(" --model moved\n")
+
+
+def test_where_an_index_model_is_says_nothing_of_a_corpus(command, files):
+    code, _, complaint = command("evaluate", "selection", files / "model", files / "pool.jsonl", "--tasks",
+                                 files / "task.jsonl", "--graded", files / "graded.jsonl", "--model", "x")  # fmt: skip
+    assert code == 2 and "--model x: where an index' model is, and " in complaint
 
 
 def test_tasks_and_graded_rows_must_be_of_the_same_tasks(command, files):

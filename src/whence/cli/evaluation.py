@@ -45,6 +45,9 @@ def selection(
         int | None, typer.Option(help="Train adapters of this rank; all weights unless given.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest row in tokens.")] = 512,
+    index_model: Annotated[
+        str | None, typer.Option("--model", help="The model that the index is of, if it has moved since.")
+    ] = None,
     work: Annotated[str, typer.Option(help="Directory of finished cells: the same command goes on from there.")] = "",
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -66,19 +69,23 @@ def selection(
     if unmatched := sorted({*task_files} ^ {*graded_files}):
         raise SettingError(f"--tasks and --graded name different tasks: {', '.join(unmatched)} is in one of them alone")
     inputs, output = [source, *task_files.values(), *graded_files.values()], Output("-o", out, TABLE_OR_PLOT)
-    check_outputs([output], rows=inputs, others=[model], force=force)
-    refuse_inputs(work, [*inputs, model], flag="--work", is_directory=True)
+    check_outputs([output], rows=inputs, others=[model, index_model], force=force)
+    refuse_inputs(work, [*inputs, model, index_model], flag="--work", is_directory=True)
     for name in methods.split(","):
         catalogue.scorer_entry(name.partition(":")[0])
-    check_inputs(models=[model], corpora=inputs[1:] if is_index(source) else inputs)
+    has_index = is_index(source)
+    if index_model is not None and not has_index:
+        raise SettingError(f"--model {index_model}: where an index' model is, and {source} is none: MODEL reads it")
+    check_inputs(models=[model, index_model], corpora=inputs[1:] if has_index else inputs)
     with waiting("Loading torch"):
         from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
         from whence.reports.evaluate_tables import best_method, evaluate_answer, evaluate_plot, evaluate_tables
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
     with working("Scoring"):
+        reader = index_model if has_index else model
         choosers, budget = selection_methods(
-            methods.split(","), source, task_files, fraction=fraction, model=model, work=work
+            methods.split(","), source, task_files, fraction=fraction, model=reader, work=work
         )
     table = evaluate_selection(
         model,
@@ -99,9 +106,16 @@ def selection(
         print_part(f"written to {out}")
     best, file = best_method(table), next(iter(task_files.values()))
     command = again("--methods", "bm25") if best is None else (
-        "whence", "select", source, "--method", best, "--tasks", file, "--fraction", fraction, "-o", "chosen.jsonl"
+        "whence", "select", source, *_method_words(best), "--tasks", file, "--tokens-budget", budget,
+        *(() if reader is None else ("--model", reader)), "-o", "chosen.jsonl",
     )  # fmt: skip
     print_ending(evaluate_answer(table), *command)
+
+
+def _method_words(name: str) -> list[str]:
+    """Flags of `select` for a method as `--methods` names it, such as `less:within=mean_cosine`."""
+    base, _, options = name.partition(":")
+    return ["--method", base, *(word for option in options.split(",") if option for word in ("--set", option))]
 
 
 @evaluate.command("join")

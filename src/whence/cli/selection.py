@@ -135,10 +135,15 @@ def select(
 
 
 def _next(source: str, tasks: str | None, model: str | None, out: str | None, methods: list[str]) -> tuple[object, ...]:
-    """The next command: write the rows, compare methods that differ by training, or train on the rows."""
+    """The next command: write the rows, compare methods that differ by training, or train on the rows.
+
+    What an index was made with need not be what is trained: LESS indexes by a warm-up run.
+    """
     if out is None:
         return again("-o", "chosen.jsonl")
+    moved = model if is_index(source) else None
+    trained = "MODEL" if model is None or moved is not None else model
     if methods and tasks is not None:
-        return ("whence", "evaluate", "selection", model or "MODEL", source, "--tasks", tasks, "--graded",
-                "HELDOUT.jsonl", "--methods", ",".join(methods))  # fmt: skip
-    return "whence", "train", model or "MODEL", out, "-o", "RUN"
+        return ("whence", "evaluate", "selection", trained, source, "--tasks", tasks, "--graded", "HELDOUT.jsonl",
+                "--methods", ",".join(methods), *(() if moved is None else ("--model", moved)))  # fmt: skip
+    return "whence", "train", trained, out, "-o", "RUN"
