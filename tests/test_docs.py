@@ -4,7 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+from typer.main import get_command
+
 from whence import catalogue
+from whence.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,6 +17,16 @@ def test_cli_page_is_the_help_of_today():
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     assert (ROOT / "docs/reference/cli.md").read_text() == made.help_pages(), "run: python docs/make_cli.py"
+
+
+def test_every_command_and_nested_command_has_its_part_of_the_cli_page():
+    def paths(command, path):
+        yield path
+        for name, nested in getattr(command, "commands", {}).items():
+            yield from paths(nested, f"{path} {name}")
+
+    page = (ROOT / "docs/reference/cli.md").read_text()
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == [*paths(get_command(app), "whence")]
 
 
 def test_flags_that_messages_name_are_those_of_the_command_line():

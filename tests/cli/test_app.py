@@ -127,6 +127,9 @@ def test_help_of_index_lists_every_projection_and_codec(whence):
         (["trace", "i", "--promt", "x"], "No such option: --promt"),
         (["trce", "i"], "No such command 'trce'. Did you mean 'trace'? See: whence --help"),
         (["index", "m", "c", "-o", "i", "--seed", "x"], "Invalid value for '--seed'"),
+        (["trace", "i", "--span"], "Option '--span' requires an argument. See: whence trace --help"),
+        (["pool", "train", "--by"], "Option '--by' requires an argument. See: whence pool train --help"),
+        (["mix", "law", "t", "--json=1"], "Option '--json' does not take a value. See: whence mix law --help"),
     ],
 )
 def test_what_cannot_be_parsed_is_told_in_one_line(whence, arguments, told):
