@@ -1,11 +1,13 @@
 """The docs say what the code does."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 from typer.main import get_command
 
+import whence
 from whence import catalogue
 from whence.cli.app import app
 
@@ -59,3 +61,12 @@ def test_links_between_pages_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_public_function_names_its_quiet_switch_alike():
+    for name in whence._HOMES:
+        if inspect.isfunction(function := getattr(whence, name)):
+            switches = {*inspect.signature(function).parameters} & {"progress", "shown", "verbose", "quiet", "bar"}
+            assert switches <= {"progress"}, f"{name}: {switches}"
+            if switches:
+                assert inspect.signature(function).parameters["progress"].annotation is bool, name

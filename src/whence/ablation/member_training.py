@@ -103,7 +103,7 @@ def train_pool(
     out: str | Path,
     *,
     engine: str = "local",
-    shown: bool = True,
+    progress: bool = True,
     **settings: Any,
 ) -> Pool:
     """Train a model for each partition of a corpus that has none in the pool yet.
@@ -113,7 +113,7 @@ def train_pool(
         corpus: Anything that `open_corpus` takes, with the column to partition by.
         out: The pool's directory; the same call goes on from there.
         engine: Engine that members are trained on; see `runner`.
-        shown: Show a bar on stderr.
+        progress: Show a bar on stderr.
         settings: Fields of `PoolSettings` by name.
 
     Returns:
@@ -149,7 +149,7 @@ def train_pool(
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
-        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=shown) as tick:
+        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
 
             def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
                 place = Path(pool.place.root) / "work" / slug(partition.name)

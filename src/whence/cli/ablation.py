@@ -51,7 +51,7 @@ def train(
     check_inputs(models=[parent], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
-    result = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
+    result = train_pool(parent, corpus, out, engine=engine, progress=not as_json, by=by, unit_tokens=unit_tokens,
                       tokens=tokens, steps=steps, lr=lr, warmup_steps=warmup_steps, max_tokens=max_tokens,
                       lora_rank=lora_rank, dtype=dtype, seed=seed)  # fmt: skip
     members = [dict(member.__dict__) for member in result.members.values()]
@@ -172,7 +172,7 @@ def ablate(
         from whence.reports.ablate_page import ablate_page
         from whence.reports.ablate_tables import ablate_answer, ablate_tables
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
-                alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
+                alpha=alpha, max_tokens=max_tokens, seed=seed, progress=not as_json)  # fmt: skip
     rows = result.rows()
     if out is not None:
         write_rows(rows, out)

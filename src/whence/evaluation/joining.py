@@ -69,7 +69,7 @@ def join(
     model: str | None = None,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     seed: int = 0,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Join:
     """Compare scores of an index with a pool's leave-one-partition-out changes.
 
@@ -83,7 +83,7 @@ def join(
         corpus: The corpus that the pool was trained on, which tells the rows of its units; None: the one that the pool
             names.
         seed: Seed of scorers and intervals.
-        shown: Whether to show bars.
+        progress: Whether to show bars.
 
     Raises:
         SettingError: Fewer than three members, or a partition of which the index has no row; for a pool of units, no
@@ -97,7 +97,7 @@ def join(
     sources = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
     sets = [item for item in sources if isinstance(item, EvalSet)] or read_sets(str(item) for item in sources)
     units = _token_shares(opened, corpus)
-    changes = _changes(opened, sets, shown=shown)
+    changes = _changes(opened, sets, progress=progress)
     points: list[dict[str, Any]] = []
     for method in methods:
         sums = _summed_scores(source, opened, sets, method, queries, model, seed, units)
@@ -110,14 +110,16 @@ def join(
     return Join(points, correlations)
 
 
-def _changes(pool: Pool, sets: Sequence[EvalSet], *, shown: bool) -> dict[str, dict[str, float]]:
+def _changes(pool: Pool, sets: Sequence[EvalSet], *, progress: bool) -> dict[str, dict[str, float]]:
     """Change of loss by set and partition."""
     names = pool.partitions
     rows: list[dict[str, Any]] = [{"name": "all", "weights": dict.fromkeys(names, 1 / len(names))}]
     for omitted in names:
         rest = [name for name in names if name != omitted]
         rows.append({"name": f"without {omitted}", "weights": dict.fromkeys(rest, 1 / len(rest))})
-    losses = {(cell.mixture, cell.set): cell.merged for cell in ablate(pool, sets, mixtures=rows, shown=shown).cells}
+    losses = {
+        (cell.mixture, cell.set): cell.merged for cell in ablate(pool, sets, mixtures=rows, progress=progress).cells
+    }
     return {eval_set.name: {name: losses[f"without {name}", eval_set.name] - losses["all", eval_set.name]
                             for name in names} for eval_set in sets}  # fmt: skip
 

@@ -293,7 +293,7 @@ def evaluate_selection(
     work: str | Path,
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    progress: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SelectionTable:
     """Train a model on each method's choice and grade it.
 
@@ -304,7 +304,7 @@ def evaluate_selection(
         work: Directory of the cells, of one table alone; an evaluation that was stopped there goes on.
         recipe: How a model is trained on a choice.
         seeds: Seeds of the trainings; at least 2, for the intervals.
-        progress: Called with a line for each training.
+        say: Called with a line for each training.
 
     Returns:
         A line for each method and task, in the methods' order.
@@ -326,7 +326,7 @@ def evaluate_selection(
         claim_directory(place, TABLE_FILE, settings, partial(_other_table, place.root))
         for leftover in Path(place.root).glob(f"{TRAINING}*"):  # of a killed process
             shutil.rmtree(leftover)
-        cells = _all_cells(model, methods, graded, place, recipe, seeds, progress)
+        cells = _all_cells(model, methods, graded, place, recipe, seeds, say)
     costs = Costs.read(place)
     lines = [_line(name, task, cells, costs, seeds[0]) for task in graded for name in (NOTHING, *methods)]
     return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
@@ -339,7 +339,7 @@ def _all_cells(
     place: Place,
     recipe: Recipe,
     seeds: Sequence[int],
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Cell]:
     """Every cell of a table: the untrained model's, and one for each method, task and seed."""
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(place))
@@ -353,7 +353,7 @@ def _all_cells(
                 for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
                     trained = _cells(place, model, parent, name, method, group, seed, recipe)
                     cells += trained
-                    progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
+                    say(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
     return cells
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from whence import runner
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.corpus.unsupervised import refuse_unsupervised
@@ -38,7 +39,6 @@ from whence.recovery.evidence import LayerDirection, direction_by_layer
 from whence.recovery.preconditioner import SAMPLE_ROWS, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.recovery.pseudo_labels import label_corpus
 from whence.recovery.settings import RecoverSettings
-from whence.runner import progress
 from whence.storage import Place
 
 ADAPTER_LAYERS = "*lora_B*"
@@ -177,12 +177,18 @@ def foreign_tokenizer(case: Case) -> str | None:
 
 
 def labelled(
-    case: Case, corpus: Corpus, work: Place, fingerprint: Fingerprint, settings: RecoverSettings, *, shown: bool = True
+    case: Case,
+    corpus: Corpus,
+    work: Place,
+    fingerprint: Fingerprint,
+    settings: RecoverSettings,
+    *,
+    progress: bool = True,
 ) -> Corpus:
     """The corpus with the labels that theta_f gives it, or as it is where there are no choices."""
     if not settings.choices:
         return corpus
-    with progress("Labelling", fingerprint.rows, shown=shown) as tick, at_point(case, 1.0) as model:
+    with runner.progress("Labelling", fingerprint.rows, shown=progress) as tick, at_point(case, 1.0) as model:
         return label_corpus(
             model,
             corpus,

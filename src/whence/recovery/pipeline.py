@@ -107,7 +107,7 @@ def recover(
     *,
     count: int | None = None,
     work: str | Path = "whence-recover.work",
-    shown: bool = True,
+    progress: bool = True,
     **settings: Any,
 ) -> Recovered:
     """Find the rows of a corpus that a model was fine-tuned on, from its weights and those it began with.
@@ -119,7 +119,7 @@ def recover(
         count: Rows to choose, and about the number that the model was trained on. None: the rows more likely members
             than not; the shadow is trained on a tenth of the corpus.
         work: Directory of the evidence and the shadow; the same call goes on from there.
-        shown: Show bars on stderr.
+        progress: Show bars on stderr.
         settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
 
     Returns:
@@ -139,11 +139,11 @@ def recover(
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
     with written_by(chosen.chat_template, date), writing_to(work):
-        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
+        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, progress=progress)
 
 
 def _recovered(
-    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, shown: bool
+    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, progress: bool
 ) -> Recovered:
     """As `recover`, of two models that have been compared."""
     fingerprint = fingerprint_of(opened)
@@ -151,7 +151,7 @@ def _recovered(
     case, unmoved_note = only_moved(case)
     with Place.at(place).locked():
         if chosen.choices:
-            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
+            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, progress=progress)
             fingerprint = fingerprint_of(opened)
         case = with_scale(case, chosen.undo, opened, fingerprint.rows)
         trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
@@ -161,15 +161,17 @@ def _recovered(
             others = {SHADOW_DIFFERENCE: known.case}
             case = with_points_of(case, known.case)
         evidence = gather_evidence(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points,
-                                   others=others, shown=shown)  # fmt: skip
+                                   others=others, progress=progress)  # fmt: skip
         if not evidence.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
         if known is not None:
-            learned = calibrate_on_shadow(known, chosen, place, base=_shadow_at_base(evidence, known), shown=shown)
+            learned = calibrate_on_shadow(
+                known, chosen, place, base=_shadow_at_base(evidence, known), progress=progress
+            )
         sources, labels = _columns(opened)
         recipe = learned.shadow.recipe if learned is not None else None
         mixture = shares_of_sources(case, opened, evidence, sources, recipe, place / "mixture", how=chosen.mixture,
-                                    count=trained_on, seed=chosen.seed, shown=shown)  # fmt: skip
+                                    count=trained_on, seed=chosen.seed, progress=progress)  # fmt: skip
         rounds: list[Round] = []
         if chosen.rounds:
             listed = rows_of(opened, evidence.short_list.tolist())

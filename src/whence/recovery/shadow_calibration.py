@@ -140,7 +140,7 @@ def calibrate_on_shadow(
     work: Path,
     *,
     base: PointEvidence | None = None,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Learned:
     """Gather the evidence of rows whose membership is known, and fit membership to it.
 
@@ -149,11 +149,11 @@ def calibrate_on_shadow(
         settings: Points and seed.
         work: Directory of the evidence.
         base: Evidence of these rows at theta_0 against the shadow's difference, if it is known.
-        shown: Show a bar.
+        progress: Show a bar.
     """
     fingerprint, place = fingerprint_of(known.rows), Place.at(work / "shadow" / "evidence")
     evidence = gather_evidence(known.case, known.rows, place, fingerprint, points=settings.points, base=base,
-               label="Reading for the shadow", shown=shown)  # fmt: skip
+               label="Reading for the shadow", progress=progress)  # fmt: skip
     calibration = calibrate(features(evidence), known.is_member, seed=settings.seed)
     is_listed = torch.zeros(fingerprint.rows, dtype=torch.bool).index_fill_(0, evidence.short_list, True)
     listed_share = float(is_listed[known.is_member].float().mean())
