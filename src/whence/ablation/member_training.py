@@ -28,6 +28,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, stored_date, today, written_by
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, tokenizer_digest
 from whence.models.local_copies import local_directory
@@ -178,7 +179,8 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
     if member is None or (member.rows == len(partition.pieces) and member.digest in (None, partition.digest)):
         return
     raise ManifestMismatchError(
-        f"{corpus}: its {len(partition.pieces):,} rows of the partition {partition.name} are not the {member.rows:,} "
+        f"{corpus}: its {number_of(len(partition.pieces), 'row')} of the partition {partition.name}, not the "
+        f"{member.rows:,} "
         f"that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
     )
 

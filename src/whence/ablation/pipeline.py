@@ -47,6 +47,7 @@ from whence.ablation.rank_agreement import Agreement, agreement, centred, groups
 from whence.corpus.layouts import Row, row_text
 from whence.corpus.partitions import Partition
 from whence.corpus.reading import Corpus, open_corpus
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_model
 from whence.paths import exists
@@ -103,7 +104,7 @@ class Ablation:
     def __repr__(self) -> str:
         """How much was read, the best mixture, and how to go on."""
         gained = self.gained()
-        lines = [f"Ablation({len(gained)} mixtures on {len(self.best())} evaluation sets)"]
+        lines = [f"Ablation({number_of(len(gained), 'mixture')} on {number_of(len(self.best()), 'evaluation set')})"]
         if gained:
             name, change = next(iter(gained.items()))
             lines.append(f"  best: {name}, {change:+.3f} nats a token against the parent, mean over sets")

@@ -56,6 +56,7 @@ from whence.corpus.json_values import rows_in, values_of, wrapped_rows
 from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
+from whence.counts import number_of
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Corpus:
     @property
     def name(self) -> str:
         """Name of the corpus in messages and manifests."""
-        return f"{len(self.origin)} rows in memory" if isinstance(self.origin, list) else str(self.origin)
+        return f"{number_of(len(self.origin), 'row')} in memory" if isinstance(self.origin, list) else str(self.origin)
 
     def __iter__(self) -> Iterator[Example]:
         """Yield every row as an example.

@@ -31,6 +31,7 @@ from whence.ablation.rank_agreement import centred, rank_correlation, spearman_o
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import FILE
 from whence.corpus.reading import Corpus
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.opening import Index
 from whence.selection.pipeline import build_scorer, open_view, targets_of
@@ -56,7 +57,9 @@ class Join:
         lines = [f"  {name}: Spearman {marks['spearman']:.2f} ({marks['low']:.2f} to {marks['high']:.2f})"
                  for name, marks in self.correlations.items()]  # fmt: skip
         more = "  More: .points as rows, .correlations, .notes"
-        return "\n".join([f"Join({len(self.points):,} points, {len(lines)} methods)", *lines, more])
+        return "\n".join(
+            [f"Join({number_of(len(self.points), 'point')}, {number_of(len(lines), 'method')})", *lines, more]
+        )
 
 
 def join(
@@ -92,7 +95,8 @@ def join(
     opened = pool if isinstance(pool, Pool) else open_pool(pool)
     if len(opened.members) < 3:
         raise SettingError(
-            f"{opened.place.root}: {len(opened.members)} members; to leave one out, three or more are expected"
+            f"{opened.place.root}: {number_of(len(opened.members), 'member')}; to leave one out, three or more are "
+            "expected"
         )
     sources = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
     sets = [item for item in sources if isinstance(item, EvalSet)] or read_sets(str(item) for item in sources)

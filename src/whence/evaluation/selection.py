@@ -33,6 +33,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
+from whence.counts import number_of
 from whence.errors import CorpusError, SettingError
 from whence.evaluation.cells import Cell, Costs, Seconds, add_costs, store_cells, stored_cells
 from whence.gradients.capture import token_losses
@@ -141,7 +142,12 @@ class SelectionTable:
         ]
         more = [f"  ... {len(gains) - 8} more"] if len(gains) > 8 else []
         return "\n".join(
-            [f"SelectionTable({len(self.lines)} lines)", *lines, *more, "  More: .rows(), .settings, .notes"]
+            [
+                f"SelectionTable({number_of(len(self.lines), 'line')})",
+                *lines,
+                *more,
+                "  More: .rows(), .settings, .notes",
+            ]
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -377,7 +383,7 @@ def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
 def _gradable(model: LoadedModel, task: str, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
     gradable = _encoded(model, rows, recipe)
     if not gradable:
-        raise CorpusError(f"{task}: none of its {len(rows)} rows to grade has a supervised token")
+        raise CorpusError(f"{task}: none of its {number_of(len(rows), 'row')} to grade has a supervised token")
     return gradable
 
 

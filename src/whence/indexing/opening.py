@@ -15,6 +15,7 @@ from typing import Unpack
 from torch import nn
 
 from whence.corpus.templates import same_date
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
 from whence.gradients.embeddings import tied_embeddings
@@ -70,7 +71,7 @@ class Index:
     def __repr__(self) -> str:
         """Where it is, and how to go on."""
         more = "More: whence.trace(INDEX, PROMPT), .store.info()"
-        return f"Index({self.store.place.root}, {self.store.rows:,} rows)\n  {more}"
+        return f"Index({self.store.place.root}, {number_of(self.store.rows, 'row')})\n  {more}"
 
     @cached_property
     def space(self) -> GradientSpace:

@@ -6,6 +6,7 @@ was copied from. Each file is written whole and listed before the next is looked
 
 from collections.abc import Callable, Sequence
 
+from whence.counts import number_of
 from whence.errors import CorpusError
 from whence.indexing.manifest import PartEntry, ShardEntry
 from whence.indexing.shards import ShardArrays
@@ -56,7 +57,7 @@ def _repair_part(store: Store, old: PartEntry, reread: Reread | None) -> str:
     except CorpusError as error:
         return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
     if len(rows) != old.rows:
-        return f"{old.file}: the corpus now gives {len(rows)} rows for it, not {old.rows}; {advice}"
+        return f"{old.file}: the corpus now gives {number_of(len(rows), 'row')} for it, not {old.rows}; {advice}"
     new = store.replace_part(number, rows)
     is_same = new.sha256 == old.sha256
     outcome = "the same bytes as before" if is_same else "listed anew, its bytes differ: has the corpus changed?"

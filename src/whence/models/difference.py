@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.errors import ModelError
 from whence.models.loading import adapter_config
 from whence.models.local_copies import local_directory
@@ -250,9 +251,15 @@ def _notes(report: list[LayerDifference], paired: PairedParameters) -> list[str]
     frozen = [layer.name for layer in report if layer.norm == 0]
     noisy = [layer.name for layer in report if 0 < layer.signal < SIGNAL]
     if frozen:
-        notes.append(f"{len(frozen)} of {len(report)} entries did not change at all (frozen): {listed(frozen)}.")
+        notes.append(
+            f"{len(frozen)} of {number_of(len(report), 'entry', 'entries')} did not change at all (frozen): "
+            f"{listed(frozen)}."
+        )
     if noisy:
-        notes.append(f"{len(noisy)} of {len(report)} entries moved no more than rounding does: {listed(noisy)}.")
+        notes.append(
+            f"{len(noisy)} of {number_of(len(report), 'entry', 'entries')} moved no more than rounding does: "
+            f"{listed(noisy)}."
+        )
     if paired.head is None or paired.head in frozen + noisy:
         notes.append("The output head did not move: scores of the head alone would say nothing.")
     moved = [layer for layer in report if layer.norm > 0]

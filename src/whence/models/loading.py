@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.corpus.templates import prepare
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
 from whence.models.auto_classes import auto_class
@@ -414,7 +415,7 @@ def _refuse_missing(report: dict[str, Any], path: str) -> None:
     if missing or mismatched:
         first = ", ".join((missing + mismatched)[:3])
         raise ModelError(
-            f"{path}: {len(missing)} weights are missing from its files and {len(mismatched)} have another shape "
+            f"{path}: its files lack {number_of(len(missing), 'weight')}, and {len(mismatched)} have another shape "
             f"(first: {first}). The directory is not a complete causal language model."
         )
     if unknown := sorted(report.get("unexpected_keys") or ()):

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.errors import ModelError
 from whence.models.loaded_weights import LoadedWeights, loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer
@@ -136,8 +137,8 @@ def pair_models(start: str, end: str) -> PairedParameters:
                 f"not: they are of different architectures. {REMEDY}"
             )
     notes = [
-        f"{model.path}: {len(unplaced)} stored tensors have no place in the loaded model and were not compared: "
-        f"{listed([*unplaced])}."
+        f"{model.path}: not compared, since the loaded model has no place for "
+        f"{number_of(len(unplaced), 'stored tensor')}: {listed([*unplaced])}."
         for model in (before, after)
         if (unplaced := model.weights.unplaced)
     ]
@@ -277,7 +278,9 @@ def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedPara
     pairs = {_loaded_name(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
     pairs = {name: pair if before else _of_shared_tokens(pair) for name, pair in pairs.items()}
     _check_shapes(pairs)
-    notes.append(f"An adapter of {len(after.layers)} layers: what it does not hold is the base's and did not move.")
+    notes.append(
+        f"An adapter of {number_of(len(after.layers), 'layer')}: what it does not hold is the base's and did not move."
+    )
     own = (name for name in pairs if ".base_layer." not in name)  # which peft saves beside, and does not train
     heads = (name for name in own if re.search(r"\.(lm_head|embed_out)\.", name))
     return PairedParameters(pairs, notes, next(heads, None), (before, after))

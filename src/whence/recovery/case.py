@@ -19,6 +19,7 @@ from whence import runner
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.corpus.unsupervised import refuse_unsupervised
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.gradients.ghost import interpolated
 from whence.gradients.space import GradientSpace
@@ -213,7 +214,7 @@ def only_moved(case: Case) -> tuple[Case, str | None]:
     if case.settings.space.layers not in (None, ADAPTER_LAYERS) or len(moved) in (0, len(direction)):
         return case, None
     space = replace(case.settings.space, layers=",".join(moved))
-    unmoved = f"{len(direction) - len(moved)} of {len(direction)} layers did not move and are left out"
+    unmoved = f"{len(direction) - len(moved)} of {number_of(len(direction), 'layer')} did not move and are left out"
     note = f"{unmoved} (frozen, or all changes rounded away)."
     return replace(case, settings=replace(case.settings, space=space)), note
 
@@ -251,6 +252,6 @@ def refuse_unmoved(direction: LayerDirection, case: Case) -> None:
     if not any(matrix.any() for matrix in direction.values()):
         moved = ", ".join(layer.name for layer in case.difference.layers()[:3]) or "none"
         raise ModelError(
-            f"{case.final}: none of the {len(direction)} traced layers differs from {case.base}; what moved is "
+            f"{case.final}: none of the traced layers ({len(direction)}) differs from {case.base}; what moved is "
             f"{moved}. Choose layers that moved with --layers."
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, written_by
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
@@ -89,7 +90,7 @@ class Recovered:
 
     def __repr__(self) -> str:
         """How many rows, of how many expected, and how to go on."""
-        lines = [f"Recovered({len(self.rows):,} of {len(self.scores):,} rows, by {self.settings['method']})"]
+        lines = [f"Recovered({len(self.rows):,} of {number_of(len(self.scores), 'row')}, by {self.settings['method']})"]
         if self.members is not None:
             lines.append("  trained on about {:,.0f} of the corpus' rows ({:,.0f} to {:,.0f})".format(*self.members))
         if self.mixture:
@@ -224,9 +225,9 @@ def _notes(
     if count is not None and count > usable:
         notes.append(f"{count:,} rows were asked for, and {usable:,} have evidence.")
     if unusable := len(evidence.usable) - usable:
-        notes.append(f"{unusable:,} rows have no supervised token or no finite evidence, and are left out.")
+        notes.append(f"Left out, for want of a supervised token or of finite evidence: {number_of(unusable, 'row')}.")
     if usable > case.short_list:
-        note = f"Of {usable:,} rows {len(evidence.short_list):,} were matched jointly (--short-list)"
+        note = f"Of {number_of(usable, 'row')} {len(evidence.short_list):,} were matched jointly (--short-list)"
         notes.append(f"{note}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{note}.")
     for number, training in enumerate(rounds, 1):
         notes.append(
@@ -322,7 +323,7 @@ def _settings_lines(
     if learned is not None:
         recipe = learned.shadow.recipe
         lines["shadow"] = (
-            f"{learned.members:,} rows, {recipe.epochs:g} epochs of batch {recipe.batch_size}, "
+            f"{number_of(learned.members, 'row')}, {number_of(recipe.epochs, 'epoch')} of batch {recipe.batch_size}, "
             f"{recipe.optimizer} at {recipe.lr:.2g}; it moved "
             f"{learned.shadow.norm:.2f} times as far"
         )

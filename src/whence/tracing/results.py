@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.corpus.layouts import Row, shown_text
+from whence.counts import number_of
 
 SURE = 0.5
 """The model is called sure of a token from this probability on."""
@@ -59,7 +60,7 @@ class Answer:
         sure = sum(probability >= SURE for probability in probabilities)
         of_span = " of the span" if len(probabilities) < len(self.probabilities) else ""
         words = (
-            f"{sure} of {len(probabilities)} tokens{of_span} at p >= {SURE}; "
+            f"{sure} of {number_of(len(probabilities), 'token')}{of_span} at p >= {SURE}; "
             f"perplexity {_perplexity(probabilities):,.2f} a token"
         )
         guesses = ". The model guesses here: expect examples that score high for any question."
@@ -179,7 +180,8 @@ class Trace:
     def __repr__(self) -> str:
         """How much there is, the first examples, and how to go on."""
         lines = [
-            f"Trace({self.method} over {self.rows:,} examples, {len(self.answers)} answers, {len(self.hits)} hits)"
+            f"Trace({self.method} over {number_of(self.rows, 'example')}, "
+            f"{number_of(len(self.answers), 'answer')}, {number_of(len(self.hits), 'hit')})"
         ]
         for number, answer in enumerate(self.answers[:3]):
             first = next((f"{hit.id} first, score {hit.rank_score:+.4g}" for hit in self.of(number)), "no example")
