@@ -1,7 +1,7 @@
 """How many of a thing, as a sentence has it: 1 row, 2 rows."""
 
 
-def number_of(count: float, one: str, many: str | None = None) -> str:
+def number_of(count: int | float, one: str, many: str | None = None) -> str:
     """A count and its noun.
 
     Args:

@@ -239,9 +239,9 @@ def test_resuming_with_other_settings_names_each(tmp_path):
     with pytest.raises(ManifestMismatchError) as caught:
         Store.resume(tmp_path / "index", other)
     for words in (
-        'codec is "float32" there, "int8" here',
+        '--codec is "float32" there, "int8" here',
         "projection.seed is 0 there, 7 here",
-        "checkpoint 1 step is 2 there, 3 here",
+        "checkpoint 2 is b (step 2) there, b (step 3) here",
         "--restart",
     ):
         assert words in str(caught.value)

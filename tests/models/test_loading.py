@@ -344,12 +344,13 @@ def test_missing_weights_are_refused_not_drawn_at_random(copy):
     weights = load_file(file)
     lost = "model.layers.1.mlp.up_proj.weight"
     save_file({name: weight for name, weight in weights.items() if name != lost}, file, {"format": "pt"})
-    refused(copy, copy, "1 weights are missing", lost)
+    refused(copy, copy, "lack 1 weight that its config.json asks for", lost)
 
 
 def test_weights_of_another_shape_are_named(copy):
     _edit(copy / "config.json", intermediate_size=32)
-    refused(copy, "6 have another shape", "model.layers.0.mlp.down_proj.weight")
+    refused(copy, "a model of other sizes than its config.json", "6 weights have another shape",
+            "model.layers.0.mlp.down_proj.weight, [16, 24] in the file, [16, 32] by config.json")  # fmt: skip
 
 
 def test_weights_that_the_model_has_no_place_for_are_told(copy, caplog):

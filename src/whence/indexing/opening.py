@@ -167,9 +167,9 @@ class Index:
         digest = directory_digest(path, base=base)
         if digest != entry["digest"]:
             raise ManifestMismatchError(
-                f"{path}: its weights and configuration have digest {digest[:12]}, "
-                f"the index was built with {entry['digest'][:12]}. "
-                f"If the model has moved, {remedy}."
+                f"{path}: not the model that the index was built with, or changed since: its weights and configuration "
+                f"have digest {digest[:12]}, the index was built with {entry['digest'][:12]}, {entry['path']} then. If "
+                f"the model has moved, {remedy}."
             )
         model = load_for(path, self.settings, base=base)
         tokenizer = tokenizer_digest(model.tokenizer)

@@ -405,8 +405,9 @@ class Store:
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
             raise SettingError(
-                f"Queries of {queries.shape[0]} checkpoints and width {queries.shape[2]} cannot be scored in "
-                f"{self.place.root}, which has {checkpoints} checkpoints and width {width}"
+                f"The queries were made for another index than {self.place.root}: vectors of {queries.shape[2]:,} "
+                f"numbers under {number_of(queries.shape[0], 'checkpoint')}, where the index has {width:,} numbers "
+                f"under {number_of(checkpoints, 'checkpoint')}. Make them with this index: whence.trace(INDEX, PROMPT)"
             )
         queries = scan.unit(queries.cpu()) if cosine else queries.cpu()
         if minus is not None:
