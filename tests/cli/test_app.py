@@ -533,6 +533,7 @@ def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     (out / "manifest.json").write_text("{}")
     broken = whence("verify", out, "--repair")
     assert (broken.code, "manifest.json" in broken.out) == (1, True)
+    assert broken.out.splitlines()[-1].endswith(f"Next: whence index MODEL CORPUS -o {out} --restart")
 
 
 def test_verify_exits_1_where_repair_cannot_mend(whence, tiny_llama, tmp_path):

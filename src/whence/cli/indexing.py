@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_ending, print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
 from whence.cli.inputs import check_inputs
 from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
 from whence.counts import number_of
@@ -87,7 +87,16 @@ def verify(
             print_ending(f"{mended} file of the index is as it was written.", *_asking(index))
         else:
             about = f"{number_of(len(remaining), 'file')} of the index {'is' if len(remaining) == 1 else 'are'} wrong."
-            print_ending(about, "whence", "verify", index, *([] if repair else ["--repair"]))
+            forbidden = [problem.file for problem in remaining if problem.is_forbidden]
+            if forbidden:
+                names = " ".join(quoted(f"{index.rstrip('/')}/{file}") for file in forbidden[:3])
+                about += f" Those that may not be read need a permission first: chmod u+r {names}"
+                about += "." if len(forbidden) <= 3 else " and the others."
+            is_mendable = not repair and len(forbidden) < len(remaining)
+            if remaining[0].file == MANIFEST:  # without which nothing can be repaired
+                print_ending(about, "whence", "index", "MODEL", "CORPUS", "-o", index, "--restart")
+            else:
+                print_ending(about, "whence", "verify", index, *(["--repair"] if is_mendable else []))
     if remaining:
         raise typer.Exit(1)
 

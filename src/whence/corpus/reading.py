@@ -39,6 +39,7 @@ from typing import Any
 
 import fsspec
 
+from whence.brief import brief
 from whence.corpus import bounds
 from whence.corpus.addresses import (
     COMPRESSED,
@@ -69,6 +70,8 @@ OVER_LINES = 1 << 28
 @dataclass(frozen=True)
 class Example:
     """One row of a corpus."""
+
+    __repr__ = brief
 
     id: str
     """The row's own `id`, else a hash of its content with its number, so that two identical rows stay distinct."""

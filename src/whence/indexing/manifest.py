@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, TypedDict
 
+from whence.brief import brief
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError
 from whence.indexing.shards import STATUSES
 from whence.records import Count, Digest, FastDigest, MisfitError, fitting, unlike_written
@@ -68,6 +69,8 @@ class ShardEntry:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of a manifest."""
+
+    __repr__ = brief
 
     whence_version: str
     codec: str

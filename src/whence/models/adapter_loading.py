@@ -62,15 +62,13 @@ def with_adapter(model: Any, directory: str, tokenizer: Any, config: dict[str, A
         # An adapter's weight that its file lacks keeps its random start, and peft only warns.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         base = f"its base {config['base_model_name_or_path']}"
-        remedy = (
-            f"Write the base that it was trained on into {directory}/adapter_config.json (base_model_name_or_path)."
-        )
+        remedy = "In that file base_model_name_or_path is to name the base that the adapter was trained on."
         try:
             return peft.PeftModel.from_pretrained(model, directory)
         except UserWarning as warning:
             lacking = re.search(rf"'{re.escape(PREFIX)}([^']+)'", str(warning))
             raise ModelError(
-                f"{directory}: the adapter has no weights for a layer that its configuration adapts in {base} "
+                f"{directory}: the adapter has no weights for a layer that its adapter_config.json adapts in {base} "
                 f"({lacking[1] if lacking else str(warning)[:300]}): another base, of more layers, or a file that is "
                 f"not whole. {remedy}"
             ) from None
@@ -78,8 +76,8 @@ def with_adapter(model: Any, directory: str, tokenizer: Any, config: dict[str, A
             if (other := _OTHER_SHAPE.search(str(error))) is None:
                 raise
             raise ModelError(
-                f"{directory}: the adapter was trained on a model of other sizes than {base}: {other[1]} is "
-                f"[{other[2]}] in the adapter, and would be [{other[3]}] on this base. {remedy}"
+                f"{directory}: the adapter's weights do not fit {base}, or the rank r in its adapter_config.json: "
+                f"{other[1]} is [{other[2]}] in the adapter, and would be [{other[3]}]. {remedy}"
             ) from None
 
 

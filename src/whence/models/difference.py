@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.brief import brief
 from whence.counts import number_of
 from whence.errors import ModelError
 from whence.models.loading import adapter_config
@@ -79,6 +80,8 @@ class LayerDifference:
 @dataclass(frozen=True, eq=False)
 class WeightDifference(Mapping[str, Tensor]):
     """theta_0 - theta_f by parameter, in fp32, laid out as the parameter; each entry is computed when asked for."""
+
+    __repr__ = brief
 
     base: str
     """Directory of the base; `final` is that of the final."""

@@ -22,6 +22,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from whence.brief import brief
 from whence.corpus.templates import prepare
 from whence.counts import number_of
 from whence.errors import ModelError, SettingError
@@ -66,6 +67,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class LoadedModel:
     """A frozen causal language model in evaluation mode (no dropout), with its tokenizer."""
+
+    __repr__ = brief
 
     model: nn.Module
     """The loaded model, with its adapter if it has one."""

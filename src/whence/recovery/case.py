@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from whence import runner
+from whence.brief import brief
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.corpus.unsupervised import refuse_unsupervised
@@ -51,6 +52,8 @@ UNKNOWN_TOKEN_SHARE = 0.5
 @dataclass(frozen=True)
 class Case:
     """Two models, and how their rows are read."""
+
+    __repr__ = brief
 
     base: str
     final: str

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.optimize import minimize
 from torch import Tensor
 
+from whence.brief import brief
 from whence.errors import SettingError
 from whence.numerics import generator, inverse_or_zero
 from whence.recovery.evidence import PointEvidence
@@ -204,6 +205,8 @@ def features(evidence: CorpusEvidence) -> Features:
 @dataclass(frozen=True)
 class Calibration:
     """A logistic model of standardised features."""
+
+    __repr__ = brief
 
     names: tuple[str, ...]
     weights: Float64[Tensor, " f"]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
@@ -52,6 +53,8 @@ def shadow_split(rows: int, count: int, seed: int) -> tuple[list[int], list[int]
 class Learned:
     """A shadow, and the calibration that was learned on it."""
 
+    __repr__ = brief
+
     shadow: Shadow
     calibration: Calibration
     members: int
@@ -82,6 +85,8 @@ def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
 @dataclass(frozen=True)
 class CalibrationSet:
     """A shadow, and rows of which it is known whether it was trained on them."""
+
+    __repr__ = brief
 
     shadow: Shadow
     case: Case

@@ -96,7 +96,7 @@ def trace(
         described["corrected for examples high for any question"] = "yes" if how.specific else "no"
     if traced.levels:
         context = opened.model().context
-        described["level of the verdict"] = f"by {cost([Shape.of(query, context) for query in encoded])}"
+        described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
     notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
     return replace(traced, rows=rankable, settings=described, notes=notes)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.layouts import Row, shown_text
 from whence.counts import number_of
 
@@ -21,6 +22,8 @@ SURE = 0.5
 @dataclass(frozen=True)
 class Answer:
     """A query's completion as tokens, with the model's probability of each."""
+
+    __repr__ = brief
 
     prompt: str
     completion: str
@@ -115,6 +118,8 @@ class Null:
 @dataclass(frozen=True)
 class Hit:
     """One training example behind an answer."""
+
+    __repr__ = brief
 
     query: int
     """Number of the query, from 0."""
