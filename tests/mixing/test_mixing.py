@@ -637,7 +637,7 @@ def test_notes_say_what_should_not_be_believed():
     losses = 9 + law.predict(mixtures) + 0.2 * rng.normal(size=(10, 2))
     near = MixtureTable(domains=law.domains, sets=law.sets, mixtures=mixtures, losses=losses)
     notes = " ".join(mix_law(near, folds=5, within=False).notes)
-    assert "10 mixtures for 4 domains are few" in notes
+    assert "few mixtures: 10, of 4 domains" in notes
     assert "outside what was tried" in notes
     steep = ExpLaw(domains=("a", "b"), sets=("x",), c=np.ones(1), b=np.zeros(1), t=np.array([[-1.0, 1.0]]))
     table = table_of(steep, 20)
