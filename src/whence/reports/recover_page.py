@@ -75,8 +75,11 @@ def _how(recovery: Recovered) -> list[str]:
     if recovery.learned is None:
         return [about]
     right = _expected(recovery.scores[recovery.numbers])
-    about += f" Expected members: {right} of them, {members_text(recovery)} in all."
-    return [about, f"Shadow: {recovery.settings['shadow']}."] if "shadow" in recovery.settings else [about]
+    about += f" Trained on: about {right} of them, {members_text(recovery)} in all."
+    if "shadow" not in recovery.settings:
+        return [about]
+    shadow = recovery.settings["shadow"]
+    return [about, f"Probabilities are from a shadow, a model trained here on known rows: {shadow}."]
 
 
 def _expected(scores: Tensor) -> str:
@@ -87,7 +90,7 @@ def _facts(recovery: Recovered, command: str | None) -> dict[str, str]:
     facts = dict(recovery.settings)
     if recovery.learned is not None:
         by = recovery.learned.calibration
-        facts["calibration"] = f"{by.share:.1%} members, ridge {by.ridge:g}"
+        facts["calibration"] = f"{by.share:.1%} of its rows trained on, ridge {by.ridge:g}"
     return facts if command is None else facts | {"command": command}
 
 
@@ -185,7 +188,7 @@ def _scores(recovery: Recovered) -> str:
     if null is not None:
         caption += f" The line: {number_of(len(null), 'row')} that the shadow was not trained on, where this corpus "
         caption += "has such rows."
-        key += '<i class="null"></i>known not to be members'
+        key += '<i class="null"></i>known not to be trained on'
     if lost := len(known) - len(scores):
         caption += f" {number_of(lost, 'row is', 'rows are')} without evidence."
     drawn = _histogram(scores, is_chosen, null, is_probability=recovery.learned is not None)

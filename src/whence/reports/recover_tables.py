@@ -25,7 +25,8 @@ def recover_tables(recovery: Recovered) -> RenderableType:
     head = f"{len(recovery.rows):,} of {number_of(len(recovery.scores), 'row')}, by {settings['method']}"
     parts.append(Text(head, "bold"))
     if recovery.learned is not None:
-        parts.append(Text(f"Shadow: {settings['shadow']}. Expected members in all: {members_text(recovery)}.", "dim"))
+        shadow = f"Probabilities are from a shadow, a model trained here on known rows: {settings['shadow']}."
+        parts.append(Text(f"{shadow} Rows trained on, in all: about {members_text(recovery)}.", "dim"))
     if recovery.mixture:
         parts.append(_mixture(recovery))
     if recovery.rows:
@@ -74,7 +75,7 @@ def _rows(recovery: Recovered) -> Table:
     """The first rows and the last."""
     table = plain_table()
     is_probability = recovery.learned is not None
-    for name in ("rank", "probability" if is_probability else "score", "p"):
+    for name in ("rank", "probability" if is_probability else "score", "p-value"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("row", overflow="ellipsis")
     count = len(recovery.rows)
