@@ -553,7 +553,7 @@ def test_what_is_wrong_in_a_table_is_told_by_row_and_column(tmp_path, cells, tol
         ),
         ([{"id": 1, "a": 0.5, "b": 0.5}] * 2, [{"id": 1, "x": 3}], "row 1: id 1 is there twice; before at row 0"),
         ([{"a": 0.5, "b": 0.5}] * 2, [{"x": 3}], "2 rows of mixtures and 1 of losses, without a column index, id or"),
-        ([{"a": 1.0}], [{"x": 3}], "1 mixtures of 1 domains"),
+        ([{"a": 1.0}], [{"x": 3}], "1 mixture of 1 domain"),
         ([], None, "no rows"),
         ([{"a": 0.5, "metric/x": 1}], None, "no column of shares begins with train_ or mixture/ or weights/. Columns"),
         ([{"train_a": 0.5, "train_b": 0.5}], None, "or give --losses FILE, or say how they begin: --loss-prefix TEXT"),

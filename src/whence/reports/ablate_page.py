@@ -140,7 +140,8 @@ def _heat_map(grid: _Grid) -> str:
         "best of each column. Ordered by the mean difference, at the right."
     )
     if rest := len(grid.order) - len(rows):
-        caption += f" Not shown: {number_of(rest, 'more mixture')} of larger mean loss."
+        more = number_of(rest, "more mixture of larger mean loss is", "more mixtures of larger mean loss are")
+        caption += f" {more} not shown."
         caption += " -o FILE writes all."
     head = heat_head([*grid.sets, "mean, nats"], "mixture", "shares")
     drawn = f'<div class="heat">{table(head, lines, stacks=False)}</div>'
