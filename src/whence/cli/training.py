@@ -122,7 +122,7 @@ def _training(run: Path) -> str:
     first, final = (math.fsum(part) / some if losses else math.nan for part in (losses[:some], losses[-some:]))
     few = "first and last steps" if some == 1 else "first and last tenth of the steps"
     return (
-        f"Trained on {number_of(record['rows'], 'row')} in {number_of(last.step, 'step')} of "
+        f"Trained on {number_of(record['rows'], 'row')} in {number_of(last.step or 0, 'step')} of "
         f"{record['batch_size']:,}: the loss went from {first:.3f} to {final:.3f} nats a token ({few})"
     )
 
