@@ -87,7 +87,7 @@ def measured(options: argparse.Namespace, name: str, seed: int) -> dict[str, obj
     model = train(base, [rows[number] for number in members], work / "run", max_tokens=options.longest, checkpoints=1,
                   seed=seed + 100, progress=False, **RECIPES[name])  # fmt: skip
     trained = time.perf_counter() - start
-    given = {"shown": False, "mixture": "none", "max_tokens": options.longest, "seed": seed}
+    given = {"progress": False, "mixture": "none", "max_tokens": options.longest, "seed": seed}
     start = time.perf_counter()
     found = recover(base, model, rows, work=work / "guessed", **given)
     seconds = time.perf_counter() - start

@@ -230,7 +230,7 @@ def test_truth_of_other_rows_of_the_same_size_is_trained_anew(pool, corpus, held
     from whence.ablation import pipeline as ablation
 
     pool = replace(pool, members={name: replace(member, digest=None) for name, member in pool.members.items()})
-    asked = {"mixtures": [{"a": 1.0}], "truth": True, "shown": False}
+    asked = {"mixtures": [{"a": 1.0}], "truth": True, "progress": False}
     before = ablate(pool, held, corpus=corpus, **asked)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     first = next(row for row in rows if row["source"] == "a")

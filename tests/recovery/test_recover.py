@@ -255,7 +255,7 @@ def test_frozen_layers_are_not_scored_silently(base, tmp_path):
     head.data.add_(0.01)
     loaded.model.save_pretrained(tmp_path / "final")
     byte_tokenizer().save_pretrained(tmp_path / "final")
-    with pytest.raises(ModelError, match=r"none of the .* traced layers differs"):
+    with pytest.raises(ModelError, match=r"none of the traced layers .* differs"):
         recover(base, tmp_path / "final", ROWS, count=2, method="ghost", work=tmp_path / "work", progress=False)
     found = recover(base, tmp_path / "final", ROWS, count=2, method="ghost", layers="lm_head", work=tmp_path / "head",
                     progress=False, width=64)  # fmt: skip
@@ -316,7 +316,7 @@ def test_features_are_standardised_in_units_that_outliers_do_not_move():
 
 def test_calibration_refuses_what_it_cannot_do():
     values = torch.randn(40, 2)
-    with pytest.raises(SettingError, match="3 members and 37 others are known"):
+    with pytest.raises(SettingError, match="known members: 3, others: 37"):
         calibrate(table(values), torch.arange(40) < 3)
     found = calibrate(table(values), torch.arange(40) < 15)
     with pytest.raises(SettingError, match="are not those calibrated"):
@@ -477,7 +477,7 @@ def even_labels(base, final, rows, asked, tmp_path):
 def test_real_checkpoints_are_points_on_the_way(base, tmp_path):
     part = [ROWS[n] for n in MEMBERS]
     run = train(base, part, tmp_path / "run", optimizer="sgd", lr=0.05, **QUICK | {"checkpoints": 3})
-    options = {"count": 15, "max_tokens": 32, "width": 64, "shown": False, "checkpoints": "all", "epochs": 3.0,
+    options = {"count": 15, "max_tokens": 32, "width": 64, "progress": False, "checkpoints": "all", "epochs": 3.0,
                "batch_size": 4, "optimizer": "sgd", "lr": 0.05}  # fmt: skip
     found = recover(base, run, ROWS, work=tmp_path / "work", **options)
     names = [file.name for file in (tmp_path / "work" / "evidence").iterdir()]
@@ -504,7 +504,7 @@ def test_rows_that_the_vocabulary_cannot_spell_are_refused(base, final, tmp_path
 
 
 def test_rounds_come_nearer_to_the_final_and_take_off_what_is_no_gradient(base, final, tmp_path):
-    options = {"count": 15, "max_tokens": 32, "width": 512, "shown": False, "epochs": 3.0, "batch_size": 4,
+    options = {"count": 15, "max_tokens": 32, "width": 512, "progress": False, "epochs": 3.0, "batch_size": 4,
                "method": "nnls", "work": tmp_path, "optimizer": "sgd", "lr": 0.05}  # fmt: skip
     plain = recover(base, final, ROWS, **options)
     found = recover(base, final, ROWS, rounds=2, **options)
@@ -541,7 +541,7 @@ def test_moments_rows_and_decay_change_the_target_and_still_find(base, tmp_path)
     """Adam, with decay: every view of the target finds members, and tells the directory that it is another."""
     part = [ROWS[n] for n in MEMBERS]
     final = train(base, part, tmp_path / "run", lr=3e-3, weight_decay=0.1, **QUICK)
-    options = {"count": 15, "method": "row_cosine", "max_tokens": 32, "width": 64, "shown": False}
+    options = {"count": 15, "method": "row_cosine", "max_tokens": 32, "width": 64, "progress": False}
     scores = {}
     for undo in ("none", "moments", "rows"):
         found = recover(base, final, ROWS, work=tmp_path / undo, undo=undo, **options)
@@ -556,7 +556,7 @@ def test_moments_rows_and_decay_change_the_target_and_still_find(base, tmp_path)
 
 
 def test_undoing_needs_what_it_undoes_by(base, final, adapter, tmp_path):
-    options = {"count": 5, "method": "row_cosine", "work": tmp_path, "shown": False}
+    options = {"count": 5, "method": "row_cosine", "work": tmp_path, "progress": False}
     with pytest.raises(SettingError, match="--undo adam: choose one of none, moments, rows"):
         recover(base, final, ROWS, undo="adam", **options)
     with pytest.raises(ModelError, match=r"optimizer.*\. --undo rows and --undo none need no optimizer file\.$"):
