@@ -8,50 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = (
-    "",
-    "demo",
-    "train",
-    "index",
-    "trace",
-    "select",
-    "recover",
-    "evaluate",
-    "evaluate selection",
-    "evaluate join",
-    "pool",
-    "pool train",
-    "pool merge",
-    "pool verify",
-    "ablate",
-    "mix",
-    "mix law",
-    "mix suggest",
-    "info",
-    "verify",
-    "append",
-    "bench",
-)
-
 ASK_ALL = """
-import sys
+from typer.main import get_command
 from whence.cli.app import app
-for verb in sys.argv[1:]:
-    app([*verb.split(), "--help"], prog_name="whence", standalone_mode=False)
-    print(end=chr(0), flush=True)
+
+def ask(command, path):
+    print(chr(0), *path)
+    app([*path, "--help"], prog_name="whence", standalone_mode=False)
+    for name, nested in getattr(command, "commands", {}).items():
+        ask(nested, [*path, name])
+
+ask(get_command(app), [])
 """
-"""One process for all verbs: to start one takes longer than to print its help."""
+"""One process for all commands, in the order of `whence --help`: to start one takes longer than to print its help."""
 
 
 def help_pages() -> str:
-    """Every verb's `--help`, 100 columns wide."""
+    """The `--help` of every command and nested command, 100 columns wide."""
     plain = os.environ | {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "TERMINAL_WIDTH": "100"}
     pages = ["# The command line\n\nWritten by `docs/make_cli.py` from `--help`.\n"]
-    command = [sys.executable, "-c", ASK_ALL, *VERBS]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout.split("\0")
-    for verb, out in zip(VERBS, printed[:-1], strict=True):
-        text = "\n".join(line.rstrip() for line in out.strip().splitlines())
-        pages.append(f"## whence {verb}".rstrip() + f"\n\n```\n{text}\n```\n")
+    command = [sys.executable, "-c", ASK_ALL]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
+    for page in printed.split("\0")[1:]:
+        name, *lines = page.splitlines()
+        text = "\n".join(line.rstrip() for line in lines).strip()
+        pages.append(f"## whence{name}".rstrip() + f"\n\n```\n{text}\n```\n")
     return "\n".join(pages)
 
 

@@ -88,7 +88,7 @@ class Prepared:
         corpus = open_corpus(candidates)
         fingerprint = fingerprint_of(corpus)
         self.corpus: Corpus = labelled(self.case, corpus, Place.at(self.work / "labels"), fingerprint, self.settings,
-                                       shown=False)  # fmt: skip
+                                       progress=False)  # fmt: skip
         self.rows = [example.row for example in self.corpus]
         self._seen: CorpusEvidence | None = None
         self._calibrated: Tensor | None = None
@@ -98,7 +98,7 @@ class Prepared:
         """Evidence of the candidates."""
         if self._seen is None:
             place = Place.at(self.work / "evidence")
-            self._seen = gather_evidence(self.case, self.corpus, place, fingerprint_of(self.corpus), shown=False)
+            self._seen = gather_evidence(self.case, self.corpus, place, fingerprint_of(self.corpus), progress=False)
         return self._seen
 
     @property
@@ -107,7 +107,7 @@ class Prepared:
         if self._calibrated is None:
             known = build_calibration_set(self.case, self.corpus, self.settings, self.work, count=CHOSEN,
                                           rows=len(self.rows))  # fmt: skip
-            learned = calibrate_on_shadow(known, self.settings, self.work, shown=False)
+            learned = calibrate_on_shadow(known, self.settings, self.work, progress=False)
             self._calibrated = learned.calibration.log_odds(features(self.seen)).float()
         return self._calibrated
 

@@ -60,7 +60,7 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     model = train(base, trained, work / "run", epochs=2, batch_size=16, max_tokens=LONGEST, checkpoints=1, seed=seed,
                   progress=False, **KINDS[kind])  # fmt: skip
     case, corpus = open_case(base, str(model), RecoverSettings(max_tokens=LONGEST, seed=seed)), open_corpus(pool)
-    seen = gather_evidence(case, corpus, Place.at(work / "evidence"), fingerprint_of(corpus), shown=False)
+    seen = gather_evidence(case, corpus, Place.at(work / "evidence"), fingerprint_of(corpus), progress=False)
     sources = [row["source"] for row in pool]
     numbers, tokens = {json.dumps(row, sort_keys=True) for row in trained}, dict.fromkeys(shares, 0)
     for row, count in zip(pool, seen.points["final"].tokens.tolist(), strict=True):
@@ -72,6 +72,6 @@ def measured(options: argparse.Namespace, kind: str, seed: int) -> dict[str, obj
     calibration_set = build_calibration_set(case, corpus, settings, work, count=TRAINED, rows=len(pool))
     start = time.perf_counter()
     found = shares_of_sources(case, corpus, seen, sources, calibration_set.shadow.recipe, work / "sources", how="runs",
-                              count=TRAINED, seed=seed, shown=False)  # fmt: skip
+                              count=TRAINED, seed=seed, progress=False)  # fmt: skip
     optimizer = calibration_set.shadow.recipe.optimizer
     return told | {"by runs": found, "seconds": time.perf_counter() - start, "optimizer": optimizer}

@@ -124,12 +124,12 @@ def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Poi
         return None if bases is None else bases.subset(everything, {DIFFERENCE: f"{cell.name}, {part}"})
 
     seen = gather_evidence(cell.case, corpus, Place.at(cell.work / "evidence"), fingerprint_of(corpus),
-                           base=known("model"), shown=False)  # fmt: skip
+                           base=known("model"), progress=False)  # fmt: skip
     looked = time.perf_counter() - start
     found = {name: marks(method_scores(seen, name, count=options.planted, seed=cell.settings.seed), cell.is_member)
              for name in SCORES}  # fmt: skip
     start = time.perf_counter()
-    learned = calibrate_on_shadow(cell.calibration_set, cell.settings, cell.work, base=known("shadow"), shown=False)
+    learned = calibrate_on_shadow(cell.calibration_set, cell.settings, cell.work, base=known("shadow"), progress=False)
     table = features(seen)
     odds = learned.calibration.log_odds(table, share=options.planted / options.rows)
     p_values = p_values_of(learned.calibration.log_odds(table).float(), learned.others)

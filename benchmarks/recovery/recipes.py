@@ -87,7 +87,7 @@ def measured(options: argparse.Namespace, name: str, seed: int) -> dict[str, obj
     model = train(base, [rows[number] for number in members], work / "run", max_tokens=options.longest, checkpoints=1,
                   seed=seed + 100, progress=False, **RECIPES[name])  # fmt: skip
     trained = time.perf_counter() - start
-    given = {"shown": False, "mixture": "none", "max_tokens": options.longest, "seed": seed}
+    given = {"progress": False, "mixture": "none", "max_tokens": options.longest, "seed": seed}
     start = time.perf_counter()
     found = recover(base, model, rows, work=work / "guessed", **given)
     seconds = time.perf_counter() - start
@@ -132,8 +132,10 @@ def as_before(options: argparse.Namespace, found, rows: list[dict], model: str, 
     settings = RecoverSettings(max_tokens=options.longest, seed=seed, mixture="none", **USUAL)
     case, corpus = open_case(str(Path(options.model).resolve()), model, settings), open_corpus(rows)
     known = build_calibration_set(case, corpus, settings, work, count=options.rows // 10, rows=options.rows)
-    evidence = gather_evidence(with_points_of(case, known.case), corpus, Place.at(work / "evidence"),
-                               fingerprint_of(corpus), others={SHADOW_DIFFERENCE: known.case}, shown=False)  # fmt: skip
+    place, others = Place.at(work / "evidence"), {SHADOW_DIFFERENCE: known.case}
+    evidence = gather_evidence(
+        with_points_of(case, known.case), corpus, place, fingerprint_of(corpus), others=others, progress=False
+    )
     calibration = found.learned.calibration
     odds, share = calibration.log_odds(features(evidence)), calibration.share
     for _ in range(100):

@@ -104,7 +104,7 @@ def recovered(base: Path, final: Path, work: Path, layers: str | None) -> dict[s
 
     def call(layers: str | None, **options: Any) -> Any:
         shutil.rmtree(work, ignore_errors=True)
-        return whence.recover(base, final, rows, count=3, work=work, shown=False, method="ghost", layers=layers,
+        return whence.recover(base, final, rows, count=3, work=work, progress=False, method="ghost", layers=layers,
                               mixture="none", **options)  # fmt: skip
 
     result, outcome = followed(call, layers)

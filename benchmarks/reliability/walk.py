@@ -1,8 +1,8 @@
 """Every verb on tiny data, as a first-time user meets it: what its last line says, and how its pages look.
 
-    .venv/bin/python benchmarks/reliability/walk.py FOLDER               # the last line of each, piped
-    .venv/bin/python benchmarks/reliability/walk.py FOLDER --all         # and in terminals of 80 and 120 columns
-    .venv/bin/python benchmarks/reliability/walk.py FOLDER --screens     # pictures of each page into FOLDER/screens
+    .venv/bin/python benchmarks/reliability/walk.py FOLDER            # the last line of each, piped
+    .venv/bin/python benchmarks/reliability/walk.py FOLDER --all      # and in terminals of 80 and 120 columns
+    .venv/bin/python benchmarks/reliability/walk.py FOLDER --screens  # pictures of each page, into FOLDER/piped/screens
 
 The models are random and have two layers: what the numbers say is chance, that they are said is the point. Pictures
 are of 390 and 1280 pixels, light and dark, and need Chromium. Words that break inside, and columns that are cut, are

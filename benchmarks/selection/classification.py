@@ -155,7 +155,7 @@ def stage_table(options: argparse.Namespace) -> None:
         work=options.work / "cells",
         recipe=RECIPE,
         seeds=options.seeds,
-        progress=lambda line: print(line, flush=True),
+        say=lambda line: print(line, flush=True),
     )
     chosen = {
         name: [shares(json.loads(choice_file(options, way, seed).read_text())) for seed in options.seeds]

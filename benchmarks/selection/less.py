@@ -193,7 +193,7 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
         work=cells,
         recipe=RECIPE,
         seeds=options.seeds,
-        progress=lambda line: print(line, flush=True),
+        say=lambda line: print(line, flush=True),
     )
     keep(options, f"table {fraction:g}", {"tokens_budget": budget, "recipe": asdict(RECIPE), "lines": table.rows()})
     for line in table.lines:

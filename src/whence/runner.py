@@ -19,6 +19,7 @@ from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 
+from whence.counts import number_of
 from whence.errors import JobError, SettingError
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,8 @@ def _with_retries(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int
             reason = _first_line(error)
             if attempt == retries:
                 raise JobError(
-                    f"{job} failed {retries + 1} times, the last time with: {reason}. What was finished is kept; "
-                    "the same command goes on from there."
+                    f"{job} failed {number_of(retries + 1, 'time')}, the last time with: {reason}. What was "
+                    "finished is kept; the same command goes on from there."
                 ) from error
             logger.warning("%s failed (%s); trying again", job, reason)
             time.sleep(2**attempt / 4)

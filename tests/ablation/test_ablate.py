@@ -59,7 +59,7 @@ def held(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(parent, corpus, tmp_path_factory):
-    return train_pool(parent, corpus, tmp_path_factory.mktemp("ablation") / "pool", shown=False, **QUICK)
+    return train_pool(parent, corpus, tmp_path_factory.mktemp("ablation") / "pool", progress=False, **QUICK)
 
 
 def test_a_pool_has_a_member_for_each_partition_trained_on_equal_budgets(pool, parent):
@@ -85,23 +85,23 @@ def test_a_stopped_pool_goes_on_and_new_partitions_join(parent, corpus, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(job, "train_model", stop)
         with pytest.raises(KeyboardInterrupt):
-            train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK)
+            train_pool(parent, corpus, tmp_path / "pool", progress=False, **QUICK)
     half = open_pool(tmp_path / "pool")
     assert half.partitions == ["a", "b"]
     monkeypatch.setattr(
         job, "train_model", lambda *given, **more: made.append(given[2].name) or trained(*given, **more)
     )
     more = [*ROWS, *({"id": f"d{n}", "source": "d", "text": f"ddd {n} ddd"} for n in range(8))]
-    whole = train_pool(parent, more, tmp_path / "pool", shown=False, **QUICK)
+    whole = train_pool(parent, more, tmp_path / "pool", progress=False, **QUICK)
     assert whole.partitions == ["a", "b", "c", "d"]
     assert made == [slug(name) for name in "abcd"], "each was trained once"
     assert all(whole.members[name] == half.members[name] for name in "ab")
     with pytest.raises(ManifestMismatchError, match=r"trained with lr 0\.005, not 0\.001"):
-        train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK | {"lr": 1e-3})
+        train_pool(parent, corpus, tmp_path / "pool", progress=False, **QUICK | {"lr": 1e-3})
 
 
 def test_a_resumed_pool_is_the_same_pool(pool, parent, corpus, tmp_path):
-    again = train_pool(parent, corpus, tmp_path / "pool", shown=False, **QUICK)
+    again = train_pool(parent, corpus, tmp_path / "pool", progress=False, **QUICK)
     assert {name: member.sha256 for name, member in again.members.items()} == {
         name: member.sha256 for name, member in pool.members.items()
     }
@@ -120,7 +120,7 @@ def by_hand(model, rows, longest=32):
 
 
 def test_losses_are_those_of_written_models(pool, held, tmp_path):
-    found = ablate(pool, held, shown=False)
+    found = ablate(pool, held, progress=False)
     cells = {(cell.mixture, cell.set): cell for cell in found.cells}
     for name, weights in (("a", {"a": 1.0}), ("a + c", {"a": 0.5, "c": 0.5}), ("all", dict.fromkeys("abc", 1 / 3))):
         model = load_model(write_merged(pool, weights, tmp_path / name.replace(" ", "")), dtype="float32")
@@ -150,28 +150,28 @@ def test_losses_are_those_of_written_models(pool, held, tmp_path):
 
 
 def test_what_was_measured_is_not_measured_again(pool, held, monkeypatch):
-    first = ablate(pool, held, shown=False)
+    first = ablate(pool, held, progress=False)
     from whence.ablation import pipeline as ablation
 
     monkeypatch.setattr(ablation, "measure", lambda *given, **more: pytest.fail("it is kept"))
-    assert [cell.merged for cell in ablate(pool, held, shown=False).cells] == [cell.merged for cell in first.cells]
+    assert [cell.merged for cell in ablate(pool, held, progress=False).cells] == [cell.merged for cell in first.cells]
 
 
 def test_a_damaged_member_is_refused_and_its_losses_are_not_kept(pool, parent, corpus, held, tmp_path):
     """Losses used to be stored by the checksum that pool.json says, and were wrong after the member was mended too."""
     out = Path(shutil.copytree(pool.place.root, tmp_path / "pool"))
     shutil.rmtree(out / "losses", ignore_errors=True)
-    whole = [cell.merged for cell in ablate(pool, held, shown=False).cells]
+    whole = [cell.merged for cell in ablate(pool, held, progress=False).cells]
     files = [out / pool.members[name].file for name in "ab"]
     data = [file.read_bytes() for file in files]
     for file, wrong in zip(files, reversed(data), strict=True):
         file.write_bytes(wrong)
     with pytest.raises(ChecksumError, match="trains the member of the partition 'a' again"):
-        ablate(out, held, shown=False)
+        ablate(out, held, progress=False)
     for file in files:
         file.unlink()
-    train_pool(parent, corpus, out, shown=False, **QUICK)
-    assert [cell.merged for cell in ablate(out, held, shown=False).cells] == whole
+    train_pool(parent, corpus, out, progress=False, **QUICK)
+    assert [cell.merged for cell in ablate(out, held, progress=False).cells] == whole
 
 
 def test_a_member_that_is_not_finite_is_refused_each_time(pool, held, tmp_path):
@@ -183,7 +183,7 @@ def test_a_member_that_is_not_finite_is_refused_each_time(pool, held, tmp_path):
     replace(opened, members=opened.members | {"b": replace(opened.members["b"], **vars(written))}).write()
     for _ in range(2):
         with pytest.raises(ModelError, match="is not finite everywhere"):
-            ablate(out, held, shown=False)
+            ablate(out, held, progress=False)
 
 
 def test_stored_losses_that_were_edited_exchanged_or_never_checked_are_not_used(tmp_path):
@@ -206,7 +206,7 @@ def test_stored_losses_that_were_edited_exchanged_or_never_checked_are_not_used(
 def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, monkeypatch):
     mixtures = [{"name": "both", "weights": {"a": 0.5, "b": 0.5}}, {"a": 1.0}, {"b": 1.0}, {"c": 1.0},
                 {"a": 0.25, "c": 0.75, "budgets": 2}]  # fmt: skip
-    found = ablate(pool, held, mixtures=mixtures, truth=True, shown=False)
+    found = ablate(pool, held, mixtures=mixtures, truth=True, progress=False)
     cells = {(cell.mixture, cell.set): cell for cell in found.cells}
     for name in "ab":
         alone = cells[f"1 {name}", name]
@@ -222,7 +222,7 @@ def test_truth_is_the_model_that_is_trained_and_its_losses_are_kept(pool, held, 
     from whence.ablation import pipeline as ablation
 
     monkeypatch.setattr(ablation, "true_model", lambda *given, **more: pytest.fail("its losses are kept"))
-    again = ablate(pool, held, mixtures=mixtures, truth=True, shown=False)
+    again = ablate(pool, held, mixtures=mixtures, truth=True, progress=False)
     assert [cell.truth for cell in again.cells] == [cell.truth for cell in found.cells]
 
 
@@ -230,7 +230,7 @@ def test_truth_of_other_rows_of_the_same_size_is_trained_anew(pool, corpus, held
     from whence.ablation import pipeline as ablation
 
     pool = replace(pool, members={name: replace(member, digest=None) for name, member in pool.members.items()})
-    asked = {"mixtures": [{"a": 1.0}], "truth": True, "shown": False}
+    asked = {"mixtures": [{"a": 1.0}], "truth": True, "progress": False}
     before = ablate(pool, held, corpus=corpus, **asked)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     first = next(row for row in rows if row["source"] == "a")
@@ -266,7 +266,7 @@ def test_over_sets_candidates_are_what_is_drawn_anew():
 
 def test_rows_without_a_token_are_in_no_interval(pool):
     held = EvalSet("a", ({"text": "aaa 1 aaa 2"}, {"text": None}, {"text": "aaa 3 a"}, {"text": ""}))
-    cell = ablate(pool, [held], mixtures=[{"a": 1.0}], shown=False).cells[0]
+    cell = ablate(pool, [held], mixtures=[{"a": 1.0}], progress=False).cells[0]
     assert math.isfinite(cell.low) and cell.low <= cell.merged <= cell.high
 
 
@@ -281,8 +281,8 @@ def test_files_are_partitions_where_that_is_asked(parent, tmp_path):
         rows = [{"id": row["id"], "text": row["text"]} for row in ROWS if row["source"] == letter]
         (tmp_path / f"{letter}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(CorpusError, match="no 'source' to partition by"):
-        train_pool(parent, tmp_path, tmp_path / "pool", shown=False, **QUICK)
-    made = train_pool(parent, tmp_path, tmp_path / "pool", by="file", shown=False, **QUICK)
+        train_pool(parent, tmp_path, tmp_path / "pool", progress=False, **QUICK)
+    made = train_pool(parent, tmp_path, tmp_path / "pool", by="file", progress=False, **QUICK)
     assert made.partitions == ["a", "b"] and {member.rows for member in made.members.values()} == {9}
     assert made.members["a"].size == sum(part.tokens for part in [read_partitions(
         parent, open_corpus(tmp_path / "a.jsonl"), PoolSettings(by="file", max_tokens=32))["a"]])  # fmt: skip
@@ -291,20 +291,20 @@ def test_files_are_partitions_where_that_is_asked(parent, tmp_path):
 def test_a_partition_whose_rows_have_changed_is_refused(parent, pool, corpus, held, tmp_path):
     changed = [row | {"text": row["text"][::-1]} if row["id"] == "b3" else row for row in ROWS]
     with pytest.raises(ManifestMismatchError, match="9 rows of the partition b are not the 9 that the member"):
-        train_pool(parent, changed, pool.place.root, shown=False, **QUICK)
+        train_pool(parent, changed, pool.place.root, progress=False, **QUICK)
     with pytest.raises(ManifestMismatchError, match="rows of the partition b are not"):
-        ablate(pool, held, corpus=changed, shown=False)
+        ablate(pool, held, corpus=changed, progress=False)
     (tmp_path / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     moved = replace(pool, corpus=str(tmp_path / "changed.jsonl"))
     with pytest.raises(ManifestMismatchError, match="rows of the partition b are not"):
-        ablate(moved, held, truth=True, shown=False)
-    found = ablate(moved, held, shown=False)  # averages need no corpus
+        ablate(moved, held, truth=True, progress=False)
+    found = ablate(moved, held, progress=False)  # averages need no corpus
     assert any("has other rows than members were trained on: no n-gram" in note for note in found.notes)
     assert {cell.ngram for cell in found.cells} == {None}
     less = [row for row in ROWS if row["source"] != "c"]
     with pytest.raises(SettingError, match="--truth: the corpus has no row of the partition c"):
-        ablate(pool, held, mixtures=[{"c": 1.0}], truth=True, corpus=less, shown=False)
-    found = ablate(pool, held, mixtures=[{"c": 1.0}], corpus=less, shown=False)
+        ablate(pool, held, mixtures=[{"c": 1.0}], truth=True, corpus=less, progress=False)
+    found = ablate(pool, held, mixtures=[{"c": 1.0}], corpus=less, progress=False)
     assert any("no row of the partition c: no n-gram" in note for note in found.notes)
 
 
@@ -341,8 +341,8 @@ def test_long_texts_are_read_in_windows_that_do_not_overlap(parent):
 
 
 def test_adapters_make_a_pool_too(parent, corpus, held, tmp_path):
-    pool = train_pool(parent, corpus, tmp_path / "pool", shown=False, lora_rank=2, **QUICK)
-    found = ablate(pool, held, shown=False)
+    pool = train_pool(parent, corpus, tmp_path / "pool", progress=False, lora_rank=2, **QUICK)
+    found = ablate(pool, held, progress=False)
     alone = {cell.mixture: cell.merged for cell in found.cells if cell.set == "a"}
     assert alone["a"] < min(alone["b"], alone["c"])
 
@@ -377,21 +377,21 @@ def test_mistakes_are_told(pool, parent, corpus, held, tmp_path):
         ([{"name": "x", "a": 1.0}, {"name": "x", "b": 1.0}], "two mixtures are called 'x'"),
     ):
         with pytest.raises(SettingError, match=said):
-            ablate(pool, held, mixtures=mixtures, shown=False)
+            ablate(pool, held, mixtures=mixtures, progress=False)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": null}\n')
     with pytest.raises(CorpusError, match="the evaluation set empty has no text"):
-        ablate(pool, empty, shown=False)
+        ablate(pool, empty, progress=False)
     with pytest.raises(SettingError, match="there is a set a already"):
         read_sets([held, held / "a.jsonl"])
     with pytest.raises(MissingIndexError, match="no pool here"):
-        ablate(tmp_path / "none", held, shown=False)
+        ablate(tmp_path / "none", held, progress=False)
     with pytest.raises(CorpusError, match="has no 'topic' to partition by"):
-        train_pool(parent, corpus, tmp_path / "other", by="topic", shown=False)
+        train_pool(parent, corpus, tmp_path / "other", by="topic", progress=False)
     with pytest.raises(SettingError, match="two or more are expected, to be mixed"):
-        train_pool(parent, [row for row in ROWS if row["source"] == "a"], tmp_path / "one", shown=False, **QUICK)
+        train_pool(parent, [row for row in ROWS if row["source"] == "a"], tmp_path / "one", progress=False, **QUICK)
     lost = replace(pool, corpus=None)
     with pytest.raises(SettingError, match="does not know its corpus any more"):
-        ablate(lost, held, truth=True, shown=False)
+        ablate(lost, held, truth=True, progress=False)
     with pytest.raises(SettingError, match="--warmup-steps 48"):
         PoolSettings(warmup_steps=48)

@@ -64,7 +64,7 @@ def made(tmp_path_factory):
         for seed, partition in enumerate("abc"):
             member = perturbed(parent, place / f"{name}-{partition}", seed)
             pool = pool.with_member(partition, member, dtype="float32", tokens=200, rows=9)
-        collect(pool, tokens=ASKED, shown=False)
+        collect(pool, tokens=ASKED, progress=False)
         pools[name] = pool
     return pools
 
@@ -186,10 +186,12 @@ def test_one_member_alone_is_that_member_and_memory_is_as_disk(made, tmp_path):
 def test_adapters_are_averaged_with_their_base(tmp_path):
     """Of adapted layers the least squares; what no adapter touches is the parent's."""
     rows = [row for row in ROWS if row["source"] in "ab"]
-    pool = train_pool(save_tiny_llama(tmp_path / "parent"), rows, tmp_path / "pool", shown=False, lora_rank=2, **QUICK)
+    pool = train_pool(
+        save_tiny_llama(tmp_path / "parent"), rows, tmp_path / "pool", progress=False, lora_rank=2, **QUICK
+    )
     with pytest.raises(SettingError, match="does not know its corpus any more"):
-        averaging(pool, "regmean", shown=False)
-    regmean = averaging(pool, "regmean", corpus=rows, alpha=1.0, shown=False)
+        averaging(pool, "regmean", progress=False)
+    regmean = averaging(pool, "regmean", corpus=rows, alpha=1.0, progress=False)
     half, start = {"a": 0.5, "b": 0.5}, pool.start()
     merged = dict(merged_tensors(pool, half, regmean=regmean))
     for name in start.files:
@@ -213,11 +215,11 @@ def test_matrices_are_collected_once_and_again_for_a_changed_member(made, tmp_pa
     pool, read = open_pool(tmp_path / "pool"), []
     real = job._collect_member
     monkeypatch.setattr(job, "_collect_member", lambda *given: read.append(given[3].name) or real(*given))
-    collect(pool, shown=False)
+    collect(pool, progress=False)
     assert read == [], "as many tokens as are there"
     verify_grams(pool)
     (tmp_path / "pool" / "grams" / "001.json").unlink()  # as after a kill
-    collect(pool, shown=False)
+    collect(pool, progress=False)
     assert read == ["b"]
     again = (tmp_path / "pool" / "grams" / "001.safetensors").read_bytes()
     assert again == (Path(made["llama"].place.root) / "grams" / "001.safetensors").read_bytes()
@@ -225,9 +227,9 @@ def test_matrices_are_collected_once_and_again_for_a_changed_member(made, tmp_pa
     changed = pool.with_member("b", written, dtype="float32", tokens=200, rows=pool.members["b"].rows)
     with pytest.raises(ManifestMismatchError, match=r"other weights than the member b has now. Collect them with"):
         open_grams(changed)
-    collect(changed, shown=False)
+    collect(changed, progress=False)
     assert read == ["b", "b"] and open_grams(changed)
-    collect(changed, tokens=60, shown=False)
+    collect(changed, tokens=60, progress=False)
     assert read[2:] == ["a", "b", "c"]
 
 
@@ -246,7 +248,7 @@ def test_broken_and_missing_files_are_told(made, tmp_path):
     member.write_bytes(data)
     file.unlink()
     with pytest.raises(ChecksumError, match=r"not what was written .* member of the partition 'c' again"):
-        collect(pool, shown=False)
+        collect(pool, progress=False)
     shutil.rmtree(tmp_path / "pool" / "grams")
     with pytest.raises(MissingIndexError, match=r"the member a has no matrices of inputs. Collect them with"):
         open_grams(pool)
@@ -259,7 +261,7 @@ def test_broken_and_missing_files_are_told(made, tmp_path):
         collect(pool, tokens=0)
     part = [row for row in ROWS if row["id"] != "a3"]
     with pytest.raises(ManifestMismatchError, match="its 8 rows of the partition a are not the 9 that the member"):
-        collect(made["llama"], part, tokens=30, shown=False)
+        collect(made["llama"], part, tokens=30, progress=False)
 
 
 # -- read as mixtures
@@ -269,11 +271,11 @@ def test_ablate_reads_mixtures_by_either_method(made):
     pool = made["llama"]
     mixtures = [{"a": 1.0}, {"b": 1.0}, MIXTURE]
     found = {
-        method: ablate(pool, SETS, mixtures=mixtures, method=method, shown=False) for method in ("mean", "regmean")
+        method: ablate(pool, SETS, mixtures=mixtures, method=method, progress=False) for method in ("mean", "regmean")
     }
     own = {method: [cell.merged for cell in one.cells] for method, one in found.items()}
     same = [a == b for a, b in zip(*own.values(), strict=True)]
     assert same == [True, True, False] * 2, "members alone are kept losses; the mixture is another model"
     assert "alpha 0.1" in found["regmean"].notes[-1] and "RegMean" not in " ".join(found["mean"].notes)
-    other = ablate(pool, SETS, mixtures=mixtures, method="regmean", alpha=0.9, shown=False)
+    other = ablate(pool, SETS, mixtures=mixtures, method="regmean", alpha=0.9, progress=False)
     assert other.cells[2].merged != found["regmean"].cells[2].merged

@@ -117,17 +117,17 @@ def test_a_pool_killed_at_random_points_ends_with_the_same_bytes(tmp_path):
 
 def test_a_member_whose_file_is_gone_is_trained_again(tmp_path):
     parent = save_tiny_llama(tmp_path / "parent")
-    pool = train_pool(parent, ROWS, tmp_path / "pool", shown=False, **QUICK)
+    pool = train_pool(parent, ROWS, tmp_path / "pool", progress=False, **QUICK)
     before = contents(tmp_path / "pool")
     (tmp_path / "pool" / pool.members["b"].file).unlink()
-    train_pool(parent, ROWS, tmp_path / "pool", shown=False, **QUICK)
+    train_pool(parent, ROWS, tmp_path / "pool", progress=False, **QUICK)
     assert contents(tmp_path / "pool") == before
 
 
 def test_a_trainers_directory_gives_its_last_checkpoint_as_the_parent(tmp_path):
     for step in (2, 10):
         save_tiny_llama(tmp_path / "run" / f"checkpoint-{step}", seed=step)
-    pool = train_pool(tmp_path / "run", ROWS, tmp_path / "pool", shown=False, **QUICK)
+    pool = train_pool(tmp_path / "run", ROWS, tmp_path / "pool", progress=False, **QUICK)
     assert pool.parent == str(tmp_path / "run" / "checkpoint-10")
     assert pool.partitions == ["a", "b", "c"]
 
@@ -136,7 +136,7 @@ def test_a_parent_that_is_no_whole_model_is_refused_before_anything_is_written(t
     save_tiny_llama(tmp_path / "parent")
     (tmp_path / "parent" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"there is no model\.safetensors or pytorch_model\.bin in it"):
-        train_pool(tmp_path / "parent", ROWS, tmp_path / "pool", shown=False, **QUICK)
+        train_pool(tmp_path / "parent", ROWS, tmp_path / "pool", progress=False, **QUICK)
     assert not (tmp_path / "pool").exists()
 
 

@@ -21,7 +21,7 @@ SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
 def pool(tmp_path_factory):
     place = tmp_path_factory.mktemp("suggesting")
     parent = str(save_tiny_llama(place / "parent"))
-    return train_pool(parent, ROWS, place / "pool", shown=False, **QUICK)
+    return train_pool(parent, ROWS, place / "pool", progress=False, **QUICK)
 
 
 def test_slopes_are_those_of_finite_differences(pool):
@@ -44,17 +44,17 @@ def test_slopes_are_those_of_finite_differences(pool):
 
 
 def test_a_suggestion_is_better_than_all_alike_and_within_its_caps(pool):
-    found = suggest(pool, SETS, steps=12, rate=1.0, shown=False)
+    found = suggest(pool, SETS, steps=12, rate=1.0, progress=False)
     assert sum(found.mixture.values()) == pytest.approx(1)
     mean = {name: sum(losses.values()) / 2 for name, losses in
             (("found", found.losses), ("uniform", found.uniform), ("parent", found.parent))}  # fmt: skip
     assert mean["found"] < mean["uniform"] and found.mixture.get("c", 0.0) < 1 / 3, "c helps neither set"
     assert len(found.steps) == 12 and found.steps[-1]["loss"] < found.steps[0]["loss"]
-    again = suggest(pool, SETS, steps=12, rate=1.0, shown=False)
+    again = suggest(pool, SETS, steps=12, rate=1.0, progress=False)
     assert again.mixture == found.mixture
-    held = suggest(pool, SETS, steps=12, rate=1.0, caps={"a": 0.2}, shown=False)
+    held = suggest(pool, SETS, steps=12, rate=1.0, caps={"a": 0.2}, progress=False)
     assert held.mixture["a"] <= 0.2 + 1e-9
-    only = suggest(pool, SETS, steps=12, rate=1.0, targets={"b": 1.0}, shown=False)
+    only = suggest(pool, SETS, steps=12, rate=1.0, targets={"b": 1.0}, progress=False)
     assert max(only.mixture, key=only.mixture.get) == "b" and only.alone == "b"
 
 
@@ -67,9 +67,9 @@ def test_mistakes_are_told(pool):
         ({"targets": {"a": 0.0}}, "weights of 0 or more are expected"),
     ):
         with pytest.raises(SettingError, match=said):
-            suggest(pool, SETS, shown=False, **options)
+            suggest(pool, SETS, progress=False, **options)
     with pytest.raises(CorpusError, match="the evaluation set e has no text"):
-        suggest(pool, [EvalSet("e", ({"text": None},))], steps=1, shown=False)
+        suggest(pool, [EvalSet("e", ({"text": None},))], steps=1, progress=False)
 
 
 def test_the_gain_over_all_alike_has_the_interval_of_a_bootstrap_over_rows():

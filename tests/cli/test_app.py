@@ -127,6 +127,9 @@ def test_help_of_index_lists_every_projection_and_codec(whence):
         (["trace", "i", "--promt", "x"], "No such option: --promt"),
         (["trce", "i"], "No such command 'trce'. Did you mean 'trace'? See: whence --help"),
         (["index", "m", "c", "-o", "i", "--seed", "x"], "Invalid value for '--seed'"),
+        (["trace", "i", "--span"], "Option '--span' requires an argument. See: whence trace --help"),
+        (["pool", "train", "--by"], "Option '--by' requires an argument. See: whence pool train --help"),
+        (["mix", "law", "t", "--json=1"], "Option '--json' does not take a value. See: whence mix law --help"),
     ],
 )
 def test_what_cannot_be_parsed_is_told_in_one_line(whence, arguments, told):
@@ -219,7 +222,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_nothing_is_written(whence, ti
     assert {
         "cut": "model.safetensors: not a readable safetensors file",
         "garbled": "model.safetensors: not a readable safetensors file",
-        "lacking": "1 weights are missing from its files",
+        "lacking": "its files lack 1 weight that",
         "tokenizer": "has ids up to 259, but the embedding of",
         "missing": "not a model directory",
         "file": "not a model directory",
@@ -260,7 +263,7 @@ def test_a_directory_that_is_no_index_is_left_alone(whence, tiny_llama, tiny_cor
 
 def test_other_settings_are_told(whence, tiny_llama, tiny_corpus, tiny_index):
     told = complaint(whence("index", tiny_llama, tiny_corpus, "-o", tiny_index, "--width", 8, "--codec", "int8"))
-    assert 'codec is "bfloat16" there, "int8" here' in told
+    assert '--codec is "bfloat16" there, "int8" here' in told
 
 
 def test_every_verb_that_asks_an_index_takes_where_its_model_and_tokenizer_go(whence, tiny_llama, tiny_index, tmp_path):
@@ -530,6 +533,7 @@ def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
     (out / "manifest.json").write_text("{}")
     broken = whence("verify", out, "--repair")
     assert (broken.code, "manifest.json" in broken.out) == (1, True)
+    assert broken.out.splitlines()[-1].endswith(f"Next: whence index MODEL CORPUS -o {out} --restart")
 
 
 def test_verify_exits_1_where_repair_cannot_mend(whence, tiny_llama, tmp_path):

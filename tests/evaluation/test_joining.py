@@ -28,20 +28,20 @@ SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
 def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("joining")
     parent = str(save_tiny_llama(place / "parent"))
-    pool = train_pool(parent, ROWS, place / "pool", shown=False, **QUICK)
+    pool = train_pool(parent, ROWS, place / "pool", progress=False, **QUICK)
     build_index(parent, ROWS, place / "index", max_tokens=32, progress=False)
     return pool, str(place / "index")
 
 
 def test_sums_and_changes_by_hand(made):
     pool, index = made
-    found = join(index, pool, SETS, methods=["influence", "bm25"], shown=False)
+    found = join(index, pool, SETS, methods=["influence", "bm25"], progress=False)
     assert len(found.points) == 2 * 3 * 2
     point = next(
         row for row in found.points if (row["method"], row["partition"], row["set"]) == ("influence", "b", "a")
     )
     mixtures = [{"name": "all", "weights": dict.fromkeys("abc", 1 / 3)}, {"name": "rest", "a": 0.5, "c": 0.5}]
-    losses = {cell.mixture: cell.merged for cell in ablate(pool, SETS[:1], mixtures=mixtures, shown=False).cells}
+    losses = {cell.mixture: cell.merged for cell in ablate(pool, SETS[:1], mixtures=mixtures, progress=False).cells}
     assert point["change"] == pytest.approx(losses["rest"] - losses["all"])
     view = open_view(index, "influence")
     targets, _ = targets_of(list(SETS[0].rows), view)
@@ -60,7 +60,7 @@ def test_sums_and_changes_by_hand(made):
 
 def test_a_partition_is_needed_by_its_own_set(made):
     pool, index = made
-    found = join(index, pool, SETS, methods=["bm25"], shown=False)
+    found = join(index, pool, SETS, methods=["bm25"], progress=False)
     for name in "ab":
         own = {row["partition"]: row["change"] for row in found.points if row["set"] == name}
         assert max(own, key=own.get) == name
@@ -68,7 +68,7 @@ def test_a_partition_is_needed_by_its_own_set(made):
 
 def test_the_plot_is_one_picture_of_all_points(made):
     pool, index = made
-    found = join(index, pool, SETS, methods=["influence", "bm25"], shown=False)
+    found = join(index, pool, SETS, methods=["influence", "bm25"], progress=False)
     picture = join_plot(found)
     assert picture.count("<circle") == len(found.points) + len(SETS) and "http" not in picture.split(">", 1)[1]
     assert "Spearman" in picture and picture.endswith("</svg>\n")
@@ -79,14 +79,14 @@ def test_every_unit_has_its_own_rows(tmp_path):
     long = {"id": "long", "source": "a", "text": "aaa " * 60}
     rows = [*ROWS[:4], long, *ROWS[4:]]
     parent = str(save_tiny_llama(tmp_path / "parent"))
-    pool = train_pool(parent, rows, tmp_path / "pool", shown=False, unit_tokens=200, **QUICK)
+    pool = train_pool(parent, rows, tmp_path / "pool", progress=False, unit_tokens=200, **QUICK)
     assert pool.partitions == ["a/0", "a/1", "b", "c"]
     build_index(parent, rows, tmp_path / "index", max_tokens=96, progress=False)
     with pytest.raises(SettingError, match="does not know its corpus any more; give it with --corpus"):
-        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], shown=False)
+        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], progress=False)
     with pytest.raises(ManifestMismatchError, match="rows of the partition a/0 are not the 9 that the member"):
-        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], shown=False)
-    found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, shown=False)
+        join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], progress=False)
+    found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, progress=False)
     view = open_view(str(tmp_path / "index"), "bm25")
     scores = build_scorer("bm25", 0, {})(view, targets_of(list(SETS[0].rows), view)[0])[0].double()
     lengths = [len(encoded.ids) for encoded in view.encoded()]
@@ -108,7 +108,7 @@ def test_a_partition_with_a_slash_in_its_name_is_no_unit(tmp_path):
     """Rows of `a` are not those of `a/b`."""
     rows = [row | {"source": {"a": "a", "b": "a/b", "c": "c"}[row["source"]]} for row in ROWS]
     parent = str(save_tiny_llama(tmp_path / "parent"))
-    pool = train_pool(parent, rows, tmp_path / "pool", shown=False, **QUICK)
+    pool = train_pool(parent, rows, tmp_path / "pool", progress=False, **QUICK)
     members = _row_shares(pool, CorpusView(open_corpus(rows)), None)
     for name, share in members.items():
         assert share.tolist() == [float(row["source"] == name) for row in rows]
@@ -120,8 +120,8 @@ def test_mistakes_are_told(made, tmp_path):
 
     two = replace(pool, members={name: pool.members[name] for name in "ab"})
     with pytest.raises(SettingError, match="2 members; to leave one out, three or more are expected"):
-        join(index, two, SETS, shown=False)
+        join(index, two, SETS, progress=False)
     part = [row for row in ROWS if row["source"] != "c"]
     build_index(pool.parent, part, tmp_path / "index", max_tokens=32, progress=False)
     with pytest.raises(SettingError, match="the index has no row of the partition c"):
-        join(open_index(tmp_path / "index"), pool, SETS, methods=["bm25"], shown=False)
+        join(open_index(tmp_path / "index"), pool, SETS, methods=["bm25"], progress=False)

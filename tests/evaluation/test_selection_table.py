@@ -52,7 +52,7 @@ def test_grades_are_those_of_a_loop(architecture):
 def test_a_table_has_every_method_and_the_gain_over_chance(parent, tmp_path):
     told = []
     table = evaluate_selection(
-        parent, methods(), GRADED, work=tmp_path / "work", recipe=QUICK, seeds=(0, 1), progress=told.append
+        parent, methods(), GRADED, work=tmp_path / "work", recipe=QUICK, seeds=(0, 1), say=told.append
     )
     assert [(line.task, line.method) for line in table.lines] == [
         (task, name) for task in GRADED for name in ("nothing", "first", "random")

@@ -269,7 +269,7 @@ def test_another_optimizer_file_is_refused_and_rows_stay(copy, tmp_path):
         index(copy, ROWS, tmp_path / "index", **ADAM)
     with pytest.raises(ManifestMismatchError, match="its optimizer file has digest"):
         append(tmp_path / "index", corpus_rows(5, first=20), progress=False)
-    with pytest.raises(ManifestMismatchError, match=r'space\.adam_mode is "torch" there, "less" here'):
+    with pytest.raises(ManifestMismatchError, match=r'--adam-mode is "torch" there, "less" here'):
         index(copy, ROWS, tmp_path / "index", **ADAM | {"adam_mode": "less"})
     (copy / "checkpoint-4" / "optimizer.pt").unlink()
     found = trace(tmp_path / "index", "5 and 3?", " yes", null=False)  # queries need no moments

@@ -96,7 +96,7 @@ def test_index_with_another_template_answers_by_it_without_the_file(dated, tmp_p
     (tmp_path / "plain.jinja").unlink()
     assert own_cosine(out) == ("3", 1)
     assert "date" not in Store.open(out).manifest.settings
-    with pytest.raises(ManifestMismatchError, match=r"chat_template is .* of digest .* there, not set here"):
+    with pytest.raises(ManifestMismatchError, match=r"--chat-template is .* of digest .* there, not given here"):
         index(dated, ROWS, out, **QUIET)
     with pytest.raises(ManifestMismatchError, match="its tokenizer has digest"):
         own_cosine(out, chat_template=DATED)

@@ -200,16 +200,16 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
     [
         (
             {"projection": "count_sketch"},
-            f'space.projection is "{default_projection("sgd")}" there, "count_sketch" here',
+            f'--projection is "{default_projection("sgd")}" there, "count_sketch" here',
         ),
-        ({"width": 3}, "space.width is 8 there, 3 here"),
-        ({"codec": "int8"}, 'codec is "bfloat16" there, "int8" here'),
-        ({"seed": 1}, "space.seed is 0 there, 1 here"),
-        ({"reduction": "sum"}, 'space.reduction is "mean" there, "sum" here'),
-        ({"layers": "*mlp*"}, 'space.layers is null there, "*mlp*" here'),
-        ({"max_tokens": 20}, "max_tokens is 96 there, 20 here"),
-        ({"tokens_per_batch": 64}, "tokens_per_batch is 4096 there, 64 here"),
-        ({"dtype": "bfloat16"}, 'dtype is null there, "bfloat16" here'),
+        ({"width": 3}, "--width is 8 there, 3 here"),
+        ({"codec": "int8"}, '--codec is "bfloat16" there, "int8" here'),
+        ({"seed": 1}, "--seed is 0 there, 1 here"),
+        ({"reduction": "sum"}, '--reduction is "mean" there, "sum" here'),
+        ({"layers": "*mlp*"}, '--layers is not given there, "*mlp*" here'),
+        ({"max_tokens": 20}, "--max-tokens is 96 there, 20 here"),
+        ({"tokens_per_batch": 64}, "--batch-tokens is 4096 there, 64 here"),
+        ({"dtype": "bfloat16"}, '--dtype is not given there, "bfloat16" here'),
     ],
 )
 def test_resuming_with_another_setting_names_it(tiny_llama, tiny_corpus, tiny_index, changed, told, caplog):
@@ -223,12 +223,17 @@ def test_resuming_with_another_setting_names_it(tiny_llama, tiny_corpus, tiny_in
 
 def test_resuming_with_other_files_names_them(tiny_llama, tiny_corpus, tiny_index, tmp_path):
     other = save_tiny_llama(tmp_path / "weights", seed=5)
-    with pytest.raises(ManifestMismatchError, match="checkpoint 0 digest is"):
+    with pytest.raises(
+        ManifestMismatchError,
+        match=r"settings: the model is \S+ \(digest \w{12}\) there, \S+/weights \(digest \w{12}\) here\. Use",
+    ):
         index(other, tiny_corpus, tiny_index, width=8, progress=False)
     chat = save_tiny_llama(tmp_path / "chat", chat=True)
-    with pytest.raises(ManifestMismatchError, match="tokenizer is"):
+    with pytest.raises(ManifestMismatchError, match="the tokenizer is of digest"):
         index(tiny_llama, tiny_corpus, tiny_index, width=8, tokenizer=str(chat), progress=False)
-    with pytest.raises(ManifestMismatchError, match=r"corpus 0 digest is.*corpus 0 rows is 20 there, 19 here"):
+    with pytest.raises(
+        ManifestMismatchError, match=r"the corpus is .*, rows 20\) there, 19 rows in memory \(.*, rows 19\) here"
+    ):
         index(tiny_llama, corpus_rows(19), tiny_index, width=8, progress=False)
     with pytest.raises(ManifestMismatchError, match="number of checkpoints is 1 there, 2 here"):
         index(save_tiny_run(tmp_path / "run"), tiny_corpus, tiny_index, width=8, checkpoints="all", progress=False)

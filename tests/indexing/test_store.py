@@ -1,5 +1,6 @@
 """The index on disk survives kills, flipped bytes and full disks, and its scans equal brute force."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from whence.errors import (
     StorageError,
 )
 from whence.indexing import codecs, scan
+from whence.indexing.directories import remedy
 from whence.indexing.manifest import Manifest
 from whence.indexing.repair import repair
 from whence.indexing.shards import ShardArrays, encoded
@@ -239,9 +241,9 @@ def test_resuming_with_other_settings_names_each(tmp_path):
     with pytest.raises(ManifestMismatchError) as caught:
         Store.resume(tmp_path / "index", other)
     for words in (
-        'codec is "float32" there, "int8" here',
+        '--codec is "float32" there, "int8" here',
         "projection.seed is 0 there, 7 here",
-        "checkpoint 1 step is 2 there, 3 here",
+        "checkpoint 2 is b (step 2) there, b (step 3) here",
         "--restart",
     ):
         assert words in str(caught.value)
@@ -424,6 +426,23 @@ def test_a_directory_in_place_of_a_file_is_a_storage_error(tmp_path):
         Store.open(tmp_path / "index")
 
 
+def test_a_file_that_may_not_be_read_is_not_written_anew(tmp_path, monkeypatch):
+    store = build(tmp_path / "index")
+    real, bad = LocalFileSystem.open, store.manifest.shards[0].file
+
+    def opened(self, path, *args, **kwargs):
+        if path.endswith(bad):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "open", opened)
+    (problem,) = problems_at(tmp_path / "index")
+    assert problem.is_forbidden and remedy("place", problem).startswith(f"chmod u+r place/{bad}, ")
+    before = contents(tmp_path / "index")
+    assert repair(store, arrays) == [f"{bad}: left alone, for it may not be read; allow that, and verify again"]
+    assert contents(tmp_path / "index") == before
+
+
 def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkeypatch):
     store = build(tmp_path / "index")
     real, bad = LocalFileSystem.open, store.manifest.parts[0].file
@@ -439,6 +458,7 @@ def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkey
     found = {problem.file: problem.what for problem in problems_at(tmp_path / "index")}
     shards = [store.manifest.shards[n].file for n in (0, -1)]
     assert found == {bad: "cannot be read: Input/output error", **dict.fromkeys(shards, "wrong checksum")}
+    assert not any(problem.is_forbidden for problem in problems_at(tmp_path / "index"))
     notes = repair(store, arrays)
     assert sum(f"its rows are in {bad}, which is wrong" in note for note in notes) == 1
     assert sum("recomputed, the same bytes" in note for note in notes) == 1
@@ -584,7 +604,7 @@ def test_an_incomplete_index_is_not_scanned(tmp_path):
     store = build(tmp_path / "index", upto=5)
     with pytest.raises(MissingIndexError, match="4 shards are missing"):
         store.top_k(torch.randn(2, 1, WIDTH), torch.ones(2), m=3)
-    with pytest.raises(SettingError, match="width 5"):
+    with pytest.raises(SettingError, match="vectors of 5 numbers under 2 checkpoints, where the index has"):
         build(tmp_path / "index").top_k(torch.randn(2, 1, 5), torch.ones(2), m=3)
 
 

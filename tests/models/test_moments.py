@@ -226,7 +226,11 @@ def test_a_file_of_another_model_names_the_parameter(copy, tmp_path):
     weight = content["state"][3]
     weight["exp_avg"] = torch.zeros(16, 5)
     torch.save(content, copy / "optimizer.pt")
-    refused(copy, "exp_avg number 3 has the shape [16, 5], model.layers.0.self_attn.v_proj.weight [8, 16]")
+    refused(
+        copy,
+        "its entry 3 has the shape [16, 5], where model.layers.0.self_attn.v_proj.weight has [8, 16]",
+        "own training",
+    )
     shutil.copy(copy.parent / "checkpoint-2" / "optimizer.pt", tmp_path / "kept")
     content["param_groups"][0]["params"] = content["param_groups"][0]["params"][:-1]
     torch.save(content, copy / "optimizer.pt")

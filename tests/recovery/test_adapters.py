@@ -40,10 +40,10 @@ def test_one_pass_over_the_base_gives_what_each_adapter_gives_alone(base, adapte
     corpus = open_corpus(ROWS)
     first, second = (case_of(base, adapter) for adapter in adapters)
     fingerprint = fingerprint_of(corpus)
-    alone = {name: gather_evidence(case, corpus, Place.at(tmp_path / name), fingerprint, shown=False).points["base"]
+    alone = {name: gather_evidence(case, corpus, Place.at(tmp_path / name), fingerprint, progress=False).points["base"]
              for name, case in (("first", first), ("second", second))}  # fmt: skip
     both = gather_evidence(first, corpus, Place.at(tmp_path / "both"), fingerprint, others={"second": second},
-                           shown=False).points["base"]  # fmt: skip
+                           progress=False).points["base"]  # fmt: skip
     assert not (tmp_path / "both" / "base").exists(), "it was not gathered alone"
     every = torch.arange(len(ROWS))
     for name, own in (("first", both), ("second", both.subset(every, {"difference": "second"}))):

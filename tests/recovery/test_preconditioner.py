@@ -46,5 +46,5 @@ def test_the_scale_of_rows_is_that_of_single_gradients(architecture):
 def test_nothing_supervised_is_told():
     model = worded("llama")
     rows = [encode({"prompt": "a", "completion": None}, model.tokenizer)]
-    with pytest.raises(SettingError, match="none of 1 rows has a supervised token"):
+    with pytest.raises(SettingError, match="none of 1 row has a supervised token"):
         scale_of_rows(model, model.layers(), rows)

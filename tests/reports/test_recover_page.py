@@ -109,9 +109,13 @@ def test_the_lead_the_notes_and_the_facts_are_told():
     found = recovered()
     told = words(recover_page(found, "whence recover before after 'my pool.jsonl'"))
     right, members = float(found.scores[found.numbers].sum()), float(found.scores.sum())
-    assert f"20 of 200 rows by calibrated. Expected members: {right:.0f} of them, {members:.0f} in all." in told
-    assert f"Shadow: {found.settings['shadow']}. The head did not move." in told
-    for fact in ("corpus pool.jsonl", "calibration 50.0% members, ridge 3", "command whence recover before after 'my"):
+    assert f"20 of 200 rows by calibrated. Trained on: about {right:.0f} of them, {members:.0f} in all." in told
+    assert f"a model trained here on known rows: {found.settings['shadow']}. The head did not move." in told
+    for fact in (
+        "corpus pool.jsonl",
+        "calibration 50.0% of its rows trained on, ridge 3",
+        "command whence recover before after 'my",
+    ):
         assert fact in told
     assert "command" not in words(recover_page(found))
 
@@ -191,7 +195,7 @@ def test_a_histogram_shows_shares_and_where_the_choice_ends():
 def test_without_a_null_none_is_drawn():
     found = recovered(null=None)
     page = recover_page(found)
-    assert 'class="null"' not in page and "known not to be members" not in page
+    assert 'class="null"' not in page and "known not to be trained on" not in page
 
 
 def test_rows_without_evidence_are_counted_and_break_nothing():

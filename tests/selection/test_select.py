@@ -138,9 +138,9 @@ def test_the_model_of_a_corpus_may_be_a_run(tiny_run):
 
 def test_a_task_row_without_an_answer_is_left_out_and_told(built):
     found = select(built, [*TASKS, {"task": "sums", "text": None}], method="less", count=2, **PUBLISHED)
-    assert found.selection.notes[0].startswith("1 task rows")
+    assert found.selection.notes[0].endswith("no supervised token: 1 task row.")
     assert found.candidates.targets == ["sums", "else"]
-    with pytest.raises(CorpusError, match="none of its 1 rows has a supervised token"):
+    with pytest.raises(CorpusError, match="none of its 1 row has a supervised token"):
         select(built, [{"text": None}], method="less", count=2, **PUBLISHED)
     with pytest.raises(CorpusError, match="no rows"):
         select(built, [], method="less", count=2, **PUBLISHED)

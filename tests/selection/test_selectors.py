@@ -288,7 +288,7 @@ def test_floor_that_cannot_be_filled_goes_to_the_others():
     texts = ["x0", "x1", "x2", "x3", "same", "x5", "Same", "x7", "x8", "x9"]
     found = chosen(Budget(count=5), floors={"b": 2}, texts=texts, duplicates=1.0)
     assert found.rows == [0, 1, 2, 3, 4]
-    assert found.notes == ["--floor b: 1 rows of it could not be filled."]
+    assert found.notes == ["--floor b: 1 row of it could not be filled."]
     assert found.reasons[6] == "duplicate of row 4"
 
 

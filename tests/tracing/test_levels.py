@@ -116,7 +116,7 @@ def test_every_query_has_the_level_of_its_own_length_and_each_is_measured_once(b
         alone = trace(opened, query.prompt, query.completion, top=4)
         assert alone.levels == [together.levels[number]]
     assert sizes == [3 + 2 * MEANINGLESS, 1, 1, 1]
-    assert together.settings["level of the verdict"] == "by 99 meaningless completions of 5 and 32 tokens"
+    assert together.settings["what chance reaches"] == "measured by 99 meaningless completions of 5 and 32 tokens"
 
 
 @pytest.mark.parametrize("method", [name for name in catalogue.TRACE_METHODS if name not in catalogue.index_methods()])

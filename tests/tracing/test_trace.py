@@ -337,7 +337,7 @@ def test_an_index_that_is_not_complete_is_not_traced(tiny_llama, tmp_path, monke
         cut_short(patch, "add_shard", 0)
         with pytest.raises(KeyboardInterrupt):
             index(tiny_llama, corpus_rows(4), tmp_path / "index", width=4, progress=False)
-    with pytest.raises(MissingIndexError, match="is not complete: 1 shards are missing"):
+    with pytest.raises(MissingIndexError, match="is not complete: 1 shard is missing"):
         trace(tmp_path / "index", PROMPT, COMPLETION)
 
 

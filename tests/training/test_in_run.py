@@ -384,7 +384,7 @@ def test_steps_that_cannot_be_are_counted(models, tmp_path):
     ("validation", "message"),
     [
         ("/nowhere/validation.jsonl", r"/nowhere/validation\.jsonl: no such file or directory"),
-        ([{"prompt": "a", "completion": None}], "--in-run 1 rows in memory: no row has a supervised token"),
+        ([{"prompt": "a", "completion": None}], "--in-run 1 row in memory: no row has a supervised token"),
         ([{"question": "a"}], "columns are question"),
     ],
 )

@@ -105,7 +105,7 @@ def averaging(
     *,
     alpha: float = ALPHA,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
-    shown: bool = True,
+    progress: bool = True,
 ) -> RegMean | None:
     """RegMean for a pool, its matrices collected if they are not there yet; None for the mean.
 
@@ -114,7 +114,7 @@ def averaging(
         method: One of `METHODS`.
         alpha: See `RegMean`.
         corpus: Corpus that the pool was trained on; None: the address that the pool stores.
-        shown: Show a bar on stderr.
+        progress: Show a bar on stderr.
 
     Raises:
         SettingError: The method is unknown, alpha is out of range, or the corpus is not there.
@@ -124,7 +124,7 @@ def averaging(
     if method == "mean":
         return None
     RegMean(grams={}, alpha=alpha)  # refuses a wrong alpha before anything is collected
-    collect(pool, corpus, shown=shown)
+    collect(pool, corpus, progress=progress)
     return open_grams(pool, alpha=alpha)
 
 
@@ -184,7 +184,7 @@ def collect(
     *,
     tokens: int | None = None,
     tokens_per_batch: int = 4096,
-    shown: bool = True,
+    progress: bool = True,
 ) -> None:
     """Collect the matrices of every member that has none, or has those of other weights or another number of tokens.
 
@@ -194,7 +194,7 @@ def collect(
         tokens: Real tokens to read of each member, rounded up to whole rows, at most its training's budget. None: as
             many as other members have, or `GRAM_TOKENS`.
         tokens_per_batch: Tokens of a pass.
-        shown: Show a bar on stderr.
+        progress: Show a bar on stderr.
 
     Raises:
         SettingError: `tokens` is below 1, or the corpus is not there, or not the members' own.
@@ -214,7 +214,7 @@ def collect(
         model = mixed_model(pool)
         inputs = inputs_of(model.model, pool.start())
         done = len(pool.members) - len(todo)
-        with runner.progress("Reading inputs", len(pool.members), unit="members", done=done, shown=shown) as tick:
+        with runner.progress("Reading inputs", len(pool.members), unit="members", done=done, shown=progress) as tick:
 
             def work(partition: str, report: runner.Tick) -> None:
                 counted = _collect_member(pool, model, inputs, rows[partition], length, tokens_per_batch)

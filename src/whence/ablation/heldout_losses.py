@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from whence.brief import brief
 from whence.checksums import is_sealed
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import pieces_of
@@ -41,6 +42,8 @@ from whence.storage import AGAIN, Place
 class EvalSet:
     """An evaluation set: held-out rows with a name."""
 
+    __repr__ = brief
+
     name: str
     rows: tuple[Row, ...]
 
@@ -56,6 +59,8 @@ class EvalSet:
 @dataclass(frozen=True)
 class Losses:
     """Losses of one model on one set, by row."""
+
+    __repr__ = brief
 
     nats: Float64[Tensor, " n"]
     """Sum over the row's supervised tokens."""

@@ -28,6 +28,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, stored_date, today, written_by
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_tokenizer, tokenizer_digest
 from whence.models.local_copies import local_directory
@@ -103,7 +104,7 @@ def train_pool(
     out: str | Path,
     *,
     engine: str = "local",
-    shown: bool = True,
+    progress: bool = True,
     **settings: Any,
 ) -> Pool:
     """Train a model for each partition of a corpus that has none in the pool yet.
@@ -113,7 +114,7 @@ def train_pool(
         corpus: Anything that `open_corpus` takes, with the column to partition by.
         out: The pool's directory; the same call goes on from there.
         engine: Engine that members are trained on; see `runner`.
-        shown: Show a bar on stderr.
+        progress: Show a bar on stderr.
         settings: Fields of `PoolSettings` by name.
 
     Returns:
@@ -149,7 +150,7 @@ def train_pool(
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
-        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=shown) as tick:
+        with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
 
             def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
                 place = Path(pool.place.root) / "work" / slug(partition.name)
@@ -178,7 +179,8 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
     if member is None or (member.rows == len(partition.pieces) and member.digest in (None, partition.digest)):
         return
     raise ManifestMismatchError(
-        f"{corpus}: its {len(partition.pieces):,} rows of the partition {partition.name} are not the {member.rows:,} "
+        f"{corpus}: its {number_of(len(partition.pieces), 'row')} of the partition {partition.name}, not the "
+        f"{member.rows:,} "
         f"that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
     )
 

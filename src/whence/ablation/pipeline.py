@@ -47,6 +47,7 @@ from whence.ablation.rank_agreement import Agreement, agreement, centred, groups
 from whence.corpus.layouts import Row, row_text
 from whence.corpus.partitions import Partition
 from whence.corpus.reading import Corpus, open_corpus
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_model
 from whence.paths import exists
@@ -103,7 +104,7 @@ class Ablation:
     def __repr__(self) -> str:
         """How much was read, the best mixture, and how to go on."""
         gained = self.gained()
-        lines = [f"Ablation({len(gained)} mixtures on {len(self.best())} evaluation sets)"]
+        lines = [f"Ablation({number_of(len(gained), 'mixture')} on {number_of(len(self.best()), 'evaluation set')})"]
         if gained:
             name, change = next(iter(gained.items()))
             lines.append(f"  best: {name}, {change:+.3f} nats a token against the parent, mean over sets")
@@ -148,7 +149,7 @@ def ablate(
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Ablation:
     """Losses of mixtures on evaluation sets.
 
@@ -166,7 +167,7 @@ def ablate(
         max_tokens: Windows of evaluation texts, in tokens; None: as members were trained.
         tokens_per_batch: Tokens of an evaluation's pass.
         seed: Seed of intervals.
-        shown: Show bars on stderr.
+        progress: Show bars on stderr.
 
     Raises:
         SettingError: A mixture names an unknown partition or does not sum to 1; `truth` has no corpus.
@@ -179,10 +180,10 @@ def ablate(
     candidates = read_candidates(opened, mixtures)
     settings = recipe_of(opened)
     corpus = None if corpus is None else open_corpus(corpus)  # read twice, which a stream of rows cannot be
-    regmean = averaging(opened, method, alpha=alpha, corpus=corpus, shown=shown)
+    regmean = averaging(opened, method, alpha=alpha, corpus=corpus, progress=progress)
     evaluator = _Evaluator(opened, sets, max_tokens or settings.max_tokens, tokens_per_batch, scale, regmean)
     start = time.perf_counter()
-    merged = evaluator.merged(candidates, shown=shown)
+    merged = evaluator.merged(candidates, progress=progress)
     merged_seconds = time.perf_counter() - start
     partitions, partition_notes = _partitions(opened, corpus, settings, is_needed=truth or corpus is not None)
     if truth and partitions is None:
@@ -195,7 +196,7 @@ def ablate(
     true: dict[str, dict[str, Losses]] = {}
     if truth and partitions is not None:
         start = time.perf_counter()
-        true = evaluator.truths(candidates, partitions, shown=shown)
+        true = evaluator.truths(candidates, partitions, progress=progress)
     truth_seconds = time.perf_counter() - start if truth else 0.0
     cells = [
         cell
@@ -225,7 +226,7 @@ class _Evaluator:
     scale: float
     regmean: RegMean | None = None
 
-    def merged(self, candidates: Sequence[Candidate], *, shown: bool) -> dict[str, dict[str, Losses]]:
+    def merged(self, candidates: Sequence[Candidate], *, progress: bool) -> dict[str, dict[str, Losses]]:
         """Losses of merged models by candidate and set; also of single members, and of the parent under the name ""."""
         self.pool.check()  # losses are stored by members' checksums: so the members must have them
         mixed = mixed_model(self.pool, scale=self.scale, regmean=self.regmean)
@@ -233,7 +234,7 @@ class _Evaluator:
         mixtures |= {_member_name(name): {name: 1.0} for name in self.pool.members}
         mixtures |= {candidate.name: candidate.weights for candidate in candidates}
         by_name: dict[str, dict[str, Losses]] = {}
-        with runner.progress("Reading mixtures", len(mixtures), unit="mixtures", shown=shown) as tick:
+        with runner.progress("Reading mixtures", len(mixtures), unit="mixtures", shown=progress) as tick:
             for name, weights in mixtures.items():
                 key = None if weights is None else {partition: [self.pool.members[partition].sha256, weight]
                                                     for partition, weight in weights.items()}  # fmt: skip
@@ -258,12 +259,12 @@ class _Evaluator:
         return ["regmean", self.regmean.alpha, {name: self.regmean.digests[name] for name in weights}]
 
     def truths(
-        self, candidates: Sequence[Candidate], partitions: Mapping[str, Partition], *, shown: bool
+        self, candidates: Sequence[Candidate], partitions: Mapping[str, Partition], *, progress: bool
     ) -> dict[str, dict[str, Losses]]:
         """Losses of models really trained, by candidate and set; an interrupted training is done again."""
         by_name: dict[str, dict[str, Losses]] = {}
         digests = {name: partition.digest for name, partition in partitions.items()}
-        with runner.progress("Training on mixtures", len(candidates), unit="mixtures", shown=shown) as tick:
+        with runner.progress("Training on mixtures", len(candidates), unit="mixtures", shown=progress) as tick:
 
             def work(candidate: Candidate, report: runner.Tick) -> dict[str, Losses]:
                 key = ["truth", self.pool.parent_digest, dict(self.pool.recipe), dict(candidate.weights),

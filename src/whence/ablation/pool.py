@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.corpus.templates import date_of
+from whence.counts import number_of
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingPoolError, ModelError
 from whence.models.loaded_weights import loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer
@@ -93,7 +94,7 @@ class Pool:
         """Where it is, of whom, how many members, and how to go on."""
         some = ", ".join(list(self.members)[:6]) + (", ..." if len(self.members) > 6 else "")
         return (
-            f"Pool({self.place.root}, {len(self.members)} members of {self.parent}: {some})\n"
+            f"Pool({self.place.root}, {number_of(len(self.members), 'member')} of {self.parent}: {some})\n"
             "  More: .members, .recipe; whence.ablate(POOL, EVAL)"
         )
 

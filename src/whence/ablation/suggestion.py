@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whence import runner
 from whence.ablation.heldout_losses import EvalSet, Losses, measure, read_sets
 from whence.ablation.member_training import recipe_of
 from whence.ablation.mixed_model import MixedModel, mixed_model, placed_sources
@@ -36,7 +37,6 @@ from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import CorpusError, SettingError
 from whence.mixing.simplex import cap_vector, capped
 from whence.models.loading import LoadedModel
-from whence.runner import progress
 
 SMALLEST = 1e-4
 """Weight below which a partition is left out of the suggestion."""
@@ -86,7 +86,7 @@ def suggest(
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Suggestion:
     """Find the mixture with the smallest loss, by descent from the uniform mixture.
 
@@ -101,7 +101,7 @@ def suggest(
         max_tokens: Longest window; None: as members were trained.
         tokens_per_batch: Tokens of a pass.
         seed: Seed of the sampled rows.
-        shown: Show a bar.
+        progress: Show a bar.
 
     Raises:
         SettingError: A number is out of range, caps leave less than a whole mixture, or a name is unknown.
@@ -119,7 +119,7 @@ def suggest(
     windows = [_windows(mixed.model, evaluated_set, longest, rows, seed) for evaluated_set in sets]
     weights = capped(np.full((1, len(names)), 1 / len(names)), upper)[0]
     trail: list[dict[str, Any]] = []
-    with progress("Descending", steps, unit="steps", shown=shown) as tick:
+    with runner.progress("Descending", steps, unit="steps", shown=progress) as tick:
         for _ in range(steps):
             loss, slopes = _slopes(mixed, _named(names, weights), windows, set_weights, tokens_per_batch)
             if trail and loss > trail[-1]["loss"]:

@@ -13,6 +13,7 @@ from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
+from whence.counts import number_of
 from whence.errors import SettingError
 
 pool = typer.Typer(help="One model for each partition of a corpus, from one parent; and their averages.")
@@ -51,7 +52,7 @@ def train(
     check_inputs(models=[parent], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
-    result = train_pool(parent, corpus, out, engine=engine, shown=not as_json, by=by, unit_tokens=unit_tokens,
+    result = train_pool(parent, corpus, out, engine=engine, progress=not as_json, by=by, unit_tokens=unit_tokens,
                       tokens=tokens, steps=steps, lr=lr, warmup_steps=warmup_steps, max_tokens=max_tokens,
                       lora_rank=lora_rank, dtype=dtype, seed=seed)  # fmt: skip
     members = [dict(member.__dict__) for member in result.members.values()]
@@ -60,8 +61,10 @@ def train(
         return
     for member in members:
         loss = "" if member["loss"] is None else f", last loss {member['loss']:.2f}"
-        print_part(f"{member['partition']}: {member['rows']:,} rows, {member['tokens']:,} tokens{loss}")
-    answer = f"The pool has {len(members)} members, each a model of one partition of {corpus}."
+        print_part(
+            f"{member['partition']}: {number_of(member['rows'], 'row')}, {number_of(member['tokens'], 'token')}{loss}"
+        )
+    answer = f"The pool has {number_of(len(members), 'member')}, each a model of one partition of {corpus}."
     print_ending(answer, "whence", "ablate", out, "--eval", "HELDOUT.jsonl")
 
 
@@ -101,7 +104,7 @@ def merge(
         write_page(mergekit_yaml(opened, weights, scale=scale), yaml)
         print_part(f"recipe written to {yaml}; it reads each member from a directory: whence pool merge {path} "
                    "--mixture NAME=1 -o members/NAME")  # fmt: skip
-    answer = f"The average of {len(weights)} members is a model in {directory}."
+    answer = f"The average of {number_of(len(weights), 'member')} is a model in {directory}."
     print_ending(answer, "whence", "train", out, "CORPUS", "-o", "RUN")
 
 
@@ -121,7 +124,7 @@ def grams(
         from whence.ablation.pool import open_pool
     opened = open_pool(path)
     collect(opened, corpus, tokens=tokens)
-    answer = f"Inputs of {len(open_grams(opened).grams)} members are in {path}/grams."
+    answer = f"Inputs of {number_of(len(open_grams(opened).grams), 'member')} are in {path}/grams."
     print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl", "--method", "regmean")
 
 
@@ -135,7 +138,7 @@ def verify(path: PoolPath) -> None:
     opened = open_pool(path)
     opened.verify()
     verify_grams(opened)
-    answer = f"All {len(opened.members)} members are as they were written."
+    answer = f"Checked {number_of(len(opened.members), 'member')}: every file is as it was written."
     print_ending(answer, "whence", "ablate", path, "--eval", "HELDOUT.jsonl")
 
 
@@ -172,7 +175,7 @@ def ablate(
         from whence.reports.ablate_page import ablate_page
         from whence.reports.ablate_tables import ablate_answer, ablate_tables
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
-                alpha=alpha, max_tokens=max_tokens, seed=seed, shown=not as_json)  # fmt: skip
+                alpha=alpha, max_tokens=max_tokens, seed=seed, progress=not as_json)  # fmt: skip
     rows = result.rows()
     if out is not None:
         write_rows(rows, out)

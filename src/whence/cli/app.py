@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from whence import __version__
 from whence.cli.ablation import ablate, pool
@@ -71,7 +72,7 @@ def main() -> None:
             sys.exit(0)
         except TyperException as error:  # a missing argument, an unknown flag
             if message := error.format_message():  # empty: the help was printed
-                verb = getattr(getattr(error, "ctx", None), "command_path", "whence")
+                verb = getattr(getattr(error, "ctx", None), "command_path", None) or command_path(sys.argv[1:])
                 complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
             sys.exit(error.exit_code)
         except Exception as error:  # none is expected here: it is a fault of Whence's, and is said as one
@@ -103,6 +104,22 @@ def _stopped_by_signals() -> Iterator[list[int]]:
     finally:
         for number in watched:
             signal.signal(number, signal.SIG_DFL)
+
+
+def command_path(words: list[str]) -> str:
+    """The command that an argument list begins with: the parser does not say whose flag lacks its value.
+
+    >>> command_path(["--traceback", "pool", "train", "--by"])
+    'whence pool train'
+    """
+    path, command = ["whence"], get_command(app)
+    for word in words:
+        nested = getattr(command, "commands", {})
+        if word in nested:
+            path, command = [*path, word], nested[word]
+        elif not word.startswith("-"):
+            break
+    return " ".join(path)
 
 
 def unforeseen(error: Exception) -> str:

@@ -94,7 +94,7 @@ def selection(
         work=work,
         recipe=recipe,
         seeds=range(seeds),
-        progress=lambda line: print_part(line, err=True),
+        say=lambda line: print_part(line, err=True),
     )
     if out is not None:
         write_page(evaluate_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)
@@ -146,7 +146,7 @@ def compare_with_pool(
         from whence.evaluation.joining import join
         from whence.reports.join_tables import join_answer, join_plot, join_tables
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
-                  model=model, corpus=corpus, seed=seed, shown=not as_json)  # fmt: skip
+                  model=model, corpus=corpus, seed=seed, progress=not as_json)  # fmt: skip
     if out is not None:
         write_page(join_plot(result), out) if out.endswith(".svg") else write_rows(result.points, out)
     if as_json:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whence import catalogue
-from whence.cli.console import print_ending, print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
 from whence.cli.inputs import check_inputs
 from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
+from whence.counts import number_of
 from whence.errors import MissingIndexError, SettingError
 
 if TYPE_CHECKING:
@@ -82,11 +83,20 @@ def verify(
         for repair_line in repairs:
             print_part(repair_line)
         if not remaining:
-            mended = f"{_files(len(problems))} of it is mended, and every" if problems else "Every"
+            mended = f"{number_of(len(problems), 'file')} of it is mended, and every" if problems else "Every"
             print_ending(f"{mended} file of the index is as it was written.", *_asking(index))
         else:
-            about = f"{_files(len(remaining))} of the index {'is' if len(remaining) == 1 else 'are'} wrong."
-            print_ending(about, "whence", "verify", index, *([] if repair else ["--repair"]))
+            about = f"{number_of(len(remaining), 'file')} of the index {'is' if len(remaining) == 1 else 'are'} wrong."
+            forbidden = [problem.file for problem in remaining if problem.is_forbidden]
+            if forbidden:
+                names = " ".join(quoted(f"{index.rstrip('/')}/{file}") for file in forbidden[:3])
+                about += f" Those that may not be read need a permission first: chmod u+r {names}"
+                about += "." if len(forbidden) <= 3 else " and the others."
+            is_mendable = not repair and len(forbidden) < len(remaining)
+            if remaining[0].file == MANIFEST:  # without which nothing can be repaired
+                print_ending(about, "whence", "index", "MODEL", "CORPUS", "-o", index, "--restart")
+            else:
+                print_ending(about, "whence", "verify", index, *(["--repair"] if is_mendable else []))
     if remaining:
         raise typer.Exit(1)
 
@@ -109,13 +119,17 @@ def _print_verified(path: str, as_json: bool) -> None:
             print_part(f"{problem.file}: {problem.what}. Mend it: {how}")
         if result.unchecked:
             count, first = len(result.unchecked), result.unchecked[0]
-            print_part(f"{_files(count)} without a checksum, not checked; the first is {first}")
+            print_part(f"{number_of(count, 'file')} without a checksum, not checked; the first is {first}")
         if result.problems:
-            answer = f"{_files(len(result.problems))} of {result.checked} not as written; how to mend it stands above."
+            wrong = number_of(len(result.problems), "file")
+            answer = f"{wrong} of {result.checked} not as written; how to mend it stands above."
             print_ending(answer, "whence", "verify", path)
         else:
             next_words = [path if word == "PATH" else word for word in _NEXT.get(result.kind, _NEXT["a model"])]
-            print_ending(f"This is {result.kind}, of which {_files(result.checked)} are as written.", *next_words)
+            print_ending(
+                f"This is {result.kind}, of which {number_of(result.checked, 'file is', 'files are')} as written.",
+                *next_words,
+            )
     if result.problems:
         raise typer.Exit(1)
 
@@ -184,10 +198,6 @@ _NEXT = {
                       "FILE", "--work", "PATH"),
 }  # fmt: skip
 """What a directory that is as written can be used for, by `directories.KINDS`."""
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
 
 
 def _print_info(store: "Store", path: str, as_json: bool) -> None:

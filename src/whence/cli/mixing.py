@@ -152,7 +152,7 @@ def suggest(
         from whence.ablation.suggestion import suggest as run
         from whence.reports.suggest_tables import suggest_answer, suggest_tables
     result = run(
-        pool, evaluated, steps=steps, rate=rate, rows=rows, caps=caps, targets=targets, seed=seed, shown=not as_json
+        pool, evaluated, steps=steps, rate=rate, rows=rows, caps=caps, targets=targets, seed=seed, progress=not as_json
     )  # fmt: skip
     if out is not None:
         write_rows(result.rows(), out)

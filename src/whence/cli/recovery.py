@@ -108,7 +108,7 @@ def recover(
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page
         from whence.reports.recover_tables import recover_answer, recover_tables
-    result = run(base, final, corpus, count=count, work=work, shown=not as_json, **settings)
+    result = run(base, final, corpus, count=count, work=work, progress=not as_json, **settings)
     if out is not None:
         write_rows(result.rows, out)
     if report is not None:

@@ -13,6 +13,7 @@ import typer
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
 from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
+from whence.counts import number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +122,8 @@ def _training(run: Path) -> str:
     first, final = (math.fsum(part) / some if losses else math.nan for part in (losses[:some], losses[-some:]))
     few = "first and last steps" if some == 1 else "first and last tenth of the steps"
     return (
-        f"Trained on {record['rows']:,} rows in {last.step:,} steps of {record['batch_size']:,}: the loss went from "
-        f"{first:.3f} to {final:.3f} nats a token ({few})"
+        f"Trained on {number_of(record['rows'], 'row')} in {number_of(last.step or 0, 'step')} of "
+        f"{record['batch_size']:,}: the loss went from {first:.3f} to {final:.3f} nats a token ({few})"
     )
 
 
@@ -137,7 +138,8 @@ def _in_run_lines(scores: dict[str, Any]) -> Iterator[str]:
     """What they say, in sentences."""
     lengths = scores["relative_step"]
     yield (
-        f"In-run scores of {scores['trained_rows']:,} rows are in {scores['scores']}; larger is more helpful. A step "
+        f"In-run scores of {number_of(scores['trained_rows'], 'row')} are in {scores['scores']}; larger is more "
+        "helpful. A step "
         f"was {lengths['median']:.2g} of the weights' length (median; at most {lengths['largest']:.2g}): they hold for "
         "small steps."
     )

@@ -39,6 +39,7 @@ from typing import Any
 
 import fsspec
 
+from whence.brief import brief
 from whence.corpus import bounds
 from whence.corpus.addresses import (
     COMPRESSED,
@@ -56,6 +57,7 @@ from whence.corpus.json_values import rows_in, values_of, wrapped_rows
 from whence.corpus.layouts import LAYOUTS, Row, check_messages, layout
 from whence.corpus.missing import without_missing
 from whence.corpus.unread import Unread
+from whence.counts import number_of
 from whence.errors import CorpusError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ OVER_LINES = 1 << 28
 @dataclass(frozen=True)
 class Example:
     """One row of a corpus."""
+
+    __repr__ = brief
 
     id: str
     """The row's own `id`, else a hash of its content with its number, so that two identical rows stay distinct."""
@@ -97,7 +101,7 @@ class Corpus:
     @property
     def name(self) -> str:
         """Name of the corpus in messages and manifests."""
-        return f"{len(self.origin)} rows in memory" if isinstance(self.origin, list) else str(self.origin)
+        return f"{number_of(len(self.origin), 'row')} in memory" if isinstance(self.origin, list) else str(self.origin)
 
     def __iter__(self) -> Iterator[Example]:
         """Yield every row as an example.

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.conversations import (
     Rendered,
     answered,
@@ -64,6 +65,8 @@ read two beginnings."""
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of one example."""
+
+    __repr__ = brief
 
     ids: list[int]
     supervised: list[bool]

@@ -31,6 +31,7 @@ from whence.ablation.rank_agreement import centred, rank_correlation, spearman_o
 from whence.corpus.layouts import Row
 from whence.corpus.partitions import FILE
 from whence.corpus.reading import Corpus
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.opening import Index
 from whence.selection.pipeline import build_scorer, open_view, targets_of
@@ -56,7 +57,9 @@ class Join:
         lines = [f"  {name}: Spearman {marks['spearman']:.2f} ({marks['low']:.2f} to {marks['high']:.2f})"
                  for name, marks in self.correlations.items()]  # fmt: skip
         more = "  More: .points as rows, .correlations, .notes"
-        return "\n".join([f"Join({len(self.points):,} points, {len(lines)} methods)", *lines, more])
+        return "\n".join(
+            [f"Join({number_of(len(self.points), 'point')}, {number_of(len(lines), 'method')})", *lines, more]
+        )
 
 
 def join(
@@ -69,7 +72,7 @@ def join(
     model: str | None = None,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     seed: int = 0,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Join:
     """Compare scores of an index with a pool's leave-one-partition-out changes.
 
@@ -83,7 +86,7 @@ def join(
         corpus: The corpus that the pool was trained on, which tells the rows of its units; None: the one that the pool
             names.
         seed: Seed of scorers and intervals.
-        shown: Whether to show bars.
+        progress: Whether to show bars.
 
     Raises:
         SettingError: Fewer than three members, or a partition of which the index has no row; for a pool of units, no
@@ -92,12 +95,13 @@ def join(
     opened = pool if isinstance(pool, Pool) else open_pool(pool)
     if len(opened.members) < 3:
         raise SettingError(
-            f"{opened.place.root}: {len(opened.members)} members; to leave one out, three or more are expected"
+            f"{opened.place.root}: {number_of(len(opened.members), 'member')}; to leave one out, three or more are "
+            "expected"
         )
     sources = [evaluated] if isinstance(evaluated, str | Path) else list(evaluated)
     sets = [item for item in sources if isinstance(item, EvalSet)] or read_sets(str(item) for item in sources)
     units = _token_shares(opened, corpus)
-    changes = _changes(opened, sets, shown=shown)
+    changes = _changes(opened, sets, progress=progress)
     points: list[dict[str, Any]] = []
     for method in methods:
         sums = _summed_scores(source, opened, sets, method, queries, model, seed, units)
@@ -110,14 +114,16 @@ def join(
     return Join(points, correlations)
 
 
-def _changes(pool: Pool, sets: Sequence[EvalSet], *, shown: bool) -> dict[str, dict[str, float]]:
+def _changes(pool: Pool, sets: Sequence[EvalSet], *, progress: bool) -> dict[str, dict[str, float]]:
     """Change of loss by set and partition."""
     names = pool.partitions
     rows: list[dict[str, Any]] = [{"name": "all", "weights": dict.fromkeys(names, 1 / len(names))}]
     for omitted in names:
         rest = [name for name in names if name != omitted]
         rows.append({"name": f"without {omitted}", "weights": dict.fromkeys(rest, 1 / len(rest))})
-    losses = {(cell.mixture, cell.set): cell.merged for cell in ablate(pool, sets, mixtures=rows, shown=shown).cells}
+    losses = {
+        (cell.mixture, cell.set): cell.merged for cell in ablate(pool, sets, mixtures=rows, progress=progress).cells
+    }
     return {eval_set.name: {name: losses[f"without {name}", eval_set.name] - losses["all", eval_set.name]
                             for name in names} for eval_set in sets}  # fmt: skip
 

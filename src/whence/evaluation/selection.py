@@ -33,6 +33,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.reading import open_corpus
 from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
+from whence.counts import number_of
 from whence.errors import CorpusError, SettingError
 from whence.evaluation.cells import Cell, Costs, Seconds, add_costs, store_cells, stored_cells
 from whence.gradients.capture import token_losses
@@ -141,7 +142,12 @@ class SelectionTable:
         ]
         more = [f"  ... {len(gains) - 8} more"] if len(gains) > 8 else []
         return "\n".join(
-            [f"SelectionTable({len(self.lines)} lines)", *lines, *more, "  More: .rows(), .settings, .notes"]
+            [
+                f"SelectionTable({number_of(len(self.lines), 'line')})",
+                *lines,
+                *more,
+                "  More: .rows(), .settings, .notes",
+            ]
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -293,7 +299,7 @@ def evaluate_selection(
     work: str | Path,
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    progress: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SelectionTable:
     """Train a model on each method's choice and grade it.
 
@@ -304,7 +310,7 @@ def evaluate_selection(
         work: Directory of the cells, of one table alone; an evaluation that was stopped there goes on.
         recipe: How a model is trained on a choice.
         seeds: Seeds of the trainings; at least 2, for the intervals.
-        progress: Called with a line for each training.
+        say: Called with a line for each training.
 
     Returns:
         A line for each method and task, in the methods' order.
@@ -326,7 +332,7 @@ def evaluate_selection(
         claim_directory(place, TABLE_FILE, settings, partial(_other_table, place.root))
         for leftover in Path(place.root).glob(f"{TRAINING}*"):  # of a killed process
             shutil.rmtree(leftover)
-        cells = _all_cells(model, methods, graded, place, recipe, seeds, progress)
+        cells = _all_cells(model, methods, graded, place, recipe, seeds, say)
     costs = Costs.read(place)
     lines = [_line(name, task, cells, costs, seeds[0]) for task in graded for name in (NOTHING, *methods)]
     return SelectionTable(lines, {"model": str(model), **asdict(recipe), "seeds": list(seeds)})
@@ -339,7 +345,7 @@ def _all_cells(
     place: Place,
     recipe: Recipe,
     seeds: Sequence[int],
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Cell]:
     """Every cell of a table: the untrained model's, and one for each method, task and seed."""
     start = load_model(open_run(model).checkpoints[-1].path, date=stored_date(place))
@@ -353,7 +359,7 @@ def _all_cells(
                 for group in [{task: tasks[task]} for task in tasks] if method.per_task else [tasks]:
                     trained = _cells(place, model, parent, name, method, group, seed, recipe)
                     cells += trained
-                    progress(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
+                    say(", ".join(f"{name} seed {seed} {cell.task}: {_mean(cell.loss):.4f}" for cell in trained))
     return cells
 
 
@@ -377,7 +383,7 @@ def _digests(graded: Mapping[str, Sequence[Row]]) -> dict[str, str]:
 def _gradable(model: LoadedModel, task: str, rows: Sequence[Row], recipe: Recipe) -> list[Encoded]:
     gradable = _encoded(model, rows, recipe)
     if not gradable:
-        raise CorpusError(f"{task}: none of its {len(rows)} rows to grade has a supervised token")
+        raise CorpusError(f"{task}: none of its {number_of(len(rows), 'row')} to grade has a supervised token")
     return gradable
 
 

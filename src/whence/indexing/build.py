@@ -302,8 +302,8 @@ def _refuse_zeros(store: Store, last: ShardEntry) -> None:
     if len(counts) == len(parts) and ok and sum(count.get(ZERO, 0) for count in counts) == ok:
         path = store.manifest.checkpoints[last.checkpoint]["path"]
         raise ModelError(
-            f"{path}: the gradient of all {ok:,} rows is 0 over the traced layers, so the index could rank nothing and "
-            "is left incomplete. Choose other layers with --layers, and add --restart."
+            f"{path}: the gradient of every row ({ok:,}) is 0 over the traced layers, so the index could rank "
+            "nothing and is left incomplete. Choose other layers with --layers, and add --restart."
         )
 
 

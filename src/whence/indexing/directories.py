@@ -106,6 +106,8 @@ def remedy(root: str, problem: Problem) -> str:
     file, parts = PurePosixPath(problem.file), PurePosixPath(problem.file).parts
     full = shlex.quote(f"{root}/{problem.file}")
     checkpoint = next((n for n, part in enumerate(parts) if part.startswith("checkpoint-")), None)
+    if problem.is_forbidden:
+        return f"chmod u+r {full}, as the user who owns it, then run the same command again"
     if checkpoint is not None:
         folder = shlex.quote("/".join((root, *parts[: checkpoint + 1])))
         return f"rm -r {folder}, then run the training's command again: it goes on from the checkpoint before"

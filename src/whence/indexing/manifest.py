@@ -8,10 +8,12 @@ as is refused too, so that any flipped bit is detected.
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, TypedDict
 
+from whence.brief import brief
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError
 from whence.indexing.shards import STATUSES
 from whence.records import Count, Digest, FastDigest, MisfitError, fitting, unlike_written
@@ -67,6 +69,8 @@ class ShardEntry:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of a manifest."""
+
+    __repr__ = brief
 
     whence_version: str
     codec: str
@@ -223,11 +227,46 @@ def check_same(old: Manifest, new: Manifest, where: str) -> None:
     before, now = _flat(old, len(new.corpora)), _flat(new, len(new.corpora))
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if names:
-        differences = (f"{name} is {_value_text(before, name)} there, {_value_text(now, name)} here" for name in names)
         raise ManifestMismatchError(
-            f"The index at {where} was begun with other settings: {'; '.join(differences)}. "
-            "Use the same settings to go on with it, --restart to start it over, or another directory"
+            f"The index at {where} was begun with other settings: {'; '.join(_differences(names, before, now))}. "
+            "Use the same settings to go on with it, --restart to start it over, or another directory."
         )
+
+
+_CONSEQUENCES = ("layer_names", "traced_fraction", "width")
+"""What follows from the model and from flags: it is named only where nothing else differs."""
+_WORDS = {"tokenizer": "the tokenizer", "tokenizer_path": "--tokenizer", "tokens_per_batch": "--batch-tokens"}
+_PLAIN = ("layout", "number of checkpoints", *_CONSEQUENCES)
+"""What no flag sets."""
+
+
+def _differences(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs, in a user's words: models and corpora by path with what of them differs, settings by flag."""
+    things: dict[str, list[str]] = {}
+    for name in names:
+        if re.match(r"(checkpoint|corpus) \d+ ", name):
+            thing, _, entry = name.rpartition(" ")
+            things.setdefault(thing, []).append(entry)
+    for thing, entries in things.items():
+        kind, number = thing.split()
+        is_only = kind == "corpus" or now["number of checkpoints"] == before["number of checkpoints"] == 1
+        label = {"checkpoint": "the model", "corpus": "the corpus"}[kind] if is_only else f"{kind} {int(number) + 1}"
+        yield f"{label} is {_identity(before, thing, entries)} there, {_identity(now, thing, entries)} here"
+    settings = [name for name in names if name.rpartition(" ")[0] not in things]
+    for name in [name for name in settings if name not in _CONSEQUENCES] or ([] if things else settings):
+        flag = name.removeprefix("space.").replace("_", "-")
+        label = _WORDS.get(name) or (name if name in _PLAIN or "." in flag else f"--{flag}")
+        yield f"{label} is {_value_text(before, name)} there, {_value_text(now, name)} here"
+
+
+def _identity(flat: dict[str, Any], thing: str, entries: Sequence[str]) -> str:
+    """A model or corpus by its path or name, with those of its entries that differ."""
+    known = {name.removeprefix(f"{thing} "): value for name, value in flat.items() if name.startswith(f"{thing} ")}
+    if not known:
+        return "none"
+    place = known.get("path") or known.get("name") or "another"
+    more = (f"{entry} {str(known.get(entry))[:12]}" for entry in entries if entry not in ("path", "name"))
+    return f"{place} ({', '.join(more)})" if {*entries} - {"path", "name"} else str(place)
 
 
 WEIGHT_DIGITS = 6
@@ -255,9 +294,11 @@ def _flat(manifest: Manifest, corpora: int) -> dict[str, Any]:
 
 
 def _value_text(flat: dict[str, Any], name: str) -> str:
-    if name not in flat:
-        return "not set"
+    if flat.get(name) is None:
+        return "not given"
     text = json.dumps(flat[name], ensure_ascii=False)
+    if name == "tokenizer":
+        return f"of digest {flat[name][:12]}"
     return (
         text if name != "chat_template" else f"{text[:60]}… of digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     )

@@ -15,6 +15,7 @@ from typing import Unpack
 from torch import nn
 
 from whence.corpus.templates import same_date
+from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
 from whence.gradients.embeddings import tied_embeddings
@@ -70,7 +71,7 @@ class Index:
     def __repr__(self) -> str:
         """Where it is, and how to go on."""
         more = "More: whence.trace(INDEX, PROMPT), .store.info()"
-        return f"Index({self.store.place.root}, {self.store.rows:,} rows)\n  {more}"
+        return f"Index({self.store.place.root}, {number_of(self.store.rows, 'row')})\n  {more}"
 
     @cached_property
     def space(self) -> GradientSpace:
@@ -166,9 +167,9 @@ class Index:
         digest = directory_digest(path, base=base)
         if digest != entry["digest"]:
             raise ManifestMismatchError(
-                f"{path}: its weights and configuration have digest {digest[:12]}, "
-                f"the index was built with {entry['digest'][:12]}. "
-                f"If the model has moved, {remedy}."
+                f"{path}: not the model that the index was built with, or changed since: its weights and configuration "
+                f"have digest {digest[:12]}, the index was built with {entry['digest'][:12]}, {entry['path']} then. If "
+                f"the model has moved, {remedy}."
             )
         model = load_for(path, self.settings, base=base)
         tokenizer = tokenizer_digest(model.tokenizer)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from whence.corpus.layouts import Row
 from whence.corpus.reading import parquet_file
+from whence.counts import number_of
 
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
 
@@ -28,5 +29,5 @@ def part_rows(data: bytes | memoryview, count: int) -> list[Row]:
     """
     table = parquet_file(pa.BufferReader(data)).read(use_threads=False)
     if (table.schema.names, len(table)) != (_SCHEMA.names, count):
-        raise ValueError(f"{len(table)} rows of {', '.join(table.schema.names)}; {count} are listed")
+        raise ValueError(f"{number_of(len(table), 'row')} of {', '.join(table.schema.names)}; {count} are listed")
     return table.to_pylist()

@@ -6,6 +6,7 @@ was copied from. Each file is written whole and listed before the next is looked
 
 from collections.abc import Callable, Sequence
 
+from whence.counts import number_of
 from whence.errors import CorpusError
 from whence.indexing.manifest import PartEntry, ShardEntry
 from whence.indexing.shards import ShardArrays
@@ -23,7 +24,9 @@ def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> 
     notes = []
     # parts first: recomputing a shard reads its part
     for problem in sorted(problems_of(store), key=lambda problem: isinstance(problem.entry, ShardEntry)):
-        if isinstance(problem.entry, ShardEntry):
+        if problem.is_forbidden:
+            notes.append(f"{problem.file}: left alone, for it may not be read; allow that, and verify again")
+        elif isinstance(problem.entry, ShardEntry):
             notes.append(_repair_shard(store, problem.entry, recompute))
         elif isinstance(problem.entry, PartEntry):
             notes.append(_repair_part(store, problem.entry, reread))
@@ -56,7 +59,7 @@ def _repair_part(store: Store, old: PartEntry, reread: Reread | None) -> str:
     except CorpusError as error:
         return f"{old.file}: cannot be read again from the corpus ({error}); {advice}"
     if len(rows) != old.rows:
-        return f"{old.file}: the corpus now gives {len(rows)} rows for it, not {old.rows}; {advice}"
+        return f"{old.file}: the corpus now gives {number_of(len(rows), 'row')} for it, not {old.rows}; {advice}"
     new = store.replace_part(number, rows)
     is_same = new.sha256 == old.sha256
     outcome = "the same bytes as before" if is_same else "listed anew, its bytes differ: has the corpus changed?"

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
@@ -291,7 +292,7 @@ class Store:
         root = self.place.root
         if self.manifest.joining is None:
             removed = self._remove_unlisted() if self.manifest.is_complete else 0  # else a build may be under way
-            note = f" ({removed} files that an earlier command left were removed)" if removed else ""
+            note = f" (removed {number_of(removed, 'file')} that an earlier command left)" if removed else ""
             raise SettingError(f"{root}: no append to it was left unfinished, so there is nothing to undo{note}")
         before = self.manifest.without_last_corpus()
         if not before.is_complete:
@@ -404,8 +405,9 @@ class Store:
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         if (queries.shape[0], queries.shape[2]) != (checkpoints, width):
             raise SettingError(
-                f"Queries of {queries.shape[0]} checkpoints and width {queries.shape[2]} cannot be scored in "
-                f"{self.place.root}, which has {checkpoints} checkpoints and width {width}"
+                f"The queries were made for another index than {self.place.root}: vectors of {queries.shape[2]:,} "
+                f"numbers under {number_of(queries.shape[0], 'checkpoint')}, where the index has {width:,} numbers "
+                f"under {number_of(checkpoints, 'checkpoint')}. Make them with this index: whence.trace(INDEX, PROMPT)"
             )
         queries = scan.unit(queries.cpu()) if cosine else queries.cpu()
         if minus is not None:
@@ -442,7 +444,11 @@ class Store:
         manifest, root = self.manifest, shlex.quote(self.place.root)
         if manifest.is_complete:
             return None
-        lacking = f"{len(self.missing())} shards are missing" if manifest.has_all_parts else "rows are still to come"
+        lacking = (
+            number_of(len(self.missing()), "shard is missing", "shards are missing")
+            if manifest.has_all_parts
+            else "rows are still to come"
+        )
         if manifest.joining is None:
             return f"{lacking}; run the command that made it again, it resumes"
         name = manifest.joining["name"]

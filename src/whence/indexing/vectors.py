@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from whence import __version__, catalogue, runner
+from whence.brief import brief
 from whence.corpus.templates import writes_date
 from whence.corpus.tokens import LAYOUT_VERSION, Encoded, bucketed, collate
 from whence.errors import SettingError
@@ -53,6 +54,8 @@ class IndexSettings:
 
     Another device or number of threads moves a vector by rounding: "the same bytes" holds on one machine.
     """
+
+    __repr__ = brief
 
     space: GradientSpace = field(default_factory=GradientSpace)
     codec: str = "bfloat16"

@@ -4,6 +4,8 @@ Every byte is read again; nothing is changed, which is left to `repair`. A damag
 reported, since nothing else can be checked without it.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -11,6 +13,9 @@ from os import PathLike
 from whence.errors import ChecksumError
 from whence.indexing.manifest import MANIFEST, PartEntry, ShardEntry
 from whence.indexing.store import Store
+
+FORBIDDEN = tuple(f"cannot be read: {os.strerror(code)}" for code in (errno.EACCES, errno.EPERM))
+"""Defects, as `Place.defect` has them, of files that another user or mode keeps from being read."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,11 @@ class Problem:
     """The defect, such as "wrong checksum"."""
 
     entry: PartEntry | ShardEntry | None = None
+
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether a permission is lacking to read it: its bytes may be right, and writing it anew is no remedy."""
+        return self.what in FORBIDDEN
 
 
 def problems_at(path: str | PathLike) -> list[Problem]:

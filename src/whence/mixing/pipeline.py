@@ -17,6 +17,7 @@ from jaxtyping import Float64
 
 from whence import catalogue
 from whence.corpus.layouts import Row
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.mixing.protocols import FitMixingLaw, MixingLaw
 from whence.mixing.simplex import (
@@ -64,7 +65,7 @@ class HeldOut:
     seed: int
 
     def __repr__(self) -> str:
-        return f"HeldOut({self.table!r}, {self.folds} folds)"
+        return f"HeldOut({self.table!r}, {number_of(self.folds, 'fold')})"
 
     @cached_property
     def sets(self) -> dict[str, Grade]:
@@ -112,8 +113,8 @@ def cross_validated(table: MixtureTable, law: FitMixingLaw | str = "exp", *, fol
     rows_to_fit, least = table.n - int(np.bincount(fold).max()), law_class.least_rows(len(table.domains))
     if rows_to_fit < least:
         raise SettingError(
-            f"{table.n} mixtures of {len(table.domains)} domains: this law needs {least}, and {folds} folds leave "
-            f"{rows_to_fit} to fit by; give more mixtures, or put domains together"
+            f"{number_of(table.n, 'mixture')} of {len(table.domains)} domains: this law needs {least}, and {folds} "
+            f"folds leave {rows_to_fit} to fit by; give more mixtures, or put domains together"
         )
     predicted = np.empty_like(table.losses)
     for number in range(folds):
@@ -329,7 +330,7 @@ def _notes(result: MixLaw) -> list[str]:
     table, best, notes = result.table, result.best, []
     if table.n < (enough := ROWS_PER_DOMAIN * len(table.domains)):
         notes.append(
-            f"{table.n} mixtures for {len(table.domains)} domains are few: about {enough} are needed before a law "
+            f"few mixtures: {table.n}, of {len(table.domains)} domains; about {enough} are needed before a law "
             "ranks well"
         )
     if table.column == "merged":

@@ -359,7 +359,7 @@ def critical_ratio(
         low, high = excesses.min() + loss_before, excesses.max() + loss_before
         verdict = "always higher" if low > loss_before else "never higher"
         where = "whatever the share" if between == (0.0, 1.0) else f"at shares of {between[0]:.1%} to {between[1]:.1%}"
-        return CriticalRatio(None, "", f"{verdict}: {low:.4g} to {high:.4g} is predicted, {where}")
+        return CriticalRatio(None, "", f"{verdict}: {low:.3f} to {high:.3f} is predicted, {where}")
     if len(crossings) and (not len(exact) or crossings[0] < exact[0]):
         first = crossings[0]
         share = brentq(lambda x: float(excess(np.array([x]))[0]), shares[first], shares[first + 1], xtol=1e-12)

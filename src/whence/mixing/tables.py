@@ -27,6 +27,7 @@ from jaxtyping import Float64, Int64
 
 from whence.corpus.layouts import Row
 from whence.corpus.reading import rows_with_place
+from whence.counts import number_of
 from whence.errors import SettingError
 
 LARGEST = 1e100
@@ -69,7 +70,8 @@ class MixtureTable:
     """Which of `LONG_COLUMNS` the losses come from; "" in another layout."""
 
     def __repr__(self) -> str:
-        return f"MixtureTable({len(self.mixtures):,} mixtures of {len(self.domains)} domains, {len(self.sets)} sets)"
+        domains, sets = number_of(len(self.domains), "domain"), number_of(len(self.sets), "set")
+        return f"MixtureTable({number_of(len(self.mixtures), 'mixture')} of {domains}, {sets})"
 
     def __post_init__(self):
         n = len(self.mixtures)
@@ -81,8 +83,8 @@ class MixtureTable:
         _refuse_duplicates("evaluation set", self.sets)
         if not n or not self.sets or len(self.domains) < 2:
             raise SettingError(
-                f"a table of {n} mixtures of {len(self.domains)} domains and {len(self.sets)} evaluation sets: it "
-                "needs rows, two domains and one set at least"
+                f"a table of {number_of(n, 'mixture')} of {number_of(len(self.domains), 'domain')} and "
+                f"{number_of(len(self.sets), 'evaluation set')}: it needs rows, two domains and one set at least"
             )
         self._refuse(~np.isfinite(self.mixtures), self.mixtures, self.domains, "is not finite")
         self._refuse(self.mixtures < 0, self.mixtures, self.domains, "is negative, and no share can be")
@@ -123,8 +125,8 @@ def refuse_too_few(table: MixtureTable, least: int, law: str) -> None:
     """Refuse a table that is too short for a law."""
     if table.n < least:
         raise SettingError(
-            f"{table.n} mixtures of {len(table.domains)} domains: --law {law} needs {least} at least; train or merge "
-            "more of them, or put domains together"
+            f"{number_of(table.n, 'mixture')} of {len(table.domains)} domains: --law {law} needs {least} at least; "
+            "train or merge more of them, or put domains together"
         )
 
 
@@ -303,7 +305,7 @@ def _matching_rows(mixture_rows: _NamedRows, loss_rows: _NamedRows) -> list[int]
     if not shared:
         if len(mixture_rows) != len(loss_rows):
             raise SettingError(
-                f"{len(mixture_rows)} rows of mixtures and {len(loss_rows)} of losses, without a column "
+                f"{number_of(len(mixture_rows), 'row')} of mixtures and {len(loss_rows)} of losses, without a column "
                 f"{', '.join(KEYS[:-1])} or {KEYS[-1]} in both that would say which belong together"
             )
         return list(range(len(mixture_rows)))

@@ -7,6 +7,7 @@ that the adapter does not hold are the mean of the others here: where peft draws
 """
 
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 """Prefix that peft puts before every name."""
+_OTHER_SHAPE = re.compile(
+    rf"size mismatch for (?:{re.escape(PREFIX)})?(\S+?): .*?\[([\d, ]+)\].*?\[([\d, ]+)\]", re.DOTALL
+)
+"""torch's words of the first weight whose shape is another: its name, its shape in the file and in the model."""
 
 
 def with_adapter(model: Any, directory: str, tokenizer: Any, config: dict[str, Any]) -> Any:
@@ -56,10 +61,24 @@ def with_adapter(model: Any, directory: str, tokenizer: Any, config: dict[str, A
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by peft
         # An adapter's weight that its file lacks keeps its random start, and peft only warns.
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        base = f"its base {config['base_model_name_or_path']}"
+        remedy = "In that file base_model_name_or_path is to name the base that the adapter was trained on."
         try:
             return peft.PeftModel.from_pretrained(model, directory)
         except UserWarning as warning:
-            raise ModelError(f"{directory}: {str(warning)[:300]} Its adapter_config.json names more.") from None
+            lacking = re.search(rf"'{re.escape(PREFIX)}([^']+)'", str(warning))
+            raise ModelError(
+                f"{directory}: the adapter has no weights for a layer that its adapter_config.json adapts in {base} "
+                f"({lacking[1] if lacking else str(warning)[:300]}): another base, of more layers, or a file that is "
+                f"not whole. {remedy}"
+            ) from None
+        except RuntimeError as error:
+            if (other := _OTHER_SHAPE.search(str(error))) is None:
+                raise
+            raise ModelError(
+                f"{directory}: the adapter's weights do not fit {base}, or the rank r in its adapter_config.json: "
+                f"{other[1]} is [{other[2]}] in the adapter, and would be [{other[3]}]. {remedy}"
+            ) from None
 
 
 def _vocabularies(stored: Weights, model: Any) -> list[int]:

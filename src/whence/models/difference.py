@@ -38,6 +38,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence.brief import brief
+from whence.counts import number_of
 from whence.errors import ModelError
 from whence.models.loading import adapter_config
 from whence.models.local_copies import local_directory
@@ -78,6 +80,8 @@ class LayerDifference:
 @dataclass(frozen=True, eq=False)
 class WeightDifference(Mapping[str, Tensor]):
     """theta_0 - theta_f by parameter, in fp32, laid out as the parameter; each entry is computed when asked for."""
+
+    __repr__ = brief
 
     base: str
     """Directory of the base; `final` is that of the final."""
@@ -250,9 +254,15 @@ def _notes(report: list[LayerDifference], paired: PairedParameters) -> list[str]
     frozen = [layer.name for layer in report if layer.norm == 0]
     noisy = [layer.name for layer in report if 0 < layer.signal < SIGNAL]
     if frozen:
-        notes.append(f"{len(frozen)} of {len(report)} entries did not change at all (frozen): {listed(frozen)}.")
+        notes.append(
+            f"{len(frozen)} of {number_of(len(report), 'entry', 'entries')} did not change at all (frozen): "
+            f"{listed(frozen)}."
+        )
     if noisy:
-        notes.append(f"{len(noisy)} of {len(report)} entries moved no more than rounding does: {listed(noisy)}.")
+        notes.append(
+            f"{len(noisy)} of {number_of(len(report), 'entry', 'entries')} moved no more than rounding does: "
+            f"{listed(noisy)}."
+        )
     if paired.head is None or paired.head in frozen + noisy:
         notes.append("The output head did not move: scores of the head alone would say nothing.")
     moved = [layer for layer in report if layer.norm > 0]

@@ -22,7 +22,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from whence.brief import brief
 from whence.corpus.templates import prepare
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
 from whence.models.auto_classes import auto_class
@@ -65,6 +67,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class LoadedModel:
     """A frozen causal language model in evaluation mode (no dropout), with its tokenizer."""
+
+    __repr__ = brief
 
     model: nn.Module
     """The loaded model, with its adapter if it has one."""
@@ -410,12 +414,19 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def _refuse_missing(report: dict[str, Any], path: str) -> None:
     """Refuse weights that a file lacks: transformers fills them at random, and gradients through them mean nothing."""
     missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(item[0]) for item in report.get("mismatched_keys") or ())
-    if missing or mismatched:
-        first = ", ".join((missing + mismatched)[:3])
+    mismatched = sorted((str(name), [*stored], [*made]) for name, stored, made in report.get("mismatched_keys") or ())
+    if mismatched:
+        name, stored, made = mismatched[0]
         raise ModelError(
-            f"{path}: {len(missing)} weights are missing from its files and {len(mismatched)} have another shape "
-            f"(first: {first}). The directory is not a complete causal language model."
+            f"{path}: its weights are of a model of other sizes than its config.json describes: "
+            f"{number_of(len(mismatched), 'weight has', 'weights have')} another shape (first: {name}, {stored} in the "
+            f"file, {made} by config.json). Copy config.json and the weights from one model."
+        )
+    if missing:
+        raise ModelError(
+            f"{path}: its files lack {number_of(len(missing), 'weight')} that its config.json asks for (first: "
+            f"{', '.join(missing[:3])}): it is not a complete causal language model. Copy config.json and all weight "
+            "files from one model."
         )
     if unknown := sorted(report.get("unexpected_keys") or ()):
         logger.warning("%s: the model has no place for %d weights, %s first", path, len(unknown), unknown[0])

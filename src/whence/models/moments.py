@@ -10,7 +10,8 @@ pair of moments, for both its uses together.
 
 Files are read as tensors only (`weights_only`), and mapped, so that only the traced layers are fetched from the disk.
 Moments of 8 bits (bitsandbytes) are the codes' values times the largest of each block of 256, as its optimizer reads
-them. Not readable are sharded or DeepSpeed checkpoints, and optimizers other than Adam and AdamW.
+them; the tests' files of bitsandbytes are built by hand, none is written by it. Not readable are sharded or DeepSpeed
+checkpoints, and optimizers other than Adam and AdamW.
 
 Source: transformers' `Trainer.create_optimizer` and `get_decay_parameter_names` for the order; bitsandbytes 0.50,
 `optim/optimizer.py` and `functional.dequantize_blockwise`, and Dettmers et al. 2022, https://arxiv.org/abs/2110.02861,
@@ -185,11 +186,12 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
     pair = [_dequantised(entry.state, key, names[0], file) for key in keys]
     if entry.group.get("amsgrad") or entry.group.get("maximize"):
         raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
-    for key, moment in zip(keys, pair, strict=True):
+    for moment in pair:
         if moment.shape != weight.shape:
             raise ModelError(
-                f"{file}: {key} of {names[0]} has the shape {[*moment.shape]}, the model's weight {[*weight.shape]}: "
-                f"they are of different models."
+                f"{file}: it is the optimizer's file of a model of other sizes: of {names[0]} it holds "
+                f"{[*moment.shape]}, where the model has {[*weight.shape]}. Put the file of this checkpoint's own "
+                "training there."
             )
     # Conv1D keeps its weight as [i o], and so does its optimizer; the shape cannot tell where i = o
     m1, m2 = (moment.float() if isinstance(module, nn.Linear) else moment.float().T for moment in pair)
@@ -272,7 +274,10 @@ def _names_by_order(
             return [[plain_name(name) for name in group] for group in filled]
         problem = problem or mismatch
     if problem:
-        raise ModelError(f"{file}: {problem}: the optimizer's order of parameters is not this model's.")
+        raise ModelError(
+            f"{file}: it is the optimizer's file of another model, or of parameters in another order: {problem}. Put "
+            "the file of this checkpoint's own training there."
+        )
     raise ModelError(
         f"{file}: its groups hold {' + '.join(map(str, counts))} parameters; of this model "
         f"{' or '.join(dict.fromkeys(tried))} are expected, by what a Trainer trains. Whose they are cannot be told "
@@ -290,7 +295,7 @@ def _shape_mismatches(
         for keys in KEYS:
             moment = state.get(key, {}).get(keys[0])
             if isinstance(moment, Tensor) and moment.dtype != torch.uint8 and moment.shape != expected:
-                yield f"{keys[0]} number {key} has the shape {[*moment.shape]}, {name} {[*expected]}"
+                yield f"its entry {key} has the shape {[*moment.shape]}, where {name} has {[*expected]}"
 
 
 def _orders(model: LoadedModel) -> Iterator[list[list[str]]]:

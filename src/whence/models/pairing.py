@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.errors import ModelError
 from whence.models.loaded_weights import LoadedWeights, loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer
 from whence.models.local_copies import local_directory
+from whence.models.sizes import differing_sizes
 from whence.models.weights import Weights, read_json, weights_of
 
 ZERO_AT_FIRST = ("true", "gaussian", "eva")
@@ -130,14 +132,16 @@ def pair_models(start: str, end: str) -> PairedParameters:
     before, after = _model_files(start), _model_files(end)
     ours, theirs = after.weights.sources, before.weights.sources
     for lacks, has, lacking in ((before, after, ours.keys() - theirs), (after, before, theirs.keys() - ours)):
+        if lacking and (sizes := differing_sizes(*configs)):
+            raise ModelError(_other_sizes(start, end, sizes))
         if lacking or not ours:
             raise ModelError(
                 f"{has.path}: it holds {min(lacking, default='no weight of a known name')}, which {lacks.path} does "
                 f"not: they are of different architectures. {REMEDY}"
             )
     notes = [
-        f"{model.path}: {len(unplaced)} stored tensors have no place in the loaded model and were not compared: "
-        f"{listed([*unplaced])}."
+        f"{model.path}: not compared, since the loaded model has no place for "
+        f"{number_of(len(unplaced), 'stored tensor')}: {listed([*unplaced])}."
         for model in (before, after)
         if (unplaced := model.weights.unplaced)
     ]
@@ -148,7 +152,7 @@ def pair_models(start: str, end: str) -> PairedParameters:
     for name, pair in pairs.items():
         if rows and after.is_vocabulary(name) and before.is_vocabulary(name):
             pairs[name] = replace(pair, rows=rows)
-    _check_shapes(pairs)
+    _check_shapes(pairs, differing_sizes(*configs))
     return PairedParameters(pairs, notes, after.weights.head or "")
 
 
@@ -160,13 +164,19 @@ def _refuse_quantised(path: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shapes(pairs: Mapping[str, Pair]) -> None:
+def _other_sizes(start: str, end: str, sizes: str) -> str:
+    return f"{start} and {end} are models of different sizes ({sizes}), which have no weight difference. {REMEDY}"
+
+
+def _check_shapes(pairs: Mapping[str, Pair], sizes: str = "") -> None:
     for name, pair in pairs.items():
         if pair.base is None:
             continue
         skipped = 1 if pair.rows else 0
         base = pair.base[0].shape(pair.base[1])
         if base[skipped:] != pair.shape[skipped:]:
+            if sizes:
+                raise ModelError(_other_sizes(pair.base[0].path, pair.final[0].path, sizes))
             raise ModelError(
                 f"{pair.final[0].path}: {name} has the shape {[*pair.shape]}, in {pair.base[0].path} it is {[*base]}. "
                 f"{REMEDY}"
@@ -277,7 +287,9 @@ def pair_adapters(start: str, end: str, config: Mapping[str, Any]) -> PairedPara
     pairs = {_loaded_name(name, config): Pair((after.weights, name), base) for name, base in bases.items()}
     pairs = {name: pair if before else _of_shared_tokens(pair) for name, pair in pairs.items()}
     _check_shapes(pairs)
-    notes.append(f"An adapter of {len(after.layers)} layers: what it does not hold is the base's and did not move.")
+    notes.append(
+        f"An adapter of {number_of(len(after.layers), 'layer')}: what it does not hold is the base's and did not move."
+    )
     own = (name for name in pairs if ".base_layer." not in name)  # which peft saves beside, and does not train
     heads = (name for name in own if re.search(r"\.(lm_head|embed_out)\.", name))
     return PairedParameters(pairs, notes, next(heads, None), (before, after))

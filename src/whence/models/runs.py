@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.models.learning_rates import Scheduler, StepRates, read_scheduler, step_rates
 from whence.models.saved_files import check_file
@@ -101,7 +102,7 @@ def open_run(path: str | Path, *, which: str = "last") -> Run:
     notes = [f"{path}: the learning rate was 0 up to {', '.join(idle)}, of weight 0: left out."] if idle else []
     if _is_sparse(rates.known, steps):
         weights = ", ".join(f"{checkpoint.weight:.3f}" for checkpoint in checkpoints)
-        few = f"learning rates are on file for {len(rates.known)} of {steps[-1]:,} steps"
+        few = f"learning rates are on file for {len(rates.known)} of {number_of(steps[-1], 'step')}"
         notes.append(f"{path}: {few}; the others are taken to be {rates.origin}. Weights of checkpoints: {weights}.")
     return Run(str(path), tuple(checkpoint for checkpoint in checkpoints if checkpoint.weight), tuple(notes))
 

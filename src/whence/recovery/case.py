@@ -15,9 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from whence import runner
+from whence.brief import brief
 from whence.corpus.reading import Corpus
 from whence.corpus.tokens import encode
 from whence.corpus.unsupervised import refuse_unsupervised
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.gradients.ghost import interpolated
 from whence.gradients.space import GradientSpace
@@ -38,7 +41,6 @@ from whence.recovery.evidence import LayerDirection, direction_by_layer
 from whence.recovery.preconditioner import SAMPLE_ROWS, Scale, scale_of_moments, scale_of_rows, scaled, without_decay
 from whence.recovery.pseudo_labels import label_corpus
 from whence.recovery.settings import RecoverSettings
-from whence.runner import progress
 from whence.storage import Place
 
 ADAPTER_LAYERS = "*lora_B*"
@@ -50,6 +52,8 @@ UNKNOWN_TOKEN_SHARE = 0.5
 @dataclass(frozen=True)
 class Case:
     """Two models, and how their rows are read."""
+
+    __repr__ = brief
 
     base: str
     final: str
@@ -177,12 +181,18 @@ def foreign_tokenizer(case: Case) -> str | None:
 
 
 def labelled(
-    case: Case, corpus: Corpus, work: Place, fingerprint: Fingerprint, settings: RecoverSettings, *, shown: bool = True
+    case: Case,
+    corpus: Corpus,
+    work: Place,
+    fingerprint: Fingerprint,
+    settings: RecoverSettings,
+    *,
+    progress: bool = True,
 ) -> Corpus:
     """The corpus with the labels that theta_f gives it, or as it is where there are no choices."""
     if not settings.choices:
         return corpus
-    with progress("Labelling", fingerprint.rows, shown=shown) as tick, at_point(case, 1.0) as model:
+    with runner.progress("Labelling", fingerprint.rows, shown=progress) as tick, at_point(case, 1.0) as model:
         return label_corpus(
             model,
             corpus,
@@ -207,7 +217,7 @@ def only_moved(case: Case) -> tuple[Case, str | None]:
     if case.settings.space.layers not in (None, ADAPTER_LAYERS) or len(moved) in (0, len(direction)):
         return case, None
     space = replace(case.settings.space, layers=",".join(moved))
-    unmoved = f"{len(direction) - len(moved)} of {len(direction)} layers did not move and are left out"
+    unmoved = f"{len(direction) - len(moved)} of {number_of(len(direction), 'layer')} did not move and are left out"
     note = f"{unmoved} (frozen, or all changes rounded away)."
     return replace(case, settings=replace(case.settings, space=space)), note
 
@@ -245,6 +255,6 @@ def refuse_unmoved(direction: LayerDirection, case: Case) -> None:
     if not any(matrix.any() for matrix in direction.values()):
         moved = ", ".join(layer.name for layer in case.difference.layers()[:3]) or "none"
         raise ModelError(
-            f"{case.final}: none of the {len(direction)} traced layers differs from {case.base}; what moved is "
+            f"{case.final}: none of the traced layers ({len(direction)}) differs from {case.base}; what moved is "
             f"{moved}. Choose layers that moved with --layers."
         )

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.optimize import minimize
 from torch import Tensor
 
+from whence.brief import brief
 from whence.errors import SettingError
 from whence.numerics import generator, inverse_or_zero
 from whence.recovery.evidence import PointEvidence
@@ -205,6 +206,8 @@ def features(evidence: CorpusEvidence) -> Features:
 class Calibration:
     """A logistic model of standardised features."""
 
+    __repr__ = brief
+
     names: tuple[str, ...]
     weights: Float64[Tensor, " f"]
     intercept: float
@@ -243,8 +246,8 @@ def calibrate(table: Features, members: Bool[Tensor, " n"], *, seed: int = 0) ->
     """
     usable = table.usable
     if min(int((members & usable).sum()), int((~members & usable).sum())) < 2 * FOLDS:
-        raise SettingError(f"{int((members & usable).sum())} members and {int((~members & usable).sum())} others are "
-                           f"known: {2 * FOLDS} of each are the least to calibrate on")  # fmt: skip
+        raise SettingError(f"known members: {int((members & usable).sum())}, others: {int((~members & usable).sum())}; "
+                           f"{2 * FOLDS} of each are the least to calibrate on")  # fmt: skip
     x, y = table.standard()[usable], members[usable].double()
     folds = torch.randperm(len(y), generator=generator(seed, "calibrate")) % FOLDS
     odds_by_ridge = {ridge: _cross_validated(x, y, folds, ridge) for ridge in RIDGES}

@@ -26,6 +26,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, written_by
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
@@ -89,7 +90,7 @@ class Recovered:
 
     def __repr__(self) -> str:
         """How many rows, of how many expected, and how to go on."""
-        lines = [f"Recovered({len(self.rows):,} of {len(self.scores):,} rows, by {self.settings['method']})"]
+        lines = [f"Recovered({len(self.rows):,} of {number_of(len(self.scores), 'row')}, by {self.settings['method']})"]
         if self.members is not None:
             lines.append("  trained on about {:,.0f} of the corpus' rows ({:,.0f} to {:,.0f})".format(*self.members))
         if self.mixture:
@@ -107,7 +108,7 @@ def recover(
     *,
     count: int | None = None,
     work: str | Path = "whence-recover.work",
-    shown: bool = True,
+    progress: bool = True,
     **settings: Any,
 ) -> Recovered:
     """Find the rows of a corpus that a model was fine-tuned on, from its weights and those it began with.
@@ -119,7 +120,7 @@ def recover(
         count: Rows to choose, and about the number that the model was trained on. None: the rows more likely members
             than not; the shadow is trained on a tenth of the corpus.
         work: Directory of the evidence and the shadow; the same call goes on from there.
-        shown: Show bars on stderr.
+        progress: Show bars on stderr.
         settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
 
     Returns:
@@ -139,11 +140,11 @@ def recover(
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
     with written_by(chosen.chat_template, date), writing_to(work):
-        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, shown=shown)
+        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, progress=progress)
 
 
 def _recovered(
-    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, shown: bool
+    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, progress: bool
 ) -> Recovered:
     """As `recover`, of two models that have been compared."""
     fingerprint = fingerprint_of(opened)
@@ -151,7 +152,7 @@ def _recovered(
     case, unmoved_note = only_moved(case)
     with Place.at(place).locked():
         if chosen.choices:
-            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, shown=shown)
+            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, progress=progress)
             fingerprint = fingerprint_of(opened)
         case = with_scale(case, chosen.undo, opened, fingerprint.rows)
         trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
@@ -161,15 +162,17 @@ def _recovered(
             others = {SHADOW_DIFFERENCE: known.case}
             case = with_points_of(case, known.case)
         evidence = gather_evidence(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points,
-                                   others=others, shown=shown)  # fmt: skip
+                                   others=others, progress=progress)  # fmt: skip
         if not evidence.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
         if known is not None:
-            learned = calibrate_on_shadow(known, chosen, place, base=_shadow_at_base(evidence, known), shown=shown)
+            learned = calibrate_on_shadow(
+                known, chosen, place, base=_shadow_at_base(evidence, known), progress=progress
+            )
         sources, labels = _columns(opened)
         recipe = learned.shadow.recipe if learned is not None else None
         mixture = shares_of_sources(case, opened, evidence, sources, recipe, place / "mixture", how=chosen.mixture,
-                                    count=trained_on, seed=chosen.seed, shown=shown)  # fmt: skip
+                                    count=trained_on, seed=chosen.seed, progress=progress)  # fmt: skip
         rounds: list[Round] = []
         if chosen.rounds:
             listed = rows_of(opened, evidence.short_list.tolist())
@@ -222,9 +225,9 @@ def _notes(
     if count is not None and count > usable:
         notes.append(f"{count:,} rows were asked for, and {usable:,} have evidence.")
     if unusable := len(evidence.usable) - usable:
-        notes.append(f"{unusable:,} rows have no supervised token or no finite evidence, and are left out.")
+        notes.append(f"Left out, for want of a supervised token or of finite evidence: {number_of(unusable, 'row')}.")
     if usable > case.short_list:
-        note = f"Of {usable:,} rows {len(evidence.short_list):,} were matched jointly (--short-list)"
+        note = f"Of {number_of(usable, 'row')} {len(evidence.short_list):,} were matched jointly (--short-list)"
         notes.append(f"{note}; of the shadow's members such a list held {learned.kept:.0%}." if learned else f"{note}.")
     for number, training in enumerate(rounds, 1):
         notes.append(
@@ -320,7 +323,7 @@ def _settings_lines(
     if learned is not None:
         recipe = learned.shadow.recipe
         lines["shadow"] = (
-            f"{learned.members:,} rows, {recipe.epochs:g} epochs of batch {recipe.batch_size}, "
+            f"{number_of(learned.members, 'row')}, {number_of(recipe.epochs, 'epoch')} of batch {recipe.batch_size}, "
             f"{recipe.optimizer} at {recipe.lr:.2g}; it moved "
             f"{learned.shadow.norm:.2f} times as far"
         )

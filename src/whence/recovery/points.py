@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from whence import runner
 from whence.corpus.reading import Corpus
 from whence.indexing.ingest import Fingerprint
 from whence.models.loading import directory_digest, load_model, tokenizer_digest
@@ -18,7 +19,6 @@ from whence.recovery.adapters import AdapterStart, adapter_start, gather_adapter
 from whence.recovery.case import Case, at_point, refuse_unmoved
 from whence.recovery.evidence import PointEvidence, gather_point, length_of, sketch_of
 from whence.recovery.membership import CorpusEvidence, with_short_list
-from whence.runner import progress
 from whence.storage import Place
 
 DIFFERENCE = "difference"
@@ -50,7 +50,7 @@ def gather_evidence(
     others: Mapping[str, Case] | None = None,
     base: PointEvidence | None = None,
     label: str = "Reading",
-    shown: bool = True,
+    progress: bool = True,
 ) -> CorpusEvidence:
     """Gather the evidence of a corpus at every point, or go on doing so.
 
@@ -64,7 +64,7 @@ def gather_evidence(
             theta_0, unless one is an adapter that is more than B A; see `adapters`.
         base: Evidence at theta_0, if it is known; None: it is gathered.
         label: Text of the bar.
-        shown: Show the bar.
+        progress: Show the bar.
     """
     evidence: dict[str, PointEvidence] = {}
     lengths: dict[str, dict[str, float]] = {}
@@ -75,7 +75,7 @@ def gather_evidence(
         "final": directory_digest(case.final),
     }
     names, known = points_of(case, points), {} if base is None else {"base": base}
-    with progress(label, fingerprint.rows * (len(names) - len(known)), shown=shown) as tick:
+    with runner.progress(label, fingerprint.rows * (len(names) - len(known)), shown=progress) as tick:
         for name, at in names.items():
             with at_point(case, at) as model:
                 provenance["tokenizer"] = tokenizer_digest(model.tokenizer)

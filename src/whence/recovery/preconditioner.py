@@ -21,6 +21,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded, bucketed, collate
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.gradients.capture import Captured, backward, example_gradients
 from whence.models.loading import LoadedModel
@@ -66,7 +67,9 @@ def scale_of_rows(
     """
     usable = [row for row in rows if row.supervised_count]
     if not usable:
-        raise SettingError(f"none of {len(rows)} rows has a supervised token to estimate an optimizer's scaling from")
+        raise SettingError(
+            f"none of {number_of(len(rows), 'row')} has a supervised token to estimate an optimizer's scaling from"
+        )
     squares = {name: torch.zeros(1) for name in layers}
 
     def take(captured: Captured) -> None:

@@ -28,6 +28,7 @@ from scipy import stats
 from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
+from whence.brief import brief
 from whence.recovery.membership import logit
 
 BINS = 384
@@ -53,6 +54,8 @@ SHARE_WIDTHS = {True: 0.5, False: 2.0}
 @dataclass(frozen=True)
 class Recalibrated:
     """Probabilities of membership of a corpus."""
+
+    __repr__ = brief
 
     log_odds: Float[Tensor, " n"]
     """Log odds of each row, in the order of z."""

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.reading import Corpus, open_corpus
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
@@ -52,6 +53,8 @@ def shadow_split(rows: int, count: int, seed: int) -> tuple[list[int], list[int]
 class Learned:
     """A shadow, and the calibration that was learned on it."""
 
+    __repr__ = brief
+
     shadow: Shadow
     calibration: Calibration
     members: int
@@ -82,6 +85,8 @@ def recipe_of(case: Case, settings: RecoverSettings, rows: int) -> Recipe:
 @dataclass(frozen=True)
 class CalibrationSet:
     """A shadow, and rows of which it is known whether it was trained on them."""
+
+    __repr__ = brief
 
     shadow: Shadow
     case: Case
@@ -140,7 +145,7 @@ def calibrate_on_shadow(
     work: Path,
     *,
     base: PointEvidence | None = None,
-    shown: bool = True,
+    progress: bool = True,
 ) -> Learned:
     """Gather the evidence of rows whose membership is known, and fit membership to it.
 
@@ -149,11 +154,11 @@ def calibrate_on_shadow(
         settings: Points and seed.
         work: Directory of the evidence.
         base: Evidence of these rows at theta_0 against the shadow's difference, if it is known.
-        shown: Show a bar.
+        progress: Show a bar.
     """
     fingerprint, place = fingerprint_of(known.rows), Place.at(work / "shadow" / "evidence")
     evidence = gather_evidence(known.case, known.rows, place, fingerprint, points=settings.points, base=base,
-               label="Reading for the shadow", shown=shown)  # fmt: skip
+               label="Reading for the shadow", progress=progress)  # fmt: skip
     calibration = calibrate(features(evidence), known.is_member, seed=settings.seed)
     is_listed = torch.zeros(fingerprint.rows, dtype=torch.bool).index_fill_(0, evidence.short_list, True)
     listed_share = float(is_listed[known.is_member].float().mean())

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus
 from whence.errors import SettingError
@@ -25,7 +26,6 @@ from whence.recovery.matching_problem import VectorProblem
 from whence.recovery.membership import CorpusEvidence
 from whence.recovery.shadow_model import Recipe
 from whence.recovery.source_models import MOST_SOURCES, adapter_at_start, mixture_by_runs, rows_to_train, shares_of_rows
-from whence.runner import progress
 
 MIXTURE_ROWS = 8_000
 """Rows, drawn evenly from all, in the means of sources."""
@@ -44,7 +44,7 @@ def shares_of_sources(
     how: str | None = None,
     count: int,
     seed: int = 0,
-    shown: bool = True,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Share of every source in the rows trained on and in their supervised tokens, with 95% intervals.
 
@@ -58,7 +58,7 @@ def shares_of_sources(
         how: "runs", "gradients" or "none"; None: runs where there is a recipe and sources are few enough.
         count: Rows that the model was trained on, about.
         seed: Seed of rows, trainings and intervals.
-        shown: Show a bar.
+        progress: Show a bar.
 
     Returns:
         See `source_models.mixture_by_runs`; empty for a single source.
@@ -76,7 +76,7 @@ def shares_of_sources(
         replace(recipe, rows=count, checkpoints=1, lora=None),
     )
     start = None if case.lora is None else adapter_at_start(case.final, work / "start")
-    with progress("Training on each source", rows_to_train(len(names), count), shown=shown) as tick:
+    with runner.progress("Training on each source", rows_to_train(len(names), count), shown=progress) as tick:
         return mixture_by_runs(case.base, rows, names_of_rows, tokens, case.difference, known_recipe, work,
                                start=start, seed=seed, tick=tick)  # fmt: skip
 

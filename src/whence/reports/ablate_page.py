@@ -13,6 +13,7 @@ from functools import cached_property
 from whence.ablation.candidates import Candidate
 from whence.ablation.pipeline import Ablation, Cell
 from whence.ablation.rank_agreement import Agreement
+from whence.counts import number_of
 from whence.reports.ablate_tables import PROXIES, cost_sentence
 from whence.reports.heat_map import STRENGTHS, heat_cell, heat_head, ramp
 from whence.reports.page import document, escaped, fact_list, panel, panels, section, sentence, stretched, table
@@ -31,7 +32,7 @@ def ablate_page(ablation: Ablation, command: str | None = None, *, bits: bool = 
         bits: Bits per byte in the cells, in place of perplexities.
     """
     grid = _Grid(ablation, bits)
-    lead = f"{_count(len(ablation.candidates), 'mixture')} on {_count(len(grid.sets), 'evaluation set')}"
+    lead = f"{number_of(len(ablation.candidates), 'mixture')} on {number_of(len(grid.sets), 'evaluation set')}"
     body = [
         f'<p class="lead">{lead}</p>',
         f'<p class="how">{escaped(_how(ablation, has_truth=grid.has_truth))}</p>',
@@ -100,10 +101,6 @@ class _Grid:
         return any(cell.truth is not None for cell in self.ablation.cells)
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _how(ablation: Ablation, *, has_truth: bool) -> str:
     about = "Losses are of weighted means of the pool's members" + ("; every mixture was trained for real, too." if
            has_truth else ": no mixture was trained.")  # fmt: skip
@@ -143,7 +140,8 @@ def _heat_map(grid: _Grid) -> str:
         "best of each column. Ordered by the mean difference, at the right."
     )
     if rest := len(grid.order) - len(rows):
-        caption += f" {_count(rest, 'more mixture')} of larger mean loss {'is' if rest == 1 else 'are'} not shown."
+        more = number_of(rest, "more mixture of larger mean loss is", "more mixtures of larger mean loss are")
+        caption += f" {more} not shown."
         caption += " -o FILE writes all."
     head = heat_head([*grid.sets, "mean, nats"], "mixture", "shares")
     drawn = f'<div class="heat">{table(head, lines, stacks=False)}</div>'
@@ -155,7 +153,7 @@ def _heat_map(grid: _Grid) -> str:
 def _legend(grid: _Grid) -> str:
     names = [f"<span>{swatch(colour)}{escaped(name)}</span>" for name, colour in grid.colours.items()]
     if rest := len(grid.partitions) - len(grid.colours):
-        names.append(f"<span>{swatch(REST)}{rest} others</span>")
+        names.append(f"<span>{swatch(REST)}{number_of(rest, 'other')}</span>")
     return f'<p class="legend-of">{"".join(names)}</p>'
 
 

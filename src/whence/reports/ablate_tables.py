@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.ablation.pipeline import Ablation
+from whence.counts import number_of
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
 from whence.reports.wide_table import WideTable
@@ -34,7 +35,10 @@ def ablate_tables(ablation: Ablation, *, bits: bool = False) -> RenderableType:
 def ablate_answer(ablation: Ablation) -> str:
     """Which mixture is best, by how much, and whether a real training agrees, in a sentence."""
     gained, true = ablation.gained(), ablation.gained("truth")
-    best, among = next(iter(gained)), f"{len(gained)} mixtures over {len(ablation.best())} evaluation sets"
+    best, among = (
+        next(iter(gained)),
+        f"{number_of(len(gained), 'mixture')} over {number_of(len(ablation.best()), 'evaluation set')}",
+    )
     answer = f"The best of {among} is {visible(best)}, {_against_parent(gained[best])}"
     if not true:
         return f"{answer}, by averages: none was trained."
@@ -52,10 +56,10 @@ def _against_parent(change: float) -> str:
 def cost_sentence(cost: Mapping[str, float]) -> str:
     """What reading mixtures took beside training them, as a sentence."""
     return (
-        f"{cost['candidates']:,.0f} mixtures were read in {cost['reading seconds']:,.0f} s; the pool took "
-        f"{cost['pool tokens']:,.0f} tokens of training, all mixtures would take "
+        f"{number_of(cost['candidates'], 'mixture was', 'mixtures were')} read in {cost['reading seconds']:,.0f} "
+        f"s; the pool took {cost['pool tokens']:,.0f} tokens of training, all mixtures would take "
         f"{cost['tokens of training every candidate']:,.0f}: the pool is cheaper from "
-        f"{math.ceil(cost['break-even candidates'])} mixtures on."
+        f"{number_of(math.ceil(cost['break-even candidates']), 'mixture')} on."
     )
 
 

@@ -7,6 +7,7 @@ from html import escape
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from whence.counts import number_of
 from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
@@ -50,7 +51,7 @@ def evaluate_answer(table: SelectionTable) -> str:
     mean = math.fsum(gains) / len(gains)
     answer = f"Of the methods, {visible(best)} chose best: {mean:+.3f} nats a token against random rows"
     if above:
-        return f"{answer}, surely on {len(above)} of {len(tasks)} tasks."
+        return f"{answer}, surely on {len(above)} of {number_of(len(tasks), 'task')}."
     return f"{answer}, which may be chance; more --seeds would tell."
 
 

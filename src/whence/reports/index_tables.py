@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from whence.counts import number_of
 from whence.indexing.speed import BenchResult
 from whence.reports.tables import pairs_table
 
@@ -25,7 +26,7 @@ def info_table(info: dict[str, Any]) -> Table:
             f"{entry['path']}" + (f" (weight {entry['weight']:.3f})" if len(info["checkpoints"]) > 1 else "")
             for entry in info["checkpoints"]
         ),
-        "corpora": "\n".join(f"{entry['name']} ({entry['rows']:,} rows)" for entry in info["corpora"]),
+        "corpora": "\n".join(f"{entry['name']} ({number_of(entry['rows'], 'row')})" for entry in info["corpora"]),
     }
     return pairs_table(lines)
 
@@ -34,7 +35,7 @@ def info_answer(info: dict[str, Any]) -> str:
     """Whether the index can be asked, in a sentence."""
     if not info["complete"]:
         return f"The index is not complete: {info['to_do']}."
-    return f"The index is complete: {info['ok_rows']:,} of its {info['rows']:,} rows can be ranked."
+    return f"The index is complete: {info['ok_rows']:,} of its {number_of(info['rows'], 'row')} can be ranked."
 
 
 def bench_answer(result: BenchResult) -> str:
@@ -54,8 +55,9 @@ def bench_table(result: BenchResult) -> Table:
     least, most = result.spread["index"]
     return pairs_table(
         {
-            "batch": f"{result.examples_per_batch} examples of {result.tokens_per_example:,.0f} tokens, "
-            f"{result.batches} batches each",
+            "batch": f"{number_of(result.examples_per_batch, 'example')} of "
+            f"{number_of(round(result.tokens_per_example), 'token')}, "
+            f"{number_of(result.batches, 'batch', 'batches')} each",
             "training step": f"{result.step_seconds:.4f} s "
             f"(forward + backward {result.forward_backward_seconds:.4f} s)",
             "index": f"{result.index_seconds:.4f} s ({least:.4f} to {most:.4f})",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from whence.counts import number_of
 from whence.mixing.pipeline import Grade, MixLaw
 from whence.mixing.protocols import MixingLaw, Term
 from whence.reports.heat_map import heat_cell, heat_head, ramp
@@ -35,9 +36,10 @@ def mix_page(result: MixLaw, command: str | None = None) -> str:
         result: What to show.
         command: The command that made it, where there is one.
     """
-    size = f"{result.table.n:,} mixtures of {len(result.table.domains)} domains"
+    size = f"{number_of(result.table.n, 'mixture')} of {len(result.table.domains)} domains"
     lead = f"{result.settings['law']} law of {size}"
-    how = f"Graded on {result.settings['folds']} held-out folds, on {len(result.table.sets)} evaluation sets: "
+    sets = number_of(len(result.table.sets), "evaluation set")
+    how = f"Graded on {result.settings['folds']} held-out folds, on {sets}: "
     how += f"{'; '.join(_head(result.held_out.overall))}."
     body = [
         f'<p class="lead">{escaped(lead)}</p>',

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.recovery.pipeline import Recovered
 from whence.reports.page import (
     axis,
@@ -54,7 +55,7 @@ def recover_page(recovery: Recovered, command: str | None = None) -> str:
         recovery: What to show.
         command: The command that made it, where there is one.
     """
-    lead = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows"
+    lead = f"{len(recovery.rows):,} of {number_of(len(recovery.scores), 'row')}"
     body = [
         f'<p class="lead">{lead}</p>',
         *(f'<p class="how">{escaped(line)}</p>' for line in _how(recovery)),
@@ -74,8 +75,11 @@ def _how(recovery: Recovered) -> list[str]:
     if recovery.learned is None:
         return [about]
     right = _expected(recovery.scores[recovery.numbers])
-    about += f" Expected members: {right} of them, {members_text(recovery)} in all."
-    return [about, f"Shadow: {recovery.settings['shadow']}."] if "shadow" in recovery.settings else [about]
+    about += f" Trained on: about {right} of them, {members_text(recovery)} in all."
+    if "shadow" not in recovery.settings:
+        return [about]
+    shadow = recovery.settings["shadow"]
+    return [about, f"Probabilities are from a shadow, a model trained here on known rows: {shadow}."]
 
 
 def _expected(scores: Tensor) -> str:
@@ -86,7 +90,7 @@ def _facts(recovery: Recovered, command: str | None) -> dict[str, str]:
     facts = dict(recovery.settings)
     if recovery.learned is not None:
         by = recovery.learned.calibration
-        facts["calibration"] = f"{by.share:.1%} members, ridge {by.ridge:g}"
+        facts["calibration"] = f"{by.share:.1%} of its rows trained on, ridge {by.ridge:g}"
     return facts if command is None else facts | {"command": command}
 
 
@@ -125,7 +129,8 @@ def _mixture(recovery: Recovered) -> str:
         rows.append(_line(line["source"], _whiskers(line, largest), _interval(line), share))
     caption = "Estimated from the weights by source, not by counting the rows found. Whiskers: 95% intervals."
     if rest := lines[SOURCES:]:
-        caption += f" {len(rest):,} more sources have {sum(line['share'] for line in rest):.0%} together."
+        more = number_of(len(rest), "more source has", "more sources have")
+        caption += f" {more} {sum(line['share'] for line in rest):.0%} together."
     head = _head("source", "share (95%)", "rows found")
     return section("What it was trained on, by source", table(head, rows) + sentence(caption))
 
@@ -181,10 +186,11 @@ def _scores(recovery: Recovered) -> str:
         null = None if recovery.null is None else recovery.null.double().clamp(-FARTHEST, FARTHEST)
         scores = _log_odds(scores)
     if null is not None:
-        caption += f" The line: {len(null):,} rows that the shadow was not trained on, where this corpus has such rows."
-        key += '<i class="null"></i>known not to be members'
+        caption += f" The line: {number_of(len(null), 'row')} that the shadow was not trained on, where this corpus "
+        caption += "has such rows."
+        key += '<i class="null"></i>known not to be trained on'
     if lost := len(known) - len(scores):
-        caption += f" {lost:,} rows are without evidence."
+        caption += f" {number_of(lost, 'row is', 'rows are')} without evidence."
     drawn = _histogram(scores, is_chosen, null, is_probability=recovery.learned is not None)
     name = "Probability" if recovery.learned is not None else "Score"
     return section(f"{name} of all rows", drawn + sentence(caption), f'<span class="key">{key}</span>')
@@ -321,7 +327,9 @@ def _layers(recovery: Recovered) -> str:
         for line in moved[:LAYERS]
     ]
     caption = (
-        f"{still:,} of {len(recovery.layers):,} parameters did not move at all" if still else "All parameters moved"
+        f"{still:,} of {number_of(len(recovery.layers), 'parameter')} did not move at all"
+        if still
+        else "All parameters moved"
     )
     caption += f"; {weak:,} moved no more than rounding does." if weak else "."
     if len(moved) > LAYERS:

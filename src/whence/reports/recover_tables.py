@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.corpus.layouts import shown_text
+from whence.counts import number_of
 from whence.recovery.pipeline import Recovered
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
@@ -21,10 +22,11 @@ def recover_tables(recovery: Recovered) -> RenderableType:
     """Notes, mixture, first and last rows, layers."""
     settings = recovery.settings
     parts: list[RenderableType] = [Text(visible(note), "yellow") for note in recovery.notes]
-    head = f"{len(recovery.rows):,} of {len(recovery.scores):,} rows, by {settings['method']}"
+    head = f"{len(recovery.rows):,} of {number_of(len(recovery.scores), 'row')}, by {settings['method']}"
     parts.append(Text(head, "bold"))
     if recovery.learned is not None:
-        parts.append(Text(f"Shadow: {settings['shadow']}. Expected members in all: {members_text(recovery)}.", "dim"))
+        shadow = f"Probabilities are from a shadow, a model trained here on known rows: {settings['shadow']}."
+        parts.append(Text(f"{shadow} Rows trained on, in all: about {members_text(recovery)}.", "dim"))
     if recovery.mixture:
         parts.append(_mixture(recovery))
     if recovery.rows:
@@ -37,9 +39,11 @@ def recover_answer(recovery: Recovered) -> str:
     """How many rows the model was trained on, and from where most of them come, in a sentence."""
     count, total = len(recovery.rows), len(recovery.scores)
     if recovery.learned is not None:
-        answer = f"The model was trained on about {members_text(recovery)} of {total:,} rows; {count:,} are listed"
+        listed = number_of(count, "is listed", "are listed")
+        answer = f"The model was trained on about {members_text(recovery)} of {number_of(total, 'row')}; {listed}"
     else:
-        answer = f"{count:,} of {total:,} rows fit best what training did to the weights"
+        fit = "fits" if count == 1 else "fit"
+        answer = f"{count:,} of {number_of(total, 'row')} {fit} best what training did to the weights"
     if recovery.mixture:
         most = max(recovery.mixture, key=lambda line: line["share"])
         source = f"{visible(most['source'])}, {most['share']:.0%} ({most['low']:.0%} to {most['high']:.0%})"
@@ -71,7 +75,7 @@ def _rows(recovery: Recovered) -> Table:
     """The first rows and the last."""
     table = plain_table()
     is_probability = recovery.learned is not None
-    for name in ("rank", "probability" if is_probability else "score", "p"):
+    for name in ("rank", "probability" if is_probability else "score", "p-value"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("row", overflow="ellipsis")
     count = len(recovery.rows)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from whence.counts import number_of
 from whence.reports.page import axis, bars, cut, document, escaped, fact_list, pick, row_html, section, table
 from whence.reports.select_tables import nearness_sentence
 from whence.selection.choice import BELOW
@@ -35,8 +36,8 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
         overlaps: Overlaps with other methods' choices under the same budget, by name; see `description.overlap`.
     """
     selection, settings = chosen.selection, chosen.settings
-    tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""
-    lead = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}"
+    tokens = f", {number_of(selection.tokens, 'token')}" if selection.tokens else ""
+    lead = f"{len(selection.rows):,} of {number_of(len(selection.reasons), 'row')}{tokens}"
     body = [
         f'<p class="lead">{escaped(lead)}</p><p class="how">by {escaped(settings["method"])}, '
         f"{escaped(settings['selector'])}</p>",
@@ -83,7 +84,7 @@ def _answers(chosen: Chosen) -> str:
         for answer, task_share, share, count in chosen.answers[:TARGETS]
     ]
     more = len(chosen.answers) - TARGETS
-    say = f'<p class="say">{more:,} more answers.</p>' if more > 0 else ""
+    say = f'<p class="say">{number_of(more, "more answer")}.</p>' if more > 0 else ""
     names = "".join(f'<th class="n">{name}</th>' for name in ("rows", "share", "of the task"))
     key = '<span class="key"><i></i>chosen<i class="pool"></i>the task\'s examples</span>'
     return section("What the rows answer", table(f"<th>answer</th><th></th>{names}", rows) + say, key)

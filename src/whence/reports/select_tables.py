@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.corpus.layouts import shown_text
+from whence.counts import number_of
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
 from whence.selection.description import composition, lengths, nearness
@@ -26,8 +27,10 @@ def select_tables(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -
     """Composition, length, the first and last rows, what was left out, and overlap with other methods' choices."""
     selection = chosen.selection
     parts: list[RenderableType] = [Text(visible(note), "yellow") for note in selection.notes]
-    tokens = f", {selection.tokens:,} tokens" if selection.tokens else ""  # none are counted without a tokenizer
-    head = f"{len(selection.rows):,} of {len(selection.reasons):,} rows{tokens}, by "
+    tokens = (
+        f", {number_of(selection.tokens, 'token')}" if selection.tokens else ""
+    )  # none are counted without a tokenizer
+    head = f"{len(selection.rows):,} of {number_of(len(selection.reasons), 'row')}{tokens}, by "
     parts += [Text(head + chosen.settings["method"] + ", " + chosen.settings["selector"], "bold"), _composition(chosen)]
     parts += [_answers(chosen)] if chosen.answers else []
     size = lengths(chosen)
@@ -53,7 +56,7 @@ FEW_IN_COMMON = 0.05
 def select_answer(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> str:
     """How many rows are chosen, and of which source most, in a sentence; and what differs from them."""
     lines, count, total = composition(chosen), len(chosen.rows), len(chosen.selection.reasons)
-    answer = f"{count:,} of {total:,} rows are chosen"
+    answer = f"{count:,} of {number_of(total, 'row')} {'is' if count == 1 else 'are'} chosen"
     if len(lines) > 1:
         most = lines[0]
         answer += f", {most['share']:.0%} of them from {most['source'] or 'no source'}"

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whence.counts import number_of
 from whence.reports.text import visible
 from whence.tracing.results import SURE, Answer, Hit, TokenMatrix, Trace
 
@@ -38,7 +39,13 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
         parts += [_coloured(hit) for hit in trace.of(number)[:COLOURED] if hit.tokens is not None]
         parts.append(Text(""))
     if len(trace.answers) > most:
-        parts.append(Text(f"... and {len(trace.answers) - most} more queries; write them all with -o FILE", "dim"))
+        parts.append(
+            Text(
+                f"... and {number_of(len(trace.answers) - most, 'more query', 'more queries')}; write them all "
+                "with -o FILE",
+                "dim",
+            )
+        )
     return Group(*parts)
 
 
@@ -48,8 +55,9 @@ def trace_answer(trace: Trace) -> str:
     best = [next(iter(trace.of(number)), None) for number in range(count)]
     if count > 1:
         above = sum(stands_out(trace, number) for number in range(count))
-        return f"{above} of {count} answers have an example that stands above chance." if trace.levels else (
-            f"{count} answers were traced; nothing here says how high chance reaches.")  # fmt: skip
+        if not trace.levels:
+            return f"{count} answers were traced; nothing here says how high chance reaches."
+        return f"{above} of {count} answers {'has' if above == 1 else 'have'} an example that stands above chance."
     if not count or best[0] is None:
         return "No example can be ranked."
     first = f"{visible(best[0].id)} ranks first"
@@ -181,7 +189,7 @@ def _hits_table(trace: Trace, query: int) -> Table:
     if not any(opposed):
         against = "are the lowest; none opposes the answer"
     by = ", ranked by exact scores" if is_exact else ""
-    table.caption = f"{trace.method} over {trace.rows:,} examples{by}; negative ranks {against}"
+    table.caption = f"{trace.method} over {number_of(trace.rows, 'example')}{by}; negative ranks {against}"
     table.caption_justify = "left"
     return table
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from whence.counts import number_of
 from whence.errors import SettingError
 
 Amount = int | float
@@ -213,7 +214,8 @@ class Ledger:
             return False
         unit = "tokens" if self.is_in_tokens else "rows"
         self.notes += [
-            f"--floor {source}: {owed:,} {unit} of it could not be filled." for source, owed in unfilled.items()
+            f"--floor {source}: {number_of(owed, unit.removesuffix('s'))} of it could not be filled."
+            for source, owed in unfilled.items()
         ]
         self.owed = {}
         self._closed = set()

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from whence.corpus.layouts import Row, row_text
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.selection.budget import Budget, Ledger, Limits
 from whence.selection.duplicates import ChosenTexts
@@ -41,7 +42,7 @@ class Candidates:
     """Rows that may not be chosen whatever their scores, with the reason."""
 
     def __repr__(self) -> str:
-        return f"Candidates({len(self.texts):,} rows, {len(self.targets)} targets)"
+        return f"Candidates({number_of(len(self.texts), 'row')}, {number_of(len(self.targets), 'target')})"
 
     def __post_init__(self):
         assert self.scores.shape == (len(self.targets), len(self.tokens)), "a score for each target and row"
@@ -98,7 +99,8 @@ class Selection:
     """What else a person should know."""
 
     def __repr__(self) -> str:
-        return f"Selection({len(self.rows):,} of {len(self.reasons):,} rows, {self.tokens:,} tokens, .tally())"
+        rows, tokens = number_of(len(self.reasons), "row"), number_of(self.tokens, "token")
+        return f"Selection({len(self.rows):,} of {rows}, {tokens}, .tally())"
 
     def tally(self) -> dict[str, int]:
         """Number of rows left out for each kind of reason, most first; all duplicates are one kind."""
@@ -131,7 +133,7 @@ def choose(
     for row, reason in candidates.refused.items():
         reasons[row] = reason
     if not is_rankable.any():
-        raise SettingError(f"none of {len(reasons):,} rows can be chosen: {_tally_line(reasons)}")
+        raise SettingError(f"none of {number_of(len(reasons), 'row')} can be chosen: {_tally_line(reasons)}")
     tokens = candidates.tokens.tolist()
     rankable = is_rankable.nonzero()[:, 0].tolist()
     ledger = Ledger(budget, limits or Limits(), sources=candidates.sources, tokens=tokens, rankable=rankable)
@@ -225,7 +227,7 @@ def _ties(candidates: Candidates, last: Pick, reasons: Sequence[str | None]) -> 
     tied = int((scores[..., below] == last.score).sum()) if last.target is not None or len(scores) == 1 else 0
     if not tied:
         return []
-    equals = f"{tied:,} more rows score {last.score:.4g} as the last one chosen does"
+    equals = f"{number_of(tied, 'more row scores', 'more rows score')} {last.score:.4g} as the last one chosen does"
     return [f"{equals}: of equals the first in the pool are taken."]
 
 

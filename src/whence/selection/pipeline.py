@@ -20,6 +20,7 @@ from whence import catalogue
 from whence.corpus.layouts import Row, shown_text
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
+from whence.counts import number_of
 from whence.errors import CorpusError, SettingError
 from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index, open_index
@@ -59,7 +60,8 @@ class Chosen:
         """How much was chosen, the first row, and how to go on."""
         selection, how = self.selection, f"{self.settings['method']}, {self.settings['selector']}"
         lines = [
-            f"Chosen({len(self.rows):,} of {len(selection.reasons):,} rows, {selection.tokens:,} tokens, by {how})"
+            f"Chosen({len(self.rows):,} of {number_of(len(selection.reasons), 'row')}, "
+            f"{number_of(selection.tokens, 'token')}, by {how})"
         ]
         if self.rows:
             lines.append(f"  first: row {selection.rows[0]:,}, score {selection.scores[0]:.4g}")
@@ -273,8 +275,10 @@ def targets_of(
         completion = text.get("completion", text.get("text")) or ""
         groups.setdefault(group, []).append(QueryText(text.get("prompt") or "", completion, encoded))
     if not groups:
-        raise CorpusError(f"{corpus.name}: none of its {dropped} rows has a supervised token, so there is no task")
-    notes = [f"{dropped} task rows have no supervised token and were left out."] if dropped else []
+        raise CorpusError(
+            f"{corpus.name}: none of its {number_of(dropped, 'row')} has a supervised token, so there is no task"
+        )
+    notes = [f"Left out, for they have no supervised token: {number_of(dropped, 'task row')}."] if dropped else []
     return [Target(name, queries) for name, queries in groups.items()], notes
 
 

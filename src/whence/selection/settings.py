@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whence import catalogue
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.selection import frozen_adam
 from whence.selection.budget import Amount, Budget
@@ -51,7 +52,8 @@ def described_settings(
     described = {
         "method": settings.method,
         "options": ", ".join(f"{name}={value}" for name, value in settings.options.items()),
-        "selector": f"{settings.selector} over {_counted(len(targets), settings.by)}, {_counted(examples, 'example')}",
+        "selector": f"{settings.selector} over {number_of(len(targets), str(settings.by))}, "
+        f"{number_of(examples, 'example')}",
         "budget": str(budget),
         "caps": ", ".join(f"{name}={value}" for name, value in settings.caps.items()),
         "floors": ", ".join(f"{name}={value}" for name, value in settings.floors.items()),
@@ -67,7 +69,3 @@ def described_settings(
     else:
         described["corpus"] = view.corpus.name if isinstance(view, CorpusView) else ""
     return {name: value for name, value in described.items() if value}
-
-
-def _counted(count: int, noun: str | None) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

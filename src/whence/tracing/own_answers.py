@@ -13,6 +13,7 @@ from functools import partial
 from whence.corpus.closings import Closing, closing_of
 from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, Tokenizer, encode_query
+from whence.counts import number_of
 from whence.errors import CorpusError, SettingError
 from whence.models.generation import ends_of, generate, set_aside
 from whence.models.loading import LoadedModel
@@ -120,7 +121,7 @@ def _ending(new: list[int], is_ended: bool, before: int, model: LoadedModel, sam
     if is_ended:
         return f"ended by {model.tokenizer.convert_ids_to_tokens(new[-1])}"
     if len(new) >= sampling.max_new_tokens:
-        return f"cut after {len(new)} tokens; a longer answer: --max-new-tokens"
+        return f"cut after {number_of(len(new), 'token')}; a longer answer: --max-new-tokens"
     if model.context is not None and before + len(new) >= model.context:
         return f"cut at the end of the model's context of {model.context} tokens"
     return "ended by a stop string of the model's generation_config.json"

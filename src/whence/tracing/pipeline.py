@@ -20,6 +20,7 @@ from typing import Any
 
 from whence import catalogue
 from whence.corpus.unsupervised import reason
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
@@ -95,7 +96,7 @@ def trace(
         described["corrected for examples high for any question"] = "yes" if how.specific else "no"
     if traced.levels:
         context = opened.model().context
-        described["level of the verdict"] = f"by {cost([Shape.of(query, context) for query in encoded])}"
+        described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
     notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
     return replace(traced, rows=rankable, settings=described, notes=notes)
 
@@ -107,10 +108,10 @@ def _why_none(opened: Index) -> str:
     if masked == info["rows"]:
         first = json.loads(opened.store.read_part(0)[0]["row"])
         return (
-            f"{root}: none of its {info['rows']:,} rows has a supervised token, so none can be ranked: the first ones "
-            f"{reason(first)}. Mend the corpus, and index it again."
+            f"{root}: none of its {number_of(info['rows'], 'row')} has a supervised token, so none can be ranked: "
+            f"the first ones {reason(first)}. Mend the corpus, and index it again."
         )
-    more = f" ({masked:,} have no supervised token)" if masked else ""
+    more = f" ({masked:,} without a supervised token)" if masked else ""
     return (
         f"{root}: none of its {info['rows']:,} rows has a finite gradient, so none can be ranked{more}. See: whence "
         f"info {root}"
@@ -121,7 +122,7 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
     """Settings that could not be followed."""
     notes = []
     if settings.top > rankable:
-        notes.append(f"--top {settings.top}: only {rankable} rows can be ranked; all are shown.")
+        notes.append(f"--top {settings.top}: only {number_of(rankable, 'row')} can be ranked; all are shown.")
     scorer = catalogue.trace_method(settings.method).scorer
     if scorer is None:
         return notes

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.conversations import as_text, checked_messages, said
 from whence.corpus.layouts import LAYOUTS, Row, query_columns, question_layout
 from whence.corpus.missing import without_missing
@@ -47,6 +48,8 @@ COLUMNS = (
 class Query:
     """A prompt and a completion, or None for the model's own completion."""
 
+    __repr__ = brief
+
     prompt: str
     completion: str | None = None
     span: str | tuple[int, int] | None = None
@@ -63,6 +66,8 @@ class Query:
 @dataclass(frozen=True)
 class EncodedQuery:
     """A query as tokens."""
+
+    __repr__ = brief
 
     query: Query
     sequences: list[SignedSequence]

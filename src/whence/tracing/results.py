@@ -11,7 +11,9 @@ from typing import Any
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.brief import brief
 from whence.corpus.layouts import Row, shown_text
+from whence.counts import number_of
 
 SURE = 0.5
 """The model is called sure of a token from this probability on."""
@@ -20,6 +22,8 @@ SURE = 0.5
 @dataclass(frozen=True)
 class Answer:
     """A query's completion as tokens, with the model's probability of each."""
+
+    __repr__ = brief
 
     prompt: str
     completion: str
@@ -59,7 +63,7 @@ class Answer:
         sure = sum(probability >= SURE for probability in probabilities)
         of_span = " of the span" if len(probabilities) < len(self.probabilities) else ""
         words = (
-            f"{sure} of {len(probabilities)} tokens{of_span} at p >= {SURE}; "
+            f"{sure} of {number_of(len(probabilities), 'token')}{of_span} at p >= {SURE}; "
             f"perplexity {_perplexity(probabilities):,.2f} a token"
         )
         guesses = ". The model guesses here: expect examples that score high for any question."
@@ -114,6 +118,8 @@ class Null:
 @dataclass(frozen=True)
 class Hit:
     """One training example behind an answer."""
+
+    __repr__ = brief
 
     query: int
     """Number of the query, from 0."""
@@ -179,7 +185,8 @@ class Trace:
     def __repr__(self) -> str:
         """How much there is, the first examples, and how to go on."""
         lines = [
-            f"Trace({self.method} over {self.rows:,} examples, {len(self.answers)} answers, {len(self.hits)} hits)"
+            f"Trace({self.method} over {number_of(self.rows, 'example')}, "
+            f"{number_of(len(self.answers), 'answer')}, {number_of(len(self.hits), 'hit')})"
         ]
         for number, answer in enumerate(self.answers[:3]):
             first = next((f"{hit.id} first, score {hit.rank_score:+.4g}" for hit in self.of(number)), "no example")

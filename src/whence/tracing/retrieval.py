@@ -20,6 +20,7 @@ from torch import Tensor
 from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, encode
+from whence.counts import number_of
 from whence.errors import SettingError
 from whence.gradients import exact, tokenwise
 from whence.gradients.capture import OBJECTIVES
@@ -242,7 +243,8 @@ class Retrieval:
             return [], None
         if queries and len(queries) < nulls.LEAST:
             raise SettingError(
-                f"--controls: {len(queries)} queries; to say what chance reaches takes {nulls.LEAST} or more"
+                f"--controls: {number_of(len(queries), 'query', 'queries')}; to say what chance reaches takes "
+                f"{nulls.LEAST} or more"
             )
         rows = None if queries else nulls.control_rows(self.index, seed=settings.seed)
         if settings.specific and not queries and rows is None:

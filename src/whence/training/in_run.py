@@ -40,6 +40,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from whence.corpus.tokens import Batch, Encoded, collate
+from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.gradients.ghost import owners_of
 from whence.gradients.hessian import Gradient, LossDerivatives, evaluating, gradient, norm
@@ -178,7 +179,9 @@ class InRun:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise SettingError(f"{checkpoint / STATE}: not a state of --in-run ({error}). Train anew.") from None
         if len(scores) != self.count:
-            raise SettingError(f"{checkpoint / STATE}: of {len(scores)} rows, where {self.count} are trained on")
+            raise SettingError(
+                f"{checkpoint / STATE}: of {number_of(len(scores), 'row')}, where {self.count} are trained on"
+            )
         self.scores, self.step_counts = scores, step_counts
         self.steps = [tuple(None if np.isnan(cell) else float(cell) for cell in row) for row in table]
 

@@ -148,7 +148,7 @@ def _train(
     begin(directory, record)
     steps_per_epoch = math.ceil(len(rows) / chosen.batch_size)
     with writing_to(directory):
-        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=steps_per_epoch, shown=progress)
+        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=steps_per_epoch, progress=progress)
         if trainer.in_run is not None:
             heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
             origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
@@ -158,7 +158,7 @@ def _train(
     return directory
 
 
-def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int, shown: bool) -> None:
+def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int, progress: bool) -> None:
     """Train from the newest checkpoint, or from the start, unless all steps are done."""
     for follower in trainer.followers():
         follower.load(newest)
@@ -169,7 +169,7 @@ def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: in
     done = 0 if newest is None else step_of(newest)
     with (
         quiet_saving(),
-        runner.progress("Training", trainer.args.max_steps, unit="steps", done=done, shown=shown) as tick,
+        runner.progress("Training", trainer.args.max_steps, unit="steps", done=done, shown=progress) as tick,
     ):
         trainer.add_callback(_Ticks(tick))
         try:

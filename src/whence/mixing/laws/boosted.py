@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from whence.brief import brief
 from whence.errors import MissingExtraError
 from whence.mixing.tables import MixtureTable, refuse_too_few
 from whence.numerics import mixed_seed
@@ -49,6 +50,8 @@ PARAMETERS: dict[str, Any] = {
 @dataclass(frozen=True, kw_only=True)
 class BoostedLaw:
     """Fitted trees."""
+
+    __repr__ = brief
 
     domains: tuple[str, ...]
     sets: tuple[str, ...]

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.optimize import least_squares
 
+from whence.brief import brief
 from whence.mixing.protocols import Term
 from whence.mixing.tables import MixtureTable, refuse_too_few
 from whence.numerics import mixed_seed
@@ -53,6 +54,8 @@ class ExpLaw:
     >>> law.predict(np.array([[0.5, 0.5]])).tolist()
     [[2.0]]
     """
+
+    __repr__ = brief
 
     domains: tuple[str, ...]
     sets: tuple[str, ...]

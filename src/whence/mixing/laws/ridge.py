@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
+from whence.brief import brief
 from whence.mixing.protocols import Term
 from whence.mixing.tables import MixtureTable, refuse_too_few
 
@@ -33,6 +34,8 @@ class RidgeLaw:
     >>> law.predict(np.array([[0.5, 0.5]])).tolist()
     [[2.5]]
     """
+
+    __repr__ = brief
 
     domains: tuple[str, ...]
     sets: tuple[str, ...]

@@ -1,0 +1,16 @@
+"""How many of a thing, as a sentence has it: 1 row, 2 rows."""
+
+
+def number_of(count: int | float, one: str, many: str | None = None) -> str:
+    """A count and its noun.
+
+    Args:
+        count: How many; a fraction is written as one, and is many.
+        one: The noun where there is one; what follows it may come along, as in "row has".
+        many: The same where there are more or none; `one` with an s unless given.
+
+    >>> number_of(1, "row"), number_of(1200, "row"), number_of(0.5, "epoch"), number_of(1, "query", "queries")
+    ('1 row', '1,200 rows', '0.5 epochs', '1 query')
+    """
+    words = one if count == 1 else f"{one}s" if many is None else many
+    return f"{count:,} {words}" if isinstance(count, int) else f"{count:,.6g} {words}"
