@@ -7,7 +7,7 @@ killed, in an empty copy of its place, by SIGINT, SIGTERM and SIGKILL in turn:
 
     event     right before the n-th call that opens for writing, makes, renames or removes anything below that place;
               the n are drawn so that the whole run is covered evenly (`sys.addaudithook`, in the killed process)
-    time      after a drawn share of the verb's time
+    time      after a drawn share of the verb's time on a core; drawn anew where the verb had ended by then
     process   the same by `python -m whence`, whose imports take most of the time; others are forked from a process that
               has the imports done
 
@@ -18,6 +18,7 @@ else. `--each` kills at every event in place of a draw.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from typing import Any
 from benchmarks.reliability.calls import MESSAGE
 from benchmarks.reliability.disk import FILES, WRITERS, copies
 from benchmarks.reliability.inputs import VERBS, Inputs
+
 from whence.checksums import digest, document_of
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
@@ -42,7 +44,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 PROCESSES = 3
 """Kills of each verb that are of a process of its own, one by each signal."""
 OPENINGS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.link", "os.symlink")
-SECONDS = 120.0
+SECONDS = 300.0
+"""Time of a run, on a core that others use too."""
+LAG = 0.5
+"""Seconds from a signal to the end of a run that ended well, from which the signal was passed over and not late."""
 PLACES = ("tmp", "home", "cache", "cwd")
 """Directories that a process may write to unasked; all must stay empty."""
 
@@ -99,8 +104,6 @@ class Kill:
     how: str
     """`event 12 of 80 open ix/manifest.json`, or `0.4 s of 1.1`."""
     code: int = 0
-    is_late: bool = False
-    """Whether the command ended before the signal came."""
     faults: list[str] = field(default_factory=list)
     """What was wrong, in words."""
     left: int = 0
@@ -179,42 +182,43 @@ class Run:
     code: int
     stderr: str
     seconds: float
+    """Of a core, as long as it was looked at."""
+    lag: float
+    """Seconds from the signal to its end."""
     events: list[str]
 
 
-def run_forked(
-    sandbox: Sandbox, words: list[str], *, at_event: int = -1, after: float = 1e9, number: int = 0
-) -> Run:
+def run_forked(sandbox: Sandbox, words: list[str], *, at_event: int = -1, after: float = 1e9, number: int = 0) -> Run:
     """A command in a child of this process, which has all imports done; killed by itself before an event, or by us."""
-    log, errors, start = sandbox.root / "events", sandbox.root / "stderr", time.perf_counter()
+    log, errors = sandbox.root / "events", sandbox.root / "stderr"
     child = os.fork()
     if not child:
         _child(sandbox, words, log, errors, at_event, number)
-    return _waited(child, start, after, number, log, errors, True)
+    return _waited(child, after, number, log, errors)
 
 
-def _waited(child: int, start: float, after: float, number: int, log: Path, errors: Path, is_forked: bool) -> Run:
-    """Wait for a process, and kill it after so many seconds; a forked one's time begins with its log."""
-    is_sent = False
+def _waited(child: int, after: float, number: int, log: Path, errors: Path) -> Run:
+    """Wait for a process, and kill it once it has had so many seconds of a core."""
+    start, seconds, sent = time.perf_counter(), 0.0, 0.0
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        if is_forked and not log.exists():
-            start = time.perf_counter()
-        elapsed = time.perf_counter() - start
+        now = time.perf_counter()
         if done:
             break
-        if elapsed > after and not is_sent:
+        with contextlib.suppress(OSError, ValueError):
+            seconds = int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9
+        if seconds > after and not sent:
             os.kill(child, number)
-            is_sent = True
-        if elapsed > SECONDS:
+            sent = now
+        if now - start > SECONDS:
             os.kill(child, signal.SIGKILL)
             raise SystemExit(f"a command did not end within {SECONDS:.0f} s: {errors.read_text()[-500:]}")
-        time.sleep(0.002)
+        time.sleep(0.001)
     events = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     text = errors.read_text("utf-8", "replace")
     log.unlink(missing_ok=True)
     errors.unlink(missing_ok=True)
-    return Run(os.waitstatus_to_exitcode(status), text, elapsed, events)
+    return Run(os.waitstatus_to_exitcode(status), text, seconds, now - sent if sent else 0.0, events)
 
 
 def _child(sandbox: Sandbox, words: list[str], log: Path, errors: Path, at_event: int, number: int) -> None:
@@ -258,13 +262,13 @@ def _child(sandbox: Sandbox, words: list[str], log: Path, errors: Path, at_event
 
 def run_process(sandbox: Sandbox, words: list[str], *, after: float = 1e9, number: int = 0) -> Run:
     """The same in a process of its own."""
-    errors, start = sandbox.root / "stderr", time.perf_counter()
+    errors = sandbox.root / "stderr"
     with errors.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "whence", *words], env=sandbox.environment, cwd=sandbox.root / "cwd",
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream,
         )  # fmt: skip
-    return _waited(process.pid, start, after, number, sandbox.root / "events", errors, False)
+    return _waited(process.pid, after, number, sandbox.root / "events", errors)
 
 
 def message_faults(run: Run, number: int) -> list[str]:
@@ -324,6 +328,8 @@ class Reference:
     events: list[str]
     seconds: float
     process_seconds: float
+    import_seconds: float
+    """Of `whence --help`: the imports of every command."""
 
 
 def reference_of(sandbox: Sandbox) -> Reference:
@@ -337,10 +343,13 @@ def reference_of(sandbox: Sandbox) -> Reference:
         states.append(sandbox.state())
         first = run if runner is run_forked else first
         assert not sandbox.strays(), sandbox.strays()
-        differing = {path for path in states[0].keys() | states[-1].keys() if states[0].get(path) != states[-1].get(path)}
+        differing = {
+            path for path in states[0].keys() | states[-1].keys() if states[0].get(path) != states[-1].get(path)
+        }
         assert not differing, (sandbox.name, differing)
     assert first is not None
-    return Reference(states[0], before, first.events, first.seconds, run.seconds)
+    importing = run_process(sandbox, ["--help"])
+    return Reference(states[0], before, first.events, first.seconds, run.seconds, importing.seconds)
 
 
 def kill(sandbox: Sandbox, reference: Reference, number: int, each: bool, kills: int, seed: int) -> Kill:
@@ -350,13 +359,13 @@ def kill(sandbox: Sandbox, reference: Reference, number: int, each: bool, kills:
         rng = random.Random(f"{seed} {sandbox.name} {number} {attempt}")
         words = sandbox.fresh()
         run, how = _killed(sandbox, words, reference, number, sign, rng, each=each, shares=kills - PROCESSES)
-        if run.code:
+        is_over = run.code in (0, -sign) and run.lag < LAG and sandbox.state() == reference.state
+        if not is_over or "event" in how or (sign == signal.SIGKILL and run.code):
             break
     result = Kill(sandbox.name, number, signal.Signals(sign).name, how, run.code)
     left = {path: content for path, content in sandbox.state().items() if reference.inputs.get(path) != content}
-    result.left, result.is_late = len(left), run.code == 0
-    if not result.is_late:
-        result.faults += message_faults(run, sign)
+    result.left = len(left)
+    result.faults += message_faults(run, sign)
     result.faults += left_faults(sandbox, left, reference.state, sign)
     gone = reference.inputs.keys() - sandbox.state().keys()
     result.faults += [f"lost {path}" for path in gone if path in reference.state]
@@ -370,11 +379,11 @@ def _killed(
 ) -> tuple[Run, str]:  # fmt: skip
     """The run that is killed, and when it was."""
     if not each and number >= shares:
-        after = rng.uniform(0.02, 0.95) * reference.process_seconds
+        after = rng.uniform(reference.import_seconds / 2, 0.95 * reference.process_seconds)
         run = run_process(sandbox, words, after=after, number=sign)
         return run, f"process, {after:.2f} s of {reference.process_seconds:.2f}"
     if not each and number % 4 == 3:
-        after = rng.random() * reference.seconds
+        after = rng.uniform(0.05, 0.95) * reference.seconds
         run = run_forked(sandbox, words, after=after, number=sign)
         return run, f"time, {after:.2f} s of {reference.seconds:.2f}"
     total = len(reference.events)
@@ -411,7 +420,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
             "resumed unequal": lambda fault: fault.startswith("run again") and "left" not in fault,
         }
         counts = {kind: sum(any(map(is_it, item["faults"])) for item in of_verb) for kind, is_it in kinds.items()}
-        out[name] = {"kills": len(of_verb), "late": sum(item["is_late"] for item in of_verb), **counts}
+        out[name] = {"kills": len(of_verb), **counts}
     return out
 
 
