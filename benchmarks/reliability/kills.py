@@ -35,6 +35,7 @@ from typing import Any
 
 from benchmarks.reliability.calls import MESSAGE
 from benchmarks.reliability.disk import FILES, WRITERS, copies
+from benchmarks.reliability.flips import write_rows
 from benchmarks.reliability.inputs import VERBS, Inputs
 
 from whence.checksums import digest, document_of
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "trace page": ("trace", {**TEXT, "null": True, "tokens": True, "index": "copy", "out": "trace.html"}),
     "select": ("select", {}),
     "recover": ("recover", {}),
-    "ablate --truth": ("ablate", {"truth": True}),
+    "ablate --truth": ("ablate", {"truth": True, "mixtures": "mixtures"}),
     "evaluate selection": ("evaluate selection", {"work": "w"}),
     "evaluate join": ("evaluate join", {"source": "copy", "path": "pool copy"}),
     "mix law": ("mix law", {}),
@@ -93,7 +94,7 @@ DRAFTS = re.compile(r"(.*/)?([^/]+\.tmp|training-[^/]+(/.*)?|\.merged\.(making|b
 """What may stay after SIGKILL alone, which nobody can answer; the same command writes over it or removes it."""
 TIMED = ("train_seconds", "select_seconds")
 """Columns of wall times in the table of `evaluate selection`."""
-TIMES_OF_PAGE = rb"read in [\d,]+ s;|<dt>reading seconds</dt>\s*<dd>[^<]*</dd>"
+TIMES_OF_PAGE = rb"read in [\d,]+ s;|<dt>(?:reading|truth) seconds</dt><dd>[^<]*</dd>"
 """Wall times in the page of `ablate`."""
 
 
@@ -145,6 +146,8 @@ class Sandbox:
     def _value(self, given: Any) -> Any:
         if given in ("final", "held_out"):
             return getattr(self.inputs, given)
+        if given == "mixtures":
+            return write_rows(self.disk / "mixtures.jsonl", [{"s0": 1.0}, {"s0": 0.5, "s1": 0.5}])
         if given == "w":
             return self.disk / "w"
         if given in ("copy", "pool copy"):
@@ -336,9 +339,9 @@ class Reference:
 
 
 def reference_of(sandbox: Sandbox) -> Reference:
-    """What a verb leaves undisturbed; twice forked and once as a process it must be the same."""
+    """What a verb leaves undisturbed: the same whether it is forked or a process of its own."""
     states, first = [], None
-    for runner in (run_forked, run_forked, run_process):
+    for runner in (run_forked, run_process):
         words = sandbox.fresh()
         before = sandbox.state()
         run = runner(sandbox, words)
