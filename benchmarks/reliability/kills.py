@@ -57,7 +57,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "train": ("train", {}),
     "train --mix --in-run": ("train", {"mix": "online", "in_run": "held_out"}),
     "index": ("index", {"model": "final", "checkpoints": "all"}),
+    "index --restart": ("index", {"model": "final", "out": "restarted", "restart": True}),
     "append": ("append", {}),
+    "verify --repair": ("verify", {"index": "damaged", "repair": True}),
     "trace": ("trace", {**TEXT, "null": True, "exact": True, "index": "copy"}),
     "trace page": ("trace", {**TEXT, "null": True, "tokens": True, "index": "copy", "out": "trace.html"}),
     "select": ("select", {}),
@@ -75,7 +77,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 STAYS: dict[str, tuple[str, str]] = {
     "train": (r"run(/.*)?", "checkpoints, from the newest of which the training goes on"),
-    "index": (r"ix(/.*)?", "shards and parts that are finished, and the manifest that lists them"),
+    "index": (r"(ix|restarted)(/.*)?", "shards and parts that are finished, and the manifest that lists them"),
+    "verify": (r"damaged(/.*)?", "the shards that are whole; a damaged one is listed as missing"),
     "append": (r"grown(/.*)?", "the index with the rows that have joined, `--undo` drops them"),
     "trace": (r"copy/levels(/.*)?", "measured levels, kept in the index for the next question"),
     "select": (r"(?!)", "nothing"),
@@ -150,6 +153,12 @@ class Sandbox:
             return write_rows(self.disk / "mixtures.jsonl", [{"s0": 1.0}, {"s0": 0.5, "s1": 0.5}])
         if given == "w":
             return self.disk / "w"
+        if given in ("restarted", "damaged"):
+            copy = Path(shutil.copytree(self.inputs.index, self.disk / given, ignore=shutil.ignore_patterns("levels")))
+            if given == "damaged":
+                shard = next(copy.rglob("shard-*"))
+                shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+            return copy
         if given in ("copy", "pool copy"):
             source = self.inputs.index if given == "copy" else self.inputs.pool
             ignored = shutil.ignore_patterns("levels", "losses", "grams")
@@ -200,12 +209,12 @@ def run_forked(sandbox: Sandbox, words: list[str], *, at_event: int = -1, after:
     child = os.fork()
     if not child:
         _child(sandbox, words, log, errors, at_event, number)
-    return _waited(child, after, number, log, errors)
+    return _waited(child, after, number, log, errors, True)
 
 
-def _waited(child: int, after: float, number: int, log: Path, errors: Path) -> Run:
-    """Wait for a process, and kill it once it has had so many seconds of a core."""
-    start, seconds, sent = time.perf_counter(), 0.0, 0.0
+def _waited(child: int, after: float, number: int, log: Path, errors: Path, is_forked: bool) -> Run:
+    """Wait for a process, and kill it once it has had so many seconds of a core; a forked one's begin with its log."""
+    start, seconds, before, sent = time.perf_counter(), 0.0, 0.0, 0.0
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         now = time.perf_counter()
@@ -213,7 +222,9 @@ def _waited(child: int, after: float, number: int, log: Path, errors: Path) -> R
             break
         with contextlib.suppress(OSError, ValueError):
             seconds = int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9
-        if seconds > after and not sent:
+        if is_forked and not log.exists():
+            before = seconds
+        if seconds - before > after and not sent:
             os.kill(child, number)
             sent = now
         if now - start > SECONDS:
@@ -224,7 +235,7 @@ def _waited(child: int, after: float, number: int, log: Path, errors: Path) -> R
     text = errors.read_text("utf-8", "replace")
     log.unlink(missing_ok=True)
     errors.unlink(missing_ok=True)
-    return Run(os.waitstatus_to_exitcode(status), text, seconds, now - sent if sent else 0.0, events)
+    return Run(os.waitstatus_to_exitcode(status), text, seconds - before, now - sent if sent else 0.0, events)
 
 
 def _child(sandbox: Sandbox, words: list[str], log: Path, errors: Path, at_event: int, number: int) -> None:
@@ -274,7 +285,7 @@ def run_process(sandbox: Sandbox, words: list[str], *, after: float = 1e9, numbe
             [sys.executable, "-m", "whence", *words], env=sandbox.environment, cwd=sandbox.root / "cwd",
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream,
         )  # fmt: skip
-    return _waited(process.pid, after, number, sandbox.root / "events", errors)
+    return _waited(process.pid, after, number, sandbox.root / "events", errors, False)
 
 
 def message_faults(run: Run, number: int) -> list[str]:
@@ -374,7 +385,8 @@ def kill(sandbox: Sandbox, reference: Reference, number: int, each: bool, kills:
     result.faults += message_faults(run, sign)
     result.faults += left_faults(sandbox, left, reference.state, sign)
     gone = reference.inputs.keys() - sandbox.state().keys()
-    result.faults += [f"lost {path}" for path in gone if path in reference.state]
+    if "restart" not in sandbox.name:  # which removes the index that was there
+        result.faults += [f"lost {path}" for path in gone if path in reference.state]
     result.faults += again_faults(sandbox, words, reference.state)
     return result
 
