@@ -8,10 +8,10 @@ from whence.cli.stopping import stoppable
 def main() -> None:
     """Run the command line as a process, and exit with its code."""
     try:
-        with stoppable() as received:
+        with stoppable():
             from whence.cli.app import run
 
-            run(received)
+            run()
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: no traceback while Python ends

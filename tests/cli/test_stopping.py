@@ -1,5 +1,6 @@
 """Signals that stop a command, from its first moment on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from whence.cli import app
+from whence.cli import app, console
 
 STOPPED = "error stopped. What was finished is kept: the same command goes on from there."
 
@@ -57,6 +58,25 @@ def test_an_error_that_a_library_makes_of_a_stop_is_a_stop(monkeypatch, capsys):
             raise ImportError("a library's own error") from None
 
     monkeypatch.setattr(app, "app", translated)
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert (left.value.code, capsys.readouterr().err.strip()) == (143, STOPPED)
+
+
+@pytest.mark.parametrize("where", ["imports of the command line", "imports of a verb"])
+def test_a_stop_that_a_library_passes_over_is_a_stop(monkeypatch, capsys, where):
+    def passed_over():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verb(**settings):
+        with console.waiting("Loading torch"):
+            passed_over()
+        pytest.fail("the verb goes on")
+
+    monkeypatch.setattr(app, "app", verb)
+    if where == "imports of the command line":
+        monkeypatch.setattr(app.logging, "basicConfig", lambda **settings: passed_over())
     with pytest.raises(SystemExit) as left:
         app.main()
     assert (left.value.code, capsys.readouterr().err.strip()) == (143, STOPPED)

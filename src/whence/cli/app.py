@@ -28,7 +28,7 @@ from whence.cli.mixing import mix
 from whence.cli.options import Json
 from whence.cli.recovery import recover
 from whence.cli.selection import select
-from whence.cli.stopping import Stopped, stoppable
+from whence.cli.stopping import Stopped, stop_if_asked, stoppable
 from whence.cli.tracing import trace
 from whence.cli.training import train
 from whence.errors import WhenceError
@@ -50,12 +50,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    with stoppable() as received:
-        run(received)
+    with stoppable():
+        run()
 
 
-def run(received: list[int]) -> None:
-    """The same where signals are answered already; these are listed as they come.
+def run() -> None:
+    """The same where signals are answered already.
 
     Raises:
         Stopped: One came.
@@ -65,11 +65,11 @@ def run(received: list[int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # corpora hold lone surrogates, and terminals may lack UTF-8
+    stop_if_asked()
     try:
         code = app(prog_name="whence", standalone_mode=False)
     except Exception as error:
-        if received:  # some libraries make an error of their own of whatever interrupts them
-            raise Stopped from None
+        stop_if_asked()  # some libraries make an error of their own of whatever interrupts them
         _complain_of(error)
     if code == STOPPED:  # what the parser makes of an interrupt
         raise Stopped

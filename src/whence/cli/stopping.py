@@ -22,16 +22,30 @@ class Stopped(KeyboardInterrupt):
     """
 
 
+_received: list[int] = []
+"""Signals that came to the command that runs now."""
+
+
+def stop_if_asked() -> None:
+    """Stop where a signal has come and some library, which catches whatever its imports raise, has passed over it.
+
+    Raises:
+        Stopped: It has.
+    """
+    if _received:
+        raise Stopped
+
+
 @contextmanager
-def stoppable() -> Iterator[list[int]]:
+def stoppable() -> Iterator[None]:
     """Let the first signal raise `Stopped`, said in one line with exit code 128 + signal; a second one ends at once.
 
-    Signals that are ignored, as under nohup, or that have a handler already, stay so. Gives those that came.
+    Signals that are ignored, as under nohup, or that have a handler already, stay so.
     """
-    received: list[int] = []
+    _received.clear()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        _received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped
@@ -41,15 +55,16 @@ def stoppable() -> Iterator[list[int]]:
     for number in handlers:
         signal.signal(number, interrupt)
     try:
-        yield received
+        yield
     except KeyboardInterrupt:
         # without rich, as long as that is not imported
         complain = getattr(sys.modules.get("whence.cli.console"), "complain", _complain)
         complain(MESSAGE)
-        sys.exit(128 + (received or [signal.SIGINT])[0])
+        sys.exit(128 + (_received or [signal.SIGINT])[0])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        _received.clear()
 
 
 def _complain(message: str) -> None:
