@@ -1,7 +1,8 @@
 """A directory of files, here or at any fsspec address: atomic writing, memory-mapped reading, one writer.
 
 A local file is written to `NAME.tmp` beside its final name, synced, renamed, and its directory synced: after a kill or
-a power cut a name either holds all of its bytes or does not exist. An object store shows a file only once it is whole,
+a power cut a name either holds all of its bytes or does not exist. What a kill leaves of `NAME.tmp` is written over by
+the next writer; two at a time wait for each other. An object store shows a file only once it is whole,
 so there the bytes go straight to the name. A file that cannot be written whole is removed.
 
 Whatever an operating system or a store refuses becomes a `StorageError`, except that a file does not exist, which the
@@ -16,9 +17,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -312,14 +316,11 @@ class Place:
         final = Path(self.path(name))
         temporary = final.with_name(final.name + TEMPORARY)
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                written = _copied(pieces, file)
-                file.flush()
-                os.fsync(file.fileno())
+        with _draft(temporary) as file:
+            written = _copied(pieces, file)
+            file.flush()
+            os.fsync(file.fileno())
             temporary.replace(final)
-        finally:
-            temporary.unlink(missing_ok=True)
         _sync_directory(final.parent)
         return written
 
@@ -406,6 +407,60 @@ def _copied(pieces: Iterable[bytes | memoryview], file: Any) -> Written:
         xxh3.update(piece)
         count += len(piece)
     return Written(count, sha.hexdigest(), xxh3.hexdigest())
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[BufferedWriter]:
+    """An empty file that no other process or thread writes, to be renamed; removed where that does not come about.
+
+    What a killed process left is written over. A second writer waits for the first, so that both files are whole.
+    """
+    file = None
+    try:
+        file = _opened_alone(path)
+        yield file
+    except BaseException:
+        if file is not None and _is_at(file, path):
+            path.unlink()
+        raise
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _opened_alone(path: Path) -> BufferedWriter:
+    """A file to write, emptied once no other has it open for that."""
+    while True:
+        file = path.open("ab")  # as it is: another may be writing it
+        with suppress(OSError):  # a network disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, path):
+            file.truncate(0)
+            return file
+        file.close()  # the other has renamed it meanwhile
+
+
+def _is_at(file: BufferedWriter, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def remove_directory(path: str | os.PathLike) -> None:
+    """Remove a directory with all that is in it, also where the process is stopped meanwhile; none is no error."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def temporary_directory(folder: str | os.PathLike, prefix: str) -> Iterator[str]:
+    """A directory of its own name in a folder, for as long as it is used; a killed process leaves it."""
+    path = tempfile.mkdtemp(dir=folder, prefix=prefix)
+    try:
+        yield path
+    finally:
+        remove_directory(path)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -237,6 +237,17 @@ def test_what_was_killed_between_two_names_comes_back(tmp_path, parent, runs, mo
         with pytest.raises(StorageError, match=r"Input/output error. Nothing there was changed"):
             write_merged(pool, {"b": 1.0}, out)
     assert contents(out) == before
+
+    def stopped(self, target):
+        if self.name == ".out.making":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write_merged(pool, {"b": 1.0}, out)
+    assert contents(out) == before and sorted(place.name for place in tmp_path.iterdir()) == ["out", "pool"]
     out.rename(tmp_path / ".out.before")  # as a killed process leaves it
     with pytest.raises(SettingError, match=r"sum to 0.5"):
         write_merged(pool, {"b": 0.5}, out)

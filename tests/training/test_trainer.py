@@ -19,9 +19,10 @@ from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, Set
 from whence.models.difference import weight_difference
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
+from whence.models.saved_files import LIST
 from whence.storage import Place
 from whence.training.recipe import with_least_steps
-from whence.training.resuming import is_complete
+from whence.training.resuming import is_complete, newest_checkpoint
 from whence.training.trainer import TrainSettings, _trainable, settings_of, train
 
 ROWS = [
@@ -203,6 +204,13 @@ train(parent, json.loads(rows), out, batch_size=8, lr=1e-2, progress=False, max_
     runs = [train(parent, ROWS, tmp_path / n, **QUICK, max_steps=6, checkpoints=3) for n in ("killed", "whole")]
     one, other = (weights_of(run, 6) for run in runs)
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_that_was_stopped_before_its_list_is_listed(parent, run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    (out / "checkpoint-7" / LIST).unlink()
+    assert newest_checkpoint(out) == out / "checkpoint-7"
+    assert contents(out) == contents(run)
 
 
 def test_a_finished_training_is_kept(run, parent, monkeypatch):

@@ -20,7 +20,7 @@ from whence.errors import ChecksumError, SettingError, StorageError
 from whence.models.saved_files import LIST, list_files, listed_files
 from whence.models.weights import Described, in_pieces
 from whence.outputs import refuse_inputs
-from whence.storage import Place
+from whence.storage import Place, remove_directory
 
 MIXTURE = "whence_mixture.json"
 """A file that only merged models have."""
@@ -64,12 +64,12 @@ def write_merged(
         )
     check_scale(scale)
     weights = checked_mixture(mixture, pool.members)
-    shutil.rmtree(making, ignore_errors=True)
+    remove_directory(making)
     try:
         _write_beside(pool, weights, making, scale, regmean, shard_bytes, out=out)
         _exchange(making, directory, before, out=out)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        remove_directory(making)
     return directory
 
 
@@ -84,20 +84,18 @@ def _is_merged(directory: Path) -> bool:
 
 
 def _exchange(new: Path, directory: Path, before: Path, *, out: str | Path) -> None:
-    """Move a new directory to the place of an old one; on failure the old one is moved back."""
+    """Move a new directory to the place of an old one; on failure, or if stopped between, the old one is moved back."""
+    remove_directory(before)
     try:
-        shutil.rmtree(before, ignore_errors=True)
         if directory.exists():
             directory.rename(before)
-        try:
-            new.rename(directory)
-        except OSError:
-            if before.exists():
-                before.rename(directory)
-            raise
+        new.rename(directory)
     except OSError as error:
         raise StorageError(f"Cannot write {out}: {error.strerror or error}. Nothing there was changed.") from error
-    shutil.rmtree(before, ignore_errors=True)
+    finally:
+        if before.exists() and not directory.exists():
+            before.rename(directory)
+        remove_directory(before)
 
 
 def _write_beside(

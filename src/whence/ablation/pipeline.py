@@ -20,9 +20,9 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import load_model
 from whence.paths import exists
 from whence.selection.scorers.lexical import gram_divergence, mixture_divergence
+from whence.storage import remove_directory
 
 PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
 
@@ -314,9 +315,10 @@ class _TrueModel:
         return self.trained
 
     def remove(self) -> None:
-        """Remove the model; its losses are stored."""
-        if self.trained is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the model, also that of a run which was stopped before it came to that; its losses are stored."""
+        remove_directory(self.directory)
+        with suppress(OSError):  # others are being trained there, or none was
+            self.directory.parent.rmdir()
 
 
 def _member_name(name: str) -> str:

@@ -5,17 +5,13 @@ a user's mistake, with one clear message; 1 for a failure; 130, 143 or 129 where
 Only names are imported here: torch comes with the verb.
 """
 
-import contextlib
 import io
 import logging
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -33,6 +29,7 @@ from whence.cli.mixing import mix
 from whence.cli.options import Json
 from whence.cli.recovery import recover
 from whence.cli.selection import select
+from whence.cli.stopping import Stopped, stop_if_asked, stoppable
 from whence.cli.tracing import trace
 from whence.cli.training import train
 from whence.errors import WhenceError
@@ -41,8 +38,6 @@ from whence.reports.text import one_line, visible
 TRACEBACK = "--traceback"
 STOPPED = 130
 """The exit code that the parser makes of Ctrl-C, as a shell does."""
-STOPPING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that stop a command as Ctrl-C does: a scheduler's, and a terminal's that is closed."""
 
 app = typer.Typer(
     name="whence",
@@ -56,54 +51,49 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    with stoppable():
+        run()
+
+
+def run() -> None:
+    """The same where signals are answered already.
+
+    Raises:
+        Stopped: One came.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Handler()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # corpora hold lone surrogates, and terminals may lack UTF-8
-    with _stopped_by_signals() as received:
-        try:
-            code = app(prog_name="whence", standalone_mode=False)
-        except WhenceError as error:
-            complain(str(error))
-            sys.exit(error.exit_code)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
-            sys.exit(0)
-        except TyperException as error:  # a missing argument, an unknown flag
-            if message := error.format_message():  # empty: the help was printed
-                verb = getattr(getattr(error, "ctx", None), "command_path", None) or command_path(sys.argv[1:])
-                complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
-            sys.exit(error.exit_code)
-        except Exception as error:  # none is expected here: it is a fault of Whence's, and is said as one
-            if TRACEBACK in sys.argv[1:2]:
-                raise
-            complain(unforeseen(error))
-            sys.exit(1)
-    if code == STOPPED:
-        complain("stopped. What was finished is kept: the same command goes on from there.")
-        code = 128 + received[0] if received else STOPPED
+    stop_if_asked()
+    try:
+        code = app(prog_name="whence", standalone_mode=False)
+    except Exception as error:
+        stop_if_asked()  # some libraries make an error of their own of whatever interrupts them
+        _complain_of(error)
+    if code == STOPPED:  # what the parser makes of an interrupt
+        raise Stopped
     sys.exit(code or 0)
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[list[int]]:
-    """Let the first of `STOPPING` interrupt as Ctrl-C does, and a second one end at once; gives those that came."""
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    watched = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_DFL]  # none under nohup
-    for number in watched:
-        signal.signal(number, interrupt)
-    try:
-        yield received
-    finally:
-        for number in watched:
-            signal.signal(number, signal.SIG_DFL)
+def _complain_of(error: Exception) -> NoReturn:
+    """Say what is wrong in one line, and exit."""
+    if isinstance(error, WhenceError):
+        complain(str(error))
+        sys.exit(error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
+        sys.exit(0)
+    if isinstance(error, TyperException):  # a missing argument, an unknown flag
+        if message := error.format_message():  # empty: the help was printed
+            verb = getattr(getattr(error, "ctx", None), "command_path", None) or command_path(sys.argv[1:])
+            complain(f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {verb} --help")
+        sys.exit(error.exit_code)
+    if TRACEBACK in sys.argv[1:2]:  # none other is expected here: it is a fault of Whence's, and is said as one
+        raise error
+    complain(unforeseen(error))
+    sys.exit(1)
 
 
 def command_path(words: list[str]) -> str:

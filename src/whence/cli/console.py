@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.text import Text
 
+from whence.cli.stopping import stop_if_asked
 from whence.reports.text import BIDI, one_line, visible
 
 _UNSEEN = re.compile(f"[\x7f-\x9f{''.join(sorted(BIDI))}]")
@@ -96,6 +97,7 @@ def waiting(words: str) -> Iterator[None]:
     """Turn a spinner on stderr while imports and loading keep a person waiting."""
     with Console(stderr=True).status(words):
         yield
+    stop_if_asked()
 
 
 @contextlib.contextmanager
@@ -105,3 +107,4 @@ def working(words: str) -> Iterator[None]:
 
     with counting(words):
         yield
+    stop_if_asked()

@@ -14,8 +14,6 @@ tokens instead of rows, as Ivison et al. 2025 (https://arxiv.org/abs/2503.01807)
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -49,7 +47,7 @@ from whence.paths import writing_to
 from whence.records import MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
 from whence.selection.views import CorpusView, IndexView
-from whence.storage import AGAIN, Place, claim_directory
+from whence.storage import AGAIN, Place, claim_directory, remove_directory, temporary_directory
 from whence.training.trainer import train
 from whence.turns import one_at_a_time
 
@@ -331,7 +329,7 @@ def evaluate_selection(
         settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
         claim_directory(place, TABLE_FILE, settings, partial(_other_table, place.root))
         for leftover in Path(place.root).glob(f"{TRAINING}*"):  # of a killed process
-            shutil.rmtree(leftover)
+            remove_directory(leftover)
         cells = _all_cells(model, methods, graded, place, recipe, seeds, say)
     costs = Costs.read(place)
     lines = [_line(name, task, cells, costs, seeds[0]) for task in graded for name in (NOTHING, *methods)]
@@ -425,7 +423,7 @@ def _cells(
     inputs = _inputs(parent, rows)
     if (cells := stored_cells(place, name, seed, inputs, tasks)) is not None:
         return cells
-    with writing_to(place.root), tempfile.TemporaryDirectory(dir=place.root, prefix=TRAINING) as folder:
+    with writing_to(place.root), temporary_directory(place.root, TRAINING) as folder:
         start = time.perf_counter()
         run = train(
             model,

@@ -30,6 +30,7 @@ import numpy as np
 from whence.checksums import digest
 from whence.errors import ChecksumError, CorpusError, JobError, SettingError
 from whence.records import Count, MisfitError, fitting
+from whence.storage import Place
 
 LARGEST_EXPONENT = 50.0
 """A larger loss earns exp(50), about 5e21: larger powers would overflow in weighted sums."""
@@ -276,9 +277,7 @@ class OnlineBatches:
                 f"{self.log}: its lines are not those that were written up to {checkpoint}. Restore it from a copy, or "
                 "train into another directory."
             )
-        draft = self.log.with_name(self.log.name + ".tmp")
-        draft.write_bytes(lines)
-        draft.replace(self.log)
+        Place.at(self.log.parent).write(self.log.name, [lines], total=len(lines))
 
     def _check_sizes(self, state: "_StoredState") -> None:
         if len(state["rewards"]) != len(state["domains"]) or {*state["taken"]} != {*state["domains"]}:

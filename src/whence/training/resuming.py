@@ -4,7 +4,8 @@ A Trainer's checkpoint holds the weights, the optimizer's and the schedule's sta
 step. It lacks the order of the epoch's rows, which was drawn when the epoch began: `RowOrder` remembers the generator's
 state from before the draw, and `OrderKept` puts it into every `trainer_state.json`. The Trainer writes that file last,
 so a checkpoint without it was cut short, and is removed. Then `FilesListed` lists the checkpoint's files with their
-checksums: a checkpoint that is damaged since is refused, and not trained on.
+checksums: a checkpoint that is damaged since is refused, and not trained on. A training that was stopped between the
+two lists them when it goes on.
 
 The record beside the checkpoints says what they were trained from and how; only the same settings resume a training.
 """
@@ -117,6 +118,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
         except (OSError, ValueError, RecursionError):
             shutil.rmtree(path)
         else:
+            list_files(path)  # it was stopped right before that
             return path
     return None
 
