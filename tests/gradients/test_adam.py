@@ -265,7 +265,7 @@ def test_another_optimizer_file_is_refused_and_rows_stay(copy, tmp_path):
     index(copy, ROWS, tmp_path / "index", **ADAM)
     before = contents(tmp_path / "index")
     change(copy / "checkpoint-4", lambda content: content["state"][0]["exp_avg"].mul_(2))
-    with pytest.raises(ManifestMismatchError, match="checkpoint 0 moments is"):
+    with pytest.raises(ManifestMismatchError, match=r"the model is .*moments .* there"):
         index(copy, ROWS, tmp_path / "index", **ADAM)
     with pytest.raises(ManifestMismatchError, match="its optimizer file has digest"):
         append(tmp_path / "index", corpus_rows(5, first=20), progress=False)

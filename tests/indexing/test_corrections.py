@@ -37,7 +37,7 @@ def test_an_index_of_a_version_with_a_fault_says_so(tmp_path, caplog, options, n
     (out / "manifest.json").write_bytes(replace(old, settings=settings).to_json())
     open_index(out).model()
     assert fault in caplog.text and "--restart" in caplog.text
-    with pytest.raises(ManifestMismatchError, match=f"{name} is not set there"):
+    with pytest.raises(ManifestMismatchError, match=f"{name}` is not given there"):
         index(tmp_path / "model", corpus_rows(3), out, **HOW, **options)
 
 

@@ -179,9 +179,9 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
     if member is None or (member.rows == len(partition.pieces) and member.digest in (None, partition.digest)):
         return
     raise ManifestMismatchError(
-        f"{corpus}: its {number_of(len(partition.pieces), 'row')} of the partition {partition.name}, not the "
-        f"{member.rows:,} "
-        f"that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
+        f"{corpus}: the partition {partition.name} is {number_of(len(partition.pieces), 'row')} here, other ones than "
+        f"the {member.rows:,} that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name "
+        "another pool."
     )
 
 

@@ -63,7 +63,7 @@ def agreement(proxy: Sequence[float], truth: Sequence[float], *, seed: int = 0, 
     """
     x, y = (torch.tensor([float(value) for value in values], dtype=torch.float64) for values in (proxy, truth))
     if len(x) != len(y):
-        raise SettingError(f"losses of a proxy: {len(x)}, true ones: {len(y)}; as many are expected")
+        raise SettingError(f"{len(x)} losses of a proxy and {len(y)} true ones: as many are expected")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise SettingError("a loss is not finite: agreement is of losses that are")
     if len(x) < FEWEST * sets or (x == x[0]).all() or (y == y[0]).all():

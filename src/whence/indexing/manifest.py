@@ -235,7 +235,12 @@ def check_same(old: Manifest, new: Manifest, where: str) -> None:
 
 _CONSEQUENCES = ("layer_names", "traced_fraction", "width")
 """What follows from the model and from flags: it is named only where nothing else differs."""
-_WORDS = {"tokenizer": "the tokenizer", "tokenizer_path": "--tokenizer", "tokens_per_batch": "--batch-tokens"}
+_CORRECTIONS = ("slopes", "dropout", "has_tied_head", "layout_version")
+"""What tells an index from those of versions that were wrong; no flag sets it."""
+_WORDS = {
+    **{name: f"the correction `{name}`" for name in _CORRECTIONS},
+    **{"tokenizer": "the tokenizer", "tokenizer_path": "--tokenizer", "tokens_per_batch": "--batch-tokens"},
+}
 _PLAIN = ("layout", "number of checkpoints", *_CONSEQUENCES)
 """What no flag sets."""
 
