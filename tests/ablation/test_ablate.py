@@ -294,9 +294,7 @@ def test_files_are_partitions_where_that_is_asked(parent, tmp_path):
 
 def test_a_partition_whose_rows_have_changed_is_refused(parent, pool, corpus, held, tmp_path):
     changed = [row | {"text": row["text"][::-1]} if row["id"] == "b3" else row for row in ROWS]
-    with pytest.raises(
-        ManifestMismatchError, match="the partition b is 9 rows here, other ones than the 9"
-    ):
+    with pytest.raises(ManifestMismatchError, match="the partition b is 9 rows here, other ones than the 9"):
         train_pool(parent, changed, pool.place.root, progress=False, **QUICK)
     with pytest.raises(ManifestMismatchError, match="the partition b is 9 rows here, other ones"):
         ablate(pool, held, corpus=changed, progress=False)

@@ -260,9 +260,7 @@ def test_broken_and_missing_files_are_told(made, tmp_path):
     with pytest.raises(SettingError, match="--tokens 0"):
         collect(pool, tokens=0)
     part = [row for row in ROWS if row["id"] != "a3"]
-    with pytest.raises(
-        ManifestMismatchError, match="the partition a is 8 rows here, other ones than the 9"
-    ):
+    with pytest.raises(ManifestMismatchError, match="the partition a is 8 rows here, other ones than the 9"):
         collect(made["llama"], part, tokens=30, progress=False)
 
 

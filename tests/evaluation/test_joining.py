@@ -84,9 +84,7 @@ def test_every_unit_has_its_own_rows(tmp_path):
     build_index(parent, rows, tmp_path / "index", max_tokens=96, progress=False)
     with pytest.raises(SettingError, match="does not know its corpus any more; give it with --corpus"):
         join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], progress=False)
-    with pytest.raises(
-        ManifestMismatchError, match="the partition a/0 is 8 rows here, other ones than the 9"
-    ):
+    with pytest.raises(ManifestMismatchError, match="the partition a/0 is 8 rows here, other ones than the 9"):
         join(str(tmp_path / "index"), pool, SETS, methods=["bm25"], corpus=rows[1:], progress=False)
     found = join(str(tmp_path / "index"), pool, SETS[:1], methods=["bm25"], corpus=rows, progress=False)
     view = open_view(str(tmp_path / "index"), "bm25")

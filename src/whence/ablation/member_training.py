@@ -180,8 +180,8 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
         return
     raise ManifestMismatchError(
         f"{corpus}: the partition {partition.name} is {number_of(len(partition.pieces), 'row')} here, other ones than "
-        f"the {member.rows:,} that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name "
-        "another pool."
+        f"the {member.rows:,} that the member in {pool.place.root} was trained on. Give the corpus of the pool, or "
+        "name another pool."
     )
 
 
