@@ -28,7 +28,7 @@ MESSAGE = re.compile(
     r".* seed \d+ .*: [\d.]+$|\s*$"
 )
 """How a line of stderr begins: a message, or a progress line of a command without a terminal."""
-BAR = re.compile(r"\r? *\d+%\|[^\r\n]*")
+BAR = re.compile(r"\r? {0,3}\d{1,3}%\|[^\r\n]*")
 """A bar of the Trainer's, drawn over itself."""
 UNEXPECTED = "error unexpected "
 WIDTH = 100_000
