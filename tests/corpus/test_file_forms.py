@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from whence.corpus import reading
 from whence.corpus.reading import open_corpus
 from whence.errors import CorpusError
 
@@ -108,3 +109,12 @@ def test_splits_without_train_are_named(tmp_path):
     refused(tmp_path, f"splits are test, validation; name one: {tmp_path}:test")
     refused(f"{tmp_path}:train", "there is no such split; there is test, validation")
     assert len(list(open_corpus(f"{tmp_path}:validation"))) == 1
+
+
+@pytest.mark.parametrize("most", range(20, 40))
+def test_objects_over_lines_beyond_what_is_read_as_a_whole_are_refused_and_not_left_out(tmp_path, monkeypatch, most):
+    """Wherever the cut falls: between two objects what is before it is readable."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {number}"}, indent=1) + "\n" for number in range(9)))
+    monkeypatch.setattr(reading, "OVER_LINES", most)
+    refused(file, "JSON over several lines", f"{most} bytes", "jq -c . ")

@@ -362,6 +362,9 @@ def test_adapters_leave_routers_alone_and_layers_that_peft_refuses_are_named():
     adapted = _trainable(model, TrainSettings(lora_rank=2))
     assert not any("router" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
     assert adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    model = LoadedModel(tiny.tiny_model("falcon"), None, "falcon")  # whose own kind of linear layer is one
+    assert any("query_key_value" in name for name, _ in _trainable(model, TrainSettings(lora_rank=2)).named_parameters()
+               if "lora_A" in name)  # fmt: skip
     model = LoadedModel(tiny.tiny_model("mamba"), None, "mamba")
     with pytest.raises(
         SettingError, match=r"mamba: peft does not adapt .* --lora-targets: in_proj, x_proj, dt_proj, out"

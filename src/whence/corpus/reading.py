@@ -290,15 +290,20 @@ def _placed(rows: Iterable[Any], path: str) -> Iterator[tuple[str, Row]]:
 
 def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> list[Any]:
     """Rows of a file whose first line is no object: objects over several lines, or several without line breaks."""
+    name = shlex.quote(path)
     try:
         rows = rows_in(list(values_of(text.decode())))
-        if all(isinstance(row, dict) for row in rows):
-            return rows
-        raise of_first_line
+        if not all(isinstance(row, dict) for row in rows):
+            raise of_first_line
+        if len(text) > OVER_LINES:  # it was cut, here between two values
+            raise CorpusError(
+                f"{path}: JSON over several lines, of more than {OVER_LINES:,} bytes, the most that is read so. Write "
+                f"one object a line: jq -c . {name} > NEW"
+            )
+        return rows
     except json.JSONDecodeError as error:
         if error.lineno == 1:
             raise of_first_line from None
-        name = shlex.quote(path)
         cut = f", of which {OVER_LINES:,} bytes are read" if len(text) > OVER_LINES else ""
         raise CorpusError(
             f"{path}: JSON over several lines{cut}, and not readable: {error}. Write one object a line: jq -c . {name} "

@@ -423,12 +423,25 @@ def _trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
 
 
 def _routers(model: nn.Module) -> list[str] | None:
-    """Linear layers of the model's own kinds, which return more than a product: routers of Phi-MoE and Llama 4."""
-    return [
-        name
+    """Linear layers of the model's own kinds that do not map each row to one: routers of Phi-MoE and Llama 4.
+
+    Falcon's layers are of an own kind too, but are linear.
+    """
+    own = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
-    ] or None
+    }
+    return [name for name, module in own.items() if not _maps_rows(module)] or None
+
+
+@torch.no_grad()
+def _maps_rows(layer: nn.Linear) -> bool:
+    try:
+        out = layer(layer.weight.new_zeros(1, layer.in_features))
+    except FOREIGN:
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, layer.out_features)
 
 
 def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:
