@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from whence.corpus import reading
@@ -118,3 +119,16 @@ def test_objects_over_lines_beyond_what_is_read_as_a_whole_are_refused_and_not_l
     file.write_text("".join(json.dumps({"text": f"row {number}"}, indent=1) + "\n" for number in range(9)))
     monkeypatch.setattr(reading, "OVER_LINES", most)
     refused(file, "JSON over several lines", f"{most} bytes", "jq -c . ")
+
+
+def test_a_split_at_an_address_is_named_as_the_note_says(caplog):
+    files = fsspec.filesystem("memory")
+    for split in ("train", "test"):
+        files.pipe_file(f"/splits/{split}.jsonl", json.dumps({"text": split}).encode())
+    assert [example.row["text"] for example in open_corpus("memory://splits")] == ["train"]
+    name = caplog.messages[-1].rpartition("name ")[2]
+    assert name == "memory://splits:test"
+    assert [example.row["text"] for example in open_corpus(name)] == ["test"]
+    files.mv("/splits/train.jsonl", "/splits/dev.jsonl")
+    refused("memory://splits", "name one: memory://splits:test")
+    files.rm("/splits", recursive=True)

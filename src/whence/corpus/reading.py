@@ -224,7 +224,7 @@ def _directory_rows(files: Any, root: str, address: str, split: str | None = Non
         raise CorpusError(f"{root}: no corpus file in this directory{example}. A corpus is {KINDS}.")
     if others:
         warn_of_left_out_files(root, others)
-    return itertools.chain.from_iterable(_file_rows(files, path) for path in of_split(row_files, root, split))
+    return itertools.chain.from_iterable(_file_rows(files, path) for path in of_split(row_files, root, address, split))
 
 
 def _is_saved_data_set(files: Any, root: str) -> bool:
