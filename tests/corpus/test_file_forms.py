@@ -48,6 +48,7 @@ def test_json_is_read_in_any_form_whatever_its_ending(tmp_path, form, ending):
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{\n "text": "a",\n "text": b\n}', ["JSON over several lines", "line 3", "jq -c . "]),
+        ("a.jsonl", b'{"text": "a"\n{"text": "b"}\n', ["a.jsonl:1: not a line of JSON"]),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["in UTF-16,", "iconv -f UTF-16 -t UTF-8"]),
         ("a.csv", "text\na\n".encode("utf-16-le"), ["in UTF-16LE,", "iconv -f UTF-16LE -t UTF-8"]),
         ("a.json", b"\x1f\x8b\x08\0\0", ["gzip-compressed", "mv {0} {0}.gz"]),

@@ -302,7 +302,7 @@ def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> li
             )
         return rows
     except json.JSONDecodeError as error:
-        if error.lineno == 1:
+        if error.lineno == 1 or _is_object(text.split(b"\n", 2)[1]):  # one object a line, of which the first is damaged
             raise of_first_line from None
         cut = f", of which {OVER_LINES:,} bytes are read" if len(text) > OVER_LINES else ""
         raise CorpusError(
@@ -311,6 +311,13 @@ def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> li
         ) from None
     except (ValueError, RecursionError):
         raise of_first_line from None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parsed(text: bytes, where: str) -> Row:
