@@ -32,6 +32,23 @@ def test_two_writers_of_one_file_wait_for_each_other(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
+def test_a_draft_that_a_third_writer_renames_is_no_error(tmp_path, monkeypatch):
+    """The second waits for the first, and then looks for its draft while a third renames one of the same name."""
+    real = Path.stat
+
+    def renamed_meanwhile(self, **more):
+        if self.name == "rows.csv.tmp" and not renamed:
+            renamed.append(self.unlink())
+        return real(self, **more)
+
+    renamed = []
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "stat", renamed_meanwhile)
+    Place.at(tmp_path).write("rows.csv", [b"rows"], total=4)
+    monkeypatch.undo()
+    assert renamed and [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("rows.csv", b"rows")]
+
+
 def test_a_draft_of_a_killed_process_is_written_over(tmp_path):
     (tmp_path / "rows.csv.tmp").write_bytes(b"much longer than what comes")
     Place.at(tmp_path).write("rows.csv", [b"rows"], total=4)

@@ -30,7 +30,8 @@ def brief(self: Any) -> str:
 def _value(value: Any) -> str:
     if shape := getattr(value, "shape", ()):  # of a tensor or an array
         return f"{type(value).__name__} of {' x '.join(map(str, shape))}"
-    if isinstance(value, Collection) and not isinstance(value, str) and not is_dataclass(value):
+    is_number = getattr(value, "shape", None) == ()  # a tensor or an array of one number has no length
+    if isinstance(value, Collection) and not (is_number or isinstance(value, str) or is_dataclass(value)):
         if len(value) > 4:
             return f"{len(value):,} {'entries' if isinstance(value, Mapping) else 'items'}"
         if any(isinstance(item, Sized) and len(item) > LONGEST_VALUE for item in value):

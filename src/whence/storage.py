@@ -441,7 +441,10 @@ def _opened_alone(path: Path) -> BufferedWriter:
 
 
 def _is_at(file: BufferedWriter, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:  # asked for once: another writer may rename it at any moment
+        return False
 
 
 def remove_directory(path: str | os.PathLike) -> None:

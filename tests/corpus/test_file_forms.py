@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from whence.corpus import reading
@@ -47,6 +48,7 @@ def test_json_is_read_in_any_form_whatever_its_ending(tmp_path, form, ending):
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{\n "text": "a",\n "text": b\n}', ["JSON over several lines", "line 3", "jq -c . "]),
+        ("a.jsonl", b'{"text": "a"\n{"text": "b"}\n', ["a.jsonl:1: not a line of JSON"]),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["in UTF-16,", "iconv -f UTF-16 -t UTF-8"]),
         ("a.csv", "text\na\n".encode("utf-16-le"), ["in UTF-16LE,", "iconv -f UTF-16LE -t UTF-8"]),
         ("a.json", b"\x1f\x8b\x08\0\0", ["gzip-compressed", "mv {0} {0}.gz"]),
@@ -118,3 +120,16 @@ def test_objects_over_lines_beyond_what_is_read_as_a_whole_are_refused_and_not_l
     file.write_text("".join(json.dumps({"text": f"row {number}"}, indent=1) + "\n" for number in range(9)))
     monkeypatch.setattr(reading, "OVER_LINES", most)
     refused(file, "JSON over several lines", f"{most} bytes", "jq -c . ")
+
+
+def test_a_split_at_an_address_is_named_as_the_note_says(caplog):
+    files = fsspec.filesystem("memory")
+    for split in ("train", "test"):
+        files.pipe_file(f"/splits/{split}.jsonl", json.dumps({"text": split}).encode())
+    assert [example.row["text"] for example in open_corpus("memory://splits")] == ["train"]
+    name = caplog.messages[-1].rpartition("name ")[2]
+    assert name == "memory://splits:test"
+    assert [example.row["text"] for example in open_corpus(name)] == ["test"]
+    files.mv("/splits/train.jsonl", "/splits/dev.jsonl")
+    refused("memory://splits", "name one: memory://splits:test")
+    files.rm("/splits", recursive=True)

@@ -1,6 +1,7 @@
 """What Python shows of a result is a few lines: what it is, the best of it, how to go on."""
 
 from collections.abc import Mapping
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_trace_page import hit, matrix, small_trace
 import whence
 from conftest import corpus_rows
 from whence.ablation.suggestion import Suggestion
+from whence.brief import brief
 from whence.evaluation.joining import Join
 from whence.evaluation.selection import Line, SelectionTable
 from whence.tracing.results import Answer, Null, Trace
@@ -72,3 +74,8 @@ def test_a_hit_is_shown_without_its_matrix_and_its_null():
                      null=Null([0.123] * 128, 0.0, 1.0, 50.0, False)))  # fmt: skip
     assert len(shown) < 400 and "0.123" not in shown
     assert len(repr(Trace([], [], "dot", 0))) < 200
+
+
+def test_a_tensor_of_one_number_is_shown_and_has_no_length():
+    held = make_dataclass("Held", ["value"], namespace={"__repr__": brief})
+    assert repr(held(torch.tensor(3.0))) == "Held(value=tensor(3.))"

@@ -53,7 +53,7 @@ def require_corpus(address: str) -> None:
 def split_of(files: Any, address: str) -> tuple[str, str] | None:
     """The directory and the split that DIRECTORY:SPLIT names; None if it names none."""
     folder, _, split = address.rpartition(":")
-    return (folder, split) if split in SPLITS and "://" not in address and files.isdir(folder) else None
+    return (folder, split) if split in SPLITS and files.isdir(folder) else None
 
 
 def require_hub_data_set(address: str) -> None:

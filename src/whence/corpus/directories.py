@@ -72,12 +72,13 @@ def is_metadata(path: str, below: list[str]) -> bool:
     return name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
-def of_split(paths: Sequence[str], root: str, split: str | None) -> list[str]:
+def of_split(paths: Sequence[str], root: str, address: str, split: str | None) -> list[str]:
     """The files of a directory that are read as one corpus.
 
     Args:
         paths: Its files of rows.
-        root: The directory.
+        root: The directory, as its file system names it.
+        address: The same as one has to write it: with the file system, such as `s3://`.
         split: The split that is asked for; None: `train` where there are others beside it, and files of no split.
 
     Raises:
@@ -87,14 +88,14 @@ def of_split(paths: Sequence[str], root: str, split: str | None) -> list[str]:
     names = sorted({name for name in splits.values() if name})
     if split is not None:
         if split not in names:
-            raise CorpusError(f"{root}:{split}: there is no such split; there is {', '.join(names) or 'none'}.")
+            raise CorpusError(f"{address}:{split}: there is no such split; there is {', '.join(names) or 'none'}.")
         return [path for path in paths if splits[path] == split]
     if len(names) < 2:
         return list(paths)
     if "train" not in names:
-        raise CorpusError(f"{root}: splits are {', '.join(names)}; name one: {root}:{names[0]}")
+        raise CorpusError(f"{address}: splits are {', '.join(names)}; name one: {address}:{names[0]}")
     chosen = [path for path in paths if splits[path] in ("train", None)]
-    _tell_of_splits(root, tuple(path for path in paths if path not in set(chosen)), tuple(set(names) - {"train"}))
+    _tell_of_splits(address, tuple(path for path in paths if path not in set(chosen)), tuple(set(names) - {"train"}))
     return chosen
 
 
@@ -113,14 +114,14 @@ def split_of(path: str) -> str | None:
 
 
 @functools.cache  # once per process, since a corpus is read several times
-def _tell_of_splits(root: str, paths: tuple[str, ...], splits: tuple[str, ...]) -> None:
+def _tell_of_splits(address: str, paths: tuple[str, ...], splits: tuple[str, ...]) -> None:
     logger.warning(
         "%s: only its split `train` is read; files of %s are left out: %d, such as %s. For another, name %s:%s",
-        root,
+        address,
         " and ".join(sorted(splits)),
         len(paths),
         paths[0],
-        root,
+        address,
         sorted(splits)[0],
     )
 

@@ -224,7 +224,7 @@ def _directory_rows(files: Any, root: str, address: str, split: str | None = Non
         raise CorpusError(f"{root}: no corpus file in this directory{example}. A corpus is {KINDS}.")
     if others:
         warn_of_left_out_files(root, others)
-    return itertools.chain.from_iterable(_file_rows(files, path) for path in of_split(row_files, root, split))
+    return itertools.chain.from_iterable(_file_rows(files, path) for path in of_split(row_files, root, address, split))
 
 
 def _is_saved_data_set(files: Any, root: str) -> bool:
@@ -302,7 +302,7 @@ def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> li
             )
         return rows
     except json.JSONDecodeError as error:
-        if error.lineno == 1:
+        if error.lineno == 1 or _is_object(text.split(b"\n", 2)[1]):  # one object a line, of which the first is damaged
             raise of_first_line from None
         cut = f", of which {OVER_LINES:,} bytes are read" if len(text) > OVER_LINES else ""
         raise CorpusError(
@@ -311,6 +311,13 @@ def _values_over_lines(text: bytes, path: str, of_first_line: CorpusError) -> li
         ) from None
     except (ValueError, RecursionError):
         raise of_first_line from None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parsed(text: bytes, where: str) -> Row:
