@@ -1,5 +1,7 @@
 """How many of a thing, as a sentence has it: 1 row, 2 rows."""
 
+from numbers import Integral
+
 
 def number_of(count: int | float, one: str, many: str | None = None) -> str:
     """A count and its noun.
@@ -13,4 +15,4 @@ def number_of(count: int | float, one: str, many: str | None = None) -> str:
     ('1 row', '1,200 rows', '0.5 epochs', '1 query')
     """
     words = one if count == 1 else f"{one}s" if many is None else many
-    return f"{count:,} {words}" if isinstance(count, int) else f"{count:,.6g} {words}"
+    return f"{count:,} {words}" if isinstance(count, Integral) else f"{count:,.6g} {words}"
