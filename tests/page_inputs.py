@@ -60,7 +60,7 @@ def place_chat(base: Path) -> None:
             for name in names]  # fmt: skip
     write_jsonl(Path("corpus.jsonl"), [*shown, *rows])
     train(str(base), "corpus.jsonl", "my-run", max_steps=STEPS, batch_size=4, checkpoints=2, progress=False)
-    write_jsonl(Path("bad.jsonl"), [*rows[:2], {"question": "a?", "answer": "b"}])
+    write_jsonl(Path("bad.jsonl"), [*rows[:2], {"article": "a?", "summary": "b"}])
     turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant") * 2]
     odd = [{"prompt": "No answer?", "completion": None}, {"prompt": "long " * 40, "completion": " yes"}]
     write_jsonl(Path("mixed.jsonl"), [*rows[:8], *odd, {"messages": turns}])
@@ -147,7 +147,7 @@ def place_mistakes(base: Path) -> None:
     write_jsonl(Path("corpus.jsonl"), rows)
     line = json.dumps(rows[0]) + "\n"
     Path("broken.jsonl").write_text(3 * line + '{"id": "a", "text": "unfinished\n')
-    write_jsonl(Path("columns.jsonl"), [{"question": "a?", "answer": "b"}])
+    write_jsonl(Path("columns.jsonl"), [{"article": "a?", "summary": "b"}])
     Path("empty.jsonl").write_text("")
     place_heldout("heldout")
     for number, name in enumerate(("examples", "task", "chosen")):

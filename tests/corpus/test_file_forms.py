@@ -2,15 +2,14 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import fsspec
 import pytest
 
-from whence.corpus import reading
+from whence.corpus import row_files
+from whence.corpus.bounds import rows_up_to
 from whence.corpus.reading import open_corpus
-from whence.errors import CorpusError
+from whence.errors import CorpusError, SettingError
 
 
 def refused(path, *words):
@@ -57,7 +56,7 @@ def test_json_is_read_in_any_form_whatever_its_ending(tmp_path, form, ending):
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", ["a pointer of Git LFS", "git lfs pull"]),
         ("a.json", b"<!DOCTYPE html>\n<html>", ["a web page or XML"]),
         ("a.xlsx", b"PK", ["a spreadsheet", "pandas.read_excel("]),
-        ("a b.txt", b"one\ntwo\n", ["plain text", "python -c", "> '{1}/a b'.jsonl"]),
+        ("a b.md", b"one\ntwo\n", ["plain text", "cp '{1}/a b.md' '{1}/a b.md.txt'"]),
         ("a.zip", b"PK", ["an archive", "unzip {0} -d {1}/a"]),
         ("a.tar.gz", b"", ["an archive", "tar -xf {0}"]),
         ("a.pkl", b"", ["unpickles nothing"]),
@@ -69,14 +68,47 @@ def test_a_file_that_is_no_corpus_says_what_it_is_and_the_command_that_makes_one
     refused(file, str(file), *(word.format(file, tmp_path) for word in words))
 
 
-def test_the_command_for_plain_text_makes_a_corpus(tmp_path):
-    """Of the message, as it is pasted into a shell."""
-    (tmp_path / "a b.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(CorpusError) as caught:
-        list(open_corpus(tmp_path / "a b.txt"))
-    command = str(caught.value).partition("is a row: ")[2].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True)
-    assert [example.row for example in open_corpus(tmp_path / "a b.jsonl")] == [{"text": "one"}, {"text": "two"}]
+TEXT = "\ufeffone two\r\nthree\n\n\nfour  five six\n  \nseven"
+
+
+@pytest.mark.parametrize(
+    ("text_rows", "expected"),
+    [
+        ("line", ["one two", "three", "four  five six", "seven"]),
+        ("paragraph", ["one two\nthree", "four  five six", "seven"]),
+        ("file", ["one two\nthree\n\n\nfour  five six\n  \nseven"]),
+        ("2", ["one two\n", "three\n\n\nfour  ", "five six\n  \n", "seven"]),
+        ("4", ["one two\nthree\n\n\nfour  ", "five six\n  \nseven"]),
+        ("99", ["one two\nthree\n\n\nfour  five six\n  \nseven"]),
+    ],
+)
+def test_rows_of_plain_text(tmp_path, caplog, text_rows, expected):
+    for name in ("a.txt", "b.txt.gz"):
+        file = tmp_path / name
+        file.write_bytes(gzip.compress(TEXT.encode()) if name.endswith("gz") else TEXT.encode())
+        assert [example.row["text"] for example in open_corpus(file, text_rows=text_rows)] == expected
+    caplog.clear()
+    corpus = open_corpus(tmp_path, text_rows=text_rows)
+    assert [example.row["text"] for example in (*corpus, *open_corpus(corpus))] == 4 * expected
+    what = f"{text_rows} words" if text_rows.isdecimal() else f"a {text_rows}"
+    said = f"{tmp_path}: plain text, of which a row is {what} (--text-rows line|paragraph|file|WORDS)."
+    assert caplog.messages == [said]
+
+
+def test_plain_text_that_is_no_utf8_or_too_large(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n\xff\n")
+    refused(tmp_path / "a.txt", f"{tmp_path}/a.txt:2: not UTF-8", "iconv")
+    (tmp_path / "a.txt").write_text("one two\n" * 100)
+    with rows_up_to(200):
+        assert len(list(open_corpus(tmp_path / "a.txt"))) == 100
+        for text_rows in ("file", "paragraph"):
+            with pytest.raises(CorpusError, match=f"a.txt:1: a {text_rows} of more than 200 bytes"):
+                list(open_corpus(tmp_path / "a.txt", text_rows=text_rows))
+    for wrong in ("page", "0", "-1"):
+        with pytest.raises(SettingError, match=f"--text-rows {wrong}: line, paragraph, file, or a number of words"):
+            open_corpus(tmp_path / "a.txt", text_rows=wrong)
+    (tmp_path / "b.jsonl").write_text('{"text": "row"}\n')
+    assert [example.row for example in open_corpus(tmp_path)] == [{"text": "row"}], "beside rows it is a note"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +150,7 @@ def test_objects_over_lines_beyond_what_is_read_as_a_whole_are_refused_and_not_l
     """Wherever the cut falls: between two objects what is before it is readable."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {number}"}, indent=1) + "\n" for number in range(9)))
-    monkeypatch.setattr(reading, "OVER_LINES", most)
+    monkeypatch.setattr(row_files, "OVER_LINES", most)
     refused(file, "JSON over several lines", f"{most} bytes", "jq -c . ")
 
 

@@ -134,7 +134,8 @@ def test_files_left_out_for_their_ending_are_told_once(tmp_path, caplog):
     assert rows(tmp_path) == rows(tmp_path) == [{"text": "1"}]
     assert caplog.messages == [f"{tmp_path}: files left out for their endings: 2, such as {tmp_path}/b.txt"]
     (tmp_path / "a.jsonl").unlink()
-    refused(tmp_path, "no corpus file in this directory (2 of other kinds, such as", "b.txt", ".jsonl")
+    (tmp_path / "b.txt").unlink()
+    refused(tmp_path, "no corpus file in this directory (1 of other kinds, such as", "c.arrow", ".jsonl")
 
 
 def test_saved_dataset_gives_its_rows(tmp_path):
@@ -324,8 +325,8 @@ def test_zstd_without_its_package_names_the_package(tmp_path, monkeypatch):
 
 
 def test_missing_columns_list_those_that_exist(tmp_path):
-    path = written(tmp_path / "a.jsonl", '{"text": "a"}\n{"prompt": "p", "response": "r"}\n')
-    refused(path, f"{path}:2:", "columns are prompt, response", "`completion`", "`messages`")
+    path = written(tmp_path / "a.jsonl", '{"text": "a"}\n{"article": "p", "summary": "r"}\n')
+    refused(path, f"{path}:2:", "columns are article, summary", "`messages`", "--map prompt=article,completion=summary")
     refused([{}], "columns are none")
 
 
@@ -377,7 +378,7 @@ def test_empty_corpora_of_other_kinds_are_refused(tmp_path):
     refused([], "no rows")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no corpus file")
-    written(tmp_path / "empty" / "notes.txt", "text")
+    written(tmp_path / "empty" / "notes.md", "text")
     refused(tmp_path / "empty", "no corpus file", ".jsonl")
 
 

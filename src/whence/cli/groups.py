@@ -2,18 +2,23 @@
 
 typer reads a command's flags from the parameters of a function. `flattened` writes the fields of a dataclass in the
 place of the parameter that has its type, so that a group is declared once, with its help texts and defaults, and
-arrives as one object. `reads_rows` gives a command the one flag of all that read rows from files.
+arrives as one object. `reads_tables` gives a command the flag of all that read rows from files, `reads_rows` also that
+of all that read rows of training data.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from whence.cli.options import pairs
 from whence.corpus.bounds import MAX_ROW_BYTES, rows_up_to
+from whence.corpus.columns import columns_called
+from whence.corpus.plain_text import text_rows_are
 
 
 def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,21 +59,57 @@ def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def reads_rows(command: Callable[..., Any]) -> Callable[..., Any]:
+MaxRowBytes = Annotated[int, typer.Option(help="Bytes of the largest row that is read from a file.")]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="NAME=COLUMN",
+        help="Read a column under a name that Whence knows: prompt=question,completion=answer. Repeatable.",
+    ),
+]
+
+
+TextRows = Annotated[
+    str | None,
+    typer.Option(metavar="line|paragraph|file|WORDS", help="What is a row of a .txt file.", show_default="line"),
+]
+
+
+def reads_tables(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with the flag --max-row-bytes, under which it runs."""
-    hints = get_type_hints(command, include_extras=True)
-    hints["max_row_bytes"] = Annotated[int, typer.Option(help="Bytes of the largest row that is read from a file.")]
+    return _with_flag(command, "max_row_bytes", MaxRowBytes, MAX_ROW_BYTES, rows_up_to)
+
+
+def reads_rows(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the flags --map, --text-rows and --max-row-bytes, under which it runs."""
+    with_map = _with_flag(reads_tables(command), "map", Map, None, lambda texts: columns_called(_columns(texts)))
+    return _with_flag(with_map, "text_rows", TextRows, None, text_rows_are)
+
+
+def _columns(texts: list[str] | None) -> dict[str, str] | None:
+    """Columns of --map, several of which may stand in one text with commas between."""
+    return None if not texts else pairs("--map", [text for several in texts for text in several.split(",")])
+
+
+def _with_flag(
+    command: Callable[..., Any],
+    name: str,
+    kind: Any,
+    default: Any,
+    context: Callable[[Any], AbstractContextManager[None]],
+) -> Callable[..., Any]:
+    """The command with one more flag, whose value makes a context under which it runs."""
+    hints = get_type_hints(command, include_extras=True) | {name: kind}
     parameters = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
         for parameter in inspect.signature(command).parameters.values()
     ]
-    flag = inspect.Parameter(
-        "max_row_bytes", inspect.Parameter.KEYWORD_ONLY, default=MAX_ROW_BYTES, annotation=hints["max_row_bytes"]
-    )
+    flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
     @wraps(command)
-    def call(max_row_bytes: int, **values: Any) -> Any:
-        with rows_up_to(max_row_bytes):
+    def call(**values: Any) -> Any:
+        with context(values.pop(name)):
             return command(**values)
 
     del call.__wrapped__  # typer would read the signature of what is wrapped

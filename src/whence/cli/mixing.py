@@ -9,7 +9,7 @@ import typer
 from whence import catalogue
 from whence.cli.ablation import mixture_words
 from whence.cli.console import again, print_ending, print_json, print_part, waiting
-from whence.cli.groups import reads_rows
+from whence.cli.groups import reads_tables
 from whence.cli.inputs import check_inputs
 from whence.cli.options import EvalFiles, Force, Json, PoolPath, Report, numbers
 from whence.errors import SettingError
@@ -26,7 +26,7 @@ Targets = Annotated[
 
 
 @mix.command()
-@reads_rows
+@reads_tables
 def law(
     table: Annotated[
         str,
@@ -122,7 +122,7 @@ def law(
 
 
 @mix.command()
-@reads_rows
+@reads_tables
 def suggest(
     pool: PoolPath,
     evaluated: EvalFiles,

@@ -34,6 +34,13 @@ Date = Annotated[
     str | None,
     typer.Option(metavar="YYYY-MM-DD", help="Day that a chat template with a date writes; the training's, else today."),
 ]
+Supervise = Annotated[
+    str | None,
+    typer.Option(
+        metavar="assistant|last|all",
+        help="Which tokens of a row are trained on; as in the model's training by Whence, else the assistant's.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,7 @@ class LoadingFlags:
     tokenizer: Tokenizer = None
     chat_template: ChatTemplate = None
     date: Date = None
+    supervise: Supervise = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None
     device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over all devices.")] = None
     trust_remote_code: Annotated[

@@ -9,7 +9,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, listed
+from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, Supervise, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -77,6 +77,7 @@ def recover(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with FINAL.")] = None,
     chat_template: ChatTemplate = None,
+    supervise: Supervise = None,
     date: Date = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
@@ -85,6 +86,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
+    from whence.corpus.columns import current, original
     from whence.outputs import refuse_inputs
     from whence.recovery.settings import RecoverSettings, check_count
     from whence.reports.existing_files import Output, check_outputs
@@ -96,6 +98,7 @@ def recover(
         "checkpoints": checkpoints, "undo": undo, "remove_decay": remove_decay, "choices": listed(choices),
         "template": template.replace("\\n", "\n"), "labels": labels, "balanced": balanced, "rounds": rounds,
         "mixture": mixture, "tokenizer": tokenizer, "chat_template": chat_template, "date": date, "layers": layers,
+        "supervise": supervise,
     }  # fmt: skip
     check_count(count, RecoverSettings(**settings))
     outputs = [Output("-o", out), Output("--report", report, (".html",))]
@@ -110,7 +113,7 @@ def recover(
         from whence.reports.recover_tables import recover_answer, recover_tables
     result = run(base, final, corpus, count=count, work=work, progress=not as_json, **settings)
     if out is not None:
-        write_rows(result.rows, out)
+        write_rows([original(row, current()) for row in result.rows], out)
     if report is not None:
         write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
     if as_json:

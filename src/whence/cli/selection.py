@@ -76,6 +76,7 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Which training examples should be trained on for a task?"""
+    from whence.corpus.columns import original
     from whence.reports.existing_files import Output, check_outputs
     from whence.reports.files import write_page, write_rows
     from whence.selection.budget import Budget, Limits, no_index_for
@@ -115,7 +116,7 @@ def select(
         chosen = run(view, tasks, method=method, corpus=corpus, **budget, **options)
         overlaps = {} if compare is None else method_overlaps(chosen, view, tasks, listed(compare), seed=seed, **budget)
     if out is not None:
-        write_rows(chosen.rows, out)
+        write_rows([original(row, view.columns) for row in chosen.rows], out)
     if report is not None:
         write_page(select_page(chosen, overlaps), report)
     if as_json:

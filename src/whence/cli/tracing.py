@@ -8,6 +8,7 @@ from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
 from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath
+from whence.errors import SettingError
 
 
 def trace(
@@ -15,6 +16,11 @@ def trace(
     loading: LoadingFlags,
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
     completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system said before the prompt.")] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="In place of these: a conversation as JSON, with or without the answer."),
+    ] = None,
     queries: Annotated[str | None, typer.Option(help="In place of these: a file of prompts (and completions).")] = None,
     span: Annotated[str | None, typer.Option(help="Ask about this text of the completion alone.")] = None,
     span_tokens: Annotated[str | None, typer.Option(help="Ask about tokens FROM:TO of it alone, from 0.")] = None,
@@ -54,6 +60,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
+    from whence.corpus.reading import conversation_in
     from whence.reports.existing_files import Output, check_outputs
     from whence.reports.files import write_page, write_rows
     from whence.tracing.spans import span_of
@@ -61,7 +68,10 @@ def trace(
     catalogue.trace_method(method)
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, (".jsonl", ".csv", ".parquet", ".html"))
-    check_outputs([output], rows=[queries, controls], others=[index, model, loading.tokenizer], force=force)
+    check_outputs([output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer], force=force)
+    conversation = None if messages is None else [conversation_in(messages)]
+    if conversation and queries:
+        raise SettingError("give either --messages FILE or --queries FILE")
     place = span_of(span, span_tokens, "--span-tokens")
     check_inputs(index=index, corpora=[queries, controls])
     with waiting("Loading torch"):
@@ -74,9 +84,10 @@ def trace(
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             tokens |= opened.space.view == "sgd"
         result = run(
-            opened, prompt, completion, queries=queries, span=place, contrast=contrast, top=top, method=method,
-            objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis, controls=controls,
-            specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            opened, prompt, completion, queries=queries or conversation, system=system, span=place, contrast=contrast,
+            top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
+            controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=seed,
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:
@@ -94,7 +105,8 @@ def trace(
     if min(result.overlaps, default=1.0) < MANY and 2 * shortlist < result.rows:
         command = again("--shortlist", 4 * shortlist)
     elif result.levels and not any(stands_out(result, number) for number in range(len(result.answers))):
-        asked = ("--prompt", prompt) if queries is None else ("--queries", queries)
+        given = {"--prompt": prompt, "--queries": queries, "--messages": messages}
+        asked = next((flag, value) for flag, value in given.items() if value is not None)
         words = () if completion is None else ("--completion", completion)
         command = ("whence", "trace", index, *asked, *words, "--method", "bm25")
     elif can_be_exact:

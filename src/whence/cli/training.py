@@ -12,7 +12,7 @@ import typer
 
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Tokenizer, pairs
+from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Supervise, Tokenizer, pairs
 from whence.counts import number_of
 
 
@@ -52,6 +52,7 @@ class TrainFlags:
     ] = None
     tokenizer: Tokenizer = None
     chat_template: ChatTemplate = None
+    supervise: Supervise = None
     date: Date = None
     seed: Annotated[
         int | None, typer.Option(help="Seed of the chosen rows, their order, and dropout.", show_default="0")

@@ -10,13 +10,13 @@ from typing import Any
 import fsspec
 
 from whence.corpus.directories import SPLITS
-from whence.corpus.layouts import Row
+from whence.corpus.shapes import Row
 from whence.errors import CorpusError, MissingExtraError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KINDS = (
-    f"a file ({' '.join(SUFFIXES)}), a directory of them, or a Hugging Face data set "
+    f"a file ({' '.join((*SUFFIXES, '.txt'))}), a directory of them, or a Hugging Face data set "
     "(NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT)"
 )
 

@@ -14,7 +14,8 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from whence.corpus.layouts import NOT_MESSAGES, REASONING, calls_of, is_list_of_messages, pieces_of
+from whence.corpus.layouts import REASONING, calls_of, pieces_of
+from whence.corpus.message_forms import NOT_MESSAGES, are_turns, turns_in
 from whence.corpus.roles import role_of
 from whence.corpus.templates import (
     Tokenizer,
@@ -67,7 +68,8 @@ def checked_messages(messages: object) -> Messages | None:
     """
     if messages is None:
         return None
-    if not is_list_of_messages(messages):
+    messages = turns_in(messages)
+    if not are_turns(messages):
         raise CorpusError(f"{NOT_MESSAGES}; found {str(messages)[:60]!r}")
     texts = [message.get("content") for message in messages]
     if any(text is None and not calls_of(message) for text, message in zip(texts, messages, strict=True)):

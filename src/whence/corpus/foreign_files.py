@@ -21,12 +21,8 @@ def by_ending(path: str) -> str | None:
     if last in ("xlsx", "xls", "ods"):
         code = f"import pandas; pandas.read_excel({path!r}).to_csv({path + '.csv'!r}, index=False)"
         return f"a spreadsheet. Save it as csv: {PYTHON} {shlex.quote(code)} (needs pip install openpyxl)"
-    if last in ("txt", "text", "md"):
-        code = "import json, sys; [print(json.dumps({'text': line.strip()})) for line in sys.stdin if line.strip()]"
-        return (
-            "plain text, which does not say where a row ends. If each line is a row: "
-            f"{PYTHON} {shlex.quote(code)} < {name} > {stem}.jsonl"
-        )
+    if last in ("md", "rst"):
+        return f"plain text. Give it the ending of such: cp {name} {shlex.quote(path + '.txt')}"
     if last in ("arrow", "feather"):
         return "an Arrow file. Name the `save_to_disk` directory that holds it, or write it as Parquet."
     if last in ("pkl", "pickle", "pt", "pth", "npy", "npz"):

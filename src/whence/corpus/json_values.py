@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from whence.corpus.layouts import LAYOUTS
+from whence.corpus.shapes import LAYOUTS
 
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 """Keys under which a file that is one object keeps its rows."""
-COLUMNS = {column for columns in LAYOUTS.values() for column in columns}
+COLUMNS = {column for columns in LAYOUTS.values() for column in columns} | {"conversations", "chosen", "rejected"}
 """Columns that only a row itself has."""
 
 

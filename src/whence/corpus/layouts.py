@@ -1,4 +1,4 @@
-"""The layouts that a row of a corpus may have, and a row's text as prompt and completion whatever its layout.
+"""A row's layout, and its text as prompt and completion, whatever its shape.
 
 This module only reads columns; `tokens` turns each layout into token ids. Beside the columns that make a layout, a row
 of messages may have `tools`, and an instruction `input`, `system` and `history`: pairs of a question and an answer that
@@ -7,101 +7,84 @@ data for KTO) is never trained on.
 """
 
 import json
-from typing import Any, TypeGuard
+from typing import Any
 
+from whence.corpus.message_forms import NOT_MESSAGES, are_turns
+from whence.corpus.shapes import Row, layout_of, query_shape, shape_of
 from whence.errors import CorpusError
 
-Row = dict[str, Any]
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-"""Columns of each layout; the last is the answer, or all there is."""
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "messages": ("tools",),
-    "prompt": (),
-    "instruction": ("input", "system", "history"),
-    "text": (),
-}
-"""Columns that a layout reads where a row has them."""
 VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
-
-
-NOT_MESSAGES = "messages are a list of objects with `role` and `content`"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what the assistant thought."""
 
 
-def layout(row: Row, where: str = "row") -> str:
-    """Name of the first of `LAYOUTS` whose columns a row fills.
-
-    A layout whose answer is empty comes after those that have one: a table that was joined from several has every
-    column in every row. If nulls leave none, it is the first whose columns the row has.
+def in_layout(row: Row, where: str = "row") -> tuple[str, Row]:
+    """A row's layout, one of `LAYOUTS`, and the row as the columns of that layout.
 
     Raises:
-        CorpusError: The row has none of the layouts; the message lists its columns.
+        CorpusError: The row has no known shape, or a part of it is no text.
+
+    >>> in_layout({"conversations": [{"from": "human", "value": "Hi"}]})
+    ('messages', {'messages': [{'role': 'human', 'content': 'Hi'}]})
+    """
+    columns = shape_of(row, where).read(row)
+    return layout_of(columns), columns
+
+
+def layout(row: Row, where: str = "row") -> str:
+    """Name of a row's layout, one of `LAYOUTS`; see `shapes.shape_of` for which of several.
+
+    Raises:
+        CorpusError: As `in_layout`.
 
     >>> layout({"messages": None, "text": "a"}), layout({"prompt": "a", "completion": None})
     ('text', 'prompt')
     >>> layout({"prompt": "", "completion": "", "text": "a"}), layout({"prompt": "a", "completion": ""})
     ('text', 'prompt')
     """
-    present = [name for name, columns in LAYOUTS.items() if all(column in row for column in columns)]
-    filled = [name for name in present if all(row[column] is not None for column in LAYOUTS[name])]
-    answered = [name for name in filled if not _is_blank(row[LAYOUTS[name][-1]])]
-    if present:
-        return (answered or filled or present)[0]
-    columns = ", ".join(map(str, row)) or "none"
-    raise CorpusError(
-        f"{where}: columns are {columns}; a row needs `text`, or `prompt` and `completion`, "
-        "or `instruction` and `output`, or `messages`."
-    )
+    return in_layout(row, where)[0]
 
 
-def check_messages(row: Row, kind: str, where: str = "row") -> None:
-    """Refuse a row whose messages are no list of objects with a role, whoever reads it; null is no fault.
+def query_in_layout(row: Row) -> tuple[str, Row] | None:
+    """Layout and columns of a query, which is a row that may lack its answer; None if it asks nothing.
 
-    Args:
-        row: A row of a corpus.
-        kind: Its layout.
-        where: Its place, for the message.
+    >>> query_in_layout({"question": "Why?"}), query_in_layout({"text": "a"})
+    (('instruction', {'instruction': 'Why?'}), None)
+    """
+    shape = query_shape(row)
+    if shape is None:
+        return None
+    columns = shape.read(row)
+    return layout_of(columns), columns
+
+
+def columns_read(row: Row) -> set[str]:
+    """Columns of a row that its shape reads."""
+    shape = shape_of(row)
+    tools = {"system", "tools"} if shape.columns[0] == "prompt" and layout(row) == "messages" else set()
+    return {*shape.columns, *shape.optional, *tools}
+
+
+def query_columns_read(row: Row) -> set[str]:
+    """Columns of a query that its shape reads; a plain prompt may have what comes before it."""
+    shape = query_shape(row)
+    return set() if shape is None else {*shape.columns, *shape.optional, "system", "history", "tools"}
+
+
+def check_messages(row: Row, where: str = "row") -> None:
+    """Refuse a row without a known shape, or whose messages are no list of objects with a role; null is no fault.
 
     Raises:
-        CorpusError: They have another form.
+        CorpusError: The row has another form.
     """
-    messages = row["messages"] if kind == "messages" else None
-    if messages is not None and not is_list_of_messages(messages):
+    try:
+        kind, columns = in_layout(row)
+    except CorpusError as error:
+        raise CorpusError(f"{where}: {str(error).removeprefix('row: ')}") from None
+    messages = columns["messages"] if kind == "messages" else None
+    if messages is not None and not are_turns(messages):
         raise CorpusError(f"{where}: {NOT_MESSAGES}; found {str(messages)[:60]!r}")
-
-
-def is_list_of_messages(messages: object) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether they are a list of objects that have a role."""
-    return isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
-
-
-def _is_blank(value: Any) -> bool:
-    return value in (None, []) or (isinstance(value, str) and not value.strip())
-
-
-def question_layout(row: Row) -> str | None:
-    """Name of the layout of a query, which is a row that may lack its answer; None if it asks nothing.
-
-    It is that of a corpus' row wherever the row has an answer.
-
-    >>> question_layout({"prompt": "a", "instruction": "b", "output": "c"}), question_layout({"text": "a"})
-    ('instruction', None)
-    """
-    asked = [name for name, columns in LAYOUTS.items() if name != "text" and row.get(columns[0]) is not None]
-    answered = [name for name in asked if not _is_blank(row.get(LAYOUTS[name][-1], ""))]
-    return (*answered, *asked, None)[0]
-
-
-def query_columns(kind: str) -> tuple[str, ...]:
-    """Columns that a query of a layout reads: a corpus row's, and with a `prompt` what may come before it."""
-    return *LAYOUTS[kind], *(("system", "history", "tools") if kind == "prompt" else OPTIONAL[kind])
 
 
 def is_rejected(row: Row) -> bool:
@@ -166,8 +149,16 @@ def _list_in(row: Row, name: str) -> list[Any]:
 
 
 def shown_text(row: Row) -> Row:
-    """A corpus row as `prompt` and `completion`, or as `text`, whatever its layout."""
-    kind = layout(row)
+    """A corpus row as `prompt` and `completion`, or as `text`, whatever its shape.
+
+    Of token ids the text is the row's `text`, if it has one; `tokens.with_text` adds it.
+    """
+    own, (kind, row) = row, in_layout(row)
+    if kind == "tokens":
+        ids = " ".join(map(str, row["input_ids"] or ()))
+        return {"text": own["text"] if isinstance(own.get("text"), str) else ids}
+    if kind == "segments":
+        return _text_of_segments(segments_of(row))
     if kind == "instruction":
         request = [turn["content"] for turn in turns_before(row)]
         request += [str(row[name]) for name in ("instruction", "input") if row.get(name)]
@@ -201,7 +192,8 @@ def row_text(row: Row) -> str:
     >>> row_text({"prompt": "1 + 1?", "completion": "2"})
     '1 + 1? 2'
     """
-    tools = [json.dumps(row["tools"], default=str)] if layout(row) == "messages" and row.get("tools") else []
+    kind, columns = in_layout(row)
+    tools = [json.dumps(columns["tools"], default=str)] if kind == "messages" and columns.get("tools") else []
     text = " ".join([*tools, *(text for text in shown_text(row).values() if text)])
     return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
@@ -209,3 +201,30 @@ def row_text(row: Row) -> str:
 def _text(value: Any) -> str | None:
     """A value as text, so that a column has one type, as a file of rows needs."""
     return None if value is None else str(value)
+
+
+def segments_of(columns: Row) -> list[tuple[str, bool]] | None:
+    """Pieces of text and whether each is supervised, as axolotl's `segments` have them; None where they are null.
+
+    Raises:
+        CorpusError: They have another form.
+    """
+    segments = columns["segments"]
+    if segments is None:
+        return None
+    if not isinstance(segments, list) or not all(
+        isinstance(piece, dict) and isinstance(piece.get("text"), str) and isinstance(piece.get("label"), bool)
+        for piece in segments
+    ):
+        raise CorpusError(f"`segments` is a list of objects with `text` and a `label`; found {str(segments)[:60]!r}")
+    return [(piece["text"], piece["label"]) for piece in segments]
+
+
+def _text_of_segments(segments: list[tuple[str, bool]] | None) -> Row:
+    """The last supervised segments as the completion, and what stands before them as the prompt."""
+    pieces = segments or []
+    end = len(pieces)
+    while end and pieces[end - 1][1]:
+        end -= 1
+    prompt, completion = ("".join(text for text, _ in part) for part in (pieces[:end], pieces[end:]))
+    return {"prompt": prompt, "completion": completion}

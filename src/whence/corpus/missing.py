@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from whence.corpus.layouts import Row
+from whence.corpus.shapes import Row
 from whence.errors import CorpusError
 
+CONVERSATIONS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
+"""Columns that may hold messages."""
 DEEPEST = 100
 """Levels of lists and objects within a cell: Python follows no more than about a thousand of anything."""
 
@@ -31,7 +33,7 @@ def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
     {'prompt': 'a', 'completion': None}
     """
     plain = {name: _plain(value) for name, value in row.items()}
-    if from_arrow or _has_arrows_mark(plain.get("messages")):
+    if from_arrow or any(_has_arrows_mark(plain.get(column)) for column in CONVERSATIONS):
         return {name: _without_null_keys(value) for name, value in plain.items()}
     return plain
 
@@ -68,7 +70,7 @@ def _has_arrows_mark(messages: Any) -> bool:
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(item, dict) for item in messages):
         return False
     keys = messages[0].keys()
-    optional = keys - {"role", "content"}
+    optional = keys - {"role", "content", "from", "value"}
     return all(item.keys() == keys for item in messages) and any(
         item[name] is None for item in messages for name in optional
     )

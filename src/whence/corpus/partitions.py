@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from whence.corpus.layouts import Row, layout
+from whence.corpus.layouts import layout
 from whence.corpus.reading import Corpus, storable
+from whence.corpus.shapes import Row
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError, SettingError
 

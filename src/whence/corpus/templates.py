@@ -33,13 +33,22 @@ SECONDS = 10.0
 """Time of a template for one conversation, a thousand times what it takes."""
 STORED_DATE = "template_date.json"
 """File of a work directory whose rows are written by a chat template with a date."""
-_defaults: ContextVar[tuple[str | Path | None, str | None]] = ContextVar("_defaults", default=(None, None))
+ASSISTANT = "assistant"
+SUPERVISED = {
+    ASSISTANT: "what the assistant says, or the completion, with the token that closes it",
+    "last": "the assistant's last turn alone, as LLaMA-Factory's mask_history",
+    "all": "every token of a row, as TRL's default for conversations",
+}
+"""Which tokens of a row are supervised. A question to a trace is about its answer whatever they are."""
+_defaults: ContextVar[tuple[str | Path | None, str | None, str | None]] = ContextVar(
+    "_defaults", default=(None, None, None)
+)
 
 
 @contextmanager
-def written_by(template: str | Path | None, date: str | None) -> Iterator[None]:
-    """Let tokenizers that are loaded meanwhile have this chat template and day, where they are not told others."""
-    token = _defaults.set((template, date))
+def written_by(template: str | Path | None, date: str | None, supervised: str | None = None) -> Iterator[None]:
+    """Let tokenizers that are loaded meanwhile have this chat template, day and supervision, unless told others."""
+    token = _defaults.set((template, date, supervised))
     try:
         yield
     finally:
@@ -97,10 +106,44 @@ def prepare(
     Raises:
         SettingError: There is no such file, or the date is none.
     """
-    default_template, default_date = _defaults.get()
+    default_template, default_date, _ = _defaults.get()
     if (chosen := template or default_template) is not None:
         tokenizer.chat_template = template_text(chosen)
     tokenizer.template_date = checked_date(date or default_date or trained or today())
+
+
+def supervise(tokenizer: Tokenizer, supervised: str | None = None, trained: str | None = None) -> None:
+    """Say which tokens of the rows that a tokenizer reads are supervised.
+
+    Args:
+        tokenizer: It is changed.
+        supervised: One of `SUPERVISED`; None: that of `written_by`, else `trained`, else "assistant".
+        trained: With which the model was trained, if that is recorded.
+
+    Raises:
+        SettingError: There is no such choice.
+    """
+    chosen = supervised or _defaults.get()[2] or trained or ASSISTANT
+    if chosen not in SUPERVISED:
+        raise SettingError(f"--supervise {chosen}: choose one of {', '.join(SUPERVISED)}")
+    tokenizer.supervised = chosen
+
+
+def supervision(tokenizer: Tokenizer) -> str:
+    """Which tokens of the rows that a tokenizer reads are supervised: one of `SUPERVISED`."""
+    return getattr(tokenizer, "supervised", ASSISTANT)
+
+
+def same_supervision(supervised: str | None, stored: str | None, where: str) -> str:
+    """What an index' rows are supervised by.
+
+    Raises:
+        SettingError: Another one is asked for.
+    """
+    stored = stored or ASSISTANT
+    if supervised and supervised != stored:
+        raise SettingError(f"--supervise {supervised}: the rows of {where} were read with {stored}. Leave it out.")
+    return stored
 
 
 def writes_date(tokenizer: Tokenizer) -> bool:

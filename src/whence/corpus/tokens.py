@@ -40,9 +40,10 @@ from whence.corpus.conversations import (
     instruction,
     said,
 )
-from whence.corpus.layouts import Row, is_rejected, layout, tools_of, turns_before
+from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of, turns_before
 from whence.corpus.missing import without_missing
-from whence.corpus.templates import Tokenizer
+from whence.corpus.shapes import LAYOUTS, Row
+from whence.corpus.templates import ASSISTANT, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
 
@@ -56,10 +57,12 @@ NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccent
 """Normalizers that change no character by those far from it."""
 SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
 """Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
-LAYOUT_VERSION = 2
+IGNORED = -100
+"""Label of a token that is not supervised."""
+LAYOUT_VERSION = 3
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
-read two beginnings."""
+read two beginnings. Version 2 read no `system` beside messages, no `tools` beside an instruction, and fewer shapes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
     """Token ids of a row and which of them are supervised.
 
     Args:
-        row: A row in one of the layouts of `layouts.LAYOUTS`. A null where text is expected supervises nothing.
+        row: A row in one of `shapes.SHAPES`. A null where text is expected supervises nothing.
         tokenizer: The tokenizer of the model that will read the ids.
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
             token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning.
@@ -99,10 +102,13 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
     """
     row = without_missing(row)
+    kind, columns = in_layout(row)
+    if kind == "tokens":
+        return _truncated(*token_ids_of(columns, tokenizer), max_tokens, keep_left=True, tokenizer=tokenizer)
     rendered = render(row, tokenizer)
     if rendered is None:
         return Encoded([], [])
-    keep_left = layout(row) == "text"
+    keep_left = kind in ("text", "segments")
     if max_tokens is not None and len(rendered.text) > LONG:
         begun = _from_beginning(rendered, tokenizer, max_tokens, keep_left=keep_left)
         if begun is not None:
@@ -151,28 +157,73 @@ def _splits_into_words(tokenizer: Tokenizer) -> bool:
 
 
 def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
-    """Text of a row with its supervised spans; None where a null stands for text, and for a rejected answer."""
-    row = without_missing(row)
-    kind = layout(row)
-    if is_rejected(row):
+    """Text of a row with its supervised spans; None where a null stands for text, and for a rejected answer.
+
+    Rows of token ids have no text of their own: see `token_ids_of`.
+    """
+    rendered, supervised = _rendered(without_missing(row), tokenizer), supervision(tokenizer)
+    if rendered is None or supervised == ASSISTANT:
+        return rendered
+    spans = rendered.spans[-1:] if supervised == "last" else ((0, len(rendered.text)),)
+    return replace(rendered, spans=spans)
+
+
+def _rendered(row: Row, tokenizer: Tokenizer) -> Rendered | None:
+    kind, columns = in_layout(row)
+    if is_rejected(row) or kind == "tokens":
         return None
     if kind == "messages":
-        messages = checked_messages(row["messages"])
-        return conversation(messages, tokenizer, tools_of(row)) if messages else None
-    if kind == "instruction":
-        if row["instruction"] is None or row["output"] is None:
-            return None
-        return instruction(request_of(row), as_text(row["output"]), tokenizer, checked_messages(turns_before(row)))
-    if kind == "prompt":
-        if row["prompt"] is None or row["completion"] is None:
-            return None
-        prompt, completion = as_text(row["prompt"]), as_text(row["completion"])
-        text = prompt + completion
-        return Rendered(text, ((len(prompt), len(text)),), special=True, closed=True)
-    if row["text"] is None:
+        messages = checked_messages(columns["messages"])
+        return conversation(messages, tokenizer, tools_of(columns)) if messages else None
+    if any(columns[name] is None for name in LAYOUTS[kind]):
         return None
-    text = as_text(row["text"])
-    return Rendered(text, ((0, len(text)),), special=True, closed=True)
+    if kind == "instruction":
+        before = checked_messages(turns_before(columns))
+        return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before, tools_of(columns))
+    if kind == "segments":
+        return _joined(segments_of(columns) or [])
+    if kind == "prompt":
+        return _joined([(as_text(columns["prompt"]), False), (as_text(columns["completion"]), True)])
+    return _joined([(as_text(columns["text"]), True)])
+
+
+def _joined(segments: list[tuple[str, bool]]) -> Rendered:
+    """Pieces of text, each supervised or not, joined as they stand; closed where the last one is supervised."""
+    ends = [0, *itertools.accumulate(len(text) for text, _ in segments)]
+    pairs = zip(itertools.pairwise(ends), segments, strict=True)
+    spans = [span for span, (_, is_supervised) in pairs if is_supervised]
+    is_closed = bool(segments) and segments[-1][1]
+    return Rendered("".join(text for text, _ in segments), tuple(spans), special=True, closed=is_closed)
+
+
+def token_ids_of(columns: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of a row that holds them, and which are supervised: all, or those whose label is not -100.
+
+    Raises:
+        CorpusError: They are no ids of the tokenizer's, or labels other than the ids.
+    """
+    ids, labels = columns["input_ids"], columns.get("labels")
+    if ids is None or ("labels" in columns and labels is None):
+        return [], []
+    labels = ids if labels is None else labels
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+            raise CorpusError(f"`{name}` is a list of token ids; found {str(values)[:60]!r}")
+    if outside := [token for token in ids if not 0 <= token < len(tokenizer)]:
+        raise CorpusError(f"`input_ids` holds {outside[0]}; the tokenizer has the ids 0 to {len(tokenizer) - 1}")
+    if len(labels) != len(ids) or any(label not in (token, IGNORED) for label, token in zip(labels, ids, strict=True)):
+        raise CorpusError(f"`labels` holds each token's own id, or {IGNORED} where it is not supervised, unshifted")
+    if supervision(tokenizer) == "all":
+        labels = ids
+    return list(ids), [False, *(label != IGNORED for label in labels[1:])][: len(ids)]
+
+
+def with_text(row: Row, tokenizer: Tokenizer) -> Row:
+    """A row of token ids with their text as `text`, for a person; another row as it is."""
+    kind, columns = in_layout(row)
+    if kind != "tokens" or isinstance(row.get("text"), str):
+        return row
+    return row | {"text": tokenizer.decode(columns["input_ids"] or [])}
 
 
 def request_of(row: Row) -> list[str]:

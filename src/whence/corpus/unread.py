@@ -1,4 +1,4 @@
-"""What a corpus holds and Whence does not train on: columns that its layouts do not read, and rejected answers.
+"""What the rows of a corpus are read as, and what they hold that is not read: other columns, and rejected answers.
 
 Columns travel along with a row, so that most of those that no layout reads are as they should be: a topic, an address,
 a score. But one of them may have been part of the text that the model was trained on. Such a column is named once for
@@ -11,25 +11,22 @@ from collections import Counter
 from typing import Any
 
 from whence.corpus.layouts import (
-    LAYOUTS,
-    OPTIONAL,
     VERDICTS,
-    Row,
+    columns_read,
+    in_layout,
     is_rejected,
     is_verdict,
-    layout,
-    query_columns,
-    question_layout,
+    query_columns_read,
 )
+from whence.corpus.shapes import SHAPES, Row, columns_in_words, is_blank, query_shape, shape_of
 
 logger = logging.getLogger(__name__)
 
 DECIDING = {
-    *(column for columns in (*LAYOUTS.values(), *OPTIONAL.values()) for column in columns),
-    *("answer", "chat_template_kwargs", "chosen", "context", "conversation", "conversations", "documents", "functions"),
-    *("question", "query", "reasoning", "reasoning_content", "rejected", "response", "system_prompt", "thinking"),
-    *("weight", "weights", "loss_mask"),
-}
+    *(column for shape in SHAPES for column in (*shape.columns, *shape.optional)),
+    *("answer", "chat_template_kwargs", "context", "documents", "functions", "reasoning", "reasoning_content"),
+    *("thinking", "weight", "weights", "loss_mask"),
+} - {"attention_mask"}
 """Columns that some format of training data makes text of, or weighs it by."""
 DESCRIBING = {
     *("id", "source", "task", "title", "url", "license", "language", "lang", "category", "topic", "topics", "tags"),
@@ -49,15 +46,21 @@ class Unread:
         self.columns: Counter[str] = Counter()
         self.rows = 0
         self.rejected = 0
+        self.shapes: Counter[str] = Counter()
 
     def add(self, row: Row) -> None:
         """Count a row."""
         self.rows += 1
         self.rejected += is_rejected(row)
         self.columns.update(unread_columns(row))
+        shape = shape_of(row)
+        if shape.name and not is_blank(row[shape.columns[-1]]):
+            self.shapes[f"{shape.name} ({columns_in_words(shape.columns)})"] += 1
 
     def log(self, name: str) -> None:
         """Say of the corpus with this name what is not read; once a process, since a corpus is read several times."""
+        if self.shapes:
+            _log_shapes(name, tuple(self.shapes.most_common()), self.rows)
         if self.columns:
             _log_columns(name, tuple(sorted(self.columns)), max(self.columns.values()), self.rows)
         if self.rejected:
@@ -68,9 +71,9 @@ def log_unread_of_queries(name: str, rows: list[Row]) -> None:
     """Say of the queries with this name which columns that decide a text are not read."""
     counts: Counter[str] = Counter()
     for row in rows:
-        kind = question_layout(row) or "text"
-        answer = row.get(LAYOUTS[kind][-1])
-        names = DECIDING - {*query_columns(kind)}
+        shape = query_shape(row)
+        answer = row.get(shape.columns[-1]) if shape else row.get("text")
+        names = DECIDING - query_columns_read(row)
         counts.update(name for name in names if _may_be_text(name, row.get(name), answer))
     if counts:
         _log_columns(name, tuple(sorted(counts)), max(counts.values()), len(rows))
@@ -82,14 +85,14 @@ def unread_columns(row: Row) -> list[str]:
     >>> unread_columns({"instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "source": "a b c d"})
     ['context']
     """
-    kind = layout(row)
-    read = {*LAYOUTS[kind], *OPTIONAL[kind], *VERDICTS}
-    answer = row[LAYOUTS[kind][-1]]
+    kind, columns = in_layout(row)
+    read = {*columns_read(row), *VERDICTS}
+    answer = row[shape_of(row).columns[-1]]
     names = [name for name, value in row.items() if name not in read and _may_be_text(name, value, answer)]
     names += [
         name for name in VERDICTS if kind != "text" and row.get(name) not in (None, "") and not is_verdict(row[name])
     ]
-    messages = row.get("messages") if kind == "messages" else None
+    messages = columns["messages"] if kind == "messages" else None
     keys = {key for message in messages or () if isinstance(message, dict) for key in message}
     return names + [f"messages[].{key}" for key in MESSAGE_KEYS if key in keys]
 
@@ -107,10 +110,16 @@ def _may_be_text(name: str, value: Any, answer: Any) -> bool:
 
 
 @functools.cache
+def _log_shapes(name: str, shapes: tuple[tuple[str, int], ...], rows: int) -> None:
+    counted = "; ".join(f"{count:,} of {rows:,} rows are read as {shape}" for shape, count in shapes)
+    logger.warning("%s: %s (--map reads columns otherwise).", name, counted)
+
+
+@functools.cache
 def _log_columns(name: str, columns: tuple[str, ...], most: int, rows: int) -> None:
     logger.warning(
         "%s: not read, and no part of the text that is trained on: %s (in up to %d of %d rows). If the model saw them, "
-        "write them into the columns that are read.",
+        "say which column is which (--map), or write them into the columns that are read.",
         name,
         ", ".join(f"`{column}`" for column in columns),
         most,

@@ -2,9 +2,10 @@
 
 from collections import Counter
 
-from whence.corpus.layouts import LAYOUTS, Row, is_rejected, layout
+from whence.corpus.layouts import in_layout, is_rejected
 from whence.corpus.reading import Corpus
 from whence.corpus.roles import OTHER_NAMES, role_of
+from whence.corpus.shapes import Row, shape_of
 from whence.corpus.templates import Tokenizer
 from whence.corpus.tokens import encode
 from whence.errors import CorpusError
@@ -35,14 +36,14 @@ def refuse_unsupervised(corpus: Corpus, tokenizer: Tokenizer, longest: int | Non
 
 def reason(row: Row) -> str:
     """What a row without a supervised token lacks, as the end of a sentence about such rows."""
-    kind = layout(row)
+    kind, columns = in_layout(row)
     if is_rejected(row):
         return "are labelled false, as bad answers"
-    if missing := [column for column in LAYOUTS[kind] if row[column] in (None, [])]:
+    if missing := [column for column in shape_of(row).columns if row[column] in (None, [])]:
         return f"have no `{missing[0]}`"
     if kind != "messages":
-        return f"have an empty `{LAYOUTS[kind][-1]}`, or one of a single token"
-    turns = [message for message in row["messages"] if isinstance(message, dict)]
+        return f"have an empty `{shape_of(row).columns[-1]}`, or one of a single token"
+    turns = [message for message in columns["messages"] if isinstance(message, dict)]
     answers = [message for message in turns if role_of(message.get("role")) == "assistant"]
     if not answers:
         roles = (

@@ -16,13 +16,21 @@ from typing import Any, Unpack
 
 from whence import runner
 from whence.corpus.layouts import Row
+from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import same_date, today
 from whence.corpus.tokens import Encoded, encode
 from whence.corpus.unsupervised import refuse_unsupervised
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, ModelError, SettingError
 from whence.indexing.directories import verified
-from whence.indexing.ingest import check_conversations, copy_rows, fingerprint_of, refuse_known_ids, reread_part
+from whence.indexing.ingest import (
+    check_conversations,
+    copy_rows,
+    fingerprint_of,
+    reading_of,
+    refuse_known_ids,
+    reread_part,
+)
 from whence.indexing.manifest import MANIFEST, ShardEntry, read_manifest
 from whence.indexing.opening import Index, index_of, open_index
 from whence.indexing.repair import repair as repair_store
@@ -31,8 +39,8 @@ from whence.indexing.store import Store
 from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
     IndexSettings,
-    absolute,
     batch_tokens,
+    corpus_entry,
     example_vectors,
     load_for,
     manifest_of,
@@ -111,7 +119,7 @@ def index(
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
-    manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts.name, chosen)
+    manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts, chosen)
     refuse_unsupervised(texts, loaded.tokenizer, manifest.settings["max_tokens"])
     warn_of_another_day(model, manifest.settings.get("date"))
     transform = transform_for(loaded, chosen)  # moments that do not fit fail before anything is written
@@ -179,7 +187,8 @@ def append(
         opened = open_index(path, **loading)
         first = _begin_joining(opened, corpus)
         opened.store.remove_leftovers()
-        copy_rows(opened.store, open_corpus(corpus, first_number=first), after=first)
+        reading = reading_of(opened.store.manifest.corpora[-1])
+        copy_rows(opened.store, open_corpus(corpus, first_number=first, **reading), after=first)
         _fill(opened, progress)
     return opened
 
@@ -189,17 +198,20 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     store = opened.store
     known = list(store.manifest.corpora)
     before = sum(entry["rows"] for entry in known)
-    fingerprint = fingerprint_of(open_corpus(corpus))
+    asked, reading = open_corpus(corpus), reading_of(known[-1])
+    reading |= {"columns": asked.columns} if asked.columns else {}
+    reading |= {"text_rows": asked.text_rows} if asked.text_rows != LINE else {}
+    fingerprint = fingerprint_of(open_corpus(corpus, **reading))
     if len(known) > 1 and known[-1]["digest"] == fingerprint.digest:
         return before - known[-1]["rows"]
     store.require_complete()
-    texts = open_corpus(corpus, first_number=before)
+    texts = open_corpus(corpus, first_number=before, **reading)
     refuse_known_ids(store, texts)
     check_conversations(texts, fingerprint.layouts, opened.model().tokenizer)  # before anything is written
     refuse_unsupervised(texts, opened.model().tokenizer, store.manifest.settings["max_tokens"])
     for number in range(len(store.manifest.checkpoints)):
         opened.check_moments(number)
-    store.extend({"name": absolute(texts.name) or texts.name, "digest": fingerprint.digest, "rows": fingerprint.rows})
+    store.extend(corpus_entry(texts, fingerprint))
     return before
 
 

@@ -19,16 +19,21 @@ import numpy as np
 import xxhash
 from jaxtyping import UInt64
 
-from whence.corpus.layouts import LAYOUTS, Row, layout, tools_of, turns_before
+from whence.corpus.layouts import in_layout, layout, segments_of, tools_of, turns_before
+from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, Example, open_corpus, row_json
+from whence.corpus.shapes import LAYOUTS, Row
 from whence.corpus.tokens import Tokenizer, render
 from whence.errors import CorpusError
+from whence.indexing.manifest import CorpusEntry
 from whence.indexing.store import Store
 
 NUMBERS_PER_SHARD = 2**23
 """A shard holds about so many numbers (32 MB in fp32), in at most `ROWS_PER_SHARD` rows: that much a kill loses and a
 job holds in memory."""
 ROWS_PER_SHARD = 1024
+EXPECTED = {"messages": "a list of messages", "segments": "a list of segments", "tokens": "a list of token ids"}
+"""What stands in a layout's columns that is no text."""
 BYTES_PER_PART = 2**28
 """A part with so many bytes of rows ends, however few they are: it is read into memory as a whole."""
 
@@ -95,17 +100,18 @@ def _refuse_repeated_ids(corpus: Corpus, keys: UInt64[np.ndarray, " n"]) -> None
 
 def _checked_layout(example: Example, name: str) -> str:
     """A row's layout. Values that no tokenizer takes for text are refused here, before anything is written."""
-    kind = layout(example.row)
+    kind, row = in_layout(example.row)
     columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
-    expected: Any = list | None if kind == "messages" else str | int | float | None
+    expected: Any = str | int | float | None if kind in ("prompt", "instruction", "text") else list | None
     for column in columns:
-        if not isinstance(value := example.row.get(column), expected):
+        if not isinstance(value := row.get(column), expected):
             raise CorpusError(
                 f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
-                f"{'a list of messages' if kind == 'messages' else 'text'} is expected: {str(value)[:60]!r}"
+                f"{EXPECTED.get(kind, 'text')} is expected: {str(value)[:60]!r}"
             )
     try:
-        tools_of(example.row) if kind == "messages" else turns_before(example.row) if kind == "instruction" else None
+        tools_of(row) if kind in ("messages", "instruction") else None
+        turns_before(row) if kind == "instruction" else segments_of(row) if kind == "segments" else None
     except CorpusError as error:
         raise CorpusError(f"{name}: row {example.id}: {error}") from None
     return kind
@@ -211,6 +217,11 @@ def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0, most: float = B
         yield rows
 
 
+def reading_of(entry: CorpusEntry) -> dict[str, Any]:
+    """How the rows of a corpus in an index were read, as arguments of `open_corpus`."""
+    return {"columns": entry.get("columns", {}), "text_rows": entry.get("text_rows", LINE)}
+
+
 def reread_part(store: Store, part: int) -> list[Row]:
     """Rows of a part, read again from the corpus that it came from, if that is unchanged."""
     entry, first = store.manifest.parts[part], 0
@@ -218,7 +229,7 @@ def reread_part(store: Store, part: int) -> list[Row]:
         if entry.first_row < first + corpus["rows"]:
             if not Path(corpus["name"]).exists() and corpus["name"].endswith("rows in memory"):
                 raise CorpusError(f"{corpus['name']}: they are gone")
-            texts = open_corpus(corpus["name"], first_number=first)
+            texts = open_corpus(corpus["name"], first_number=first, **reading_of(corpus))
             if fingerprint_of(texts).digest != corpus["digest"]:
                 raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
             return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first, most=math.inf))

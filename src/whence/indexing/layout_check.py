@@ -8,16 +8,28 @@ its first rows are laid out again, and their supervised tokens are compared in n
 import json
 import shlex
 
-from whence.corpus.layouts import OPTIONAL, layout
+from whence.corpus.layouts import layout
+from whence.corpus.shapes import Row
 from whence.corpus.templates import Tokenizer, writes_date
-from whence.corpus.tokens import LAYOUT_VERSION, encode
+from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, CorpusError
 from whence.indexing.store import Store
 
 ROWS = 64
 """Rows that are laid out again."""
-READ_LATER = {"tools", "system", "history"}
-"""Columns that version 1 of the rules did not read; they need not change the number of supervised tokens."""
+READ_LATER = {
+    1: {"messages": ("tools", "system"), "instruction": ("tools", "system", "history")},
+    2: {"messages": ("system",), "instruction": ("tools",)},
+}
+"""Columns of each layout that a version of the rules did not read; they need not change the number of targets."""
+
+
+CHANGES = {
+    1: "every turn of the assistant is closed, and `gpt` is the assistant; tools, system, history and weights are "
+    "read; NaN and empty cells are missing; a beginning is read once",
+    2: "a conversation's `system` and an instruction's `tools` are read; rows of more shapes are conversations",
+}
+"""What came after a version of the rules."""
 
 
 def layout_notes(store: Store, tokenizer: Tokenizer, *, is_dated: bool) -> list[str]:
@@ -36,20 +48,19 @@ def layout_notes(store: Store, tokenizer: Tokenizer, *, is_dated: bool) -> list[
             f"{root}: the chat template writes the date, and the index does not say of which day its rows are; queries "
             f"are written with today's. Say the day with --date YYYY-MM-DD, or index again: {again}"
         )
-    if settings.get("layout_version", 1) == LAYOUT_VERSION:
+    version = settings.get("layout_version", 1)
+    if version not in (*CHANGES,):
         return notes
-    changed, rows = _changed_rows(store, tokenizer)
+    changed, rows = _changed_rows(store, tokenizer, version)
     if changed:
         notes.append(
             f"{root}: its rows were laid out by older rules, and queries are by today's: {changed} of the first {rows} "
-            "rows would be other tokens now (every turn of the assistant is closed, and `gpt` is the assistant; tools, "
-            "system, history and weights are read; NaN and empty cells are missing; a beginning is read once). Index "
-            f"again: {again}"
+            f"rows would be other tokens now ({CHANGES[version]}). Index again: {again}"
         )
     return notes
 
 
-def _changed_rows(store: Store, tokenizer: Tokenizer) -> tuple[int, int]:
+def _changed_rows(store: Store, tokenizer: Tokenizer, version: int) -> tuple[int, int]:
     """Rows of the first that would be other tokens now, and how many were looked at."""
     place = next(((entry.checkpoint, entry.part) for entry in store.manifest.shards), None)
     if place is None:
@@ -58,14 +69,15 @@ def _changed_rows(store: Store, tokenizer: Tokenizer) -> tuple[int, int]:
         rows, tokens = store.read_part(place[1])[:ROWS], store.shard(*place).tokens.tolist()
     except ChecksumError:
         return 0, 0  # whoever reads the damaged file says so
-    longest = store.manifest.settings["max_tokens"]
-    return sum(_is_changed(row["row"], n, tokenizer, longest) for row, n in zip(rows, tokens, strict=False)), len(rows)
+    longest, pairs = store.manifest.settings["max_tokens"], zip(rows, tokens, strict=False)
+    changed = (_is_changed(json.loads(row["row"]), count, tokenizer, longest, version) for row, count in pairs)
+    return sum(changed), len(rows)
 
 
-def _is_changed(text: str, tokens: int, tokenizer: Tokenizer, longest: int) -> bool:
-    row = json.loads(text)
+def _is_changed(row: Row, tokens: int, tokenizer: Tokenizer, longest: int, version: int) -> bool:
     try:
-        read = READ_LATER & {*OPTIONAL[layout(row)]}
-        return any(row.get(name) for name in read) or encode(row, tokenizer, longest).supervised_count != tokens
+        kind = layout(row)
+        has_more = any(row.get(name) for name in READ_LATER[version].get(kind, ()))
+        return has_more or encode(row, tokenizer, longest).supervised_count != tokens
     except CorpusError:
         return True

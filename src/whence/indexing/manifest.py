@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from whence.brief import brief
 from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingIndexError
@@ -32,6 +32,10 @@ class CorpusEntry(TypedDict):
     name: str
     digest: str
     rows: Count
+    columns: NotRequired[dict[str, str]]
+    """Names that Whence reads, and the corpus' own in their place; see `corpus.columns`."""
+    text_rows: NotRequired[str]
+    """What is a row of plain text, unless a line; see `corpus.plain_text`."""
 
 
 @dataclass(frozen=True, kw_only=True)

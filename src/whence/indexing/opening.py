@@ -14,7 +14,7 @@ from typing import Unpack
 
 from torch import nn
 
-from whence.corpus.templates import same_date
+from whence.corpus.templates import same_date, same_supervision
 from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
@@ -77,6 +77,11 @@ class Index:
     def space(self) -> GradientSpace:
         """The gradient space in which the index was built."""
         return GradientSpace(**self.store.manifest.settings["space"])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names that Whence reads, and the last corpus' own in their place; see `corpus.columns`."""
+        return self.store.manifest.corpora[-1].get("columns", {})
 
     @property
     def layout(self) -> str:
@@ -267,6 +272,7 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
         tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
         chat_template=loading.get("chat_template") or _stored_template(store),
         date=same_date(loading.get("date"), stored.get("date"), store.place.root),
+        supervise=same_supervision(loading.get("supervise"), stored.get("supervise"), store.place.root),
         device=loading.get("device"),
         device_map=loading.get("device_map"),
         trust_remote_code=stored["trust_remote_code"] and loading.get("trust_remote_code", False),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from whence.corpus.layouts import Row
-from whence.corpus.reading import parquet_file
+from whence.corpus.row_files import parquet_file
 from whence.counts import number_of
 
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])

@@ -14,7 +14,9 @@ from torch import nn
 
 from whence import __version__, catalogue, runner
 from whence.brief import brief
-from whence.corpus.templates import writes_date
+from whence.corpus.plain_text import LINE
+from whence.corpus.reading import Corpus
+from whence.corpus.templates import ASSISTANT, supervision, writes_date
 from whence.corpus.tokens import LAYOUT_VERSION, Encoded, bucketed, collate
 from whence.errors import SettingError
 from whence.gradients.adam import Gamma
@@ -25,7 +27,7 @@ from whence.gradients.slope_scale import scale_for
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec as codec_of
 from whence.indexing.ingest import Fingerprint
-from whence.indexing.manifest import Manifest
+from whence.indexing.manifest import CorpusEntry, Manifest
 from whence.indexing.shards import STATUSES, ShardArrays
 from whence.models.checkpointing import has_dropout
 from whence.models.loading import (
@@ -75,6 +77,9 @@ class IndexSettings:
     date: str | None = None
     """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the model's
     training, if `whence train` wrote it, else the day of the build."""
+    supervise: str | None = None
+    """Which tokens of a row are supervised: one of `corpus.templates.SUPERVISED`. None: as in the model's training, if
+    `whence train` wrote it, else "assistant"."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, a third more time."""
@@ -113,6 +118,7 @@ def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> 
         tokenizer=settings.tokenizer,
         chat_template=settings.chat_template,
         date=settings.date,
+        supervise=settings.supervise,
         dtype=settings.dtype,
         device=settings.device,
         device_map=settings.device_map,
@@ -140,7 +146,7 @@ def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | No
 
 
 def manifest_of(
-    checkpoints: Sequence[Checkpoint], loaded: LoadedModel, corpus: Fingerprint, name: str, settings: IndexSettings
+    checkpoints: Sequence[Checkpoint], loaded: LoadedModel, corpus: Fingerprint, texts: Corpus, settings: IndexSettings
 ) -> Manifest:
     """The manifest of a new index, with all settings on which a resumed build must agree."""
     layers = loaded.layers(settings.space.layers)
@@ -172,14 +178,26 @@ def manifest_of(
         width=projection_for(loaded, settings).width,
         settings=stored,
         checkpoints=tuple(entries),
-        corpora=({"name": absolute(name) or name, "digest": corpus.digest, "rows": corpus.rows},),
+        corpora=(corpus_entry(texts, corpus),),
     )
+
+
+def corpus_entry(texts: Corpus, fingerprint: Fingerprint) -> CorpusEntry:
+    """A corpus' entry in the manifest of an index."""
+    name = absolute(texts.name) or texts.name
+    entry: CorpusEntry = {"name": name, "digest": fingerprint.digest, "rows": fingerprint.rows}
+    if texts.columns:
+        entry["columns"] = texts.columns
+    if texts.text_rows != LINE:
+        entry["text_rows"] = texts.text_rows
+    return entry
 
 
 def _layout_settings(loaded: LoadedModel, corpus: Fingerprint, settings: IndexSettings) -> dict[str, Any]:
     """What decides the text of rows that go through a chat template, if there are any."""
     tokenizer = loaded.tokenizer
     stored = {} if settings.chat_template is None else {"chat_template": tokenizer.chat_template}
+    stored |= {} if supervision(tokenizer) == ASSISTANT else {"supervise": supervision(tokenizer)}
     if not tokenizer.chat_template or not {"messages", "instruction"} & {*corpus.layouts}:
         return stored
     stored |= {"date": tokenizer.template_date} if writes_date(tokenizer) else {}

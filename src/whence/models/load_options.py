@@ -17,6 +17,9 @@ class Loading(TypedDict, total=False):
     date: str | None
     """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the model's
     training, if `whence train` wrote it, else today."""
+    supervise: str | None
+    """Which tokens of a row are supervised; see `corpus.templates.SUPERVISED`. None: those of the model's training, if
+    `whence train` wrote it, else "assistant"."""
     device: str | None
     """cpu, cuda, ...; None takes a GPU if there is one."""
     device_map: str | None

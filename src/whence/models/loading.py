@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.brief import brief
-from whence.corpus.templates import prepare
+from whence.corpus.templates import prepare, supervise
 from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.models.adapter_loading import with_adapter
@@ -35,7 +35,7 @@ from whence.models.load_options import Loading
 from whence.models.loading_errors import FOREIGN, as_model_errors, reason_of
 from whence.models.local_copies import MODEL_FILES, local_directory
 from whence.models.saved_files import check_file, check_model_files
-from whence.models.training_state import date_of_training
+from whence.models.training_state import date_of_training, supervision_of_training
 from whence.models.unreadable_layouts import missing_configuration, missing_weights
 from whence.models.weights import weight_files
 from whence.paths import is_directory, require_readable
@@ -248,6 +248,7 @@ def load_model(
         remedy = "--tokenizer expects a directory with a tokenizer, or a Hub name."
         loaded_tokenizer = _tokenizer(str(tokenizer), trust_remote_code, remedy)
     prepare(loaded_tokenizer, loading.get("chat_template"), loading.get("date"), date_of_training(path))
+    supervise(loaded_tokenizer, loading.get("supervise"), supervision_of_training(path))
     if adapter:
         with as_model_errors(directory):
             model = with_adapter(model, directory, loaded_tokenizer, adapter)

@@ -40,13 +40,29 @@ def date_of_training(model: str | Path) -> str | None:
     Returns:
         None where no day is recorded: for a template without a date, and for any other model.
     """
+    return _recorded(model, "date")
+
+
+def supervision_of_training(model: str | Path) -> str | None:
+    """Which tokens of a row were supervised in a training, one of `corpus.templates.SUPERVISED`.
+
+    Args:
+        model: Directory of a run of `whence train`, or one of its checkpoints.
+
+    Returns:
+        None where nothing is recorded: for the assistant's alone, and for any other model.
+    """
+    return _recorded(model, "supervise")
+
+
+def _recorded(model: str | Path, setting: str) -> str | None:
     path = Path(model)
     run = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
     try:
-        date = json.loads((run / RECORD).read_text()).get("date")
+        value = json.loads((run / RECORD).read_text()).get(setting)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return date if isinstance(date, str) else None
+    return value if isinstance(value, str) else None
 
 
 def warn_of_another_day(model: str | Path, date: str | None) -> None:

@@ -30,7 +30,7 @@ from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.ingest import fingerprint_of
 from whence.models.loading import load_tokenizer
-from whence.models.training_state import date_of_training, warn_of_another_day
+from whence.models.training_state import date_of_training, supervision_of_training, warn_of_another_day
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
 from whence.recovery.case import (
@@ -139,7 +139,8 @@ def recover(
     prepare(tokenizer, chosen.chat_template)
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
-    with written_by(chosen.chat_template, date), writing_to(work):
+    supervised = chosen.supervise or supervision_of_training(case.final)
+    with written_by(chosen.chat_template, date, supervised), writing_to(work):
         return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, progress=progress)
 
 

@@ -69,6 +69,9 @@ class RecoverSettings:
     date: str | None = None
     """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of `work`, else of the
     training of the final model, if `whence train` wrote it, else today."""
+    supervise: str | None = None
+    """Which tokens of a row are supervised; see `corpus.templates.SUPERVISED`. None: as in the training of the final
+    model, if `whence train` wrote it, else "assistant"."""
     max_tokens: int | None = None
     tokens_per_batch: int = 4096
     width: int = SKETCH_WIDTH

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
+from whence.corpus.columns import current
 from whence.corpus.layouts import Row, shown_text
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
@@ -260,7 +261,8 @@ def targets_of(
     loaded = view.loaded if isinstance(view, CorpusView) else view.model()
     longest = None if loaded is None else loaded.context
     groups: dict[str, list[QueryText]] = {}
-    dropped, corpus = 0, open_corpus(tasks)
+    indexed = view.columns if isinstance(view, IndexView) else None
+    dropped, corpus = 0, open_corpus(tasks, columns=None if current() or isinstance(tasks, Corpus) else indexed)
     for number, example in enumerate(corpus):
         text = shown_text(example.row)
         encoded = Encoded([], []) if loaded is None else encode(example.row, loaded.tokenizer, longest)

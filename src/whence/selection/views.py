@@ -31,6 +31,11 @@ class IndexView(GradientView):
     index: Index
 
     @property
+    def columns(self) -> Mapping[str, str]:
+        """Names that Whence reads, and the corpus' own in their place."""
+        return self.index.columns
+
+    @property
     def rows(self) -> int:
         """`n`."""
         return self.index.store.rows
@@ -123,6 +128,11 @@ class CorpusView:
     def rows(self) -> int:
         """`n`."""
         return self._count
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Names that Whence reads, and the corpus' own in their place."""
+        return self.corpus.columns
 
     @cached_property
     def _count(self) -> int:

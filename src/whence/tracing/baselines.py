@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
+from whence.corpus.tokens import with_text
 from whence.gradients import exact
 from whence.indexing.opening import Index
 from whence.selection.protocols import QueryText, Target
@@ -29,7 +30,7 @@ def from_scorer(
     rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
     rankable[index.store.rankable()] = True
     scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
-    top = min(top, int(rankable.sum()))
+    top, tokenizer = min(top, int(rankable.sum())), index.model().tokenizer
     out = Trace([query.answer for query in queries], [], method, 0)
     for query, row_scores in enumerate(scores):
         order = row_scores.argsort(descending=True, stable=True)
@@ -39,7 +40,16 @@ def from_scorer(
         for sign, numbers in ((1, order[:top]), (-1, lowest)):
             for rank, (number, row) in enumerate(zip(numbers, index.store.read_rows(numbers), strict=True), start=1):
                 score = float(row_scores[number])
-                out.hits.append(Hit(query, sign * rank, row["id"], score, row["source"], json.loads(row["row"])))
+                out.hits.append(
+                    Hit(
+                        query,
+                        sign * rank,
+                        row["id"],
+                        score,
+                        row["source"],
+                        with_text(json.loads(row["row"]), tokenizer),
+                    )
+                )
     return out
 
 

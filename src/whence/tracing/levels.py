@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from whence.corpus.layouts import shown_text
-from whence.corpus.tokens import Encoded, encode_query
+from whence.corpus.tokens import Encoded, encode_query, with_text
 from whence.gradients.exact import SignedSequence
 from whence.indexing.opening import Index
 from whence.numerics import generator
@@ -99,7 +99,8 @@ def _prompts(index: Index, characters: int, rng: torch.Generator) -> list[str]:
     """Starts of the corpus' prompts, or of its texts; where one is too short, others follow it."""
     rankable = index.store.rankable()
     rows = rankable[torch.randint(len(rankable), (2 * MEANINGLESS,), generator=rng)].tolist()
-    shown = [shown_text(json.loads(row["row"])) for row in index.store.read_rows(rows)]
+    drawn = [json.loads(row["row"]) for row in index.store.read_rows(rows)]
+    shown = [shown_text(with_text(row, index.model().tokenizer)) for row in drawn]
     texts = [str(text.get("prompt") or text.get("text") or "") for text in shown]
     prompts = []
     for number in range(MEANINGLESS):

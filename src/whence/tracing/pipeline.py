@@ -13,7 +13,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def trace(
     queries: str | Path | Iterable[Any] | None = None,
     span: str | tuple[int, int] | None = None,
     contrast: str | None = None,
+    system: str | None = None,
     controls: str | Path | Iterable[Any] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -56,6 +57,7 @@ def trace(
         queries: Many queries in place of these two: a file of `queries.COLUMNS`, rows in memory, or queries.
         span: The stretch of the completion to trace: its text, or tokens from, to.
         contrast: Another completion, for "why the one and not this".
+        system: What the system says before the prompt.
         controls: Queries whose scores are the null, as `queries`; None draws rows of the index.
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
@@ -73,8 +75,8 @@ def trace(
     loading, settings = split_loading(settings)
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
-    texts = _queries(prompt, completion, queries, span, contrast)
     opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
+    texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, opened.columns)
     opened.store.require_complete()
     _check_space(opened, how)
     rankable = len(opened.store.rankable())
@@ -85,7 +87,7 @@ def trace(
     control_queries = None
     if catalogue.trace_method(how.method).from_index:
         if controls is not None and (how.null or how.specific):
-            control_texts = queries_of(controls, flag="--controls")
+            control_texts = queries_of(controls, flag="--controls", columns=opened.columns)
             control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
         traced = Retrieval(opened, encoded, how, control_queries).trace()
     else:
@@ -153,14 +155,23 @@ def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[
     ]
 
 
-def _queries(prompt: str | None, completion: str | None, queries: Any, span: Any, contrast: str | None) -> list[Query]:
+def _queries(
+    prompt: str | None,
+    completion: str | None,
+    queries: Any,
+    defaults: Query,
+    system: str | None,
+    columns: Mapping[str, str],
+) -> list[Query]:
     if (prompt is None) == (queries is None):
-        raise SettingError("give either --prompt TEXT or --queries FILE")
+        raise SettingError("give either --prompt TEXT or --queries FILE (or --messages FILE)")
     if prompt is not None:
-        return [Query(prompt, completion, span, contrast)]
-    if completion is not None:
-        raise SettingError("--completion belongs to --prompt; with --queries it is a column of the file")
-    return queries_of(queries, Query("", None, span, contrast))
+        context = None if system is None else {"system": system}
+        return [replace(defaults, prompt=prompt, completion=completion, context=context)]
+    for flag, value in (("--completion", completion), ("--system", system)):
+        if value is not None:
+            raise SettingError(f"{flag} belongs to --prompt; a file of queries has a column for it")
+    return queries_of(queries, defaults, columns=columns)
 
 
 def _check_space(index: Index, settings: TraceSettings) -> None:

@@ -7,7 +7,7 @@ same code as a training example's, laid out and closed as a row of the index' co
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence.brief import brief
+from whence.corpus.columns import current, renamed
 from whence.corpus.conversations import as_text, checked_messages, said
-from whence.corpus.layouts import LAYOUTS, Row, query_columns, question_layout
+from whence.corpus.layouts import query_in_layout
 from whence.corpus.missing import without_missing
 from whence.corpus.reading import is_from_arrow, rows_in_memory, rows_with_place
 from whence.corpus.roles import role_of
+from whence.corpus.shapes import BEFORE, LAYOUTS, Row
 from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query, request_of
 from whence.corpus.unread import log_unread_of_queries
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
@@ -75,7 +77,13 @@ class EncodedQuery:
     answer: Answer
 
 
-def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--queries") -> list[Query]:
+def queries_of(
+    origin: Any,
+    defaults: Query | None = None,
+    *,
+    flag: str = "--queries",
+    columns: Mapping[str, str] | None = None,
+) -> list[Query]:
     """Queries of a file, of rows in memory, or as they are.
 
     Args:
@@ -85,12 +93,14 @@ def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--que
             or `label`; the answers before it are part of its prompt.
         defaults: `span` and `contrast` for queries that have none.
         flag: The flag that named them, for messages.
+        columns: Names that Whence reads, and the rows' own in their place; those of `corpus.columns.columns_called`
+            come first.
 
     Raises:
         SettingError: A row is no query, or there is no row.
     """
     name = str(origin) if isinstance(origin, str | Path) else flag
-    items = list(_rows(origin))
+    items = list(_rows(origin, current() or columns or {}))
     queries = [item if isinstance(item, Query) else _query(item, location) for location, item in items]
     log_unread_of_queries(name, [item for _, item in items if isinstance(item, dict)])
     if not queries:
@@ -104,14 +114,16 @@ def queries_of(origin: Any, defaults: Query | None = None, *, flag: str = "--que
     ]
 
 
-def _rows(origin: Any) -> Iterator[tuple[str, Any]]:
+def _rows(origin: Any, columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """Rows with None for missing values, or queries, each with its place."""
     if isinstance(origin, str | Path):
-        yield from rows_with_place(origin)
+        yield from rows_with_place(origin, columns=columns)
         return
     from_arrow = is_from_arrow(origin)
     for number, item in enumerate(rows_in_memory(origin)):
-        yield f"query {number}", without_missing(item, from_arrow=from_arrow) if isinstance(item, dict) else item
+        where = f"query {number}"
+        is_row = isinstance(item, dict)
+        yield where, renamed(without_missing(item, from_arrow=from_arrow), columns, where) if is_row else item
 
 
 def _query(row: Any, location: str) -> Query:
@@ -135,15 +147,15 @@ def _request(row: Row) -> Query | None:
     Raises:
         CorpusError: Something else stands where text is expected.
     """
-    kind = question_layout(row)
-    if kind is None:
+    found = query_in_layout(row)
+    if found is None:
         return None
+    kind, columns = found
     if kind == "messages":
-        return _of_messages(row)
-    first, *more = request_of(row) if kind == "instruction" else [as_text(row["prompt"])]
-    answer = row.get(LAYOUTS[kind][-1])
-    columns = [name for name in query_columns(kind) if name not in (*LAYOUTS[kind], "input")]
-    context = {name: row[name] for name in columns if row.get(name)} | ({"input": more[0]} if more else {})
+        return _of_messages(columns)
+    first, *more = request_of(columns) if kind == "instruction" else [as_text(columns["prompt"])]
+    answer = columns.get(LAYOUTS[kind][-1])
+    context = {name: columns[name] for name in BEFORE if columns.get(name)} | ({"input": more[0]} if more else {})
     return Query(first, None if answer is None else as_text(answer), context=context or None)
 
 

@@ -74,6 +74,9 @@ class TrainSettings:
     date: str | None = None
     """Day that a chat template writes that writes the date, as YYYY-MM-DD; None: that of the
     training of the model it starts from, if `whence train` wrote it, else the day of the start."""
+    supervise: str | None = None
+    """Which tokens of a row are supervised: "assistant", "last" or "all"; see `corpus.templates.SUPERVISED`. None: as
+    the model it starts from was trained, if `whence train` wrote it, else "assistant"."""
     fraction: float = 1.0
     """Share of the corpus to train on, chosen at random."""
     lora_rank: int | None = None
@@ -158,7 +161,9 @@ class TrainSettings:
         """Settings by name, for a run's record, which leaves out those of `in_run` or `mix` where they are not used."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
         unused += ("least_steps",)  # what it led to is in the others
-        unused += tuple(name for name in ("tokenizer", "chat_template", "date") if getattr(self, name) is None)
+        unused += tuple(
+            name for name in ("tokenizer", "chat_template", "date", "supervise") if getattr(self, name) is None
+        )
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
 
 

@@ -41,7 +41,7 @@ from transformers.trainer_callback import PrinterCallback
 from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, Example, open_corpus
-from whence.corpus.templates import same_date, writes_date
+from whence.corpus.templates import ASSISTANT, same_date, supervision, writes_date
 from whence.corpus.tokens import Encoded, collate, encode
 from whence.corpus.unsupervised import reason
 from whence.errors import CorpusError, ModelError, SettingError
@@ -128,9 +128,11 @@ def _train(
     source = Path(last).resolve() if is_directory(last) else last
     date = same_date(chosen.date, date_of_training(directory), str(directory))
     loaded = load_model(source, tokenizer=chosen.tokenizer, chat_template=chosen.chat_template, date=date,
+                        supervise=chosen.supervise,
                         dtype=None if chosen.lora_rank else "float32")  # fmt: skip
     tokenizer = loaded.tokenizer
     written = {} if chosen.chat_template is None else {"chat_template": tokenizer.chat_template}
+    written |= {} if supervision(tokenizer) == ASSISTANT else {"supervise": supervision(tokenizer)}
     chosen = replace(chosen, **written, date=tokenizer.template_date if writes_date(tokenizer) else None)
     texts = open_corpus(corpus)
     rows = _training_rows(texts, loaded, chosen)

@@ -1,0 +1,74 @@
+"""The forms in which formats write the messages of a conversation, and the one that Whence reads.
+
+That is OpenAI's: a list of objects with `role` and `content`. ShareGPT writes `from` and `value`, and has roles of its
+own for tools; files without lists hold JSON text; contents may be lists of parts.
+"""
+
+import json
+from typing import Any, TypeGuard
+
+from whence.errors import CorpusError
+
+NOT_MESSAGES = "messages are a list of objects with `role` and `content`"
+
+
+def are_turns(messages: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether they are a list of objects that have a role."""
+    return isinstance(messages, list) and all(isinstance(message, dict) and "role" in message for message in messages)
+
+
+def turns_in(value: Any) -> Any:
+    """Messages in OpenAI's form, if a value is a conversation in any form; else the value as it is.
+
+    >>> turns_in([{"from": "human", "value": "Hi"}]), turns_in("Hi")
+    ([{'role': 'human', 'content': 'Hi'}], 'Hi')
+    """
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return value
+    return [_turn(turn) for turn in value]
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    if "role" not in turn and "from" in turn and "value" in turn:
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        turn = {"role": turn["from"], "content": turn["value"]} | others
+        if turn["role"] == "function_call":
+            turn = others | {"role": "assistant", "content": "", "tool_calls": _calls(turn["content"])}
+        turn["role"] = {"observation": "tool"}.get(turn["role"], turn["role"])
+    if isinstance(turn.get("content"), list):
+        turn = turn | {"content": text_of_parts(turn["content"])}
+    return turn
+
+
+def _calls(content: Any) -> list[dict[str, Any]]:
+    """Calls of tools that a ShareGPT turn holds as JSON text."""
+    try:
+        calls = json.loads(content)
+    except (TypeError, ValueError, RecursionError):
+        raise CorpusError(f"a `function_call` turn holds JSON; found {str(content)[:60]!r}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def text_of_parts(parts: list[Any]) -> str:
+    """The text of a content that is a list of parts.
+
+    Raises:
+        CorpusError: A part is no text.
+
+    >>> text_of_parts([{"type": "text", "text": "Hi"}])
+    'Hi'
+    """
+    texts = []
+    for part in parts:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
+            kind = part.get("type", "of another form") if isinstance(part, dict) else type(part).__name__
+            raise CorpusError(f"a part of a message is {kind}: {str(part)[:60]!r}; Whence reads text alone")
+        texts.append(text)
+    return "".join(texts)

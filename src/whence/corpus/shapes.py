@@ -1,0 +1,280 @@
+"""The shapes in which training data comes, and how each becomes one of the layouts that Whence lays out.
+
+A shape is known by its columns. What it becomes holds the columns of a layout alone (`LAYOUTS`), and follows what the
+tools do that it comes from: TRL's conversational `prompt` and `completion` are one conversation of which the completion
+is supervised, a preference row is its `chosen` side, LLaMA-Factory's `system` comes before the first turn, axolotl's
+`segments` are joined as they stand. Everywhere else a row keeps its own columns: ids, digests and outputs are of the
+row as it came.
+
+Sources: TRL's "Dataset formats and types", LLaMA-Factory's data/README.md, axolotl's "Dataset formats", OpenAI's
+fine-tuning formats, databricks-dolly-15k, OpenOrca.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from whence.corpus.message_forms import are_turns, turns_in
+from whence.errors import CorpusError
+
+Row = dict[str, Any]
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+    "segments": ("segments",),
+    "tokens": ("input_ids",),
+}
+"""Columns of each layout; the last is the answer, or all there is."""
+BEFORE = ("system", "history", "tools")
+"""Columns that come before a question."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Columns by which rows of one kind are known, and the layout that they become."""
+
+    name: str
+    """What it is called, as the end of "read as"; empty where a row has a layout's own columns."""
+    layout: str
+    """The layout, but for prompts and completions that are messages."""
+    columns: tuple[str, ...]
+    """Columns that a row must have; the last holds the answer, or all there is."""
+    optional: tuple[str, ...]
+    """Columns that are read where a row has them."""
+    read: Callable[[Row], Row]
+    """From a row to the columns of a layout. A query may lack the answer; then so does what it becomes."""
+
+    @property
+    def question(self) -> str | None:
+        """The column that a query must have; None for what asks nothing."""
+        asks_nothing = self.layout in ("text", "segments", "tokens") or "rejected" in self.columns
+        return None if asks_nothing or "non_preferred_output" in self.columns else self.columns[0]
+
+
+def layout_of(columns: Row) -> str:
+    """The layout whose columns these are, as `Shape.read` gives them."""
+    return next(name for name, (first, *_) in LAYOUTS.items() if first in columns)
+
+
+def _own(row: Row, *names: str) -> Row:
+    return {name: row[name] for name in names if name in row}
+
+
+# -- conversations
+
+
+def _conversation(column: str) -> Callable[[Row], Row]:
+    def read(row: Row) -> Row:
+        return _with_system(turns_in(row[column]), row)
+
+    return read
+
+
+def _with_system(messages: Any, row: Row) -> Row:
+    """Messages with the row's `system` before them, unless they begin with one, and the row's tools."""
+    system = row.get("system")
+    if system and are_turns(messages) and messages and messages[0]["role"] not in ("system", "developer"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") is not None else {})
+
+
+def _continued(row: Row, prompt: Any, *completion: Any) -> Row:
+    """A prompt and what follows it: text that is joined as it stands, or messages, whose prompt is not supervised."""
+    before, after = turns_in(prompt), [turns_in(side) for side in completion]
+    if not any(are_turns(side) for side in (before, *after)):
+        return {"prompt": prompt} | dict(zip(("completion",), completion, strict=False)) | _own(row, *BEFORE)
+    if after == [None]:
+        return {"messages": None}
+    if not are_turns(before):
+        before = [] if before in (None, "") else [{"role": "user", "content": before}]
+    answers = [side if are_turns(side) else [{"role": "assistant", "content": side}] for side in after]
+    silent = [turn | {"weight": 0} for turn in before] if answers else before
+    return _with_system([*silent, *(turn for side in answers for turn in side)], row)
+
+
+def _prompt(row: Row) -> Row:
+    return _continued(row, row["prompt"], *(row[name] for name in ("completion",) if name in row))
+
+
+# -- preferences: their chosen side
+
+
+def _chosen(row: Row) -> Row:
+    """Where the prompt is no column, it is what both sides begin with; it may also stand in both."""
+    prompt, chosen, rejected = turns_in(row.get("prompt")), _side(row["chosen"]), _side(row["rejected"])
+    if not are_turns(chosen):
+        if prompt is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
+            return _continued(row, prompt, chosen)
+        shared = _shared_length(chosen, rejected)
+        return {"prompt": chosen[:shared], "completion": chosen[shared:]}
+    holds_prompt = any(turn.get("content") == prompt for turn in chosen[:-1])
+    if are_turns(prompt) or not (prompt in (None, "") or holds_prompt):
+        return _continued(row, prompt, chosen)
+    shared = len(chosen) - 1
+    if are_turns(rejected):
+        pairs = enumerate(zip(chosen[:-1], rejected[:-1], strict=False))
+        shared = next((number for number, (one, other) in pairs if one != other), min(len(chosen), len(rejected)) - 1)
+    return _continued(row, chosen[:shared], chosen[shared:])
+
+
+def _side(value: Any) -> Any:
+    """One side of a preference: text, or messages, of which there may be one without a list."""
+    turns = turns_in([value]) if isinstance(value, dict) else turns_in(value)
+    return turns if are_turns(turns) or not isinstance(value, dict) else value
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Characters that two texts begin with, up to the space before the word in which they differ.
+
+    >>> _shared_length("Sky is blue", "Sky is black")
+    6
+    """
+    count = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return max(one.rfind(" ", 0, count), 0)
+
+
+def _preferred(row: Row) -> Row:
+    """OpenAI's preference rows, whose `input` holds the messages and the tools."""
+    request = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
+    return _continued(request, request.get("messages"), row["preferred_output"])
+
+
+# -- instructions
+
+
+def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Row]:
+    """An instruction and its answer under their names, and its input under one of several."""
+
+    def read(row: Row) -> Row:
+        columns = {"instruction": row[question]} | ({"output": row[answer]} if answer in row else {})
+        given = next((row[name] for name in inputs if row.get(name) not in (None, "")), None)
+        columns |= {} if given is None else {"input": given}
+        system = row.get("system") if row.get("system") is not None else row.get("system_prompt")
+        columns |= {} if system is None else {"system": system}
+        return columns | {name: row[name] for name in ("history", "tools") if row.get(name) is not None}
+
+    return read
+
+
+def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
+    read, optional = _instruction("instruction", answer, *inputs), (*inputs, *BEFORE)
+    return Shape(name, "instruction", ("instruction", answer), optional, read)
+
+
+def _pair(question: str, answer: str) -> Shape:
+    name = "a question and its answer"
+    return Shape(name, "instruction", (question, answer), ("system_prompt", *BEFORE), _instruction(question, answer))
+
+
+def _preference(name: str, read: Callable[[Row], Row], *columns: str, optional: tuple[str, ...] = ()) -> Shape:
+    return Shape(f"the chosen side of {name}", "messages", (*columns, "rejected", "chosen"), optional, read)
+
+
+def _token_ids(name: str, *columns: str) -> Shape:
+    return Shape(name, "tokens", columns, ("attention_mask",), lambda row: _own(row, *columns))
+
+
+def _as_it_is(layout: str, *optional: str) -> Shape:
+    columns = LAYOUTS[layout]
+    return Shape("", layout, columns, optional, lambda row: _own(row, *columns, *optional))
+
+
+CHAT = ("system", "tools")
+SHAPES: tuple[Shape, ...] = (
+    _token_ids("token ids", "input_ids", "labels"),
+    Shape("", "messages", ("messages",), CHAT, _conversation("messages")),
+    _preference(
+        "pairs of answers to a conversation",
+        lambda row: _continued(row, row["conversations"], _side(row["chosen"])),
+        "conversations",
+        optional=CHAT,
+    ),
+    Shape("conversations", "messages", ("conversations",), CHAT, _conversation("conversations")),
+    Shape("conversations", "messages", ("conversation",), CHAT, _conversation("conversation")),
+    Shape("segments", "segments", ("segments",), (), lambda row: _own(row, "segments")),
+    Shape("", "prompt", ("prompt", "completion"), (), _prompt),
+    _preference(
+        "pairs of answers to an instruction",
+        _instruction("instruction", "chosen", "input"),
+        "instruction",
+        optional=("input", *BEFORE),
+    ),
+    _preference("pairs of answers", _chosen, optional=("prompt", *CHAT)),
+    Shape(
+        "the preferred side of pairs of answers",
+        "messages",
+        ("input", "non_preferred_output", "preferred_output"),
+        (),
+        _preferred,
+    ),
+    _instructions("output", "input"),
+    _instructions("response", "input", "context", name="instructions"),
+    _as_it_is("text"),
+    *(_pair("question", answer) for answer in ("answer", "response")),
+    *(_pair(question, "response") for question in ("query", "prompt")),
+    _pair("problem", "solution"),
+    _pair("input", "output"),
+    _token_ids("token ids, all of them supervised", "input_ids"),
+)
+"""All shapes, in the order in which they are tried."""
+
+
+def shape_of(row: Row, where: str = "row") -> Shape:
+    """The first of `SHAPES` whose columns a row fills.
+
+    One whose answer is empty comes after those that have one: a table that was joined from several has every column in
+    every row. If nulls leave none, it is the first whose columns the row has.
+
+    Raises:
+        CorpusError: The row has no shape that is known; the message lists its columns.
+
+    >>> shape_of({"messages": None, "text": "a"}).layout, shape_of({"prompt": "a", "completion": None}).layout
+    ('text', 'prompt')
+    """
+    present = [shape for shape in SHAPES if all(column in row for column in shape.columns)]
+    filled = [shape for shape in present if all(row[column] is not None for column in shape.columns)]
+    answered = [shape for shape in filled if not is_blank(row[shape.columns[-1]])]
+    if present:
+        return (answered or filled or present)[0]
+    raise CorpusError(f"{where}: {_unknown(row)}")
+
+
+def _unknown(row: Row) -> str:
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip() and name != "id"]
+    longest = sorted(sorted(texts, key=lambda name: len(row[name]))[-2:], key=list(row).index)
+    example = {2: "prompt={},completion={}", 1: "text={}"}.get(len(longest), "messages=COLUMN").format(*longest)
+    return (
+        f"columns are {', '.join(map(str, row)) or 'none'}; a row needs `text`, or `prompt` and `completion`, or "
+        "`instruction` and `output`, or `messages`, or another shape that trainers read. Say which column is which: "
+        f"--map {example}"
+    )
+
+
+def query_shape(row: Row) -> Shape | None:
+    """The shape of a query, which is a row that may lack its answer; None if it asks nothing.
+
+    It is that of a corpus' row wherever the row has an answer.
+
+    >>> query_shape({"prompt": "a", "instruction": "b", "output": "c"}).columns, query_shape({"text": "a"})
+    (('instruction', 'output'), None)
+    """
+    asked = [shape for shape in SHAPES if shape.question is not None and row.get(shape.question) is not None]
+    answered = [shape for shape in asked if not is_blank(row.get(shape.columns[-1], ""))]
+    return (*answered, *asked, None)[0]
+
+
+def columns_in_words(columns: tuple[str, ...]) -> str:
+    """Names of columns as words.
+
+    >>> columns_in_words(("a", "b", "c"))
+    '`a`, `b` and `c`'
+    """
+    *first, last = (f"`{name}`" for name in columns)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell is null, an empty list, or text of blanks alone."""
+    return value in (None, []) or (isinstance(value, str) and not value.strip())
