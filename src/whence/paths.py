@@ -40,14 +40,17 @@ def writing_to(directory: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) or _MISSING.search(str(error)):
             raise StorageError(_gone(folder)) from error
         file = error.filename if isinstance(error, OSError) and error.filename else folder
+        what = "a file was cut short" if _CUT.search(str(error)) else reason(error)
         raise StorageError(
-            f"Cannot write {os.fspath(file)}: {reason(error)}; {free_bytes(folder):,} bytes are free there. Mend that "
+            f"Cannot write {os.fspath(file)}: {what}; {free_bytes(folder):,} bytes are free there. Mend that "
             "(room, or a permission), then run the same command again: it goes on from what is finished"
         ) from error
 
 
 _UNWRITTEN = re.compile(r"os error \d+|file write failed|inline_container|Parent directory .* does not exist")
 """What safetensors and torch say of a write that failed."""
+_CUT = re.compile(r"file write failed|inline_container")
+"""What torch says where it could write a part of a file alone."""
 _MISSING = re.compile(r"os error 2\)|Parent directory .* does not exist")
 
 
