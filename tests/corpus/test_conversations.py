@@ -76,6 +76,19 @@ def test_reasoning_that_a_template_strips_is_told_with_the_flag(caplog):
     assert message.startswith("strips: ") and "of the assistant" in message and "--chat-template" in message
 
 
+@pytest.mark.parametrize(
+    "text", ["{% if p.type == 'text' %}{{ p.text }}{% endif %}", "{{ p['text'] + p['type'][4:] }}"]
+)
+def test_a_template_that_writes_parts_alone_is_given_parts(text):
+    parts = f"{{% for p in m['content'] %}}{text}{{% endfor %}}"
+    tokenizer = byte_level(chat=WITHOUT_TOOLS.replace("{{ m['content'] }}", parts))
+    encoded = encode(TALK, tokenizer)
+    assert marked(encoded, tokenizer) == "<u> x <a> [y] [</s>] <u> z <a> [w] [</s>]"
+    row = {"messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK["messages"]]}
+    assert encode(row, tokenizer) == encoded
+    assert encode(row, byte_level(chat=WITHOUT_TOOLS)) == encoded
+
+
 def test_tools_go_into_the_template_as_objects_or_as_text():
     tokenizer = byte_level(chat=CHAT)
     row = {"messages": [user("x"), assistant("y")]}

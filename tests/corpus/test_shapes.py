@@ -66,6 +66,8 @@ ROWS = {
     "KTO": ({"prompt": "x", "completion": "y", "label": True}, "xy</s>", "y</s>"),
     "conversational KTO": ({"prompt": TURNS[:1], "completion": TURNS[1:2], "label": True}, "<u>x<a>y</s>", "y</s>"),
     "token ids": ({"input_ids": [X, Y, 1], "labels": [-100, Y, 1], "attention_mask": [1, 1, 1]}, "xy</s>", "y</s>"),
+    "token ids and the assistant's mask": ({"input_ids": [X, Y, 1], "assistant_masks": [0, 1, 1]}, "xy</s>", "y</s>"),
+    "token ids and the completion's mask": ({"input_ids": [X, Y, 1], "completion_mask": [0, 1, 1]}, "xy</s>", "y</s>"),
     "token ids alone": ({"input_ids": [X, Y, 1]}, "xy</s>", "y</s>"),
     # LLaMA-Factory
     "Alpaca": ({"instruction": "x", "input": "z", "output": "y"}, "<u>x\n\nz<a>y</s>", "y</s>"),
@@ -175,6 +177,7 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
         ({"input_ids": ["x"]}, "is a list of token ids"),
         ({"input_ids": [X, Y], "labels": [Y, -100]}, "unshifted"),
         ({"input_ids": [X, Y], "labels": [X]}, "unshifted"),
+        ({"input_ids": [X, Y], "completion_mask": [1]}, "`completion_mask` holds a 0 or 1 for each"),
         ({"segments": [{"text": "x"}]}, "`segments` is a list of objects"),
     ],
 )

@@ -27,6 +27,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
 }
 """Columns of each layout; the last is the answer, or all there is."""
+IGNORED = -100
+"""Label of a token that is not supervised."""
 BEFORE = ("system", "history", "tools")
 """Columns that come before a question."""
 
@@ -176,6 +178,25 @@ def _token_ids(name: str, *columns: str) -> Shape:
     return Shape(name, "tokens", columns, ("attention_mask",), lambda row: _own(row, *columns))
 
 
+def _masked(mask: str, name: str) -> Shape:
+    """Token ids of which a mask says which are supervised, as TRL's preparation leaves them."""
+
+    def read(row: Row) -> Row:
+        ids, on = row["input_ids"], row[mask]
+        if ids is None or on is None:
+            return {"input_ids": ids, "labels": None}
+        if (
+            not isinstance(ids, list)
+            or not isinstance(on, list)
+            or len(on) != len(ids)
+            or any(x not in (0, 1) for x in on)
+        ):
+            raise CorpusError(f"`{mask}` holds a 0 or 1 for each of `input_ids`; found {str(on)[:60]!r}")
+        return {"input_ids": ids, "labels": [token if x else IGNORED for token, x in zip(ids, on, strict=True)]}
+
+    return Shape(name, "tokens", ("input_ids", mask), ("attention_mask",), read)
+
+
 def _as_it_is(layout: str, *optional: str) -> Shape:
     columns = LAYOUTS[layout]
     return Shape("", layout, columns, optional, lambda row: _own(row, *columns, *optional))
@@ -184,6 +205,8 @@ def _as_it_is(layout: str, *optional: str) -> Shape:
 CHAT = ("system", "tools")
 SHAPES: tuple[Shape, ...] = (
     _token_ids("token ids", "input_ids", "labels"),
+    _masked("assistant_masks", "token ids, the assistant's supervised"),
+    _masked("completion_mask", "token ids, the completion's supervised"),
     Shape("", "messages", ("messages",), CHAT, _conversation("messages")),
     _preference(
         "pairs of answers to a conversation",

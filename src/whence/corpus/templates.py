@@ -5,6 +5,7 @@ be other tokens on the next, so a loaded tokenizer has one day for ever, midnigh
 """
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ TEMPLATE_ERRORS = (
 """How a template ends that refuses messages, or that is itself at fault."""
 SECONDS = 10.0
 """Time of a template for one conversation, a thousand times what it takes."""
+PROBE = "\uf8ff"
+"""A letter that no template writes by itself, of Unicode's private use."""
 STORED_DATE = "template_date.json"
 """File of a work directory whose rows are written by a chat template with a date."""
 ASSISTANT = "assistant"
@@ -211,6 +214,8 @@ def templated(
     try:
         if names := names_in(str(tokenizer.chat_template)):
             messages = [message | {"role": names.get(message["role"], message["role"])} for message in messages]
+        if _takes_parts_alone(tokenizer, str(tokenizer.chat_template)):
+            messages = [message | {"content": _as_parts(message.get("content"))} for message in messages]
         date = getattr(tokenizer, "template_date", None)
         if date is not None and writes_date(tokenizer):
             options["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), date)
@@ -239,6 +244,27 @@ def templated_or_none(
         return templated(messages, tokenizer, opened=opened, tools=tools)
     except CorpusError:
         return None
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_parts_alone(tokenizer: Tokenizer, template: str) -> bool:
+    """Whether a chat template leaves out contents that are text, and writes those that are lists of parts.
+
+    Templates of models that read images do: SmolVLM's and Idefics 3's write nothing of a text, LLaVA-NeXT's refuses it.
+    """
+
+    def writes(content: Any) -> bool:
+        try:
+            with time_limit(SECONDS):
+                return PROBE in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except (*TEMPLATE_ERRORS, TimeoutError):
+            return False
+
+    return "type" in template and not writes(PROBE) and writes(_as_parts(PROBE))
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _dated(template: str, date: str) -> str:

@@ -42,7 +42,7 @@ from whence.corpus.conversations import (
 )
 from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of, turns_before
 from whence.corpus.missing import without_missing
-from whence.corpus.shapes import LAYOUTS, Row
+from whence.corpus.shapes import IGNORED, LAYOUTS, Row
 from whence.corpus.templates import ASSISTANT, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
@@ -57,8 +57,6 @@ NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccent
 """Normalizers that change no character by those far from it."""
 SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
 """Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
-IGNORED = -100
-"""Label of a token that is not supervised."""
 LAYOUT_VERSION = 3
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and

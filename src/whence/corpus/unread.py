@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DECIDING = {
     *(column for shape in SHAPES for column in (*shape.columns, *shape.optional)),
     *("answer", "chat_template_kwargs", "context", "documents", "functions", "reasoning", "reasoning_content"),
-    *("thinking", "weight", "weights", "loss_mask"),
+    *("thinking", "weight", "weights", "loss_mask", "seq_lengths"),
 } - {"attention_mask"}
 """Columns that some format of training data makes text of, or weighs it by."""
 DESCRIBING = {
