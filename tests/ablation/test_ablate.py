@@ -322,7 +322,7 @@ def test_agreement_by_hand():
     assert centred({"s": [1.0, 3.0], "t": [10.0, 20.0]}) == [-1.0, 1.0, -5.0, 5.0]
     assert groups(["x", "y"], lambda name: name == "y") == {"all": [0, 1], "contained": [1], "not contained": [0]}
     assert kendall(torch.tensor([1.0, 2.0]).double(), torch.tensor([2.0, 1.0]).double()) == -1.0
-    with pytest.raises(SettingError, match="3 losses of a proxy and 5 true ones"):
+    with pytest.raises(SettingError, match="losses of a proxy: 3, true ones: 5"):
         agreement(proxy[:3], truth)
 
 

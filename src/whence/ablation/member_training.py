@@ -178,10 +178,11 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
     member = pool.members.get(partition.name)
     if member is None or (member.rows == len(partition.pieces) and member.digest in (None, partition.digest)):
         return
+    rows = f"of the partition {partition.name}"
+    rows = number_of(len(partition.pieces), f"row {rows} is", f"rows {rows} are")
     raise ManifestMismatchError(
-        f"{corpus}: its {number_of(len(partition.pieces), 'row')} of the partition {partition.name}, not the "
-        f"{member.rows:,} "
-        f"that the member in {pool.place.root} was trained on. Give the corpus of the pool, or name another pool."
+        f"{corpus}: its {rows} not the {member.rows:,} that the member in {pool.place.root} was trained on. Give the "
+        "corpus of the pool, or name another pool."
     )
 
 
