@@ -339,7 +339,7 @@ def test_exact_scores_that_rank_are_the_large_numbers_and_the_bars(show):
 def test_how_sure_is_of_the_span():
     asked = answer([" a", " b", " c"], probabilities=[0.9, 0.25, 0.9], asked=[False, True, False])
     (shown,) = payload(trace_page(Trace([asked], [], "dot", 1)))["queries"]
-    assert shown["certainty"].startswith("0 of 1 tokens of the span at p ≥ 0.5; perplexity 4.00 a token")
+    assert shown["certainty"].startswith("0 of 1 token of the span at p ≥ 0.5; perplexity 4.00 a token")
 
 
 def test_the_address_pins_a_token(show):
