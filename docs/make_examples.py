@@ -55,7 +55,10 @@ def make(demo: Path, scratch: Path) -> None:
     whence(scratch, "ablate pool --eval held-out -o cells.jsonl --report ablate.html")
     whence(scratch, "mix law cells.jsonl --report mix.html")
     for page in scratch.glob("*.html"):
-        shutil.copyfile(page, PAGES / page.name)
+        text = page.read_text("utf-8")
+        for place in (scratch, demo.resolve().parent):  # of this machine
+            text = text.replace(f"{place}/", "")
+        (PAGES / page.name).write_text(text, "utf-8")
     for page in sorted(PAGES.glob("*.html")):
         size = page.stat().st_size
         assert size <= LARGEST, f"{page.name} has {size} bytes, at most {LARGEST} expected"

@@ -107,7 +107,7 @@ def test_targets_are_tasks_or_examples(built):
 def test_methods_of_gradients_give_each_example_its_turn_unless_told(built, method):
     chosen = select(built, TASKS, method=method, count=6)
     assert sorted(chosen.selection.targets) == sorted([f"sums {n}" for n in (0, 1)] * 2 + ["else 2"] * 2)
-    assert chosen.settings["selector"] == "round_robin over 3 examples, 3 examples"
+    assert chosen.settings["selector"] == "round_robin over 3 examples"
 
 
 def test_rds_plus_takes_turns_by_example_unless_told(built):

@@ -49,11 +49,11 @@ def described_settings(
 ) -> dict[str, str]:
     """How a choice was made, for a person; settings that were not used are left out."""
     examples = sum(len(target.queries) for target in targets)
+    over = (number_of(len(targets), str(settings.by)), number_of(examples, "example"))
     described = {
         "method": settings.method,
         "options": ", ".join(f"{name}={value}" for name, value in settings.options.items()),
-        "selector": f"{settings.selector} over {number_of(len(targets), str(settings.by))}, "
-        f"{number_of(examples, 'example')}",
+        "selector": f"{settings.selector} over {', '.join(dict.fromkeys(over))}",
         "budget": str(budget),
         "caps": ", ".join(f"{name}={value}" for name, value in settings.caps.items()),
         "floors": ", ".join(f"{name}={value}" for name, value in settings.floors.items()),
