@@ -1,6 +1,8 @@
 """Names of untrusted files, columns, sources and flags reach a terminal as text: no control character, one line."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -70,3 +72,33 @@ def test_names_of_partitions_are_told_in_plain_text(run, tiny_llama, tmp_path):
     code, _, err = run(*arguments)
     assert code == 0, err
     assert run("pool", "merge", tmp_path / "pool", "--mixture", f"x{ESCAPE}=1", "-o", tmp_path / "merged")[0] == 2
+
+
+def test_names_and_numbers_out_of_all_bounds_are_one_line(command, tiny_llama, tiny_index, tiny_corpus, tmp_path):
+    """Of inputs too, which are looked at before anything is imported."""
+    long = "9" * 300
+    for words in (
+        ("pool", "train", tiny_llama, long, "-o", tmp_path / "pool"),
+        ("recover", long, tiny_llama, tiny_corpus),
+        ("trace", tiny_index, "--queries", long),
+        ("select", tiny_index, "--tasks", tiny_corpus, "--corpus", f"a={long}", "--method", "bm25", "--count", 1),
+    ):
+        code, _, err = command(*words)
+        assert (
+            code == 2
+            and f"no file can be called so: it has a name of {len(long) + words.count(f'a={long}') * 2}" in err
+        )
+    table = tmp_path / "a.csv"
+    table.write_text("train_a,train_b,metric/x\n0.5,0.5,1\n1,0,2\n")
+    code, _, err = command("mix", "law", table, "--max-row-bytes", 10**30)
+    assert "unexpected" not in err
+    code, _, err = command("pool", "grams", "memory://a/pool")
+    assert code == 2 and "unexpected" not in err
+
+
+def test_what_libraries_advise_programmers_is_not_printed():
+    script = "import sys, warnings\nfrom whence.cli import app\n"
+    script += "sys.argv = ['whence', '--version']\n"
+    script += "try:\n    app.run()\nexcept SystemExit:\n    warnings.warn('is deprecated', FutureWarning)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.startswith("whence ")

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from whence.corpus.templates import date_of
 from whence.counts import number_of
-from whence.errors import ChecksumError, FormatVersionError, ManifestMismatchError, MissingPoolError, ModelError
+from whence.errors import (
+    ChecksumError,
+    FormatVersionError,
+    ManifestMismatchError,
+    MissingPoolError,
+    ModelError,
+    SettingError,
+)
 from whence.models.loaded_weights import loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer
 from whence.models.local_copies import local_directory
@@ -233,11 +240,14 @@ def open_pool(path: str | Path) -> Pool:
 
     Raises:
         MissingIndexError: There is no pool.
+        SettingError: It is not in a local directory.
         FormatVersionError: The pool has another format.
         ChecksumError: Its manifest says what no pool can.
         ModelError: Its parent is not where it was.
         ManifestMismatchError: The parent has other weights now.
     """
+    if not Place.at(path).is_local:
+        raise SettingError(f"{path}: members of a pool are read from a local directory alone. Copy it to one.")
     pool = _read(path)
     remedy = (
         f"Say where it is: whence pool train PARENT {pool.corpus or 'CORPUS'} -o {path}, no member is trained again."

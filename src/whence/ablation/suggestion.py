@@ -125,7 +125,8 @@ def suggest(
             if trail and loss > trail[-1]["loss"]:
                 rate /= 2
             trail.append({"loss": loss, "mixture": _named(names, weights)})
-            weights = weights * np.exp(-rate * slopes / max(np.abs(slopes).max(), 1e-30))
+            steps_down = -rate * slopes / max(np.abs(slopes).max(), 1e-30)
+            weights = weights * np.exp(steps_down - steps_down.max())  # their ratios are all that counts
             weights = capped((weights / weights.sum())[None], upper)[0]
             tick(1, 0)
     large = np.where(weights < SMALLEST, 0.0, weights)

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import traceback
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,7 +23,7 @@ from typer.main import get_command
 
 from whence import __version__
 from whence.cli.ablation import ablate, pool
-from whence.cli.console import complain, print_ending, print_json, waiting
+from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
 from whence.cli.evaluation import evaluate
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, verify
@@ -63,6 +65,8 @@ def run() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Handler()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:  # libraries' advice to programmers; what matters of it is checked and told
+        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # corpora hold lone surrogates, and terminals may lack UTF-8
@@ -168,7 +172,7 @@ def demo(
     with waiting("Loading torch"):
         from whence.cli.demonstration import demo as run
         from whence.cli.demonstration import grade_answer
-    result = run(out, seed=seed, say=Console(stderr=as_json).print)
+    result = run(out, seed=seed, say=partial(print_marked, err=as_json))
     if as_json:
         print_json(result)
         return

@@ -49,6 +49,11 @@ def print_part(part: Any, *, err: bool = False) -> None:
     Console(stderr=err).print(shown, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
+def print_marked(part: Any, *, err: bool = False) -> None:
+    """Print text with rich's marks, or a table."""
+    Console(stderr=err).print(_Visible(part))
+
+
 def print_ending(answer: str, *command: object) -> None:
     """Print the last line of a verb: the answer to its own question, and the command that goes on from there.
 

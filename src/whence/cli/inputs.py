@@ -4,7 +4,6 @@ Whoever reads an input says the rest: here it is asked whether there is somethin
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from whence.errors import MissingIndexError, MissingPoolError, SettingError
 
@@ -28,15 +27,20 @@ def check_inputs(
         CorpusError: There is no file, directory or data set.
         SettingError: A model is given as a corpus, or a corpus or an index as a model.
     """
+    from whence.paths import refuse_impossible
     from whence.storage import Place
 
+    corpora, models = [*filter(None, corpora)], [*filter(None, models)]
+    for path in (*corpora, *models):
+        if "://" not in path:
+            refuse_impossible(path)
     if index is not None and not is_index(index):
         raise MissingIndexError.at(Place.at(index).root)
     if pool is not None and not Place.at(pool).exists(POOL):
         raise MissingPoolError.at(pool)
-    for path in filter(None, corpora):
+    for path in corpora:
         _check_corpus(path)
-    for path in filter(None, models):
+    for path in models:
         _check_model(path)
 
 
@@ -58,13 +62,16 @@ def _check_corpus(path: str) -> None:
 def _check_model(path: str) -> None:
     from whence.corpus.addresses import SUFFIXES
     from whence.models.local_copies import local_directory
+    from whence.paths import exists, is_directory
 
-    if path.lower().endswith(SUFFIXES) and Path(path).is_file():
+    if path.lower().endswith(SUFFIXES) and exists(path) and not is_directory(path):
         raise SettingError(f"{path}: a file of rows, where a model is expected. MODEL comes first, then CORPUS.")
-    if Path(path).is_dir() and is_index(path) and not _is_model(path):
+    if is_directory(path) and is_index(path) and not _is_model(path):
         raise SettingError(f"{path}: an index, where a model is expected: whence info {path} says which one made it.")
     local_directory(path, patterns=())
 
 
 def _is_model(path: str) -> bool:
-    return any(Path(path, name).is_file() for name in CONFIGURATIONS)
+    from whence.paths import exists
+
+    return any(exists(f"{path}/{name}") for name in CONFIGURATIONS)
