@@ -15,6 +15,8 @@ from whence.errors import CorpusError, SettingError
 
 MAX_ROW_BYTES = 2**26
 """64 MiB: some 30 novels."""
+_UNBOUNDED = 2**50
+"""Bytes beyond which a bound is none: more than any memory, and a number of C's."""
 _CHUNK = 2**16
 _BATCH_BYTES = 2**26
 """Decoded rows of Parquet that are held at a time, or one row."""
@@ -34,7 +36,7 @@ def rows_up_to(size: int) -> Iterator[None]:
     global _largest
     if size < 1:
         raise SettingError(f"--max-row-bytes {size}: a number above 0 is expected")
-    before, _largest = _largest, size
+    before, _largest = _largest, min(size, _UNBOUNDED)
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ import itertools
 import json
 import lzma
 import shlex
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -156,7 +155,7 @@ def _array_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(stream: Any, path: str) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(min(bounds.max_row_bytes(), sys.maxsize))  # the default refuses cells over 128 KiB
+    csv.field_size_limit(bounds.max_row_bytes())  # the default refuses cells over 128 KiB
     last = 0
     # Bytes that are not UTF-8 pass here, since decoding in blocks cannot say in which line they are.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
