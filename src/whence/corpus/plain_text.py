@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".text")
 LINE, PARAGRAPH, FILE = "line", "paragraph", "file"
+DIGITS = 12
+"""Digits of the largest number of words."""
 _text_rows = LINE
 
 
@@ -48,8 +50,9 @@ def checked(text_rows: str) -> str:
     Raises:
         SettingError: It is something else.
     """
-    if text_rows not in (LINE, PARAGRAPH, FILE) and not (text_rows.isdecimal() and int(text_rows) > 0):
-        raise SettingError(f"--text-rows {text_rows}: line, paragraph, file, or a number of words is expected")
+    is_number = text_rows.isdecimal() and len(text_rows) <= DIGITS and int(text_rows) > 0
+    if text_rows not in (LINE, PARAGRAPH, FILE) and not is_number:
+        raise SettingError(f"--text-rows {text_rows[:60]}: line, paragraph, file, or a number of words is expected")
     return text_rows
 
 
