@@ -176,9 +176,9 @@ def test_an_address_that_needs_a_package_is_told_before_the_model_is_loaded(when
     [
         ("bad.jsonl", '{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: not a line of JSON"),
         ("list.jsonl", '{"text": "a"}\n\n["b"]\n', "list.jsonl:3: a list where an object is expected"),
-        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns.jsonl:1: columns are question, answer; a row"),
+        ("columns.jsonl", '{"article": "a", "summary": "b"}\n', "columns.jsonl:1: columns are article, summary; a row"),
         ("late.jsonl", '{"text": "a"}\n{"txt": "a"}\n', "late.jsonl:2: columns are txt; a row needs"),
-        ("columns.csv", "question,answer\na,b\n", "columns.csv:2: columns are question, answer; a row needs"),
+        ("columns.csv", "article,summary\na,b\n", "columns.csv:2: columns are article, summary; a row needs"),
         ("empty.jsonl", "", "empty.jsonl: no rows"),
         ("empty.csv", "text\n", "empty.csv: no rows"),
         ("bad.parquet", "PAR1", "bad.parquet: not a readable Parquet file"),

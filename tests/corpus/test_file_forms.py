@@ -105,9 +105,7 @@ def test_plain_text_that_is_no_utf8_or_too_large(tmp_path):
             with pytest.raises(CorpusError, match=f"a.txt:1: a {text_rows} of more than 200 bytes"):
                 list(open_corpus(tmp_path / "a.txt", text_rows=text_rows))
     for wrong in ("page", "0", "-1", "9" * 5000):
-        with pytest.raises(
-            SettingError, match=f"--text-rows {wrong[:60]}: line, paragraph, file, or a number of words"
-        ):
+        with pytest.raises(SettingError, match=f"--text-rows {wrong[:60]}: line, paragraph, file, or a number"):
             open_corpus(tmp_path / "a.txt", text_rows=wrong)
     (tmp_path / "b.jsonl").write_text('{"text": "row"}\n')
     assert [example.row for example in open_corpus(tmp_path)] == [{"text": "row"}], "beside rows it is a note"

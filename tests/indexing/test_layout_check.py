@@ -132,7 +132,7 @@ def test_index_of_the_second_rules_says_so_where_more_is_read_now(tmp_path, capl
         store._save(store.manifest)
         trace(tmp_path / name, "and?", "yes", top=1, null=False)
     (message,) = caplog.messages
-    assert "4 of the first 4 rows would be other tokens now (a conversation's `system` and an instruction's" in message
+    assert "4 of the first 4 rows would be other tokens now (a conversation's `system` is read;" in message
 
 
 def test_index_without_its_day_says_so_and_is_not_repaired_by_guess(dated, tmp_path, caplog, on):

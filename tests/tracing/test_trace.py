@@ -313,7 +313,7 @@ def test_a_file_of_queries_is_read(exact, tmp_path):
     [
         (b'{"prompt": "a"}\n{"prompt"\n', r"queries\.jsonl:2: not a line of JSON"),
         (b'{"prompt": "a"}\n\n\xff\n', r"queries\.jsonl:3: not a line of JSON"),
-        (b'{"question": "a"}\n', r"queries\.jsonl:1: a query needs .* found the columns question"),
+        (b'{"article": "a"}\n', r"queries\.jsonl:1: a query needs .* found the columns article"),
         (b"[1]\n", r"queries\.jsonl:1: a list where an object is expected"),
         (b"\n", r"queries\.jsonl: no query in it"),
     ],

@@ -30,17 +30,17 @@ def check_inputs(
     from whence.paths import refuse_impossible
     from whence.storage import Place
 
-    corpora, models = [*filter(None, corpora)], [*filter(None, models)]
-    for path in (*corpora, *models):
+    rows, weights = [path for path in corpora if path], [path for path in models if path]
+    for path in (*rows, *weights):
         if "://" not in path:
             refuse_impossible(path)
     if index is not None and not is_index(index):
         raise MissingIndexError.at(Place.at(index).root)
     if pool is not None and not Place.at(pool).exists(POOL):
         raise MissingPoolError.at(pool)
-    for path in corpora:
+    for path in rows:
         _check_corpus(path)
-    for path in models:
+    for path in weights:
         _check_model(path)
 
 

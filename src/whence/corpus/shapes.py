@@ -155,19 +155,20 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
         columns |= {} if given is None else {"input": given}
         system = row.get("system") if row.get("system") is not None else row.get("system_prompt")
         columns |= {} if system is None else {"system": system}
-        return columns | {name: row[name] for name in ("history", "tools") if row.get(name) is not None}
+        return columns | ({"history": row["history"]} if row.get("history") is not None else {})
 
     return read
 
 
 def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
-    read, optional = _instruction("instruction", answer, *inputs), (*inputs, *BEFORE)
+    read, optional = _instruction("instruction", answer, *inputs), (*inputs, "system", "history")
     return Shape(name, "instruction", ("instruction", answer), optional, read)
 
 
 def _pair(question: str, answer: str) -> Shape:
     name = "a question and its answer"
-    return Shape(name, "instruction", (question, answer), ("system_prompt", *BEFORE), _instruction(question, answer))
+    optional = ("system_prompt", "system", "history")
+    return Shape(name, "instruction", (question, answer), optional, _instruction(question, answer))
 
 
 def _preference(name: str, read: Callable[[Row], Row], *columns: str, optional: tuple[str, ...] = ()) -> Shape:
@@ -222,7 +223,7 @@ SHAPES: tuple[Shape, ...] = (
         "pairs of answers to an instruction",
         _instruction("instruction", "chosen", "input"),
         "instruction",
-        optional=("input", *BEFORE),
+        optional=("input", "system", "history"),
     ),
     _preference("pairs of answers", _chosen, optional=("prompt", *CHAT)),
     Shape(

@@ -60,7 +60,7 @@ SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
 LAYOUT_VERSION = 3
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
-read two beginnings. Version 2 read no `system` beside messages, no `tools` beside an instruction, and fewer shapes."""
+read two beginnings. Version 2 read no `system` beside messages, and fewer shapes."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _rendered(row: Row, tokenizer: Tokenizer) -> Rendered | None:
         return None
     if kind == "instruction":
         before = checked_messages(turns_before(columns))
-        return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before, tools_of(columns))
+        return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before)
     if kind == "segments":
         return _joined(segments_of(columns) or [])
     if kind == "prompt":

@@ -18,7 +18,7 @@ from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, open_corpus
-from whence.corpus.templates import same_date, today
+from whence.corpus.templates import same_date, supervision, today
 from whence.corpus.tokens import Encoded, encode
 from whence.corpus.unsupervised import refuse_unsupervised
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, ModelError, SettingError
@@ -117,6 +117,7 @@ def index(
     warn_of_run(model)
     chosen = replace(chosen, date=_date(chosen, model, None if restart else place))
     loaded = load_for(run.checkpoints[-1].path, chosen)
+    chosen = replace(chosen, supervise=supervision(loaded.tokenizer))
     chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts, chosen)

@@ -110,7 +110,7 @@ def _checked_layout(example: Example, name: str) -> str:
                 f"{EXPECTED.get(kind, 'text')} is expected: {str(value)[:60]!r}"
             )
     try:
-        tools_of(row) if kind in ("messages", "instruction") else None
+        tools_of(row) if kind == "messages" else None
         turns_before(row) if kind == "instruction" else segments_of(row) if kind == "segments" else None
     except CorpusError as error:
         raise CorpusError(f"{name}: row {example.id}: {error}") from None

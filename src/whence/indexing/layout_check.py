@@ -18,8 +18,8 @@ from whence.indexing.store import Store
 ROWS = 64
 """Rows that are laid out again."""
 READ_LATER = {
-    1: {"messages": ("tools", "system"), "instruction": ("tools", "system", "history")},
-    2: {"messages": ("system",), "instruction": ("tools",)},
+    1: {"messages": ("tools", "system"), "instruction": ("system", "history")},
+    2: {"messages": ("system",)},
 }
 """Columns of each layout that a version of the rules did not read; they need not change the number of targets."""
 
@@ -27,7 +27,7 @@ READ_LATER = {
 CHANGES = {
     1: "every turn of the assistant is closed, and `gpt` is the assistant; tools, system, history and weights are "
     "read; NaN and empty cells are missing; a beginning is read once",
-    2: "a conversation's `system` and an instruction's `tools` are read; rows of more shapes are conversations",
+    2: "a conversation's `system` is read; rows of more shapes are conversations",
 }
 """What came after a version of the rules."""
 

@@ -6,15 +6,19 @@ spaces.
 """
 
 import itertools
+import json
 import logging
 import shlex
 from functools import cached_property
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
+from whence.corpus.layouts import layout
+from whence.corpus.shapes import Row
 from whence.corpus.templates import same_date, same_supervision
+from whence.corpus.tokens import with_text
 from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
@@ -77,6 +81,11 @@ class Index:
     def space(self) -> GradientSpace:
         """The gradient space in which the index was built."""
         return GradientSpace(**self.store.manifest.settings["space"])
+
+    def shown_row(self, stored: dict[str, Any]) -> Row:
+        """A stored row as a person reads it: token ids with their text, for which the model is loaded."""
+        row = json.loads(stored["row"])
+        return with_text(row, self.model().tokenizer) if layout(row) == "tokens" else row
 
     @property
     def columns(self) -> dict[str, str]:

@@ -4,7 +4,6 @@ Every trace takes a pass over the rows, which is as long as indexing them. Large
 index cannot rank, or that have no finite score, are never ranked.
 """
 
-import json
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,6 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
-from whence.corpus.tokens import with_text
 from whence.gradients import exact
 from whence.indexing.opening import Index
 from whence.selection.protocols import QueryText, Target
@@ -30,7 +28,7 @@ def from_scorer(
     rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
     rankable[index.store.rankable()] = True
     scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
-    top, tokenizer = min(top, int(rankable.sum())), index.model().tokenizer
+    top = min(top, int(rankable.sum()))
     out = Trace([query.answer for query in queries], [], method, 0)
     for query, row_scores in enumerate(scores):
         order = row_scores.argsort(descending=True, stable=True)
@@ -47,7 +45,7 @@ def from_scorer(
                         row["id"],
                         score,
                         row["source"],
-                        with_text(json.loads(row["row"]), tokenizer),
+                        index.shown_row(row),
                     )
                 )
     return out

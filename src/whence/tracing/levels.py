@@ -13,7 +13,6 @@ queries of all lengths up to 1,000 tokens need some thirty levels.
 Source of the rank: conformal prediction, Vovk et al. 2005, https://doi.org/10.1007/b106715, proposition 2.3.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from whence.corpus.layouts import shown_text
-from whence.corpus.tokens import Encoded, encode_query, with_text
+from whence.corpus.tokens import Encoded, encode_query
 from whence.gradients.exact import SignedSequence
 from whence.indexing.opening import Index
 from whence.numerics import generator
@@ -99,8 +98,7 @@ def _prompts(index: Index, characters: int, rng: torch.Generator) -> list[str]:
     """Starts of the corpus' prompts, or of its texts; where one is too short, others follow it."""
     rankable = index.store.rankable()
     rows = rankable[torch.randint(len(rankable), (2 * MEANINGLESS,), generator=rng)].tolist()
-    drawn = [json.loads(row["row"]) for row in index.store.read_rows(rows)]
-    shown = [shown_text(with_text(row, index.model().tokenizer)) for row in drawn]
+    shown = [shown_text(index.shown_row(row)) for row in index.store.read_rows(rows)]
     texts = [str(text.get("prompt") or text.get("text") or "") for text in shown]
     prompts = []
     for number in range(MEANINGLESS):

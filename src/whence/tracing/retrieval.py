@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whence import catalogue
 from whence.corpus.layouts import Row
-from whence.corpus.tokens import Encoded, encode, with_text
+from whence.corpus.tokens import Encoded, encode
 from whence.counts import number_of
 from whence.errors import SettingError
 from whence.gradients import exact, tokenwise
@@ -366,7 +366,7 @@ class Retrieval:
                         id=stored["id"],
                         score=score,
                         source=stored["source"],
-                        row=with_text(json.loads(stored["row"]), self.index.model().tokenizer),
+                        row=self.index.shown_row(stored),
                         exact=exact,
                         exact_rank_score=None
                         if exact is None or not self.settings.exact
