@@ -117,8 +117,8 @@ def test_what_a_corpus_cannot_hold_is_refused_in_a_line():
     for row in (calls, talk(turn("system", "Be."), ASKED, ANSWERED)):
         with pytest.raises(CorpusError, match="rows of this corpus are plain text"):
             as_query(row, byte_level(), "prompt")
-    with pytest.raises(SettingError, match=r"^query 0: a list stands where text is expected"):
-        queries_of([talk(turn("user", [{"type": "text", "text": "q"}]), ANSWERED)])
+    with pytest.raises(SettingError, match=r"^query 0: a part of a message is image"):
+        queries_of([talk(turn("user", [{"type": "image", "url": "q"}]), ANSWERED)])
     with pytest.raises(SettingError, match=r"^query 0: messages are a list of objects"):
         queries_of([{"messages": "a"}])
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from whence.corpus.message_forms import NOT_MESSAGES, are_turns
-from whence.corpus.shapes import Row, layout_of, query_shape, shape_of
+from whence.corpus.shapes import BEFORE, Row, layout_of, query_shape, shape_of
 from whence.errors import CorpusError
 
 VERDICTS = ("label", "kto_tag")
@@ -69,7 +69,9 @@ def columns_read(row: Row) -> set[str]:
 def query_columns_read(row: Row) -> set[str]:
     """Columns of a query that its shape reads; a plain prompt may have what comes before it."""
     shape = query_shape(row)
-    return set() if shape is None else {*shape.columns, *shape.optional, "system", "history", "tools"}
+    if shape is None:
+        return set()
+    return {*shape.columns, *shape.optional, *(BEFORE if shape.columns[0] == "prompt" else ())}
 
 
 def check_messages(row: Row, where: str = "row") -> None:
