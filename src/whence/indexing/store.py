@@ -444,11 +444,8 @@ class Store:
         manifest, root = self.manifest, shlex.quote(self.place.root)
         if manifest.is_complete:
             return None
-        lacking = (
-            number_of(len(self.missing()), "shard is missing", "shards are missing")
-            if manifest.has_all_parts
-            else "rows are still to come"
-        )
+        shards = number_of(len(self.missing()), "shard is missing", "shards are missing")
+        lacking = shards if manifest.has_all_parts else "rows are still to come"
         if manifest.joining is None:
             return f"{lacking}; run the command that made it again, it resumes"
         name = manifest.joining["name"]
