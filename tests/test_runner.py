@@ -147,6 +147,21 @@ def test_without_a_terminal_the_end_is_one_line_on_stderr(capsys):
     assert "tokens/s" in err
 
 
+def test_a_function_is_called_at_both_ends_and_ten_times_a_second_between(monkeypatch, capsys):
+    calls, now = [], itertools.count(0.0, 0.03)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
+    with runner.progress("Indexing", 20, done=4, shown=lambda *call: calls.append(call)) as tick:
+        for _ in range(16):
+            tick(1, 9)
+    assert calls == [(done, 20, "Indexing") for done in (4, 8, 12, 16, 20)]
+    with runner.shown_as(lambda *call: calls.append(call), "Tracing"):
+        assert list(runner.counted([1, 2], "Ranking", 3, int)) == [1, 2]
+    assert calls[-2:] == [(0, 3, "Ranking"), (3, 3, "Ranking")]
+    with runner.shown_as(False, "Tracing"):
+        assert list(runner.counted([1, 2], "Ranking", 3, int)) == [1, 2]
+    assert calls[-1] == (3, 3, "Ranking") and capsys.readouterr() == ("", "")
+
+
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr))
     with runner.progress("rows", 4) as tick:

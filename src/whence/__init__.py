@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from whence.models.loading import LoadedModel as LoadedModel
     from whence.models.loading import load_model as load_model
     from whence.recovery.pipeline import recover as recover
+    from whence.reports.saved_results import open_result as open_result
     from whence.selection.pipeline import select as select
     from whence.tracing.pipeline import trace as trace
     from whence.tracing.queries import Query as Query
@@ -63,6 +64,7 @@ _HOMES = {
     "open_corpus": "corpus.reading",
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
+    "open_result": "reports.saved_results",
     "Query": "tracing.queries",
     "recover": "recovery.pipeline",
     "select": "selection.pipeline",

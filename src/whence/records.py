@@ -3,8 +3,8 @@
     Count = Annotated[int, range(2**63)]                  a whole number in a range; others with `Between`
     Digest = Annotated[str, re.compile("[0-9a-f]{64}")]   a text that a pattern matches as a whole
 
-A dataclass takes exactly its fields, so that what another version wrote is refused, not dropped. A `TypedDict` stays a
-dictionary and may hold more. A float may be NaN, as losses may be; true is no number.
+A dataclass or a named tuple takes exactly its fields, so that what another version wrote is refused, not dropped. A
+`TypedDict` stays a dictionary and may hold more. A float may be NaN, as losses may be; true is no number.
 """
 
 import functools
@@ -100,7 +100,7 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
         )
     if origin is NotRequired:
         return fitting(arguments[0], value, name)
-    if is_dataclass(kind) or is_typeddict(kind):
+    if is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields"):
         return _record(kind, value, name)
     if origin is Literal:
         _require(isinstance(value, str) and value in arguments, name, value)
@@ -111,7 +111,10 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
         return tuple(items) if origin is tuple else items
     if origin in (dict, Mapping):
         _require(isinstance(value, dict), name, value)
-        return {key: fitting(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+        return {
+            fitting(arguments[0], key, f"a name in {name}"): fitting(arguments[1], item, f"{name}.{key}")
+            for key, item in value.items()
+        }
     _require(_is_plain(kind, value), name, value)
     return float(value) if kind is float else value
 
@@ -135,6 +138,8 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
     hints = get_type_hints(kind, include_extras=True)
     if is_typeddict(kind):
         return hints, frozenset(name for name, hint in hints.items() if get_origin(hint) is not NotRequired)
+    if hasattr(kind, "_fields"):
+        return hints, frozenset(hints.keys() - kind._field_defaults.keys())
     own = fields(kind)
     required = (field.name for field in own if field.default is MISSING and field.default_factory is MISSING)
     return {field.name: hints[field.name] for field in own}, frozenset(required)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -30,6 +30,11 @@ Tick = Callable[[int, int], None]
 """Called with how many things, and how many tokens, were done since the last call."""
 ItemT = TypeVar("ItemT")
 ENGINES = ("local",)
+ProgressOption = bool | Callable[[int, int, str], Any]
+"""How progress is shown: True for bars on stderr, False for none, or a function that is called with how many things are
+done, how many there are, and what is being done; at the beginning, at the end, and up to ten times a second between."""
+PERIOD = 0.1
+"""Seconds between two calls of such a function, as between two drawings of a bar."""
 WIDE = 100
 """Columns of a terminal from which a bar has room for tokens/s too."""
 PATIENCE = 1.0
@@ -145,7 +150,9 @@ def _rates(done: float | int, tokens: float | int, seconds: float, unit: str) ->
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, *, unit: str = "examples", done: int = 0, shown: bool = True) -> Iterator[Tick]:
+def progress(
+    label: str, total: int, *, unit: str = "examples", done: int = 0, shown: ProgressOption = True
+) -> Iterator[Tick]:
     """A bar on stderr with the rate and the time left, or one line per minute if stderr is no terminal.
 
     Args:
@@ -153,16 +160,33 @@ def progress(label: str, total: int, *, unit: str = "examples", done: int = 0, s
         total: Things in all.
         unit: What they are, in the plural.
         done: Things done before this run; they do not count in the rates.
-        shown: Whether to show a bar at all.
+        shown: Whether to show a bar at all, or a function to call in its place.
     """
     console = Console(stderr=True)
-    if not shown:
+    if callable(shown):
+        yield _calling(shown, label, total, done)
+    elif not shown:
         yield lambda count, tokens: None
     elif console.is_terminal:
         with _bar(console, unit, is_transient=False) as bar:
             yield _ticking(bar, label, total, done)
     else:
         yield _line_a_minute(label, total, done, unit)
+
+
+def _calling(function: Callable[[int, int, str], Any], label: str, total: int, done: int) -> Tick:
+    """A tick that calls a function now, at the end, and in between as often as a bar is drawn."""
+    count, last = done, time.monotonic()
+    function(count, total, label)
+
+    def tick(more: int, tokens: int) -> None:
+        nonlocal count, last
+        count, now = count + more, time.monotonic()
+        if more and (count >= total or now - last >= PERIOD):
+            last = now
+            function(count, total, label)
+
+    return tick
 
 
 def _bar(console: Console, unit: str, *, is_transient: bool) -> Progress:
@@ -241,7 +265,19 @@ class _Waiting:
                 self.spinner.start()
 
 
-_WAITING: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+class _Reporting:
+    """A function in the place of bars."""
+
+    def __init__(self, function: Callable[[int, int, str], Any]):
+        self.function, self.is_counting = function, False
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Tick]:
+        """A tick that calls it."""
+        yield _calling(self.function, label, total, 0)
+
+
+_WAITING: ContextVar[_Waiting | _Reporting | None] = ContextVar("waiting", default=None)
 
 
 @contextlib.contextmanager
@@ -256,10 +292,31 @@ def waiting(words: str) -> Iterator[None]:
             _WAITING.reset(token)
 
 
+@contextlib.contextmanager
+def shown_as(progress: ProgressOption, words: str) -> Iterator[None]:
+    """Show how far what is `counted` meanwhile is, as a call asks for it; with False as it is shown already, if at all.
+
+    Args:
+        progress: True for a spinner and bars on stderr, or a function to call.
+        words: What is being done, beside the spinner.
+    """
+    if callable(progress):
+        token = _WAITING.set(_Reporting(progress))
+        try:
+            yield
+        finally:
+            _WAITING.reset(token)
+    elif progress:
+        with waiting(words):
+            yield
+    else:
+        yield
+
+
 def counted(
     items: Iterable[ItemT], label: str, total: int, size: Callable[[ItemT], int], unit: str = "examples"
 ) -> Iterator[ItemT]:
-    """The items; where a command waits, a bar shows how far they are. A library call shows nothing.
+    """The items; where a command waits, or a call asked for it (`shown_as`), a bar shows how far they are.
 
     Args:
         items: What is worked on between one and the next.

@@ -105,7 +105,7 @@ def averaging(
     *,
     alpha: float = ALPHA,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> RegMean | None:
     """RegMean for a pool, its matrices collected if they are not there yet; None for the mean.
 
@@ -184,7 +184,7 @@ def collect(
     *,
     tokens: int | None = None,
     tokens_per_batch: int = 4096,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> None:
     """Collect the matrices of every member that has none, or has those of other weights or another number of tokens.
 

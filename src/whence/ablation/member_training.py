@@ -104,7 +104,7 @@ def train_pool(
     out: str | Path,
     *,
     engine: str = "local",
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Pool:
     """Train a model for each partition of a corpus that has none in the pool yet.
@@ -114,7 +114,7 @@ def train_pool(
         corpus: Anything that `open_corpus` takes, with the column to partition by.
         out: The pool's directory; the same call goes on from there.
         engine: Engine that members are trained on; see `runner`.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `PoolSettings` by name.
 
     Returns:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whence import runner
+from whence import outlets, runner
 from whence.ablation.averages import ALPHA, RegMean
 from whence.ablation.candidates import Candidate, read_candidates
 from whence.ablation.gram_matrices import averaging
@@ -102,6 +102,11 @@ class Ablation:
     is cheaper."""
     notes: list[str] = field(default_factory=list)
 
+    to_arrow = outlets.to_arrow
+    to_pandas = outlets.to_pandas
+    save = outlets.save
+    _repr_html_ = outlets.as_html
+
     def __repr__(self) -> str:
         """How much was read, the best mixture, and how to go on."""
         gained = self.gained()
@@ -150,7 +155,7 @@ def ablate(
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> Ablation:
     """Losses of mixtures on evaluation sets.
 
@@ -168,7 +173,7 @@ def ablate(
         max_tokens: Windows of evaluation texts, in tokens; None: as members were trained.
         tokens_per_batch: Tokens of an evaluation's pass.
         seed: Seed of intervals.
-        progress: Show bars on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         SettingError: A mixture names an unknown partition or does not sum to 1; `truth` has no corpus.
@@ -227,7 +232,9 @@ class _Evaluator:
     scale: float
     regmean: RegMean | None = None
 
-    def merged(self, candidates: Sequence[Candidate], *, progress: bool) -> dict[str, dict[str, Losses]]:
+    def merged(
+        self, candidates: Sequence[Candidate], *, progress: runner.ProgressOption
+    ) -> dict[str, dict[str, Losses]]:
         """Losses of merged models by candidate and set; also of single members, and of the parent under the name ""."""
         self.pool.check()  # losses are stored by members' checksums: so the members must have them
         mixed = mixed_model(self.pool, scale=self.scale, regmean=self.regmean)
@@ -260,7 +267,7 @@ class _Evaluator:
         return ["regmean", self.regmean.alpha, {name: self.regmean.digests[name] for name in weights}]
 
     def truths(
-        self, candidates: Sequence[Candidate], partitions: Mapping[str, Partition], *, progress: bool
+        self, candidates: Sequence[Candidate], partitions: Mapping[str, Partition], *, progress: runner.ProgressOption
     ) -> dict[str, dict[str, Losses]]:
         """Losses of models really trained, by candidate and set; an interrupted training is done again."""
         by_name: dict[str, dict[str, Losses]] = {}

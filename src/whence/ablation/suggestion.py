@@ -86,7 +86,7 @@ def suggest(
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> Suggestion:
     """Find the mixture with the smallest loss, by descent from the uniform mixture.
 
@@ -101,7 +101,7 @@ def suggest(
         max_tokens: Longest window; None: as members were trained.
         tokens_per_batch: Tokens of a pass.
         seed: Seed of the sampled rows.
-        progress: Show a bar.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         SettingError: A number is out of range, caps leave less than a whole mixture, or a name is unknown.

@@ -12,7 +12,7 @@ import typer
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
-from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, Report
+from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, WholeReport
 from whence.counts import number_of
 from whence.errors import SettingError
 
@@ -158,29 +158,30 @@ def ablate(
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write a row each mixture and set, which `mix law` reads.")
     ] = None,
-    report: Report = None,
+    report: WholeReport = None,
     seed: Annotated[int, typer.Option(help="Seed of intervals.")] = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """What would another mixture of data have given? Losses of averages, none of them trained."""
-    from whence.reports.existing_files import Output, check_outputs
-    from whence.reports.files import write_page, write_rows
+    from whence.reports.existing_files import REPORT_ENDINGS, Output, check_outputs
+    from whence.reports.files import write_rows
 
-    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[*evaluated, mixtures, corpus], others=[path], force=force)
     check_inputs(pool=path, corpora=[*evaluated, mixtures, corpus])
     with waiting("Loading torch"):
         from whence.ablation.pipeline import ablate as run
         from whence.reports.ablate_page import ablate_page
         from whence.reports.ablate_tables import ablate_answer, ablate_tables
+        from whence.reports.saved_results import write_report
     result = run(path, evaluated, mixtures=mixtures, truth=truth, corpus=corpus, scale=scale, method=method,
                 alpha=alpha, max_tokens=max_tokens, seed=seed, progress=not as_json)  # fmt: skip
     rows = result.rows()
     if out is not None:
         write_rows(rows, out)
     if report is not None:
-        write_page(ablate_page(result, shlex.join(["whence", *sys.argv[1:]]), bits=bits), report)
+        write_report(result, report, lambda: ablate_page(result, shlex.join(["whence", *sys.argv[1:]]), bits=bits))
     if as_json:
         agreements = {
             name: {

@@ -22,6 +22,9 @@ PoolCorpus = Annotated[str | None, typer.Option("--corpus", help="The pool's cor
 EvalFiles = Annotated[list[str], typer.Option("--eval", help="Held-out rows: a file, or a directory of files.")]
 RowsFile = Annotated[str | None, typer.Option("-o", "--out", help="Write the rows to .jsonl, .csv or .parquet.")]
 Report = Annotated[str | None, typer.Option(help="Write an HTML report.")]
+WholeReport = Annotated[
+    str | None, typer.Option("--report", help="Write an HTML report; or to .json all, for whence.open_result.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite a file that Whence did not write. An input is never overwritten.")
 ]

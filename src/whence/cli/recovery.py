@@ -9,7 +9,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import ChatTemplate, Date, Force, Json, Report, RowsFile, Supervise, listed
+from whence.cli.options import ChatTemplate, Date, Force, Json, RowsFile, Supervise, WholeReport, listed
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -26,7 +26,7 @@ def recover(
         bool, typer.Option(help="Fine-tune a shadow to learn what members look like; else the method is nnls.")
     ] = True,
     out: RowsFile = None,
-    report: Report = None,
+    report: WholeReport = None,
     layers: Annotated[
         str | None, typer.Option(help="Patterns of layer names; the blocks' linear ones, or an adapter's B.")
     ] = None,
@@ -89,8 +89,8 @@ def recover(
     from whence.corpus.columns import current, original
     from whence.outputs import refuse_inputs
     from whence.recovery.settings import RecoverSettings, check_count
-    from whence.reports.existing_files import Output, check_outputs
-    from whence.reports.files import write_page, write_rows
+    from whence.reports.existing_files import REPORT_ENDINGS, Output, check_outputs
+    from whence.reports.files import write_rows
 
     settings = {
         "method": method or ("calibrated" if calibrate else "nnls"), "optimizer": optimizer, "epochs": epochs, "lr": lr,
@@ -101,7 +101,7 @@ def recover(
         "supervise": supervise,
     }  # fmt: skip
     check_count(count, RecoverSettings(**settings))
-    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
@@ -111,11 +111,12 @@ def recover(
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page
         from whence.reports.recover_tables import recover_answer, recover_tables
+        from whence.reports.saved_results import write_report
     result = run(base, final, corpus, count=count, work=work, progress=not as_json, **settings)
     if out is not None:
         write_rows([original(row, current()) for row in result.rows], out)
     if report is not None:
-        write_page(recover_page(result, shlex.join(["whence", *sys.argv[1:]])), report)
+        write_report(result, report, lambda: recover_page(result, shlex.join(["whence", *sys.argv[1:]])))
     if as_json:
         keys = ("expected", "low", "high")
         members = None if result.members is None else dict(zip(keys, result.members, strict=True))

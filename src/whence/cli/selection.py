@@ -59,7 +59,7 @@ def select(
         str | None, typer.Option(help="Methods, with commas between, whose choices are compared with this one.")
     ] = None,
     report: Annotated[
-        str | None, typer.Option(help="Write what was chosen, and what was not, as one .html page.")
+        str | None, typer.Option(help="Write what was chosen, and what was not, as an .html page, or all as .json.")
     ] = None,
     model: Annotated[
         str | None,
@@ -77,8 +77,8 @@ def select(
 ) -> None:
     """Which training examples should be trained on for a task?"""
     from whence.corpus.columns import original
-    from whence.reports.existing_files import Output, check_outputs
-    from whence.reports.files import write_page, write_rows
+    from whence.reports.existing_files import REPORT_ENDINGS, Output, check_outputs
+    from whence.reports.files import write_rows
     from whence.selection.budget import Budget, Limits, no_index_for
 
     entry = catalogue.scorer_entry(method)
@@ -92,10 +92,11 @@ def select(
         raise no_index_for(method, source)
     options: dict[str, Any] = {"options": pairs("--set", option), "selector": selector, "by": by}
     models = [model, loading.tokenizer, *options["options"].values()]
-    outputs = [Output("-o", out), Output("--report", report, (".html",))]
+    outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
     check_inputs(models=[model], corpora=[tasks, corpus, None if is_index(source) else source])
     with waiting("Loading torch"):
+        from whence.reports.saved_results import write_report
         from whence.reports.select_page import select_page
         from whence.reports.select_tables import FEW_IN_COMMON, select_answer, select_tables
         from whence.selection.description import composition, method_overlaps
@@ -118,7 +119,7 @@ def select(
     if out is not None:
         write_rows([original(row, view.columns) for row in chosen.rows], out)
     if report is not None:
-        write_page(select_page(chosen, overlaps), report)
+        write_report(chosen, report, lambda: select_page(chosen, overlaps))
     if as_json:
         more = {"composition": composition(chosen), "answers": [share._asdict() for share in chosen.answers]}
         more |= {"left_out": chosen.selection.tally(), "overlap": overlaps}

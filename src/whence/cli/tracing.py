@@ -54,20 +54,20 @@ def trace(
     seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
     model: ModelPath = None,
     out: Annotated[
-        str | None, typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, or a report to .html.")
+        str | None,
+        typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, a report to .html, or all to .json."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
     from whence.corpus.reading import conversation_in
-    from whence.reports.existing_files import Output, check_outputs
-    from whence.reports.files import write_page, write_rows
+    from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
     from whence.tracing.spans import span_of
 
     catalogue.trace_method(method)
     is_page = out is not None and out.endswith(".html")
-    output = Output("-o", out, (".jsonl", ".csv", ".parquet", ".html"))
+    output = Output("-o", out, RESULT_ENDINGS)
     check_outputs([output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer], force=force)
     conversation = None if messages is None else [conversation_in(messages)]
     if conversation and queries:
@@ -76,7 +76,6 @@ def trace(
     check_inputs(index=index, corpora=[queries, controls])
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
-        from whence.reports.trace_page import trace_page
         from whence.reports.trace_tables import MANY, stands_out, trace_answer, trace_tables
         from whence.tracing.pipeline import trace as run
     with working("Tracing"):
@@ -91,7 +90,7 @@ def trace(
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:
-        write_page(trace_page(result), out) if is_page else write_rows(rows, out)
+        result.save(out, force=True)  # what may be overwritten was asked before the work
     if as_json:
         answers = [answer.as_json() for answer in result.answers]
         more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}

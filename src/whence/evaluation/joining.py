@@ -34,6 +34,7 @@ from whence.corpus.reading import Corpus
 from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.opening import Index
+from whence.runner import ProgressOption
 from whence.selection.pipeline import build_scorer, open_view, targets_of
 from whence.selection.views import CorpusView, IndexView
 
@@ -72,7 +73,7 @@ def join(
     model: str | None = None,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: ProgressOption = True,
 ) -> Join:
     """Compare scores of an index with a pool's leave-one-partition-out changes.
 
@@ -86,7 +87,7 @@ def join(
         corpus: The corpus that the pool was trained on, which tells the rows of its units; None: the one that the pool
             names.
         seed: Seed of scorers and intervals.
-        progress: Whether to show bars.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         SettingError: Fewer than three members, or a partition of which the index has no row; for a pool of units, no
@@ -114,7 +115,7 @@ def join(
     return Join(points, correlations)
 
 
-def _changes(pool: Pool, sets: Sequence[EvalSet], *, progress: bool) -> dict[str, dict[str, float]]:
+def _changes(pool: Pool, sets: Sequence[EvalSet], *, progress: ProgressOption) -> dict[str, dict[str, float]]:
     """Change of loss by set and partition."""
     names = pool.partitions
     rows: list[dict[str, Any]] = [{"name": "all", "weights": dict.fromkeys(names, 1 / len(names))}]

@@ -80,7 +80,7 @@ def index(
     *,
     settings: IndexSettings | None = None,
     restart: bool = False,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
     **options: Any,
 ) -> Index:
     """Build an index of a corpus' gradients, or go on with one that was stopped.
@@ -92,7 +92,7 @@ def index(
         settings: Settings of the index; or fields of `IndexSettings` and `GradientSpace` by name as `options`, such as
             `projection="count_sketch", width=8192, codec="int8"`.
         restart: Remove the index in `out` and start over.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         **options: See `settings`.
 
     Returns:
@@ -160,7 +160,7 @@ def append(
     corpus: str | Path | Corpus | list[Row] | None = None,
     *,
     undo: bool = False,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
     **loading: Unpack[IndexLoading],
 ) -> Index:
     """Append more rows to a complete index; its old files stay as they are. Run again after a stop, it resumes.
@@ -170,7 +170,7 @@ def append(
         corpus: Whatever `corpus.open_corpus` takes.
         undo: In place of a corpus: drop the rows of an unfinished append, whose corpus has changed or is gone. The
             index is then what it was before.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         **loading: How the model is loaded: see `models.load_options.IndexLoading`.
 
     Raises:
@@ -277,14 +277,14 @@ def _refuse_joining(store: Store) -> None:
         store.require_complete()
 
 
-def _fill(built: Index, progress: bool) -> None:
+def _fill(built: Index, progress: runner.ProgressOption) -> None:
     """Compute every shard that is missing, checkpoint by checkpoint."""
     store = built.store
     parts = store.manifest.parts
     jobs = [Job(checkpoint, part, parts[part].rows) for checkpoint, part in store.missing()]
     total = store.rows * len(built.weights)
     done = total - sum(job.rows for job in jobs)
-    with runner.progress("Indexing", total, done=done, shown=progress and bool(jobs)) as on_tick:
+    with runner.progress("Indexing", total, done=done, shown=progress if jobs else False) as on_tick:
 
         def work(job: Job, tick: runner.Tick) -> Any:
             return store.write_shard_file(

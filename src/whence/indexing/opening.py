@@ -11,7 +11,7 @@ import logging
 import shlex
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
@@ -40,6 +40,10 @@ from whence.models.loading import LoadedModel, directory_digest, tokenizer_diges
 from whence.models.moments import moments_digest
 from whence.paths import exists, is_directory
 from whence.turns import one_at_a_time
+
+if TYPE_CHECKING:
+    from whence.selection.pipeline import Chosen
+    from whence.tracing.results import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +78,20 @@ class Index:
 
     def __repr__(self) -> str:
         """Where it is, and how to go on."""
-        more = "More: whence.trace(INDEX, PROMPT), .store.info()"
+        more = "More: .trace(PROMPT), .select(TASKS, count=100), .store.info()"
         return f"Index({self.store.place.root}, {number_of(self.store.rows, 'row')})\n  {more}"
+
+    def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":
+        """Training examples that made a model say something: `whence.trace` of this index, with its other arguments."""
+        import whence  # what answers lies above indexing, and is imported when first asked for
+
+        return whence.trace(self, prompt, completion, **arguments)
+
+    def select(self, tasks: Any = None, **arguments: Any) -> "Chosen":
+        """The rows that should help most with a task: `whence.select` of this index, with its other arguments."""
+        import whence
+
+        return whence.select(self, tasks, **arguments)
 
     @cached_property
     def space(self) -> GradientSpace:

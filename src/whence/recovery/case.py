@@ -187,7 +187,7 @@ def labelled(
     fingerprint: Fingerprint,
     settings: RecoverSettings,
     *,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> Corpus:
     """The corpus with the labels that theta_f gives it, or as it is where there are no choices."""
     if not settings.choices:

@@ -14,7 +14,7 @@ Source: SELECT, Morris et al. 2025, https://arxiv.org/abs/2506.15553. How this d
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from whence import outlets
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, written_by
@@ -57,6 +58,7 @@ from whence.recovery.shadow_calibration import (
     recipe_of,
 )
 from whence.recovery.shares import rows_of, shares_of_sources
+from whence.runner import ProgressOption
 from whence.storage import Place
 
 
@@ -88,6 +90,14 @@ class Recovered:
     members: tuple[float, float, float] | None = None
     """Expected number of members in the corpus, and the ends of its 95% interval; `calibrated` only."""
 
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Names that Whence reads, and the rows' own in their place, under which they are written; see `corpus.columns`."""
+
+    to_arrow = outlets.to_arrow
+    to_pandas = outlets.to_pandas
+    save = outlets.save
+    _repr_html_ = outlets.as_html
+
     def __repr__(self) -> str:
         """How many rows, of how many expected, and how to go on."""
         lines = [f"Recovered({len(self.rows):,} of {number_of(len(self.scores), 'row')}, by {self.settings['method']})"]
@@ -108,7 +118,7 @@ def recover(
     *,
     count: int | None = None,
     work: str | Path = "whence-recover.work",
-    progress: bool = True,
+    progress: ProgressOption = True,
     **settings: Any,
 ) -> Recovered:
     """Find the rows of a corpus that a model was fine-tuned on, from its weights and those it began with.
@@ -120,7 +130,7 @@ def recover(
         count: Rows to choose, and about the number that the model was trained on. None: the rows more likely members
             than not; the shadow is trained on a tenth of the corpus.
         work: Directory of the evidence and the shadow; the same call goes on from there.
-        progress: Show bars on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
 
     Returns:
@@ -145,7 +155,7 @@ def recover(
 
 
 def _recovered(
-    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, progress: bool
+    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, progress: ProgressOption
 ) -> Recovered:
     """As `recover`, of two models that have been compared."""
     fingerprint = fingerprint_of(opened)
@@ -207,6 +217,7 @@ def _recovered(
         learned=learned,
         null=None if membership is None else membership.null_log_odds.float(),
         members=None if membership is None else (membership.members, membership.low, membership.high),
+        columns=opened.columns,
     )
 
 

@@ -50,7 +50,7 @@ def gather_evidence(
     others: Mapping[str, Case] | None = None,
     base: PointEvidence | None = None,
     label: str = "Reading",
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> CorpusEvidence:
     """Gather the evidence of a corpus at every point, or go on doing so.
 

@@ -27,6 +27,7 @@ from whence.recovery.membership import FOLDS, Calibration, calibrate, features
 from whence.recovery.points import gather_evidence
 from whence.recovery.settings import RecoverSettings
 from whence.recovery.shadow_model import BATCH_SIZES, EPOCHS, Recipe, Shadow, trained_shadow
+from whence.runner import ProgressOption
 from whence.storage import Place
 
 SHADOW_DIFFERENCE = "shadow"
@@ -145,7 +146,7 @@ def calibrate_on_shadow(
     work: Path,
     *,
     base: PointEvidence | None = None,
-    progress: bool = True,
+    progress: ProgressOption = True,
 ) -> Learned:
     """Gather the evidence of rows whose membership is known, and fit membership to it.
 

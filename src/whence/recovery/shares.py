@@ -44,7 +44,7 @@ def shares_of_sources(
     how: str | None = None,
     count: int,
     seed: int = 0,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
 ) -> list[dict[str, Any]]:
     """Share of every source in the rows trained on and in their supervised tokens, with 95% intervals.
 

@@ -18,15 +18,19 @@ from whence.outputs import is_described, refuse_inputs
 from whence.reports.files import check_ending, destination
 
 ROWS = (".jsonl", ".csv", ".parquet")
+RESULT_ENDINGS = (*ROWS, ".html", ".json")
+"""What a result is saved to: its rows, its page, the whole of it."""
+REPORT_ENDINGS = (".html", ".json")
 HEAD_BYTES = 1 << 18
 """Bytes in which a page's heading and a plot's title stand: a page begins with 25 kB of style."""
 MARKS = (
     b"<h1>Whence <span>",
     b"<title>Gain in held-out loss over random selection",
     b"<title>Scores summed by partition against the loss",
+    b'{"whence_result": "',
     b'merge_method: task_arithmetic\nbase_model: "',
 )
-"""What is in a page, a plot and a recipe of Whence's."""
+"""What is in a page, a plot, a whole result and a recipe of Whence's."""
 TABLES = (
     ("whence_score",),  # select and recover: rows of any corpus
     ("query", "rank", "id", "score", "source"),

@@ -10,14 +10,17 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whence.errors import SettingError, StorageError
 from whence.outputs import require_writable
 from whence.paths import is_directory
 from whence.storage import Place, reason
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +39,9 @@ def write_rows(rows: Sequence[dict[str, Any]], out: str | Path) -> None:
         StorageError: The file cannot be written.
     """
     ending = Path(out).suffix
-    rows = [{_storable(name): _storable(value) for name, value in row.items()} for row in rows]
+    rows = _all_storable(rows)
     if ending == ".parquet":
-        data = _parquet([_flat(row) for row in rows])
+        data = _parquet(rows)
     elif ending == ".csv":
         data = _csv([_flat(row) for row in rows]).encode("utf-8", "replace")
     else:
@@ -56,6 +59,15 @@ def write_page(page: str, out: str | Path) -> None:
     _write(out, page.encode("utf-8", "replace"))
 
 
+def write_result(document: bytes, out: str | Path) -> None:
+    """Write a whole result, as `result_json` has it, whole or not at all.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    _write(out, document)
+
+
 def _write(out: str | Path, data: bytes | memoryview) -> None:
     place, name = destination(out)
     try:
@@ -69,6 +81,10 @@ def destination(out: str | Path) -> tuple[Place, str]:
     file = Place.at(out)
     folder, _, name = file.root.rpartition("/")
     return Place(file.fs, folder), name
+
+
+def _all_storable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{_storable(name): _storable(value) for name, value in row.items()} for row in rows]
 
 
 def _storable(value: Any) -> Any:
@@ -124,14 +140,31 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def _parquet(rows: Sequence[dict[str, Any]]) -> memoryview:
+def arrow_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | None = None) -> "pyarrow.Table":
+    """Rows as the table that `write_rows` writes to .parquet.
+
+    Args:
+        rows: What is found.
+        columns: Columns, with the names of their types, that the table has where there is no row.
+
+    >>> arrow_table([], {"rank": "int64"}).schema.names, arrow_table([{"rank": 1, "by": [0.5]}]).to_pylist()
+    (['rank'], [{'rank': 1, 'by': '[0.5]'}])
+    """
     import pyarrow
+
+    if not rows:
+        types = {name: pyarrow.type_for_alias(kind) for name, kind in (columns or {}).items()}
+        return pyarrow.table({name: pyarrow.array([], kind) for name, kind in types.items()})
+    rows = [_flat(row) for row in _all_storable(rows)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _parquet(rows: Sequence[dict[str, Any]]) -> memoryview:
     import pyarrow.parquet
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    pyarrow.parquet.write_table(arrow_table(rows), sink, compression="zstd")
     return sink.getbuffer()
 
 

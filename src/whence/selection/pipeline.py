@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence import catalogue
+from whence import catalogue, outlets
 from whence.corpus.columns import current
 from whence.corpus.layouts import Row, shown_text
 from whence.corpus.reading import Corpus, open_corpus
@@ -29,6 +29,7 @@ from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.training_state import warn_of_run
+from whence.runner import ProgressOption, shown_as
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
@@ -57,6 +58,14 @@ class Chosen:
     answers: list[AnswerShare] = field(default_factory=list)
     """How often the task's labels are the answers of the chosen rows, and of its examples; none for free text."""
 
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Names that Whence reads, and the rows' own in their place, under which they are written; see `corpus.columns`."""
+
+    to_arrow = outlets.to_arrow
+    to_pandas = outlets.to_pandas
+    save = outlets.save
+    _repr_html_ = outlets.as_html
+
     def __repr__(self) -> str:
         """How much was chosen, the first row, and how to go on."""
         selection, how = self.selection, f"{self.settings['method']}, {self.settings['selector']}"
@@ -82,6 +91,7 @@ def select(
     model: str | None = None,
     view: str | None = None,
     adam_mode: str = "torch",
+    progress: ProgressOption = False,
     **settings: Any,
 ) -> Chosen:
     """Choose the training rows that should help most with a task.
@@ -97,6 +107,7 @@ def select(
         model: For a corpus, the model that scorers read; for an index, the model's directory, where it has moved.
         view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
         adam_mode: How that view treats the moments: "torch" or "less".
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
 
@@ -110,17 +121,18 @@ def select(
     loading, settings = split_loading(settings)
     how, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
     scorer = build_scorer(how.method, how.seed, how.options)
-    opened_view = open_view(
-        source,
-        how.method,
-        model=model,
-        brings_model="model" in how.options,
-        view=view,
-        adam_mode=adam_mode,
-        **loading,
-    )
-    copy = None if corpus is None else open_corpus(corpus)
-    return _select_each(opened_view, {"": tasks}, scorer, how, budget, copy)[""]
+    with shown_as(progress, "Scoring"):
+        opened_view = open_view(
+            source,
+            how.method,
+            model=model,
+            brings_model="model" in how.options,
+            view=view,
+            adam_mode=adam_mode,
+            **loading,
+        )
+        copy = None if corpus is None else open_corpus(corpus)
+        return _select_each(opened_view, {"": tasks}, scorer, how, budget, copy)[""]
 
 
 def select_each(
@@ -174,7 +186,7 @@ def _select_each(
             selection.notes.append(warning)
         texts = [f"{query.prompt} {query.completion}".strip() for query in queries]
         described = described_settings(settings, budget, targets, view)
-        out[name] = Chosen(selection, rows, candidates, described, texts, answers)
+        out[name] = Chosen(selection, rows, candidates, described, texts, answers, dict(view.columns))
     return out
 
 

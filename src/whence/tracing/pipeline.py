@@ -24,6 +24,7 @@ from whence.counts import number_of
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
+from whence.runner import ProgressOption, shown_as
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
 from whence.tracing.levels import MEANINGLESS, Shape, cost
@@ -46,6 +47,7 @@ def trace(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     model: str | None = None,
+    progress: ProgressOption = False,
     **settings: Any,
 ) -> Trace:
     """Training examples that made a model say something.
@@ -62,6 +64,7 @@ def trace(
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
 
@@ -75,32 +78,35 @@ def trace(
     loading, settings = split_loading(settings)
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
-    opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
-    texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, opened.columns)
-    opened.store.require_complete()
-    _check_space(opened, how)
-    rankable = len(opened.store.rankable())
-    if not rankable:
-        raise SettingError(_why_none(opened))
-    encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
-    own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
-    control_queries = None
-    if catalogue.trace_method(how.method).from_index:
-        if controls is not None and (how.null or how.specific):
-            control_texts = queries_of(controls, flag="--controls", columns=opened.columns)
-            control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
-        traced = Retrieval(opened, encoded, how, control_queries).trace()
-    else:
-        traced = from_scorer(opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed)
-    described = _described_settings(opened, how) | {"completion": _completion_origin(traced.answers, sampling)}
-    if catalogue.trace_method(how.method).from_index:
-        described["control queries"] = _control_origin(how, controls, traced)
-        described["corrected for examples high for any question"] = "yes" if how.specific else "no"
-    if traced.levels:
-        context = opened.model().context
-        described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
-    notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
-    return replace(traced, rows=rankable, settings=described, notes=notes)
+    with shown_as(progress, "Tracing"):
+        opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
+        texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, opened.columns)
+        opened.store.require_complete()
+        _check_space(opened, how)
+        rankable = len(opened.store.rankable())
+        if not rankable:
+            raise SettingError(_why_none(opened))
+        encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
+        own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
+        control_queries = None
+        if catalogue.trace_method(how.method).from_index:
+            if controls is not None and (how.null or how.specific):
+                control_texts = queries_of(controls, flag="--controls", columns=opened.columns)
+                control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
+            traced = Retrieval(opened, encoded, how, control_queries).trace()
+        else:
+            traced = from_scorer(
+                opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed
+            )
+        described = _described_settings(opened, how) | {"completion": _completion_origin(traced.answers, sampling)}
+        if catalogue.trace_method(how.method).from_index:
+            described["control queries"] = _control_origin(how, controls, traced)
+            described["corrected for examples high for any question"] = "yes" if how.specific else "no"
+        if traced.levels:
+            context = opened.model().context
+            described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
+        notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
+        return replace(traced, rows=rankable, settings=described, notes=notes)
 
 
 def _why_none(opened: Index) -> str:

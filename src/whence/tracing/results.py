@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence import outlets
 from whence.brief import brief
 from whence.corpus.layouts import Row, shown_text
 from whence.counts import number_of
@@ -181,6 +182,11 @@ class Trace:
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
+
+    to_arrow = outlets.to_arrow
+    to_pandas = outlets.to_pandas
+    save = outlets.save
+    _repr_html_ = outlets.as_html
 
     def __repr__(self) -> str:
         """How much there is, the first examples, and how to go on."""

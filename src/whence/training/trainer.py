@@ -78,7 +78,7 @@ def train(
     out: str | Path,
     *,
     preset: str | None = None,
-    progress: bool = True,
+    progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Path:
     """Fine-tune a model on a corpus, into a directory that is a Run; or go on doing so.
@@ -93,7 +93,7 @@ def train(
             tokenizer in each and beside them, and the settings in `whence_train.json`; with `in_run` also
             `in_run_scores.parquet` and what belongs to it, with `mix` the log `online_mixing.jsonl`.
         preset: Name in `PRESETS`, whose settings hold where `settings` says nothing.
-        progress: Show a bar on stderr.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
 
     Returns:
@@ -118,7 +118,7 @@ def _train(
     corpus: str | Path | Corpus | Iterable[Row],
     directory: Path,
     chosen: TrainSettings,
-    progress: bool,
+    progress: runner.ProgressOption,
 ) -> Path:
     """Train in a directory that is locked."""
     refuse_others(directory)
@@ -160,7 +160,9 @@ def _train(
     return directory
 
 
-def _train_from(trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int, progress: bool) -> None:
+def _train_from(
+    trainer: "_Trainer", newest: Path | None, *, steps_per_epoch: int, progress: runner.ProgressOption
+) -> None:
     """Train from the newest checkpoint, or from the start, unless all steps are done."""
     for follower in trainer.followers():
         follower.load(newest)
