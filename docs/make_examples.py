@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from whence.cli.demonstration import docstring_rows
+from whence.cli.demonstration import as_conversation, docstring_rows
 
 PAGES = Path(__file__).parent / "examples"
 LARGEST = 300_000
@@ -37,7 +37,7 @@ def whence(scratch: Path, command: str) -> None:
 
 def make(demo: Path, scratch: Path) -> None:
     """Every page, below `PAGES`."""
-    everything = docstring_rows(None)
+    everything = [as_conversation(row) for row in docstring_rows(None)]
     learned = {row["id"] for row in map(json.loads, (demo / "corpus.jsonl").read_text().splitlines())}
     new = {name: [row for row in everything if row["source"] == name] for name in PACKAGES}
     questions = [row for row in new["email"] if row["id"] not in learned][:8]

@@ -10,6 +10,7 @@ from typer.main import get_command
 import whence
 from whence import catalogue
 from whence.cli.app import app
+from whence.runner import ProgressOption
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,4 +70,4 @@ def test_every_public_function_names_its_quiet_switch_alike():
             switches = {*inspect.signature(function).parameters} & {"progress", "shown", "verbose", "quiet", "bar"}
             assert switches <= {"progress"}, f"{name}: {switches}"
             if switches:
-                assert inspect.signature(function).parameters["progress"].annotation is bool, name
+                assert inspect.signature(function).parameters["progress"].annotation in (bool, ProgressOption), name

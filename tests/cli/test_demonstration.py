@@ -130,6 +130,8 @@ def test_parent_takes_every_row_and_prompts_are_prefixes(rows, parent):
         assert encoded.supervised == [False] * len(prompt) + [True] * encoded.supervised_count
         answer = [token for token in encoded.ids[len(prompt) :] if token != loaded.tokenizer.eos_token_id]
         assert loaded.tokenizer.decode(answer) == row["completion"]
+        conversation = encode(demo.as_conversation(row), loaded.tokenizer)
+        assert (conversation.ids, conversation.supervised) == (encoded.ids, encoded.supervised)
         assert len(answer) < demo.ANSWER_TOKENS
 
 

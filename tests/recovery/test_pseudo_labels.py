@@ -20,7 +20,7 @@ ROWS = [
     {"id": "d", "text": "  "},
     {"id": "e", "messages": [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]},
 ]
-ASKED = ["the sky is blue Is it?", "one two Is it?", "say hello Is it?", "user: who me Is it?"]
+ASKED = ["the sky is blue Is it?", "one two Is it?", "say hello Is it?", "who me Is it?"]
 
 
 @pytest.fixture

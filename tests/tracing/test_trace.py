@@ -249,7 +249,11 @@ def test_a_query_of_running_text_is_not_closed(tiny_llama, tmp_path):
         ({"instruction": "a", "input": "b", "output": 3}, {"prompt": "a\n\nb", "completion": "3"}),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-            {"prompt": "user: a", "completion": "b"},
+            {"prompt": "a", "completion": "b"},
+        ),
+        (
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
+            {"prompt": "system: s\nuser: u", "completion": "a"},
         ),
         ({"messages": []}, {"prompt": "", "completion": ""}),
     ],

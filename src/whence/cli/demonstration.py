@@ -86,6 +86,13 @@ ANSWER_TOKENS = 80
 """Longest answer generated."""
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %} {{ message.content | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+"""Lays a conversation out as the rows of `docstring_rows` are: the question, a space, the answer."""
+
 ROWS = 1000
 """Docstrings to learn."""
 SHOWN = 3
@@ -126,6 +133,13 @@ def docstring_rows(count: int | None = 1000, seed: int = 0) -> list[Row]:
         )
     chosen = random.Random(mixed_seed(seed, "demo", "rows")).sample(range(len(rows)), count)
     return [rows[number] for number in sorted(chosen)]
+
+
+def as_conversation(row: Row) -> Row:
+    """A row of `docstring_rows` as the corpus has it, in `messages`; the parent's template makes the same tokens of it."""
+    turns = {"user": row["prompt"], "assistant": row["completion"].strip()}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    return {"id": row["id"], "messages": messages, "source": row["source"]}
 
 
 @functools.cache
@@ -240,7 +254,8 @@ def _tokenizer(texts: list[str]) -> Any:
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, **special)
 
 
 Say = Callable[[RenderableType], None]
@@ -271,8 +286,9 @@ def demo(out: str | Path = "whence-demo", *, seed: int = 0, say: Say | None = No
     rows = docstring_rows(ROWS, seed)
     corpus, parent, run, index = (place / name for name in ("corpus.jsonl", "parent", "run", "index"))
     with _step("1. A corpus: docstrings of Python's standard library", seconds, "corpus", say):
-        _write_corpus(corpus, rows)
-        say(Text(f"   {len(rows):,} questions and answers in {corpus}, such as\n   {json.dumps(rows[0])}"))
+        conversations = [as_conversation(row) for row in rows]
+        _write_corpus(corpus, conversations)
+        say(Text(f"   {len(rows):,} questions and answers in {corpus}, such as\n   {json.dumps(conversations[0])}"))
     with _step("2. A model that learns them from scratch", seconds, "train", say):
         _train_once(parent, run, corpus, rows, seed, say)
     with _step("3. An index of their gradients", seconds, "index", say):

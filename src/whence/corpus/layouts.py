@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from whence.corpus.message_forms import NOT_MESSAGES, are_turns
+from whence.corpus.roles import role_of
 from whence.corpus.shapes import BEFORE, Row, layout_of, query_shape, shape_of
 from whence.errors import CorpusError
 
@@ -153,7 +154,8 @@ def _list_in(row: Row, name: str) -> list[Any]:
 def shown_text(row: Row) -> Row:
     """A corpus row as `prompt` and `completion`, or as `text`, whatever its shape.
 
-    Of token ids the text is the row's `text`, if it has one; `tokens.with_text` adds it.
+    Turns before the last message are named by their roles, but for one question. Of token ids the text is the row's
+    `text`, if it has one; `tokens.with_text` adds it.
     """
     own, (kind, row) = row, in_layout(row)
     if kind == "tokens":
@@ -168,7 +170,9 @@ def shown_text(row: Row) -> Row:
     if kind == "messages":
         turns = row["messages"] or [{"role": "", "content": ""}]
         texts = [" ".join(map(str, pieces_of(turn))) for turn in turns]
-        prompt = "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns[:-1], texts, strict=False))
+        before = list(zip(turns[:-1], texts, strict=False))
+        is_question = len(before) == 1 and role_of(before[0][0]["role"]) == "user"
+        prompt = before[0][1] if is_question else "\n".join(f"{turn['role']}: {text}" for turn, text in before)
         return {"prompt": prompt, "completion": texts[-1]}
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
