@@ -136,7 +136,7 @@ def docstring_rows(count: int | None = 1000, seed: int = 0) -> list[Row]:
 
 
 def as_conversation(row: Row) -> Row:
-    """A row of `docstring_rows` as the corpus has it, in `messages`; the parent's template makes the same tokens of it."""
+    """A row of `docstring_rows` as the corpus has it: `messages`, of which `CHAT_TEMPLATE` makes the same tokens."""
     turns = {"user": row["prompt"], "assistant": row["completion"].strip()}
     messages = [{"role": role, "content": content} for role, content in turns.items()]
     return {"id": row["id"], "messages": messages, "source": row["source"]}
