@@ -70,13 +70,13 @@ ROWS = {
     "token ids and the completion's mask": ({"input_ids": [X, Y, 1], "completion_mask": [0, 1, 1]}, "xy</s>", "y</s>"),
     "token ids alone": ({"input_ids": [X, Y, 1]}, "xy</s>", "y</s>"),
     # LLaMA-Factory
-    "Alpaca": ({"instruction": "x", "input": "z", "output": "y"}, "<u>x\n\nz<a>y</s>", "y</s>"),
+    "Alpaca": ({"instruction": "x", "input": "z", "output": "y"}, "<u>x\nz<a>y</s>", "y</s>"),
     "Alpaca with system and history": (
         {"instruction": "z", "input": "", "output": "w", "system": "s", "history": [["x", "y"]]},
         "(system)s<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>",
     ),
     "Alpaca preference": (
-        {"instruction": "x", "input": "z", "chosen": "y", "rejected": "n"}, "<u>x\n\nz<a>y</s>", "y</s>",
+        {"instruction": "x", "input": "z", "chosen": "y", "rejected": "n"}, "<u>x\nz<a>y</s>", "y</s>",
     ),
     "ShareGPT": (
         {"conversations": [said("human", "x"), said("gpt", "y")], "system": "s"}, "(system)s<u>x<a>y</s>", "y</s>",
@@ -100,12 +100,17 @@ ROWS = {
     "segments": (
         {"segments": [{"label": False, "text": "<u>x"}, {"label": True, "text": "y</s>"}]}, "<u>xy</s>", "y</s>",
     ),
+    "messages of parts, some not trained on": (
+        {"messages": [user("x"), assistant(
+            [{"text": "n", "train": False}, {"text": "n", "weight": 0}, {"value": "y"}])]},
+        "<u>x<a>nny</s>", "y</s>",
+    ),
     "OpenAI's preference": (
         {"input": {"messages": TURNS[:1], "tools": [TOOL]}, "preferred_output": TURNS[1:2],
          "non_preferred_output": [assistant("n")]}, "[f]<u>x<a>y</s>", "y</s>",
     ),
-    "Dolly": ({"instruction": "x", "context": "z", "response": "y", "category": "qa"}, "<u>x\n\nz<a>y</s>", "y</s>"),
-    "instruction, input, response": ({"instruction": "x", "input": "z", "response": "y"}, "<u>x\n\nz<a>y</s>", "y</s>"),
+    "Dolly": ({"instruction": "x", "context": "z", "response": "y", "category": "qa"}, "<u>x\nz<a>y</s>", "y</s>"),
+    "instruction, input, response": ({"instruction": "x", "input": "z", "response": "y"}, "<u>x\nz<a>y</s>", "y</s>"),
     "OpenOrca": ({"system_prompt": "s", "question": "x", "response": "y"}, "(system)s<u>x<a>y</s>", "y</s>"),
     "question and answer": ({"question": "x", "answer": "y"}, "<u>x<a>y</s>", "y</s>"),
     "query and response": ({"query": "x", "response": "y"}, "<u>x<a>y</s>", "y</s>"),

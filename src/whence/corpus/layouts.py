@@ -9,14 +9,12 @@ data for KTO) is never trained on.
 import json
 from typing import Any
 
-from whence.corpus.message_forms import NOT_MESSAGES, are_turns
+from whence.corpus.message_forms import NOT_MESSAGES, REASONING, are_turns
 from whence.corpus.shapes import BEFORE, Row, layout_of, query_shape, shape_of
 from whence.errors import CorpusError
 
 VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what the assistant thought."""
 
 
 def in_layout(row: Row, where: str = "row") -> tuple[str, Row]:

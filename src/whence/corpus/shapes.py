@@ -3,8 +3,8 @@
 A shape is known by its columns. What it becomes holds the columns of a layout alone (`LAYOUTS`), and follows what the
 tools do that it comes from: TRL's conversational `prompt` and `completion` are one conversation of which the completion
 is supervised, a preference row is its `chosen` side, LLaMA-Factory's `system` comes before the first turn, axolotl's
-`segments` are joined as they stand. Everywhere else a row keeps its own columns: ids, digests and outputs are of the
-row as it came.
+`segments` are tokenised each by itself, as they stand. Everywhere else a row keeps its own columns: ids, digests and
+outputs are of the row as it came.
 
 Sources: TRL's "Dataset formats and types", LLaMA-Factory's data/README.md, axolotl's "Dataset formats", OpenAI's
 fine-tuning formats, databricks-dolly-15k, OpenOrca.

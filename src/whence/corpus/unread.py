@@ -33,7 +33,7 @@ DESCRIBING = {
     *("author", "date", "created", "timestamp", "meta", "metadata", "split", "dataset", "file", "path", "name"),
 }
 """Columns that describe a row."""
-MESSAGE_KEYS = ("loss", "train", "training", "trainable", "loss_mask", "mask", "masked")
+MESSAGE_KEYS = ("loss", "train", "training", "trainable", "train_detail", "loss_mask", "mask", "masked")
 """Keys of a message by which some trainers leave it out of the loss; Whence reads `weight`."""
 WORDS = 4
 """Words of a text that may have been trained on; a label or a place's name has fewer."""
@@ -119,11 +119,12 @@ def _log_shapes(name: str, shapes: tuple[tuple[str, int], ...], rows: int) -> No
 def _log_columns(name: str, columns: tuple[str, ...], most: int, rows: int) -> None:
     logger.warning(
         "%s: not read, and no part of the text that is trained on: %s (in up to %d of %d rows). If the model saw them, "
-        "say which column is which (--map), or write them into the columns that are read.",
+        "say which column is which (--map), or write them into the columns that are read.%s",
         name,
         ", ".join(f"`{column}`" for column in columns),
         most,
         rows,
+        " Whether a message is trained on is read from its `weight`, 0 or 1." * any("[]" in name for name in columns),
     )
 
 
