@@ -53,10 +53,12 @@ NAMED = {
 
 def test_ids_and_labels_are_those_of_axolotl():
     different, other, named = {}, set(), set()
+    merges = [tuple(pair) for pair in AXOLOTL["merges"]]
+    tokenizers = {name: byte_level(merges, chat=text) for name, text in AXOLOTL["templates"].items()}
+    tokenizers[None] = byte_level(merges, bos=True)
     for case in AXOLOTL["rows"]:
         template, name = case["template"], case["name"]
-        merges = [tuple(pair) for pair in AXOLOTL["merges"]]
-        tokenizer = byte_level(merges, bos=template is None, chat=AXOLOTL["templates"].get(template))
+        tokenizer = tokenizers[template]
         supervise(tokenizer, case.get("supervise"))
         (example,) = open_corpus([case["row"]], columns=case.get("map"))
         encoded = encode(example.row, tokenizer)

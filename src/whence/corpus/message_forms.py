@@ -1,7 +1,8 @@
 """The forms in which formats write the messages of a conversation, and the one that Whence reads.
 
 That is OpenAI's: a list of objects with `role` and `content`. ShareGPT writes `from` and `value`, and has roles of its
-own for tools; files without lists hold JSON text; contents may be lists of parts.
+own for tools; files without lists hold JSON text; contents may be lists of parts, or called `value` (Pygmalion),
+`text` or `parts` (Gemini); a question and its answer may be one object.
 """
 
 import itertools
@@ -33,9 +34,21 @@ def turns_in(value: Any) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
+    if isinstance(value, dict) and any(keys <= value.keys() for keys in ({"role", "content"}, {"from", "value"})):
+        columns = list(value.values())  # a list of objects as `datasets` stores it: an object of lists
+        if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            value = [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return value
+    if all({"input", "output"} <= turn.keys() and "role" not in turn for turn in value):
+        value = [message for turn in value for message in _pair_of_turns(turn)]
     return [_turn(turn) for turn in value]
+
+
+def _pair_of_turns(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """A question and its answer in one object, as XTuner and Capybara have them."""
+    roles = (("system", "system"), ("user", "input"), ("assistant", "output"))
+    return [{"role": role, "content": turn[key]} for role, key in roles if turn.get(key) or key == "output"]
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +58,9 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
         if turn["role"] == "function_call":
             turn = others | {"role": "assistant", "content": "", "tool_calls": _calls(turn["content"])}
         turn["role"] = {"observation": "tool"}.get(turn["role"], turn["role"])
+    if "role" in turn and "content" not in turn:
+        own = next((key for key in ("value", "text", "parts") if turn.get(key) is not None), None)
+        turn = turn if own is None else turn | {"content": turn[own]}
     for key in ("content", *REASONING):
         if isinstance(parts := turn.get(key), list):
             turn = turn | {key: text_of_parts(parts)}

@@ -61,8 +61,8 @@ LAYOUT_VERSION = 4
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
 read two beginnings. Version 2 read no `system` beside messages, and fewer shapes. Version 3 put an empty line between
-an instruction and its input under a chat template, took `segments` for one text, and supervised what a template writes
-behind the end-of-sequence token."""
+an instruction and its input under a chat template, took `segments` for one text, read no `question` beside pairs of
+answers, and supervised what a template writes behind the end-of-sequence token."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ CHANGES = {
     "read; NaN and empty cells are missing; a beginning is read once",
     2: "a conversation's `system` is read; rows of more shapes are conversations",
     3: "under a chat template an instruction and its input are joined by one line break; `segments` are tokenised each "
-    "by itself; what a template writes behind the end of a turn is not supervised",
+    "by itself; a pair of answers has its `question`; what a template writes behind a turn's end is not supervised",
 }
 """What came after a version of the rules."""
 
