@@ -151,7 +151,7 @@ def test_system_and_history_come_before_an_instruction(chat):
 
 
 def test_columns_that_may_be_text_and_rejected_answers_are_told_once(caplog):
-    row = {"id": 1, "instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "topic": "a b c d e"}
+    row = {"id": 1, "instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "category": "a b c d e"}
     kto = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, False)]
     for rows in ([row], kto, [row], kto):
         list(open_corpus(rows))

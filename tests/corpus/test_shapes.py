@@ -131,6 +131,7 @@ ROWS = {
     "query and response": ({"query": "x", "response": "y"}, "<u>x<a>y</s>", "y</s>"),
     "prompt and response": ({"prompt": "x", "response": "y"}, "<u>x<a>y</s>", "y</s>"),
     "messages and response": ({"prompt": TURNS[:3], "response": "w"}, "<u>x<a>y</s><u>z<a>w</s>", "w</s>"),
+    "question and messages": ({"question": "x", "answer": [assistant("y")]}, "<u>x<a>y</s>", "y</s>"),
     "Nemotron": ({"input": TURNS[:1], "output": "y", "system_prompt": "s"}, "(system)s<u>x<a>y</s>", "y</s>"),
     "Orca's preference": (
         {"system": "s", "question": "x", "chosen": "y", "rejected": "n"}, "(system)s<u>x<a>y</s>", "y</s>",
@@ -187,6 +188,7 @@ def test_what_is_read_as_what_is_told_once(caplog):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ({"question": LONG, "answer": ["x", "y"]}, "`answer` holds a list, and text is expected. Say which"),
         ({"article": "a b c d", "summary": "a", "id": "1"}, "--map prompt=article,completion=summary"),
         ({"content": "a b c d", "stars": 3}, "--map text=content"),
         ({"stars": 3}, "--map messages=COLUMN"),
@@ -238,6 +240,10 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
             {"messages": [user(LONG + "!"), assistant("y")], "question": LONG, "reasoning": "y", "thinking": "o"},
             ["thinking"],
         ),
+        ({"prompt": TURNS[:1], "response": "y", "system": "s", "tools": "[]", "history": [["a", "b"]]}, ["history"]),
+        ({"instruction": "x", "output": "y", "system_prompt": "s", "tools": "[]"}, ["tools"]),
+        ({"question": "x", "chosen": "y", "rejected": "n", "tools": "[]"}, ["tools"]),
+        ({"question": "x", "chosen": TURNS[:2], "rejected": TURNS[:2], "tools": "[]", "system": "s"}, []),
     ],
 )
 def test_a_column_that_may_hold_text_is_named_unless_its_text_is_read(row, names):

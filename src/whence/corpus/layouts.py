@@ -59,9 +59,10 @@ def query_in_layout(row: Row) -> tuple[str, Row] | None:
 
 def columns_read(row: Row) -> set[str]:
     """Columns of a row that its shape reads."""
-    shape = shape_of(row)
-    tools = {"system", "tools"} if shape.columns[0] == "prompt" and layout(row) == "messages" else set()
-    return {*shape.columns, *shape.optional, *tools}
+    shape, kind = shape_of(row), layout(row)
+    if kind == "messages" and "preferred_output" not in shape.columns:
+        return {*shape.columns, *shape.optional, "system", "tools"} - ({"history", "input"} - {*shape.columns})
+    return {*shape.columns, *shape.optional} - ({"tools"} if kind != "messages" else set())
 
 
 def query_columns_read(row: Row) -> set[str]:

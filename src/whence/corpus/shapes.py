@@ -156,17 +156,18 @@ def _preferred(row: Row) -> Row:
 def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Row]:
     """An instruction and its answer under their names, and its input under one of several.
 
-    An instruction that is messages is a conversation's beginning.
+    Where one of them is messages, the row is a conversation.
     """
 
     def read(row: Row) -> Row:
-        asked = turns_in(row[question])
-        if are_turns(asked) and asked:
+        asked, said = turns_in(row[question]), turns_in(row.get(answer))
+        if any(are_turns(side) and side for side in (asked, said)):
             context = _own(row, "tools") | {"system": row.get("system") or row.get("system_prompt")}
             return _continued(context, asked, *(row[name] for name in (answer,) if name in row))
-        if isinstance(asked, list | dict):
-            kind = type(asked).__name__
-            raise CorpusError(f"`{question}` holds a {kind}, and text is expected. {WHICH} {suggested_map(row)}")
+        for name, value in ((question, asked), (answer, said)):
+            if isinstance(value, list | dict):
+                kind = type(value).__name__
+                raise CorpusError(f"`{name}` holds a {kind}, and text is expected. {WHICH} {suggested_map(row)}")
         columns = {"instruction": row[question]} | ({"output": row[answer]} if answer in row else {})
         given = next((row[name] for name in inputs if row.get(name) not in (None, "")), None)
         columns |= {} if given is None else {"input": given}
@@ -178,7 +179,7 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
 
 
 def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
-    read, optional = _instruction("instruction", answer, *inputs), (*inputs, "system", "history")
+    read, optional = _instruction("instruction", answer, *inputs), (*inputs, "system", "system_prompt", "history")
     return Shape(name, "instruction", ("instruction", answer), optional, read)
 
 
@@ -197,8 +198,10 @@ def _answered_question(question: str) -> Shape:
     as_text = _instruction(question, "chosen")
 
     def read(row: Row) -> Row:
-        is_talk = are_turns(_side(row["chosen"]))
-        return _chosen(row | {"prompt": row[question]}) if is_talk else as_text(row)
+        if not are_turns(_side(row["chosen"])):
+            return as_text(row)
+        system = row.get("system") or row.get("system_prompt")
+        return _chosen(row | {"prompt": row[question], "system": system})
 
     optional = ("system", "system_prompt", "history")
     return _preference("pairs of answers to a question", read, question, optional=optional)
@@ -252,7 +255,7 @@ SHAPES: tuple[Shape, ...] = (
         "pairs of answers to an instruction",
         _instruction("instruction", "chosen", "input"),
         "instruction",
-        optional=("input", "system", "history"),
+        optional=("input", "system", "system_prompt", "history"),
     ),
     _preference("pairs of answers", _chosen, "prompt", optional=CHAT),
     *(_answered_question(question) for question in ("question", "query", "input")),

@@ -10,8 +10,8 @@ from typing import Any
 from whence.corpus.message_forms import are_turns, turns_in
 
 DESCRIBING = {
-    *("id", "source", "task", "url", "license", "language", "lang", "category", "topic", "topics", "tags", "author"),
-    *("date", "created", "timestamp", "meta", "metadata", "split", "dataset", "file", "path", "name", "subset"),
+    *("id", "source", "url", "license", "language", "lang", "category", "tags", "author", "date", "created"),
+    *("timestamp", "meta", "metadata", "split", "dataset", "file", "path", "subset"),
 }
 """Columns that describe a row."""
 WORDS = 4
