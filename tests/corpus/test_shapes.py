@@ -242,6 +242,7 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
         ),
         ({"prompt": TURNS[:1], "response": "y", "system": "s", "tools": "[]", "history": [["a", "b"]]}, ["history"]),
         ({"instruction": "x", "output": "y", "system_prompt": "s", "tools": "[]"}, ["tools"]),
+        ({"query": "x", "response": '[{"name": "f"}]', "tools": "[]"}, ["tools"]),
         ({"question": "x", "chosen": "y", "rejected": "n", "tools": "[]"}, ["tools"]),
         ({"question": "x", "chosen": TURNS[:2], "rejected": TURNS[:2], "tools": "[]", "system": "s"}, []),
     ],

@@ -164,8 +164,8 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
         if any(are_turns(side) and side for side in (asked, said)):
             context = _own(row, "tools") | {"system": row.get("system") or row.get("system_prompt")}
             return _continued(context, asked, *(row[name] for name in (answer,) if name in row))
-        for name, value in ((question, asked), (answer, said)):
-            if isinstance(value, list | dict):
+        for name in (question, answer):
+            if isinstance(value := row.get(name), list | dict):
                 kind = type(value).__name__
                 raise CorpusError(f"`{name}` holds a {kind}, and text is expected. {WHICH} {suggested_map(row)}")
         columns = {"instruction": row[question]} | ({"output": row[answer]} if answer in row else {})
