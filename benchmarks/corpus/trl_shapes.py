@@ -6,7 +6,7 @@ TRL is no dependency of Whence, so this runs in an environment of TRL's own (tor
 and what it needs) and imports nothing of Whence. Each row goes through `SFTTrainer`'s preparation and collator (a
 preference row through `DPOTrainer`'s, of which the chosen side is taken), with the tests' byte-level tokenizer under
 two chat templates. The losses are those of `SFTTrainer.compute_loss` for base-6m and for a tiny model whose weights are
-a rule. Numbers go to
+a rule, and once more for base-6m in float64. trl_losses.py holds Whence's losses against them. Numbers go to
 benchmarks/corpus/results/trl_shapes.json, which tests/corpus/test_trl.py reads; 15 seconds on one core.
 """
 
@@ -142,11 +142,11 @@ def main() -> None:
             for name, (row, settings, supervise) in CASES.items()
             if template == "tight" or "messages" in row or isinstance(row.get("prompt"), list)
         ]
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        losses = {
-            "tiny": losses_of(_tiny(), byte_level(MERGES, chat=TEMPLATES["lines"]), folder),
-            Path(arguments.model).name: losses_of(model, AutoTokenizer.from_pretrained(arguments.model), folder),
-        }
+        name, tokenizer = Path(arguments.model).name, AutoTokenizer.from_pretrained(arguments.model)
+        losses = {"tiny": losses_of(_tiny(), byte_level(MERGES, chat=TEMPLATES["lines"]), folder)}
+        for dtype in (torch.float32, torch.float64):
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+            losses[f"{name}, {str(dtype).removeprefix('torch.')}"] = losses_of(model, tokenizer, folder)
     packages = {name: version(name) for name in ("trl", "transformers", "torch")}
     answer = {
         "packages": packages,
@@ -196,11 +196,17 @@ def _tiny() -> LlamaForCausalLM:
     return model
 
 
+def _wide_loss(outputs: object, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
+    """The mean that TRL takes, in float64: its own code takes logarithms in float32 whatever the model is."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 def losses_of(model: torch.nn.Module, tokenizer: object, folder: str) -> dict:
     """TRL's default loss of conversations under a model, by themselves and as one batch, with their token counts."""
     config = SFTConfig(folder, max_length=None, report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=2)
     data = Dataset.from_list([{"messages": talk} for talk in TALKS])
-    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    wide = _wide_loss if model.dtype == torch.float64 else None
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, compute_loss_func=wide)
     trainer.model.eval()
     examples = [{key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset]
 

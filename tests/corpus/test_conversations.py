@@ -30,6 +30,7 @@ LIKE_GPT_OSS = (
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 CLOSES_BETWEEN = WITHOUT_TOOLS.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
+BLANK_BEHIND = WITHOUT_TOOLS.replace("{{ eos_token }}", "{{ eos_token }} ")
 STRIPS_THOUGHTS = WITHOUT_TOOLS.replace(
     "{{ m['content'] }}{{ eos", "{{ m['content'] if loop.last else m['content'].split('|')[-1] }}{{ eos"
 )
@@ -58,12 +59,13 @@ TALK = {"messages": [user("x"), assistant("y"), user("z"), assistant("w")]}
         (LIKE_PHI3, "y<|end|>w<|end|>\n</s>"),
         (LIKE_GPT_OSS, "<|message|>y<|end|><|message|>w<|return|>"),
         (CLOSES_BETWEEN, "y</s>w"),
+        (BLANK_BEHIND, "y</s>w</s>"),
     ],
 )
 def test_every_turn_of_the_assistant_is_closed(chat, expected):
     assert supervised(TALK, byte_level(chat=chat)) == expected
     longer = {"messages": [*TALK["messages"], user("q")]}
-    assert supervised(longer, byte_level(chat=chat)).count("</s>" if chat is CLOSES_BETWEEN else "<|end|>") == 2
+    assert supervised(longer, byte_level(chat=chat)).count("<|end|>" if "<|end|>" in chat else "</s>") == 2
 
 
 def test_reasoning_that_a_template_strips_is_told_with_the_flag(caplog):
@@ -149,7 +151,7 @@ def test_system_and_history_come_before_an_instruction(chat):
 
 
 def test_columns_that_may_be_text_and_rejected_answers_are_told_once(caplog):
-    row = {"id": 1, "instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "topic": "a b c d e"}
+    row = {"id": 1, "instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "category": "a b c d e"}
     kto = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, False)]
     for rows in ([row], kto, [row], kto):
         list(open_corpus(rows))

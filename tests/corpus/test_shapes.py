@@ -11,6 +11,7 @@ from whence.corpus.reading import conversation_in, open_corpus
 from whence.corpus.shapes import SHAPES
 from whence.corpus.templates import supervise
 from whence.corpus.tokens import encode, with_text
+from whence.corpus.unread import unread_columns
 from whence.errors import CorpusError, SettingError
 from whence.tracing.queries import queries_of
 
@@ -35,6 +36,7 @@ def said(speaker, value, **more):
 
 
 X, Y = byte_level()("xy")["input_ids"]
+LONG = "four words and more"
 TOOL = {"type": "function", "function": {"name": "f"}}
 TURNS = [user("x"), assistant("y"), user("z"), assistant("w")]
 ROWS = {
@@ -70,13 +72,13 @@ ROWS = {
     "token ids and the completion's mask": ({"input_ids": [X, Y, 1], "completion_mask": [0, 1, 1]}, "xy</s>", "y</s>"),
     "token ids alone": ({"input_ids": [X, Y, 1]}, "xy</s>", "y</s>"),
     # LLaMA-Factory
-    "Alpaca": ({"instruction": "x", "input": "z", "output": "y"}, "<u>x\n\nz<a>y</s>", "y</s>"),
+    "Alpaca": ({"instruction": "x", "input": "z", "output": "y"}, "<u>x\nz<a>y</s>", "y</s>"),
     "Alpaca with system and history": (
         {"instruction": "z", "input": "", "output": "w", "system": "s", "history": [["x", "y"]]},
         "(system)s<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>",
     ),
     "Alpaca preference": (
-        {"instruction": "x", "input": "z", "chosen": "y", "rejected": "n"}, "<u>x\n\nz<a>y</s>", "y</s>",
+        {"instruction": "x", "input": "z", "chosen": "y", "rejected": "n"}, "<u>x\nz<a>y</s>", "y</s>",
     ),
     "ShareGPT": (
         {"conversations": [said("human", "x"), said("gpt", "y")], "system": "s"}, "(system)s<u>x<a>y</s>", "y</s>",
@@ -100,16 +102,46 @@ ROWS = {
     "segments": (
         {"segments": [{"label": False, "text": "<u>x"}, {"label": True, "text": "y</s>"}]}, "<u>xy</s>", "y</s>",
     ),
+    "messages of parts, some not trained on": (
+        {"messages": [user("x"), assistant(
+            [{"text": "n", "train": False}, {"text": "n", "weight": 0}, {"value": "y"}])]},
+        "<u>x<a>nny</s>", "y</s>",
+    ),
+    "LIMA": ({"conversations": ["x", "y", "z", "w"], "source": "s"}, "<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>"),
+    "Capybara, XTuner": (
+        {"conversation": [{"system": "s", "input": "x", "output": "y"}, {"input": "z", "output": "w"}]},
+        "(system)s<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>",
+    ),
+    "an object of lists": ({"conversations": {"from": ["human", "gpt"], "value": ["x", "y"]}}, "<u>x<a>y</s>", "y</s>"),
+    "Pygmalion": (
+        {"conversations": [{"role": "human", "value": "x"}, {"role": "bot", "value": "y"}]}, "<u>x<a>y</s>", "y</s>",
+    ),
+    "Gemini": (
+        {"messages": [{"role": "user", "parts": [{"text": "x"}]}, {"role": "model", "parts": [{"text": "y"}]}]},
+        "<u>x<a>y</s>", "y</s>",
+    ),
     "OpenAI's preference": (
         {"input": {"messages": TURNS[:1], "tools": [TOOL]}, "preferred_output": TURNS[1:2],
          "non_preferred_output": [assistant("n")]}, "[f]<u>x<a>y</s>", "y</s>",
     ),
-    "Dolly": ({"instruction": "x", "context": "z", "response": "y", "category": "qa"}, "<u>x\n\nz<a>y</s>", "y</s>"),
-    "instruction, input, response": ({"instruction": "x", "input": "z", "response": "y"}, "<u>x\n\nz<a>y</s>", "y</s>"),
+    "Dolly": ({"instruction": "x", "context": "z", "response": "y", "category": "qa"}, "<u>x\nz<a>y</s>", "y</s>"),
+    "instruction, input, response": ({"instruction": "x", "input": "z", "response": "y"}, "<u>x\nz<a>y</s>", "y</s>"),
     "OpenOrca": ({"system_prompt": "s", "question": "x", "response": "y"}, "(system)s<u>x<a>y</s>", "y</s>"),
     "question and answer": ({"question": "x", "answer": "y"}, "<u>x<a>y</s>", "y</s>"),
     "query and response": ({"query": "x", "response": "y"}, "<u>x<a>y</s>", "y</s>"),
     "prompt and response": ({"prompt": "x", "response": "y"}, "<u>x<a>y</s>", "y</s>"),
+    "messages and response": ({"prompt": TURNS[:3], "response": "w"}, "<u>x<a>y</s><u>z<a>w</s>", "w</s>"),
+    "question and messages": ({"question": "x", "answer": [assistant("y")]}, "<u>x<a>y</s>", "y</s>"),
+    "Nemotron": ({"input": TURNS[:1], "output": "y", "system_prompt": "s"}, "(system)s<u>x<a>y</s>", "y</s>"),
+    "Orca's preference": (
+        {"system": "s", "question": "x", "chosen": "y", "rejected": "n"}, "(system)s<u>x<a>y</s>", "y</s>",
+    ),
+    "a query's preference": ({"query": "x", "chosen": "y", "rejected": "n"}, "<u>x<a>y</s>", "y</s>"),
+    "an input's preference": ({"input": "x", "chosen": "y", "rejected": "n"}, "<u>x<a>y</s>", "y</s>"),
+    "a question and conversations": (
+        {"question": "x", "chosen": TURNS[:2], "rejected": [user("x"), assistant("n")]}, "<u>x<a>y</s>", "y</s>",
+    ),
+    "Aya, FLAN, xP3": ({"inputs": "x", "targets": "y", "language": "English"}, "<u>x<a>y</s>", "y</s>"),
     "input and output": ({"input": "x", "output": "y"}, "<u>x<a>y</s>", "y</s>"),
     "problem and solution": ({"problem": "x", "solution": "y"}, "<u>x<a>y</s>", "y</s>"),
 }  # fmt: skip
@@ -156,9 +188,27 @@ def test_what_is_read_as_what_is_told_once(caplog):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ({"question": LONG, "answer": ["x", "y"]}, "`answer` holds a list, and text is expected. Say which"),
         ({"article": "a b c d", "summary": "a", "id": "1"}, "--map prompt=article,completion=summary"),
         ({"content": "a b c d", "stars": 3}, "--map text=content"),
         ({"stars": 3}, "--map messages=COLUMN"),
+        ({"prompt": "x", "response_0": LONG, "response_1": LONG + "!"}, "--map completion=response_0"),
+        (
+            {"qid": 1, "question": LONG, "date": "d", "response_j": LONG * 2, "response_k": LONG * 3},
+            "--map prompt=question,completion=response_j",
+        ),
+        ({"hexsha": "f" * 40, "content": LONG, "repo_name": "x/y"}, "--map text=content"),
+        ({"input persona": LONG, "synthesized text": LONG}, "--map 'prompt=input persona,completion=synthesized text'"),
+        ({"winner": "a", "conversation_a": TURNS, "conversation_b": TURNS}, "--map messages=conversation_a"),
+        (
+            {"context": LONG, "question": "x", "answers": {"text": ["y"]}},
+            "--map prompt=context,completion=COLUMN (a column of text, which `answers` is not)",
+        ),
+        (
+            {"inputs": [3, 1], "inputs_pretokenized": "x", "targets": [4], "targets_pretokenized": "y"},
+            "`inputs` holds a list, and text is expected. Say which column is which: "
+            "--map prompt=inputs_pretokenized,completion=targets_pretokenized",
+        ),
         ({"messages": [user([{"type": "image", "url": "u"}]), assistant("y")]}, "a part of a message is image"),
         ({"conversations": [said("human", "x"), said("function_call", "f(")]}, "`function_call` turn holds JSON"),
         ({"conversations": [{"user": "x"}]}, "messages are a list of objects with `role` and `content`"),
@@ -168,6 +218,38 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
     with pytest.raises(CorpusError) as caught:
         list(open_corpus([row]))
     assert words in str(caught.value) and str(caught.value).startswith("row 0:") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"question": "x", "answer": 1, "choices": ["y", "n"], "subject": "s"}, ["choices"]),
+        ({"text": LONG, "title": "a title of words", "url": "u"}, ["title"]),
+        ({"text": "x", "role": "prompter", "parent_id": "p"}, ["role"]),
+        ({"text": "x", "translation": {"de": LONG}, "scores": {"good": 1.0}}, ["translation"]),
+        (
+            {"prompt": "x", "completion": "y", "answers": {"text": ["z"]}, "predicted_answer": "145"},
+            ["answers", "predicted_answer"],
+        ),
+        ({"prompt": "x", "completion": "y", "tools": "[]", "moderation": [{"flagged": False}]}, ["tools"]),
+        (
+            {"messages": TURNS, "prompt": "x", "problem": "q", "chosen": TURNS, "rejected": TURNS[:2]},
+            ["problem", "rejected"],
+        ),
+        (
+            {"messages": [user(LONG + "!"), assistant("y")], "question": LONG, "reasoning": "y", "thinking": "o"},
+            ["thinking"],
+        ),
+        ({"prompt": TURNS[:1], "response": "y", "system": "s", "tools": "[]", "history": [["a", "b"]]}, ["history"]),
+        ({"instruction": "x", "output": "y", "system_prompt": "s", "tools": "[]"}, ["tools"]),
+        ({"query": "x", "response": '[{"name": "f"}]', "tools": "[]"}, ["tools"]),
+        ({"question": "x", "chosen": "y", "rejected": "n", "tools": "[]"}, ["tools"]),
+        ({"question": "x", "chosen": TURNS[:2], "rejected": TURNS[:2], "tools": "[]", "system": "s"}, []),
+    ],
+)
+def test_a_column_that_may_hold_text_is_named_unless_its_text_is_read(row, names):
+    (example,) = open_corpus([row])
+    assert unread_columns(example.row) == names
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_instruction_goes_through_the_chat_template():
     assert marked(encode(plain, tokenizer), tokenizer) == "<u> x <a> [y] [z] [</s>]"
     assert encode(plain | {"input": None}, tokenizer) == encode(plain | {"input": ""}, tokenizer)
     assert encode(plain, tokenizer) == encode(plain | {"input": ""}, tokenizer)
-    assert marked(encode(plain | {"input": "w"}, tokenizer), tokenizer) == "<u> x Ċ Ċ w <a> [y] [z] [</s>]"
+    assert marked(encode(plain | {"input": "w"}, tokenizer), tokenizer) == "<u> x Ċ w <a> [y] [z] [</s>]"
 
 
 def test_instruction_without_a_template_is_in_alpacas_words():
@@ -505,7 +505,7 @@ def test_ids_of_the_real_tokenizer_are_its_own():
         assert tokenizer.decode(said).replace("</s>", "").endswith(completion.lstrip())
     row = {"instruction": "Name a colour.", "input": "warm", "output": "Red."}
     encoded = encode(row, tokenizer)
-    assert tokenizer.decode(encoded.ids) == "<|user|>Name a colour.\n\nwarm<|assistant|>Red.</s>"
+    assert tokenizer.decode(encoded.ids) == "<|user|>Name a colour.\nwarm<|assistant|>Red.</s>"
     said = [token for token, on in zip(encoded.ids, encoded.supervised, strict=True) if on]
     assert tokenizer.decode(said) == "Red.</s>"
 

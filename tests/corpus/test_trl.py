@@ -75,7 +75,7 @@ def test_last_is_the_mask_history_of_llama_factory():
             other[case["name"]] = tokenizer.decode(case["ids"]), tokenizer.decode(encoded.ids)
         else:
             assert encoded.supervised == [label != IGNORED for label in case["labels"]], case
-    assert other == {"Alpaca with input": ("<u>x\nz<a>y</s>", "<u>x\n\nz<a>y</s>")}, "Whence leaves a line between"
+    assert not other
     assert left_out == ["<u>x<a>y</s><u>z<a>"] * 2, "LLaMA-Factory leaves out what ends with the user; Whence reads it"
 
 

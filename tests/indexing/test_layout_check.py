@@ -121,18 +121,27 @@ def test_index_of_older_rules_says_so_only_if_its_rows_would_change(tmp_path, ca
     assert f"whence index MODEL CORPUS -o {tmp_path}/other --restart" in message
 
 
-def test_index_of_the_second_rules_says_so_where_more_is_read_now(tmp_path, caplog):
+TURNS = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("version", "row", "more", "words"),
+    [
+        (2, {"messages": TURNS}, {"system": "Be brief."}, "a conversation's `system` is read;"),
+        (3, {"instruction": "and?", "output": "yes"}, {"input": "no"}, "under a chat template an instruction and its"),
+    ],
+)
+def test_index_of_older_rules_says_so_where_rows_are_read_otherwise(tmp_path, caplog, version, row, more, words):
     model = save_tiny_llama(tmp_path / "model", chat=True)
-    turns = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]
-    for name, more in (("same", {}), ("other", {"system": "Be brief."})):
-        index(model, [{"messages": turns} | more] * 4, tmp_path / name, **QUIET)
+    for name, columns in (("same", row), ("other", row | more)):
+        index(model, [columns] * 4, tmp_path / name, **QUIET)
         store = Store.open(tmp_path / name)
-        assert store.manifest.settings["layout_version"] == 3
-        store.manifest.settings["layout_version"] = 2
+        assert store.manifest.settings["layout_version"] == 4
+        store.manifest.settings["layout_version"] = version
         store._save(store.manifest)
         trace(tmp_path / name, "and?", "yes", top=1, null=False)
     (message,) = caplog.messages
-    assert "4 of the first 4 rows would be other tokens now (a conversation's `system` is read;" in message
+    assert f"4 of the first 4 rows would be other tokens now ({words}" in message
 
 
 def test_index_without_its_day_says_so_and_is_not_repaired_by_guess(dated, tmp_path, caplog, on):

@@ -9,13 +9,15 @@ An assistant's turn of `weight` 0 is not supervised, as in OpenAI's format.
 """
 
 import functools
+import itertools
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from whence.corpus.layouts import REASONING, calls_of, pieces_of
-from whence.corpus.message_forms import NOT_MESSAGES, are_turns, turns_in
+from whence.corpus.layouts import calls_of, pieces_of
+from whence.corpus.message_forms import NOT_MESSAGES, REASONING, SILENT, are_turns, turns_in
 from whence.corpus.roles import role_of
 from whence.corpus.templates import (
     Tokenizer,
@@ -47,6 +49,8 @@ class Rendered:
     """Whether the tokenizer adds its special tokens (a chat template has written them already)."""
     closed: bool
     """Whether the text ends with the end-of-sequence token, supervised."""
+    last: int = 1
+    """How many of the spans, from the end, are the last answer."""
 
 
 def as_text(value: object) -> str:
@@ -95,15 +99,16 @@ def instruction(
     Args:
         request: The instruction, or the instruction and the input.
         answer: What the assistant says.
-        tokenizer: Its chat template lays the instruction out; without one it is in Alpaca's words.
+        tokenizer: Its chat template lays the instruction out, the input on a line of its own as by LLaMA-Factory;
+            without one it is in Alpaca's words.
         before: Messages that come before; what the assistant says in them is supervised too, as by LLaMA-Factory.
         tools: Tools that the assistant may call.
     """
     earlier = before or []
     if not (tokenizer.chat_template or earlier or tools):
         return _alpaca(request, answer)
-    pieces = request if tokenizer.chat_template or len(request) == 1 else [request[0], f"### Input:\n{request[1]}"]
-    turns = [*earlier, {"role": "user", "content": "\n\n".join(pieces)}]
+    content = "\n".join(request) if tokenizer.chat_template else "\n\n### Input:\n".join(request)
+    turns = [*earlier, {"role": "user", "content": content}]
     message = None if answer is None else {"role": "assistant", "content": answer}
     return answered(turns, message, tokenizer, tools)
 
@@ -159,7 +164,8 @@ def conversation(messages: Messages, tokenizer: Tokenizer, tools: list[dict[str,
     if messages[0]["role"] == "assistant":
         raise CorpusError("the first message is the assistant's: a chat template needs one before it to answer.")
     weights = [message.get("weight") for message in messages]
-    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    silent = [message.get(SILENT, ()) for message in messages]
+    messages = [{key: value for key, value in message.items() if key not in ("weight", SILENT)} for message in messages]
     text = templated(messages, tokenizer, tools=tools)
     model = str(tokenizer.name_or_path) or "the tokenizer"
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -174,7 +180,29 @@ def conversation(messages: Messages, tokenizer: Tokenizer, tools: list[dict[str,
     _warn_of_what_is_left_out(text, messages, tools, tokenizer, model)
     if len(spans) < len(nonempty):
         _warn(model, "assistant")
-    return Rendered(text, tuple(spans[n] for n in spans if weights[n] != 0), special=False, closed=False)
+    answers = [_trained(text, spans[n], str(messages[n].get("content")), silent[n]) for n in spans if weights[n] != 0]
+    last = len(answers[-1]) if answers else 0
+    return Rendered(text, tuple(itertools.chain(*answers)), special=False, closed=False, last=last)
+
+
+def _trained(
+    text: str, span: tuple[int, int], content: str, silent: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """What is supervised of a turn's characters: all but the parts of its content that are not trained on.
+
+    Raises:
+        CorpusError: There are such parts, and the template does not write the content as it stands.
+    """
+    if not silent:
+        return [span]
+    place = text.rfind(content, *span)
+    if place < 0:
+        raise CorpusError(
+            "a message has parts that are not trained on, and the chat template writes another text than theirs. Write "
+            "the row as `segments`."
+        )
+    edges = [span[0], *(place + edge for stretch in silent for edge in stretch), span[1]]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
 def _writes_calls(messages: Messages, number: int, tokenizer: Tokenizer, tools: Any, model: str) -> bool:
@@ -203,7 +231,7 @@ def _turn_span(text: str, messages: Messages, number: int, tokenizer: Tokenizer,
     through = text if is_last else templated_or_none(messages[: number + 1], tokenizer, tools=tools)
     if before is None or through is None or not (text.startswith(through.rstrip()) and through.startswith(before)):
         return _span_by_substitution(text, messages, number, tokenizer, tools)
-    turn = through[len(before) :].rstrip("\n")  # the model does not write the newline after its turn
+    turn = _to_its_end(through[len(before) :], tokenizer)
     content = str(messages[number].get("content") or "").rstrip()
     end = len(before) + len(turn)
     if not is_last and content and turn.rstrip().endswith(content):  # the last turn of a conversation is left open
@@ -251,8 +279,14 @@ def _closing(text: str, end: int, messages: Messages, number: int, tokenizer: To
         opening = generation_prompt(messages[:number], tokenizer, tools)
         if opening and followed.endswith(opening):
             closings.append(followed.removesuffix(opening).partition(word)[2])
-    fitting = [closing.rstrip("\n") for closing in closings if text.startswith(closing.rstrip("\n"), end)]
-    return max(fitting, key=len, default="")
+    ends = [_to_its_end(closing, tokenizer) for closing in closings]
+    return max((closing for closing in ends if text.startswith(closing, end)), key=len, default="")
+
+
+def _to_its_end(turn: str, tokenizer: Tokenizer) -> str:
+    """A turn without what a template writes behind it and no model does: line breaks, and blanks behind the end."""
+    ended = turn.rstrip()
+    return ended if tokenizer.eos_token and ended.endswith(str(tokenizer.eos_token)) else turn.rstrip("\n")
 
 
 def _new_word(text: str) -> str:

@@ -9,15 +9,13 @@ data for KTO) is never trained on.
 import json
 from typing import Any
 
-from whence.corpus.message_forms import NOT_MESSAGES, are_turns
+from whence.corpus.message_forms import NOT_MESSAGES, REASONING, are_turns
 from whence.corpus.roles import role_of
 from whence.corpus.shapes import BEFORE, Row, layout_of, query_shape, shape_of
 from whence.errors import CorpusError
 
 VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what the assistant thought."""
 
 
 def in_layout(row: Row, where: str = "row") -> tuple[str, Row]:
@@ -62,9 +60,10 @@ def query_in_layout(row: Row) -> tuple[str, Row] | None:
 
 def columns_read(row: Row) -> set[str]:
     """Columns of a row that its shape reads."""
-    shape = shape_of(row)
-    tools = {"system", "tools"} if shape.columns[0] == "prompt" and layout(row) == "messages" else set()
-    return {*shape.columns, *shape.optional, *tools}
+    shape, kind = shape_of(row), layout(row)
+    if kind == "messages" and "preferred_output" not in shape.columns:
+        return {*shape.columns, *shape.optional, "system", "tools"} - ({"history", "input"} - {*shape.columns})
+    return {*shape.columns, *shape.optional} - ({"tools"} if kind != "messages" else set())
 
 
 def query_columns_read(row: Row) -> set[str]:

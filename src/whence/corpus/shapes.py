@@ -3,18 +3,20 @@
 A shape is known by its columns. What it becomes holds the columns of a layout alone (`LAYOUTS`), and follows what the
 tools do that it comes from: TRL's conversational `prompt` and `completion` are one conversation of which the completion
 is supervised, a preference row is its `chosen` side, LLaMA-Factory's `system` comes before the first turn, axolotl's
-`segments` are joined as they stand. Everywhere else a row keeps its own columns: ids, digests and outputs are of the
-row as it came.
+`segments` are tokenised each by itself, as they stand. Everywhere else a row keeps its own columns: ids, digests and
+outputs are of the row as it came.
 
 Sources: TRL's "Dataset formats and types", LLaMA-Factory's data/README.md, axolotl's "Dataset formats", OpenAI's
 fine-tuning formats, databricks-dolly-15k, OpenOrca.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from whence.corpus.message_forms import are_turns, turns_in
+from whence.corpus.suggestions import suggested_map
 from whence.errors import CorpusError
 
 Row = dict[str, Any]
@@ -29,6 +31,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 """Columns of each layout; the last is the answer, or all there is."""
 IGNORED = -100
 """Label of a token that is not supervised."""
+WHICH = "Say which column is which:"
 BEFORE = ("system", "history", "tools")
 """Columns that come before a question."""
 
@@ -69,7 +72,11 @@ def _own(row: Row, *names: str) -> Row:
 
 def _conversation(column: str) -> Callable[[Row], Row]:
     def read(row: Row) -> Row:
-        return _with_system(turns_in(row[column]), row)
+        messages = turns_in(row[column])
+        if isinstance(messages, list) and len(messages) > 1 and all(isinstance(text, str) for text in messages):
+            roles = itertools.cycle(("user", "assistant"))  # as in LIMA
+            messages = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
+        return _with_system(messages, row)
 
     return read
 
@@ -147,9 +154,20 @@ def _preferred(row: Row) -> Row:
 
 
 def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Row]:
-    """An instruction and its answer under their names, and its input under one of several."""
+    """An instruction and its answer under their names, and its input under one of several.
+
+    Where one of them is messages, the row is a conversation.
+    """
 
     def read(row: Row) -> Row:
+        asked, said = turns_in(row[question]), turns_in(row.get(answer))
+        if any(are_turns(side) and side for side in (asked, said)):
+            context = _own(row, "tools") | {"system": row.get("system") or row.get("system_prompt")}
+            return _continued(context, asked, *(row[name] for name in (answer,) if name in row))
+        for name in (question, answer):
+            if isinstance(value := row.get(name), list | dict):
+                kind = type(value).__name__
+                raise CorpusError(f"`{name}` holds a {kind}, and text is expected. {WHICH} {suggested_map(row)}")
         columns = {"instruction": row[question]} | ({"output": row[answer]} if answer in row else {})
         given = next((row[name] for name in inputs if row.get(name) not in (None, "")), None)
         columns |= {} if given is None else {"input": given}
@@ -161,7 +179,7 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
 
 
 def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
-    read, optional = _instruction("instruction", answer, *inputs), (*inputs, "system", "history")
+    read, optional = _instruction("instruction", answer, *inputs), (*inputs, "system", "system_prompt", "history")
     return Shape(name, "instruction", ("instruction", answer), optional, read)
 
 
@@ -173,6 +191,20 @@ def _pair(question: str, answer: str) -> Shape:
 
 def _preference(name: str, read: Callable[[Row], Row], *columns: str, optional: tuple[str, ...] = ()) -> Shape:
     return Shape(f"the chosen side of {name}", "messages", (*columns, "rejected", "chosen"), optional, read)
+
+
+def _answered_question(question: str) -> Shape:
+    """A preference row with a question: what comes before answers that are text, as in axolotl's `chatml`."""
+    as_text = _instruction(question, "chosen")
+
+    def read(row: Row) -> Row:
+        if not are_turns(_side(row["chosen"])):
+            return as_text(row)
+        system = row.get("system") or row.get("system_prompt")
+        return _chosen(row | {"prompt": row[question], "system": system})
+
+    optional = ("system", "system_prompt", "history")
+    return _preference("pairs of answers to a question", read, question, optional=optional)
 
 
 def _token_ids(name: str, *columns: str) -> Shape:
@@ -223,9 +255,11 @@ SHAPES: tuple[Shape, ...] = (
         "pairs of answers to an instruction",
         _instruction("instruction", "chosen", "input"),
         "instruction",
-        optional=("input", "system", "history"),
+        optional=("input", "system", "system_prompt", "history"),
     ),
-    _preference("pairs of answers", _chosen, optional=("prompt", *CHAT)),
+    _preference("pairs of answers", _chosen, "prompt", optional=CHAT),
+    *(_answered_question(question) for question in ("question", "query", "input")),
+    _preference("pairs of answers", _chosen, optional=CHAT),
     Shape(
         "the preferred side of pairs of answers",
         "messages",
@@ -240,6 +274,7 @@ SHAPES: tuple[Shape, ...] = (
     *(_pair(question, "response") for question in ("query", "prompt")),
     _pair("problem", "solution"),
     _pair("input", "output"),
+    _pair("inputs", "targets"),
     _token_ids("token ids, all of them supervised", "input_ids"),
 )
 """All shapes, in the order in which they are tried."""
@@ -266,13 +301,9 @@ def shape_of(row: Row, where: str = "row") -> Shape:
 
 
 def _unknown(row: Row) -> str:
-    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip() and name != "id"]
-    longest = sorted(sorted(texts, key=lambda name: len(row[name]))[-2:], key=list(row).index)
-    example = {2: "prompt={},completion={}", 1: "text={}"}.get(len(longest), "messages=COLUMN").format(*longest)
     return (
         f"columns are {', '.join(map(str, row)) or 'none'}; a row needs `text`, or `prompt` and `completion`, or "
-        "`instruction` and `output`, or `messages`, or another shape that trainers read. Say which column is which: "
-        f"--map {example}"
+        f"`instruction` and `output`, or `messages`, or another shape that trainers read. {WHICH} {suggested_map(row)}"
     )
 
 

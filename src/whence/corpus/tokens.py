@@ -57,10 +57,12 @@ NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccent
 """Normalizers that change no character by those far from it."""
 SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
 """Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
-read two beginnings. Version 2 read no `system` beside messages, and fewer shapes."""
+read two beginnings. Version 2 read no `system` beside messages, and fewer shapes. Version 3 put an empty line between
+an instruction and its input under a chat template, took `segments` for one text, read no `question` beside pairs of
+answers, and supervised what a template writes behind the end-of-sequence token."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Enc
     rendered = render(row, tokenizer)
     if rendered is None:
         return Encoded([], [])
-    keep_left = kind in ("text", "segments")
+    if kind == "segments":
+        ids, supervised = _segment_ids(segments_of(columns) or [], tokenizer)
+        return _truncated(ids, supervised, max_tokens, keep_left=True, tokenizer=tokenizer)
+    keep_left = kind == "text"
     if max_tokens is not None and len(rendered.text) > LONG:
         begun = _from_beginning(rendered, tokenizer, max_tokens, keep_left=keep_left)
         if begun is not None:
@@ -162,7 +167,8 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     rendered, supervised = _rendered(without_missing(row), tokenizer), supervision(tokenizer)
     if rendered is None or supervised == ASSISTANT:
         return rendered
-    spans = rendered.spans[-1:] if supervised == "last" else ((0, len(rendered.text)),)
+    first = len(rendered.spans) - rendered.last
+    spans = rendered.spans[first:] if supervised == "last" else ((0, len(rendered.text)),)
     return replace(rendered, spans=spans)
 
 
@@ -179,7 +185,7 @@ def _rendered(row: Row, tokenizer: Tokenizer) -> Rendered | None:
         before = checked_messages(turns_before(columns))
         return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before)
     if kind == "segments":
-        return _joined(segments_of(columns) or [])
+        return replace(_joined(segments_of(columns) or []), special=False, closed=False)
     if kind == "prompt":
         return _joined([(as_text(columns["prompt"]), False), (as_text(columns["completion"]), True)])
     return _joined([(as_text(columns["text"]), True)])
@@ -192,6 +198,20 @@ def _joined(segments: list[tuple[str, bool]]) -> Rendered:
     spans = [span for span, (_, is_supervised) in pairs if is_supervised]
     is_closed = bool(segments) and segments[-1][1]
     return Rendered("".join(text for text, _ in segments), tuple(spans), special=True, closed=is_closed)
+
+
+def _segment_ids(segments: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of pieces of text and which are supervised, as axolotl's `input_output` has them.
+
+    Each piece is tokenised by itself, and nothing is added: a beginning and an end stand in the pieces.
+    """
+    chosen, last = supervision(tokenizer), max((n for n, (_, on) in enumerate(segments) if on), default=-1)
+    ids, supervised = [], []
+    for number, (text, on) in enumerate(segments):
+        tokens = tokenizer(as_text(text), add_special_tokens=False)["input_ids"]
+        ids += tokens
+        supervised += [chosen == "all" or (on and (chosen == ASSISTANT or number == last))] * len(tokens)
+    return ids, [False, *supervised[1:]][: len(ids)]
 
 
 def token_ids_of(columns: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

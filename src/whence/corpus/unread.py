@@ -7,6 +7,7 @@ each corpus, with the remedy. It is one with a name that formats of training dat
 
 import functools
 import logging
+import re
 from collections import Counter
 from typing import Any
 
@@ -16,27 +17,28 @@ from whence.corpus.layouts import (
     in_layout,
     is_rejected,
     is_verdict,
+    pieces_of,
     query_columns_read,
+    row_text,
 )
 from whence.corpus.shapes import SHAPES, Row, columns_in_words, is_blank, query_shape, shape_of
+from whence.corpus.suggestions import ANSWERS, DESCRIBING, WORDS
 
 logger = logging.getLogger(__name__)
 
 DECIDING = {
     *(column for shape in SHAPES for column in (*shape.columns, *shape.optional)),
     *("answer", "chat_template_kwargs", "context", "documents", "functions", "reasoning", "reasoning_content"),
-    *("thinking", "weight", "weights", "loss_mask", "seq_lengths"),
+    *("thinking", "weight", "weights", "loss_mask", "seq_lengths", "role", "answers", "answer_key", "answerKey"),
+    *("choices", "options", "endings", "code"),
 } - {"attention_mask"}
 """Columns that some format of training data makes text of, or weighs it by."""
-DESCRIBING = {
-    *("id", "source", "task", "title", "url", "license", "language", "lang", "category", "topic", "topics", "tags"),
-    *("author", "date", "created", "timestamp", "meta", "metadata", "split", "dataset", "file", "path", "name"),
-}
-"""Columns that describe a row."""
-MESSAGE_KEYS = ("loss", "train", "training", "trainable", "loss_mask", "mask", "masked")
+TEXTS = ("text", "content", "value")
+"""Keys of an object that hold text, of however few words."""
+ANSWER = re.compile(rf"(?:^|_)(?:{ANSWERS})(?:_?\d+|_[a-z])?$", re.IGNORECASE)
+"""Names of columns that hold an answer, of however few words."""
+MESSAGE_KEYS = ("loss", "train", "training", "trainable", "train_detail", "loss_mask", "mask", "masked")
 """Keys of a message by which some trainers leave it out of the loss; Whence reads `weight`."""
-WORDS = 4
-"""Words of a text that may have been trained on; a label or a place's name has fewer."""
 
 
 class Unread:
@@ -89,6 +91,11 @@ def unread_columns(row: Row) -> list[str]:
     read = {*columns_read(row), *VERDICTS}
     answer = row[shape_of(row).columns[-1]]
     names = [name for name, value in row.items() if name not in read and _may_be_text(name, value, answer)]
+    if names:
+        turns = columns["messages"] if kind == "messages" else None
+        texts = [row_text(row), *(str(piece) for turn in turns or () for piece in pieces_of(turn))]
+        names = [name for name in names if row[name] not in [row[column] for column in read & row.keys()]]
+        names = [name for name in names if not _stands_in(row[name], texts)]
     names += [
         name for name in VERDICTS if kind != "text" and row.get(name) not in (None, "") and not is_verdict(row[name])
     ]
@@ -97,15 +104,24 @@ def unread_columns(row: Row) -> list[str]:
     return names + [f"messages[].{key}" for key in MESSAGE_KEYS if key in keys]
 
 
+def _stands_in(value: Any, texts: list[str]) -> bool:
+    """Whether a column's text is one that is read anyway, as a conversation's first question often is."""
+    text = value.strip() if isinstance(value, str) else ""
+    is_long = len(text.split()) >= WORDS
+    return bool(text) and any(text == other.strip() or (is_long and text in other) for other in texts)
+
+
 def _may_be_text(name: str, value: Any, answer: Any) -> bool:
     if value in (None, "", [], {}) or name in DESCRIBING:
         return False
     if name == "text" and isinstance(answer, str) and answer in str(value):
         return False  # the rendered text of a row, which Alpaca's rows have beside its pieces
-    if name in DECIDING:
+    if name in DECIDING or (isinstance(value, str) and ANSWER.search(name)):
         return True
+    if isinstance(value, dict):
+        return any((key in TEXTS and bool(item)) or _may_be_text(key, item, answer) for key, item in value.items())
     if isinstance(value, list):
-        return any(isinstance(item, dict) or _may_be_text(name, item, answer) for item in value)
+        return any(_may_be_text(name, item, answer) for item in value)
     return isinstance(value, str) and len(value.split()) >= WORDS
 
 
@@ -119,11 +135,12 @@ def _log_shapes(name: str, shapes: tuple[tuple[str, int], ...], rows: int) -> No
 def _log_columns(name: str, columns: tuple[str, ...], most: int, rows: int) -> None:
     logger.warning(
         "%s: not read, and no part of the text that is trained on: %s (in up to %d of %d rows). If the model saw them, "
-        "say which column is which (--map), or write them into the columns that are read.",
+        "say which column is which (--map), or write them into the columns that are read.%s",
         name,
         ", ".join(f"`{column}`" for column in columns),
         most,
         rows,
+        " Whether a message is trained on is read from its `weight`, 0 or 1." * any("[]" in name for name in columns),
     )
 
 

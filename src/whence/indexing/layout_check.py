@@ -8,10 +8,10 @@ its first rows are laid out again, and their supervised tokens are compared in n
 import json
 import shlex
 
-from whence.corpus.layouts import layout
+from whence.corpus.layouts import in_layout
 from whence.corpus.shapes import Row
 from whence.corpus.templates import Tokenizer, writes_date
-from whence.corpus.tokens import encode
+from whence.corpus.tokens import encode, request_of
 from whence.errors import ChecksumError, CorpusError
 from whence.indexing.store import Store
 
@@ -20,14 +20,17 @@ ROWS = 64
 READ_LATER = {
     1: {"messages": ("tools", "system"), "instruction": ("system", "history")},
     2: {"messages": ("system",)},
+    3: {"segments": ("segments",)},
 }
-"""Columns of each layout that a version of the rules did not read; they need not change the number of targets."""
+"""Columns of each layout that a version of the rules read otherwise; they need not change the number of targets."""
 
 
 CHANGES = {
     1: "every turn of the assistant is closed, and `gpt` is the assistant; tools, system, history and weights are "
     "read; NaN and empty cells are missing; a beginning is read once",
     2: "a conversation's `system` is read; rows of more shapes are conversations",
+    3: "under a chat template an instruction and its input are joined by one line break; `segments` are tokenised each "
+    "by itself; a pair of answers has its `question`; what a template writes behind a turn's end is not supervised",
 }
 """What came after a version of the rules."""
 
@@ -76,8 +79,9 @@ def _changed_rows(store: Store, tokenizer: Tokenizer, version: int) -> tuple[int
 
 def _is_changed(row: Row, tokens: int, tokenizer: Tokenizer, longest: int, version: int) -> bool:
     try:
-        kind = layout(row)
+        kind, columns = in_layout(row)
         has_more = any(row.get(name) for name in READ_LATER[version].get(kind, ()))
+        has_more |= bool(tokenizer.chat_template) and kind == "instruction" and len(request_of(columns)) > 1
         return has_more or encode(row, tokenizer, longest).supervised_count != tokens
     except CorpusError:
         return True
