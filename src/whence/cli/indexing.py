@@ -9,7 +9,17 @@ import typer
 from whence import catalogue
 from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
+from whence.cli.options import (
+    CORPUS,
+    CorpusPath,
+    IndexFlags,
+    IndexPath,
+    Json,
+    LoadingFlags,
+    Model,
+    ModelPath,
+    Preferences,
+)
 from whence.counts import number_of
 from whence.errors import MissingIndexError, SettingError
 
@@ -29,6 +39,7 @@ def index(
     engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
     workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
+    preferences: Preferences = None,
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
@@ -41,7 +52,8 @@ def index(
     check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
-    options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
+    options: dict[str, Any] = vars(settings) | vars(loading)
+    options |= {"checkpoints": checkpoints, "engine": engine, "preferences": preferences}
     _print_info(build(model, corpus, out, restart=restart, **options).store, out, as_json)
 
 
@@ -142,13 +154,16 @@ def append(
         bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
     ] = False,
     model: ModelPath = None,
+    preferences: Preferences = None,
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
     check_inputs(index=index, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import append as run
-    _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store, index, as_json)
+    _print_info(
+        run(index, corpus, undo=undo, model=model, preferences=preferences, **vars(loading)).store, index, as_json
+    )
 
 
 def bench(

@@ -91,7 +91,8 @@ class TokenMatrix:
     query: list[str] = field(repr=False)
     """Tokens as `Answer.query_tokens` has them; rows of a contrast's tokens have a minus in the matrix."""
     train: list[str] = field(repr=False)
-    """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
+    """Tokens of the training example: all of them by `position`, the supervised ones by `loss`. Of a contrast those of
+    the rejected answer follow, and the prompt's with them."""
     supervised: list[bool] = field(repr=False)
     """For each of `train`, whether the example is trained to say it."""
     matrix: Float32[Tensor, "u s"] = field(repr=False)
