@@ -6,7 +6,7 @@ import pytest
 
 from tiny_tokenizers import byte_level
 from whence.corpus.columns import columns_called, original
-from whence.corpus.layouts import row_text, shown_text
+from whence.corpus.layouts import question_in, row_text, shown_text
 from whence.corpus.reading import conversation_in, open_corpus
 from whence.corpus.shapes import SHAPES
 from whence.corpus.templates import supervise
@@ -255,3 +255,21 @@ def test_a_query_has_any_shape_that_asks(tmp_path):
     file.write_text('["x"]')
     with pytest.raises(CorpusError, match="messages are a list of objects"):
         conversation_in(str(file))
+
+
+def test_what_a_row_asks_last():
+    """The command that a verb proposes asks it."""
+    turns = [said("system", "Be brief."), said("human", "x"), said("gpt", "y"), said("human", "z"), said("gpt", "w")]
+    asked = [
+        ({"conversations": turns}, "z"),
+        ({"conversations": json.dumps(turns[:3])}, "x"),
+        ({"messages": [user("x"), assistant(""), {"role": "tool", "content": "8"}, assistant("y")], "tools": []}, "x"),
+        ({"prompt": [user("x")], "chosen": [assistant("y")], "rejected": [assistant("n")]}, "x"),
+        ({"instruction": "x", "input": "z", "system": "Be brief.", "history": [["a", "b"]], "output": "y"}, "x"),
+        ({"instruction": "", "input": "z", "output": "y"}, "z"),
+        ({"messages": [assistant("y")]}, None),
+        ({"text": "a b"}, "a b"),
+        ({"input_ids": [3, 4]}, None),
+    ]
+    for row, question in asked:
+        assert question_in(row) == question, row

@@ -240,11 +240,11 @@ def _finishing(store: "Store", path: str) -> tuple[str, ...]:
 
 
 def _asking(path: str) -> tuple[str, ...]:
-    """A trace of the prompt of the index' first row, or of how its text begins: a question that it can answer."""
-    from whence.corpus.layouts import shown_text
+    """A trace of what the index' first row asks, or of how its text begins: a question that it can answer."""
+    from whence.corpus.layouts import question_in
     from whence.indexing.store import Store
 
     store = Store.open(path)
-    text = next(iter(shown_text(json.loads(store.read_rows([0])[0]["row"])).values()), None) if store.rows else None
-    words = (text or "").split("\n")[0].split()[:10]
+    text = question_in(json.loads(store.read_rows([0])[0]["row"])) if store.rows else None
+    words = (text or "").strip().split("\n")[0].split()[:10]
     return ("whence", "trace", path, "--prompt", " ".join(words) or "TEXT")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from whence.corpus.layouts import layout
+from whence.corpus.layouts import layout, shown_text
 from whence.corpus.preferences import CONTRAST, same_preferences
-from whence.corpus.shapes import Row
+from whence.corpus.shapes import Row, rejected_side
 from whence.corpus.templates import same_date, same_supervision
 from whence.corpus.tokens import with_text
 from whence.counts import number_of
@@ -103,6 +103,11 @@ class Index:
         """A stored row as a person reads it: token ids with their text, for which the model is loaded."""
         row = json.loads(stored["row"])
         return with_text(row, self.model().tokenizer) if layout(row) == "tokens" else row
+
+    def rejected_answer(self, stored: dict[str, Any]) -> str | None:
+        """Text of the answer that a stored row is held against, where it is a contrast; None for any other row."""
+        columns = rejected_side(json.loads(stored["row"])) if self.has_contrasts else None
+        return None if columns is None else shown_text(columns).get("completion")
 
     @property
     def columns(self) -> dict[str, str]:

@@ -56,7 +56,9 @@ class TokenShares:
         model = self.index.model()
         texts: list[str] = []
         supervised: list[bool] = []
+        starts: list[int] = []
         for sequence in sequences_of(row):
+            starts.append(len(texts))
             targets = sequence.encoded.supervised
             places = [place for place, is_target in enumerate(targets) if is_target or self.basis == "position"]
             texts += token_texts(model, sequence.encoded.ids, places)
@@ -67,6 +69,7 @@ class TokenShares:
             train=texts,
             supervised=supervised,
             matrix=torch.zeros(len(self.tokens), len(texts)),
+            rejected_from=dict(enumerate(starts)).get(1),
         )
 
     def add(self, checkpoint: int, model: LoadedModel) -> None:
