@@ -1,4 +1,4 @@
-"""Rows that share their last question and differ in what comes before it: a question needs that too, to find its row."""
+"""Rows that share their last question and differ in what comes before: a question needs that too to find its row."""
 
 import json
 import shlex
