@@ -11,6 +11,7 @@ from whence.corpus.reading import conversation_in, open_corpus
 from whence.corpus.shapes import SHAPES
 from whence.corpus.templates import supervise
 from whence.corpus.tokens import encode, with_text
+from whence.corpus.unsupervised import reason
 from whence.errors import CorpusError, SettingError
 from whence.tracing.queries import queries_of
 
@@ -210,6 +211,20 @@ def test_supervise(name, last, everything):
         assert supervised(ROWS[name][0], tokenizer)[1] == expected
     with pytest.raises(SettingError, match="--supervise user: choose one of assistant, last, all"):
         supervise(byte_level(), "user")
+
+
+@pytest.mark.parametrize("chat", [None, CHAT])
+def test_no_earlier_answer_stands_in_for_a_last_one_of_weight_0(chat):
+    """As LLaMA-Factory: `mask_history` takes the last turn, whose `loss_mask` may leave nothing."""
+    tokenizer = byte_level(chat=chat)
+    supervise(tokenizer, "last")
+    silent = {"weight": 0}
+    row = {"messages": [*TURNS[:3], assistant("w") | silent]}
+    assert supervised(row, tokenizer)[1] == ""
+    assert reason(row) == "give the last turn of the assistant the weight 0"
+    row = {"messages": [user("x"), assistant("y") | silent, user("z"), assistant("w") | {"weight": 1}]}
+    assert supervised(row, tokenizer)[1] == "w</s>"
+    assert supervised({"messages": TURNS[:3]}, tokenizer)[1] == ("y</s>" if chat else "y")
 
 
 def test_columns_of_other_names():

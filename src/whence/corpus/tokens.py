@@ -44,7 +44,7 @@ from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of,
 from whence.corpus.missing import without_missing
 from whence.corpus.preferences import CONTRAST, preferences_of
 from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side
-from whence.corpus.templates import ASSISTANT, Tokenizer, supervision
+from whence.corpus.templates import ASSISTANT, LAST, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
 
@@ -190,7 +190,7 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     rendered, supervised = _rendered(without_missing(row), tokenizer), supervision(tokenizer)
     if rendered is None or supervised == ASSISTANT:
         return rendered
-    spans = rendered.spans[-1:] if supervised == "last" else ((0, len(rendered.text)),)
+    spans = rendered.spans[-1:] if supervised == LAST else ((0, len(rendered.text)),)
     return replace(rendered, spans=spans)
 
 
@@ -200,17 +200,30 @@ def _rendered(row: Row, tokenizer: Tokenizer) -> Rendered | None:
         return None
     if kind == "messages":
         messages = checked_messages(columns["messages"])
+        if messages and supervision(tokenizer) == LAST:
+            messages = _silent_but_last(messages)
         return conversation(messages, tokenizer, tools_of(columns)) if messages else None
     if any(columns[name] is None for name in LAYOUTS[kind]):
         return None
     if kind == "instruction":
-        before = checked_messages(turns_before(columns))
+        before = checked_messages(turns_before(columns)) or []
+        if supervision(tokenizer) == LAST:
+            before = [message | {"weight": 0} for message in before]
         return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before)
     if kind == "segments":
         return _joined(segments_of(columns) or [])
     if kind == "prompt":
         return _joined([(as_text(columns["prompt"]), False), (as_text(columns["completion"]), True)])
     return _joined([(as_text(columns["text"]), True)])
+
+
+def _silent_but_last(messages: list[Row]) -> list[Row]:
+    """Messages of which the assistant's last keeps its weight, and the others have 0.
+
+    If the last has the weight 0 too, nothing is supervised, as with LLaMA-Factory's `mask_history` and `loss_mask`.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return [message | {"weight": 0} if number in turns[:-1] else message for number, message in enumerate(messages)]
 
 
 def _joined(segments: list[tuple[str, bool]]) -> Rendered:
