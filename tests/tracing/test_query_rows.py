@@ -1,5 +1,7 @@
 """A row of a corpus that is given back as a query has the row's own tokens, and loses nothing in silence."""
 
+import json
+
 import pandas
 import pytest
 
@@ -178,3 +180,19 @@ def test_missing_values_and_tables_in_memory_are_read_as_in_a_file(tmp_path):
     assert queries_of(table) == queries_of(tmp_path / "queries.csv") == [Query("", "b")]
     with pytest.raises(SettingError, match=r"^--queries: no query in it"):
         queries_of(pandas.DataFrame([]))
+
+
+def test_a_question_has_the_tools_of_its_row(printed, tmp_path):
+    """Rows that differ in their tools alone: with them a question is its row, in a file of one or of many."""
+    model, rows = save_tiny_llama(tmp_path / "model", chat=True), []
+    for name in "fghijk":
+        rows.append(talk(ASKED, ANSWERED, id=name, tools=[{"type": "function", "function": {"name": name * 3}}]))
+    index(model, rows, tmp_path / "index", chat_template=CHAT, width=16, codec="float32", progress=False)
+    one, many = tmp_path / "one.json", write_jsonl(tmp_path / "many.jsonl", rows[4:5])
+    words = ("--top", 1, "--no-null", "--json")
+    for asked in (("--messages", one), ("--queries", many)):
+        one.write_text(json.dumps(rows[4]))
+        first = json.loads(printed("trace", tmp_path / "index", *asked, *words)[1])["rows"][0]
+        assert (first["id"], first["score"]) == ("j", pytest.approx(1, abs=1e-4)), asked
+    one.write_text(json.dumps({"messages": rows[4]["messages"]}))
+    assert json.loads(printed("trace", tmp_path / "index", "--messages", one, *words)[1])["rows"][0]["score"] < 0.999
