@@ -55,8 +55,10 @@ def test_the_same_pair_as_a_question_is_its_row(built, model, tmp_path):
         for hit in result.of(0) if "exact" in settings else ():
             assert hit.tokens.matrix.sum() == pytest.approx(hit.exact, rel=1e-4, abs=1e-5)
             assert hit.as_row()["rejected"].startswith("no ")
-    (first, *_) = trace(built, queries=[PAIRS[5]], top=1, null=False).of(0)
-    assert first.score == pytest.approx(1, abs=1e-4)
+    for method in ("cosine", "tracin_cosine"):
+        result = trace(built, queries=[PAIRS[5]], top=1, null=False, method=method)
+        assert (result.of(0)[0].id, result.of(0)[0].score) == ("p5", pytest.approx(1, abs=1e-4))
+    assert result.settings["pairs of answers"] == "contrasts"
     one = trace(built, queries=[PAIRS[5]], preferences="chosen", top=1, null=False)
     assert one.answers[0].contrast is None and one.of(0)[0].score < 0.999
     given = trace(built, PAIRS[5]["prompt"], "10!", contrast="no 5", top=1, null=False)

@@ -254,6 +254,8 @@ def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]
         "method": settings.method,
         "objective": settings.objective,
     }
+    if index.has_contrasts:
+        described["pairs of answers"] = "contrasts"
     if settings.exact:
         described["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
     if settings.tokens:
