@@ -50,6 +50,11 @@ class ScorerEntry:
     by: str = "task"
     """What a target is: a "task" with all its examples, or each "example"."""
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether it can compare two answers: it reads gradients, whose difference is taken, or nothing at all."""
+        return self.needs_index or self.draws
+
     def load(self) -> Any:
         """Import the class."""
         return _load(self.implementation)

@@ -6,12 +6,13 @@ import pytest
 
 from tiny_tokenizers import byte_level
 from whence.corpus.columns import columns_called, original
-from whence.corpus.layouts import row_text, shown_text
+from whence.corpus.layouts import question_in, row_text, shown_text
 from whence.corpus.reading import conversation_in, open_corpus
 from whence.corpus.shapes import SHAPES
 from whence.corpus.templates import supervise
 from whence.corpus.tokens import encode, with_text
 from whence.corpus.unread import unread_columns
+from whence.corpus.unsupervised import reason
 from whence.errors import CorpusError, SettingError
 from whence.tracing.queries import queries_of
 
@@ -294,6 +295,20 @@ def test_supervise(name, last, everything):
         supervise(byte_level(), "user")
 
 
+@pytest.mark.parametrize("chat", [None, CHAT])
+def test_no_earlier_answer_stands_in_for_a_last_one_of_weight_0(chat):
+    """As LLaMA-Factory: `mask_history` takes the last turn, whose `loss_mask` may leave nothing."""
+    tokenizer = byte_level(chat=chat)
+    supervise(tokenizer, "last")
+    silent = {"weight": 0}
+    row = {"messages": [*TURNS[:3], assistant("w") | silent]}
+    assert supervised(row, tokenizer)[1] == ""
+    assert reason(row) == "give the last turn of the assistant the weight 0"
+    row = {"messages": [user("x"), assistant("y") | silent, user("z"), assistant("w") | {"weight": 1}]}
+    assert supervised(row, tokenizer)[1] == "w</s>"
+    assert supervised({"messages": TURNS[:3]}, tokenizer)[1] == ("y</s>" if chat else "y")
+
+
 def test_columns_of_other_names():
     rows = [{"q": "x", "a": "y", "n": 1}, {"prompt": "x", "completion": "y"}, {"q": "x", "a": "y", "prompt": ""}]
     names = {"prompt": "q", "completion": "a"}
@@ -337,3 +352,21 @@ def test_a_query_has_any_shape_that_asks(tmp_path):
     file.write_text('["x"]')
     with pytest.raises(CorpusError, match="messages are a list of objects"):
         conversation_in(str(file))
+
+
+def test_what_a_row_asks_last():
+    """The command that a verb proposes asks it."""
+    turns = [said("system", "Be brief."), said("human", "x"), said("gpt", "y"), said("human", "z"), said("gpt", "w")]
+    asked = [
+        ({"conversations": turns}, "z"),
+        ({"conversations": json.dumps(turns[:3])}, "x"),
+        ({"messages": [user("x"), assistant(""), {"role": "tool", "content": "8"}, assistant("y")], "tools": []}, "x"),
+        ({"prompt": [user("x")], "chosen": [assistant("y")], "rejected": [assistant("n")]}, "x"),
+        ({"instruction": "x", "input": "z", "system": "Be brief.", "history": [["a", "b"]], "output": "y"}, "x"),
+        ({"instruction": "", "input": "z", "output": "y"}, "z"),
+        ({"messages": [assistant("y")]}, None),
+        ({"text": "a b"}, "a b"),
+        ({"input_ids": [3, 4]}, None),
+    ]
+    for row, question in asked:
+        assert question_in(row) == question, row

@@ -14,13 +14,13 @@ from whence.gradients.capture import (
     Sketches,
     backward,
     example_gradients,
-    gradient_norms,
     gradients,
     sketch,
     squared_norms,
     token_losses,
 )
 from whence.gradients.exact import inner_products
+from whence.gradients.norms import gradient_norms
 from whence.gradients.projections.identity import Identity
 from whence.gradients.projections.two_sided import TwoSided
 from whence.models.loading import LoadedModel, layer_shape

@@ -1,5 +1,7 @@
 """A row of a corpus that is given back as a query has the row's own tokens, and loses nothing in silence."""
 
+import json
+
 import pandas
 import pytest
 
@@ -178,3 +180,59 @@ def test_missing_values_and_tables_in_memory_are_read_as_in_a_file(tmp_path):
     assert queries_of(table) == queries_of(tmp_path / "queries.csv") == [Query("", "b")]
     with pytest.raises(SettingError, match=r"^--queries: no query in it"):
         queries_of(pandas.DataFrame([]))
+
+
+def test_a_question_has_the_tools_of_its_row(printed, tmp_path):
+    """Rows that differ in their tools alone: with them a question is its row, in a file of one or of many."""
+    model, rows = save_tiny_llama(tmp_path / "model", chat=True), []
+    for name in "fghijk":
+        rows.append(talk(ASKED, ANSWERED, id=name, tools=[{"type": "function", "function": {"name": name * 3}}]))
+    index(model, rows, tmp_path / "index", chat_template=CHAT, width=16, codec="float32", progress=False)
+    one, many = tmp_path / "one.json", write_jsonl(tmp_path / "many.jsonl", rows[4:5])
+    words = ("--top", 1, "--no-null", "--json")
+    for asked in (("--messages", one), ("--queries", many)):
+        one.write_text(json.dumps(rows[4]))
+        first = json.loads(printed("trace", tmp_path / "index", *asked, *words)[1])["rows"][0]
+        assert (first["id"], first["score"]) == ("j", pytest.approx(1, abs=1e-4)), asked
+    one.write_text(json.dumps({"messages": rows[4]["messages"]}))
+    assert json.loads(printed("trace", tmp_path / "index", "--messages", one, *words)[1])["rows"][0]["score"] < 0.999
+
+
+BOTH = [ASKED, turn("assistant", "a"), turn("user", "r")]
+PAIRS = [
+    {"prompt": "q", "chosen": "ok", "rejected": "no"},
+    {"chosen": "q ok", "rejected": "q no"},
+    {"instruction": "q", "input": "n", "system": "Be.", "chosen": "ok", "rejected": "no"},
+    {"prompt": [turn("system", "Be."), ASKED], "chosen": [ANSWERED], "rejected": [turn("assistant", "no")]},
+    {"prompt": "q", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, turn("assistant", "no")]},
+    {"chosen": [*BOTH, ANSWERED], "rejected": [*BOTH, turn("assistant", "no")]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "ok"},
+     "rejected": {"from": "gpt", "value": "no"}},
+    {"input": {"messages": [ASKED], "tools": TOOLS}, "preferred_output": [ANSWERED],
+     "non_preferred_output": [turn("assistant", "no")]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_a_pair_as_a_question_is_its_row_on_either_side(row):
+    tokenizer = byte_level(bos=True, chat=CHAT)
+    (chosen,), (contrast,) = queries_of([row]), queries_of([row], preferences="contrast")
+    assert chosen.contrast is None and chosen.completion.strip() == contrast.completion.strip() == "ok"
+    whole = encode(row, tokenizer, preferences="contrast")
+    for query, side in ((contrast, whole), (contrast.contrast, whole.rejected)):
+        encoded = encode_query(query.prompt, query.completion, tokenizer, kind=layout(row), context=query.context)
+        assert (encoded.ids, encoded.supervised) == (side.ids, side.supervised)
+    assert encode(row, tokenizer).ids == whole.ids and encode(row, tokenizer).rejected is None
+
+
+def test_a_pair_whose_sides_go_apart_earlier_has_another_prompt_on_either_side():
+    row = {"chosen": [ASKED, turn("assistant", "a"), turn("user", "r"), ANSWERED], "rejected": [ASKED, ANSWERED]}
+    (query,) = queries_of([row], preferences="contrast")
+    assert (query.prompt, query.completion) == ("r", "ok")
+    assert (query.contrast.prompt, query.contrast.completion, query.contrast.context) == ("q", "ok", None)
+    with pytest.raises(SettingError, match="query 0: `rejected` and `chosen`: one of the two ends without an answer"):
+        queries_of([row | {"rejected": [ASKED, ANSWERED, ASKED]}], preferences="contrast")
+    with pytest.raises(SettingError, match="--preferences both: choose one of chosen, contrast"):
+        queries_of([row], preferences="both")
+    with pytest.raises(SettingError, match="have two layouts, messages and prompt"):
+        queries_of([row | {"rejected": "no"}], preferences="contrast")

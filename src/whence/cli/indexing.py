@@ -9,7 +9,17 @@ import typer
 from whence import catalogue
 from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import CORPUS, CorpusPath, IndexFlags, IndexPath, Json, LoadingFlags, Model, ModelPath
+from whence.cli.options import (
+    CORPUS,
+    CorpusPath,
+    IndexFlags,
+    IndexPath,
+    Json,
+    LoadingFlags,
+    Model,
+    ModelPath,
+    Preferences,
+)
 from whence.counts import number_of
 from whence.errors import MissingIndexError, SettingError
 
@@ -29,6 +39,7 @@ def index(
     engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
     workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
+    preferences: Preferences = None,
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
@@ -41,7 +52,8 @@ def index(
     check_inputs(models=[model], corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
-    options: dict[str, Any] = vars(settings) | vars(loading) | {"checkpoints": checkpoints, "engine": engine}
+    options: dict[str, Any] = vars(settings) | vars(loading)
+    options |= {"checkpoints": checkpoints, "engine": engine, "preferences": preferences}
     _print_info(build(model, corpus, out, restart=restart, **options).store, out, as_json)
 
 
@@ -142,13 +154,16 @@ def append(
         bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
     ] = False,
     model: ModelPath = None,
+    preferences: Preferences = None,
     as_json: Json = False,
 ) -> None:
     """Let more rows join a complete index."""
     check_inputs(index=index, corpora=[corpus])
     with waiting("Loading torch"):
         from whence.indexing.build import append as run
-    _print_info(run(index, corpus, undo=undo, model=model, **vars(loading)).store, index, as_json)
+    _print_info(
+        run(index, corpus, undo=undo, model=model, preferences=preferences, **vars(loading)).store, index, as_json
+    )
 
 
 def bench(
@@ -225,11 +240,11 @@ def _finishing(store: "Store", path: str) -> tuple[str, ...]:
 
 
 def _asking(path: str) -> tuple[str, ...]:
-    """A trace of the prompt of the index' first row, or of how its text begins: a question that it can answer."""
-    from whence.corpus.layouts import shown_text
+    """A trace of what the index' first row asks, or of how its text begins: a question that it can answer."""
+    from whence.corpus.layouts import question_in
     from whence.indexing.store import Store
 
     store = Store.open(path)
-    text = next(iter(shown_text(json.loads(store.read_rows([0])[0]["row"])).values()), None) if store.rows else None
-    words = (text or "").split("\n")[0].split()[:10]
+    text = question_in(json.loads(store.read_rows([0])[0]["row"])) if store.rows else None
+    words = (text or "").strip().split("\n")[0].split()[:10]
     return ("whence", "trace", path, "--prompt", " ".join(words) or "TEXT")

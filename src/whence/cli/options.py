@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
+from whence.corpus.preferences import CONTRAST, checked
 from whence.errors import SettingError
 
 CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
@@ -44,6 +45,28 @@ Supervise = Annotated[
         help="Which tokens of a row are trained on; as in the model's training by Whence, else the assistant's.",
     ),
 ]
+
+
+def _known_preferences(preferences: str | None) -> str | None:
+    """The flag's value.
+
+    Raises:
+        SettingError: There is no such choice.
+    """
+    checked(preferences)
+    return preferences
+
+
+Preferences = Annotated[
+    str | None,
+    typer.Option(
+        metavar="chosen|contrast",
+        callback=_known_preferences,
+        help="What a row with a preferred and a rejected answer is: the one, or the two compared, as in DPO.",
+    ),
+]
+NoPreferences = Annotated[str | None, typer.Option("--preferences", hidden=True)]
+"""For verbs that read the preferred answer alone: they refuse anything else, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +139,16 @@ class IndexFlags:
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False
+
+
+def refuse_contrasts(preferences: str | None, why: str) -> None:
+    """Refuse to compare two answers, in a verb that reads one.
+
+    Raises:
+        SettingError: That is asked for, or there is no such choice.
+    """
+    if checked(preferences) == CONTRAST:
+        raise SettingError(f"--preferences contrast: {why}")
 
 
 def listed(words: str | None) -> tuple[str, ...]:

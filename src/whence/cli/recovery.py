@@ -9,7 +9,18 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import ChatTemplate, Date, Force, Json, RowsFile, Supervise, WholeReport, listed
+from whence.cli.options import (
+    ChatTemplate,
+    Date,
+    Force,
+    Json,
+    NoPreferences,
+    RowsFile,
+    Supervise,
+    WholeReport,
+    listed,
+    refuse_contrasts,
+)
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -82,6 +93,7 @@ def recover(
     max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens; the model's context.")] = None,
     work: Annotated[str, typer.Option(help="Directory of the evidence: the same command goes on from there.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the shadow's rows and training.")] = 0,
+    preferences: NoPreferences = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -92,6 +104,10 @@ def recover(
     from whence.reports.existing_files import REPORT_ENDINGS, Output, check_outputs
     from whence.reports.files import write_rows
 
+    refuse_contrasts(
+        preferences,
+        "recover looks for rows of a fine-tuning, and reads the chosen answers of pairs. Leave it out.",
+    )
     settings = {
         "method": method or ("calibrated" if calibrate else "nnls"), "optimizer": optimizer, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed, "short_list": short_list, "points": points,

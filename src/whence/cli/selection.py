@@ -7,7 +7,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs, is_index
-from whence.cli.options import Force, Json, LoadingFlags, RowsFile, amounts, listed, pairs
+from whence.cli.options import Force, Json, LoadingFlags, Preferences, RowsFile, amounts, listed, pairs
 
 _METHODS = ", ".join(catalogue.SCORERS)
 Tasks = Annotated[
@@ -37,6 +37,7 @@ def select(
     ],
     loading: LoadingFlags,
     tasks: Tasks = None,
+    preferences: Preferences = None,
     method: Annotated[str, typer.Option(help=f"How to score: {_METHODS}.")] = "less",
     fraction: Fraction = None,
     count: Annotated[int | None, typer.Option(help="Choose this number of rows.")] = None,
@@ -103,7 +104,7 @@ def select(
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
     options |= limits | {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
-    budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget}
+    budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget, "preferences": preferences}
     with working("Scoring"):
         view = open_view(
             source,

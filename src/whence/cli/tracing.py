@@ -7,7 +7,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
-from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath
+from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath, Preferences
 from whence.errors import SettingError
 
 
@@ -25,6 +25,7 @@ def trace(
     span: Annotated[str | None, typer.Option(help="Ask about this text of the completion alone.")] = None,
     span_tokens: Annotated[str | None, typer.Option(help="Ask about tokens FROM:TO of it alone, from 0.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Why the completion, and not this one?")] = None,
+    preferences: Preferences = None,
     top: Annotated[int, typer.Option(help="Examples on each side.")] = 10,
     method: Annotated[str, typer.Option(help=f"How to score: {', '.join(catalogue.TRACE_METHODS)}.")] = "cosine",
     objective: Annotated[
@@ -84,6 +85,7 @@ def trace(
             tokens |= opened.space.view == "sgd"
         result = run(
             opened, prompt, completion, queries=queries or conversation, system=system, span=place, contrast=contrast,
+            preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=seed,
@@ -103,7 +105,11 @@ def trace(
     can_be_exact = not exact and method in catalogue.index_methods() and opened.space.view == "sgd"
     if min(result.overlaps, default=1.0) < MANY and 2 * shortlist < result.rows:
         command = again("--shortlist", 4 * shortlist)
-    elif result.levels and not any(stands_out(result, number) for number in range(len(result.answers))):
+    elif (
+        result.levels
+        and not opened.has_contrasts
+        and not any(stands_out(result, number) for number in range(len(result.answers)))
+    ):
         given = {"--prompt": prompt, "--queries": queries, "--messages": messages}
         asked = next((flag, value) for flag, value in given.items() if value is not None)
         words = () if completion is None else ("--completion", completion)

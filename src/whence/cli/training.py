@@ -12,7 +12,18 @@ import typer
 
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import ChatTemplate, CorpusPath, Date, Json, Model, Supervise, Tokenizer, pairs
+from whence.cli.options import (
+    ChatTemplate,
+    CorpusPath,
+    Date,
+    Json,
+    Model,
+    NoPreferences,
+    Supervise,
+    Tokenizer,
+    pairs,
+    refuse_contrasts,
+)
 from whence.counts import number_of
 
 
@@ -85,12 +96,18 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
     ] = None,
+    preferences: NoPreferences = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
     from whence.outputs import refuse_inputs
     from whence.training.recipe import settings_of
 
+    refuse_contrasts(
+        preferences,
+        "training on it is DPO, and train fine-tunes on the chosen answers. Train with TRL's DPOTrainer, and index its "
+        "output with this flag.",
+    )
     options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
     options = {name: value for name, value in options.items() if value is not None}
     settings_of(preset, options)

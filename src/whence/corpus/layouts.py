@@ -176,6 +176,24 @@ def shown_text(row: Row) -> Row:
     return {name: _text(row[name]) for name in (("prompt", "completion") if kind == "prompt" else ("text",))}
 
 
+def question_in(row: Row) -> str | None:
+    """What a row asks last, or how its text begins where it asks nothing; None for token ids, and where that is empty.
+
+    >>> question_in({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}]})
+    'Why?'
+    """
+    asked = query_in_layout(row)
+    if asked is None:
+        is_text = layout(row) != "tokens" or isinstance(row.get("text"), str)
+        texts = list(shown_text(row).values()) if is_text else []
+    elif asked[0] == "messages":
+        turns = asked[1]["messages"] or []
+        texts = [" ".join(map(str, pieces_of(turn))) for turn in reversed(turns) if role_of(turn["role"]) == "user"]
+    else:
+        texts = [asked[1].get(name) for name in ("prompt", "instruction", "input")]
+    return next((str(text) for text in texts if text is not None and str(text).strip()), None)
+
+
 def pieces_of(message: dict[str, Any]) -> list[Any]:
     """What a message says, without what it lacks: reasoning, content, and the tools that it calls as JSON."""
     calls = calls_of(message)

@@ -44,6 +44,7 @@ from whence.corpus.directories import files_below, is_index, is_metadata, of_spl
 from whence.corpus.layouts import check_messages, query_in_layout
 from whence.corpus.message_forms import NOT_MESSAGES, are_turns
 from whence.corpus.missing import without_missing
+from whence.corpus.preferences import checked as checked_preferences
 from whence.corpus.row_files import checked_object, file_rows, saved_rows
 from whence.corpus.shapes import Row
 from whence.corpus.unread import Unread
@@ -80,6 +81,7 @@ class Corpus:
         columns: Names that Whence reads, and the rows' own in their place; None: those of `columns_called`.
         text_rows: What is a row of plain text: "line", "paragraph", "file", or a number of words; None: that of
             `plain_text.text_rows_are`.
+        preferences: What a row with two answers is, for the note that says how rows are read; see `preferences`.
     """
 
     def __init__(
@@ -90,12 +92,14 @@ class Corpus:
         from_arrow: bool = False,
         columns: Mapping[str, str] | None = None,
         text_rows: str | None = None,
+        preferences: str | None = None,
     ):
         self.columns = current() if columns is None else checked(columns)
         self.text_rows = plain_text.current() if text_rows is None else plain_text.checked(text_rows)
         self.origin = origin
         self.first_number = first_number
         self.from_arrow = from_arrow
+        self.preferences = checked_preferences(preferences)
 
     @property
     def name(self) -> str:
@@ -108,7 +112,7 @@ class Corpus:
         Raises:
             CorpusError: The corpus does not exist, holds no row, or a row cannot be read.
         """
-        unread = Unread()
+        unread = Unread(self.preferences)
         for number, (where, row) in enumerate(self._rows(), start=self.first_number):
             check_messages(row, where)
             unread.add(row)
@@ -127,6 +131,7 @@ def open_corpus(
     first_number: int = 0,
     columns: Mapping[str, str] | None = None,
     text_rows: str | None = None,
+    preferences: str | None = None,
 ) -> Corpus:
     """A corpus from a path, from the name of a data set, or from rows in memory: dicts, a data set, a DataFrame.
 
@@ -136,19 +141,20 @@ def open_corpus(
         columns: Names that Whence reads, and the rows' own in their place, as in `{"prompt": "question"}`; None: those
             of the corpus that `origin` is, or of `columns.columns_called`.
         text_rows: What is a row of plain text, likewise; see `Corpus`.
+        preferences: What a row with two answers is, for a note; see `Corpus`.
 
     >>> [example.id for example in open_corpus([{"text": "a", "id": 7}])]
     ['7']
     """
     if isinstance(origin, Corpus):
         names, text_rows = origin.columns if columns is None else columns, text_rows or origin.text_rows
-        return Corpus(
-            origin.origin, first_number=first_number, from_arrow=origin.from_arrow, columns=names, text_rows=text_rows
-        )
+        how: Any = {"columns": names, "text_rows": text_rows, "preferences": preferences or origin.preferences}
+        return Corpus(origin.origin, first_number=first_number, from_arrow=origin.from_arrow, **how)
+    how = {"columns": columns, "preferences": preferences}
     if isinstance(origin, str | Path):
-        return Corpus(origin, first_number=first_number, columns=columns, text_rows=text_rows)
+        return Corpus(origin, first_number=first_number, text_rows=text_rows, **how)
     rows, from_arrow = rows_in_memory(origin), is_from_arrow(origin)
-    return Corpus(rows, first_number=first_number, from_arrow=from_arrow, columns=columns)
+    return Corpus(rows, first_number=first_number, from_arrow=from_arrow, **how)
 
 
 def conversation_in(path: str) -> Row:

@@ -2,9 +2,9 @@
 
 A shape is known by its columns. What it becomes holds the columns of a layout alone (`LAYOUTS`), and follows what the
 tools do that it comes from: TRL's conversational `prompt` and `completion` are one conversation of which the completion
-is supervised, a preference row is its `chosen` side, LLaMA-Factory's `system` comes before the first turn, axolotl's
-`segments` are tokenised each by itself, as they stand. Everywhere else a row keeps its own columns: ids, digests and
-outputs are of the row as it came.
+is supervised, a preference row is its `chosen` side (`preferences` says how it is both), LLaMA-Factory's `system` comes
+before the first turn, axolotl's `segments` are tokenised each by itself, as they stand. Everywhere else a row keeps its
+own columns: ids, digests and outputs are of the row as it came.
 
 Sources: TRL's "Dataset formats and types", LLaMA-Factory's data/README.md, axolotl's "Dataset formats", OpenAI's
 fine-tuning formats, databricks-dolly-15k, OpenOrca.
@@ -34,6 +34,11 @@ IGNORED = -100
 WHICH = "Say which column is which:"
 BEFORE = ("system", "history", "tools")
 """Columns that come before a question."""
+OTHER_SIDE = {
+    **{"chosen": "rejected", "rejected": "chosen"},
+    **{"preferred_output": "non_preferred_output", "non_preferred_output": "preferred_output"},
+}
+"""Columns of a preferred and a rejected answer, each with the other."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,16 @@ class Shape:
     """From a row to the columns of a layout. A query may lack the answer; then so does what it becomes."""
 
     @property
-    def question(self) -> str | None:
-        """The column that a query must have; None for what asks nothing."""
-        asks_nothing = self.layout in ("text", "segments", "tokens") or "rejected" in self.columns
-        return None if asks_nothing or "non_preferred_output" in self.columns else self.columns[0]
+    def is_preference(self) -> bool:
+        """Whether rows have a preferred and a rejected answer."""
+        return not OTHER_SIDE.keys().isdisjoint(self.columns)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The columns that a query must have; none for what asks nothing."""
+        if self.is_preference:
+            return self.columns
+        return () if self.layout in ("text", "segments", "tokens") else self.columns[:1]
 
 
 def layout_of(columns: Row) -> str:
@@ -190,7 +201,7 @@ def _pair(question: str, answer: str) -> Shape:
 
 
 def _preference(name: str, read: Callable[[Row], Row], *columns: str, optional: tuple[str, ...] = ()) -> Shape:
-    return Shape(f"the chosen side of {name}", "messages", (*columns, "rejected", "chosen"), optional, read)
+    return Shape(name, "messages", (*columns, "rejected", "chosen"), optional, read)
 
 
 def _answered_question(question: str) -> Shape:
@@ -261,7 +272,7 @@ SHAPES: tuple[Shape, ...] = (
     *(_answered_question(question) for question in ("question", "query", "input")),
     _preference("pairs of answers", _chosen, optional=CHAT),
     Shape(
-        "the preferred side of pairs of answers",
+        "pairs of answers",
         "messages",
         ("input", "non_preferred_output", "preferred_output"),
         (),
@@ -315,9 +326,32 @@ def query_shape(row: Row) -> Shape | None:
     >>> query_shape({"prompt": "a", "instruction": "b", "output": "c"}).columns, query_shape({"text": "a"})
     (('instruction', 'output'), None)
     """
-    asked = [shape for shape in SHAPES if shape.question is not None and row.get(shape.question) is not None]
+    asked = [shape for shape in SHAPES if shape.asked and all(row.get(column) is not None for column in shape.asked)]
     answered = [shape for shape in asked if not is_blank(row.get(shape.columns[-1], ""))]
     return (*answered, *asked, None)[0]
+
+
+def rejected_side(row: Row, shape: Shape | None = None) -> Row | None:
+    """The columns of a layout that a row's rejected answer is, after the same prompt; None where there is none.
+
+    Args:
+        row: The row.
+        shape: Its shape; None: that of `shape_of`.
+
+    Raises:
+        CorpusError: One answer is text, the other messages.
+
+    >>> rejected_side({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."})
+    {'prompt': 'Sky?', 'completion': 'Green.'}
+    """
+    shape = shape or shape_of(row)
+    if not shape.is_preference:
+        return None
+    preferred, rejected = shape.read(row), shape.read({OTHER_SIDE.get(name, name): row[name] for name in row})
+    sides = [layout_of(side) for side in (preferred, rejected)]
+    if sides[0] != sides[1] and not any(is_blank(row[name]) for name in shape.columns):
+        raise CorpusError(f"{columns_in_words(shape.columns)} have two layouts, {' and '.join(sides)}; one is expected")
+    return rejected
 
 
 def columns_in_words(columns: tuple[str, ...]) -> str:

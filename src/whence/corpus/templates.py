@@ -36,10 +36,10 @@ PROBE = "\uf8ff"
 """A letter that no template writes by itself, of Unicode's private use."""
 STORED_DATE = "template_date.json"
 """File of a work directory whose rows are written by a chat template with a date."""
-ASSISTANT = "assistant"
+ASSISTANT, LAST = "assistant", "last"
 SUPERVISED = {
     ASSISTANT: "what the assistant says, or the completion, with the token that closes it",
-    "last": "the assistant's last turn alone, as LLaMA-Factory's mask_history",
+    LAST: "the assistant's last turn alone, as LLaMA-Factory's mask_history",
     "all": "every token of a row, as TRL's default for conversations",
 }
 """Which tokens of a row are supervised. A question to a trace is about its answer whatever they are."""

@@ -42,8 +42,9 @@ from whence.corpus.conversations import (
 )
 from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of, turns_before
 from whence.corpus.missing import without_missing
-from whence.corpus.shapes import IGNORED, LAYOUTS, Row
-from whence.corpus.templates import ASSISTANT, Tokenizer, supervision
+from whence.corpus.preferences import CONTRAST, preferences_of
+from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side
+from whence.corpus.templates import ASSISTANT, LAST, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
 
@@ -81,27 +82,54 @@ class Encoded:
     """
     completion_cut: int = 0
     """Supervised tokens among them, of an answer that is too long by itself; likewise."""
+    rejected: "Encoded | None" = None
+    """The answer against which this one is held, after the same prompt: the example's loss is the difference of the
+    two losses (`preferences`). None: it is this one's."""
 
     @property
     def supervised_count(self) -> int:
-        """Number of supervised tokens."""
-        return sum(self.supervised)
+        """Number of supervised tokens, of both answers where there are two."""
+        return sum(self.supervised) + (0 if self.rejected is None else self.rejected.supervised_count)
+
+    @property
+    def positions(self) -> int:
+        """Positions that the example takes of a batch: its tokens, or twice those of the longer of two sequences."""
+        return len(self.ids) if self.rejected is None else 2 * max(len(self.ids), len(self.rejected.ids))
 
 
 @one_at_a_time
-def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None) -> Encoded:
+def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, preferences: str | None = None) -> Encoded:
     """Token ids of a row and which of them are supervised.
 
     Args:
         row: A row in one of `shapes.SHAPES`. A null where text is expected supervises nothing.
         tokenizer: The tokenizer of the model that will read the ids.
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
-            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning.
+            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Each of
+            two answers is cut by itself.
+        preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Of a contrast that lacks one answer,
+            nothing is supervised.
 
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
     """
-    row = without_missing(row)
+    sides = [_encoded(side, tokenizer, max_tokens) for side in sides_of(without_missing(row), tokenizer, preferences)]
+    if len(sides) == 1:
+        return sides[0]
+    chosen, rejected = sides
+    if not (chosen.supervised_count and rejected.supervised_count):
+        return Encoded([], [])
+    cuts = (chosen.cut + rejected.cut, chosen.completion_cut + rejected.completion_cut)
+    return Encoded(chosen.ids, chosen.supervised, *cuts, rejected)
+
+
+def sides_of(row: Row, tokenizer: Tokenizer, preferences: str | None = None) -> list[Row]:
+    """A row; or a contrast's preferred and rejected answers, each as a row. For `preferences` see `encode`."""
+    other = rejected_side(row) if (preferences or preferences_of(tokenizer)) == CONTRAST else None
+    return [row] if other is None else [row, other]
+
+
+def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None) -> Encoded:
     kind, columns = in_layout(row)
     if kind == "tokens":
         return _truncated(*token_ids_of(columns, tokenizer), max_tokens, keep_left=True, tokenizer=tokenizer)
@@ -168,7 +196,7 @@ def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
     if rendered is None or supervised == ASSISTANT:
         return rendered
     first = len(rendered.spans) - rendered.last
-    spans = rendered.spans[first:] if supervised == "last" else ((0, len(rendered.text)),)
+    spans = rendered.spans[first:] if supervised == LAST else ((0, len(rendered.text)),)
     return replace(rendered, spans=spans)
 
 
@@ -178,17 +206,30 @@ def _rendered(row: Row, tokenizer: Tokenizer) -> Rendered | None:
         return None
     if kind == "messages":
         messages = checked_messages(columns["messages"])
+        if messages and supervision(tokenizer) == LAST:
+            messages = _silent_but_last(messages)
         return conversation(messages, tokenizer, tools_of(columns)) if messages else None
     if any(columns[name] is None for name in LAYOUTS[kind]):
         return None
     if kind == "instruction":
-        before = checked_messages(turns_before(columns))
+        before = checked_messages(turns_before(columns)) or []
+        if supervision(tokenizer) == LAST:
+            before = [message | {"weight": 0} for message in before]
         return instruction(request_of(columns), as_text(columns["output"]), tokenizer, before)
     if kind == "segments":
         return replace(_joined(segments_of(columns) or []), special=False, closed=False)
     if kind == "prompt":
         return _joined([(as_text(columns["prompt"]), False), (as_text(columns["completion"]), True)])
     return _joined([(as_text(columns["text"]), True)])
+
+
+def _silent_but_last(messages: list[Row]) -> list[Row]:
+    """Messages of which the assistant's last keeps its weight, and the others have 0.
+
+    If the last has the weight 0 too, nothing is supervised, as with LLaMA-Factory's `mask_history` and `loss_mask`.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return [message | {"weight": 0} if number in turns[:-1] else message for number, message in enumerate(messages)]
 
 
 def _joined(segments: list[tuple[str, bool]]) -> Rendered:
@@ -418,14 +459,25 @@ class Batch:
     """True for tokens, False for padding."""
     supervised: Bool[Tensor, "b t"]
     """Whether each token is supervised; see the module's text."""
+    sides: int = 1
+    """Sequences of an example, one after another. Of 2, the second is the rejected answer, whose loss is subtracted;
+    nothing of it is supervised where an example has no such answer."""
+
+    def __len__(self):
+        """Examples."""
+        return len(self.ids) // self.sides
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.supervised.to(device))
+        return Batch(self.ids.to(device), self.mask.to(device), self.supervised.to(device), self.sides)
 
 
 def collate(examples: Sequence[Encoded], pad_id: int = 0) -> Batch:
     """Pad examples on the right to the longest of them. Any id can pad, since no token attends to padding."""
+    if any(example.rejected is not None for example in examples):
+        pairs = ((example, example.rejected or Encoded(example.ids[:1], [False])) for example in examples)
+        sequences = [replace(side, rejected=None) for pair in pairs for side in pair]
+        return replace(collate(sequences, pad_id), sides=2)
     width = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), width, dtype=torch.bool)

@@ -21,6 +21,7 @@ from whence.corpus.layouts import (
     query_columns_read,
     row_text,
 )
+from whence.corpus.preferences import CHOSEN, CONTRAST
 from whence.corpus.shapes import SHAPES, Row, columns_in_words, is_blank, query_shape, shape_of
 from whence.corpus.suggestions import ANSWERS, DESCRIBING, WORDS
 
@@ -39,12 +40,15 @@ ANSWER = re.compile(rf"(?:^|_)(?:{ANSWERS})(?:_?\d+|_[a-z])?$", re.IGNORECASE)
 """Names of columns that hold an answer, of however few words."""
 MESSAGE_KEYS = ("loss", "train", "training", "trainable", "train_detail", "loss_mask", "mask", "masked")
 """Keys of a message by which some trainers leave it out of the loss; Whence reads `weight`."""
+READ_AS = {CHOSEN: "the chosen side of ", CONTRAST: "contrasts of "}
+"""What a row with two answers is read as, by `preferences.PREFERENCES`."""
 
 
 class Unread:
     """Columns of a corpus that are not read, and its rows that are rejected answers, as they are counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, preferences: str = CHOSEN) -> None:
+        self.preferences = preferences
         self.columns: Counter[str] = Counter()
         self.rows = 0
         self.rejected = 0
@@ -57,7 +61,8 @@ class Unread:
         self.columns.update(unread_columns(row))
         shape = shape_of(row)
         if shape.name and not is_blank(row[shape.columns[-1]]):
-            self.shapes[f"{shape.name} ({columns_in_words(shape.columns)})"] += 1
+            side = READ_AS[self.preferences] if shape.is_preference else ""
+            self.shapes[f"{side}{shape.name} ({columns_in_words(shape.columns)})"] += 1
 
     def log(self, name: str) -> None:
         """Say of the corpus with this name what is not read; once a process, since a corpus is read several times."""

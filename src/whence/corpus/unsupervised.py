@@ -53,4 +53,6 @@ def reason(row: Row) -> str:
         return f"have no message of the role `assistant` (or {names}), but {roles}"
     if all(message.get("weight") == 0 for message in answers):
         return "give every turn of the assistant the weight 0"
+    if answers[-1].get("weight") == 0:
+        return "give the last turn of the assistant the weight 0"
     return "have empty turns of the assistant, or are cut before them"

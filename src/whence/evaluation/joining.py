@@ -36,7 +36,7 @@ from whence.errors import SettingError
 from whence.indexing.opening import Index
 from whence.runner import ProgressOption
 from whence.selection.pipeline import build_scorer, open_view, targets_of
-from whence.selection.views import CorpusView, IndexView
+from whence.selection.views import CorpusView, IndexView, refuse_contrasts
 
 METHODS = ("influence", "bm25", "rds+")
 Units = Mapping[str, Mapping[str, float]]
@@ -141,6 +141,7 @@ def _summed_scores(
 ) -> dict[str, dict[str, float]]:
     """Scores summed by set and partition; the rows are read once for all sets."""
     view = open_view(source, method, model=model)
+    refuse_contrasts(view, "the pool's models are trained on the chosen answers alone")
     lengths = torch.tensor([len(encoded.ids) for encoded in view.encoded()], dtype=torch.float64)
     shares, out = _row_shares(pool, view, units), {}
     targets = [[replace(target, name=f"{eval_set.name}: {target.name}")

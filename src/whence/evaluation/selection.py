@@ -46,7 +46,7 @@ from whence.outputs import refuse_inputs
 from whence.paths import writing_to
 from whence.records import MisfitError, fitting, read_record, unlike_written
 from whence.selection.pipeline import open_view, select, select_each
-from whence.selection.views import CorpusView, IndexView
+from whence.selection.views import CorpusView, IndexView, refuse_contrasts
 from whence.storage import AGAIN, Place, claim_directory, remove_directory, temporary_directory
 from whence.training.trainer import train
 from whence.turns import one_at_a_time
@@ -204,6 +204,7 @@ def selection_methods(
     if not 0 < fraction <= 1:
         raise SettingError(f"--fraction {fraction}: a share above 0 and up to 1 is expected")
     view = open_view(source, RANDOM, model=model)
+    refuse_contrasts(view, "the models that grade a choice are trained on the chosen answers alone")
     everything = select(view, None, method=RANDOM, fraction=1.0, duplicates=None)
     budget = max(1, round(fraction * everything.selection.tokens))
     store = (

@@ -4,6 +4,7 @@ Data flows through the modules in this order:
 
     space           the settings that decide which vector an example becomes
     capture         per-example pairs (a, g) of every traced layer, from one ordinary backward pass
+    norms           lengths of examples' gradients
     protocols       what a projection is
     projections/    linear maps from a layer's gradient to a few numbers, one file each
     adam            what Adam makes of an example's gradient

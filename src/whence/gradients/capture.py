@@ -9,8 +9,10 @@ Logits and loss are computed only at positions that predict a supervised token, 
 vocabulary-sized arrays. The head is whatever the model does between its decoder's states and its logits (scaling, soft
 caps): for each chunk a stub that returns it replaces the decoder, and the model's own forward runs.
 
-The loss of an example is the mean or the sum over its supervised tokens, in nats; examples never mix. Sums are in
-fp32 whatever the model's dtype.
+The loss of an example is the mean or the sum over its supervised tokens, in nats; examples never mix. Of two answers
+that are contrasted (`Batch.sides`) it is the difference of the two, and the example is handed over as one of twice the
+positions, of which the later half are the rejected answer's, with slopes of the other sign: its gradient, and whatever
+is not linear in it, needs no other code. Sums are in fp32 whatever the model's dtype.
 
 Source: Goodfellow 2015, https://arxiv.org/abs/1510.01799 (norms from a and g); opacus' samplers for the general case.
 """
@@ -80,9 +82,10 @@ class TokenLosses:
     """Loss of a batch, by example and by token."""
 
     loss: Float32[Tensor, " b"]
-    """Nats, mean or sum over the example's supervised tokens; 0 if there are none."""
+    """Nats, mean or sum over the example's supervised tokens; 0 if there are none. Of two answers, the difference."""
     nll: Float32[Tensor, "b t"]
-    """Nats of each supervised token, -log p(token | tokens before it); 0 elsewhere."""
+    """Nats of each supervised token, -log p(token | tokens before it); 0 elsewhere. Of two answers, one after another.
+    """
 
 
 def example_gradients(a: Float[Tensor, "b t i"], g: Float[Tensor, "b t o"]) -> Float32[Tensor, "b o i"]:
@@ -138,6 +141,9 @@ class _Pass:
 
     model: LoadedModel
     batch_shape: tuple[int, int]
+    """Sequences and positions."""
+    sides: int
+    """Sequences of an example."""
     consume: Consume
     whole: bool = False
     """Whether every layer is handed over once, with the output head's chunks and all uses of a layer joined."""
@@ -189,6 +195,8 @@ class _Pass:
             self.faults[name] = f"is called on {a.shape[:-1].numel()} positions of a batch of {b} x {t}"
             return
         a, g = a.reshape(b, t, -1), self.scale.undone(g.reshape(b, t, -1))
+        b, t = b // self.sides, t * self.sides
+        a, g = a.reshape(b, t, -1), g.reshape(b, t, -1)
         if self.whole and name in self.used_again:
             rows, places = torch.meshgrid(torch.arange(b), torch.arange(t), indexing="ij")
             part = (a.flatten(0, 1), g.flatten(0, 1), rows.flatten().to(a.device), places.flatten().to(a.device))
@@ -214,11 +222,16 @@ class _Pass:
             raise ModelError(f"{name} is tied to an embedding that is read at {tuple(ids.shape)}. Leave {name} out.")
         slopes = self.scale.undone(g)
         slopes = slopes.float() if self.upcast else slopes
-        for chunk in as_linear(module, ids, slopes, LOGITS_PER_CHUNK.get(g.device.type, 2**20)):
+        for a, one_hot, *where in as_linear(module, ids, slopes, LOGITS_PER_CHUNK.get(g.device.type, 2**20)):
+            chunk = (a, one_hot, *self.in_examples(*where))
             if self.whole:
                 self.parts.setdefault(name, []).append(chunk)
             else:
                 self._hand_over_head(name, *chunk)
+
+    def in_examples(self, rows: Int64[Tensor, " s"], places: Int64[Tensor, " s"]) -> tuple[Tensor, Tensor]:
+        """Examples and places in them of positions of the batch's sequences."""
+        return rows // self.sides, places + self.batch_shape[1] * (rows % self.sides)
 
     def _hand_over_head(self, name: str, a: Tensor, g: Tensor, owners: Tensor, places: Tensor) -> None:
         self.consume(Captured(name, *_by_example(a, g, owners, places)))
@@ -285,7 +298,8 @@ def backward(
         ModelError: The gradients of some layers cannot be seen; it names the pattern that leaves all of them out.
     """
     batch = batch.to(model.device)
-    state = _Pass(model, (batch.ids.shape[0], batch.ids.shape[1]), consume, whole, scale=scale or scale_for(model))
+    shape = (batch.ids.shape[0], batch.ids.shape[1])
+    state = _Pass(model, shape, batch.sides, consume, whole, scale=scale or scale_for(model))
     state.upcast = upcast or model.device.type != "cuda" or state.scale.is_needed
     uses = [*(model.uses(layers) if shared else layers.items())]
     state.faults = {name: MIXED for name, module in uses if not_by_example(module)}
@@ -322,6 +336,8 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
     labels = batch.ids[owners, positions + 1]
     counts = batch.supervised.sum(1)
     weights = 1 / counts[owners] if reduction == "mean" else torch.ones_like(owners, dtype=torch.float32)
+    signs = torch.tensor([1.0, -1.0][: batch.sides], device=batch.ids.device)
+    weights = weights * signs[owners % batch.sides]
     where = (owners.to(states.device), positions.to(states.device))
     leaf = states.detach()[where]
     slopes = torch.zeros_like(leaf, dtype=None if state is None else state.scale.dtype)
@@ -329,7 +345,7 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
     for chunk in _chunks(model, len(owners)):
         some = leaf[chunk].detach().requires_grad_(state is not None)
         if state is not None:
-            state.owners = owners[chunk], positions[chunk]
+            state.owners = state.in_examples(owners[chunk], positions[chunk])
         logits = head(some)
         nll[owners[chunk], positions[chunk] + 1], slope = slope_of(logits, labels[chunk], weights[chunk])
         if state is not None:
@@ -343,7 +359,8 @@ def _losses(model: LoadedModel, batch: Batch, reduction: str, state: _Pass | Non
         slope[where] = slopes
         states.backward(state.scale.in_decoder(slope).to(states.dtype))
     total = nll.sum(1)
-    return TokenLosses(total / counts.clamp(min=1) if reduction == "mean" else total, nll)
+    losses = total / counts.clamp(min=1) if reduction == "mean" else total
+    return TokenLosses((losses.view(-1, batch.sides) * signs).sum(1), nll.reshape(len(nll) // batch.sides, -1))
 
 
 def _chunks(model: LoadedModel, positions: int) -> Iterator[slice]:
@@ -419,19 +436,6 @@ class Materialised:
         sums.index_add_(0, rows, example_gradients(captured.a, captured.g).cpu())
 
 
-@dataclass
-class Norms:
-    """Consumes a whole backward pass into every example's exact squared gradient norm."""
-
-    squared: Float32[Tensor, " b"]
-
-    def __call__(self, captured: Captured) -> None:
-        """Add one layer's squared norms."""
-        rows = torch.arange(len(self.squared)) if captured.rows is None else captured.rows.cpu()
-        squares = squared_norms(captured.a, captured.g).clamp(min=0)  # a sum of Gram products can round below zero
-        self.squared.index_add_(0, rows.to(self.squared.device), squares.to(self.squared))
-
-
 def sketch(
     model: LoadedModel,
     layers: Mapping[str, nn.Module],
@@ -461,7 +465,7 @@ def sketch(
         Sketches of the gradient of each example's own objective (nats, reduced by `reduction`) with respect to the
         traced weights, on the model's device; and the losses.
     """
-    sketches = Sketches(projection, len(batch.ids), model.device, normalise == "layer", transform)
+    sketches = Sketches(projection, len(batch), model.device, normalise == "layer", transform)
     losses = backward(
         model,
         layers,
@@ -485,16 +489,7 @@ def gradients(
     objective: str = "loss",
 ) -> tuple[dict[str, Float32[Tensor, "b o i"]], TokenLosses]:
     """Exact gradients of a batch by layer, unprojected, and its losses."""
-    b = len(batch.ids)
+    b = len(batch)
     materialised = Materialised({name: torch.zeros(b, *layer_shape(layer)) for name, layer in layers.items()})
     losses = backward(model, layers, batch, materialised, reduction=reduction, objective=objective)
     return materialised.layers, losses
-
-
-def gradient_norms(
-    model: LoadedModel, layers: Mapping[str, nn.Module], batch: Batch, *, reduction: str = "mean"
-) -> tuple[Float32[Tensor, " b"], TokenLosses]:
-    """Exact norm of each example's gradient over the traced layers, and the losses."""
-    norms = Norms(torch.zeros(len(batch.ids), device=model.device))
-    losses = backward(model, layers, batch, norms, reduction=reduction, whole=True)
-    return norms.squared.sqrt(), losses

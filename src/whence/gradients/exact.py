@@ -15,7 +15,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -61,6 +61,13 @@ class SignedSequence:
     encoded: Encoded
     sign: float = 1.0
     """-1 for the completion that the query is compared with."""
+
+
+def sequences_of(encoded: Encoded) -> list[SignedSequence]:
+    """An example's sequences: the answer, and the rejected one with a minus, where it has one."""
+    if encoded.rejected is None:
+        return [SignedSequence(encoded)]
+    return [SignedSequence(replace(encoded, rejected=None)), SignedSequence(encoded.rejected, -1.0)]
 
 
 class Span(NamedTuple):
@@ -187,7 +194,7 @@ def batches(rows: Sequence[Encoded], tokens_per_batch: int) -> Iterator[tuple[li
 
     An index' batches must not change, because its bytes depend on them; these may.
     """
-    lengths = [len(row.ids) for row in rows]
+    lengths = [row.positions for row in rows]
     for numbers in bucketed(lengths, tokens_per_batch):  # longest first
         group = [numbers[0]]
         for number in numbers[1:]:
@@ -418,7 +425,7 @@ def corpus_scores(
     gradients = materialised_queries(model, layers, queries, space, cosine, objective)
     out = torch.full((len(queries), len(rows)), -torch.inf)
     usable = [number for number, row in enumerate(rows) if row.supervised_count]
-    for batch in bucketed([len(rows[number].ids) for number in usable], tokens_per_batch):
+    for batch in bucketed([rows[number].positions for number in usable], tokens_per_batch):
         numbers = [usable[place] for place in batch]
         consume = _CorpusProducts(
             gradients, torch.zeros(len(numbers)), torch.zeros(len(queries), len(numbers)), space.normalise == "layer"
@@ -427,7 +434,7 @@ def corpus_scores(
         backward(model, layers, examples, consume, reduction=space.reduction, whole=True)
         scores = consume.dots * inverse_or_zero(consume.squares.sqrt()) if cosine else consume.dots
         out[:, numbers] = torch.where(scores.isfinite(), scores, -torch.inf)
-        tick(len(numbers), sum(len(rows[number].ids) for number in numbers))
+        tick(len(numbers), sum(rows[number].positions for number in numbers))
     return out
 
 

@@ -39,6 +39,7 @@ from whence.gradients.exact import (
     joined,
     layer_products,
     pairs_of,
+    sequences_of,
 )
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
@@ -305,7 +306,8 @@ def token_products(
         u: Number of query tokens.
         rows: Training examples.
         factors: How inner products become scores: computed in the same pass, or given for each layer and example.
-        basis: "position": columns are all tokens of the example; "loss": its supervised tokens.
+        basis: "position": columns are all tokens of the example; "loss": its supervised tokens. Those of a rejected
+            answer follow those of the answer.
         reduction: Reduction of a training example's loss, "mean" or "sum".
         tokens_per_batch: Budget of a backward pass.
     """
@@ -313,11 +315,13 @@ def token_products(
     if basis == "position":
         for numbers, batch in batches(rows, tokens_per_batch):
             batch_factors = factors if isinstance(factors, Factors) else _by_layer(layers, factors[:, numbers])
-            consume = TokenProducts(query, batch_factors, torch.zeros(u, *batch.ids.shape))
+            consume = TokenProducts(
+                query, batch_factors, torch.zeros(u, len(batch), batch.ids[0].numel() * batch.sides)
+            )
             backward(model, layers, batch, consume, reduction=reduction, whole=True)
-            matrices = consume.result()
-            for place, number in enumerate(numbers):
-                out[number] = matrices[:, place, : len(rows[number].ids)].clone()
+            for matrix, number in zip(consume.result().unbind(1), numbers, strict=True):
+                sides = zip(matrix.split(batch.ids.shape[1], 1), sequences_of(rows[number]), strict=False)
+                out[number] = torch.cat([side[:, : len(sequence.encoded.ids)] for side, sequence in sides], 1)
         return out
     if isinstance(factors, Factors):  # norms are of whole examples, and a pass over single tokens does not give them
         empty: QueryGradient = {name: [] for name in layers}
@@ -326,8 +330,8 @@ def token_products(
         products = LayerProducts(products.dots, squares, products.squares)
         factors = products.factors(normalise=factors.normalise, cosine=factors.cosine)
     for number, row in enumerate(rows):
-        tokens = tokens_of([SignedSequence(row)], reduction)
-        single_tokens = token_rows([SignedSequence(row)], tokens)
+        tokens = tokens_of(sequences_of(row), reduction)
+        single_tokens = token_rows(sequences_of(row), tokens)
         matrix = torch.zeros(u, len(tokens))
         for numbers, batch in batches(single_tokens, tokens_per_batch):
             weight = torch.tensor([tokens[place].weight for place in numbers])

@@ -109,7 +109,7 @@ def index(
     chosen = with_options(settings or IndexSettings(), options)
     place = Place.at(out)  # an address that cannot be opened fails before a model is loaded
     refuse_inputs(out, [model, corpus, chosen.tokenizer], is_directory=True)
-    texts = open_corpus(corpus)
+    texts = open_corpus(corpus, preferences=chosen.preferences)
     fingerprint = fingerprint_of(texts)
     run = open_run(model, which=chosen.checkpoints)
     for note in run.notes:
@@ -188,7 +188,7 @@ def append(
         opened = open_index(path, **loading)
         first = _begin_joining(opened, corpus)
         opened.store.remove_leftovers()
-        reading = reading_of(opened.store.manifest.corpora[-1])
+        reading = reading_of(opened.store.manifest, opened.store.manifest.corpora[-1])
         copy_rows(opened.store, open_corpus(corpus, first_number=first, **reading), after=first)
         _fill(opened, progress)
     return opened
@@ -199,7 +199,7 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
     store = opened.store
     known = list(store.manifest.corpora)
     before = sum(entry["rows"] for entry in known)
-    asked, reading = open_corpus(corpus), reading_of(known[-1])
+    asked, reading = open_corpus(corpus), reading_of(store.manifest, known[-1])
     reading |= {"columns": asked.columns} if asked.columns else {}
     reading |= {"text_rows": asked.text_rows} if asked.text_rows != LINE else {}
     fingerprint = fingerprint_of(open_corpus(corpus, **reading))

@@ -23,9 +23,9 @@ from whence.corpus.layouts import in_layout, layout, segments_of, tools_of, turn
 from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, Example, open_corpus, row_json
 from whence.corpus.shapes import LAYOUTS, Row
-from whence.corpus.tokens import Tokenizer, render
+from whence.corpus.tokens import Tokenizer, render, sides_of
 from whence.errors import CorpusError
-from whence.indexing.manifest import CorpusEntry
+from whence.indexing.manifest import CorpusEntry, Manifest
 from whence.indexing.store import Store
 
 NUMBERS_PER_SHARD = 2**23
@@ -131,7 +131,8 @@ def check_conversations(corpus: Corpus, layouts: Iterable[str], tokenizer: Token
     for example in corpus:
         if layout(example.row) in kinds:
             try:
-                render(example.row, tokenizer)
+                for row in sides_of(example.row, tokenizer):
+                    render(row, tokenizer)
             except CorpusError as error:
                 raise CorpusError(f"{corpus.name}: row {example.id}: {error}") from None
 
@@ -217,9 +218,10 @@ def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0, most: float = B
         yield rows
 
 
-def reading_of(entry: CorpusEntry) -> dict[str, Any]:
+def reading_of(manifest: Manifest, entry: CorpusEntry) -> dict[str, Any]:
     """How the rows of a corpus in an index were read, as arguments of `open_corpus`."""
-    return {"columns": entry.get("columns", {}), "text_rows": entry.get("text_rows", LINE)}
+    reading = {"columns": entry.get("columns", {}), "text_rows": entry.get("text_rows", LINE)}
+    return reading | {"preferences": manifest.settings.get("preferences")}
 
 
 def reread_part(store: Store, part: int) -> list[Row]:
@@ -229,7 +231,7 @@ def reread_part(store: Store, part: int) -> list[Row]:
         if entry.first_row < first + corpus["rows"]:
             if not Path(corpus["name"]).exists() and corpus["name"].endswith("rows in memory"):
                 raise CorpusError(f"{corpus['name']}: they are gone")
-            texts = open_corpus(corpus["name"], first_number=first, **reading_of(corpus))
+            texts = open_corpus(corpus["name"], first_number=first, **reading_of(store.manifest, corpus))
             if fingerprint_of(texts).digest != corpus["digest"]:
                 raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
             return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first, most=math.inf))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from whence.corpus.layouts import layout
-from whence.corpus.shapes import Row
+from whence.corpus.layouts import layout, shown_text
+from whence.corpus.preferences import CONTRAST, same_preferences
+from whence.corpus.shapes import Row, rejected_side
 from whence.corpus.templates import same_date, same_supervision
 from whence.corpus.tokens import with_text
 from whence.counts import number_of
@@ -103,10 +104,20 @@ class Index:
         row = json.loads(stored["row"])
         return with_text(row, self.model().tokenizer) if layout(row) == "tokens" else row
 
+    def rejected_answer(self, stored: dict[str, Any]) -> str | None:
+        """Text of the answer that a stored row is held against, where it is a contrast; None for any other row."""
+        columns = rejected_side(json.loads(stored["row"])) if self.has_contrasts else None
+        return None if columns is None else shown_text(columns).get("completion")
+
     @property
     def columns(self) -> dict[str, str]:
         """Names that Whence reads, and the last corpus' own in their place; see `corpus.columns`."""
         return self.store.manifest.corpora[-1].get("columns", {})
+
+    @property
+    def has_contrasts(self) -> bool:
+        """Whether rows with a preferred and a rejected answer are contrasts of the two; see `corpus.preferences`."""
+        return self.settings.preferences == CONTRAST
 
     @property
     def layout(self) -> str:
@@ -298,6 +309,7 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
         chat_template=loading.get("chat_template") or _stored_template(store),
         date=same_date(loading.get("date"), stored.get("date"), store.place.root),
         supervise=same_supervision(loading.get("supervise"), stored.get("supervise"), store.place.root),
+        preferences=same_preferences(loading.get("preferences"), stored.get("preferences"), store.place.root),
         device=loading.get("device"),
         device_map=loading.get("device_map"),
         trust_remote_code=stored["trust_remote_code"] and loading.get("trust_remote_code", False),

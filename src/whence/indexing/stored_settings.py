@@ -6,6 +6,7 @@ Entries that are not listed here are let through: they are for other readers.
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from whence import catalogue
+from whence.corpus import preferences
 from whence.errors import SettingError, UnknownNameError
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
@@ -44,6 +45,7 @@ class StoredSettings(TypedDict):
     dtype: str | None
     trust_remote_code: bool
     gradient_checkpointing: bool
+    preferences: NotRequired[str]
 
 
 class StoredCheckpoint(TypedDict):
@@ -67,5 +69,6 @@ def check_settings(place: Place, manifest: Manifest) -> None:
         fitting(list[StoredCheckpoint], list(manifest.checkpoints), "checkpoints")
         catalogue.projection(fitting(GradientSpace, settings["space"], "settings.space").sketch)
         codec(manifest.codec)
+        preferences.checked(settings.get("preferences"))
     except (MisfitError, SettingError, UnknownNameError) as error:
         raise unlike_written(place.path(MANIFEST), error, REMEDY) from None

@@ -14,6 +14,7 @@ from torch import nn
 
 from whence import __version__, catalogue, runner
 from whence.brief import brief
+from whence.corpus import preferences
 from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus
 from whence.corpus.templates import ASSISTANT, supervision, writes_date
@@ -80,6 +81,8 @@ class IndexSettings:
     supervise: str | None = None
     """Which tokens of a row are supervised: one of `corpus.templates.SUPERVISED`. None: as in the model's training, if
     `whence train` wrote it, else "assistant"."""
+    preferences: str | None = None
+    """What a row with a preferred and a rejected answer is: one of `corpus.preferences.PREFERENCES`. None: "chosen"."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, a third more time."""
@@ -91,6 +94,7 @@ class IndexSettings:
         for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):
             if value is not None and value < 2:
                 raise SettingError(f"{flag} {value}: at least 2 is expected")
+        preferences.checked(self.preferences)
         runner.check_engine(self.engine)
         codec_of(self.codec)
         catalogue.projection(self.space.sketch)
@@ -112,7 +116,7 @@ def batch_tokens(settings: IndexSettings, device: torch.device) -> int:
 
 def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> LoadedModel:
     """Load a model as an index with these settings does."""
-    return load_model(
+    loaded = load_model(
         path,
         base=base,
         tokenizer=settings.tokenizer,
@@ -124,6 +128,8 @@ def load_for(path: str, settings: IndexSettings, *, base: str | None = None) -> 
         device_map=settings.device_map,
         trust_remote_code=settings.trust_remote_code,
     )
+    preferences.take_preferences(loaded.tokenizer, settings.preferences)
+    return loaded
 
 
 def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
@@ -198,6 +204,7 @@ def _layout_settings(loaded: LoadedModel, corpus: Fingerprint, settings: IndexSe
     tokenizer = loaded.tokenizer
     stored = {} if settings.chat_template is None else {"chat_template": tokenizer.chat_template}
     stored |= {} if supervision(tokenizer) == ASSISTANT else {"supervise": supervision(tokenizer)}
+    stored |= {"preferences": preferences.CONTRAST} if settings.preferences == preferences.CONTRAST else {}
     if not tokenizer.chat_template or not {"messages", "instruction"} & {*corpus.layouts}:
         return stored
     stored |= {"date": tokenizer.template_date} if writes_date(tokenizer) else {}
@@ -256,7 +263,7 @@ def example_vectors(
     status = torch.where(supervised > 0, STATUSES.index("ok"), STATUSES.index("no_supervised_token"))
     usable = [number for number in range(n) if supervised[number] > 0]
     tick(n - len(usable), 0)
-    lengths = [len(encoded[number].ids) for number in usable]
+    lengths = [encoded[number].positions for number in usable]
     for batch in bucketed(lengths, batch_tokens(settings, model.device)):
         numbers = [usable[position] for position in batch]
         rows, losses = sketch(
@@ -270,7 +277,7 @@ def example_vectors(
             transform=transform,
         )
         vectors[numbers], loss[numbers] = rows.cpu(), losses.loss.cpu()
-        tick(len(numbers), sum(len(encoded[number].ids) for number in numbers))
+        tick(len(numbers), sum(encoded[number].positions for number in numbers))
     norm = vectors.norm(dim=1)
     finite = torch.isfinite(vectors).all(1) & torch.isfinite(norm) & torch.isfinite(loss)
     status[~finite] = STATUSES.index("non_finite")

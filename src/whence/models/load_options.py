@@ -33,6 +33,8 @@ class IndexLoading(Loading, total=False):
 
     model: str | None
     """The model's directory, where it has moved since the index was built."""
+    preferences: str | None
+    """What a row with two answers is, one of `corpus.preferences.PREFERENCES`: that of the index, or None."""
 
 
 def split_loading(options: dict[str, Any]) -> tuple[Loading, dict[str, Any]]:

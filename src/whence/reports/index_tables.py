@@ -18,6 +18,7 @@ def info_table(info: dict[str, Any]) -> Table:
         "state": "complete" if info["complete"] else f"not complete: {info['to_do']}",
         "rows": f"{info['rows']:,}, of which {info['ok_rows']:,} can be ranked",
         "other counts": ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none",
+        "pairs of answers": "contrasts" if info["settings"].get("preferences") else None,
         "vectors": f"{info['width']:,} numbers as {info['codec']}, {info['bytes_per_row']:,.0f} bytes a row",
         "size": f"{info['bytes'] / 1e6:,.1f} MB",
         "gradients": ", ".join(f"{name} {value}" for name, value in space.items() if value is not None),
@@ -28,7 +29,7 @@ def info_table(info: dict[str, Any]) -> Table:
         ),
         "corpora": "\n".join(f"{entry['name']} ({number_of(entry['rows'], 'row')})" for entry in info["corpora"]),
     }
-    return pairs_table(lines)
+    return pairs_table({name: line for name, line in lines.items() if line is not None})
 
 
 def info_answer(info: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ def _hit_cells(hit: Hit, *, has_exact: bool, has_z: bool) -> list[str]:
         cells.append("" if hit.exact is None else number(hit.exact, "+.3f" if abs(hit.exact) <= 1 else "+.4g"))
     if has_z:
         cells.append("" if hit.null is None else number(hit.null.z, "+.1f"))
-    return [*cells, cut(hit.id, 80), _text(hit.row)]
+    rejected = "" if hit.rejected is None else f' <span class="soft">and not</span> {cut(hit.rejected, LONGEST)}'
+    return [*cells, cut(hit.id, 80), _text(hit.row) + rejected]
 
 
 def select_fragment(chosen: Chosen) -> str:

@@ -26,7 +26,7 @@ from whence.corpus.layouts import shown_text
 from whence.reports.page import content_policy, packaged
 from whence.reports.text import encodable, visible
 from whence.reports.trace_tables import overlap_sentence
-from whence.tracing.results import Hit, Null, TokenMatrix, Trace
+from whence.tracing.results import AND_NOT, Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
 """int16 values on each side of 0."""
@@ -126,7 +126,8 @@ def _text(hit: Hit) -> dict[str, Any]:
     """What the tokens do not show: all of the row, or with `loss`, which has no prompt tokens, its prompt."""
     row = {name: _visible(text or "") for name, text in shown_text(hit.row).items()}
     if hit.tokens is None:
-        return {"prompt": row.get("prompt", ""), "completion": row.get("completion", row.get("text", ""))}
+        rejected = "" if hit.rejected is None else _visible(f"{AND_NOT}{hit.rejected}")
+        return {"prompt": row.get("prompt", ""), "completion": row.get("completion", row.get("text", "")) + rejected}
     return {"prompt": row.get("prompt", "") if hit.tokens.basis == "loss" else "", "completion": ""}
 
 
@@ -147,7 +148,7 @@ def _matrix(tokens: TokenMatrix) -> dict[str, Any]:
     sums = matrix.double().sum(0)
     return {
         "basis": tokens.basis,
-        "train": [_visible(text) for text in tokens.train],
+        "train": [_visible(text) for text in tokens.shown_train()],
         "supervised": "".join("1" if is_supervised else "0" for is_supervised in tokens.supervised),
         "shares": [_number(share) for share in tokens.matrix.double().sum(1).tolist()],
         "peaks": peaks,

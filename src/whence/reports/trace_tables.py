@@ -124,9 +124,9 @@ def _coloured(hit: Hit) -> Text:
     most = max((abs(value) for value in influence), default=0.0)
     centre = max(range(len(influence)), key=lambda place: abs(influence[place]), default=0)
     first = max(0, min(centre - WINDOW // 2, len(influence) - WINDOW))
-    text = Text().append(f"{hit.rank:>4}  ", "bold")
+    text, texts = Text().append(f"{hit.rank:>4}  ", "bold"), tokens.shown_train()
     for place in range(first, min(first + WINDOW, len(influence))):
-        text.append(visible(tokens.train[place]).replace("\n", "\u23ce"), _shade(influence[place], most))
+        text.append(visible(texts[place]).replace("\n", "\u23ce"), _shade(influence[place], most))
     return text
 
 
@@ -207,6 +207,8 @@ def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool) -> list[Rendera
         text.append(_one_line(row["text"]))
     else:
         text.append(_one_line(row["prompt"]) + " ", "dim").append(_one_line(row["completion"]))
+    if hit.rejected is not None:
+        text.append(" and not ", "dim").append(_one_line(hit.rejected))
     return [*cells, Text(visible(hit.id)), text]
 
 

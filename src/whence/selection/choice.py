@@ -54,7 +54,7 @@ class Candidates:
         uncounted = cls.of_texts(view.examples(), targets, scores)
         tokens, unsupervised = [], {}
         for number, encoded in enumerate(view.encoded()):
-            tokens.append(len(encoded.ids))
+            tokens.append(len(encoded.ids) + (0 if encoded.rejected is None else len(encoded.rejected.ids)))
             if not encoded.supervised_count:
                 unsupervised[number] = UNSUPERVISED
         return replace(uncounted, tokens=torch.tensor(tokens), refused=unsupervised | dict(uncounted.refused))

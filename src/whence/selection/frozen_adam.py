@@ -165,7 +165,7 @@ def _stretch(index: Index, checkpoint: int, frozen: FrozenGamma, seed: int) -> f
     longest, stretches = index.store.manifest.settings["max_tokens"], []
     stored_rows = index.store.read_rows(drawn.tolist())
     rows = [encode(json.loads(row["row"]), model.tokenizer, longest) for row in stored_rows]
-    for numbers in bucketed([len(row.ids) for row in rows], index.tokens_per_batch):
+    for numbers in bucketed([row.positions for row in rows], index.tokens_per_batch):
         squares = torch.zeros(2, len(numbers))
 
         def add(captured: Captured, squares: Tensor = squares) -> None:

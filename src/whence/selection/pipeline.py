@@ -19,6 +19,7 @@ from torch import Tensor
 from whence import catalogue, outlets
 from whence.corpus.columns import current
 from whence.corpus.layouts import Row, shown_text
+from whence.corpus.preferences import CONTRAST, checked
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.counts import number_of
@@ -91,6 +92,7 @@ def select(
     model: str | None = None,
     view: str | None = None,
     adam_mode: str = "torch",
+    preferences: str | None = None,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Chosen:
@@ -107,6 +109,8 @@ def select(
         model: For a corpus, the model that scorers read; for an index, the model's directory, where it has moved.
         view: "frozen-v": read an index of plain gradients as Adam would use them; None: as the index has them.
         adam_mode: How that view treats the moments: "torch" or "less".
+        preferences: What a task's row with a preferred and a rejected answer is: the one ("chosen"), or the two
+            compared ("contrast"); None: as the index' rows are read.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -132,7 +136,7 @@ def select(
             **loading,
         )
         copy = None if corpus is None else open_corpus(corpus)
-        return _select_each(opened_view, {"": tasks}, scorer, how, budget, copy)[""]
+        return _select_each(opened_view, {"": tasks}, scorer, how, budget, copy, preferences)[""]
 
 
 def select_each(
@@ -165,10 +169,13 @@ def _select_each(
     settings: SelectSettings,
     budget: Budget,
     corpus: Corpus | None,
+    preferences: str | None = None,
 ) -> dict[str, Chosen]:
     if None in tasks.values() and catalogue.scorer_entry(settings.method).reads_tasks:
         raise SettingError(f"--method {settings.method} compares rows with a task's examples: add --tasks FILE")
-    targets_by_task = {name: targets_of(task, view, by=settings.by or "task") for name, task in tasks.items()}
+    _refuse_contrasts(view, settings.method, checked(preferences))
+    reading = {"by": settings.by or "task", "preferences": preferences}
+    targets_by_task = {name: targets_of(task, view, **reading) for name, task in tasks.items()}
     all_targets = [target for targets, _ in targets_by_task.values() for target in targets]
     all_candidates = _candidates(view, all_targets, scorer(view, all_targets), budget)
     limits, first, out = Limits(caps=settings.caps, floors=settings.floors), 0, {}
@@ -188,6 +195,22 @@ def _select_each(
         described = described_settings(settings, budget, targets, view)
         out[name] = Chosen(selection, rows, candidates, described, texts, answers, dict(view.columns))
     return out
+
+
+def _refuse_contrasts(view: IndexView | CorpusView, method: str, preferences: str) -> None:
+    """Refuse to compare two answers by a method that reads one."""
+    if catalogue.scorer_entry(method).contrasts:
+        return
+    if isinstance(view, IndexView) and view.index.has_contrasts:
+        raise SettingError(
+            f"--method {method} reads one answer of a row, and the rows of {view.index.store.place.root} are contrasts "
+            "of two. Use --method less, or give the corpus in place of the index."
+        )
+    if preferences == CONTRAST:
+        raise SettingError(
+            f"--preferences contrast: --method {method} reads one answer of a row. Use --method less on an index, or "
+            "leave it out: the chosen answer is read."
+        )
 
 
 def open_view(
@@ -259,11 +282,12 @@ def _typed(method: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def targets_of(
-    tasks: str | Path | Corpus | Iterable[Row] | None, view: View, *, by: str = "task"
+    tasks: str | Path | Corpus | Iterable[Row] | None, view: View, *, by: str = "task", preferences: str | None = None
 ) -> tuple[list[Target], list[str]]:
     """Examples of a task file as targets, in the file's order, and notes of the rows that were left out.
 
-    Without a task file there is one target with an empty example, for methods that do not read it.
+    Without a task file there is one target with an empty example, for methods that do not read it. For `preferences`
+    see `select`.
 
     Raises:
         CorpusError: The file has no row, or no example with a supervised token.
@@ -274,10 +298,15 @@ def targets_of(
     longest = None if loaded is None else loaded.context
     groups: dict[str, list[QueryText]] = {}
     indexed = view.columns if isinstance(view, IndexView) else None
-    dropped, corpus = 0, open_corpus(tasks, columns=None if current() or isinstance(tasks, Corpus) else indexed)
+    if isinstance(view, IndexView):
+        preferences = preferences or view.index.settings.preferences
+    names = None if current() or isinstance(tasks, Corpus) else indexed
+    dropped, corpus = 0, open_corpus(tasks, columns=names, preferences=preferences)
     for number, example in enumerate(corpus):
         text = shown_text(example.row)
-        encoded = Encoded([], []) if loaded is None else encode(example.row, loaded.tokenizer, longest)
+        encoded = Encoded([], [])
+        if loaded is not None:
+            encoded = encode(example.row, loaded.tokenizer, longest, preferences=preferences)
         is_usable = (
             encoded.supervised_count > 0 if loaded is not None else any(line and line.strip() for line in text.values())
         )

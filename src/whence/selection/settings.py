@@ -63,6 +63,7 @@ def described_settings(
     if isinstance(view, IndexView):
         space = view.index.space.as_json()
         described["index"] = str(view.index.store.place.root)
+        described["pairs of answers"] = "contrasts" if view.index.has_contrasts else ""
         if isinstance(view, frozen_adam.FrozenView):
             described["view"] = f"{frozen_adam.NAME}, mode {view.adam_mode}"
         described["gradients"] = ", ".join(f"{name} {value}" for name, value in space.items() if value is not None)

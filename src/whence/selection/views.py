@@ -114,6 +114,19 @@ class IndexView(GradientView):
         return out
 
 
+def refuse_contrasts(view: "IndexView | CorpusView", reason: str) -> None:
+    """Refuse an index whose rows are contrasts of two answers, where something else than its vectors reads them.
+
+    Raises:
+        SettingError: It is one.
+    """
+    if isinstance(view, IndexView) and view.index.has_contrasts:
+        raise SettingError(
+            f"{view.index.store.place.root}: its rows are contrasts of two answers (--preferences contrast), and "
+            f"{reason}. Index the corpus without that flag."
+        )
+
+
 @dataclass(frozen=True)
 class CorpusView:
     """A corpus without an index. Its rows are read again for each pass."""

@@ -46,6 +46,7 @@ def from_scorer(
                         score,
                         row["source"],
                         index.shown_row(row),
+                        rejected=index.rejected_answer(row),
                     )
                 )
     return out

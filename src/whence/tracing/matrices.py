@@ -16,7 +16,7 @@ from torch import Tensor
 from whence.corpus.tokens import Encoded
 from whence.gradients import tokenwise
 from whence.gradients.capture import Captured, Consume, Sketches
-from whence.gradients.exact import QueryGradient, query_gradient
+from whence.gradients.exact import QueryGradient, query_gradient, sequences_of
 from whence.gradients.protocols import Projection
 from whence.gradients.tokenwise import Factors, Token
 from whence.indexing.opening import Index
@@ -54,13 +54,22 @@ class TokenShares:
     def _zero_matrix(self, row: Encoded) -> TokenMatrix:
         """A row's matrix of zeros; the last checkpoint's tokenizer, which is loaded, turns its tokens into text."""
         model = self.index.model()
-        places = [place for place, is_target in enumerate(row.supervised) if is_target or self.basis == "position"]
+        texts: list[str] = []
+        supervised: list[bool] = []
+        starts: list[int] = []
+        for sequence in sequences_of(row):
+            starts.append(len(texts))
+            targets = sequence.encoded.supervised
+            places = [place for place, is_target in enumerate(targets) if is_target or self.basis == "position"]
+            texts += token_texts(model, sequence.encoded.ids, places)
+            supervised += [targets[place] for place in places]
         return TokenMatrix(
             basis=self.basis,
             query=self.query.answer.query_tokens(),
-            train=token_texts(model, row.ids, places),
-            supervised=[row.supervised[place] for place in places],
-            matrix=torch.zeros(len(self.tokens), len(places)),
+            train=texts,
+            supervised=supervised,
+            matrix=torch.zeros(len(self.tokens), len(texts)),
+            rejected_from=dict(enumerate(starts)).get(1),
         )
 
     def add(self, checkpoint: int, model: LoadedModel) -> None:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from whence import catalogue
 from whence.corpus.unsupervised import reason
@@ -34,6 +34,13 @@ from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
 
 
+class _Reading(TypedDict):
+    """How rows become queries: arguments of `queries_of`."""
+
+    columns: Mapping[str, str]
+    preferences: str | None
+
+
 def trace(
     index: str | Path | Index,
     prompt: str | None = None,
@@ -43,6 +50,7 @@ def trace(
     span: str | tuple[int, int] | None = None,
     contrast: str | None = None,
     system: str | None = None,
+    preferences: str | None = None,
     controls: str | Path | Iterable[Any] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -60,6 +68,8 @@ def trace(
         span: The stretch of the completion to trace: its text, or tokens from, to.
         contrast: Another completion, for "why the one and not this".
         system: What the system says before the prompt.
+        preferences: What a row of `queries` with a preferred and a rejected answer asks: about the one ("chosen"), or
+            why that and not the other ("contrast"); None: as the index' rows are read.
         controls: Queries whose scores are the null, as `queries`; None draws rows of the index.
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
@@ -80,7 +90,8 @@ def trace(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
     with shown_as(progress, "Tracing"):
         opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
-        texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, opened.columns)
+        reading: _Reading = {"columns": opened.columns, "preferences": preferences or opened.settings.preferences}
+        texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, reading)
         opened.store.require_complete()
         _check_space(opened, how)
         rankable = len(opened.store.rankable())
@@ -91,7 +102,7 @@ def trace(
         control_queries = None
         if catalogue.trace_method(how.method).from_index:
             if controls is not None and (how.null or how.specific):
-                control_texts = queries_of(controls, flag="--controls", columns=opened.columns)
+                control_texts = queries_of(controls, flag="--controls", **reading)
                 control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
             traced = Retrieval(opened, encoded, how, control_queries).trace()
         else:
@@ -167,7 +178,7 @@ def _queries(
     queries: Any,
     defaults: Query,
     system: str | None,
-    columns: Mapping[str, str],
+    reading: _Reading,
 ) -> list[Query]:
     if (prompt is None) == (queries is None):
         raise SettingError("give either --prompt TEXT or --queries FILE (or --messages FILE)")
@@ -177,7 +188,7 @@ def _queries(
     for flag, value in (("--completion", completion), ("--system", system)):
         if value is not None:
             raise SettingError(f"{flag} belongs to --prompt; a file of queries has a column for it")
-    return queries_of(queries, defaults, columns=columns)
+    return queries_of(queries, defaults, **reading)
 
 
 def _check_space(index: Index, settings: TraceSettings) -> None:
@@ -188,6 +199,12 @@ def _check_space(index: Index, settings: TraceSettings) -> None:
         raise SettingError(
             f"--{exact_flags[0]} takes gradients as they are; {root} holds what an optimizer makes of them (--view "
             f"{space.view}). Leave --{exact_flags[0]} out, or index again with --view sgd."
+        )
+    scorer = catalogue.trace_method(settings.method).scorer
+    if index.has_contrasts and scorer is not None and not catalogue.SCORERS[scorer].contrasts:
+        raise SettingError(
+            f"--method {settings.method} reads one answer of a row, and the rows of {root} are contrasts of two. Use "
+            "--method cosine, or an index without --preferences contrast."
         )
     if settings.method == "rapidin" and (space.projection, space.normalise) != ("shuffle_sum", "layer"):
         raise SettingError(
@@ -237,6 +254,8 @@ def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]
         "method": settings.method,
         "objective": settings.objective,
     }
+    if index.has_contrasts:
+        described["pairs of answers"] = "contrasts"
     if settings.exact:
         described["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
     if settings.tokens:

@@ -19,11 +19,11 @@ from torch import Tensor
 from whence.brief import brief
 from whence.corpus.columns import current, renamed
 from whence.corpus.conversations import as_text, checked_messages, said
-from whence.corpus.layouts import query_in_layout
 from whence.corpus.missing import without_missing
+from whence.corpus.preferences import CONTRAST, checked
 from whence.corpus.reading import is_from_arrow, rows_in_memory, rows_with_place
 from whence.corpus.roles import role_of
-from whence.corpus.shapes import BEFORE, LAYOUTS, Row
+from whence.corpus.shapes import BEFORE, LAYOUTS, Row, columns_in_words, layout_of, query_shape, rejected_side
 from whence.corpus.tokens import Encoded, bucketed, collate, encode_prompt, encode_query, request_of
 from whence.corpus.unread import log_unread_of_queries
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
@@ -42,7 +42,8 @@ QUOTED = 60
 """Characters of a text that a message quotes."""
 COLUMNS = (
     "a text as `prompt` (and perhaps as `completion`, `contrast`, `span` or `span_tokens`), or `instruction` (and "
-    "`output`), or `messages` that end in a question (and its answer), with `system`, `history` and `tools` as in a row"
+    "`output`), or `messages` that end in a question (and its answer), with `system`, `history` and `tools` as in a "
+    "row, or `chosen` and `rejected` with their `prompt`"
 )
 
 
@@ -57,8 +58,8 @@ class Query:
     span: str | tuple[int, int] | None = None
     """The stretch of the completion to trace: its text (where it first occurs), or tokens from, to (from 0, without the
     end)."""
-    contrast: str | None = None
-    """Another completion, for "why the one and not this"."""
+    contrast: "str | Query | None" = None
+    """Another completion, for "why the one and not this"; or a query, where what comes before it is its own."""
     context: Row | None = None
     """What else the request holds, as a corpus row has it: `system`, `history` and `tools` that come before the prompt,
     an instruction's `input`, the `messages` that stand for a prompt of several turns, and the message `answer` that
@@ -83,6 +84,7 @@ def queries_of(
     *,
     flag: str = "--queries",
     columns: Mapping[str, str] | None = None,
+    preferences: str | None = None,
 ) -> list[Query]:
     """Queries of a file, of rows in memory, or as they are.
 
@@ -95,13 +97,16 @@ def queries_of(
         flag: The flag that named them, for messages.
         columns: Names that Whence reads, and the rows' own in their place; those of `corpus.columns.columns_called`
             come first.
+        preferences: What a row with a preferred and a rejected answer asks about, one of
+            `corpus.preferences.PREFERENCES`: the former, or why that and not the latter. None: the former.
 
     Raises:
         SettingError: A row is no query, or there is no row.
     """
+    preferences = checked(preferences)
     name = str(origin) if isinstance(origin, str | Path) else flag
     items = list(_rows(origin, current() or columns or {}))
-    queries = [item if isinstance(item, Query) else _query(item, location) for location, item in items]
+    queries = [item if isinstance(item, Query) else _query(item, location, preferences) for location, item in items]
     log_unread_of_queries(name, [item for _, item in items if isinstance(item, dict)])
     if not queries:
         raise SettingError(f"{name}: no query in it")
@@ -126,10 +131,10 @@ def _rows(origin: Any, columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
         yield where, renamed(without_missing(item, from_arrow=from_arrow), columns, where) if is_row else item
 
 
-def _query(row: Any, location: str) -> Query:
+def _query(row: Any, location: str, preferences: str) -> Query:
     """A row as a query; its layout is that of a corpus row, but it may lack the answer."""
     try:
-        request = _request(row) if isinstance(row, dict) else None
+        request = _request(row, preferences) if isinstance(row, dict) else None
     except CorpusError as error:
         raise SettingError(f"{location}: {error}") from None
     others = [row.get(name) for name in ("span", "span_tokens", "contrast")] if request else []
@@ -138,19 +143,29 @@ def _query(row: Any, location: str) -> Query:
         raise SettingError(f"{location}: a query needs {COLUMNS}; found {have}")
     text, tokens, contrast = others
     span = span_of(text or None, tokens or None, f"{location}: span_tokens")
-    return replace(request, span=span, contrast=contrast or None)
+    return replace(request, span=span, contrast=contrast or request.contrast)
 
 
-def _request(row: Row) -> Query | None:
+def _request(row: Row, preferences: str) -> Query | None:
     """What a row asks, and its answer; None if it asks nothing.
 
     Raises:
         CorpusError: Something else stands where text is expected.
     """
-    found = query_in_layout(row)
-    if found is None:
+    shape = query_shape(row)
+    if shape is None:
         return None
-    kind, columns = found
+    request, other = _of_columns(shape.read(row)), None
+    if request is not None and preferences == CONTRAST and (rejected := rejected_side(row, shape)) is not None:
+        other = _of_columns(rejected)
+        if other is None or other.completion is None or request.completion is None:
+            raise CorpusError(f"{columns_in_words(shape.columns)}: one of the two ends without an answer")
+    return None if request is None else replace(request, contrast=other)
+
+
+def _of_columns(columns: Row) -> Query | None:
+    """What the columns of a layout ask, and the answer."""
+    kind = layout_of(columns)
     if kind == "messages":
         return _of_messages(columns)
     first, *more = request_of(columns) if kind == "instruction" else [as_text(columns["prompt"])]
@@ -261,10 +276,13 @@ def _encoded_query(
     assert completion is not None, "a prompt without a completion was completed"
     in_span = _tokens_in_span(tokens, query.span, model, encoded)
     sequences = [SignedSequence(_restricted(encoded, in_span))]
-    contrast_tokens, contrast_probabilities = [], []
+    contrast, contrast_tokens, contrast_probabilities = None, [], []
     if query.contrast is not None:
-        other = encode_query(query.prompt, query.contrast, model.tokenizer, kind=kind, context=query.context)
-        _check(model, other, replace(query, completion=query.contrast))
+        asked = query.contrast if isinstance(query.contrast, Query) else replace(query, completion=query.contrast)
+        contrast = asked.completion
+        assert contrast is not None, "a contrast is an answer"
+        other = encode_query(asked.prompt, contrast, model.tokenizer, kind=kind, context=asked.context)
+        _check(model, other, asked)
         contrast_tokens, contrast_probabilities = _token_probabilities(other, model)
         sequences.append(SignedSequence(other, sign=-1.0))
     answer = Answer(
@@ -276,7 +294,7 @@ def _encoded_query(
         tokens=tokens,
         probabilities=probabilities,
         asked=in_span,
-        contrast=query.contrast,
+        contrast=contrast,
         contrast_tokens=contrast_tokens,
         contrast_probabilities=contrast_probabilities,
     )
@@ -385,7 +403,7 @@ def query_vectors(
         projection, layers = index.projection(model), index.layers(model)
         rows = torch.zeros(len(queries), projection.width)
         plain = [number for number, sequences in enumerate(queries) if len(sequences) == 1]
-        lengths = [len(queries[number][0].encoded.ids) for number in plain]
+        lengths = [queries[number][0].encoded.positions for number in plain]
         for batch in counted(
             bucketed(lengths, index.tokens_per_batch), "Gradients of questions", len(plain), len, "texts"
         ):

@@ -82,6 +82,10 @@ def _perplexity(probabilities: Sequence[float]) -> float:
     return math.exp(sum(-math.log(max(p, 1e-30)) for p in probabilities) / len(probabilities))
 
 
+AND_NOT = "\n\nand not: "
+"""What stands between a preferred answer and a rejected one."""
+
+
 @dataclass(frozen=True)
 class TokenMatrix:
     """Influence of each training token on each query token: entries sum to the example's exact score."""
@@ -91,14 +95,23 @@ class TokenMatrix:
     query: list[str] = field(repr=False)
     """Tokens as `Answer.query_tokens` has them; rows of a contrast's tokens have a minus in the matrix."""
     train: list[str] = field(repr=False)
-    """Tokens of the training example: all of them by `position`, the supervised ones by `loss`."""
+    """Tokens of the training example: all of them by `position`, the supervised ones by `loss`. Of a contrast those of
+    the rejected answer follow, and the prompt's with them."""
     supervised: list[bool] = field(repr=False)
     """For each of `train`, whether the example is trained to say it."""
     matrix: Float32[Tensor, "u s"] = field(repr=False)
+    rejected_from: int | None = None
+    """Of a contrast, where among `train` the rejected answer's sequence begins."""
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
-        return {"basis": self.basis, "query": self.query, "train": self.train, "matrix": self.matrix.tolist()}
+        out = {"basis": self.basis, "query": self.query, "train": self.train, "matrix": self.matrix.tolist()}
+        return out if self.rejected_from is None else out | {"rejected_from": self.rejected_from}
+
+    def shown_train(self) -> list[str]:
+        """The training example's tokens as a person reads them one after another, with a word between two answers."""
+        places = enumerate(self.train)
+        return [f"{AND_NOT}{text}" if place == self.rejected_from else text for place, text in places]
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,8 @@ class Hit:
     tokens: TokenMatrix | None = field(default=None, repr=False)
     exact_rank_score: float | None = None
     """With `exact`, what orders the ranks: the exact score, with `specific` less the mean over the controls."""
+    rejected: str | None = None
+    """Of a row that is a contrast, the answer that it is held against; see `corpus.preferences`."""
 
     @property
     def rank_score(self) -> float:
@@ -154,6 +169,7 @@ class Hit:
         if self.null is not None:
             columns |= {"z": self.null.z, "percentile": self.null.percentile, "generic": self.null.generic}
         columns |= {"source": self.source} | shown_text(self.row)
+        columns |= {} if self.rejected is None else {"rejected": self.rejected}
         if self.by_token is not None:
             columns["by_token"] = self.by_token
         if self.tokens is not None:

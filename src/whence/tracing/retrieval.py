@@ -373,6 +373,7 @@ class Retrieval:
                         else exact - result.means[row],
                         null=null,
                         by_token=by_token,
+                        rejected=self.index.rejected_answer(stored),
                         tokens=matrix,
                     )
                 )

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
+from whence.gradients.exact import sequences_of
 from whence.numerics import inverse_or_zero
 from whence.selection.protocols import GradientView, Target, View
 
@@ -175,8 +176,9 @@ class Reach:
 
     def _reach(self, view: GradientView, query: Encoded) -> Float32[Tensor, " n"] | None:
         """Scores for one query; None where none of its tokens has a finite gradient."""
-        places = [place for place, is_target in enumerate(query.supervised) if is_target]
-        tokens = [replace(query, supervised=[n == place for n in range(len(query.ids))]) for place in places]
+        sides = [sequence.encoded for sequence in sequences_of(query)]
+        pairs = [(side, place) for side in sides for place, is_target in enumerate(side.supervised) if is_target]
+        tokens = [replace(side, supervised=[n == place for n in range(len(side.ids))]) for side, place in pairs]
         total, length = torch.zeros(view.rows), 0.0
         for first in range(0, len(tokens), _TOKENS_AT_ONCE):
             vectors = view.query_vectors(tokens[first : first + _TOKENS_AT_ONCE])
