@@ -70,7 +70,7 @@ def test_a_notebook_is_committed_as_it_is_written(file):
     assert nbformat.writes(notebook) + "\n" == file.read_text(), "run docs/make_notebooks.py"
     assert "## What now" in notebook.cells[-1].source
     for cell in notebook.cells:
-        for link in re.findall(r"\]\(([^)\s#:]+)", cell.source if cell.cell_type == "markdown" else ""):
+        for link in re.findall(r"\]\(([^)\s#:]+)[)#]", cell.source if cell.cell_type == "markdown" else ""):
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
