@@ -9,7 +9,6 @@ import huggingface_hub
 import jaxtyping
 import nbformat
 import pytest
-import torch
 
 from pages import ROOT
 
