@@ -210,3 +210,8 @@ def test_a_merge_holds_a_tensor_a_member_and_never_the_model(tmp_path):
     assert held["member"] < 4 * largest + 4e6, held
     merged = t.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged.lm_head.weight, model.lm_head.weight - 0.015, rtol=0, atol=2e-4)
+
+
+def test_a_pool_reads_the_names_of_its_parents_tensors_once(tmp_path):
+    pool = begin_pool(tmp_path / "pool", str(save_tiny_llama(tmp_path / "parent")), {}, corpus=None, words=None)
+    assert pool.start() is pool.start()

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -116,6 +116,11 @@ class Pool:
 
     def start(self) -> Weights:
         """Tensors of theta_0 by their names in its files; a tied head stands once."""
+        return self._start
+
+    @cached_property
+    def _start(self) -> Weights:
+        """Its names take a model without weights, and every step of a mixture asks for them."""
         return weights_by_name(self.parent)
 
     def member(self, partition: str) -> "MemberWeights":

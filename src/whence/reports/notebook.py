@@ -147,13 +147,16 @@ def _more(count: int, thing: str, where: str) -> str:
 def _table(
     texts: Mapping[str, str], rows: Iterable[Sequence[str]], before: Sequence[str] = (), after: Sequence[str] = ()
 ) -> str:
-    """A table of cells of HTML: columns of text, with their kinds, and those of numbers before and after them."""
+    """A table of cells of HTML: columns of text, with their kinds, and those of numbers before and after them.
+
+    It has a class, for sites such as MkDocs Material's restyle every table that has none.
+    """
     kinds = [*("n" for _ in before), *texts.values(), *("n" for _ in after)]
     names = zip(kinds, (*before, *texts, *after), strict=True)
     top = "".join(f"<th class={kind}>{name}</th>" for kind, name in names)
     lines = ("".join(f"<td class={kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _text(row: Row) -> str:
