@@ -6,7 +6,7 @@ by the query,
 
     score[n, q] = scale[n] * sum over planes p and stored entries j of value(row[n, j], p) * query[q, p, j]
 
-where an entry holds one code, or several side by side (`planes`: two of int4, eight of one bit). Sums are in fp32, of
+where an entry holds one code, or several side by side (`planes`: two of int4). Sums are in fp32, of
 unrounded products. The loops run in one thread each and without Python's lock, a strip of the rows at a time.
 
 Compiling takes a third of a second, and importing numba as much; `kernels.Fastest` waits until that can pay. Compiled
@@ -32,7 +32,7 @@ _AHEAD_BYTES = {1: 1 << 14, 2: 1 << 13}
 it: 30 ms for 25."""
 _LINE_BYTES = 64
 
-PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "onebit": 8}
+PLANES = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2}
 """Codes in a stored entry of each codec that has a loop here; the first one in the lowest bits."""
 
 
@@ -184,7 +184,6 @@ _CODES = {
     "float16": np.int16,
     "int8": np.int8,
     "int4": np.uint8,
-    "onebit": np.uint8,
 }
 _BITS = np.uint32(0x7FFF)  # of a float16, without its sign
 _FROM_FLOAT16 = np.float32(2.0**112)  # its exponent moves from 5 bits to 8; of subnormals too this mends the bias
@@ -199,5 +198,4 @@ _VALUES = {
     ),
     "int8": lambda code, plane: np.float32(code),
     "int4": lambda code, plane: np.float32(np.int32((code >> (4 * plane)) & 15) - np.int32(8)),
-    "onebit": lambda code, plane: np.float32(np.int32((code >> plane) & 1) * np.int32(2) - np.int32(1)),
 }

@@ -14,9 +14,11 @@ the same result from any of them:
     bfloat16   bfloat16 products, which sum in fp32 but round the result
     float32    fp32 products of the rows as they are
     decoded    rows decoded a few at a time and multiplied in fp32: the only one for other devices
-    compiled   fp32 products of rows widened in registers, for few queries (see `compiled`)
+    compiled   fp32 products of rows widened in registers, for few queries (see `compiled`); of one-bit rows the ones
+               that a row shares with the query's bits are counted instead (see `bit_planes`)
 
-where |v_n| is the row's norm before it was encoded. CPUs differ more than a rule could say: with matrix units (AMX)
+where |v_n| is the row's norm before it was encoded. (Of `bit_planes` the bound is one of probability: one product of
+10^15 may break it.) CPUs differ more than a rule could say: with matrix units (AMX)
 integer products reach the memory's bandwidth; on AVX2 they take fifteen times as long as decoding. So the first large
 batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
@@ -33,7 +35,7 @@ import torch
 from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
-from whence.indexing import compiled
+from whence.indexing import bit_planes, compiled
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +173,8 @@ class Fastest:
             start = time.perf_counter()
             kernel(rows)
             took.append(time.perf_counter() - start)
-        return min(took) * (1 if block.slack is None and block.slack_per_norm is None else _RESCORING)
+        slacks = (block.slack, block.slack_per_norm, block.slack_per_scale)
+        return min(took) * (1 if all(slack is None for slack in slacks) else _RESCORING)
 
 
 def _first_rows(blocks: Sequence[Tensor], rows: int) -> list[Tensor]:
@@ -228,8 +231,14 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
 
 
 def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
-    """Products of rows widened to fp32 in registers; None for many queries, and where numba is missing."""
-    if codec not in compiled.PLANES or not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
+    """Products of rows in a compiled loop; None for many queries, and where numba is missing."""
+    if not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
+        return None
+    if codec == "onebit":
+        counted, errors = bit_planes.products(queries)
+        per_scale = torch.from_numpy(errors) + queries.norm(dim=1) * (queries.shape[1] ** 0.5 * _FP32_SUM)
+        return lambda rows: Block(torch.from_numpy(counted(rows.strips).T), slack_per_scale=per_scale)
+    if codec not in compiled.PLANES:
         return None
     products = compiled.products(codec, queries, columns)
     return lambda rows: Block(torch.from_numpy(products(rows.strips).T))
