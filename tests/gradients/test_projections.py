@@ -95,7 +95,7 @@ def test_a_tensor_sketch_of_16_bits_is_that_of_the_same_numbers_in_32():
 def test_a_tensor_sketch_a_few_examples_at_a_time_is_the_same(monkeypatch):
     seen = pairs(3)
     expected = whole(make("tensor_sketch"), seen)
-    monkeypatch.setattr(tensor_sketch, "ENTRIES_AT_ONCE", 20)
+    monkeypatch.setitem(tensor_sketch.AT_ONCE, "cpu", 100)
     torch.testing.assert_close(whole(make("tensor_sketch"), seen), expected)
 
 
