@@ -71,6 +71,11 @@ PROJECTIONS: dict[str, Entry] = {
     ),
     "sjlt": Entry("whence.gradients.projections.sjlt:SJLT", "t d + s d", "arXiv 1012.1577"),
     "count_sketch": Entry("whence.gradients.projections.count_sketch:CountSketch", "t d + d", "arXiv 0902.2206"),
+    "tensor_sketch": Entry(
+        "whence.gradients.projections.tensor_sketch:TensorSketch",
+        "t (i + o) R + t d / R",
+        "doi 10.1145/2487575.2487591",
+    ),
     "shuffle_sum": Entry("whence.gradients.projections.shuffle_sum:ShuffleSum", "t d + d", "arXiv 2405.11724"),
     "srht": Entry("whence.gradients.projections.srht:SRHT", "t d + 64 d log64 d", "arXiv 1011.1595"),
     "rademacher": Entry("whence.gradients.projections.rademacher:Rademacher", "t d + d k", "arXiv 2402.04333"),

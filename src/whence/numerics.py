@@ -81,12 +81,13 @@ def hadamard(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     while inner < d:
         radix = min(64, d // inner)
         blocks = out.reshape(*x.shape[:-1], d // (inner * radix), radix, inner)
-        out = torch.einsum("rs,...sn->...rn", _hadamard_matrix(radix).to(x), blocks).reshape(x.shape)
+        out = torch.einsum("rs,...sn->...rn", hadamard_matrix(radix).to(x), blocks).reshape(x.shape)
         inner *= radix
     return out
 
 
-def _hadamard_matrix(d: int) -> Float[Tensor, "d d"]:
+def hadamard_matrix(d: int) -> Float[Tensor, "d d"]:
+    """The orthonormal Walsh-Hadamard matrix in natural order: entry (r, c) has the sign of (-1)^popcount(r & c)."""
     matrix = torch.ones(1, 1)
     while len(matrix) < d:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from whence import catalogue
+from whence.errors import SettingError
 from whence.gradients.capture import example_gradients
-from whence.gradients.projections import count_sketch
+from whence.gradients.projections import count_sketch, tensor_sketch
 from whence.gradients.projections.shuffle_sum import ShuffleSum, shuffled
+from whence.gradients.projections.tensor_sketch import TensorSketch
 from whence.gradients.protocols import Projection
 from whence.numerics import generator, hadamard, mixed_seed, signs
 
@@ -15,6 +17,7 @@ WIDTHS = {
     "two_sided": 4,
     "sjlt": 16,
     "count_sketch": 16,
+    "tensor_sketch": 16,
     "srht": 16,
     "rademacher": 16,
     "shuffle_sum": 16,
@@ -23,8 +26,16 @@ NAMES = list(catalogue.PROJECTIONS)
 SEEDS = 2000
 
 
+BLOCKS = (2, 4)
+"""Of `tensor_sketch`, by layer of SHAPES: one has more numbers than columns, the other a window and a padded side."""
+
+MODEL = {"q": (256, 256), "k": (256, 256), "v": (256, 256), "o": (256, 256)}
+MODEL |= {"gate": (688, 256), "up": (688, 256), "down": (256, 688)}
+
+
 def make(name, seed=0, shapes=SHAPES):
-    return catalogue.projection(name)(shapes, width=WIDTHS.get(name), seed=seed)
+    blocks = {"blocks": BLOCKS} if name == "tensor_sketch" and shapes is SHAPES else {}
+    return catalogue.projection(name)(shapes, width=WIDTHS.get(name), seed=seed, **blocks)
 
 
 def pairs(seed, shapes=SHAPES, b=3, t=4):
@@ -71,6 +82,57 @@ def test_two_sided_of_16_bits_is_that_of_the_same_numbers_in_32(side):
     )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+def test_a_tensor_sketch_of_16_bits_is_that_of_the_same_numbers_in_32():
+    seen = {layer: (a.bfloat16(), g.bfloat16()) for layer, (a, g) in pairs(3).items()}
+    widened = {layer: (a.float(), g.float()) for layer, (a, g) in seen.items()}
+    for blocks in ((1, 1), BLOCKS):
+        projection = TensorSketch(SHAPES, width=16, blocks=blocks)
+        torch.testing.assert_close(whole(projection, seen), whole(projection, widened))
+
+
+def test_a_tensor_sketch_a_few_examples_at_a_time_is_the_same(monkeypatch):
+    seen = pairs(3)
+    expected = whole(make("tensor_sketch"), seen)
+    monkeypatch.setitem(tensor_sketch.AT_ONCE, "cpu", 100)
+    torch.testing.assert_close(whole(make("tensor_sketch"), seen), expected)
+
+
+@pytest.mark.parametrize(("blocks", "error"), [((2,), "2 layers"), ((2, 3), "up to 4"), ((8, 2), "up to 5")])
+def test_blocks_that_do_not_fit_the_layers_are_refused(blocks, error):
+    with pytest.raises(SettingError, match=error):
+        TensorSketch(SHAPES, blocks=blocks)
+
+
+def test_windows_of_a_tensor_sketch_spread_over_all_columns():
+    """The columns of 42 layers, as of a small model, bear within a tenth of the same load."""
+    shapes = {f"{block}.{name}": shape for block in range(6) for name, shape in MODEL.items()}
+    projection, load = TensorSketch(shapes), torch.zeros(43008)
+    for layer, (o, i) in shapes.items():
+        columns = projection.columns(layer)
+        assert columns.stop <= 43008 and columns.stop - columns.start == o * i // projection._cuts[layer].blocks
+        load[columns] += 1 / (columns.stop - columns.start)
+    assert load.square().mean() < 1.1 * load.mean() ** 2
+
+
+def test_a_layer_alone_fills_the_columns_of_a_tensor_sketch():
+    assert TensorSketch({"head": (4096, 256)}).columns("head") == slice(0, 43008)
+    assert TensorSketch({"head": (16, 8)}).blocks == (1,)
+
+
+@pytest.mark.parametrize(("blocks", "width", "bound"), [(4, None, 4 * 4 / 480), (1, 16, 3 / 16), (4, 16, 3 / 16)])
+def test_a_tensor_sketch_has_the_variance_that_it_states(blocks, width, bound):
+    """Of |x|^2 |y|^2: 4 R / d where every number has a column, about 1 / k where they share; also if a row is heavy."""
+    rng = torch.Generator().manual_seed(0)
+    for weight in (1, 50):
+        a, g = torch.randn(2, 3, 24, generator=rng), torch.randn(2, 3, 20, generator=rng)
+        g[..., 3] *= weight
+        x, y = example_gradients(a, g).flatten(1)
+        made = [TensorSketch({"one": (20, 24)}, width=width, seed=seed, blocks=(blocks,)) for seed in range(100)]
+        rows = torch.stack([projection(a, g, layer="one") for projection in made])
+        errors = (rows[:, 0] * rows[:, 1]).sum(1) - x @ y
+        assert errors.square().mean() < bound * x.square().sum() * y.square().sum()
 
 
 @pytest.mark.gpu
@@ -137,9 +199,9 @@ def test_inner_products_are_unbiased_and_layers_independent(name):
     blocks = {"within": [], "across": []}
     for seed in range(1 if name == "identity" else SEEDS):
         projection = make(name, seed=seed)
-        rows = whole(projection, seen)
-        blocks["within"].append(rows[0] @ rows[1])
         first, second = (whole(projection, {layer: seen[layer]}) for layer in SHAPES)
+        rows = first + second
+        blocks["within"].append(rows[0] @ rows[1])
         blocks["across"].append(first[0] @ second[1])
     exact = sum((example_gradients(a, g)[0] * example_gradients(a, g)[1]).sum() for a, g in seen.values())
     for expected, found in ((exact, blocks["within"]), (torch.tensor(0.0), blocks["across"])):

@@ -694,6 +694,23 @@ def test_lambda_of_shuffle_sum_is_a_setting(tiny_llama, tiny_corpus, tmp_path):
         index(tiny_llama, tiny_corpus, tmp_path / "other", shuffle_rounds=4, **QUIET)
 
 
+def test_an_index_keeps_the_blocks_of_its_sketch(tiny_llama, tiny_corpus, tmp_path):
+    """They need not be those that the rule of today would choose."""
+    flags = {"projection": "tensor_sketch", "width": 256} | QUIET
+    built = index(tiny_llama, tiny_corpus, tmp_path / "index", **flags)
+    layers = len(built.store.manifest.settings["layer_names"])
+    assert built.store.manifest.settings["blocks"] == [1] * layers
+    index(tiny_llama, tiny_corpus, tmp_path / "other", blocks=(2,) * layers, **flags)
+    opened = open_index(tmp_path / "other")
+    assert opened.projection(opened.model()).blocks == (2,) * layers
+    hits = trace(opened, "5 and 3?", " yes").hits
+    assert hits[0].score > hits[-1].score
+    with pytest.raises(ManifestMismatchError, match="blocks"):
+        index(tiny_llama, tiny_corpus, tmp_path / "other", **flags)
+    with pytest.raises(SettingError, match="belong to --projection tensor_sketch"):
+        index(tiny_llama, tiny_corpus, tmp_path / "third", blocks=(2,) * layers, **QUIET)
+
+
 def test_a_model_without_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path):
     config = OpenAIGPTConfig(vocab_size=259, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")

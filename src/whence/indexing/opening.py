@@ -305,6 +305,7 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
     settings = IndexSettings(
         space=GradientSpace(**stored["space"]),
         codec=store.manifest.codec,
+        blocks=tuple(stored["blocks"]) if "blocks" in stored else None,
         tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
         chat_template=loading.get("chat_template") or _stored_template(store),
         date=same_date(loading.get("date"), stored.get("date"), store.place.root),

@@ -36,6 +36,7 @@ class StoredSettings(TypedDict):
     """The entries of a manifest's settings that are read again."""
 
     space: StoredSpace
+    blocks: NotRequired[list[Annotated[int, range(1, 2**31)]]]
     layer_names: list[str]
     layout: str
     tokenizer: str

@@ -23,6 +23,7 @@ from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
 from whence.gradients.embeddings import tied_embeddings
+from whence.gradients.projections.tensor_sketch import TensorSketch
 from whence.gradients.protocols import Projection
 from whence.gradients.slope_scale import scale_for
 from whence.gradients.space import GradientSpace
@@ -61,6 +62,8 @@ class IndexSettings:
     __repr__ = brief
 
     space: GradientSpace = field(default_factory=GradientSpace)
+    blocks: tuple[int, ...] | None = None
+    """R of each layer, for the projection `tensor_sketch`, as a manifest records it; None: chosen by cost."""
     codec: str = "bfloat16"
     """Name in `codecs.CODECS`: how vectors are stored."""
     checkpoints: str = "last"
@@ -98,6 +101,8 @@ class IndexSettings:
         runner.check_engine(self.engine)
         codec_of(self.codec)
         catalogue.projection(self.space.sketch)
+        if self.blocks is not None and self.space.sketch != "tensor_sketch":
+            raise SettingError(f"blocks {list(self.blocks)}: they belong to --projection tensor_sketch alone")
 
 
 def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
@@ -136,7 +141,8 @@ def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
     """The projection that an index of this model would use."""
     space = settings.space
     shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
-    extra = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
+    extra: dict[str, Any] = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
+    extra |= {} if settings.blocks is None else {"blocks": settings.blocks}
     return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **extra)
 
 
@@ -174,6 +180,9 @@ def manifest_of(
     }
     if any(tied_embeddings(loaded, layers)):
         stored["has_tied_head"] = True
+    projection = projection_for(loaded, settings)
+    if isinstance(projection, TensorSketch):
+        stored["blocks"] = list(projection.blocks)
     stored["tokens_per_batch"] = batch_tokens(settings, loaded.device)
     stored |= {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "gradient_checkpointing")}
     stored |= _layout_settings(loaded, corpus, settings) | corrections(loaded, settings)
@@ -181,7 +190,7 @@ def manifest_of(
     return Manifest(
         whence_version=__version__,
         codec=settings.codec,
-        width=projection_for(loaded, settings).width,
+        width=projection.width,
         settings=stored,
         checkpoints=tuple(entries),
         corpora=(corpus_entry(texts, corpus),),
