@@ -38,11 +38,21 @@ def test_rounding_is_unbiased_and_within_the_bound():
     assert abs(spread.mean()) < 4 * np.sqrt(70 / 6 / 3000) and spread.std() == pytest.approx(np.sqrt(70 / 6), rel=0.1)
 
 
-def test_a_query_with_outliers_has_more_planes():
+def test_a_query_has_as_many_planes_as_its_outliers_need():
     plain, outlier = torch.ones(1, 20_000), torch.ones(1, 20_000)
-    outlier[0, 7] = 100.0
+    outlier[0, 7] = 30.0
     planes = [bit_planes.planes_of(queries)[0].shape[1] for queries in (plain, outlier, torch.zeros(1, 20_000))]
-    assert planes == [4, 12, 12]
+    assert planes == [6, 10, 12]
     for queries in (plain, outlier):
         _, _, errors = bit_planes.planes_of(queries)
-        assert errors[0] <= 0.02 * np.sqrt(20_000) * queries.norm()
+        assert errors[0] <= bit_planes.LIMIT * queries.norm()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_rows_of_noise_are_within_the_bound_of_the_best(seed):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 4096, generator=generator)
+    signs = (torch.randn(20_000, 4096, generator=generator) > 0).float() * 2 - 1
+    products = (signs @ query[0]).sort(descending=True).values
+    error = bit_planes.planes_of(query)[2][0]
+    assert (products >= products[9] - 2 * error).sum() <= 100

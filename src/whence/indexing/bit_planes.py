@@ -14,7 +14,7 @@ then independent and within a step, so that Hoeffding's inequality bounds that o
     P(|error| > step * sqrt(k ln(2 / RISK) / 2)) <= RISK
 
 Source: the estimator of RaBitQ, Gao and Long 2024, arXiv 2405.12497, section 3.3 (theorem 3.3 has the bound). Its own
-query has 4 bits; here it has as many as keep the bound below `LIMIT` of the largest possible product.
+query has 4 bits; here it has as many as keep the bound well below what chance makes of a product.
 """
 
 import math
@@ -31,9 +31,10 @@ from whence.indexing.threads import run_together
 
 RISK = 1e-15
 """Probability that the error of one product is larger than its bound."""
-LIMIT = 0.01
-"""Largest bound on the error, of |s| |q|, for which a query needs no more planes."""
-PLANES = (4, 6, 8, 12)
+LIMIT = 0.4
+"""Largest bound on the error for which a query needs no more planes, of |q|: the standard deviation of its product with
+random signs. So few rows are within the bound of the best ones even where all rows are noise."""
+PLANES = (4, 6, 8, 10, 12)
 """Numbers of planes: each is a loop to compile."""
 _VECTOR = 64
 """Bytes that are counted at a time."""
@@ -55,7 +56,7 @@ def planes_of(queries: Float32[Tensor, "q k"]) -> tuple[np.ndarray, np.ndarray, 
     k, largest, norms = values.shape[1], np.abs(values).max(1, initial=0.0), np.linalg.norm(values, axis=1)
     largest = np.maximum(largest, _TINY)
     spread = math.sqrt(k * math.log(2 / RISK) / 2)
-    limits = LIMIT * math.sqrt(k) * norms
+    limits = LIMIT * norms
     bits = next((b for b in PLANES if (spread * largest / (2 ** (b - 1) - 1) <= limits).all()), PLANES[-1])
     step = largest / (2 ** (bits - 1) - 1)
     noise = np.random.default_rng(0).random(values.shape)
