@@ -7,13 +7,10 @@ import types
 
 import huggingface_hub
 import jaxtyping
+import make_notebooks as notebooks
 import nbformat
 import pytest
 
-from pages import ROOT
-
-sys.path.insert(0, str(ROOT / "docs"))
-notebooks = importlib.import_module("make_notebooks")
 SOURCES = ("json", "email", "mailbox", "tkinter")
 ROWS = [
     {"id": f"{source}.{name}", "prompt": f"What does {source}.{name} do?", "source": source,

@@ -374,8 +374,8 @@ def test_trace_writes_rows_by_the_files_ending(whence, tiny_index, tmp_path, end
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("rows.txt", "rows.txt: what is found is written to .jsonl, .csv, .parquet or .html"),
-        ("rows", "rows: what is found is written to .jsonl, .csv, .parquet or .html"),
+        ("rows.txt", "rows.txt: what is found is written to .jsonl, .csv, .parquet, .html or .json"),
+        ("rows", "rows: what is found is written to .jsonl, .csv, .parquet, .html or .json"),
         ("none/rows.csv", "none/rows.csv: there is no directory"),
     ],
 )

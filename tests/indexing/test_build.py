@@ -673,7 +673,7 @@ def test_a_full_disk_stops_a_build_which_then_resumes(tiny_llama, tmp_path, smal
 def test_settings_are_read_back_from_the_manifest(tiny_index):
     opened = open_index(tiny_index)
     assert opened.settings == IndexSettings(
-        space=opened.space, max_tokens=96, tokens_per_batch=4096, supervise="assistant"
+        space=opened.space, max_tokens=96, tokens_per_batch=4096, supervise="assistant", preferences="chosen"
     )
     assert (opened.space.width, opened.layout) == (8, "prompt")
 

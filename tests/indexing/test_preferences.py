@@ -92,7 +92,7 @@ def test_it_is_remembered_and_what_cannot_compare_is_refused(command, built, mod
     flag = ("--preferences", "contrast")
     code, out, err = command("index", model, rows, "-o", "index", "--width", 8, "--codec", "float32", *flag)
     assert code == 0 and "contrasts" in out, err
-    assert "8 of 8 rows are read as contrasts of pairs of answers (`rejected` and `chosen`)" in caplog.text
+    assert "8 of 8 rows are read as contrasts of pairs of answers (`prompt`, `rejected` and `chosen`)" in caplog.text
     assert command("append", "index", more)[0] == 0
     stored = open_index("index").store
     expected = [built.store.vectors([row])[0] for row in (2, 9)]
