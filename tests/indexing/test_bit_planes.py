@@ -21,7 +21,7 @@ def test_a_query_of_whole_steps_worked_by_hand(monkeypatch):
     assert packed.shape == (1, 4, 64)
     assert packed[0, :, 0].tolist() == [0b001, 0b010, 0b000, 0b001] and not packed[0, :, 1:].any()
     assert factors[0].tolist() == [1.0, 2.0, 4.0, -8.0, -(0.5 * 1 + 0.5 * 2 - 0.5 * 8)]
-    assert errors == pytest.approx(0.5 * np.sqrt(3 * np.log(2e15) / 2))
+    assert errors == pytest.approx(0.5 * np.sqrt(3 * np.log(2e9) / 2))
     for signs in ((1, 1, 1), (-1, 1, -1), (1, -1, 1)):
         codes = CODECS["onebit"].encode(torch.tensor([signs], dtype=torch.float32))[0][0].numpy()
         assert product(packed[0], factors[0], codes) == -3.5 * signs[0] + signs[1]

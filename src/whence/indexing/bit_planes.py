@@ -29,15 +29,17 @@ from torch import Tensor
 from whence.indexing.compiled import CompilingError, Strip
 from whence.indexing.threads import run_together
 
-RISK = 1e-15
+RISK = 1e-9
 """Probability that the error of one product is larger than its bound."""
-LIMIT = 0.4
+LIMIT = 0.3
 """Largest bound on the error for which a query needs no more planes, of |q|: the standard deviation of its product with
 random signs. So few rows are within the bound of the best ones even where all rows are noise."""
 PLANES = (4, 6, 8, 10, 12)
 """Numbers of planes: each is a loop to compile."""
 _VECTOR = 64
 """Bytes that are counted at a time."""
+_SUMS = 24
+"""Sums that stay in registers, of the 32 of AVX-512: planes times rows that are counted together."""
 _TINY = 2.0**-119
 
 
@@ -104,25 +106,35 @@ def _loop(planes: int) -> Callable[..., None]:
     try:
         import numba
 
-        count = _counting(planes)
+        together = max(1, _SUMS // planes)
+        count = _counting(planes, together)
     except (ImportError, OSError) as error:  # it does not fit this numpy, or its library does not load
         raise CompilingError(f"{type(error).__name__}: {error}") from error
 
     @numba.njit(nogil=True)
     def loop(codes: np.ndarray, scale: np.ndarray, packed: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
-        whole = codes.shape[1] // _VECTOR
-        end, stride = whole * _VECTOR, packed.shape[2]
-        counts, rest = np.zeros(planes, np.int64), np.zeros(_VECTOR, np.uint8)
-        for n in range(codes.shape[0]):
-            rest[: codes.shape[1] - end] = codes[n, end:]
+        width, stride = codes.shape[1], packed.shape[2]
+        whole = width // _VECTOR
+        end = whole * _VECTOR
+        counts, rest = np.zeros((planes, together), np.int64), np.zeros((together, _VECTOR), np.uint8)
+        n = 0
+        while n < codes.shape[0]:
+            rows = together if n + together <= codes.shape[0] else 1  # a last row is counted alone, several times
+            apart = 1 if rows > 1 else 0
+            for row in range(rows):
+                rest[row, : width - end] = codes[n + row, end:]
             for q in range(packed.shape[0]):
-                total, first = factors[q, planes], packed[q].ctypes.data
+                first = packed[q].ctypes.data
                 counts[:] = 0
-                count(codes[n].ctypes.data, first, stride, whole, counts.ctypes.data)
-                count(rest.ctypes.data, first + end, stride, stride // _VECTOR - whole, counts.ctypes.data)
-                for b in range(planes):
-                    total += factors[q, b] * counts[b]
-                out[n, q] = total * scale[n]
+                count(codes[n].ctypes.data, apart * width, first, stride, whole, counts.ctypes.data)
+                left = stride // _VECTOR - whole
+                count(rest.ctypes.data, apart * _VECTOR, first + end, stride, left, counts.ctypes.data)
+                for row in range(rows):
+                    total = factors[q, planes]
+                    for b in range(planes):
+                        total += factors[q, b] * counts[b, row]
+                    out[n + row, q] = total * scale[n + row]
+            n += rows
 
     sample = np.zeros((1, 1), np.uint8), np.ones(1, np.float32), np.zeros((1, planes, _VECTOR), np.uint8)
     try:
@@ -133,11 +145,12 @@ def _loop(planes: int) -> Callable[..., None]:
 
 
 @no_type_check
-def _counting(planes: int) -> Callable[..., None]:
-    """A function for compiled code: (row, planes, stride, vectors, counts), the first, second and last as addresses.
+def _counting(planes: int, rows: int) -> Callable[..., None]:
+    """A function for compiled code: (rows, bytes between them, planes, bytes between them, vectors, counts).
 
-    To each count it adds the ones of a plane's bits that the row has too, over so many vectors of 64 bytes. numba's own
-    loops are not used, for LLVM prefers vectors of half that length on some processors.
+    Rows, planes and counts [planes, rows] are addresses. To each count it adds the ones of a plane's bits that a row
+    has too, over so many vectors of 64 bytes. A plane is loaded once for several rows. numba's own loops are not used,
+    for LLVM prefers vectors of half that length on some processors.
     """
     from llvmlite import ir
     from numba import types
@@ -148,45 +161,47 @@ def _counting(planes: int) -> Callable[..., None]:
     vector = ir.VectorType(word, lanes)
 
     @intrinsic
-    def count(typing: object, row: object, first: object, stride: object, vectors: object, counts: object) -> tuple:
+    def count(typing, codes, apart, first, stride, vectors, counts):
         def generate(context, builder, signature, arguments):
-            row, first, stride, vectors, counts = arguments
+            codes, apart, first, stride, vectors, counts = arguments
             kind = ir.FunctionType(vector, [vector])
             ones = cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.v{lanes}i64")
 
-            def load(address):
+            def load(start, offset, step, number):
+                address = builder.add(builder.add(start, offset), builder.mul(step, word(number)))
                 loaded = builder.load(builder.inttoptr(address, vector.as_pointer()))
                 loaded.align = 1
                 return loaded
 
             before = builder.block
-            turn, after = builder.append_basic_block("turn"), builder.append_basic_block("after")
+            turn, end, after = (builder.append_basic_block(name) for name in ("turn", "end", "after"))
             builder.cbranch(builder.icmp_unsigned("==", vectors, word(0)), after, turn)
             builder.position_at_end(turn)
             place = builder.phi(word)
-            place.add_incoming(word(0), before)
-            sums = [builder.phi(vector) for _ in range(planes)]
-            offset = builder.mul(place, word(_VECTOR))
-            bits, place_after = load(builder.add(row, offset)), builder.add(place, word(1))
-            for plane, total in enumerate(sums):
-                own = builder.add(builder.add(first, offset), builder.mul(stride, word(plane)))
-                added = builder.add(total, builder.call(ones, [builder.and_(bits, load(own))]))
-                total.add_incoming(vector([word(0)] * lanes), before)
-                total.add_incoming(added, turn)
-                sums[plane] = added
-            place.add_incoming(place_after, turn)
-            end = builder.append_basic_block("end")
+            sums = [builder.phi(vector) for _ in range(planes * rows)]
+            offset, place_after = builder.mul(place, word(_VECTOR)), builder.add(place, word(1))
+            bits = [load(codes, offset, apart, row) for row in range(rows)]
+            added = []
+            for plane in range(planes):
+                own = load(first, offset, stride, plane)
+                for row in range(rows):
+                    shared = builder.call(ones, [builder.and_(bits[row], own)])
+                    added.append(builder.add(sums[len(added)], shared))
+            for total, total_after in zip([place, *sums], [place_after, *added], strict=True):
+                total.add_incoming(word(0) if total is place else vector([word(0)] * lanes), before)
+                total.add_incoming(total_after, turn)
             builder.cbranch(builder.icmp_unsigned("<", place_after, vectors), turn, end)
             builder.position_at_end(end)
-            for plane, total in enumerate(sums):
-                lane_sums = [builder.extract_element(total, ir.IntType(32)(lane)) for lane in range(lanes)]
-                pointer = builder.inttoptr(builder.add(counts, word(8 * plane)), word.as_pointer())
-                for lane_sum in lane_sums:
-                    builder.store(builder.add(builder.load(pointer), lane_sum), pointer)
+            for number, total in enumerate(added):
+                pointer = builder.inttoptr(builder.add(counts, word(8 * number)), word.as_pointer())
+                whole = builder.load(pointer)
+                for lane in range(lanes):
+                    whole = builder.add(whole, builder.extract_element(total, ir.IntType(32)(lane)))
+                builder.store(whole, pointer)
             builder.branch(after)
             builder.position_at_end(after)
             return context.get_dummy_value()
 
-        return types.void(*(types.intp,) * 5), generate
+        return types.void(*(types.intp,) * 6), generate
 
     return count

@@ -18,7 +18,7 @@ the same result from any of them:
                that a row shares with the query's bits are counted instead (see `bit_planes`)
 
 where |v_n| is the row's norm before it was encoded. (Of `bit_planes` the bound is one of probability: one product of
-10^15 may break it.) CPUs differ more than a rule could say: with matrix units (AMX)
+10^9 may break it.) CPUs differ more than a rule could say: with matrix units (AMX)
 integer products reach the memory's bandwidth; on AVX2 they take fifteen times as long as decoding. So the first large
 batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
