@@ -41,7 +41,7 @@ def test_every_kernel_is_within_its_slack(name, n, k, q, has_matrix_units, heavy
     made = [make(queries) for make in CODECS[name].kernels]
     if (costly := kernels.compiled_kernel(name, queries, CODECS[name].columns(k))) is not None:
         made.append(costly)
-    assert (costly is not None) == (q <= 8), "which queries are compiled for"
+    assert (costly is not None) == (q <= 8 or name in ("int4", "onebit")), "which queries are compiled for"
     sizes = [n // 3, 0, n - n // 3]  # a batch is several blocks
     for kernel in made:
         block = kernel(kernels.Stored(stored.split(sizes), scale.split(sizes)))

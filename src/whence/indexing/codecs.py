@@ -23,6 +23,7 @@ from torch import Tensor
 
 from whence import catalogue
 from whence.indexing.kernels import (
+    PACKED,
     TINY,
     Fastest,
     Kernel,
@@ -223,7 +224,7 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_int4,
         decoder=_decode_int4,
         error=lambda vectors: _absmax(vectors) * (1 / 14 + 2**-20) + TINY,
-        kernels=(partial(integer_kernel, bits=4, shift=-8), partial(decoded_kernel, decoder=_decode_int4)),
+        kernels=(partial(integer_kernel, **PACKED["int4"]), partial(decoded_kernel, decoder=_decode_int4)),
     ),
     "onebit": Codec(
         name="onebit",
@@ -232,6 +233,6 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_onebit,
         decoder=_decode_onebit,
         error=_onebit_error,
-        kernels=(partial(integer_kernel, bits=1, slope=2, shift=-1), partial(decoded_kernel, decoder=_decode_onebit)),
+        kernels=(partial(integer_kernel, **PACKED["onebit"]), partial(decoded_kernel, decoder=_decode_onebit)),
     ),
 }

@@ -153,6 +153,32 @@ def _loop(codec: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     return loop
 
 
+@cache
+@no_type_check
+def unpacking(bits: int) -> Callable[[np.ndarray, np.ndarray], None]:
+    """The compiled loop that unpacks bytes [n, j] to codes of so many bits [n, 8 / bits * j]: see `kernels.planes`."""
+    try:
+        import numba
+    except (ImportError, OSError) as error:
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
+    per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+
+    @numba.njit(nogil=True)
+    def unpack(stored: np.ndarray, out: np.ndarray) -> None:
+        width = stored.shape[1]
+        for n in range(stored.shape[0]):
+            for place in range(per_byte):
+                plane = out[n, place * width : (place + 1) * width]
+                for j in range(width):
+                    plane[j] = (stored[n, j] >> np.uint8(bits * place)) & mask
+
+    try:
+        unpack(np.zeros((1, 1), np.uint8), np.zeros((1, per_byte), np.uint8))  # compiles
+    except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's
+        raise CompilingError(f"{type(error).__name__}: {error}") from error
+    return unpack
+
+
 @no_type_check
 def _prefetching() -> Callable[[int], None]:
     """A function for compiled code that prefetches the line at an address, valid or not, past the shared cache.

@@ -58,6 +58,9 @@ _PATIENCE = 1.0  # seconds of scanning in a process before it compiles a kernel,
 _BF16_ROUND = 2.0**-8 * 1.01
 _FP32_SUM = 2.0**-15  # assumed error of fp32 sums, relative to |x| |q|: far above that of long rows
 
+PACKED = {"int4": {"bits": 4, "shift": -8}, "onebit": {"bits": 1, "slope": 2, "shift": -1}}
+"""How the packed codecs' codes are unpacked, for `integer_kernel`."""
+
 Queries = Float32[Tensor, "q k"]
 
 
@@ -231,9 +234,11 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
 
 
 def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None:
-    """Products of rows in a compiled loop; None for many queries, and where numba is missing."""
-    if not 0 < len(queries) <= _COMPILED_QUERIES or not compiled.is_available():
+    """Products of rows in a compiled loop, or of rows that one unpacks; None where neither helps, and without numba."""
+    if not len(queries) or not compiled.is_available():
         return None
+    if len(queries) > _COMPILED_QUERIES:
+        return integer_kernel(queries, **PACKED[codec], unpack=_compiled_planes) if codec in PACKED else None
     if codec == "onebit":
         counted, errors = bit_planes.products(queries)
         per_scale = torch.from_numpy(errors) + queries.norm(dim=1) * (queries.shape[1] ** 0.5 * _FP32_SUM)
@@ -284,10 +289,17 @@ def _sum_terms(sums: Tensor | np.ndarray, *, out: Tensor) -> None:
         total += columns[:, first : first + q]
 
 
-def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 0) -> Kernel:
+def integer_kernel(
+    queries: Queries,
+    *,
+    bits: int,
+    slope: int = 1,
+    shift: int = 0,
+    unpack: Callable[[Tensor, int], Tensor] | None = None,
+) -> Kernel:
     """8-bit products: x = slope * u + shift for the stored code u, the query as a sum of 8-bit vectors.
 
-    Codes of fewer than 8 bits are unpacked by `planes`.
+    Codes of fewer than 8 bits are unpacked by `planes`, or by another function of the same rows and bits.
 
     >>> kernel = integer_kernel(torch.tensor([[127.0, 0.0]]), bits=8)
     >>> kernel(Stored([torch.tensor([[2, 5], [-4, 0]], dtype=torch.int8)], [torch.tensor([0.5, 1.0])])).scores
@@ -310,7 +322,7 @@ def integer_kernel(queries: Queries, *, bits: int, slope: int = 1, shift: int = 
         for block, into in _with_places(rows.stored, out):
             for first in range(0, len(block), step):
                 stored = block[first : first + step]
-                sums = products(stored if per_byte == 1 else planes(stored, bits))
+                sums = products(stored if per_byte == 1 else (unpack or planes)(stored, bits))
                 _sum_terms(sums, out=into[first : first + step])
         if (slope, shift) != (1, 0):
             out.mul_(slope).add_(shifts)
@@ -327,6 +339,13 @@ def planes(stored: UInt8[Tensor, "n stored"], bits: int) -> Int8[Tensor, "n code
         plane = out[:, place * width : (place + 1) * width]
         torch.bitwise_right_shift(stored, bits * place, out=plane)
     return out.bitwise_and_(2**bits - 1).view(torch.int8)
+
+
+def _compiled_planes(stored: UInt8[Tensor, "n stored"], bits: int) -> Int8[Tensor, "n codes"]:
+    """What `planes` gives, in one pass."""
+    out = stored.new_empty(len(stored), 8 // bits * stored.shape[1])
+    compiled.unpacking(bits)(stored.numpy(), out.numpy())
+    return out.view(torch.int8)
 
 
 def _query_terms(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
