@@ -41,7 +41,7 @@ from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of,
 from whence.corpus.missing import without_missing
 from whence.corpus.offsets import in_spans, with_offsets
 from whence.corpus.preferences import CONTRAST, preferences_of
-from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side
+from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side, shape_of
 from whence.corpus.templates import ASSISTANT, LAST, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
@@ -121,8 +121,11 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
 
 def sides_of(row: Row, tokenizer: Tokenizer, preferences: str | None = None) -> list[Row]:
     """A row; or a contrast's preferred and rejected answers, each as a row. For `preferences` see `encode`."""
-    other = rejected_side(row) if (preferences or preferences_of(tokenizer)) == CONTRAST else None
-    return [row] if other is None else [row, other]
+    if (preferences or preferences_of(tokenizer)) != CONTRAST or is_rejected(row):
+        return [row]
+    shape = shape_of(row, preferences=CONTRAST)
+    other = rejected_side(row, shape)
+    return [row] if other is None else [shape.read(row), other]
 
 
 def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None) -> Encoded:

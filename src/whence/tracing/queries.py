@@ -152,7 +152,7 @@ def _request(row: Row, preferences: str) -> Query | None:
     Raises:
         CorpusError: Something else stands where text is expected.
     """
-    shape = query_shape(row)
+    shape = query_shape(row, preferences=preferences)
     if shape is None:
         return None
     request, other = _of_columns(shape.read(row)), None
