@@ -562,3 +562,12 @@ def test_batch_is_padded_on_the_right():
     assert batch.supervised.tolist() == [[False, True, True], [False, False, False]]
     assert batch.ids.dtype == torch.int64
     assert batch.to(torch.device("cpu")).ids.equal(batch.ids)
+
+
+@pytest.mark.parametrize("long", ["", "a" * 30])
+def test_two_answers_of_the_same_tokens_are_no_contrast(long):
+    """Theirs may be the same from the beginning, or only as far as they are kept."""
+    row = {"prompt": "x", "chosen": f"{long}y", "rejected": f"{long}z" if long else "y"}
+    encoded = encode(row, byte_level(), 20, preferences="contrast")
+    assert (encoded.ids, encoded.rejected) == ([], None)
+    assert encode(row | {"rejected": "n"}, byte_level(), 20, preferences="contrast").rejected is not None

@@ -87,6 +87,10 @@ class Encoded:
         """Number of supervised tokens, of both answers where there are two."""
         return sum(self.supervised) + (0 if self.rejected is None else self.rejected.supervised_count)
 
+    def is_same_as(self, other: "Encoded") -> bool:
+        """Whether two answers are the same supervised tokens after the same prompt."""
+        return (self.ids, self.supervised) == (other.ids, other.supervised)
+
     @property
     def positions(self) -> int:
         """Positions that the example takes of a batch: its tokens, or twice those of the longer of two sequences."""
@@ -103,8 +107,8 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
             token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Each of
             two answers is cut by itself.
-        preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Of a contrast that lacks one answer,
-            nothing is supervised.
+        preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Nothing is supervised of a contrast that
+            lacks one answer, nor of one whose answers are the same tokens, which may be what a cut leaves of them.
 
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
@@ -113,8 +117,8 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
     if len(sides) == 1:
         return sides[0]
     chosen, rejected = sides
-    if not (chosen.supervised_count and rejected.supervised_count):
-        return Encoded([], [])
+    if not (chosen.supervised_count and rejected.supervised_count) or chosen.is_same_as(rejected):
+        return Encoded([], [])  # a difference of nothing would be ranked by its rounding
     cuts = (chosen.cut + rejected.cut, chosen.completion_cut + rejected.completion_cut)
     return Encoded(chosen.ids, chosen.supervised, *cuts, rejected)
 
