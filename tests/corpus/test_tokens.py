@@ -571,3 +571,16 @@ def test_two_answers_of_the_same_tokens_are_no_contrast(long):
     encoded = encode(row, byte_level(), 20, preferences="contrast")
     assert (encoded.ids, encoded.rejected) == ([], None)
     assert encode(row | {"rejected": "n"}, byte_level(), 20, preferences="contrast").rejected is not None
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("answers", [("a", "b" * 5), ("b" * 5, "a"), ("a", "b" * 30)])
+def test_two_answers_follow_the_same_prompt_when_they_are_cut(answers, bos):
+    prompt = "".join(chr(48 + n) for n in range(50))
+    row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    encoded = encode(row, byte_level(bos=bos), 20, preferences="contrast")
+    sides = (encoded, encoded.rejected)
+    prompts = [side.ids[: side.supervised.index(True)] for side in sides]
+    assert prompts[0] == prompts[1] and all(len(side.ids) <= 20 for side in sides)
+    assert len(prompts[0]) == max(20 - max(map(len, answers)) - 1, 1), "no more is cut than must be"
+    assert encoded.cut == sum(bos + 50 + len(answer) + 1 - len(side.ids) for answer, side in zip(answers, sides))

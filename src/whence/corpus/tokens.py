@@ -78,6 +78,8 @@ class Encoded:
     """
     completion_cut: int = 0
     """Supervised tokens among them, of an answer that is too long by itself; likewise."""
+    prompt_cut: int = 0
+    """Tokens among them of the left of a prompt."""
     rejected: "Encoded | None" = None
     """The answer against which this one is held, after the same prompt: the example's loss is the difference of the
     two losses (`preferences`). None: it is this one's."""
@@ -105,8 +107,8 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
         row: A row in one of `shapes.SHAPES`. A null where text is expected supervises nothing.
         tokenizer: The tokenizer of the model that will read the ids.
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
-            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Each of
-            two answers is cut by itself.
+            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Two
+            answers follow the same prompt: each loses as much of its left as the one that loses more.
         preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Nothing is supervised of a contrast that
             lacks one answer, nor of one whose answers are the same tokens, which may be what a cut leaves of them.
 
@@ -116,11 +118,12 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
     sides = [_encoded(side, tokenizer, max_tokens) for side in sides_of(without_missing(row), tokenizer, preferences)]
     if len(sides) == 1:
         return sides[0]
-    chosen, rejected = sides
+    most = max(side.prompt_cut for side in sides)
+    chosen, rejected = (_with_shorter_prompt(side, most - side.prompt_cut, tokenizer) for side in sides)
     if not (chosen.supervised_count and rejected.supervised_count) or chosen.is_same_as(rejected):
         return Encoded([], [])  # a difference of nothing would be ranked by its rounding
     cuts = (chosen.cut + rejected.cut, chosen.completion_cut + rejected.completion_cut)
-    return Encoded(chosen.ids, chosen.supervised, *cuts, rejected)
+    return Encoded(chosen.ids, chosen.supervised, *cuts, rejected=rejected)
 
 
 def sides_of(row: Row, tokenizer: Tokenizer, preferences: str | None = None) -> list[Row]:
@@ -394,10 +397,23 @@ def _truncated(
     opening = 1 if ids[0] == tokenizer.bos_token_id else 0
     context = 1 - opening  # what must stay before the first supervised token, so that something predicts it
     room = max(supervised.index(True) - opening - context, 0)
-    start = opening + min(excess, room)
+    left = min(excess, room)
+    start = opening + left
     ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
     lost = sum(supervised[max_tokens:])
-    return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess, completion_cut=lost)
+    return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess, completion_cut=lost, prompt_cut=left)
+
+
+def _with_shorter_prompt(encoded: Encoded, count: int, tokenizer: Tokenizer) -> Encoded:
+    """The same answer after a prompt that has lost `count` more tokens of its left, or as many as it has."""
+    ids, supervised = encoded.ids, encoded.supervised
+    if count <= 0 or True not in supervised:
+        return encoded
+    left = min(count, supervised.index(True) - 1)  # something must predict the first supervised token
+    opening = 1 if ids[0] == tokenizer.bos_token_id else 0
+    start = opening + left
+    ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
+    return replace(encoded, ids=ids, supervised=supervised, cut=encoded.cut + left, prompt_cut=encoded.prompt_cut + left)
 
 
 @dataclass(frozen=True)
