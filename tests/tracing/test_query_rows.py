@@ -212,6 +212,8 @@ PAIRS = [
      "non_preferred_output": [turn("assistant", "no")]},
     {"prompt": "q", "messages": [ASKED, ANSWERED], "chosen": [ASKED, ANSWERED],  # UltraFeedback
      "rejected": [ASKED, turn("assistant", "no")], "score_chosen": 8.0},
+    {"system": "Be.", "prompt": "q", "chosen": "ok", "rejected": "no"},  # Truthy-DPO
+    {"system": "", "prompt": "q", "chosen": "ok", "rejected": "no"},
     {"prompt": "q", "conversation": [{"input": "q", "output": "ok"}],  # Capybara by distilabel
      "chosen": [ASKED, ANSWERED], "rejected": [ASKED, turn("assistant", "no")]},
 ]  # fmt: skip

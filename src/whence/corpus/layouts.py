@@ -63,7 +63,7 @@ def columns_read(row: Row, *, preferences: str | None = None) -> set[str]:
     shape, kind = shape_of(row, preferences=preferences), layout(row, preferences=preferences)
     if kind == "messages" and "preferred_output" not in shape.columns:
         return {*shape.columns, *shape.optional, "system", "tools"} - ({"history", "input"} - {*shape.columns})
-    return {*shape.columns, *shape.optional} - ({"tools"} if kind != "messages" else set())
+    return {*shape.columns, *shape.optional} - {*(("tools",) if kind == "instruction" else BEFORE)}
 
 
 def query_columns_read(row: Row, *, preferences: str | None = None) -> set[str]:

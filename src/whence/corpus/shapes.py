@@ -133,6 +133,8 @@ def _chosen(row: Row) -> Row:
     if prompt is None and are_turns(messages) and messages and role_of(messages[-1]["role"]) != "assistant":
         prompt = messages
     if not are_turns(chosen):
+        if isinstance(prompt, str) and isinstance(chosen, str | None) and "system" in row:
+            return _texts_in_a_conversation(row)
         if prompt is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
             return _continued(row, prompt, chosen)
         shared = _shared_length(chosen, rejected)
@@ -195,6 +197,10 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
         return columns | ({"history": row["history"]} if row.get("history") is not None else {})
 
     return read
+
+
+_texts_in_a_conversation = _instruction("prompt", "chosen")
+"""A pair of texts in rows with a `system`, which only a conversation has, as in Truthy-DPO and axolotl's `chatml`."""
 
 
 def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
