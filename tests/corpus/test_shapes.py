@@ -137,6 +137,9 @@ ROWS = {
     "Orca's preference": (
         {"system": "s", "question": "x", "chosen": "y", "rejected": "n"}, "(system)s<u>x<a>y</s>", "y</s>",
     ),
+    "a prompt's preference with a system": (
+        {"system": "s", "prompt": "x", "chosen": "y", "rejected": "n"}, "(system)s<u>x<a>y</s>", "y</s>",
+    ),
     "a query's preference": ({"query": "x", "chosen": "y", "rejected": "n"}, "<u>x<a>y</s>", "y</s>"),
     "an input's preference": ({"input": "x", "chosen": "y", "rejected": "n"}, "<u>x<a>y</s>", "y</s>"),
     "a question and conversations": (
@@ -245,6 +248,8 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
         ({"instruction": "x", "output": "y", "system_prompt": "s", "tools": "[]"}, ["tools"]),
         ({"query": "x", "response": '[{"name": "f"}]', "tools": "[]"}, ["tools"]),
         ({"question": "x", "chosen": "y", "rejected": "n", "tools": "[]"}, ["tools"]),
+        ({"prompt": "x", "chosen": "y", "rejected": "n", "system": "s", "tools": "[]"}, ["tools"]),
+        ({"chosen": "x y", "rejected": "x n", "system": "s"}, ["system"]),
         ({"question": "x", "chosen": TURNS[:2], "rejected": TURNS[:2], "tools": "[]", "system": "s"}, []),
     ],
 )

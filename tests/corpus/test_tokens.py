@@ -562,3 +562,25 @@ def test_batch_is_padded_on_the_right():
     assert batch.supervised.tolist() == [[False, True, True], [False, False, False]]
     assert batch.ids.dtype == torch.int64
     assert batch.to(torch.device("cpu")).ids.equal(batch.ids)
+
+
+@pytest.mark.parametrize("long", ["", "a" * 30])
+def test_two_answers_of_the_same_tokens_are_no_contrast(long):
+    """Theirs may be the same from the beginning, or only as far as they are kept."""
+    row = {"prompt": "x", "chosen": f"{long}y", "rejected": f"{long}z" if long else "y"}
+    encoded = encode(row, byte_level(), 20, preferences="contrast")
+    assert (encoded.ids, encoded.rejected) == ([], None)
+    assert encode(row | {"rejected": "n"}, byte_level(), 20, preferences="contrast").rejected is not None
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("answers", [("a", "b" * 5), ("b" * 5, "a"), ("a", "b" * 30)])
+def test_two_answers_follow_the_same_prompt_when_they_are_cut(answers, bos):
+    prompt = "".join(chr(48 + n) for n in range(50))
+    row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    encoded = encode(row, byte_level(bos=bos), 20, preferences="contrast")
+    sides = (encoded, encoded.rejected)
+    prompts = [side.ids[: side.supervised.index(True)] for side in sides]
+    assert prompts[0] == prompts[1] and all(len(side.ids) <= 20 for side in sides)
+    assert len(prompts[0]) == max(20 - max(map(len, answers)) - 1, 1), "no more is cut than must be"
+    assert encoded.cut == sum(bos + 50 + len(answer) + 1 - len(side.ids) for answer, side in zip(answers, sides))

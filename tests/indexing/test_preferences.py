@@ -7,7 +7,7 @@ import torch
 
 from conftest import save_tiny_llama, write_jsonl
 from whence.corpus.tokens import encode
-from whence.errors import SettingError
+from whence.errors import CorpusError, SettingError
 from whence.indexing.build import append, index
 from whence.indexing.opening import open_index
 from whence.selection.pipeline import select
@@ -74,6 +74,17 @@ def test_a_pair_without_one_of_its_answers_is_never_ranked(built, model, tmp_pat
     (query,) = [encode(PAIRS[0], built.model().tokenizer)]
     assert query.supervised_count == len("0!") + 1 + len("no 0") + 1
     assert store.shard(0, 0).tokens.tolist()[0] == query.supervised_count
+
+
+def test_pairs_that_are_conversations_too_are_contrasts(model, tmp_path):
+    """As UltraFeedback has them, whose `messages` are the chosen side."""
+    rows = [row | {"messages": row["prompt"] + row["chosen"]} for row in TURNS]
+    expected = vectors_of(tmp_path / "pairs", TURNS, model, preferences="contrast")
+    torch.testing.assert_close(vectors_of(tmp_path / "both", rows, model, preferences="contrast"), expected)
+    plain = [{"id": row["id"], "messages": row["messages"]} for row in rows]
+    with pytest.raises(CorpusError, match="no row has a preferred and a rejected answer, as `chosen` and `rejected`"):
+        index(model, plain, tmp_path / "none", preferences="contrast", **OPTIONS)
+    assert not (tmp_path / "none").exists()
 
 
 def test_tasks_are_contrasts_too(built):

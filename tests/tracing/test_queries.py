@@ -154,7 +154,11 @@ def test_a_query_without_a_contrast_is_one_part(model):
 
 @pytest.mark.parametrize(
     ("contrast", "message"),
-    [("", "the completion has no token"), ("c" * 96, "the model's context is 96")],
+    [
+        ("", "the completion has no token"),
+        ("c" * 96, "the model's context is 96"),
+        (" yes", "the completion and its contrast are the same tokens, ' yes'"),
+    ],
 )
 def test_a_contrast_that_is_no_completion_is_refused(model, contrast, message):
     with pytest.raises(SettingError, match=message):

@@ -210,6 +210,12 @@ PAIRS = [
      "rejected": {"from": "gpt", "value": "no"}},
     {"input": {"messages": [ASKED], "tools": TOOLS}, "preferred_output": [ANSWERED],
      "non_preferred_output": [turn("assistant", "no")]},
+    {"prompt": "q", "messages": [ASKED, ANSWERED], "chosen": [ASKED, ANSWERED],  # UltraFeedback
+     "rejected": [ASKED, turn("assistant", "no")], "score_chosen": 8.0},
+    {"system": "Be.", "prompt": "q", "chosen": "ok", "rejected": "no"},  # Truthy-DPO
+    {"system": "", "prompt": "q", "chosen": "ok", "rejected": "no"},
+    {"prompt": "q", "conversation": [{"input": "q", "output": "ok"}],  # Capybara by distilabel
+     "chosen": [ASKED, ANSWERED], "rejected": [ASKED, turn("assistant", "no")]},
 ]  # fmt: skip
 
 
@@ -223,6 +229,15 @@ def test_a_pair_as_a_question_is_its_row_on_either_side(row):
         encoded = encode_query(query.prompt, query.completion, tokenizer, kind=layout(row), context=query.context)
         assert (encoded.ids, encoded.supervised) == (side.ids, side.supervised)
     assert encode(row, tokenizer).ids == whole.ids and encode(row, tokenizer).rejected is None
+
+
+def test_messages_before_a_pair_are_its_prompt():
+    """As axolotl's `chat_template` for preferences has them."""
+    tokenizer = byte_level(bos=True, chat=CHAT)
+    row = {"messages": [ASKED], "chosen": ANSWERED, "rejected": turn("assistant", "no")}
+    whole = encode(row, tokenizer, preferences="contrast")
+    for side, answer in ((whole, ANSWERED), (whole.rejected, turn("assistant", "no"))):
+        assert side.ids == encode({"messages": [ASKED, answer]}, tokenizer).ids
 
 
 def test_a_pair_whose_sides_go_apart_earlier_has_another_prompt_on_either_side():

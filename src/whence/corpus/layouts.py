@@ -18,8 +18,8 @@ VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is good."""
 
 
-def in_layout(row: Row, where: str = "row") -> tuple[str, Row]:
-    """A row's layout, one of `LAYOUTS`, and the row as the columns of that layout.
+def in_layout(row: Row, where: str = "row", *, preferences: str | None = None) -> tuple[str, Row]:
+    """A row's layout, one of `LAYOUTS`, and the row as the columns of that layout; of a contrast, its chosen side's.
 
     Raises:
         CorpusError: The row has no known shape, or a part of it is no text.
@@ -27,11 +27,11 @@ def in_layout(row: Row, where: str = "row") -> tuple[str, Row]:
     >>> in_layout({"conversations": [{"from": "human", "value": "Hi"}]})
     ('messages', {'messages': [{'role': 'human', 'content': 'Hi'}]})
     """
-    columns = shape_of(row, where).read(row)
+    columns = shape_of(row, where, preferences=preferences).read(row)
     return layout_of(columns), columns
 
 
-def layout(row: Row, where: str = "row") -> str:
+def layout(row: Row, where: str = "row", *, preferences: str | None = None) -> str:
     """Name of a row's layout, one of `LAYOUTS`; see `shapes.shape_of` for which of several.
 
     Raises:
@@ -42,7 +42,7 @@ def layout(row: Row, where: str = "row") -> str:
     >>> layout({"prompt": "", "completion": "", "text": "a"}), layout({"prompt": "a", "completion": ""})
     ('text', 'prompt')
     """
-    return in_layout(row, where)[0]
+    return in_layout(row, where, preferences=preferences)[0]
 
 
 def query_in_layout(row: Row) -> tuple[str, Row] | None:
@@ -58,17 +58,17 @@ def query_in_layout(row: Row) -> tuple[str, Row] | None:
     return layout_of(columns), columns
 
 
-def columns_read(row: Row) -> set[str]:
+def columns_read(row: Row, *, preferences: str | None = None) -> set[str]:
     """Columns of a row that its shape reads."""
-    shape, kind = shape_of(row), layout(row)
+    shape, kind = shape_of(row, preferences=preferences), layout(row, preferences=preferences)
     if kind == "messages" and "preferred_output" not in shape.columns:
         return {*shape.columns, *shape.optional, "system", "tools"} - ({"history", "input"} - {*shape.columns})
-    return {*shape.columns, *shape.optional} - ({"tools"} if kind != "messages" else set())
+    return {*shape.columns, *shape.optional} - {*(("tools",) if kind == "instruction" else BEFORE)}
 
 
-def query_columns_read(row: Row) -> set[str]:
+def query_columns_read(row: Row, *, preferences: str | None = None) -> set[str]:
     """Columns of a query that its shape reads; a plain prompt may have what comes before it."""
-    shape = query_shape(row)
+    shape = query_shape(row, preferences=preferences)
     if shape is None:
         return set()
     return {*shape.columns, *shape.optional, *(BEFORE if shape.columns[0] == "prompt" else ())}

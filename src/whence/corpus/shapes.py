@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from whence.corpus.message_forms import are_turns, turns_in
+from whence.corpus.preferences import CONTRAST
+from whence.corpus.roles import role_of
 from whence.corpus.suggestions import suggested_map
 from whence.errors import CorpusError
 
@@ -122,9 +124,17 @@ def _prompt(row: Row) -> Row:
 
 
 def _chosen(row: Row) -> Row:
-    """Where the prompt is no column, it is what both sides begin with; it may also stand in both."""
+    """Where the prompt is no column, it is what both sides begin with; it may also stand in both.
+
+    `messages` that end without an answer are a prompt too, as in axolotl's `chat_template` for preferences.
+    """
     prompt, chosen, rejected = turns_in(row.get("prompt")), _side(row["chosen"]), _side(row["rejected"])
+    messages = turns_in(row.get("messages"))
+    if prompt is None and are_turns(messages) and messages and role_of(messages[-1]["role"]) != "assistant":
+        prompt = messages
     if not are_turns(chosen):
+        if isinstance(prompt, str) and isinstance(chosen, str | None) and "system" in row:
+            return _texts_in_a_conversation(row)
         if prompt is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
             return _continued(row, prompt, chosen)
         shared = _shared_length(chosen, rejected)
@@ -187,6 +197,10 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
         return columns | ({"history": row["history"]} if row.get("history") is not None else {})
 
     return read
+
+
+_texts_in_a_conversation = _instruction("prompt", "chosen")
+"""A pair of texts in rows with a `system`, which only a conversation has, as in Truthy-DPO and axolotl's `chatml`."""
 
 
 def _instructions(answer: str, *inputs: str, name: str = "") -> Shape:
@@ -270,7 +284,7 @@ SHAPES: tuple[Shape, ...] = (
     ),
     _preference("pairs of answers", _chosen, "prompt", optional=CHAT),
     *(_answered_question(question) for question in ("question", "query", "input")),
-    _preference("pairs of answers", _chosen, optional=CHAT),
+    _preference("pairs of answers", _chosen, optional=("messages", *CHAT)),
     Shape(
         "pairs of answers",
         "messages",
@@ -289,10 +303,18 @@ SHAPES: tuple[Shape, ...] = (
     _token_ids("token ids, all of them supervised", "input_ids"),
 )
 """All shapes, in the order in which they are tried."""
+PAIRS_FIRST = tuple(sorted(SHAPES, key=lambda shape: not shape.is_preference))
+"""All shapes, in the order in which they are tried where a pair of answers is their contrast."""
 
 
-def shape_of(row: Row, where: str = "row") -> Shape:
-    """The first of `SHAPES` whose columns a row fills.
+def _in_order(preferences: str | None) -> tuple[Shape, ...]:
+    return PAIRS_FIRST if preferences == CONTRAST else SHAPES
+
+
+def shape_of(row: Row, where: str = "row", *, preferences: str | None = None) -> Shape:
+    """The first of `SHAPES` whose columns a row fills; of `PAIRS_FIRST` where `preferences` says contrasts.
+
+    Sets of preferences often hold their chosen side as a conversation too, which is what a row is by itself.
 
     One whose answer is empty comes after those that have one: a table that was joined from several has every column in
     every row. If nulls leave none, it is the first whose columns the row has.
@@ -303,7 +325,7 @@ def shape_of(row: Row, where: str = "row") -> Shape:
     >>> shape_of({"messages": None, "text": "a"}).layout, shape_of({"prompt": "a", "completion": None}).layout
     ('text', 'prompt')
     """
-    present = [shape for shape in SHAPES if all(column in row for column in shape.columns)]
+    present = [shape for shape in _in_order(preferences) if all(column in row for column in shape.columns)]
     filled = [shape for shape in present if all(row[column] is not None for column in shape.columns)]
     answered = [shape for shape in filled if not is_blank(row[shape.columns[-1]])]
     if present:
@@ -318,15 +340,16 @@ def _unknown(row: Row) -> str:
     )
 
 
-def query_shape(row: Row) -> Shape | None:
+def query_shape(row: Row, *, preferences: str | None = None) -> Shape | None:
     """The shape of a query, which is a row that may lack its answer; None if it asks nothing.
 
-    It is that of a corpus' row wherever the row has an answer.
+    It is that of a corpus' row wherever the row has an answer; for `preferences` see `shape_of`.
 
     >>> query_shape({"prompt": "a", "instruction": "b", "output": "c"}).columns, query_shape({"text": "a"})
     (('instruction', 'output'), None)
     """
-    asked = [shape for shape in SHAPES if shape.asked and all(row.get(column) is not None for column in shape.asked)]
+    shapes = _in_order(preferences)
+    asked = [shape for shape in shapes if shape.asked and all(row.get(column) is not None for column in shape.asked)]
     answered = [shape for shape in asked if not is_blank(row.get(shape.columns[-1], ""))]
     return (*answered, *asked, None)[0]
 
@@ -336,7 +359,7 @@ def rejected_side(row: Row, shape: Shape | None = None) -> Row | None:
 
     Args:
         row: The row.
-        shape: Its shape; None: that of `shape_of`.
+        shape: Its shape; None: that of `shape_of` for contrasts.
 
     Raises:
         CorpusError: One answer is text, the other messages.
@@ -344,7 +367,7 @@ def rejected_side(row: Row, shape: Shape | None = None) -> Row | None:
     >>> rejected_side({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."})
     {'prompt': 'Sky?', 'completion': 'Green.'}
     """
-    shape = shape or shape_of(row)
+    shape = shape or shape_of(row, preferences=CONTRAST)
     if not shape.is_preference:
         return None
     preferred, rejected = shape.read(row), shape.read({OTHER_SIDE.get(name, name): row[name] for name in row})

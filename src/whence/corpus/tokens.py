@@ -17,15 +17,12 @@ as it was in training. (Tokenising prompt and completion separately gives other 
 """
 
 import bisect
-import functools
 import itertools
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -42,13 +39,12 @@ from whence.corpus.conversations import (
 )
 from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of, turns_before
 from whence.corpus.missing import without_missing
+from whence.corpus.offsets import in_spans, with_offsets
 from whence.corpus.preferences import CONTRAST, preferences_of
-from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side
+from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side, shape_of
 from whence.corpus.templates import ASSISTANT, LAST, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
-
-logger = logging.getLogger(__name__)
 
 LONG = 2**17
 """Characters of a text whose beginning is tokenised by itself where the rest is cut off."""
@@ -82,6 +78,8 @@ class Encoded:
     """
     completion_cut: int = 0
     """Supervised tokens among them, of an answer that is too long by itself; likewise."""
+    prompt_cut: int = 0
+    """Tokens among them of the left of a prompt."""
     rejected: "Encoded | None" = None
     """The answer against which this one is held, after the same prompt: the example's loss is the difference of the
     two losses (`preferences`). None: it is this one's."""
@@ -90,6 +88,10 @@ class Encoded:
     def supervised_count(self) -> int:
         """Number of supervised tokens, of both answers where there are two."""
         return sum(self.supervised) + (0 if self.rejected is None else self.rejected.supervised_count)
+
+    def is_same_as(self, other: "Encoded") -> bool:
+        """Whether two answers are the same supervised tokens after the same prompt."""
+        return (self.ids, self.supervised) == (other.ids, other.supervised)
 
     @property
     def positions(self) -> int:
@@ -105,10 +107,10 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
         row: A row in one of `shapes.SHAPES`. A null where text is expected supervises nothing.
         tokenizer: The tokenizer of the model that will read the ids.
         max_tokens: Longest allowed. A longer row loses the left of its prompt (a leading beginning-of-sequence
-            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Each of
-            two answers is cut by itself.
-        preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Of a contrast that lacks one answer,
-            nothing is supervised.
+            token stays), a longer `text` its right. An answer that is too long by itself keeps its beginning. Two
+            answers follow the same prompt: each loses as much of its left as the one that loses more.
+        preferences: One of `preferences.PREFERENCES`; None: the tokenizer's. Nothing is supervised of a contrast that
+            lacks one answer, nor of one whose answers are the same tokens, which may be what a cut leaves of them.
 
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
@@ -116,17 +118,21 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
     sides = [_encoded(side, tokenizer, max_tokens) for side in sides_of(without_missing(row), tokenizer, preferences)]
     if len(sides) == 1:
         return sides[0]
-    chosen, rejected = sides
-    if not (chosen.supervised_count and rejected.supervised_count):
-        return Encoded([], [])
+    most = max(side.prompt_cut for side in sides)
+    chosen, rejected = (_with_shorter_prompt(side, most - side.prompt_cut, tokenizer) for side in sides)
+    if not (chosen.supervised_count and rejected.supervised_count) or chosen.is_same_as(rejected):
+        return Encoded([], [])  # a difference of nothing would be ranked by its rounding
     cuts = (chosen.cut + rejected.cut, chosen.completion_cut + rejected.completion_cut)
-    return Encoded(chosen.ids, chosen.supervised, *cuts, rejected)
+    return Encoded(chosen.ids, chosen.supervised, *cuts, rejected=rejected)
 
 
 def sides_of(row: Row, tokenizer: Tokenizer, preferences: str | None = None) -> list[Row]:
     """A row; or a contrast's preferred and rejected answers, each as a row. For `preferences` see `encode`."""
-    other = rejected_side(row) if (preferences or preferences_of(tokenizer)) == CONTRAST else None
-    return [row] if other is None else [row, other]
+    if (preferences or preferences_of(tokenizer)) != CONTRAST or is_rejected(row):
+        return [row]
+    shape = shape_of(row, preferences=CONTRAST)
+    other = rejected_side(row, shape)
+    return [row] if other is None else [shape.read(row), other]
 
 
 def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None) -> Encoded:
@@ -159,13 +165,13 @@ def _from_beginning(rendered: Rendered, tokenizer: Tokenizer, max_tokens: int, *
     size = LONG // 2
     while (size := 2 * size) < len(rendered.text) // 2:
         beginning = replace(rendered, text=rendered.text[:size])
-        ids, offsets = _with_offsets(beginning, tokenizer)
+        ids, offsets = with_offsets(beginning, tokenizer)
         words = re.findall(r"\s*\S+", beginning.text[-LONG // 2 :])
         if len(words) <= MARGIN:
             continue
         safe = size - len("".join(words[-MARGIN:]))
         count = bisect.bisect_right(offsets, safe, key=lambda offset: offset[1])
-        ids, supervised = ids[:count], [False, *_supervised(offsets[1:count], rendered.spans)]
+        ids, supervised = ids[:count], [False, *in_spans(offsets[1:count], rendered.spans)]
         if keep_left and count > max_tokens:
             return _truncated(ids, supervised, max_tokens, keep_left=True, tokenizer=tokenizer)
         if not keep_left and True in supervised and count - max_tokens >= supervised.index(True):
@@ -318,7 +324,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, chat: bool, context: Row
         CorpusError: There is a context, and no conversation; or the chat template refuses it.
     """
     rendered = _request(as_text(prompt), None, tokenizer, chat=chat, context=context)
-    ids, _ = _with_offsets(rendered, tokenizer)
+    ids, _ = with_offsets(rendered, tokenizer)
     closing, text = tokenizer.eos_token_id, rendered.text
     return ids[:-1] if ids and ids[-1] == closing and not text.endswith(str(tokenizer.eos_token)) else ids
 
@@ -369,8 +375,8 @@ def _answer(completion: str | None, context: Row) -> dict[str, object] | None:
 
 
 def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    ids, offsets = _with_offsets(rendered, tokenizer)
-    supervised = _supervised(offsets, rendered.spans)
+    ids, offsets = with_offsets(rendered, tokenizer)
+    supervised = in_spans(offsets, rendered.spans)
     if rendered.closed and tokenizer.eos_token_id is not None:
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
@@ -378,59 +384,6 @@ def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], lis
     if supervised:
         supervised[0] = False
     return ids, supervised
-
-
-def _supervised(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token, of characters [start, end), holds some of a span [begin, stop)."""
-    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    out = np.zeros(len(start), dtype=bool)
-    for begin, stop in spans:
-        # A tokenizer that trims its offsets gives a token of spaces the length 0, at its end. The special tokens that a
-        # tokenizer puts first lie at 0.
-        empty = (begin < end) & (end <= stop) | (begin == end) & (end == 0)
-        out |= np.where(start < end, (start < stop) & (end > begin), empty)
-    return out.tolist()
-
-
-def _with_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text, each with its characters, without a beginning that the tokenizer adds to the text's own."""
-    if tokenizer.is_fast:
-        out = tokenizer(rendered.text, add_special_tokens=rendered.special, return_offsets_mapping=True)
-        ids, offsets = out["input_ids"], out["offset_mapping"]
-    else:
-        ids, offsets = _with_found_offsets(rendered, tokenizer)
-    begin, id_of_begin = str(tokenizer.bos_token or ""), tokenizer.bos_token_id
-    is_doubled = rendered.special and begin and ids[:2] == [id_of_begin] * 2
-    if is_doubled and rendered.text.startswith(begin) and not rendered.text.startswith(begin * 2):
-        _warn_of_two_beginnings(str(tokenizer.name_or_path), begin)
-        return ids[1:], offsets[1:]
-    return ids, offsets
-
-
-def _with_found_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """As `_with_offsets`, for a tokenizer that does not say which characters a token has.
-
-    A boundary is where the ids of the text up to it stop agreeing with the ids of the whole text.
-    """
-    ids = tokenizer(rendered.text, add_special_tokens=rendered.special)["input_ids"]
-    marks = sorted({0, len(rendered.text), *(edge for span in rendered.spans for edge in span)})
-    offsets: list[tuple[int, int]] = []
-    for begin, end in itertools.pairwise(marks):
-        prefix = tokenizer(rendered.text[:end], add_special_tokens=rendered.special)["input_ids"]
-        is_last = end == len(rendered.text)
-        same = next((k for k, pair in enumerate(zip(prefix, ids, strict=False)) if pair[0] != pair[1]), len(prefix))
-        offsets += [(begin, end)] * ((len(ids) if is_last else same) - len(offsets))
-    return ids, offsets + [(0, 0)] * (len(ids) - len(offsets))
-
-
-@functools.cache  # once per process and model, not once per row
-def _warn_of_two_beginnings(model: str, begin: str) -> None:
-    logger.warning(
-        "%s: texts begin with %s, which the tokenizer adds too; it is read once. If the model was trained with two, "
-        "write it twice.",
-        model or "the tokenizer",
-        begin,
-    )
 
 
 def _truncated(
@@ -444,10 +397,23 @@ def _truncated(
     opening = 1 if ids[0] == tokenizer.bos_token_id else 0
     context = 1 - opening  # what must stay before the first supervised token, so that something predicts it
     room = max(supervised.index(True) - opening - context, 0)
-    start = opening + min(excess, room)
+    left = min(excess, room)
+    start = opening + left
     ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
     lost = sum(supervised[max_tokens:])
-    return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess, completion_cut=lost)
+    return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=excess, completion_cut=lost, prompt_cut=left)
+
+
+def _with_shorter_prompt(encoded: Encoded, count: int, tokenizer: Tokenizer) -> Encoded:
+    """The same answer after a prompt that has lost `count` more tokens of its left, or as many as it has."""
+    ids, supervised = encoded.ids, encoded.supervised
+    if count <= 0 or True not in supervised:
+        return encoded
+    left = min(count, supervised.index(True) - 1)  # something must predict the first supervised token
+    opening = 1 if ids[0] == tokenizer.bos_token_id else 0
+    start = opening + left
+    ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
+    return replace(encoded, ids=ids, supervised=supervised, cut=encoded.cut + left, prompt_cut=encoded.prompt_cut + left)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from whence.indexing.ingest import (
     fingerprint_of,
     reading_of,
     refuse_known_ids,
+    refuse_without_pairs,
     reread_part,
 )
 from whence.indexing.manifest import MANIFEST, ShardEntry, read_manifest
@@ -111,6 +112,7 @@ def index(
     refuse_inputs(out, [model, corpus, chosen.tokenizer], is_directory=True)
     texts = open_corpus(corpus, preferences=chosen.preferences)
     fingerprint = fingerprint_of(texts)
+    refuse_without_pairs(texts)
     run = open_run(model, which=chosen.checkpoints)
     for note in run.notes:
         logger.warning("%s", note)

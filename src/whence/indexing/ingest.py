@@ -21,8 +21,9 @@ from jaxtyping import UInt64
 
 from whence.corpus.layouts import in_layout, layout, segments_of, tools_of, turns_before
 from whence.corpus.plain_text import LINE
+from whence.corpus.preferences import CONTRAST
 from whence.corpus.reading import Corpus, Example, open_corpus, row_json
-from whence.corpus.shapes import LAYOUTS, Row
+from whence.corpus.shapes import LAYOUTS, Row, shape_of
 from whence.corpus.tokens import Tokenizer, render, sides_of
 from whence.errors import CorpusError
 from whence.indexing.manifest import CorpusEntry, Manifest
@@ -72,7 +73,7 @@ def fingerprint_of(corpus: Corpus) -> Fingerprint:
     layouts: dict[str, None] = {}
     keys = array.array("Q")
     for example in corpus:
-        layouts[_checked_layout(example, corpus.name)] = None
+        layouts[_checked_layout(example, corpus)] = None
         keys.append(xxhash.xxh3_64_intdigest(example.id.encode("utf-8", "surrogatepass")))
         digest.update(row_json(example.row).encode())
         rows += 1
@@ -98,22 +99,22 @@ def _refuse_repeated_ids(corpus: Corpus, keys: UInt64[np.ndarray, " n"]) -> None
         known.add(example.id)
 
 
-def _checked_layout(example: Example, name: str) -> str:
+def _checked_layout(example: Example, corpus: Corpus) -> str:
     """A row's layout. Values that no tokenizer takes for text are refused here, before anything is written."""
-    kind, row = in_layout(example.row)
+    kind, row = in_layout(example.row, preferences=corpus.preferences)
     columns = ("instruction", "input", "output") if kind == "instruction" else LAYOUTS[kind]
     expected: Any = str | int | float | None if kind in ("prompt", "instruction", "text") else list | None
     for column in columns:
         if not isinstance(value := row.get(column), expected):
             raise CorpusError(
-                f"{name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
+                f"{corpus.name}: row {example.id} has a {type(value).__name__} as `{column}`, where "
                 f"{EXPECTED.get(kind, 'text')} is expected: {str(value)[:60]!r}"
             )
     try:
         tools_of(row) if kind == "messages" else None
         turns_before(row) if kind == "instruction" else segments_of(row) if kind == "segments" else None
     except CorpusError as error:
-        raise CorpusError(f"{name}: row {example.id}: {error}") from None
+        raise CorpusError(f"{corpus.name}: row {example.id}: {error}") from None
     return kind
 
 
@@ -129,12 +130,27 @@ def check_conversations(corpus: Corpus, layouts: Iterable[str], tokenizer: Token
     if not set(kinds) & set(layouts):
         return
     for example in corpus:
-        if layout(example.row) in kinds:
+        if layout(example.row, preferences=corpus.preferences) in kinds:
             try:
                 for row in sides_of(example.row, tokenizer):
                     render(row, tokenizer)
             except CorpusError as error:
                 raise CorpusError(f"{corpus.name}: row {example.id}: {error}") from None
+
+
+def refuse_without_pairs(corpus: Corpus) -> None:
+    """Refuse a corpus that is to be contrasts and has no pair of answers; rows are read up to the first pair.
+
+    Raises:
+        CorpusError: There is no pair.
+    """
+    if corpus.preferences != CONTRAST:
+        return
+    if not any(shape_of(example.row, preferences=CONTRAST).is_preference for example in corpus):
+        raise CorpusError(
+            f"{corpus.name}: --preferences contrast: no row has a preferred and a rejected answer, as `chosen` and "
+            "`rejected`. Name their columns with --map, or leave --preferences out."
+        )
 
 
 def refuse_known_ids(store: Store, corpus: Corpus) -> None:

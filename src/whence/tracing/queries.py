@@ -152,7 +152,7 @@ def _request(row: Row, preferences: str) -> Query | None:
     Raises:
         CorpusError: Something else stands where text is expected.
     """
-    shape = query_shape(row)
+    shape = query_shape(row, preferences=preferences)
     if shape is None:
         return None
     request, other = _of_columns(shape.read(row)), None
@@ -283,6 +283,11 @@ def _encoded_query(
         assert contrast is not None, "a contrast is an answer"
         other = encode_query(asked.prompt, contrast, model.tokenizer, kind=kind, context=asked.context)
         _check(model, other, asked)
+        if encoded.is_same_as(other):
+            raise SettingError(
+                f"nothing to trace for prompt {query.prompt[:QUOTED]!r}: the completion and its contrast are the same "
+                f"tokens, {contrast[:QUOTED]!r}. Give another --contrast."
+            )
         contrast_tokens, contrast_probabilities = _token_probabilities(other, model)
         sequences.append(SignedSequence(other, sign=-1.0))
     answer = Answer(
