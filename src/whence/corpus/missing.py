@@ -22,7 +22,7 @@ DEEPEST = 100
 
 
 def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
-    """A row with None for every missing value, with plain lists and numbers for those of numpy, and names that are text.
+    """A row with None for every missing value, with plain lists and numbers for those of numpy, and text for names.
 
     Args:
         row: A row in any form; it is not changed.

@@ -178,7 +178,10 @@ def conversation_in(path: str) -> Row:
 
 def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
     """The rows of a DataFrame, a data set, or any iterable."""
-    return origin.to_dict("records") if hasattr(origin, "iterrows") else list(origin)  # type: ignore[attr-defined]
+    if not hasattr(origin, "iterrows"):
+        return list(origin)
+    frame: Any = origin
+    return frame.set_axis([str(name) for name in frame.columns], axis=1).to_dict("records")
 
 
 def is_from_arrow(origin: Any) -> bool:
