@@ -119,7 +119,7 @@ def fragment_of(result: Any) -> str:
 def save(result: Any, path: Any, *, force: bool = False) -> None:
     """Write a result by the ending of a file's name; see `outlets.save`."""
     out = str(path)
-    check_outputs([Output("save", out, RESULT_ENDINGS)], rows=[], force=force)
+    check_outputs([Output("save", out, RESULT_ENDINGS, "force=True")], rows=[], force=force)
     name, kind = _kind(result)
     match Path(out).suffix:
         case ".json":
