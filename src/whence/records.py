@@ -107,6 +107,10 @@ def fitting(kind: Any, value: Any, name: str = "") -> Any:
         return value
     if origin in (list, tuple, Sequence):
         _require(isinstance(value, list), name, value)
+        if origin is tuple and Ellipsis not in arguments:
+            _require(len(value) == len(arguments), name, value)
+            parts = zip(arguments, value, strict=True)
+            return tuple(fitting(part, item, f"{name}[{number}]") for number, (part, item) in enumerate(parts))
         items = [fitting(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value)]
         return tuple(items) if origin is tuple else items
     if origin in (dict, Mapping):

@@ -291,6 +291,18 @@ def test_nulls_of_arrow_inside_objects_are_no_part_of_a_row(tmp_path):
     assert rows(own) == own, "a null of JSON is the row's own"
 
 
+def test_names_that_are_no_text_become_text():
+    frame = pandas.DataFrame([["a b c d", "x y z w"]])
+    with pytest.raises(CorpusError, match=r"columns are 0, 1; .*--map prompt=0,completion=1"):
+        rows(frame)
+    assert rows(open_corpus(frame, columns={"prompt": "0", "completion": "1"})) == [
+        {"prompt": "a b c d", "completion": "x y z w"}
+    ]
+    assert rows(pandas.DataFrame({"text": ["a"], 0: ["c d e f"]})) == [{"text": "a", "0": "c d e f"}]
+    row = {"prompt": "a", "completion": "b", "info": {0: "c d", None: [{1: "e"}]}}
+    assert rows([row])[0]["info"] == {"0": "c d", "None": [{"1": "e"}]}
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     path = written(tmp_path / "a.csv", "text,id,text\na,1,b\n")
     refused(path, f"{path}:1: the column `text` is there 2 times")

@@ -105,7 +105,7 @@ def test_rows_are_written_under_their_own_names():
 def test_a_file_that_is_not_whences_stays(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{"mine": 1}')
-    with pytest.raises(SettingError, match="there is a file that Whence did not write"):
+    with pytest.raises(SettingError, match="there is a file that Whence did not write.* or add force=True to"):
         small_trace().save(file)
     small_trace().save(file, force=True)
     chosen().save(file)  # over Whence's own
@@ -142,6 +142,46 @@ def test_what_a_result_was_not_saved_as_is_refused_in_a_line(change, error, word
     with pytest.raises(error, match=words) as refusal:
         whence.open_result(file)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "words"),
+    [
+        (small_trace, lambda f: f.update(levels=[]), "fields.levels is empty"),
+        (small_trace, lambda f: f["hits"][0].update(query=9), r"fields.hits\[0\].query names 9"),
+        (small_trace, lambda f: f["hits"][0].update(row={}), r"fields.hits\[0\].row is no row of a corpus"),
+        (small_trace, lambda f: f["hits"][0]["tokens"]["matrix"].update(values=[10**400]), r"\$tensor is no value"),
+        (chosen, lambda f: f["selection"].update(scores=[]), "fields.selection.scores has 0 entries"),
+        (recovered, lambda f: f["rows"].insert(1, {}), r"fields.rows\[1\].whence_p is missing"),
+        (recovered, lambda f: f["mixture"][0].update(low="x"), r'fields.mixture\[0\].low is "x"'),
+        (recovered, lambda f: f["settings"].pop("method"), "fields.settings.method is missing"),
+        (recovered_with_adapter, lambda f: f["members"].pop(), r"fields.members is \[20"),
+        (ablated, lambda f: f["cells"].pop(), "fields.cells is not one of each mixture and set"),
+    ],
+)
+def test_fields_that_do_not_belong_together_are_refused_when_the_file_is_opened(make, change, words, tmp_path):
+    file = tmp_path / "result.json"
+    make().save(file)
+    changed(file, lambda document: change(document["fields"]))
+    with pytest.raises(ChecksumError, match=words):
+        whence.open_result(file)
+
+
+def test_a_format_that_is_no_number_is_another(tmp_path):
+    file = tmp_path / "result.json"
+    small_trace().save(file)
+    for version in ({"$tensor": "float32", "shape": [2], "values": [1, 2]}, True, 1.0):
+        changed(file, lambda document, version=version: document.update(format=version))
+        with pytest.raises(FormatVersionError, match="in format "):
+            whence.open_result(file)
+
+
+def test_bytes_of_a_row_become_text(tmp_path):
+    made = chosen()
+    made.rows[0] |= {"blob": b"caf\xc3\xa9 \xff", "others": [bytearray(b"a")]}
+    made.save(tmp_path / "result.json")
+    row = whence.open_result(tmp_path / "result.json").rows[0]
+    assert row["blob"] == "café \\xff" and row["others"] == ["a"]
 
 
 def test_no_file_and_no_json_are_refused(tmp_path):

@@ -283,6 +283,7 @@ def test_defaults_are_for_queries_that_have_none_of_their_own():
         ({"prompt": None}, "the columns prompt"),
         ({"messages": [{"role": "system", "content": "be"}]}, "the columns messages"),
         ({"messages": [{"role": "user", "content": None}]}, "the columns messages"),
+        (Query("c"), "is a query without a completion"),
     ],
 )
 def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):

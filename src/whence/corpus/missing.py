@@ -4,6 +4,8 @@ pandas writes an empty cell as NaN, NaT or NA, and so does JSON that Python made
 object of a column the same keys, with null where an object has none; those nulls are no part of the data, so the keys
 are dropped. JSON has no such rule: there a null inside an object is the row's own, unless the row bears Arrow's mark,
 which is that all its messages have the same keys.
+
+Names of columns and keys become text, as JSON would have them: those of a DataFrame may be numbers.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ DEEPEST = 100
 
 
 def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
-    """A row with None for every missing value, and with plain lists and numbers for those of numpy.
+    """A row with None for every missing value, with plain lists and numbers for those of numpy, and text for names.
 
     Args:
         row: A row in any form; it is not changed.
@@ -32,7 +34,7 @@ def without_missing(row: Row, *, from_arrow: bool = False) -> Row:
     >>> without_missing({"prompt": "a", "completion": float("nan")})
     {'prompt': 'a', 'completion': None}
     """
-    plain = {name: _plain(value) for name, value in row.items()}
+    plain = {str(name): _plain(value) for name, value in row.items()}
     if from_arrow or any(_has_arrows_mark(plain.get(column)) for column in CONVERSATIONS):
         return {name: _without_null_keys(value) for name, value in plain.items()}
     return plain
@@ -44,7 +46,7 @@ def _plain(value: Any, levels: int = DEEPEST) -> Any:
     if not levels:
         raise CorpusError(f"a cell holds lists or objects that are nested more than {DEEPEST} levels deep")
     if isinstance(value, dict):
-        return {name: _plain(item, levels - 1) for name, item in value.items()}
+        return {str(name): _plain(item, levels - 1) for name, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist(), levels)
     if isinstance(value, list | tuple):

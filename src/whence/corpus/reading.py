@@ -148,13 +148,13 @@ def open_corpus(
     """
     if isinstance(origin, Corpus):
         names, text_rows = origin.columns if columns is None else columns, text_rows or origin.text_rows
-        how: Any = {"columns": names, "text_rows": text_rows, "preferences": preferences or origin.preferences}
-        return Corpus(origin.origin, first_number=first_number, from_arrow=origin.from_arrow, **how)
-    how = {"columns": columns, "preferences": preferences}
+        reading: Any = {"columns": names, "text_rows": text_rows, "preferences": preferences or origin.preferences}
+        return Corpus(origin.origin, first_number=first_number, from_arrow=origin.from_arrow, **reading)
+    reading = {"columns": columns, "preferences": preferences}
     if isinstance(origin, str | Path):
-        return Corpus(origin, first_number=first_number, text_rows=text_rows, **how)
+        return Corpus(origin, first_number=first_number, text_rows=text_rows, **reading)
     rows, from_arrow = rows_in_memory(origin), is_from_arrow(origin)
-    return Corpus(rows, first_number=first_number, from_arrow=from_arrow, **how)
+    return Corpus(rows, first_number=first_number, from_arrow=from_arrow, **reading)
 
 
 def conversation_in(path: str) -> Row:
@@ -178,7 +178,10 @@ def conversation_in(path: str) -> Row:
 
 def rows_in_memory(origin: Iterable[Any]) -> list[Any]:
     """The rows of a DataFrame, a data set, or any iterable."""
-    return origin.to_dict("records") if hasattr(origin, "iterrows") else list(origin)  # type: ignore[attr-defined]
+    if not hasattr(origin, "iterrows"):
+        return list(origin)
+    frame: Any = origin
+    return frame.set_axis([str(name) for name in frame.columns], axis=1).to_dict("records")
 
 
 def is_from_arrow(origin: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What may be overwritten: a table or page that Whence wrote, any other file only with --force, an input never.
+"""What may be overwritten: a table or page that Whence wrote, any other file only by force, an input never.
 
 Whence's files are known by what they hold, so that those of earlier versions are known too: pages by their heading,
 plots by their title, tables by their columns. An empty file loses nothing.
@@ -53,6 +53,8 @@ class Output:
     path: str | None
     endings: Sequence[str] | None = ROWS
     """None: any."""
+    force: str = "--force"
+    """What overwrites a file that Whence did not write, as the caller writes it."""
 
 
 def check_outputs(outputs: Iterable[Output], *, rows: Iterable[Any], others: Iterable[Any] = (), force: bool) -> None:
@@ -82,8 +84,8 @@ def check_outputs(outputs: Iterable[Output], *, rows: Iterable[Any], others: Ite
         refuse_inputs(output.path, others, flag=output.flag, is_own=is_own)
         if not is_own and not force:
             raise SettingError(
-                f"{output.flag} {output.path}: there is a file that Whence did not write. Name another, or add --force "
-                "to overwrite it."
+                f"{output.flag} {output.path}: there is a file that Whence did not write. Name another, or add "
+                f"{output.force} to overwrite it."
             )
 
 

@@ -4,14 +4,16 @@ r"""A whole result as JSON, and back, with every number as it was.
 
 Fields are those of the result's dataclass. What JSON has no word for is an object with one marked key: `$float`, a
 number that is not finite; `$tensor`, its type beside `shape` and `values`; `$dtype`; `$items`, the pairs of a
-dictionary whose keys are no text or begin with `$`. Whatever else a row may hold, such as a date, becomes text.
+dictionary whose keys are no text or begin with `$`. Whatever else a row may hold, such as a date or bytes,
+becomes text.
 
-A file is not believed: its fields are checked against the annotations of the dataclasses (`records`).
+A file is not believed: its fields are checked against the annotations of the dataclasses (`records`), and against each
+other (`result_checks`).
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -42,13 +44,14 @@ def written(name: str, result: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its escape in JSON
 
 
-def opened(data: bytes, where: str, kinds: Mapping[str, Any]) -> Any:
+def opened(data: bytes, where: str, kinds: Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]) -> Any:
     """The result that `written` made a document of.
 
     Args:
         data: The document.
         where: The file's path, for messages.
-        kinds: From the names of kinds to functions that give the dataclass.
+        kinds: From the names of kinds to functions that give the dataclass, and functions that raise `MisfitError`
+            where its fields do not belong together.
 
     Raises:
         SettingError: It is another file.
@@ -68,15 +71,20 @@ def opened(data: bytes, where: str, kinds: Mapping[str, Any]) -> Any:
             f"{where}: not a whole result. One is written by its .save('NAME.json'), or by the command with -o "
             "NAME.json (trace) or --report NAME.json; what --json prints has only what a person reads."
         )
-    if name not in kinds or document.get("format") != FORMAT:
+    version = document.get("format")
+    version = version if type(version) is int else None
+    if name not in kinds or version != FORMAT:
         raise FormatVersionError(
-            f"{where}: a result of the kind {name[:60]!r} in format {str(document.get('format'))[:20]}; this version "
+            f"{where}: a result of the kind {name[:60]!r} in format {str(version)[:20]}; this version "
             f"of Whence, {__version__}, reads {', '.join(kinds)} in format {FORMAT}. Update Whence."
         )
+    result_class, check = kinds[name]
     try:
-        return fitting(kinds[name](), document.get("fields"), "fields")
+        result = fitting(result_class(), document.get("fields"), "fields")
+        check(result)
     except (MisfitError, AssertionError) as error:  # a class asserts that its fields belong together
         raise unlike_written(where, error, AGAIN) from None
+    return result
 
 
 def plain(value: Any) -> Any:
@@ -104,6 +112,8 @@ def plain(value: Any) -> Any:
         if all(isinstance(name, str) and not name.startswith("$") for name in value):
             return {name: plain(part) for name, part in value.items()}
         return {"$items": [[plain(name), plain(part)] for name, part in value.items()]}
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
     if isinstance(value, Sequence):
         return [plain(part) for part in value]
     return str(value)
@@ -125,6 +135,6 @@ def _decoded(entries: dict[str, Any]) -> Any:
                 name in DTYPES and not rest and all(type(size) is int and size >= 0 for size in shape)
             ):
                 return torch.tensor(values, dtype=getattr(torch, name)).reshape(shape)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise MisfitError(f"{mark} is no value that Whence writes")

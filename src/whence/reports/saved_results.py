@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from whence.corpus.columns import original
 from whence.errors import SettingError, StorageError
-from whence.reports import result_json
+from whence.reports import result_checks, result_json
 from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
 from whence.reports.files import arrow_table, destination, write_page, write_result, write_rows
 
@@ -42,6 +42,8 @@ class Kind:
     fragment: str
     """The function that draws what a notebook shows."""
     rows: Callable[[Any], list[Row]]
+    check: Callable[[Any], None]
+    """Refuses fields that do not belong together."""
     columns: Mapping[str, str]
     """Columns that are there without any row, with their Arrow types."""
 
@@ -56,6 +58,7 @@ KINDS = {
         "reports.trace_page:trace_page",
         "reports.notebook:trace_fragment",
         lambda trace: [hit.as_row() for hit in trace.hits],
+        result_checks.check_trace,
         {"query": "int64", "rank": "int64", "id": "string", "score": "float64", "source": "string"},
     ),
     "selection": Kind(
@@ -63,6 +66,7 @@ KINDS = {
         "reports.select_page:select_page",
         "reports.notebook:select_fragment",
         lambda chosen: [original(row, chosen.columns) for row in chosen.rows],
+        result_checks.check_selection,
         {"whence_score": "float64"},
     ),
     "recovery": Kind(
@@ -70,6 +74,7 @@ KINDS = {
         "reports.recover_page:recover_page",
         "reports.notebook:recover_fragment",
         lambda recovery: [original(row, recovery.columns) for row in recovery.rows],
+        result_checks.check_recovery,
         {"whence_score": "float64", "whence_p": "float64"},
     ),
     "ablation": Kind(
@@ -77,6 +82,7 @@ KINDS = {
         "reports.ablate_page:ablate_page",
         "reports.notebook:ablate_fragment",
         lambda ablation: ablation.rows(),
+        result_checks.check_ablation,
         {
             **{"mixture": "string", "set": "string", "contained": "bool"},
             **dict.fromkeys(
@@ -95,18 +101,13 @@ def _named(place: str) -> Any:
 
 
 def _kind(result: Any) -> tuple[str, Kind]:
-    own = f"{type(result).__module__.removeprefix('whence.')}:{type(result).__qualname__}"
-    return next((name, kind) for name, kind in KINDS.items() if kind.result == own)
-
-
-def rows_of(result: Any) -> list[Row]:
-    """The rows that the result's verb writes with -o."""
-    return _kind(result)[1].rows(result)
+    place = f"{type(result).__module__.removeprefix('whence.')}:{type(result).__qualname__}"
+    return next((name, kind) for name, kind in KINDS.items() if kind.result == place)
 
 
 def arrow_of(result: Any) -> "pyarrow.Table":
-    """The same rows as a table; without any, its columns are there."""
-    kind = _kind(result)[1]
+    """The rows that the result's verb writes with -o, as a table; without any, its columns are there."""
+    _, kind = _kind(result)
     return arrow_table(kind.rows(result), kind.columns)
 
 
@@ -118,7 +119,7 @@ def fragment_of(result: Any) -> str:
 def save(result: Any, path: Any, *, force: bool = False) -> None:
     """Write a result by the ending of a file's name; see `outlets.save`."""
     out = str(path)
-    check_outputs([Output("save", out, RESULT_ENDINGS)], rows=[], force=force)
+    check_outputs([Output("save", out, RESULT_ENDINGS, "force=True")], rows=[], force=force)
     name, kind = _kind(result)
     match Path(out).suffix:
         case ".json":
@@ -159,4 +160,4 @@ def open_result(path: str | Path) -> "Trace | Chosen | Recovered | Ablation":
         data = place.read(name)
     except (OSError, StorageError):
         raise SettingError(f"{path}: there is no file here that can be read") from None
-    return result_json.opened(data, str(path), {kind: each.result_class for kind, each in KINDS.items()})
+    return result_json.opened(data, str(path), {name: (kind.result_class, kind.check) for name, kind in KINDS.items()})

@@ -48,7 +48,7 @@ def trace(
     *,
     queries: str | Path | Iterable[Any] | None = None,
     span: str | tuple[int, int] | None = None,
-    contrast: str | None = None,
+    contrast: str | Query | None = None,
     system: str | None = None,
     preferences: str | None = None,
     controls: str | Path | Iterable[Any] | None = None,
@@ -66,7 +66,8 @@ def trace(
         completion: The text to trace; None lets the model generate it.
         queries: Many queries in place of these two: a file of `queries.COLUMNS`, rows in memory, or queries.
         span: The stretch of the completion to trace: its text, or tokens from, to.
-        contrast: Another completion, for "why the one and not this".
+        contrast: Another completion, for "why the one and not this"; or a query with its completion, where what comes
+            before it is its own.
         system: What the system says before the prompt.
         preferences: What a row of `queries` with a preferred and a rejected answer asks: about the one ("chosen"), or
             why that and not the other ("contrast"); None: as the index' rows are read.

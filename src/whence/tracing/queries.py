@@ -59,7 +59,8 @@ class Query:
     """The stretch of the completion to trace: its text (where it first occurs), or tokens from, to (from 0, without the
     end)."""
     contrast: "str | Query | None" = None
-    """Another completion, for "why the one and not this"; or a query, where what comes before it is its own."""
+    """Another completion, for "why the one and not this"; or a query with its completion, where what comes before it is
+    its own."""
     context: Row | None = None
     """What else the request holds, as a corpus row has it: `system`, `history` and `tools` that come before the prompt,
     an instruction's `input`, the `messages` that stand for a prompt of several turns, and the message `answer` that
@@ -278,11 +279,15 @@ def _encoded_query(
     sequences = [SignedSequence(_restricted(encoded, in_span))]
     contrast, contrast_tokens, contrast_probabilities = None, [], []
     if query.contrast is not None:
-        asked = query.contrast if isinstance(query.contrast, Query) else replace(query, completion=query.contrast)
-        contrast = asked.completion
-        assert contrast is not None, "a contrast is an answer"
-        other = encode_query(asked.prompt, contrast, model.tokenizer, kind=kind, context=asked.context)
-        _check(model, other, asked)
+        against = query.contrast if isinstance(query.contrast, Query) else replace(query, completion=query.contrast)
+        contrast = against.completion
+        if contrast is None:
+            raise SettingError(
+                f"the contrast of prompt {query.prompt[:QUOTED]!r} is a query without a completion, and two answers are "
+                "compared. Give it one."
+            )
+        other = encode_query(against.prompt, contrast, model.tokenizer, kind=kind, context=against.context)
+        _check(model, other, against)
         if encoded.is_same_as(other):
             raise SettingError(
                 f"nothing to trace for prompt {query.prompt[:QUOTED]!r}: the completion and its contrast are the same "
