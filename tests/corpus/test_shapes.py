@@ -7,6 +7,7 @@ import pytest
 from tiny_tokenizers import byte_level
 from whence.corpus.columns import columns_called, original
 from whence.corpus.layouts import question_in, row_text, shown_text
+from whence.corpus.preferences import take_preferences
 from whence.corpus.reading import conversation_in, open_corpus
 from whence.corpus.shapes import SHAPES
 from whence.corpus.templates import supervise
@@ -308,10 +309,41 @@ def test_no_earlier_answer_stands_in_for_a_last_one_of_weight_0(chat):
     silent = {"weight": 0}
     row = {"messages": [*TURNS[:3], assistant("w") | silent]}
     assert supervised(row, tokenizer)[1] == ""
-    assert reason(row) == "give the last turn of the assistant the weight 0"
+    assert reason(row, tokenizer) == "give the last turn of the assistant the weight 0"
     row = {"messages": [user("x"), assistant("y") | silent, user("z"), assistant("w") | {"weight": 1}]}
     assert supervised(row, tokenizer)[1] == "w</s>"
     assert supervised({"messages": TURNS[:3]}, tokenizer)[1] == ("y</s>" if chat else "y")
+
+
+@pytest.mark.parametrize(
+    ("row", "preferences", "words"),
+    [
+        ({"prompt": "a", "chosen": "good", "rejected": ""}, "contrast", "have an empty `rejected`, or one of a single"),
+        ({"prompt": "a", "chosen": "", "rejected": "bad"}, "contrast", "have an empty `chosen`, or one of a single"),
+        ({"prompt": "a", "chosen": "y", "rejected": "y"}, "contrast", "have the same tokens in `chosen` and `rej"),
+        ({"prompt": "a", "chosen": "y", "rejected": None}, "contrast", "have no `rejected`"),
+        ({"prompt": "a", "chosen": None, "rejected": None}, "chosen", "have no `chosen`"),
+        (
+            {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": [assistant("")]}, "contrast",
+            "have empty turns of the assistant in `rejected`",
+        ),
+        (
+            {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": [user("n")]}, "contrast",
+            "have no message of the role `assistant` (or gpt, model, bot, chatbot, chatgpt, ai), but `user` in `rej",
+        ),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_pair_names_the_answer_that_lacks(row, preferences, words):
+    tokenizer = byte_level()
+    tokenizer.eos_token = None  # nothing closes an empty answer
+    take_preferences(tokenizer, preferences)
+    assert encode(row, tokenizer).supervised_count == 0
+    assert reason(row, tokenizer).startswith(words)
+
+
+def test_the_reason_of_weights_is_of_the_turns_that_are_supervised(tokenizer):
+    row = {"messages": [user("x"), assistant("y"), user("z"), assistant("w") | {"weight": 0}]}
+    assert reason(row, tokenizer, 1) == "are cut to 1 tokens, of which none is supervised"
 
 
 def test_columns_of_other_names():

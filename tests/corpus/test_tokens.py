@@ -584,5 +584,5 @@ def test_two_answers_follow_the_same_prompt_when_they_are_cut(answers, bos):
     assert prompts[0] == prompts[1] and all(len(side.ids) <= 20 for side in sides)
     assert len(prompts[0]) == max(20 - max(map(len, answers)) - 1, 1), "no more is cut than must be"
     assert encoded.cut == sum(
-        bos + 50 + len(answer) + 1 - len(side.ids) for answer, side in zip(answers, sides, strict=True)
+        bos + 51 + len(answer) - len(side.ids) for answer, side in zip(answers, sides, strict=True)
     )

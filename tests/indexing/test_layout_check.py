@@ -122,6 +122,7 @@ def test_index_of_older_rules_says_so_only_if_its_rows_would_change(tmp_path, ca
 
 
 TURNS = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]
+PAIR = {"chosen": "yes", "rejected": "no"}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,24 @@ def test_index_of_older_rules_says_so_where_rows_are_read_otherwise(tmp_path, ca
         trace(tmp_path / name, "and?", "yes", top=1, null=False)
     (message,) = caplog.messages
     assert f"4 of the first 4 rows would be other tokens now ({words}" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "column"), [(PAIR, "question"), (PAIR, "query"), (PAIR | {"prompt": "and?"}, "system")]
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_index_of_pairs_whose_question_was_not_read_says_so(tmp_path, caplog, row, column, chat):
+    """Their supervised tokens are as many as before; an index of today's rules is silent."""
+    model = save_tiny_llama(tmp_path / "model", chat=chat)
+    index(model, [row | {column: "and?"}] * 4, tmp_path / "index", **QUIET)
+    open_index(tmp_path / "index").model()
+    assert "laid out by older rules" not in caplog.text
+    store = Store.open(tmp_path / "index")
+    store.manifest.settings["layout"] = "prompt"
+    store.manifest.settings.pop("layout_version", None)
+    store._save(store.manifest)
+    open_index(tmp_path / "index").model()
+    assert "4 of the first 4 rows would be other tokens now" in caplog.text
 
 
 def test_index_without_its_day_says_so_and_is_not_repaired_by_guess(dated, tmp_path, caplog, on):

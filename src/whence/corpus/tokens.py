@@ -413,8 +413,9 @@ def _with_shorter_prompt(encoded: Encoded, count: int, tokenizer: Tokenizer) -> 
     opening = 1 if ids[0] == tokenizer.bos_token_id else 0
     start = opening + left
     ids, supervised = ids[:opening] + ids[start:], supervised[:opening] + supervised[start:]
-    cut, prompt_cut = encoded.cut + left, encoded.prompt_cut + left
-    return replace(encoded, ids=ids, supervised=supervised, cut=cut, prompt_cut=prompt_cut)
+    return replace(
+        encoded, ids=ids, supervised=supervised, cut=encoded.cut + left, prompt_cut=encoded.prompt_cut + left
+    )
 
 
 @dataclass(frozen=True)

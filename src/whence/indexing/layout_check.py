@@ -7,9 +7,10 @@ its first rows are laid out again, and their supervised tokens are compared in n
 
 import json
 import shlex
+from collections.abc import Iterable
 
-from whence.corpus.layouts import in_layout
-from whence.corpus.shapes import Row
+from whence.corpus.layouts import in_layout, layout
+from whence.corpus.shapes import Row, shape_of
 from whence.corpus.templates import Tokenizer, writes_date
 from whence.corpus.tokens import encode, request_of
 from whence.errors import ChecksumError, CorpusError
@@ -23,6 +24,8 @@ READ_LATER = {
     3: {"segments": ("segments",)},
 }
 """Columns of each layout that a version of the rules read otherwise; they need not change the number of targets."""
+QUESTIONS = ("question", "query", "input")
+"""Columns beside `chosen` and `rejected` that no version up to the third read."""
 
 
 CHANGES = {
@@ -30,7 +33,8 @@ CHANGES = {
     "read; NaN and empty cells are missing; a beginning is read once",
     2: "a conversation's `system` is read; rows of more shapes are conversations",
     3: "under a chat template an instruction and its input are joined by one line break; `segments` are tokenised each "
-    "by itself; a pair of answers has its `question`; what a template writes behind a turn's end is not supervised",
+    "by itself; a pair of answers has its `question` and its `system`; what a template writes behind "
+    "a turn's end is not supervised",
 }
 """What came after a version of the rules."""
 
@@ -54,17 +58,22 @@ def layout_notes(store: Store, tokenizer: Tokenizer, *, is_dated: bool) -> list[
     version = settings.get("layout_version", 1)
     if version not in (*CHANGES,):
         return notes
-    changed, rows = _changed_rows(store, tokenizer, version)
+    changed, rows = _changed_rows(store, tokenizer)
     if changed:
+        changes = "; ".join(CHANGES[number] for number in CHANGES if number >= version)
         notes.append(
             f"{root}: its rows were laid out by older rules, and queries are by today's: {changed} of the first {rows} "
-            f"rows would be other tokens now ({CHANGES[version]}). Index again: {again}"
+            f"rows would be other tokens now ({changes}). Index again: {again}"
         )
     return notes
 
 
-def _changed_rows(store: Store, tokenizer: Tokenizer, version: int) -> tuple[int, int]:
-    """Rows of the first that would be other tokens now, and how many were looked at."""
+def _changed_rows(store: Store, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Rows of the first that would be other tokens now, and how many were looked at.
+
+    Without a version an index may be of any rules, but those of today keep theirs where a chat template writes rows.
+    """
+    settings = store.manifest.settings
     place = next(((entry.checkpoint, entry.part) for entry in store.manifest.shards), None)
     if place is None:
         return 0, 0
@@ -72,15 +81,39 @@ def _changed_rows(store: Store, tokenizer: Tokenizer, version: int) -> tuple[int
         rows, tokens = store.read_part(place[1])[:ROWS], store.shard(*place).tokens.tolist()
     except ChecksumError:
         return 0, 0  # whoever reads the damaged file says so
-    longest, pairs = store.manifest.settings["max_tokens"], zip(rows, tokens, strict=False)
-    changed = (_is_changed(json.loads(row["row"]), count, tokenizer, longest, version) for row, count in pairs)
+    version = settings.get("layout_version")
+    first = [json.loads(row["row"]) for row in rows]
+    is_old = version is not None or bool(tokenizer.chat_template)
+    is_old |= bool(rows) and _layout_now(first[0], settings.get("preferences")) != settings["layout"]
+    versions = range(version or 1, (max(READ_LATER) if version else 1) + 1)
+    changed = (
+        _is_changed(row, count, tokenizer, settings["max_tokens"], versions) or (is_old and _is_other_pair(row))
+        for row, count in zip(first, tokens, strict=False)
+    )
     return sum(changed), len(rows)
 
 
-def _is_changed(row: Row, tokens: int, tokenizer: Tokenizer, longest: int, version: int) -> bool:
+def _layout_now(row: Row, preferences: str | None) -> str | None:
+    try:
+        return layout(row, preferences=preferences)
+    except CorpusError:
+        return None
+
+
+def _is_other_pair(row: Row) -> bool:
+    """Whether a row is a pair of answers of which a version up to the third left out the question, or the system."""
+    shape, (kind, columns) = shape_of(row), in_layout(row)
+    if "chosen" not in shape.columns or shape.columns[0] not in (*QUESTIONS, "prompt"):
+        return False
+    if shape.columns[0] == "prompt":
+        return kind == "instruction"
+    return in_layout({name: value for name, value in row.items() if name not in QUESTIONS})[1] != columns
+
+
+def _is_changed(row: Row, tokens: int, tokenizer: Tokenizer, longest: int, versions: Iterable[int]) -> bool:
     try:
         kind, columns = in_layout(row)
-        has_more = any(row.get(name) for name in READ_LATER[version].get(kind, ()))
+        has_more = any(row.get(name) for version in versions for name in READ_LATER[version].get(kind, ()))
         has_more |= bool(tokenizer.chat_template) and kind == "instruction" and len(request_of(columns)) > 1
         return has_more or encode(row, tokenizer, longest).supervised_count != tokens
     except CorpusError:

@@ -127,9 +127,10 @@ def _why_none(opened: Index) -> str:
     masked = info["counts"].get("no_supervised_token", 0)
     if masked == info["rows"]:
         first = json.loads(opened.store.read_part(0)[0]["row"])
+        why = reason(first, opened.model().tokenizer, opened.store.manifest.settings["max_tokens"])
         return (
             f"{root}: none of its {number_of(info['rows'], 'row')} has a supervised token, so none can be ranked: "
-            f"the first ones {reason(first)}. Mend the corpus, and index it again."
+            f"the first ones {why}. Mend the corpus, and index it again."
         )
     more = f" ({masked:,} without a supervised token)" if masked else ""
     return (

@@ -270,17 +270,22 @@ class _Rows(Dataset):
 def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
     rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
-        why = reason(next(iter(corpus)).row)
+        why = reason(next(iter(corpus)).row, loaded.tokenizer, _longest(loaded, settings))
         raise CorpusError(
             f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
         )
     return rows
 
 
+def _longest(loaded: LoadedModel, settings: TrainSettings) -> int | None:
+    """Most tokens of a row."""
+    return min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+
+
 def _encoded(
     corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
 ) -> _Rows:
-    longest = min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+    longest = _longest(loaded, settings)
     by = None if settings.mix is None else settings.by or "source"
     examples = corpus if chosen is None else chosen
     return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
