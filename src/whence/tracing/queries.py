@@ -283,8 +283,8 @@ def _encoded_query(
         contrast = against.completion
         if contrast is None:
             raise SettingError(
-                f"the contrast of prompt {query.prompt[:QUOTED]!r} is a query without a completion, and two answers are "
-                "compared. Give it one."
+                f"the contrast of prompt {query.prompt[:QUOTED]!r} is a query without a completion, and two answers "
+                "are compared. Give it one."
             )
         other = encode_query(against.prompt, contrast, model.tokenizer, kind=kind, context=against.context)
         _check(model, other, against)
