@@ -105,7 +105,7 @@ def test_rows_are_written_under_their_own_names():
 def test_a_file_that_is_not_whences_stays(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{"mine": 1}')
-    with pytest.raises(SettingError, match="there is a file that Whence did not write.* or add force=True to"):
+    with pytest.raises(SettingError, match=r"there is a file that Whence did not write.* or add force=True to"):
         small_trace().save(file)
     small_trace().save(file, force=True)
     chosen().save(file)  # over Whence's own
