@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from whence import runner
+from whence.corpus.tokens import Encoded
 from whence.errors import CorpusError, JobError, SettingError
+from whence.gradients.forward_passes import batches
 
 
 @pytest.fixture
@@ -160,6 +162,13 @@ def test_a_function_is_called_at_both_ends_and_ten_times_a_second_between(monkey
     with runner.shown_as(False, "Tracing"):
         assert list(runner.counted([1, 2], "Ranking", 3, int)) == [1, 2]
     assert calls[-1] == (3, 3, "Ranking") and capsys.readouterr() == ("", "")
+
+
+def test_rows_without_tokens_count_in_a_forward_pass():
+    rows, calls = [Encoded([5] * length, [True] * length) for length in (0, 3, 1, 0, 2, 0)], []
+    with runner.shown_as(lambda *call: calls.append(call), "Scoring"):
+        assert sum(len(numbers) for numbers, _ in batches(rows, 3, len(rows))) == 3
+    assert calls[0] == (0, 6, "Reading the corpus") and calls[-1] == (6, 6, "Reading the corpus")
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):

@@ -144,9 +144,9 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
         return hints, frozenset(name for name, hint in hints.items() if get_origin(hint) is not NotRequired)
     if hasattr(kind, "_fields"):
         return hints, frozenset(hints.keys() - kind._field_defaults.keys())
-    own = fields(kind)
-    required = (field.name for field in own if field.default is MISSING and field.default_factory is MISSING)
-    return {field.name: hints[field.name] for field in own}, frozenset(required)
+    all_fields = fields(kind)
+    required = (field.name for field in all_fields if field.default is MISSING and field.default_factory is MISSING)
+    return {field.name: hints[field.name] for field in all_fields}, frozenset(required)
 
 
 def _is_plain(kind: Any, value: Any) -> bool:

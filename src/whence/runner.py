@@ -32,7 +32,8 @@ ItemT = TypeVar("ItemT")
 ENGINES = ("local",)
 ProgressOption = bool | Callable[[int, int, str], Any]
 """How progress is shown: True for bars on stderr, False for none, or a function that is called with how many things are
-done, how many there are, and what is being done; at the beginning, at the end, and up to ten times a second between."""
+done, how many there are, and what is being done; at the beginning of each phase, at its end, and up to ten times a
+second between."""
 PERIOD = 0.1
 """Seconds between two calls of such a function, as between two drawings of a bar."""
 WIDE = 100
@@ -149,6 +150,17 @@ def _rates(done: float | int, tokens: float | int, seconds: float, unit: str) ->
     return f"{words}, {tokens / seconds:,.0f} tokens/s" if tokens else words
 
 
+def check_progress(option: Any) -> None:
+    """Refuse what is no `ProgressOption`: a word would count as True.
+
+    >>> check_progress("yes")
+    Traceback (most recent call last):
+    whence.errors.SettingError: progress is 'yes': True, False or a function of (done, total, words) is expected
+    """
+    if not isinstance(option, bool) and not callable(option):
+        raise SettingError(f"progress is {option!r:.60}: True, False or a function of (done, total, words) is expected")
+
+
 @contextlib.contextmanager
 def progress(
     label: str, total: int, *, unit: str = "examples", done: int = 0, shown: ProgressOption = True
@@ -161,7 +173,11 @@ def progress(
         unit: What they are, in the plural.
         done: Things done before this run; they do not count in the rates.
         shown: Whether to show a bar at all, or a function to call in its place.
+
+    Raises:
+        SettingError: `shown` is none of these.
     """
+    check_progress(shown)
     console = Console(stderr=True)
     if callable(shown):
         yield _calling(shown, label, total, done)
@@ -299,7 +315,11 @@ def shown_as(progress: ProgressOption, words: str) -> Iterator[None]:
     Args:
         progress: True for a spinner and bars on stderr, or a function to call.
         words: What is being done, beside the spinner.
+
+    Raises:
+        SettingError: `progress` is none of these.
     """
+    check_progress(progress)
     if callable(progress):
         token = _WAITING.set(_Reporting(progress))
         try:
@@ -325,15 +345,28 @@ def counted(
         size: How many things an item is.
         unit: What these are, in the plural.
     """
+    with counting(label, total, unit) as tick:
+        for item in items:
+            yield item
+            tick(size(item), 0)
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int, unit: str = "examples") -> Iterator[Tick]:
+    """A tick that moves the bar of `counted`, and nothing where no one waits or something else is being counted.
+
+    Args:
+        label: What is being done.
+        total: Things in all.
+        unit: What these are, in the plural.
+    """
     waits = _WAITING.get()
     if waits is None or waits.is_counting:
-        yield from items
+        yield lambda count, tokens: None
         return
     waits.is_counting = True
     try:
         with waits.bar(label, total, unit) as tick:
-            for item in items:
-                yield item
-                tick(size(item), 0)
+            yield tick
     finally:
         waits.is_counting = False

@@ -249,6 +249,18 @@ def test_an_open_index_traces_and_selects(tiny_index, tmp_path):
     assert plain(whence.open_result(tmp_path / "trace.json")) == plain(traced)
 
 
+@pytest.mark.parametrize("method", ["less", "rds", "density", "loss", "bm25"])
+def test_methods_that_read_gradients_or_run_a_model_say_how_far_they_are(method, tiny_index, tmp_path):
+    tasks, calls = write_jsonl(tmp_path / "tasks.jsonl", corpus_rows(3)), []
+    whence.select(tiny_index, tasks, method=method, count=4, progress=lambda *call: calls.append(call))
+    if method == "bm25":
+        assert not calls
+        return
+    assert calls[0][0] == 0 and calls[-1][:2] == (20, 20)
+    ends = [calls[place - 1] for place, (done, *_) in enumerate(calls) if done == 0 and place]
+    assert all(done == total for done, total, _ in ends)
+
+
 def test_commands_write_whole_results(tiny_index, tiny_corpus, tmp_path, command):
     asked = ("trace", tiny_index, "--prompt", "0 and 0?", "--completion", " no, 0", "--top", "2", "--no-null")
     assert command(*asked, "-o", tmp_path / "trace.json")[0] == 0

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from whence import catalogue
-from whence.corpus.preferences import CONTRAST, checked
+from whence.corpus.preferences import checked
 from whence.errors import SettingError
 
 CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
@@ -139,16 +139,6 @@ class IndexFlags:
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False
-
-
-def refuse_contrasts(preferences: str | None, why: str) -> None:
-    """Refuse to compare two answers, in a verb that reads one.
-
-    Raises:
-        SettingError: That is asked for, or there is no such choice.
-    """
-    if checked(preferences) == CONTRAST:
-        raise SettingError(f"--preferences contrast: {why}")
 
 
 def listed(words: str | None) -> tuple[str, ...]:

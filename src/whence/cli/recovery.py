@@ -19,8 +19,8 @@ from whence.cli.options import (
     Supervise,
     WholeReport,
     listed,
-    refuse_contrasts,
 )
+from whence.corpus.preferences import refuse_contrast
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
 
@@ -104,7 +104,7 @@ def recover(
     from whence.reports.existing_files import REPORT_ENDINGS, Output, check_outputs
     from whence.reports.files import write_rows
 
-    refuse_contrasts(
+    refuse_contrast(
         preferences,
         "recover looks for rows of a fine-tuning, and reads the chosen answers of pairs. Leave it out.",
     )

@@ -104,7 +104,7 @@ def select(
         from whence.selection.pipeline import open_view
         from whence.selection.pipeline import select as run
     options |= limits | {"duplicates": duplicates or None, "temperature": temperature, "seed": seed}
-    budget = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget, "preferences": preferences}
+    shared = {"fraction": fraction, "count": count, "tokens_budget": tokens_budget, "preferences": preferences}
     with working("Scoring"):
         view = open_view(
             source,
@@ -115,8 +115,8 @@ def select(
             view=gradients,
             adam_mode=adam_mode,
         )
-        chosen = run(view, tasks, method=method, corpus=corpus, **budget, **options)
-        overlaps = {} if compare is None else method_overlaps(chosen, view, tasks, listed(compare), seed=seed, **budget)
+        chosen = run(view, tasks, method=method, corpus=corpus, **shared, **options)
+        overlaps = {} if compare is None else method_overlaps(chosen, view, tasks, listed(compare), seed=seed, **shared)
     if out is not None:
         write_rows([original(row, view.columns) for row in chosen.rows], out)
     if report is not None:

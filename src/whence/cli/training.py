@@ -22,8 +22,8 @@ from whence.cli.options import (
     Supervise,
     Tokenizer,
     pairs,
-    refuse_contrasts,
 )
+from whence.corpus.preferences import refuse_contrast
 from whence.counts import number_of
 
 
@@ -103,7 +103,7 @@ def train(
     from whence.outputs import refuse_inputs
     from whence.training.recipe import settings_of
 
-    refuse_contrasts(
+    refuse_contrast(
         preferences,
         "training on it is DPO, and train fine-tunes on the chosen answers. Train with TRL's DPOTrainer, and index its "
         "output with this flag.",

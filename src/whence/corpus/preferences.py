@@ -36,6 +36,16 @@ def checked(preferences: str | None) -> str:
     return preferences or CHOSEN
 
 
+def refuse_contrast(preferences: str | None, reason: str) -> None:
+    """Refuse to compare two answers, where one of a row is read.
+
+    Raises:
+        SettingError: That is asked for, or there is no such choice.
+    """
+    if checked(preferences) == CONTRAST:
+        raise SettingError(f"--preferences {CONTRAST}: {reason}")
+
+
 def take_preferences(tokenizer: Any, preferences: str | None) -> None:
     """Say what pairs of answers are among the rows that a tokenizer reads: one of `PREFERENCES`. It is changed.
 

@@ -10,6 +10,7 @@ Cost: one forward pass over every row; only a window's token ids are held.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Float32
@@ -18,6 +19,7 @@ from torch import Tensor
 from whence.corpus.tokens import Batch, Encoded, bucketed, collate
 from whence.gradients.capture import token_losses
 from whence.models.loading import LoadedModel
+from whence.runner import counting
 from whence.turns import one_at_a_time
 
 ROWS_PER_WINDOW = 4096
@@ -27,25 +29,44 @@ PoolingWeights = Callable[[Bool[Tensor, "b t"]], Float32[Tensor, "b t"]]
 """From a mask of tokens to their weights; the weights of a row sum to 1, and padding has 0."""
 
 
-def batches(rows: Iterable[Encoded], tokens_per_batch: int) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of rows with the rows' numbers; rows without tokens are left out."""
+def batches(
+    rows: Iterable[Encoded], tokens_per_batch: int, total: int | None = None
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of rows with the rows' numbers; rows without tokens are left out.
+
+    Args:
+        rows: Rows of a corpus.
+        tokens_per_batch: The most tokens of a batch, padding included.
+        total: Number of the rows, to show how far a pass over them is, where one waits for it (`runner.counting`).
+    """
     stream, first = iter(rows), 0
-    while window := list(itertools.islice(stream, ROWS_PER_WINDOW)):
-        present = [number for number, row in enumerate(window) if row.ids]
-        for places in bucketed([len(window[number].ids) for number in present], tokens_per_batch):
-            numbers = [present[place] for place in places]
-            yield [first + number for number in numbers], collate([window[number] for number in numbers])
-        first += len(window)
+    with nullcontext(_uncounted) if total is None else counting("Reading the corpus", total) as tick:
+        while window := list(itertools.islice(stream, ROWS_PER_WINDOW)):
+            present = [number for number, row in enumerate(window) if row.ids]
+            tick(len(window) - len(present), 0)
+            for places in bucketed([len(window[number].ids) for number in present], tokens_per_batch):
+                numbers = [present[place] for place in places]
+                yield [first + number for number in numbers], collate([window[number] for number in numbers])
+                tick(len(numbers), 0)
+            first += len(window)
+
+
+def _uncounted(examples: int, tokens: int) -> None:
+    """Count nothing."""
 
 
 def embeddings(
-    model: LoadedModel, rows: Iterable[Encoded], tokens_per_batch: int, weights: PoolingWeights
+    model: LoadedModel,
+    rows: Iterable[Encoded],
+    tokens_per_batch: int,
+    weights: PoolingWeights,
+    total: int | None = None,
 ) -> Iterator[tuple[list[int], Float32[Tensor, "b d"]]]:
     """Numbers of rows and their pooled states, on the CPU, one batch at a time.
 
-    If a row's states are not finite, neither is its pooled state.
+    If a row's states are not finite, neither is its pooled state. For `total` see `batches`.
     """
-    for numbers, batch in batches(rows, tokens_per_batch):
+    for numbers, batch in batches(rows, tokens_per_batch, total):
         yield numbers, _states(model, batch, weights)
 
 
@@ -86,13 +107,13 @@ def last_token_weights(mask: Bool[Tensor, "b t"]) -> Float32[Tensor, "b t"]:
 
 
 def losses(
-    model: LoadedModel, rows: Iterable[Encoded], tokens_per_batch: int
+    model: LoadedModel, rows: Iterable[Encoded], tokens_per_batch: int, total: int | None = None
 ) -> Iterator[tuple[list[int], Float32[Tensor, " b"]]]:
     """Numbers of rows and their losses, on the CPU: the mean over a row's supervised tokens, in nats.
 
-    The loss is NaN for a row without a supervised token.
+    The loss is NaN for a row without a supervised token. For `total` see `batches`.
     """
-    for numbers, batch in batches(rows, tokens_per_batch):
+    for numbers, batch in batches(rows, tokens_per_batch, total):
         batch_losses = _losses(model, batch)
         yield numbers, torch.where(batch.supervised.any(1), batch_losses, torch.nan)
 

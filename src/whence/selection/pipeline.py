@@ -19,7 +19,7 @@ from torch import Tensor
 from whence import catalogue, outlets
 from whence.corpus.columns import current
 from whence.corpus.layouts import Row, shown_text
-from whence.corpus.preferences import CONTRAST, checked
+from whence.corpus.preferences import checked, refuse_contrast
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.counts import number_of
@@ -37,7 +37,7 @@ from whence.selection.budget import Budget, Limits, no_index_for
 from whence.selection.choice import Candidates, Selection, choose
 from whence.selection.protocols import QueryText, Scorer, Target, View
 from whence.selection.settings import SelectSettings, described_settings
-from whence.selection.views import CorpusView, IndexView
+from whence.selection.views import CorpusView, IndexView, refuse_contrasts
 from whence.storage import Place
 
 TASK = "task"
@@ -173,7 +173,11 @@ def _select_each(
 ) -> dict[str, Chosen]:
     if None in tasks.values() and catalogue.scorer_entry(settings.method).reads_tasks:
         raise SettingError(f"--method {settings.method} compares rows with a task's examples: add --tasks FILE")
-    _refuse_contrasts(view, settings.method, checked(preferences))
+    checked(preferences)
+    if not catalogue.scorer_entry(settings.method).contrasts:
+        reason = f"--method {settings.method} reads one answer of a row"
+        refuse_contrasts(view, reason, "Use --method less, or give the corpus in place of the index.")
+        refuse_contrast(preferences, f"{reason}. Use --method less on an index, or leave it out for the chosen answer.")
     reading = {"by": settings.by or "task", "preferences": preferences}
     targets_by_task = {name: targets_of(task, view, **reading) for name, task in tasks.items()}
     all_targets = [target for targets, _ in targets_by_task.values() for target in targets]
@@ -195,22 +199,6 @@ def _select_each(
         described = described_settings(settings, budget, targets, view)
         out[name] = Chosen(selection, rows, candidates, described, texts, answers, dict(view.columns))
     return out
-
-
-def _refuse_contrasts(view: IndexView | CorpusView, method: str, preferences: str) -> None:
-    """Refuse to compare two answers by a method that reads one."""
-    if catalogue.scorer_entry(method).contrasts:
-        return
-    if isinstance(view, IndexView) and view.index.has_contrasts:
-        raise SettingError(
-            f"--method {method} reads one answer of a row, and the rows of {view.index.store.place.root} are contrasts "
-            "of two. Use --method less, or give the corpus in place of the index."
-        )
-    if preferences == CONTRAST:
-        raise SettingError(
-            f"--preferences contrast: --method {method} reads one answer of a row. Use --method less on an index, or "
-            "leave it out: the chosen answer is read."
-        )
 
 
 def open_view(

@@ -114,8 +114,15 @@ class IndexView(GradientView):
         return out
 
 
-def refuse_contrasts(view: "IndexView | CorpusView", reason: str) -> None:
+def refuse_contrasts(
+    view: "IndexView | CorpusView", reason: str, remedy: str = "Index the corpus without that flag."
+) -> None:
     """Refuse an index whose rows are contrasts of two answers, where something else than its vectors reads them.
+
+    Args:
+        view: What is read.
+        reason: What cannot be done with contrasts, as half a sentence.
+        remedy: A sentence that says what mends it.
 
     Raises:
         SettingError: It is one.
@@ -123,7 +130,7 @@ def refuse_contrasts(view: "IndexView | CorpusView", reason: str) -> None:
     if isinstance(view, IndexView) and view.index.has_contrasts:
         raise SettingError(
             f"{view.index.store.place.root}: its rows are contrasts of two answers (--preferences contrast), and "
-            f"{reason}. Index the corpus without that flag."
+            f"{reason}. {remedy}"
         )
 
 

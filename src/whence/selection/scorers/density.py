@@ -85,7 +85,9 @@ class Density:
 
     def _codes(self, view: View, sketch: "Sketch") -> Iterator[tuple[list[int], Shaped[Tensor, "b r"]]]:
         """Buckets of the rows that have an embedding."""
-        for numbers, vectors in embeddings(view.model(), view.encoded(), view.tokens_per_batch, even_weights):
+        for numbers, vectors in embeddings(
+            view.model(), view.encoded(), view.tokens_per_batch, even_weights, view.rows
+        ):
             finite = torch.isfinite(vectors).all(1)
             embedded = [number for number, is_finite in zip(numbers, finite.tolist(), strict=True) if is_finite]
             yield embedded, sketch.codes(vectors[finite])
@@ -130,7 +132,9 @@ def _sample(view: View, seed: int) -> Float32[Tensor, "m d"]:
     """Finite embeddings of at most `SAMPLED` rows."""
     drawn = set(torch.randperm(view.rows, generator=generator(seed, "density", "sample"))[:SAMPLED].tolist())
     rows = (row for number, row in enumerate(view.encoded()) if number in drawn)
-    batches = [vectors for _, vectors in embeddings(view.model(), rows, view.tokens_per_batch, even_weights)]
+    batches = [
+        vectors for _, vectors in embeddings(view.model(), rows, view.tokens_per_batch, even_weights, len(drawn))
+    ]
     if not batches:
         return torch.zeros(0, 1)
     vectors = torch.cat(batches)

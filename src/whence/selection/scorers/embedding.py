@@ -74,7 +74,7 @@ def _cosines(view: View, targets: Sequence[Target], weights: PoolingWeights) -> 
     model = view.model()
     target_vectors = _target_vectors(model, targets, view.tokens_per_batch, weights)
     scores = torch.full((len(targets), view.rows), -math.inf)
-    for numbers, vectors in embeddings(model, view.encoded(), view.tokens_per_batch, weights):
+    for numbers, vectors in embeddings(model, view.encoded(), view.tokens_per_batch, weights, view.rows):
         cosine = target_vectors @ F.normalize(vectors, dim=1).T
         scores[:, numbers] = torch.where(torch.isfinite(cosine), cosine, -math.inf)
     return scores

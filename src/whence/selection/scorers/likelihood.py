@@ -131,7 +131,7 @@ class AskLLM:
         judge = _causal_judge(view.model()) if self.model is None else _load_judge(self.model)
         yes, no = answer_ids(judge.tokenizer, "yes"), answer_ids(judge.tokenizer, "no")
         scores = torch.full((view.rows,), torch.nan)
-        for numbers, batch in batches(self._questions(view, judge), view.tokens_per_batch):
+        for numbers, batch in batches(self._questions(view, judge), view.tokens_per_batch, view.rows):
             logits = judge.logits(batch.to(judge.device)).float()
             odds = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
             scores[numbers] = odds.sigmoid().cpu()
@@ -239,7 +239,7 @@ def _load_judge(path: str | Path) -> _Judge:
 def _row_losses(model: LoadedModel, view: View) -> Float32[Tensor, " n"]:
     """Each row's loss; NaN for a row without one."""
     row_losses = torch.full((view.rows,), torch.nan)
-    for numbers, batch_losses in losses(model, view.encoded(), view.tokens_per_batch):
+    for numbers, batch_losses in losses(model, view.encoded(), view.tokens_per_batch, view.rows):
         row_losses[numbers] = batch_losses
     return row_losses
 
