@@ -110,6 +110,11 @@ ROWS = {
         "<u>x<a>nny</s>", "y</s>",
     ),
     "LIMA": ({"conversations": ["x", "y", "z", "w"], "source": "s"}, "<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>"),
+    "XTuner, an answer without loss": (
+        {"conversation": [{"input": "x", "output": "y", "output_with_loss": False},
+                          {"input": "z", "output": "w", "output_with_loss": True}]},
+        "<u>x<a>y</s><u>z<a>w</s>", "w</s>",
+    ),
     "Capybara, XTuner": (
         {"conversation": [{"system": "s", "input": "x", "output": "y"}, {"input": "z", "output": "w"}]},
         "(system)s<u>x<a>y</s><u>z<a>w</s>", "y</s>w</s>",
@@ -251,6 +256,7 @@ def test_a_row_that_is_not_read_is_refused_with_the_flag_or_the_place(row, words
         ({"question": "x", "chosen": "y", "rejected": "n", "tools": "[]"}, ["tools"]),
         ({"prompt": "x", "chosen": "y", "rejected": "n", "system": "s", "tools": "[]"}, ["tools"]),
         ({"chosen": "x y", "rejected": "x n", "system": "s"}, ["system"]),
+        ({"conversation": [{"input": "x", "output": "y", "train": False}]}, ["messages[].train"]),
         ({"question": "x", "chosen": TURNS[:2], "rejected": TURNS[:2], "tools": "[]", "system": "s"}, []),
     ],
 )

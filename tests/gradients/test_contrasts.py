@@ -39,10 +39,10 @@ def flat_difference(model, row, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_contrast_is_the_difference_of_two_gradients_by_autograd(reduction):
     model = tiny_model("llama")
-    found, losses = gradients(model, model.layers(None), collate(ROWS), reduction=reduction)
+    by_layer, losses = gradients(model, model.layers(None), collate(ROWS), reduction=reduction)
     alone, of_sides = gradients(model, model.layers(None), collate(SIDES), reduction=reduction)
     expected = {number: flat_difference(model, ROWS[number], reduction) for number in (0, 2)}
-    for name, blocks in found.items():
+    for name, blocks in by_layer.items():
         for number, by_name in expected.items():
             torch.testing.assert_close(blocks[number], by_name[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(blocks[[1, 3]], alone[name][[2, 5]], rtol=1e-4, atol=1e-5)
@@ -81,8 +81,8 @@ def test_sketches_norms_and_products_are_of_the_difference(architecture, normali
     squares = torch.stack([x.flatten(1).square().sum(1) for x in blocks.values()])
     torch.testing.assert_close(products.squares, squares, rtol=1e-3, atol=1e-4)
     flat = torch.cat([x.flatten(1) for x in units.values()], 1)
-    found = products.scores(normalise=normalise, cosine=False)
-    torch.testing.assert_close(found, flat @ flat[0], rtol=1e-3, atol=1e-3)
+    scores = products.scores(normalise=normalise, cosine=False)
+    torch.testing.assert_close(scores, flat @ flat[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("basis", ["position", "loss"])

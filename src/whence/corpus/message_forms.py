@@ -14,6 +14,8 @@ from whence.errors import CorpusError
 NOT_MESSAGES = "messages are a list of objects with `role` and `content`"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what the assistant thought."""
+WITH_LOSS = "output_with_loss"
+"""Key of a question and its answer in one object that says whether the answer is trained on."""
 SILENT = "whence: silent"
 """Key of a message, of Whence's own: stretches of its content, in characters, that are not trained on."""
 
@@ -46,9 +48,16 @@ def turns_in(value: Any) -> Any:
 
 
 def _pair_of_turns(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """A question and its answer in one object, as XTuner and Capybara have them."""
+    """A question and its answer in one object, as XTuner and Capybara have them; other keys are the answer's.
+
+    XTuner's `output_with_loss` says whether the answer is trained on, which is a `weight` of 1 or 0.
+    """
     roles = (("system", "system"), ("user", "input"), ("assistant", "output"))
-    return [{"role": role, "content": turn[key]} for role, key in roles if turn.get(key) or key == "output"]
+    messages = [{"role": role, "content": turn[key]} for role, key in roles if turn.get(key) or key == "output"]
+    others = {name: value for name, value in turn.items() if name not in ("system", "input", "output", WITH_LOSS)}
+    if (with_loss := turn.get(WITH_LOSS)) is not None and others.get("weight") is None:
+        others["weight"] = int(with_loss) if isinstance(with_loss, bool) else with_loss
+    return [*messages[:-1], messages[-1] | others]
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +68,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
             turn = others | {"role": "assistant", "content": "", "tool_calls": _calls(turn["content"])}
         turn["role"] = {"observation": "tool"}.get(turn["role"], turn["role"])
     if "role" in turn and "content" not in turn:
-        own = next((key for key in ("value", "text", "parts") if turn.get(key) is not None), None)
-        turn = turn if own is None else turn | {"content": turn[own]}
+        text_key = next((key for key in ("value", "text", "parts") if turn.get(key) is not None), None)
+        turn = turn if text_key is None else turn | {"content": turn[text_key]}
     for key in ("content", *REASONING):
         if isinstance(parts := turn.get(key), list):
             turn = turn | {key: text_of_parts(parts)}

@@ -181,10 +181,10 @@ def _instruction(question: str, answer: str, *inputs: str) -> Callable[[Row], Ro
     """
 
     def read(row: Row) -> Row:
-        asked, said = turns_in(row[question]), turns_in(row.get(answer))
-        if any(are_turns(side) and side for side in (asked, said)):
+        before, after = turns_in(row[question]), turns_in(row.get(answer))
+        if any(are_turns(side) and side for side in (before, after)):
             context = _own(row, "tools") | {"system": row.get("system") or row.get("system_prompt")}
-            return _continued(context, asked, *(row[name] for name in (answer,) if name in row))
+            return _continued(context, before, *(row[name] for name in (answer,) if name in row))
         for name in (question, answer):
             if isinstance(value := row.get(name), list | dict):
                 kind = type(value).__name__
