@@ -110,7 +110,7 @@ def test_it_is_remembered_and_what_cannot_compare_is_refused(command, built, mod
         ("index", model, rows, "-o", "index"): '--preferences is "contrast" there, not given here',
         ("index", model, rows, "-o", "new", "--preferences", "both"): "both: choose one of chosen, contrast",
         ("trace", "index", "--prompt", "a", "--method", "bm25"): "are contrasts of two. Use --method cosine",
-        ("select", "index", "--tasks", more, "--count", 1, "--method", "rds"): "reads one answer of a row. Use --method less",
+        ("select", "index", "--tasks", more, "--count", 1, "--method", "rds"): "row. Use --method less",
         ("select", rows, "--tasks", more, *flag, "--count", 1, "--method", "bm25"): "reads one answer of a row",
         ("train", model, rows, "-o", "run", *flag): "Train with TRL's DPOTrainer",
         ("recover", model, model, rows, *flag): "reads the chosen answers of pairs",
