@@ -58,8 +58,8 @@ class Unread:
         """Count a row."""
         self.rows += 1
         self.rejected += is_rejected(row)
-        self.columns.update(unread_columns(row))
-        shape = shape_of(row)
+        self.columns.update(unread_columns(row, self.preferences))
+        shape = shape_of(row, preferences=self.preferences)
         if shape.name and not is_blank(row[shape.columns[-1]]):
             side = READ_AS[self.preferences] if shape.is_preference else ""
             self.shapes[f"{side}{shape.name} ({columns_in_words(shape.columns)})"] += 1
@@ -86,15 +86,15 @@ def log_unread_of_queries(name: str, rows: list[Row]) -> None:
         _log_columns(name, tuple(sorted(counts)), max(counts.values()), len(rows))
 
 
-def unread_columns(row: Row) -> list[str]:
-    """Columns of a row that could hold text to train on, and that its layout does not read.
+def unread_columns(row: Row, preferences: str | None = None) -> list[str]:
+    """Columns of a row that could hold text to train on, and that its layout does not read; see `shapes.shape_of`.
 
     >>> unread_columns({"instruction": "Sum up.", "context": "It rains.", "output": "Rain.", "source": "a b c d"})
     ['context']
     """
-    kind, columns = in_layout(row)
-    read = {*columns_read(row), *VERDICTS}
-    answer = row[shape_of(row).columns[-1]]
+    kind, columns = in_layout(row, preferences=preferences)
+    read = {*columns_read(row, preferences=preferences), *VERDICTS}
+    answer = row[shape_of(row, preferences=preferences).columns[-1]]
     names = [name for name, value in row.items() if name not in read and _may_be_text(name, value, answer)]
     if names:
         turns = columns["messages"] if kind == "messages" else None

@@ -183,9 +183,9 @@ def _counting(planes: int, rows: int) -> Callable[..., None]:
             bits = [load(codes, offset, apart, row) for row in range(rows)]
             added = []
             for plane in range(planes):
-                own = load(first, offset, stride, plane)
+                loaded = load(first, offset, stride, plane)
                 for row in range(rows):
-                    shared = builder.call(ones, [builder.and_(bits[row], own)])
+                    shared = builder.call(ones, [builder.and_(bits[row], loaded)])
                     added.append(builder.add(sums[len(added)], shared))
             for total, total_after in zip([place, *sums], [place_after, *added], strict=True):
                 total.add_incoming(word(0) if total is place else vector([word(0)] * lanes), before)
