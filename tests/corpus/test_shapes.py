@@ -265,6 +265,14 @@ def test_a_column_that_may_hold_text_is_named_unless_its_text_is_read(row, names
     assert unread_columns(example.row) == names
 
 
+def test_a_rejected_answer_is_named_where_it_is_not_read():
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rejected = [turns[0], {"role": "assistant", "content": "n"}]
+    row = {"prompt": "x", "messages": turns, "chosen": turns, "rejected": rejected}
+    assert unread_columns(row) == ["rejected"]
+    assert unread_columns(row, "contrast") == []
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
