@@ -158,6 +158,7 @@ def test_a_query_without_a_contrast_is_one_part(model):
         ("", "the completion has no token"),
         ("c" * 96, "the model's context is 96"),
         (" yes", "the completion and its contrast are the same tokens, ' yes'"),
+        (Query("c"), "is a query without a completion"),
     ],
 )
 def test_a_contrast_that_is_no_completion_is_refused(model, contrast, message):
@@ -283,7 +284,6 @@ def test_defaults_are_for_queries_that_have_none_of_their_own():
         ({"prompt": None}, "the columns prompt"),
         ({"messages": [{"role": "system", "content": "be"}]}, "the columns messages"),
         ({"messages": [{"role": "user", "content": None}]}, "the columns messages"),
-        (Query("c"), "is a query without a completion"),
     ],
 )
 def test_a_row_that_is_no_query_is_named_by_its_place(tmp_path, row, found):
