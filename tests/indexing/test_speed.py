@@ -12,7 +12,7 @@ from whence.indexing.vectors import IndexSettings
 from whence.models.loading import load_model
 from whence.reports.index_tables import bench_table
 
-SIZES = {"batch_size": 4, "length": 16, "batches": 3, "width": 4}
+SIZES = {"batch_size": 4, "length": 16, "batches": 3, "projection": "two_sided", "width": 4}
 
 
 @pytest.fixture(scope="module")
