@@ -12,6 +12,7 @@ benchmarks/selection/results/default_index.json.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.selection.less_data import load
 
@@ -20,13 +21,23 @@ from whence.selection.description import overlap
 
 ROWS, FRACTION, MAX_TOKENS, SEED = 800, 0.05, 96, 0
 TASKS = ("gsm8k", "bbh")
-WARM_UP = {"fraction": 0.25, "epochs": 2, "lora_rank": 8, "lr": 2e-3, "max_tokens": MAX_TOKENS, "checkpoints": 1}
-WHOLE = {"projection": "identity", "codec": "float32"}
-STORES = {
+WARM_UP: dict[str, Any] = {
+    "fraction": 0.25,
+    "epochs": 2,
+    "lora_rank": 8,
+    "lr": 2e-3,
+    "max_tokens": MAX_TOKENS,
+    "checkpoints": 1,
+}
+WHOLE: dict[str, Any] = {"projection": "identity", "codec": "float32"}
+STORES: dict[str, dict[str, dict[str, Any]]] = {
     "sgd": {"whole": WHOLE, "old": {"projection": "two_sided", "width": 16, "codec": "bfloat16"}, "default": {}},
     "adam": {"whole": WHOLE, "old": {"projection": "count_sketch", "width": 8192, "codec": "bfloat16"}, "default": {}},
 }
-HOW = {"one order": {"by": "task", "selector": "max"}, "turns": {"by": "example", "selector": "round_robin"}}
+HOW: dict[str, dict[str, Any]] = {
+    "one order": {"by": "task", "selector": "max"},
+    "turns": {"by": "example", "selector": "round_robin"},
+}
 RESULTS = Path(__file__).parent / "results" / "default_index.json"
 
 

@@ -8,6 +8,7 @@ Stages, in order (`all` runs them all), each skipped where what it leaves in WOR
     queries  the trained model answers prompts that should set it off; attacked answers are kept, of each kind QUERIES
     pass     one pass over the rows: the exact cosine of each for each query, and each one's codes by both sketches
     table    auROC, auPRC and the share right of the first ten, with intervals over queries
+    reach    the same of `--method reach` by both sketches, for REACHING queries of each kind
     trace    a real index of the first ROWS_OF_CHECK rows, traced by `whence.trace`, against what `table` makes of them
     page     the tables of docs/results/tracing.md
 
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.marked import filled
@@ -256,36 +258,55 @@ def reranked(index: Tensor, true: Tensor, noise: Tensor) -> tuple[Tensor, list[i
     return ranks, depths
 
 
+def indexes(options: argparse.Namespace, inputs: Inputs) -> dict[str, Coded]:
+    """Rows by both sketches, as `stage_pass` left them."""
+    codes = torch.load(options.work / "pass.pt", weights_only=True)["codes"]
+    sketches = projections(inputs.loaded, options.seed)
+    return {name: Coded.of(name, projection, *codes[name]) for name, projection in sketches.items()}
+
+
 def stage_table(options: argparse.Namespace) -> None:
     """Measures of each method, for each poison."""
     inputs = Inputs.of(options)
-    queries, passed = rapidin.queries_of(options, "full", inputs.loaded), torch.load(options.work / "pass.pt")
-    coded = {
-        name: Coded.of(name, projection, *passed["codes"][name])
-        for name, projection in projections(inputs.loaded, options.seed).items()
-    }
+    queries, coded = rapidin.queries_of(options, "full", inputs.loaded), indexes(options, inputs)
     sequences = [query.sequences[0] for _, query in queries]
-    scores = {"exact": passed["exact"]}
+    scores = {"exact": torch.load(options.work / "pass.pt", weights_only=True)["exact"]}
     for name, one in coded.items():
         scores[name] = one.cosines(query_sketches(inputs.loaded, sequences, one.projection, False, "loss"))
     noise = coded["tensor_sketch"].noise()
     deep = [reranked(*pair, noise) for pair in zip(scores["tensor_sketch"], scores["exact"], strict=True)]
     scores["default"] = torch.stack([ranks for ranks, _ in deep])
     torch.save(scores, options.work / "scores.pt")
-    shown = [inputs.loaded.tokenizer.decode(row.ids) for row in inputs.rows]
     widths = {name: one.projection.width for name, one in coded.items()}
     sizes = {name: codec(SKETCHES[name]).bytes_per_row(width) for name, width in widths.items()}
-    keep("index", {"rows": len(shown), "width": widths, "bytes a row": sizes})
-    for poison in POISONS:
-        numbers = [number for number, (of, _) in enumerate(queries) if of == poison]
-        is_relevant = {number: relevant(inputs, shown, poison, queries[number][1]) for number in numbers}
-        found = table(scores, numbers, is_relevant, options.seed) | {"queries": len(numbers)}
-        found["depth"] = [sum(deep[n][1][side] for n in numbers) / len(numbers) for side in (0, 1)]
-        some = [(queries[n][1], is_relevant[n]) for n in numbers[:REACHING]]
-        found["reach"] = reaches(inputs, coded, some, options.seed)
+    keep("index", {"rows": len(inputs.texts), "width": widths, "bytes a row": sizes})
+    for poison, of_kind in relevant_rows(inputs, queries).items():
+        found: dict[str, Any] = table(scores, list(of_kind), of_kind, options.seed) | {"queries": len(of_kind)}
+        found["depth"] = [sum(deep[n][1][side] for n in of_kind) / len(of_kind) for side in (0, 1)]
         keep(poison, found)
         for method, row in found["methods"].items():
             print(poison, method, row["precision@10"], row["auroc@1000"], flush=True)
+
+
+def stage_reach(options: argparse.Namespace) -> None:
+    """Measures of reach from both indexes, for each poison."""
+    inputs = Inputs.of(options)
+    queries, coded = rapidin.queries_of(options, "full", inputs.loaded), indexes(options, inputs)
+    found = {}
+    for poison, of_kind in relevant_rows(inputs, queries).items():
+        some = [(queries[number][1], is_relevant) for number, is_relevant in list(of_kind.items())[:REACHING]]
+        found[poison] = reaches(inputs, coded, some, options.seed)
+        print(poison, {name: row["precision@10"] for name, row in found[poison].items() if name in coded}, flush=True)
+    keep("reach", found)
+
+
+def relevant_rows(inputs: Inputs, queries: list[tuple[str, EncodedQuery]]) -> dict[str, dict[int, Tensor]]:
+    """Of each poison: whether each row is what a query should find, by the query's number."""
+    shown = [inputs.loaded.tokenizer.decode(row.ids) for row in inputs.rows]
+    return {
+        poison: {n: relevant(inputs, shown, poison, query) for n, (of, query) in enumerate(queries) if of == poison}
+        for poison in POISONS
+    }
 
 
 def relevant(inputs: Inputs, shown: Sequence[str], poison: str, query: EncodedQuery) -> Tensor:
@@ -350,7 +371,10 @@ def stage_trace(options: argparse.Namespace) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in texts))
     built = whence.index(str(options.work / "full"), file, options.work / "index", max_tokens=MAX_TOKENS,
                          tokens_per_batch=TOKENS_PER_BATCH, seed=options.seed, progress=False)  # fmt: skip
-    queries, passed = rapidin.queries_of(options, "full", inputs.loaded), torch.load(options.work / "pass.pt")
+    queries, passed = (
+        rapidin.queries_of(options, "full", inputs.loaded),
+        torch.load(options.work / "pass.pt", weights_only=True),
+    )
     some = [number for number, (of, _) in enumerate(queries) if of == "swap"][:QUERIES_OF_CHECK]
     one = Coded.of("tensor_sketch", projections(inputs.loaded, options.seed)["tensor_sketch"],
                    *(found[:ROWS_OF_CHECK] for found in passed["codes"]["tensor_sketch"]))  # fmt: skip
@@ -386,18 +410,19 @@ def stage_page(options: argparse.Namespace) -> None:
     """Put a table of each poison between the page's marks."""
     document, text = json.loads(RESULTS.read_text()), PAGE.read_text()
     for poison in POISONS:
-        text = filled(text, f"default {poison}", page_table(document[poison]))
+        text = filled(
+            text, f"default {poison}", page_table(document[poison], document.get("reach", {}).get(poison, {}))
+        )
     PAGE.write_text(text)
 
 
-def page_table(found: dict) -> str:
+def page_table(found: dict, reach: dict) -> str:
     """A line a method: the first ten, auROC / auPRC at every depth, the exact first ten found."""
     heads = ["method", "of the first 10", *(f"@{d}" for d in (*DEPTHS, "all")), "exact first 10 found"]
-    lines = [f"{found['queries']} queries (`reach`: {found['reach']['queries']})", "", f"| {' | '.join(heads)} |",
-             "|---" * len(heads) + "|"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     overlaps = found["exact first ten found"]
-    reach = {f"`--method reach`, `{name}`": row for name, row in found["reach"].items() if isinstance(row, dict)}
-    for name, row in ({name: found["methods"][name] for name in METHODS} | reach).items():
+    reached = {f"`--method reach`, `{name}`": reach[name] for name in SKETCHES if name in reach}
+    for name, row in ({name: found["methods"][name] for name in METHODS} | reached).items():
         first = row["precision@10"]
         cells = [
             METHODS.get(name, name),
@@ -414,6 +439,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "queries": stage_queries,
     "pass": stage_pass,
     "table": stage_table,
+    "reach": stage_reach,
     "trace": stage_trace,
     "page": stage_page,
 }
