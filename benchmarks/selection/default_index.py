@@ -19,7 +19,7 @@ from benchmarks.selection.less_data import load
 from whence import index, select, train
 from whence.selection.description import overlap
 
-ROWS, FRACTION, MAX_TOKENS, SEED = 800, 0.05, 96, 0
+ROWS, FRACTION, MAX_TOKENS, SEED = 600, 0.05, 96, 0
 TASKS = ("gsm8k", "bbh")
 WARM_UP: dict[str, Any] = {
     "fraction": 0.25,
