@@ -71,7 +71,7 @@ def test_an_index_opens_verifies_and_answers(written, answer, command):
 
 
 def test_an_index_that_was_stopped_goes_on_to_the_same_bytes(written, answer):
-    building = ("--width", 8, "--checkpoints", "all", "--codec", "int8")
+    building = ("--projection", "two_sided", "--width", 8, "--checkpoints", "all", "--codec", "int8")
     before = contents(written / "index-stopped")
     assert len(before) < len(contents(written / "index"))
     answer("index", "run", "corpus.jsonl", "-o", "index-stopped", *building)
@@ -91,7 +91,19 @@ def test_rows_join_an_index(written, answer):
 
 def test_a_run_is_read_and_one_that_was_stopped_goes_on(written, answer, command):
     fresh = answer(
-        "index", "run", "corpus.jsonl", "-o", "again", "--width", 8, "--checkpoints", "all", "--codec", "int8"
+        "index",
+        "run",
+        "corpus.jsonl",
+        "-o",
+        "again",
+        "--projection",
+        "two_sided",
+        "--width",
+        8,
+        "--checkpoints",
+        "all",
+        "--codec",
+        "int8",
     )
     for entry in fresh["checkpoints"]:
         assert entry.pop("rates")  # newer: how learning rates that were not logged came about

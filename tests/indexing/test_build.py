@@ -727,9 +727,18 @@ def test_an_index_of_zeros_is_not_complete(tiny_llama, tiny_corpus, tmp_path):
     weights["lm_head.weight"].zero_()
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"the gradient of every row \(20\) is 0 over the traced layers"):
-        index(model, tiny_corpus, tmp_path / "index", width=8, progress=False)
+        index(model, tiny_corpus, tmp_path / "index", projection="two_sided", width=8, progress=False)
     assert not Store.open(tmp_path / "index").manifest.is_complete
-    whole = index(model, tiny_corpus, tmp_path / "index", width=8, layers="lm_head", restart=True, progress=False)
+    whole = index(
+        model,
+        tiny_corpus,
+        tmp_path / "index",
+        projection="two_sided",
+        width=8,
+        layers="lm_head",
+        restart=True,
+        progress=False,
+    )
     assert "zero_gradient" not in whole.store.info()["counts"]
 
 
@@ -738,7 +747,15 @@ def test_an_older_index_of_a_tied_head_says_that_it_must_be_built_again(tiny_cor
     model = OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, n_positions=96, vocab_size=259)
     AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    built = index(tmp_path / "model", tiny_corpus, tmp_path / "index", width=8, layers="lm_head", progress=False)
+    built = index(
+        tmp_path / "model",
+        tiny_corpus,
+        tmp_path / "index",
+        projection="two_sided",
+        width=8,
+        layers="lm_head",
+        progress=False,
+    )
     assert trace(built, "a", completion="b", top=1).of(0)
     settings = {name: value for name, value in built.store.manifest.settings.items() if name != "has_tied_head"}
     built.store._save(replace(built.store.manifest, settings=settings))

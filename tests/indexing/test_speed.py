@@ -32,7 +32,7 @@ def test_ratios_are_those_of_the_seconds(result):
 
 
 def test_bytes_of_an_example_are_those_of_an_index(tiny_llama, result, tmp_path):
-    built = index(tiny_llama, corpus_rows(20), tmp_path / "index", width=4, progress=False)
+    built = index(tiny_llama, corpus_rows(20), tmp_path / "index", projection="two_sided", width=4, progress=False)
     assert result.width == built.store.manifest.width
     shard = built.store.shard(0, 0)
     assert 20 * result.bytes_per_example == sum(tensor.numel() * tensor.itemsize for tensor in vars(shard).values())

@@ -167,7 +167,16 @@ def test_what_never_varies_has_no_z():
 @pytest.fixture(scope="module")
 def built(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("nulls") / "index"
-    return index(tiny_run, corpus_rows(40), out, checkpoints="all", width=4, codec="float32", progress=False)
+    return index(
+        tiny_run,
+        corpus_rows(40),
+        out,
+        checkpoints="all",
+        projection="two_sided",
+        width=4,
+        codec="float32",
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def index(
     chosen = replace(chosen, date=_date(chosen, model, None if restart else place))
     loaded = load_for(run.checkpoints[-1].path, chosen)
     chosen = replace(chosen, supervise=supervision(loaded.tokenizer))
-    chosen = _with_batch_tokens(chosen, loaded, None if restart else place)
+    chosen = _as_begun(chosen, loaded, None if restart else place)
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts, chosen)
     refuse_unsupervised(texts, loaded.tokenizer, manifest.settings["max_tokens"])
@@ -141,12 +141,22 @@ def index(
     return built
 
 
-def _with_batch_tokens(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
-    """Settings with the tokens of a pass: those given, those of the index begun, or what suits the device."""
-    if settings.tokens_per_batch is None and begun is not None and begun.exists(MANIFEST):
+def _as_begun(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
+    """Settings where what nobody gave is that of the index begun, or else what suits the device.
+
+    So an index that another version began, with another default, goes on as it is.
+    """
+    if begun is not None and begun.exists(MANIFEST):
         manifest = read_manifest(begun)
         check_settings(begun, manifest)
-        return replace(settings, tokens_per_batch=manifest.settings["tokens_per_batch"])
+        stored = manifest.settings
+        settings = replace(settings, tokens_per_batch=settings.tokens_per_batch or stored["tokens_per_batch"])
+        if settings.space.projection is None:
+            settings = replace(settings, space=replace(settings.space, projection=stored["space"]["projection"]))
+        if settings.space.sketch == stored["space"]["projection"]:
+            settings = replace(settings, codec=settings.codec or manifest.codec)
+            if len(loaded.layers(settings.space.layers)) == len(stored["layer_names"]) == len(stored.get("blocks", ())):
+                settings = replace(settings, blocks=tuple(stored["blocks"]))
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
 
 

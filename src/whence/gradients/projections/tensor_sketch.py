@@ -36,6 +36,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from whence.errors import SettingError
+from whence.gradients.flat_width import flat_width
 from whence.gradients.protocols import Shapes
 from whence.numerics import generator, hadamard_matrix, product, signs
 
@@ -157,7 +158,7 @@ class _Side:
 
 
 class TensorSketch:
-    """A sketch of `width` numbers in all, by default 43,008.
+    """A sketch of `width` numbers in all, by default those of `flat_width`.
 
     Args:
         shapes: Shapes of the traced layers.
@@ -169,7 +170,7 @@ class TensorSketch:
     forms_gradient = False
 
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0, blocks: Sequence[int] | None = None):
-        self.width = 43008 if width is None else width
+        self.width = flat_width(shapes) if width is None else width
         self.seed = seed
         if blocks is None:
             least = self.width / max(1, min(LEAST_SHARE, len(shapes)))
