@@ -707,7 +707,7 @@ def test_an_index_keeps_the_blocks_of_its_sketch(tiny_llama, tiny_corpus, tmp_pa
     opened = open_index(tmp_path / "other")
     assert opened.projection(opened.model()).blocks == (2,) * layers
     hits = trace(opened, "5 and 3?", " yes").hits
-    assert hits[0].score > hits[-1].score
+    assert hits[0].rank_score > hits[-1].rank_score
     assert index(tiny_llama, tiny_corpus, tmp_path / "other", **flags).store.manifest.settings["blocks"] == [2] * layers
     with pytest.raises(ManifestMismatchError, match="blocks"):
         index(tiny_llama, tiny_corpus, tmp_path / "other", blocks=(1,) * layers, **flags)
@@ -717,7 +717,7 @@ def test_an_index_keeps_the_blocks_of_its_sketch(tiny_llama, tiny_corpus, tmp_pa
 
 def test_the_default_follows_the_models_size_and_an_older_index_keeps_its_own(tiny_llama, tiny_corpus, tmp_path):
     """Width k in one bit; what another version began with other defaults, the same command goes on with."""
-    built = index(tiny_llama, tiny_corpus, tmp_path / "index", **QUIET)
+    built = index(tiny_llama, tiny_corpus, tmp_path / "index", progress=False)
     model = built.model()
     k = flat_width({name: layer_shape(layer) for name, layer in model.layers().items()})
     manifest = built.store.manifest
@@ -727,13 +727,13 @@ def test_the_default_follows_the_models_size_and_an_older_index_keeps_its_own(ti
         {"projection": "two_sided", "codec": "int8"},
         {"projection": "tensor_sketch", "codec": "float32", "blocks": (1,) * len(model.layers())},
     )):  # fmt: skip
-        older = index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", **options, **QUIET).store.manifest
-        assert index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", **QUIET).store.manifest == older
+        older = index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", **options, progress=False).store.manifest
+        assert index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", progress=False).store.manifest == older
 
 
 def test_a_flat_sketch_of_an_older_default_width_is_read_by_its_own(tiny_llama, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(count_sketch, "flat_width", lambda shapes: 8192)
-    index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", **QUIET)
+    index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", progress=False)
     monkeypatch.undo()
     opened = open_index(tmp_path / "index")
     assert opened.space.width is None and opened.projection(opened.model()).width == 8192

@@ -155,8 +155,9 @@ def _as_begun(settings: IndexSettings, loaded: LoadedModel, begun: Place | None)
             settings = replace(settings, space=replace(settings.space, projection=stored["space"]["projection"]))
         if settings.space.sketch == stored["space"]["projection"]:
             settings = replace(settings, codec=settings.codec or manifest.codec)
-            if len(loaded.layers(settings.space.layers)) == len(stored["layer_names"]) == len(stored.get("blocks", ())):
-                settings = replace(settings, blocks=tuple(stored["blocks"]))
+            blocks = tuple(stored.get("blocks", ()))
+            if settings.blocks is None and len(blocks) == len(loaded.layers(settings.space.layers)):
+                settings = replace(settings, blocks=blocks)
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
 
 
