@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from whence.indexing.build import verify as verify
     from whence.indexing.opening import Index as Index
     from whence.indexing.opening import open_index as open_index
+    from whence.indexing.planning import Plan as Plan
+    from whence.indexing.planning import plan as plan
     from whence.indexing.speed import bench as bench
     from whence.indexing.store import info as info
     from whence.indexing.vectors import IndexSettings as IndexSettings
@@ -65,6 +67,8 @@ _HOMES = {
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "open_result": "reports.saved_results",
+    "plan": "indexing.planning",
+    "Plan": "indexing.planning",
     "Query": "tracing.queries",
     "recover": "recovery.pipeline",
     "select": "selection.pipeline",

@@ -108,7 +108,7 @@ def test_blocks_that_do_not_fit_the_layers_are_refused(blocks, error):
 def test_windows_of_a_tensor_sketch_spread_over_all_columns():
     """The columns of 42 layers, as of a small model, bear within a tenth of the same load."""
     shapes = {f"{block}.{name}": shape for block in range(6) for name, shape in MODEL.items()}
-    projection, load = TensorSketch(shapes), torch.zeros(43008)
+    projection, load = TensorSketch(shapes, width=43008), torch.zeros(43008)
     for layer, (o, i) in shapes.items():
         columns = projection.columns(layer)
         assert columns.stop <= 43008 and columns.stop - columns.start == o * i // projection._cuts[layer].blocks
@@ -117,7 +117,7 @@ def test_windows_of_a_tensor_sketch_spread_over_all_columns():
 
 
 def test_a_layer_alone_fills_the_columns_of_a_tensor_sketch():
-    assert TensorSketch({"head": (4096, 256)}).columns("head") == slice(0, 43008)
+    assert TensorSketch({"head": (4096, 256)}, width=43008).columns("head") == slice(0, 43008)
     assert TensorSketch({"head": (16, 8)}).blocks == (1,)
 
 

@@ -15,7 +15,6 @@ import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from forks import forked
-from whence.catalogue import default_projection
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.indexing import ingest
 from whence.indexing.build import index, verify
@@ -200,7 +199,7 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
     [
         (
             {"projection": "count_sketch"},
-            f'--projection is "{default_projection("sgd")}" there, "count_sketch" here',
+            '--projection is "two_sided" there, "count_sketch" here',
         ),
         ({"width": 3}, "--width is 8 there, 3 here"),
         ({"codec": "int8"}, '--codec is "bfloat16" there, "int8" here'),
@@ -208,7 +207,7 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
         ({"reduction": "sum"}, '--reduction is "mean" there, "sum" here'),
         ({"layers": "*mlp*"}, '--layers is not given there, "*mlp*" here'),
         ({"max_tokens": 20}, "--max-tokens is 96 there, 20 here"),
-        ({"tokens_per_batch": 64}, "--batch-tokens is 4096 there, 64 here"),
+        ({"tokens_per_batch": 64}, "--batch-tokens is 2048 there, 64 here"),
         ({"dtype": "bfloat16"}, '--dtype is not given there, "bfloat16" here'),
     ],
 )

@@ -59,10 +59,10 @@ def test_a_planted_duplicate_ranks_first(tiny_llama, tmp_path):
         projection="two_sided",
         width=8,
     )
-    for method in ("cosine", "dot"):
-        first = trace(built, PROMPT, COMPLETION, method=method).hits[0]
+    for exact in (True, False):
+        first = trace(built, PROMPT, COMPLETION, exact=exact).hits[0]
         assert (first.rank, first.id, first.row) == (1, "planted", planted)
-    assert trace(built, PROMPT, COMPLETION).hits[0].score == pytest.approx(1, abs=0.01)
+        assert first.rank_score == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("method", ["cosine", "dot"])
@@ -89,7 +89,7 @@ def test_scores_are_those_of_single_sketches_summed_over_checkpoints_by_weight(t
         if method == "cosine":
             vectors = vectors / vectors.norm(dim=1, keepdim=True)
         true += weight * vectors[:2] @ vectors[2:].T
-    found = trace(built, queries=asked, top=12, method=method)
+    found = trace(built, queries=asked, top=12, method=method, exact=False)
     for query in range(2):
         helpful, opposing = found.of(query), found.of(query, opposing=True)
         scores = {hit.id: hit.score for hit in helpful}

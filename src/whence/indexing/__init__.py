@@ -11,6 +11,10 @@ order in which data flows:
     store         the directory: atomic commits, reading, scanning
     scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`
     opening       an open index with its model, as queries need it
+    memory        sizes in bytes, and the memory of this process
+    pilot         some passes of a build, measured; `memory_bound` finds by it the passes that a bound allows
+    preparation   what an index is made from, checked and loaded
+    planning      `plan`: what an index would take
     build         `index`, `append` and `verify`: jobs that fill, extend and repair a store
     verification  checks every file against its checksum; `repair` mends those that can be
     speed         `bench`: indexing against a training step

@@ -183,7 +183,8 @@ def _decode_onebit(stored: Tensor, k: int) -> Tensor:
 
 
 def _onebit_unbiased(scale: PerRow, norm: PerRow, k: int) -> PerRow:
-    return (norm.double().square() * inverse_or_zero(scale.double() * k)).float()  # squares of fp32 fit into fp64
+    unbiased = norm.double().square() * inverse_or_zero(scale.double() * k)  # squares of fp32 fit into fp64
+    return torch.where(norm > 0, unbiased.float(), scale)  # a tiny row's norm may have vanished
 
 
 def _onebit_noise(scale: PerRow, norm: PerRow, k: int) -> PerRow:
