@@ -17,11 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from whence import catalogue
+from whence.indexing import signed_sums
 from whence.indexing.kernels import (
     PACKED,
     TINY,
@@ -57,6 +59,9 @@ class Codec:
     error: Callable[[Vectors], Tensor]
     kernels: tuple[Callable[[Queries], Kernel], ...]
     """The first one scores batches that are too small for a trial."""
+    pair_products: Callable[[Stored, Queries, np.ndarray, np.ndarray], np.ndarray] | None = None
+    """Exact products of pairs of stored rows and queries on the CPU, before the rows' scales: of (rows, queries [q, k],
+    places of the pairs' rows, numbers of their queries). None: rows are decoded and multiplied in fp32."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
         """Stored rows and scales of vectors. Rows that are not finite must come as zeros."""
@@ -234,5 +239,6 @@ CODECS: dict[str, Codec] = {
         decoder=_decode_onebit,
         error=_onebit_error,
         kernels=(partial(integer_kernel, **PACKED["onebit"]), partial(decoded_kernel, decoder=_decode_onebit)),
+        pair_products=signed_sums.products,
     ),
 }
