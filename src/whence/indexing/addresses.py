@@ -1,8 +1,8 @@
 """Stored rows by their addresses, for compiled loops that read whole vectors of 64 bytes; no kernels, no files.
 
-An index's rows lie in many blocks (shards), each of which is contiguous. Loops that take a list of addresses do not stop
-at the end of each. A vector may reach beyond a row's end into the next one, where queries must be zeros; the last rows of
-a block, from which it would reach beyond the block, are copied.
+An index's rows lie in many blocks (shards), each of which is contiguous. Loops that take a list of addresses do not
+stop at the end of each. A vector may reach beyond a row's end into the next one, where queries must be zeros; the last
+rows of a block, from which it would reach beyond the block, are copied.
 """
 
 from collections.abc import Sequence

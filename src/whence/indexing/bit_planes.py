@@ -28,9 +28,10 @@ from whence.indexing.compiled import CompilingError
 from whence.indexing.rounding import rounded
 from whence.indexing.threads import run_together
 
-LIMIT = 0.9
+LIMIT = 1.25
 """Largest bound on the error for which a query needs no more planes, of |q|: the standard deviation of its product with
-random signs. Where all rows are noise, one of some hundred is then within the bound of the ten best of 100,000."""
+random signs. Gradients' products with one-bit rows spread over 4 |q|, so that few rows are as near to the best ones;
+where all rows are noise, one of a hundred is."""
 PLANES = (3, 4, 5, 6, 8, 10)
 """Numbers of planes: each is a loop to compile."""
 _SUMS = 20
@@ -51,9 +52,10 @@ def planes_of(queries: Float32[Tensor, "q k"]) -> tuple[np.ndarray, np.ndarray, 
     """
     limits = LIMIT * np.linalg.norm(queries.numpy(), axis=1)
     for bits in PLANES:
-        whole, step, errors = rounded(queries, 2**bits - 1)
-        if (errors <= limits).all():
+        rounding = rounded(queries, 2**bits - 1)
+        if bits == PLANES[-1] or (rounding[2] <= limits).all():
             break
+    whole, step, errors = rounding
     sizes = np.abs(whole)
     planes = [whole > 0, *((sizes >> b) & 1 for b in range(bits))]
     ones = np.stack([np.packbits(plane, axis=1, bitorder="little") for plane in planes], 1)
@@ -124,7 +126,9 @@ def _loop(planes: int) -> Callable[..., None]:
 
     row, sample = np.zeros(VECTOR, np.uint8), np.zeros((1, 1 + planes, VECTOR), np.uint8)
     try:
-        loop(np.array([row.ctypes.data]), np.ones(1, np.float32), sample, np.zeros((1, 2)), np.zeros((1, 1), np.float32))
+        loop(
+            np.array([row.ctypes.data]), np.ones(1, np.float32), sample, np.zeros((1, 2)), np.zeros((1, 1), np.float32)
+        )
     except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's
         raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop

@@ -238,7 +238,10 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_onebit,
         decoder=_decode_onebit,
         error=_onebit_error,
-        kernels=(partial(integer_kernel, **PACKED["onebit"]), partial(decoded_kernel, decoder=_decode_onebit)),
+        kernels=(
+            partial(integer_kernel, **PACKED["onebit"]),
+            partial(decoded_kernel, decoder=_decode_onebit, exactly=False),
+        ),
         pair_products=signed_sums.products,
     ),
 }

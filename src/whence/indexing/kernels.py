@@ -228,10 +228,11 @@ def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
     return lambda rows: kernel()(rows)
 
 
-def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
+def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor], *, exactly: bool = True) -> Kernel:
     """Decode a few rows at a time and multiply in fp32: right on any device, and as slow as decoding is.
 
-    `decoder` gives, for stored rows and their width, the values of the codes before the rows' scales.
+    `decoder` gives, for stored rows and their width, the values of the codes before the rows' scales. These sums in
+    fp32 count as exact, unless they are not to: then, for signs, what they lose is a slack.
     """
     k = queries.shape[1]
     step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
@@ -242,7 +243,7 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
             for first in range(0, len(block), step):
                 torch.mm(decoder(block[first : first + step], k), queries.T, out=into[first : first + step])
             into.mul_(factors[:, None])
-        return Block(out.T)
+        return Block(out.T, slack_per_scale=None if exactly else queries.norm(dim=1) * (k**0.5 * _FP32_SUM))
 
     return score
 

@@ -1,13 +1,13 @@
-"""Products of one-bit rows with many queries in a CPU's matrix units (AMX), in a loop that numba compiles (extra `fast`).
+"""Products of one-bit rows with many queries in matrix units (AMX), in a loop that numba compiles (extra `fast`).
 
 Queries are rounded to 8 bits (see `rounding`). With the bits u of a row, <s, q> = step (2 <u, whole> - sum of whole). A
 tile holds 16 rows of 64 bytes, and an instruction multiplies one by another and adds to a third, in integers. Only the
-bits must first become bytes: bit b of 64 bytes that follow one another, for b from 0 to 7, is a row of a tile, which one
-shift and one mask give, and the queries' tiles are laid out to match. 32 rows are unpacked at a time, while the last
-ones' tiles are multiplied by those of 32 queries; what is unpacked and the queries' tiles stay in the nearest caches.
+bits must first become bytes: bit b of 64 bytes that follow one another is a row of a tile, which one shift and one mask
+give, and the queries' tiles are laid out to match. While 32 rows are multiplied by 32 queries, their next bits are
+unpacked; these and the queries' tiles stay in the nearest caches.
 
-A library's product (oneDNN) wants all codes as bytes in memory first: with them it reaches two thirds of this loop's
-speed for 64 queries, without the time for unpacking.
+A library's product (oneDNN) wants all codes as bytes in memory first: for 64 queries it reaches two thirds of this
+loop's speed, without the time for unpacking.
 
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (AMX).
 """
@@ -181,105 +181,139 @@ def _loop() -> Callable[..., None]:
 
 @no_type_check
 def _multiplying() -> Callable[..., None]:
-    """A function for compiled code: (rows, first vector, vectors, tiles, ring, sums, bytes of a row of sums, configuration).
+    """A function for compiled code: (rows, rows to come, first, vectors, tiles, ring, sums, stride, configuration).
 
-    All are addresses but for the numbers; `rows` is that of a list of 32 addresses. To 32 x 32 sums it adds the products
-    of as many rows and queries, over so many vectors, one or more.
+    All are addresses but for the numbers `first` vector, `vectors` (one or more) and `stride`, bytes of a row of sums;
+    the first two are those of lists of 32 addresses. To 32 x 32 sums it adds the products of as many rows and queries,
+    over so many vectors, and prefetches those of the rows to come.
     """
-    from llvmlite import ir
     from numba import types
-    from numba.core import cgutils
     from numba.extending import intrinsic
-
-    word, number, byte, lanes = ir.IntType(64), ir.IntType(32), ir.IntType(8), VECTOR // 4
-    vector, pointer, nothing = ir.VectorType(number, lanes), byte.as_pointer(), ir.VoidType()
-
-    def function(builder, name, *kinds):
-        kind = ir.FunctionType(nothing, list(kinds))
-        return cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
-
-    def prefetch(builder, place):
-        """Fetch a line into the second cache."""
-        kind = ir.FunctionType(nothing, [pointer, number, number, number])
-        call = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        builder.call(call, [builder.inttoptr(place, pointer), *(ir.Constant(number, value) for value in (0, 2, 1))])
-
-    def unpack(builder, source, into, rows, bits):
-        """Store bits of the 64 bytes of rows: source(row) is their address, into(bit, row) where they go."""
-        for row in rows:
-            loaded = builder.load(builder.inttoptr(source(row), vector.as_pointer()))
-            loaded.align = 1
-            for bit in bits:
-                shifted = builder.lshr(loaded, vector([bit] * lanes))
-                ones = builder.and_(shifted, vector([0x01010101] * lanes))
-                builder.store(ones, builder.inttoptr(into(bit, row), vector.as_pointer())).align = VECTOR
-
-    def step(builder, tiles, unpacked):
-        """Four products of tiles: two of queries, at `tiles`, and two of rows, at `unpacked`, into sums 0 to 3."""
-        load, dot = function(builder, "tileloadd64", byte, pointer, word), function(builder, "tdpbssd", byte, byte, byte)
-        for half in range(2):
-            place = builder.add(tiles, word(half * _TILE))
-            builder.call(load, [byte(6 + half), builder.inttoptr(place, pointer), word(VECTOR)])
-        for half in range(2):
-            place = builder.add(unpacked, word(half * _TILE))
-            builder.call(load, [byte(4 + half), builder.inttoptr(place, pointer), word(VECTOR)])
-            for query in range(2):
-                builder.call(dot, [byte(2 * half + query), byte(4 + half), byte(6 + query)])
 
     @intrinsic
     def multiply(typing, rows, ahead, first, vectors, tiles, ring, sums, stride, configuration):
         def generate(context, builder, signature, arguments):
             rows, ahead, first, vectors, tiles, ring, sums, stride, configuration = arguments
-            builder.call(function(builder, "ldtilecfg", pointer), [builder.inttoptr(configuration, pointer)])
-            places = [
-                builder.inttoptr(builder.add(builder.add(sums, word(64 * query)), builder.mul(stride, word(16 * half))), pointer)
-                for half in range(2)
-                for query in range(2)
-            ]
-            for tile, place in enumerate(places):
-                load = function(builder, "tileloadd64", byte, pointer, word)
-                builder.call(load, [byte(tile), place, stride])
-            offset = builder.mul(first, word(VECTOR))
-            starts, next_starts = (
-                [builder.add(builder.load(builder.gep(listed, [word(row)])), offset) for row in range(_SIDE)]
-                for listed in (builder.inttoptr(rows, word.as_pointer()), builder.inttoptr(ahead, word.as_pointer()))
-            )
-
-            def into(bit, row):
-                return builder.add(ring, word(bit % (2 * _GROUP) * 2 * _TILE + row * VECTOR))
-
-            unpack(builder, lambda row: starts[row], into, range(_SIDE), range(_GROUP))
+            emitter = _Emitter(builder, ring)
+            emitter.call("ldtilecfg", configuration)
+            emitter.sums("tileloadd64", sums, stride)
+            starts, next_starts = (emitter.starts(listed, first) for listed in (rows, ahead))
+            emitter.unpack(starts, emitter.word(0), range(_SIDE), range(_GROUP))
             before, turn = builder.block, builder.append_basic_block("turn")
             after = builder.append_basic_block("after")
             builder.branch(turn)
             builder.position_at_end(turn)
-            place = builder.phi(word)
-            following = builder.add(place, word(1))
+            place = builder.phi(emitter.word)
+            following = builder.add(place, emitter.word(1))
             is_last = builder.icmp_unsigned(">=", following, vectors)
-            here, there = (
-                builder.mul(each, word(VECTOR)) for each in (place, builder.select(is_last, place, following))
-            )
-            part = builder.add(tiles, builder.mul(place, word(_BITS * 2 * _TILE)))
-            for bit in range(_BITS):
-                # meanwhile a share of the rows is unpacked, to the group of bits that follows
-                group = bit // _GROUP * _GROUP + _GROUP
-                bits = range(group % _BITS, group % _BITS + _GROUP)
-                some = range(bit % _GROUP * _SIDE // _GROUP, (bit % _GROUP + 1) * _SIDE // _GROUP)
-                from_ = here if group < _BITS else there
-                unpack(builder, lambda row, at=from_: builder.add(starts[row], at), into, some, bits)
-                for row in range(bit * _SIDE // _BITS, (bit + 1) * _SIDE // _BITS):
-                    prefetch(builder, builder.add(next_starts[row], here))
-                step(builder, builder.add(part, word(bit * 2 * _TILE)), into(bit, 0))
-            place.add_incoming(word(0), before)
+            there = builder.select(is_last, place, following)
+            emitter.vector(starts, next_starts, place, there, tiles)
+            place.add_incoming(emitter.word(0), before)
             place.add_incoming(following, turn)
             builder.cbranch(is_last, after, turn)
             builder.position_at_end(after)
-            for tile, where in enumerate(places):
-                store = function(builder, "tilestored64", byte, pointer, word)
-                builder.call(store, [byte(tile), where, stride])
-            builder.call(function(builder, "tilerelease"), [])
+            emitter.sums("tilestored64", sums, stride)
+            emitter.call("tilerelease")
             return context.get_dummy_value()
 
         return types.void(*(types.intp,) * 9), generate
 
     return multiply
+
+
+@no_type_check
+class _Emitter:
+    """Writes instructions for tiles: 0 to 3 are sums, 4 and 5 of rows, 6 and 7 of queries. Places are addresses."""
+
+    def __init__(self, builder, ring):
+        from llvmlite import ir
+
+        self.builder, self.ring = builder, ring
+        self.word, self.number, self.byte, self.void = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.VoidType()
+        self.lanes = ir.VectorType(self.number, VECTOR // 4)
+        self.pointer = self.byte.as_pointer()
+        self.function = ir.FunctionType
+
+    def call(self, name, *arguments):
+        """An instruction of tiles: of their numbers, given as integers, addresses and other words."""
+        kinds, values = [], []
+        for number, argument in enumerate(arguments):
+            if isinstance(argument, int):
+                kinds.append(self.byte)
+                values.append(self.byte(argument))
+            elif number == 1 or len(arguments) == 1:  # the place, after a tile's number or alone
+                kinds.append(self.pointer)
+                values.append(self.builder.inttoptr(argument, self.pointer))
+            else:
+                kinds.append(self.word)
+                values.append(argument)
+        name = f"llvm.x86.{name}"
+        self.builder.call(self.builder.module.globals.get(name) or self.declared(name, kinds), values)
+
+    def declared(self, name, kinds):
+        """A function of the compiler's own."""
+        from llvmlite import ir
+
+        return ir.Function(self.builder.module, self.function(self.void, kinds), name)
+
+    def plus(self, place, offset):
+        """A place so many bytes further."""
+        return self.builder.add(place, self.word(offset))
+
+    def sums(self, name, place, stride):
+        """Load or store the four tiles of sums."""
+        for half in range(2):
+            for query in range(2):
+                row = self.builder.mul(stride, self.word(16 * half))
+                self.call(name, 2 * half + query, self.builder.add(self.plus(place, 64 * query), row), stride)
+
+    def starts(self, listed, first):
+        """Addresses of 32 rows, from a list, at their first vector."""
+        offset = self.builder.mul(first, self.word(VECTOR))
+        pointer = self.builder.inttoptr(listed, self.word.as_pointer())
+        loaded = [self.builder.load(self.builder.gep(pointer, [self.word(row)])) for row in range(_SIDE)]
+        return [self.builder.add(start, offset) for start in loaded]
+
+    def slot(self, bit):
+        """Where a bit of 32 rows is unpacked to."""
+        return self.plus(self.ring, bit % (2 * _GROUP) * 2 * _TILE)
+
+    def unpack(self, starts, offset, rows, bits):
+        """Store bits of 64 bytes of rows."""
+        for row in rows:
+            place = self.builder.add(starts[row], offset)
+            loaded = self.builder.load(self.builder.inttoptr(place, self.lanes.as_pointer()))
+            loaded.align = 1
+            for bit in bits:
+                shifted = self.builder.lshr(loaded, self.lanes([bit] * (VECTOR // 4)))
+                ones = self.builder.and_(shifted, self.lanes([0x01010101] * (VECTOR // 4)))
+                place = self.builder.inttoptr(self.plus(self.slot(bit), row * VECTOR), self.lanes.as_pointer())
+                self.builder.store(ones, place).align = VECTOR
+
+    def prefetch(self, place):
+        """Fetch a line into the second cache, valid or not."""
+        kinds = [self.pointer, *[self.number] * 3]
+        function = self.builder.module.declare_intrinsic(
+            "llvm.prefetch", (self.pointer,), self.function(self.void, kinds)
+        )
+        read, second, data = (self.number(value) for value in (0, 2, 1))
+        self.builder.call(function, [self.builder.inttoptr(place, self.pointer), read, second, data])
+
+    def vector(self, starts, next_starts, place, there, tiles):
+        """The products of one vector of 32 rows, the `place`-th; after it comes that at `there`."""
+        here, there = (self.builder.mul(each, self.word(VECTOR)) for each in (place, there))
+        tiles = self.builder.add(tiles, self.builder.mul(place, self.word(_BITS * 2 * _TILE)))
+        line, share = self.word(VECTOR), _SIDE // _GROUP
+        for bit in range(_BITS):
+            # meanwhile a share of the rows is unpacked, to the group of bits that follows
+            group, turn = bit // _GROUP * _GROUP + _GROUP, bit % _GROUP
+            some, bits = range(turn * share, turn * share + share), range(group % _BITS, group % _BITS + _GROUP)
+            self.unpack(starts, here if group < _BITS else there, some, bits)
+            for row in range(bit * _SIDE // _BITS, (bit + 1) * _SIDE // _BITS):
+                self.prefetch(self.builder.add(next_starts[row], here))
+            for query in range(2):
+                self.call("tileloadd64", 6 + query, self.plus(tiles, (2 * bit + query) * _TILE), line)
+            for half in range(2):
+                self.call("tileloadd64", 4 + half, self.plus(self.slot(bit), half * _TILE), line)
+                for query in range(2):
+                    self.call("tdpbssd", 2 * half + query, 4 + half, 6 + query)

@@ -1,16 +1,17 @@
 """Queries rounded at random to few levels, and how far that can move their products with rows of signs; no kernels.
 
-An entry q is clipped to a limit c and rounded up or down to a whole multiple of a step, with the probability that leaves
-its mean as it was. Errors of entries are independent and less than a step, so that the error of a product with any signs
-has mean 0 but for what clipping takes away, and with L = ln(2 / RISK) it is, with probability 1 - RISK, at most
+An entry q is clipped to a limit c and rounded up or down to a whole multiple of a step, with the probability that
+leaves its mean as it was. Errors of entries are independent and less than a step, so that the error of a product with
+any signs has mean 0 but for what clipping takes away. With L = ln(2 / RISK) and probability 1 - RISK it is at most
 
-    sum of max(|q| - c, 0)  +  the smaller of   step sqrt(k L / 2)                 (Hoeffding)
-                                                step (L / 3 + sqrt(L^2 / 9 + 2 V L))   (Bernstein)
+    sum of max(|q| - c, 0)  +  the smaller of   step sqrt(k L / 2)             (Hoeffding)
+                                                step (sqrt(2 V L) + L / 3)     (Bernstein)
 
-where V is the sum of the variances f (1 - f) of the entries, f being the fraction that is rounded away. The limit is one
-of several shares of the largest entry: what makes this smallest. So a few outliers do not spoil the step of all others.
+where V is the sum of the variances f (1 - f) of the entries, f being the fraction that is rounded away. The limit is
+one of several shares of the largest entry, the one that makes this smallest: so a few outliers do not spoil the step of
+all others.
 
-Source: Boucheron, Lugosi and Massart 2013, Concentration inequalities, theorem 2.8 and corollary 2.11. RaBitQ (Gao and
+Source: Boucheron, Lugosi and Massart 2013, Concentration inequalities, theorems 2.8 and 2.10. RaBitQ (Gao and
 Long 2024, arXiv 2405.12497, section 3.3) rounds its queries in the same way.
 """
 
@@ -30,7 +31,7 @@ _FEW_LEVELS = 63
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Limits that are tried, of the largest entry."""
 _FP32 = 2.0**-20  # of an entry: what quotients, sums with the noise and scores lose in fp32
-_TINY = np.float32(2.0**-119)
+_TINY = np.float32(2.0**-100)  # far above numbers whose steps would be subnormal
 
 
 def rounded(
@@ -38,7 +39,7 @@ def rounded(
 ) -> tuple[Int16[np.ndarray, "q k"], Float32[np.ndarray, " q"], Float32[np.ndarray, " q"]]:
     """Whole numbers from -levels to levels, their step, and the bound on the error of a product with signs.
 
-    The noise is the same in every call: so is the result.
+    The noise is the same in every call, and for every query: so is a query's result.
 
     Args:
         queries: On the CPU, finite.
@@ -62,16 +63,16 @@ def _round_row(values: np.ndarray, levels: int, noise: np.ndarray, out: np.ndarr
     sizes = np.abs(values)
     limit, excess = _limit(sizes, levels)
     step = float(limit) / levels
-    scaled = values * np.float32(1 / step)
+    scaled = values / np.float32(step)
+    arithmetic = _FP32 * step * math.sqrt(len(values) * float(np.dot(scaled, scaled)))  # |errors| |signs|
     np.clip(scaled, -levels, levels, out=scaled)
     bound = math.sqrt(len(values) * _LOG / 2)
     if levels <= _FEW_LEVELS:
         fraction = scaled - np.floor(scaled)
         variance = float(np.dot(fraction, 1 - fraction))
-        bound = min(bound, _LOG / 3 + math.sqrt(_LOG**2 / 9 + 2 * variance * _LOG))
+        bound = min(bound, math.sqrt(2 * variance * _LOG) + _LOG / 3)
     scaled += noise
     out[:] = np.floor(scaled, out=scaled)
-    arithmetic = _FP32 * math.sqrt(len(values) * float(np.dot(values, values)))  # |error of entries| |signs|
     return step, excess + step * bound + arithmetic
 
 

@@ -370,7 +370,9 @@ def _pair_scores(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> 
     for number in np.unique(of_batch):
         batch, some = batches[number], np.flatnonzero(of_batch == number)
         place, query = batch.places(pairs.row[some]), pairs.query[some]
-        for c, (weight, rows, norm) in enumerate(zip(scan_query.weights.tolist(), batch.rows, batch.norms, strict=True)):
+        for c, (weight, rows, norm) in enumerate(
+            zip(scan_query.weights.tolist(), batch.rows, batch.norms, strict=True)
+        ):
             products = multiply(rows, scan_query.queries[c], place, query) * rows.scales[place]
             factor = inverse_or_zero(torch.from_numpy(norm[place])).numpy() if scan_query.cosine else 1
             total[some] += products * (np.float32(weight) * factor)

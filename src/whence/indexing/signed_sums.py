@@ -31,7 +31,10 @@ _spent = 0.0  # seconds of products that were not compiled
 
 
 def products(
-    rows: Stored, queries: Float32[Tensor, "q k"], place: Int64[np.ndarray, " pairs"], query: Int64[np.ndarray, " pairs"]
+    rows: Stored,
+    queries: Float32[Tensor, "q k"],
+    place: Int64[np.ndarray, " pairs"],
+    query: Int64[np.ndarray, " pairs"],
 ) -> Float32[np.ndarray, " pairs"]:
     """Products of the signs of rows with queries, without the rows' scales.
 
@@ -118,8 +121,8 @@ def _loop() -> Callable[..., None]:
 def _adding() -> tuple[Callable[..., None], Callable[..., None]]:
     """Two functions for compiled code: (bits, numbers, words of 32 bits, total), and (from, to); all but one addresses.
 
-    The first one stores the fp64 sum of fp32 numbers with signs, in 32 sums, each of every 32nd number. The other copies
-    four bytes.
+    The first one stores the fp64 sum of fp32 numbers with signs, in 32 sums, each of every 32nd number. The other
+    copies four bytes.
     """
     from llvmlite import ir
     from numba import types
