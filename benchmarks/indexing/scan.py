@@ -29,9 +29,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ import torch
 from whence.indexing.codecs import CODECS, Codec
 from whence.indexing.ingest import rows_per_shard
 from whence.indexing.manifest import Manifest
-from whence.indexing.shards import ShardArrays
+from whence.indexing.shards import Shard, ShardArrays, encoded
 from whence.indexing.store import Store
 
 MANY = 64
@@ -47,23 +46,18 @@ WARM_SECONDS = 2.0  # of each kind: a process compiles its kernel after a second
 ASLEEP = 0.005  # seconds before each run: threads of the last one's products stay awake for a millisecond or two
 
 
-class BitStore(Store):
-    """A store whose rows of one bit are random bits, whatever vectors are written."""
-
-    @property
-    def codec(self) -> Codec:
-        """A codec of random bits."""
-
-        def encoder(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            bits = self.rng.integers(0, 256, (len(vectors), -(-vectors.shape[1] // 8)), dtype=np.uint8)
-            return torch.from_numpy(bits), torch.full((len(vectors),), math.sqrt(2 / math.pi))
-
-        return replace(super().codec, encoder=encoder)
-
-    @cached_property
-    def rng(self) -> np.random.Generator:
-        """Of the bits."""
-        return np.random.default_rng(0)
+def random_bits(arrays: ShardArrays, codec: Codec) -> Shard:
+    """A shard of one-bit rows that are random bits, whatever the vectors are."""
+    n, width = arrays.vectors.shape
+    rng = np.random.default_rng(int(arrays.loss[0]))
+    return Shard(
+        vectors=torch.from_numpy(rng.integers(0, 256, (n, codec.columns(width)), dtype=np.uint8)),
+        scale=torch.full((n,), math.sqrt(2 / math.pi)),
+        norm=arrays.norm,
+        loss=arrays.loss,
+        status=arrays.status,
+        tokens=arrays.tokens,
+    )
 
 
 def direction(width: int) -> torch.Tensor:
@@ -78,8 +72,6 @@ def random_store(path: Path, codec: str, rows: int, width: int, spread: float, b
     )
     store = Store.create(path, manifest)
     rng, common = torch.Generator().manual_seed(0), direction(width)
-    if bits:
-        store = BitStore(store.place, store.manifest)
     size = rows_per_shard(width)
     for part, first in enumerate(range(0, rows, size)):
         n = min(size, rows - first)
@@ -90,13 +82,14 @@ def random_store(path: Path, codec: str, rows: int, width: int, spread: float, b
         arrays = ShardArrays(
             vectors=vectors,
             norm=vectors.norm(dim=1) if not bits else torch.full((n,), width**0.5),
-            loss=torch.ones(n),
+            loss=torch.full((n,), float(part)),  # of which random bits are made, too
             status=torch.zeros(n, dtype=torch.uint8),
             tokens=torch.ones(n, dtype=torch.int32),
         )
-        store.write_shard(0, part, arrays)
+        with mock.patch("whence.indexing.store.encoded", random_bits if bits else encoded):
+            store.write_shard(0, part, arrays)
     store.finish_parts()
-    return Store(store.place, store.manifest)
+    return store
 
 
 def seconds(work: Callable[[], object]) -> float:

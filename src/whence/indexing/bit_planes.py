@@ -51,11 +51,11 @@ def planes_of(queries: Float32[Tensor, "q k"]) -> tuple[np.ndarray, np.ndarray, 
         all sizes [q, 2]; the bound on the error of a product with signs [q].
     """
     limits = LIMIT * np.linalg.norm(queries.numpy(), axis=1)
-    for bits in PLANES:
-        rounding = rounded(queries, 2**bits - 1)
-        if bits == PLANES[-1] or (rounding[2] <= limits).all():
+    bits, (whole, step, errors) = PLANES[0], rounded(queries, 2 ** PLANES[0] - 1)
+    for more in PLANES[1:]:
+        if (errors <= limits).all():
             break
-    whole, step, errors = rounding
+        bits, (whole, step, errors) = more, rounded(queries, 2**more - 1)
     sizes = np.abs(whole)
     planes = [whole > 0, *((sizes >> b) & 1 for b in range(bits))]
     ones = np.stack([np.packbits(plane, axis=1, bitorder="little") for plane in planes], 1)

@@ -79,7 +79,8 @@ def _round_row(values: np.ndarray, levels: int, noise: np.ndarray, out: np.ndarr
 def _limit(sizes: np.ndarray, levels: int) -> tuple[np.float32, float]:
     """The limit with the smallest bound, were an average entry's variance a sixth; and what clipping takes away.
 
-    The bound is convex in the limit, so that the first one that is no better ends the search.
+    The bound is convex in the limit, so that the first one that is no better ends the search. A sample of the entries
+    would not do: it has too few outliers.
     """
     largest, k = np.maximum(sizes.max(initial=0), _TINY), len(sizes)
     chosen, taken, best = largest, 0.0, math.inf

@@ -1,6 +1,6 @@
 """Exact products of pairs of a one-bit row and a query, in fp64, for the few rows whose rounded products are too near.
 
-    <s, q> = sum over j of q[j] where bit j is set, -q[j] where it is not
+    <s, q> = 2 * sum over the bits j that are set of q[j] - sum over all j of q[j]
 
 The sums of k fp32 entries in fp64 are exact to 10^-11 of |q|_1, so that their rounding to fp32 does not depend on the
 order of summing, but for ties closer than that: rows score the same wherever they lie, compiled (extra `fast`) or not.
@@ -96,11 +96,16 @@ def _loop() -> Callable[..., None]:
     @numba.njit(nogil=True)
     def loop(addresses, queries, query, out) -> None:
         total, last = np.zeros(1), np.zeros(4, np.uint8)
-        words = queries.shape[1] // 32
+        words, known, whole = queries.shape[1] // 32, -1, 0.0
+        ones = np.full(4 * words + 1, 255, np.uint8)
         for pair in range(addresses.shape[0]):
             numbers = queries[query[pair]]
+            if query[pair] != known:  # pairs of one query follow one another
+                known = query[pair]
+                add(ones.ctypes.data, numbers.ctypes.data, words, total.ctypes.data)
+                whole = total[0]
             add(addresses[pair], numbers.ctypes.data, words, total.ctypes.data)
-            rest = total[0]
+            rest = 2 * total[0] - whole
             if 32 * words < queries.shape[1]:  # an address can be read for whole vectors
                 copy(addresses[pair] + 4 * words, last.ctypes.data)
                 for place in range(32 * words, queries.shape[1]):
@@ -121,8 +126,8 @@ def _loop() -> Callable[..., None]:
 def _adding() -> tuple[Callable[..., None], Callable[..., None]]:
     """Two functions for compiled code: (bits, numbers, words of 32 bits, total), and (from, to); all but one addresses.
 
-    The first one stores the fp64 sum of fp32 numbers with signs, in 32 sums, each of every 32nd number. The other
-    copies four bytes.
+    The first one stores the fp64 sum of the fp32 numbers whose bits are set, in 32 sums, each of every 32nd number. The
+    other copies four bytes.
     """
     from llvmlite import ir
     from numba import types
@@ -151,7 +156,7 @@ def _adding() -> tuple[Callable[..., None], Callable[..., None]]:
                 loaded = builder.load(builder.inttoptr(at, stored.as_pointer()))
                 loaded.align = 4
                 loaded = builder.fpext(loaded, vector)
-                added.append(builder.fadd(sums[part], builder.select(signs, loaded, builder.fsub(zero, loaded))))
+                added.append(builder.fadd(sums[part], builder.select(signs, loaded, zero)))
             for value, value_after in zip([place, *sums], [following, *added], strict=True):
                 value.add_incoming(word(0) if value is place else zero, before)
                 value.add_incoming(value_after, turn)
