@@ -80,14 +80,14 @@ def kernels_of(queries):
     return made + [kernel for kernel in costly if kernel is not None]
 
 
-@pytest.mark.parametrize("k", [7, 513, 4096])
+@pytest.mark.parametrize("k", [7, 513, 1100])
 @pytest.mark.parametrize("q", [1, 4, 40])
-@pytest.mark.parametrize("m", [1, 10, 3000])
+@pytest.mark.parametrize("m", [10, 3000])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_every_kernel_leads_to_the_same_exact_ranking(k, q, m, cosine, monkeypatch):
-    n, generator = 2000, torch.Generator().manual_seed(k)
+    n, generator = 700, torch.Generator().manual_seed(k)
     vectors = torch.randn(n, k, generator=generator)
-    vectors[1500:1504] = vectors[3]
+    vectors[500:504] = vectors[3]
     vectors[20] = 0
     stored, scale = CODECS["onebit"].encode(vectors)
     ones = torch.ones(n)
@@ -115,12 +115,12 @@ def test_every_kernel_leads_to_the_same_exact_ranking(k, q, m, cosine, monkeypat
             expected = (sign * true).sort(dim=1, descending=True, stable=True)
             assert torch.allclose(sign * ranking.scores, expected.values[:, :m], rtol=1e-6, atol=1e-9)
             if m == 10 and k > 7 and sign == 1:
-                assert [row for row in ranking.rows[0].tolist() if row in (3, 1500, 1501, 1502, 1503)] == [
+                assert [row for row in ranking.rows[0].tolist() if row in (3, 500, 501, 502, 503)] == [
                     3,
-                    1500,
-                    1501,
-                    1502,
-                    1503,
+                    500,
+                    501,
+                    502,
+                    503,
                 ], "equal rows rank by their numbers"
     assert len(rankings) >= 2
     for ends in rankings[1:]:

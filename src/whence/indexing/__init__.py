@@ -10,7 +10,7 @@ order in which data flows:
     manifest      what is in an index, with checksums
     store         the directory: atomic commits, reading, scanning
     scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`; rows of one bit
-                  by `bit_planes` and `matrix_units` (queries by `rounding`, rows by `addresses`), exactly by `signed_sums`
+                  by `bit_planes` and `matrix_units`, from `rounding` and `addresses`, and exactly by `signed_sums`
     opening       an open index with its model, as queries need it
     build         `index`, `append` and `verify`: jobs that fill, extend and repair a store
     verification  checks every file against its checksum; `repair` mends those that can be
