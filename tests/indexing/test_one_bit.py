@@ -52,7 +52,7 @@ def test_a_loop_is_the_product_with_the_rounded_query(module, k, n, q):
     levels = 127 if module is matrix_units else 2 ** (bit_planes.planes_of(queries)[0].shape[1] - 1) - 1
     whole, step, _ = kernels.rounded(queries, levels)
     rounded = signs @ torch.from_numpy(whole * step[:, None].astype(np.float64)).T * scale[:, None]
-    assert torch.allclose(got.double(), rounded, rtol=1e-6, atol=1e-6 * queries.norm())
+    assert torch.allclose(got.double(), rounded, rtol=1e-6, atol=1e-6 * float(queries.norm()))
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=needs_numba)])
