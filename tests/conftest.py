@@ -230,7 +230,7 @@ def tiny_index(tiny_llama, tiny_corpus, tmp_path_factory):
     from whence.indexing.build import index
 
     out = tmp_path_factory.mktemp("tiny") / "index"
-    index(tiny_llama, tiny_corpus, out, width=8, progress=False)
+    index(tiny_llama, tiny_corpus, out, projection="two_sided", width=8, progress=False)
     return out
 
 

@@ -22,6 +22,8 @@ class Entry:
     cost: str
     """A projection's for each layer and example, with d = o * i; a selector's for n rows and s targets."""
     source: str
+    codec: str = "bfloat16"
+    """Of a projection, how its vectors are stored where nobody says otherwise: name in `indexing.codecs.CODECS`."""
 
     def load(self) -> Any:
         """Import the class."""
@@ -70,11 +72,14 @@ PROJECTIONS: dict[str, Entry] = {
         "whence.gradients.projections.two_sided:TwoSided", "t (i + o) k + t k^2, no gradient formed", "arXiv 2405.13954"
     ),
     "sjlt": Entry("whence.gradients.projections.sjlt:SJLT", "t d + s d", "arXiv 1012.1577"),
-    "count_sketch": Entry("whence.gradients.projections.count_sketch:CountSketch", "t d + d", "arXiv 0902.2206"),
+    "count_sketch": Entry(
+        "whence.gradients.projections.count_sketch:CountSketch", "t d + d", "arXiv 0902.2206", codec="onebit"
+    ),
     "tensor_sketch": Entry(
         "whence.gradients.projections.tensor_sketch:TensorSketch",
         "t (i + o) R + t d / R",
         "doi 10.1145/2487575.2487591",
+        codec="onebit",
     ),
     "shuffle_sum": Entry("whence.gradients.projections.shuffle_sum:ShuffleSum", "t d + d", "arXiv 2405.11724"),
     "srht": Entry("whence.gradients.projections.srht:SRHT", "t d + 64 d log64 d", "arXiv 1011.1595"),
@@ -82,7 +87,7 @@ PROJECTIONS: dict[str, Entry] = {
     "identity": Entry("whence.gradients.projections.identity:Identity", "t d", "the gradient itself"),
 }
 
-DEFAULT_PROJECTIONS: dict[str, str] = {"sgd": "two_sided", "adam": "count_sketch"}
+DEFAULT_PROJECTIONS: dict[str, str] = {"sgd": "tensor_sketch", "adam": "count_sketch"}
 """By the optimizer's view of a gradient: what Adam makes of one is no product of two, so that it must be formed."""
 
 
@@ -207,11 +212,15 @@ class TraceMethod:
     """Whether each layer's gradient is divided by its norm."""
     scorer: str | None = None
     """Name in `SCORERS`; None for a method that compares gradients."""
+    reranks: bool = False
+    """Whether unprojected gradients decide its order, unless told not to."""
 
 
 TRACE_METHODS: dict[str, TraceMethod] = {
-    "cosine": TraceMethod("cosine of the index' vectors", cosine=True, from_index=True),
-    "dot": TraceMethod("inner product of the index' vectors (TracIn, compressed)", from_index=True),
+    "cosine": TraceMethod("cosine of gradients, by the index' vectors", cosine=True, from_index=True, reranks=True),
+    "dot": TraceMethod(
+        "inner product of gradients, by the index' vectors (TracIn, compressed)", from_index=True, reranks=True
+    ),
     "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
     "reach": TraceMethod("how far an example moved any of the answer's tokens, either way", scorer="reach"),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),

@@ -275,7 +275,21 @@ def test_a_directory_that_is_no_index_is_left_alone(whence, tiny_llama, tiny_cor
 
 
 def test_other_settings_are_told(whence, tiny_llama, tiny_corpus, tiny_index):
-    told = complaint(whence("index", tiny_llama, tiny_corpus, "-o", tiny_index, "--width", 8, "--codec", "int8"))
+    told = complaint(
+        whence(
+            "index",
+            tiny_llama,
+            tiny_corpus,
+            "-o",
+            tiny_index,
+            "--projection",
+            "two_sided",
+            "--width",
+            8,
+            "--codec",
+            "int8",
+        )
+    )
     assert '--codec is "bfloat16" there, "int8" here' in told
 
 
@@ -336,7 +350,9 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(whence, tiny_llama, tm
 
 
 def test_index_and_info_print_one_document(whence, tiny_llama, tiny_corpus, tmp_path):
-    built = whence("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--width", 4, "--json")
+    built = whence(
+        "index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--projection", "two_sided", "--width", 4, "--json"
+    )
     assert built.code == 0
     assert built.json() == whence("info", tmp_path / "index", "--json").json()
     assert (built.json()["rows"], built.json()["complete"], built.json()["width"]) == (20, True, 14 * 4 * 4)
@@ -403,7 +419,7 @@ def wide_index(tiny_llama, tmp_path_factory):
     from whence.indexing.build import index
 
     out = tmp_path_factory.mktemp("wide") / "index"
-    index(tiny_llama, corpus_rows(34), out, width=4, progress=False)
+    index(tiny_llama, corpus_rows(34), out, projection="two_sided", width=4, progress=False)
     return out
 
 
@@ -504,7 +520,10 @@ def test_a_question_that_cannot_be_answered_is_told_in_one_line(whence, wide_ind
 def test_text_rows_are_shown_as_text(whence, tiny_llama, tmp_path):
     rows = [{"id": f"{number}\ud800", "text": f"[bold]{number}\ud800"} for number in range(4)]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
-    assert whence("index", tiny_llama, corpus, "-o", tmp_path / "index", "--width", 4).code == 0
+    assert (
+        whence("index", tiny_llama, corpus, "-o", tmp_path / "index", "--projection", "two_sided", "--width", 4).code
+        == 0
+    )
     asked = ("trace", tmp_path / "index", "--prompt", "1", "--completion", "2", "--top", 1)
     ran = whence(*asked, "--json")
     assert list(ran.json()["rows"][0]) == [*COLUMNS[:5], "text"]
@@ -551,7 +570,7 @@ def test_verify_exits_1_while_something_is_wrong(whence, tiny_index, tmp_path):
 
 def test_verify_exits_1_where_repair_cannot_mend(whence, tiny_llama, tmp_path):
     corpus, out = write_jsonl(tmp_path / "corpus.jsonl", corpus_rows(5)), tmp_path / "index"
-    whence("index", tiny_llama, corpus, "-o", out, "--width", 4)
+    whence("index", tiny_llama, corpus, "-o", out, "--projection", "two_sided", "--width", 4)
     corpus.unlink()
     (out / "corpus" / "part-00000.parquet").write_bytes(b"")
     ran = whence("verify", out, "--repair", "--json")
@@ -582,7 +601,9 @@ def test_a_stop_is_told_with_how_to_go_on(whence, tiny_llama, tiny_corpus, tmp_p
     handlers = [signal.getsignal(each) for each in signal.Signals]
     with monkeypatch.context() as patch:
         patch.setattr(Store, "add_shard", lambda *args: os.kill(os.getpid(), number))
-        ran = whence("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--width", 4)
+        ran = whence(
+            "index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--projection", "two_sided", "--width", 4
+        )
     assert ran.code == 128 + number
     assert "the same command goes on from there" in ran.err
     assert [signal.getsignal(each) for each in signal.Signals] == handlers

@@ -43,7 +43,9 @@ def test_what_is_typed_is_told_in_one_plain_line(run, words):
 def test_names_in_a_corpus_are_told_in_plain_text(run, tiny_llama, tmp_path):
     rows = [row | {f"more{ESCAPE}\ntext": "some words of a column", "source": f"s{ESCAPE}"} for row in corpus_rows(8)]
     corpus = write_jsonl(tmp_path / f"c{ESCAPE}.jsonl", rows)
-    code, out, err = run("index", tiny_llama, corpus, "-o", tmp_path / "index", "--width", 4)
+    code, out, err = run(
+        "index", tiny_llama, corpus, "-o", tmp_path / "index", "--projection", "two_sided", "--width", 4
+    )
     assert code == 0 and "␛" in out
     assert run("info", tmp_path / "index")[0] == 0
     assert run("trace", tmp_path / "index", "--prompt", "5 and 3?", "--completion", " yes")[0] == 0

@@ -65,7 +65,10 @@ def test_by_hand():
 @pytest.mark.parametrize(("architecture", "normalise"), [("lora", "none"), ("gemma", "layer")])  # a tied head
 def test_sketches_norms_and_products_are_of_the_difference(architecture, normalise):
     model, pattern = tiny_model(architecture), "*" if architecture == "gemma" else None
-    layers, space = model.layers(pattern), GradientSpace(layers=pattern, normalise=normalise, width=4)
+    layers, space = (
+        model.layers(pattern),
+        GradientSpace(layers=pattern, normalise=normalise, projection="two_sided", width=4),
+    )
     projection = projection_for(model, IndexSettings(space=space))
     rows, _ = sketch(model, layers, collate(ROWS), projection, normalise=normalise)
     blocks, _ = gradients(model, layers, collate(ROWS))

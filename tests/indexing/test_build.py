@@ -27,6 +27,8 @@ from whence.errors import (
     StorageError,
 )
 from whence.gradients.capture import sketch
+from whence.gradients.flat_width import flat_width
+from whence.gradients.projections import count_sketch
 from whence.indexing.build import append, index, verify
 from whence.indexing.codecs import CODECS, codec
 from whence.indexing.opening import open_index
@@ -34,7 +36,7 @@ from whence.indexing.shards import STATUSES
 from whence.indexing.store import Store
 from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
 from whence.models import loading as model_module
-from whence.models.loading import load_model
+from whence.models.loading import layer_shape, load_model
 from whence.storage import Place
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
@@ -673,8 +675,9 @@ def test_a_full_disk_stops_a_build_which_then_resumes(tiny_llama, tmp_path, smal
 def test_settings_are_read_back_from_the_manifest(tiny_index):
     opened = open_index(tiny_index)
     assert opened.settings == IndexSettings(
-        space=opened.space, max_tokens=96, tokens_per_batch=2048, supervise="assistant", preferences="chosen"
-    )
+        space=opened.space, codec="bfloat16", max_tokens=96, tokens_per_batch=2048, supervise="assistant",
+        preferences="chosen",
+    )  # fmt: skip
     assert (opened.space.width, opened.layout) == (8, "prompt")
 
 
@@ -704,11 +707,37 @@ def test_an_index_keeps_the_blocks_of_its_sketch(tiny_llama, tiny_corpus, tmp_pa
     opened = open_index(tmp_path / "other")
     assert opened.projection(opened.model()).blocks == (2,) * layers
     hits = trace(opened, "5 and 3?", " yes").hits
-    assert hits[0].score > hits[-1].score
+    assert hits[0].rank_score > hits[-1].rank_score
+    assert index(tiny_llama, tiny_corpus, tmp_path / "other", **flags).store.manifest.settings["blocks"] == [2] * layers
     with pytest.raises(ManifestMismatchError, match="blocks"):
-        index(tiny_llama, tiny_corpus, tmp_path / "other", **flags)
+        index(tiny_llama, tiny_corpus, tmp_path / "other", blocks=(1,) * layers, **flags)
     with pytest.raises(SettingError, match="belong to --projection tensor_sketch"):
-        index(tiny_llama, tiny_corpus, tmp_path / "third", blocks=(2,) * layers, **QUIET)
+        index(tiny_llama, tiny_corpus, tmp_path / "third", projection="sjlt", blocks=(2,) * layers, **QUIET)
+
+
+def test_the_default_follows_the_models_size_and_an_older_index_keeps_its_own(tiny_llama, tiny_corpus, tmp_path):
+    """Width k in one bit; what another version began with other defaults, the same command goes on with."""
+    built = index(tiny_llama, tiny_corpus, tmp_path / "index", progress=False)
+    model = built.model()
+    k = flat_width({name: layer_shape(layer) for name, layer in model.layers().items()})
+    manifest = built.store.manifest
+    assert (manifest.settings["space"]["projection"], manifest.codec, manifest.width) == ("tensor_sketch", "onebit", k)
+    assert open_index(tmp_path / "index").projection(model).width == k
+    for number, options in enumerate((
+        {"projection": "two_sided", "codec": "int8"},
+        {"projection": "tensor_sketch", "codec": "float32", "blocks": (1,) * len(model.layers())},
+    )):  # fmt: skip
+        older = index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", **options, progress=False).store.manifest
+        assert index(tiny_llama, tiny_corpus, tmp_path / f"older-{number}", progress=False).store.manifest == older
+
+
+def test_a_flat_sketch_of_an_older_default_width_is_read_by_its_own(tiny_llama, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(count_sketch, "flat_width", lambda shapes: 8192)
+    index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", progress=False)
+    monkeypatch.undo()
+    opened = open_index(tmp_path / "index")
+    assert opened.space.width is None and opened.projection(opened.model()).width == 8192
+    assert trace(opened, "5 and 3?", " yes").hits
 
 
 def test_a_model_without_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path):
@@ -727,9 +756,18 @@ def test_an_index_of_zeros_is_not_complete(tiny_llama, tiny_corpus, tmp_path):
     weights["lm_head.weight"].zero_()
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"the gradient of every row \(20\) is 0 over the traced layers"):
-        index(model, tiny_corpus, tmp_path / "index", width=8, progress=False)
+        index(model, tiny_corpus, tmp_path / "index", projection="two_sided", width=8, progress=False)
     assert not Store.open(tmp_path / "index").manifest.is_complete
-    whole = index(model, tiny_corpus, tmp_path / "index", width=8, layers="lm_head", restart=True, progress=False)
+    whole = index(
+        model,
+        tiny_corpus,
+        tmp_path / "index",
+        projection="two_sided",
+        width=8,
+        layers="lm_head",
+        restart=True,
+        progress=False,
+    )
     assert "zero_gradient" not in whole.store.info()["counts"]
 
 
@@ -738,7 +776,15 @@ def test_an_older_index_of_a_tied_head_says_that_it_must_be_built_again(tiny_cor
     model = OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, n_positions=96, vocab_size=259)
     AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    built = index(tmp_path / "model", tiny_corpus, tmp_path / "index", width=8, layers="lm_head", progress=False)
+    built = index(
+        tmp_path / "model",
+        tiny_corpus,
+        tmp_path / "index",
+        projection="two_sided",
+        width=8,
+        layers="lm_head",
+        progress=False,
+    )
     assert trace(built, "a", completion="b", top=1).of(0)
     settings = {name: value for name, value in built.store.manifest.settings.items() if name != "has_tied_head"}
     built.store._save(replace(built.store.manifest, settings=settings))

@@ -28,7 +28,19 @@ def chat_model(tmp_path_factory):
 def test_names_of_columns_are_remembered_and_given_back(printed, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows, more = write_jsonl(tmp_path / "rows.jsonl", OWN[:12]), write_jsonl(tmp_path / "more.jsonl", OWN[12:])
-    code, _, err = printed("index", tiny_llama, rows, "-o", "index", "--width", 8, "--map", "prompt=q,completion=a")
+    code, _, err = printed(
+        "index",
+        tiny_llama,
+        rows,
+        "-o",
+        "index",
+        "--projection",
+        "two_sided",
+        "--width",
+        8,
+        "--map",
+        "prompt=q,completion=a",
+    )
     assert code == 0, err
     assert printed("append", "index", more)[0] == 0, "the names are the index' own"
     entries = open_index("index").store.manifest.corpora
@@ -50,7 +62,8 @@ def test_names_of_columns_are_remembered_and_given_back(printed, tiny_llama, tmp
 
 
 def test_what_is_supervised_is_remembered(chat_model, tmp_path):
-    built = {how: index(chat_model, TALKS[:8], tmp_path / how, width=4, codec="float32", progress=False, supervise=how)
+    options = {"projection": "two_sided", "width": 4, "codec": "float32", "progress": False}
+    built = {how: index(chat_model, TALKS[:8], tmp_path / how, supervise=how, **options)
              for how in ("assistant", "last", "all")}  # fmt: skip
     counts = {how: opened.store.shard(0, 0).tokens.tolist() for how, opened in built.items()}
     for how, opened in built.items():
@@ -93,7 +106,16 @@ def test_a_question_with_a_system_prompt_and_earlier_turns_finds_its_row(printed
         before = [{"role": "user", "content": f"{n % 7}?"}, {"role": "assistant", "content": f"{n % 5}."}]
         rows.append({"id": f"m{n}", "messages": [*system, *before, {"role": "user", "content": "and?"},
                                                  {"role": "assistant", "content": "yes"}]})  # fmt: skip
-    index(chat_model, rows, tmp_path / "index", width=16, codec="float32", progress=False, supervise="last")
+    index(
+        chat_model,
+        rows,
+        tmp_path / "index",
+        projection="two_sided",
+        width=16,
+        codec="float32",
+        progress=False,
+        supervise="last",
+    )
     file = tmp_path / "talk.json"
     file.write_text(json.dumps(rows[17]["messages"]))
     words = ("--top", 1, "--no-null", "--json")
@@ -113,6 +135,6 @@ def test_rows_of_token_ids_are_shown_as_text(chat_model, tmp_path):
     for n in range(8):
         ids = tokenizer(f"{n} and {n}? {2 * n}!")["input_ids"]
         rows.append({"id": f"i{n}", "input_ids": ids, "labels": [-100] * 4 + ids[4:]})
-    index(chat_model, rows, tmp_path / "index", width=8, codec="float32", progress=False)
+    index(chat_model, rows, tmp_path / "index", projection="two_sided", width=8, codec="float32", progress=False)
     (first, *_) = trace(tmp_path / "index", "3 an", "d 3? 6!", top=1, null=False).of(0)
     assert first.as_row()["text"] == "<s>3 and 3? 6!" and first.id == "i3"

@@ -15,7 +15,6 @@ import torch
 
 from conftest import contents, corpus_rows, cut_short, save_tiny_llama, save_tiny_run, write_jsonl
 from forks import forked
-from whence.catalogue import default_projection
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.indexing import ingest
 from whence.indexing.build import index, verify
@@ -158,7 +157,7 @@ def test_a_stopped_copy_of_the_rows_resumes_to_the_same_bytes(tiny_llama, tmp_pa
 def test_a_complete_index_is_not_computed_again(tiny_llama, tiny_corpus, tiny_index, monkeypatch):
     before = contents(tiny_index)
     cut_short(monkeypatch, "_save", 0)
-    again = index(tiny_llama, tiny_corpus, tiny_index, width=8, progress=False)
+    again = index(tiny_llama, tiny_corpus, tiny_index, projection="two_sided", width=8, progress=False)
     assert again.store.manifest.is_complete
     assert contents(tiny_index) == before
 
@@ -200,7 +199,7 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
     [
         (
             {"projection": "count_sketch"},
-            f'--projection is "{default_projection("sgd")}" there, "count_sketch" here',
+            '--projection is "two_sided" there, "count_sketch" here',
         ),
         ({"width": 3}, "--width is 8 there, 3 here"),
         ({"codec": "int8"}, '--codec is "bfloat16" there, "int8" here'),
@@ -227,16 +226,24 @@ def test_resuming_with_other_files_names_them(tiny_llama, tiny_corpus, tiny_inde
         ManifestMismatchError,
         match=r"settings: the model is \S+ \(digest \w{12}\) there, \S+/weights \(digest \w{12}\) here\. Use",
     ):
-        index(other, tiny_corpus, tiny_index, width=8, progress=False)
+        index(other, tiny_corpus, tiny_index, projection="two_sided", width=8, progress=False)
     chat = save_tiny_llama(tmp_path / "chat", chat=True)
     with pytest.raises(ManifestMismatchError, match="the tokenizer is of digest"):
-        index(tiny_llama, tiny_corpus, tiny_index, width=8, tokenizer=str(chat), progress=False)
+        index(tiny_llama, tiny_corpus, tiny_index, projection="two_sided", width=8, tokenizer=str(chat), progress=False)
     with pytest.raises(
         ManifestMismatchError, match=r"the corpus is .*, rows 20\) there, 19 rows in memory \(.*, rows 19\) here"
     ):
-        index(tiny_llama, corpus_rows(19), tiny_index, width=8, progress=False)
+        index(tiny_llama, corpus_rows(19), tiny_index, projection="two_sided", width=8, progress=False)
     with pytest.raises(ManifestMismatchError, match="number of checkpoints is 1 there, 2 here"):
-        index(save_tiny_run(tmp_path / "run"), tiny_corpus, tiny_index, width=8, checkpoints="all", progress=False)
+        index(
+            save_tiny_run(tmp_path / "run"),
+            tiny_corpus,
+            tiny_index,
+            projection="two_sided",
+            width=8,
+            checkpoints="all",
+            progress=False,
+        )
 
 
 def test_a_directory_with_other_files_is_refused_and_left_as_it_is(tiny_llama, tmp_path):

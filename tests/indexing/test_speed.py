@@ -12,7 +12,7 @@ from whence.indexing.vectors import IndexSettings
 from whence.models.loading import load_model
 from whence.reports.index_tables import bench_table
 
-SIZES = {"batch_size": 4, "length": 16, "batches": 3, "width": 4}
+SIZES = {"batch_size": 4, "length": 16, "batches": 3, "projection": "two_sided", "width": 4}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_ratios_are_those_of_the_seconds(result):
 
 
 def test_bytes_of_an_example_are_those_of_an_index(tiny_llama, result, tmp_path):
-    built = index(tiny_llama, corpus_rows(20), tmp_path / "index", width=4, progress=False)
+    built = index(tiny_llama, corpus_rows(20), tmp_path / "index", projection="two_sided", width=4, progress=False)
     assert result.width == built.store.manifest.width
     shard = built.store.shard(0, 0)
     assert 20 * result.bytes_per_example == sum(tensor.numel() * tensor.itemsize for tensor in vars(shard).values())

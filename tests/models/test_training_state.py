@@ -42,7 +42,7 @@ def test_index_and_recover_tell_it(tmp_path, tiny_corpus, tiny_llama, caplog):
     file = run / "checkpoint-4" / "trainer_state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": 4, "max_steps": 9}))
     with caplog.at_level(logging.WARNING):
-        index(run, tiny_corpus, tmp_path / "index", width=8, progress=False)
+        index(run, tiny_corpus, tmp_path / "index", projection="two_sided", width=8, progress=False)
     assert "(checkpoint 4 of 9)" in caplog.text
     assert "(checkpoint 4 of 9)" in open_case(str(tiny_llama), str(run), RecoverSettings()).notes[0]
 
@@ -60,7 +60,7 @@ def test_a_run_whose_best_checkpoint_is_not_its_last_tells_which_is_taken(tmp_pa
     shutil.copytree(run / "checkpoint-2", run, dirs_exist_ok=True)
     assert best_note(run / "checkpoint-4") is None
     with caplog.at_level(logging.WARNING):
-        index(run, tiny_corpus, tmp_path / "index", width=8, progress=False)
+        index(run, tiny_corpus, tmp_path / "index", projection="two_sided", width=8, progress=False)
     assert f"checkpoint-4 is taken; for the best, name {run / 'checkpoint-2'}." in caplog.text
     shutil.rmtree(run / "checkpoint-2")  # `save_total_limit` may have
     assert "copy the model's own files to another directory" in best_note(run)

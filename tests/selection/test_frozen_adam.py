@@ -92,7 +92,7 @@ def test_it_ranks_as_adam_does(run, tmp_path, mode, cosine, least):
 def test_it_works_on_sketches_and_refuses_other_rows(run, tmp_path, tiny_llama):
     queries = None
     for name, width in (("two_sided", 16), ("count_sketch", 8192)):
-        built = index(run, ROWS, tmp_path / name, projection=name, width=width, progress=False)
+        built = index(run, ROWS, tmp_path / name, projection=name, width=width, codec="bfloat16", progress=False)
         queries = queries_for(built)
         found = frozen_scores(built, queries)
         assert torch.isfinite(found[:, :-1]).all()

@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("selection") / "index"
-    index(model, POOL, out, width=8, progress=False)
+    index(model, POOL, out, projection="two_sided", width=8, progress=False)
     return str(out)
 
 
@@ -212,7 +212,7 @@ def broken(tmp_path_factory):
     with torch.no_grad():
         loaded.model.get_input_embeddings().weight[word] = torch.nan
     loaded.model.save_pretrained(folder / "model")
-    index(folder / "model", POOL, folder / "index", width=8, progress=False)
+    index(folder / "model", POOL, folder / "index", projection="two_sided", width=8, progress=False)
     return str(folder / "index")
 
 

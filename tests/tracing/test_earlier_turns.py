@@ -58,7 +58,9 @@ def files(tmp_path_factory):
 
 
 def test_a_question_needs_its_system_prompt_and_its_earlier_turns(printed, files, tmp_path):
-    code, out, _ = printed("index", *files, "-o", tmp_path / "index", "--width", 16, "--supervise", "last")
+    code, out, _ = printed(
+        "index", *files, "-o", tmp_path / "index", "--projection", "two_sided", "--width", 16, "--supervise", "last"
+    )
     assert code == 0
     following = shlex.split(out.splitlines()[-1].partition(" Next: ")[2])
     assert following[-2:] == ["--prompt", "And yours?"], "the next command asks what the first row asks"

@@ -19,7 +19,7 @@ ASKED = ("5 and 3?", " yes, 12")
 @pytest.fixture(scope="module")
 def built(tiny_llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("levels") / "index"
-    return index(tiny_llama, corpus_rows(40), out, width=4, codec="float32", progress=False)
+    return index(tiny_llama, corpus_rows(40), out, projection="two_sided", width=4, codec="float32", progress=False)
 
 
 def shape_of(built, *asked, **more):
@@ -62,7 +62,7 @@ def test_a_completion_near_the_context_has_a_level(tmp_path):
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"id": str(n), "text": f"the number {n} is {n * n}"} for n in range(40)]
-    built = index(tmp_path / "model", rows, tmp_path / "index", width=4, progress=False)
+    built = index(tmp_path / "model", rows, tmp_path / "index", projection="two_sided", width=4, progress=False)
     assert trace(built, "a?", "x y z, no! " * 5 + "abcd").levels
 
 

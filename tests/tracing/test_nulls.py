@@ -167,7 +167,16 @@ def test_what_never_varies_has_no_z():
 @pytest.fixture(scope="module")
 def built(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("nulls") / "index"
-    return index(tiny_run, corpus_rows(40), out, checkpoints="all", width=4, codec="float32", progress=False)
+    return index(
+        tiny_run,
+        corpus_rows(40),
+        out,
+        checkpoints="all",
+        projection="two_sided",
+        width=4,
+        codec="float32",
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +193,15 @@ def by_id(hits):
 
 
 def test_a_null_is_what_control_queries_score(built, controls):
-    found = trace(built, *ASKED, controls=controls, top=40)
-    theirs = trace(built, queries=controls, controls=controls, top=40, null=False)
+    theirs = trace(built, queries=controls, controls=controls, top=40, null=False, exact=False)
     others = [by_id(theirs.of(number)) for number in range(LEAST)]
-    for hit in found.of(0):
-        expected = [scores[hit.id] for scores in others]
-        assert hit.null.scores == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, expected)))
-        z = (hit.score - statistics.fmean(expected)) / statistics.stdev(expected)
-        assert hit.null.z == pytest.approx(z, rel=1e-2, abs=1e-3)
+    for exact in (False, True):
+        for hit in trace(built, *ASKED, controls=controls, top=40, exact=exact).of(0):
+            expected = [scores[hit.id] for scores in others]
+            assert hit.null.scores == pytest.approx(expected, rel=1e-3, abs=1e-4 * max(map(abs, expected)))
+            own = hit.exact if exact else hit.score
+            z = (own - statistics.fmean(expected)) / statistics.stdev(expected)
+            assert hit.null.z == pytest.approx(z, rel=1e-2, abs=1e-3)
 
 
 def test_a_specific_inner_product_is_less_the_mean_over_controls_of_the_querys_length(built):
@@ -207,7 +217,7 @@ def test_a_specific_inner_product_is_less_the_mean_over_controls_of_the_querys_l
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_specific_score_is_the_score_less_the_mean_over_the_controls(built, controls, given):
-    chosen = {"top": 40, "controls": controls if given else None}
+    chosen = {"top": 40, "controls": controls if given else None, "exact": False}
     plain, found = trace(built, *ASKED, **chosen), trace(built, *ASKED, specific=True, **chosen)
     if given:
         others = trace(built, queries=controls, **chosen, null=False)
@@ -282,7 +292,8 @@ def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkey
     )
     other = open_index(built.store.place.root)
     other.__dict__["space"] = replace(built.space, view="adam")
-    found, expected = trace(other, *ASKED, top=2), trace(open_index(built.store.place.root), *ASKED, top=2)
+    found = trace(other, *ASKED, top=2)
+    expected = trace(open_index(built.store.place.root), *ASKED, top=2, exact=False)
     drawn = retrieval.MEANINGLESS
     assert sizes == [1 + 20 + drawn, 1 + drawn], "the query, half of the rows, what is meaningless"
     assert found.needed_z == pytest.approx(expected.needed_z, rel=1e-3)

@@ -187,7 +187,16 @@ def test_a_question_has_the_tools_of_its_row(printed, tmp_path):
     model, rows = save_tiny_llama(tmp_path / "model", chat=True), []
     for name in "fghijk":
         rows.append(talk(ASKED, ANSWERED, id=name, tools=[{"type": "function", "function": {"name": name * 3}}]))
-    index(model, rows, tmp_path / "index", chat_template=CHAT, width=16, codec="float32", progress=False)
+    index(
+        model,
+        rows,
+        tmp_path / "index",
+        chat_template=CHAT,
+        projection="two_sided",
+        width=16,
+        codec="float32",
+        progress=False,
+    )
     one, many = tmp_path / "one.json", write_jsonl(tmp_path / "many.jsonl", rows[4:5])
     words = ("--top", 1, "--no-null", "--json")
     for asked in (("--messages", one), ("--queries", many)):

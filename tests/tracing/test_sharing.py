@@ -57,7 +57,9 @@ def same(found, right):
 def built(tiny_run, tmp_path_factory):
     """Two checkpoints, of which one is loaded at a time, and rows enough for a null."""
     out = tmp_path_factory.mktemp("sharing") / "index"
-    index(tiny_run, corpus_rows(40), out, checkpoints="all", width=4, codec="int8", progress=False)
+    index(
+        tiny_run, corpus_rows(40), out, checkpoints="all", projection="two_sided", width=4, codec="int8", progress=False
+    )
     return out
 
 
@@ -65,7 +67,9 @@ def built(tiny_run, tmp_path_factory):
 def simple(tiny_llama, tmp_path_factory):
     """One checkpoint, which stays loaded."""
     out = tmp_path_factory.mktemp("sharing") / "index"
-    return index(tiny_llama, corpus_rows(40), out, width=4, codec="int8", progress=False).store.place.root
+    return index(
+        tiny_llama, corpus_rows(40), out, projection="two_sided", width=4, codec="int8", progress=False
+    ).store.place.root
 
 
 def asked(opened, number):

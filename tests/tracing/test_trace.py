@@ -52,17 +52,32 @@ def row_loss(loaded, row):
 
 def test_a_planted_duplicate_ranks_first(tiny_llama, tmp_path):
     planted = {"id": "planted", "prompt": PROMPT, "completion": COMPLETION}
-    built = index(tiny_llama, [*corpus_rows(15), planted, *corpus_rows(15, first=15)], tmp_path / "index", width=8)
-    for method in ("cosine", "dot"):
-        first = trace(built, PROMPT, COMPLETION, method=method).hits[0]
+    built = index(
+        tiny_llama,
+        [*corpus_rows(15), planted, *corpus_rows(15, first=15)],
+        tmp_path / "index",
+        projection="two_sided",
+        width=8,
+    )
+    for exact in (True, False):
+        first = trace(built, PROMPT, COMPLETION, exact=exact).hits[0]
         assert (first.rank, first.id, first.row) == (1, "planted", planted)
-    assert trace(built, PROMPT, COMPLETION).hits[0].score == pytest.approx(1, abs=0.01)
+        assert first.rank_score == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("method", ["cosine", "dot"])
 def test_scores_are_those_of_single_sketches_summed_over_checkpoints_by_weight(tiny_run, tmp_path, method):
     rows = corpus_rows(12)
-    built = index(tiny_run, rows, tmp_path / "index", checkpoints="all", codec="float32", width=4, progress=False)
+    built = index(
+        tiny_run,
+        rows,
+        tmp_path / "index",
+        checkpoints="all",
+        codec="float32",
+        projection="two_sided",
+        width=4,
+        progress=False,
+    )
     asked = [Query(PROMPT, COMPLETION), Query("1?", " no")]
     true = torch.zeros(2, 12)
     for step, weight in ((2, 0.75), (4, 0.25)):
@@ -74,7 +89,7 @@ def test_scores_are_those_of_single_sketches_summed_over_checkpoints_by_weight(t
         if method == "cosine":
             vectors = vectors / vectors.norm(dim=1, keepdim=True)
         true += weight * vectors[:2] @ vectors[2:].T
-    found = trace(built, queries=asked, top=12, method=method)
+    found = trace(built, queries=asked, top=12, method=method, exact=False)
     for query in range(2):
         helpful, opposing = found.of(query), found.of(query, opposing=True)
         scores = {hit.id: hit.score for hit in helpful}
@@ -156,7 +171,7 @@ def test_the_models_own_answer_is_greedy(exact, model):
 
 def test_lowest_scores_that_do_not_oppose_are_said_not_to(tiny_llama, tmp_path):
     rows = [{"prompt": "a", "completion": " b", "id": str(n)} for n in range(3)]
-    built = index(tiny_llama, rows, tmp_path / "index", width=4, progress=False)
+    built = index(tiny_llama, rows, tmp_path / "index", projection="two_sided", width=4, progress=False)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(trace_tables(trace(built, "a", " b", top=10)))
     assert "none opposes the answer" in " ".join(console.export_text().split())
@@ -188,8 +203,10 @@ def test_probabilities_are_the_softmax_at_each_token(exact, model):
 
 
 def test_answers_carry_the_last_checkpoints_certainty(tiny_run, tmp_path):
-    built = index(tiny_run, corpus_rows(5), tmp_path / "index", checkpoints="all", width=4, progress=False)
-    last = index(tiny_run, corpus_rows(5), tmp_path / "last", width=4, progress=False)
+    built = index(
+        tiny_run, corpus_rows(5), tmp_path / "index", checkpoints="all", projection="two_sided", width=4, progress=False
+    )
+    last = index(tiny_run, corpus_rows(5), tmp_path / "last", projection="two_sided", width=4, progress=False)
     assert trace(built, PROMPT, COMPLETION).answers == trace(last, PROMPT, COMPLETION).answers
 
 
@@ -219,7 +236,7 @@ def test_a_query_is_laid_out_as_the_rows_of_a_chat(tmp_path, kind):
         else {"instruction": asked, "output": said}
         for asked, said in pairs
     ]
-    built = index(model, rows, tmp_path / "index", width=8, codec="float32", progress=False)
+    built = index(model, rows, tmp_path / "index", projection="two_sided", width=8, codec="float32", progress=False)
     found = trace(built, *pairs[3], top=2)
     assert found.hits[0].row == rows[3]
     assert found.hits[0].score == pytest.approx(1, abs=1e-4)
@@ -232,7 +249,13 @@ def test_a_query_is_laid_out_as_the_rows_of_a_chat(tmp_path, kind):
 
 
 def test_a_query_of_running_text_is_not_closed(tiny_llama, tmp_path):
-    built = index(tiny_llama, [{"text": f"{number} bottles"} for number in range(6)], tmp_path / "i", width=4)
+    built = index(
+        tiny_llama,
+        [{"text": f"{number} bottles"} for number in range(6)],
+        tmp_path / "i",
+        projection="two_sided",
+        width=4,
+    )
     (answer,) = trace(built, "5 bott", "les").answers
     assert answer.tokens == ["l", "e", "s"]
     with pytest.raises(SettingError, match="nothing to trace for prompt '5 bott': the completion has no token"):
@@ -340,14 +363,14 @@ def test_an_index_that_is_not_complete_is_not_traced(tiny_llama, tmp_path, monke
     with monkeypatch.context() as patch:
         cut_short(patch, "add_shard", 0)
         with pytest.raises(KeyboardInterrupt):
-            index(tiny_llama, corpus_rows(4), tmp_path / "index", width=4, progress=False)
+            index(tiny_llama, corpus_rows(4), tmp_path / "index", projection="two_sided", width=4, progress=False)
     with pytest.raises(MissingIndexError, match="is not complete: 1 shard is missing"):
         trace(tmp_path / "index", PROMPT, COMPLETION)
 
 
 def test_changed_weights_are_refused_and_a_moved_model_is_found(tmp_path):
     model = save_tiny_llama(tmp_path / "model")
-    index(model, corpus_rows(6), tmp_path / "index", width=4, progress=False)
+    index(model, corpus_rows(6), tmp_path / "index", projection="two_sided", width=4, progress=False)
     before = trace(tmp_path / "index", PROMPT, COMPLETION)
     shutil.copytree(model, tmp_path / "moved")
     weights = load_file(model / "model.safetensors")
@@ -376,7 +399,7 @@ def test_a_file_of_queries_holds_rows_of_the_corpus(exact, tmp_path):
 
 def test_a_model_that_is_gone_is_asked_for_by_its_digest(tmp_path):
     model = save_tiny_llama(tmp_path / "model")
-    built = index(model, corpus_rows(4), tmp_path / "index", width=4, progress=False)
+    built = index(model, corpus_rows(4), tmp_path / "index", projection="two_sided", width=4, progress=False)
     digest = built.store.manifest.checkpoints[0]["digest"][:12]
     shutil.rmtree(model)
     with pytest.raises(

@@ -243,7 +243,8 @@ def _check_settings(settings: IndexFlags) -> None:
     names = {field.name for field in fields(GradientSpace)}
     space = GradientSpace(**{name: value for name, value in vars(settings).items() if name in names})
     catalogue.projection_entry(space.sketch)
-    catalogue.check_codec(settings.codec)
+    if settings.codec is not None:
+        catalogue.check_codec(settings.codec)
 
 
 _NEXT = {

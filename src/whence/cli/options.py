@@ -101,12 +101,17 @@ class IndexFlags:
     width: Annotated[
         int | None,
         typer.Option(
-            help="Side of two_sided (16: 256 numbers a layer), total of the others; each has its own default."
+            help="Side of two_sided (16: 256 numbers a layer), total of the others; each has its own default, that of "
+            "tensor_sketch and count_sketch by the model's size."
         ),
     ] = None
     codec: Annotated[
-        str, typer.Option(help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit.")
-    ] = "bfloat16"
+        str | None,
+        typer.Option(
+            help="How vectors are stored: float32, bfloat16, float16, int8, int4, onebit. Unless given onebit for "
+            "tensor_sketch and count_sketch, bfloat16 for the others."
+        ),
+    ] = None
     view: Annotated[
         str,
         typer.Option(

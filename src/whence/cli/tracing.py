@@ -34,8 +34,17 @@ def trace(
             help="What the query is about: loss, or the log-odds margin, for answers that the model is sure of."
         ),
     ] = "loss",
-    exact: Annotated[bool, typer.Option("--exact", help="Rank a short list by unprojected gradients.")] = False,
-    shortlist: Annotated[int, typer.Option(help="Length of the short list, on each side.")] = 100,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Rank a short list by unprojected gradients. Unless told: with cosine and dot, if they can.",
+        ),
+    ] = None,
+    shortlist: Annotated[
+        int | None,
+        typer.Option(help="Length of the short list, on each side. Unless given: as the index' error asks."),
+    ] = None,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Influence of each training token on each token of the completion.")
     ] = False,
@@ -77,8 +86,10 @@ def trace(
     check_inputs(index=index, corpora=[queries, controls])
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
-        from whence.reports.trace_tables import MANY, stands_out, trace_answer, trace_tables
+        from whence.reports.trace_tables import is_shallow, stands_out, trace_answer, trace_tables
+        from whence.tracing.depth import DEEPEST
         from whence.tracing.pipeline import trace as run
+        from whence.tracing.retrieval import can_rerank
     with working("Tracing"):
         opened = open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
@@ -96,25 +107,21 @@ def trace(
     if as_json:
         answers = [answer.as_json() for answer in result.answers]
         more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}
+        more["rerankings"] = [vars(reranking) for reranking in result.rerankings]
         levels = {"needed_z": result.needed_z, "levels": result.levels}
         print_json({"answers": answers, "method": result.method, **levels, **more, "rows": rows})
         return
     print_part(trace_tables(result))
     if out is not None:
         print_part(f"written to {out}")
-    can_be_exact = not exact and method in catalogue.index_methods() and opened.space.view == "sgd"
-    if min(result.overlaps, default=1.0) < MANY and 2 * shortlist < result.rows:
-        command = again("--shortlist", 4 * shortlist)
-    elif (
-        result.levels
-        and not opened.has_contrasts
-        and not any(stands_out(result, number) for number in range(len(result.answers)))
-    ):
-        given = {"--prompt": prompt, "--queries": queries, "--messages": messages}
-        asked = next((flag, value) for flag, value in given.items() if value is not None)
-        words = () if completion is None else ("--completion", completion)
-        command = ("whence", "trace", index, *asked, *words, "--method", "bm25")
-    elif can_be_exact:
+    asked = {"--prompt": prompt, "--queries": queries, "--messages": messages, "--completion": completion}
+    numbers = range(len(result.answers))
+    if any(is_shallow(result, number) for number in numbers):
+        command = again("--shortlist", 4 * (shortlist or DEEPEST))
+    elif result.levels and not opened.has_contrasts and not any(stands_out(result, number) for number in numbers):
+        given = [word for flag, value in asked.items() if value is not None for word in (flag, value)]
+        command = ("whence", "trace", index, *given, "--method", "bm25")
+    elif exact is None and not result.rerankings and method in catalogue.index_methods() and can_rerank(opened):
         command = again("--exact")
     elif not is_page:
         command = again("-o", "trace.html")

@@ -9,7 +9,8 @@ order in which data flows:
     shards        the file of a part's vectors under one checkpoint
     manifest      what is in an index, with checksums
     store         the directory: atomic commits, reading, scanning
-    scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`
+    scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`; rows of one bit
+                  by `bit_planes` and `matrix_units`, from `rounding` and `addresses`, and exactly by `signed_sums`
     opening       an open index with its model, as queries need it
     memory        sizes in bytes, and the memory of this process
     pilot         some passes of a build, measured; `memory_bound` finds by it the passes that a bound allows

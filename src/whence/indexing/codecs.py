@@ -7,7 +7,11 @@ A codec stores each row v as a tensor of few bits and one fp32 scale, and states
     bfloat16  rounded to nearest                     int8     round(v / (absmax / 127))
     int4      round(v / (absmax / 7)), two a byte    onebit   sign(v) * mean|v|, eight a byte
 
-For `onebit`, mean|v| is the scale that minimises the squared error, which is then |v|^2 - k * mean|v|^2.
+For `onebit`, mean|v| is the scale that minimises the squared error, which is then |v|^2 - k * mean|v|^2. A row that is
+read from an index is scored by another, from the norm that stands beside it: |v|^2 / sum|v| (`Codec.unbiased`). Then
+<v, decoded> = |v|^2, and if v points in a random direction, <q, decoded> has the mean <q, v> for any q. What it misses
+that mean by has, for each unit of |q|, a standard deviation of sqrt((|decoded|^2 - |v|^2) / k) (`Codec.noise`).
+Source: RaBitQ, Gao and Long 2024, https://arxiv.org/abs/2405.12497, theorem 3.2.
 
 Scales and errors are in the unit of the vectors' entries. Each codec names the `kernels` that multiply its rows with
 queries; `Codec.prepare` takes the fastest of them. Files, statuses and ranks are not known here.
@@ -17,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from whence import catalogue
+from whence.indexing import signed_sums
 from whence.indexing.kernels import (
     PACKED,
     TINY,
@@ -37,6 +43,7 @@ from whence.indexing.kernels import (
     lazily,
     planes,
 )
+from whence.numerics import inverse_or_zero
 
 Rows = Shaped[Tensor, "n stored"]
 Vectors = Float32[Tensor, "n k"]
@@ -57,6 +64,13 @@ class Codec:
     error: Callable[[Vectors], Tensor]
     kernels: tuple[Callable[[Queries], Kernel], ...]
     """The first one scores batches that are too small for a trial."""
+    unbiased: Callable[[PerRow, PerRow, int], PerRow] = lambda scale, norm, k: scale
+    """From rows' stored scales, their norms before they were encoded and k: scales of unbiased inner products."""
+    noise: Callable[[PerRow, PerRow, int], PerRow] = lambda scale, norm, k: torch.zeros_like(norm)
+    """From unbiased scales, norms and k: standard deviation of an inner product with a unit vector; 0 where small."""
+    pair_products: Callable[[Stored, Queries, np.ndarray, np.ndarray], np.ndarray] | None = None
+    """Exact products of pairs of stored rows and queries on the CPU, before the rows' scales: of (rows, queries [q, k],
+    places of the pairs' rows, numbers of their queries). None: rows are decoded and multiplied in fp32."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
         """Stored rows and scales of vectors. Rows that are not finite must come as zeros."""
@@ -173,6 +187,15 @@ def _decode_onebit(stored: Tensor, k: int) -> Tensor:
     return _unpacked(stored, 1, k).float().mul_(2).sub_(1)
 
 
+def _onebit_unbiased(scale: PerRow, norm: PerRow, k: int) -> PerRow:
+    unbiased = norm.double().square() * inverse_or_zero(scale.double() * k)  # squares of fp32 fit into fp64
+    return torch.where(norm > 0, unbiased.float(), scale)  # a tiny row's norm may have vanished
+
+
+def _onebit_noise(scale: PerRow, norm: PerRow, k: int) -> PerRow:
+    return (scale.double().square() - norm.double().square() / max(1, k)).clamp(min=0).sqrt().float()
+
+
 def _onebit_error(vectors: Tensor) -> Tensor:
     mean = _encode_onebit(vectors)[1]
     return torch.maximum(_absmax(vectors) - mean, mean) * (1 + 2**-20) + TINY
@@ -233,6 +256,12 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_onebit,
         decoder=_decode_onebit,
         error=_onebit_error,
-        kernels=(partial(integer_kernel, **PACKED["onebit"]), partial(decoded_kernel, decoder=_decode_onebit)),
+        kernels=(
+            partial(integer_kernel, **PACKED["onebit"]),
+            partial(decoded_kernel, decoder=_decode_onebit, exactly=False),
+        ),
+        pair_products=signed_sums.products,
+        unbiased=_onebit_unbiased,
+        noise=_onebit_noise,
     ),
 }

@@ -5,6 +5,7 @@ checksum is inside, over the rest in canonical form; and a manifest with other b
 as is refused too, so that any flipped bit is detected.
 """
 
+import bisect
 import hashlib
 import json
 import re
@@ -97,6 +98,15 @@ class Manifest:
     def rows(self) -> int:
         """Number of rows in all parts."""
         return self.parts[-1].first_row + self.parts[-1].rows if self.parts else 0
+
+    def located(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Where rows of the index lie: each part that holds some, their places in `numbers`, their rows in the part."""
+        firsts = [part.first_row for part in self.parts]
+        by_part: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            by_part.setdefault(bisect.bisect_right(firsts, number) - 1, []).append(place)
+        for part in sorted(by_part):
+            yield part, by_part[part], [numbers[place] - firsts[part] for place in by_part[part]]
 
     @property
     def is_complete(self) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import shlex
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -24,6 +25,7 @@ from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.capture import Transform
 from whence.gradients.embeddings import tied_embeddings
+from whence.gradients.flat_width import FLAT
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.layout_check import layout_notes
@@ -303,7 +305,7 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
     stored = store.manifest.settings
     names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
     settings = IndexSettings(
-        space=GradientSpace(**stored["space"]),
+        space=_space_of(store),
         codec=store.manifest.codec,
         blocks=tuple(stored["blocks"]) if "blocks" in stored else None,
         tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
@@ -317,6 +319,12 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
         **{name: stored[name] for name in names},
     )
     return Index(store, settings, model=loading.get("model"))
+
+
+def _space_of(store: Store) -> GradientSpace:
+    """The gradient space of an index, with the width that a flat sketch had by default when it was built."""
+    space = GradientSpace(**store.manifest.settings["space"])
+    return replace(space, width=store.manifest.width) if space.width is None and space.sketch in FLAT else space
 
 
 def _stored_template(store: Store) -> str | None:

@@ -198,7 +198,7 @@ class Pilot:
             tokens=torch.ones(rows, dtype=torch.int32),
         )
         start = time.perf_counter()
-        _, size = shard_pieces(encoded(whole, codec(self.settings.codec)))
+        _, size = shard_pieces(encoded(whole, codec(self.settings.codec_name)))
         return time.perf_counter() - start, size
 
 

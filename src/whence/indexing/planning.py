@@ -217,7 +217,7 @@ class Left:
 
 
 def _row_bytes(made: Prepared) -> int:
-    return codec(made.settings.codec).bytes_per_row(made.manifest.width) + COLUMN_BYTES
+    return codec(made.settings.codec_name).bytes_per_row(made.manifest.width) + COLUMN_BYTES
 
 
 def _disk(made: Prepared, sample: Sample, vectors: int, left: Left) -> dict[str, int]:
@@ -253,12 +253,12 @@ def _about(made: Prepared, sample: Sample, tokens: int) -> str:
     under = "" if checkpoints == 1 else f" under {number_of(checkpoints, 'checkpoint')}"
     return (
         f"{number_of(made.fingerprint.rows, 'row')}{under}: {space.sketch} of {made.manifest.width:,} numbers as "
-        f"{made.settings.codec}, {number_of(len(sample.sizes), 'shard')}, passes of {number_of(tokens, 'token')}"
+        f"{made.settings.codec_name}, {number_of(len(sample.sizes), 'shard')}, passes of {number_of(tokens, 'token')}"
     )
 
 
 def _remedies(made: Prepared, *, can_shrink: bool, free: int | None) -> dict[str, tuple[str, ...]]:
-    smaller = made.settings.codec != "onebit"
+    smaller = made.settings.codec_name != "onebit"
     disk = ("--codec", "onebit") if smaller else ("-o", "ANOTHER_DISK/INDEX")
     memory = ("--memory", f"{max(1, int(0.9 * (free or 0) / 1e6))}M") if can_shrink else ("--gradient-checkpointing",)
     return {DISK: disk, MEMORY: memory}

@@ -82,7 +82,7 @@ def prepared(
     loaded = load_for(run.checkpoints[-1].path, settings)
     settings = replace(settings, supervise=supervision(loaded.tokenizer))
     check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
-    settings = _with_batch_tokens(settings, loaded, begun)
+    settings = _as_begun(settings, loaded, begun)
     manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts, settings)
     refuse_unsupervised(texts, loaded.tokenizer, manifest.settings["max_tokens"])
     warn_of_another_day(model, manifest.settings.get("date"))
@@ -115,12 +115,23 @@ def _within(made: Prepared, memory: int) -> Prepared:
     )
 
 
-def _with_batch_tokens(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
-    """Settings with the tokens of a pass: those given, those of the index begun, or what suits the device."""
-    if settings.tokens_per_batch is None and begun is not None:
+def _as_begun(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
+    """Settings where what nobody gave is that of the index begun, or else what suits the device.
+
+    So an index that another version began, with another default, goes on as it is.
+    """
+    if begun is not None:
         manifest = read_manifest(begun)
         check_settings(begun, manifest)
-        return replace(settings, tokens_per_batch=manifest.settings["tokens_per_batch"])
+        stored = manifest.settings
+        settings = replace(settings, tokens_per_batch=settings.tokens_per_batch or stored["tokens_per_batch"])
+        if settings.space.projection is None:
+            settings = replace(settings, space=replace(settings.space, projection=stored["space"]["projection"]))
+        if settings.space.sketch == stored["space"]["projection"]:
+            settings = replace(settings, codec=settings.codec or manifest.codec)
+            blocks = tuple(stored.get("blocks", ()))
+            if settings.blocks is None and len(blocks) == len(loaded.layers(settings.space.layers)):
+                settings = replace(settings, blocks=blocks)
     return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
 
 

@@ -62,6 +62,7 @@ class Shard:
 
     vectors: Shaped[Tensor, "n stored"]
     scale: Float32[Tensor, " n"]
+    """As read, that of unbiased inner products (`Codec.unbiased`), which may be another than the file has."""
     norm: Float32[Tensor, " n"]
     loss: Float32[Tensor, " n"]
     status: UInt8[Tensor, " n"]
@@ -134,7 +135,8 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int, recorde
             **{field: (dtype, [rows]) for field, dtype in _COLUMNS.items()},
             "status": (torch.uint8, [rows]),
         }
-        return Shard(**{field: _tensor(body, header[field], *expected[field]) for field in expected})
+        tensors = {field: _tensor(body, header[field], *expected[field]) for field in expected}
+        return Shard(**tensors | {"scale": codec.unbiased(tensors["scale"], tensors["norm"], k)})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ChecksumError(f"{place.path(name)} is not the shard that was written ({error}). {remedy}") from error
 

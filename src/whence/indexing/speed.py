@@ -121,7 +121,7 @@ def bench(
         tokens_per_second=tokens / index,
         peak_bytes=peaks["index"],
         step_peak_bytes=peaks["step"],
-        bytes_per_example=codec_of(chosen.codec).bytes_per_row(projection.width) + COLUMN_BYTES,
+        bytes_per_example=codec_of(chosen.codec_name).bytes_per_row(projection.width) + COLUMN_BYTES,
         width=projection.width,
         batches=batches,
         examples_per_batch=batch_size,
@@ -213,7 +213,7 @@ def _index(
         gradient_checkpointing=settings.gradient_checkpointing,
         transform=transform,
     )
-    return codec_of(settings.codec).encode(rows.cpu())[0]
+    return codec_of(settings.codec_name).encode(rows.cpu())[0]
 
 
 def _synchronise(loaded: LoadedModel) -> None:

@@ -10,7 +10,6 @@ under its name, so that a kill at any moment loses at most the files being writt
 The store does not interpret the settings. Its files are checked by `verification` and mended by `repair`.
 """
 
-import bisect
 import json
 import re
 import shlex
@@ -180,21 +179,19 @@ class Store:
 
     def read_rows(self, numbers: Sequence[int]) -> list[dict]:
         """Corpus rows by their numbers in the index, in the order given; reads only the parts that hold them."""
-        firsts = [part.first_row for part in self.manifest.parts]
-        part_of_row = [bisect.bisect_right(firsts, number) - 1 for number in numbers]
-        parts = {part: self.read_part(part) for part in sorted(set(part_of_row))}
-        return [parts[part][number - firsts[part]] for part, number in zip(part_of_row, numbers, strict=True)]
+        out: list[dict] = [{}] * len(numbers)
+        for number, places, rows in self.manifest.located(numbers):
+            part = self.read_part(number)
+            for place, row in zip(places, rows, strict=True):
+                out[place] = part[row]
+        return out
 
     def vectors(self, numbers: Sequence[int]) -> tuple[Float32[Tensor, "c m k"], Float32[Tensor, "c m"]]:
         """Decoded vectors of rows under every checkpoint, and the vectors' norms before they were stored."""
-        firsts = [part.first_row for part in self.manifest.parts]
         checkpoints, width = len(self.manifest.checkpoints), self.manifest.width
         vectors = torch.zeros(checkpoints, len(numbers), width, dtype=torch.float32)
         norms = torch.zeros(checkpoints, len(numbers), dtype=torch.float32)
-        part_of_row = torch.tensor([bisect.bisect_right(firsts, number) - 1 for number in numbers], dtype=torch.int64)
-        for part in part_of_row.unique().tolist():
-            places = (part_of_row == part).nonzero()[:, 0]
-            rows = torch.tensor(numbers)[places] - firsts[part]
+        for part, places, rows in self.manifest.located(numbers):
             for c in range(checkpoints):
                 shard = self.shard(c, part)
                 vectors[c, places] = self.codec.decode(shard.vectors[rows], shard.scale[rows], width)

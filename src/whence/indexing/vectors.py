@@ -64,8 +64,8 @@ class IndexSettings:
     space: GradientSpace = field(default_factory=GradientSpace)
     blocks: tuple[int, ...] | None = None
     """R of each layer, for the projection `tensor_sketch`, as a manifest records it; None: chosen by cost."""
-    codec: str = "bfloat16"
-    """Name in `codecs.CODECS`: how vectors are stored."""
+    codec: str | None = None
+    """Name in `codecs.CODECS`: how vectors are stored. None: as the catalogue says for the projection."""
     checkpoints: str = "last"
     """Checkpoints of the run to use: "all", or the "last"."""
     max_tokens: int | None = None
@@ -99,10 +99,15 @@ class IndexSettings:
                 raise SettingError(f"{flag} {value}: at least 2 is expected")
         preferences.checked(self.preferences)
         runner.check_engine(self.engine)
-        codec_of(self.codec)
         catalogue.projection(self.space.sketch)
+        codec_of(self.codec_name)
         if self.blocks is not None and self.space.sketch != "tensor_sketch":
             raise SettingError(f"blocks {list(self.blocks)}: they belong to --projection tensor_sketch alone")
+
+    @property
+    def codec_name(self) -> str:
+        """Name of the codec, with the default filled in."""
+        return self.codec or catalogue.projection_entry(self.space.sketch).codec
 
 
 def with_options(settings: IndexSettings, options: dict[str, Any]) -> IndexSettings:
@@ -189,7 +194,7 @@ def manifest_of(
     entries = [_checkpoint_entry(checkpoint, settings.space.view) for checkpoint in checkpoints]
     return Manifest(
         whence_version=__version__,
-        codec=settings.codec,
+        codec=settings.codec_name,
         width=projection.width,
         settings=stored,
         checkpoints=tuple(entries),

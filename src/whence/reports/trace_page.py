@@ -25,7 +25,7 @@ from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
 from whence.reports.page import content_policy, packaged
 from whence.reports.text import encodable, visible
-from whence.reports.trace_tables import overlap_sentence
+from whence.reports.trace_tables import reranking_words
 from whence.tracing.results import AND_NOT, Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
@@ -95,7 +95,7 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
 
 def _overlap(trace: Trace, number: int) -> str | None:
     is_known = number < len(trace.overlaps) and math.isfinite(trace.overlaps[number])
-    return overlap_sentence(trace.overlaps[number]) if is_known else None
+    return reranking_words(trace, number) if is_known else None
 
 
 def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> list[dict[str, Any]]:

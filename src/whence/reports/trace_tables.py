@@ -22,6 +22,9 @@ COLOURED = 3
 MANY = 0.5
 """Share of the index' best among the exact best below which a longer short list is advised."""
 
+SURE_ENOUGH = 0.5
+"""Probability of a short list to hold the exact best below which a longer one is advised."""
+
 WINDOW = 90
 """Their training tokens shown, around the one of most influence."""
 
@@ -80,7 +83,7 @@ def _words(trace: Trace, query: int) -> list[RenderableType]:
     if trace.verdicts:
         lines.append(Text(trace.verdicts[query], "yellow" if trace.verdicts[query].startswith("Nothing") else "green"))
     if trace.overlaps:
-        lines.append(Text(overlap_sentence(trace.overlaps[query]), "dim"))
+        lines.append(Text(reranking_words(trace, query), "dim"))
     if any(hit.null is not None and hit.null.generic for hit in trace.of(query)):
         lines.append(
             Text("* scores high for any question (generic), and says little about this one; see --specific.", "dim")
@@ -88,12 +91,42 @@ def _words(trace: Trace, query: int) -> list[RenderableType]:
     return lines
 
 
-def overlap_sentence(share: float) -> str:
-    """How much of the exact ranking the index finds, and what to do where that is little."""
-    words = f"Of the index' best, {share:.0%} are among the exact best."
-    if share >= MANY:
-        return words
-    return f"{words} Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
+def reranking_words(trace: Trace, query: int) -> str:
+    """How deep a query was re-ranked, how sure that is to suffice, and how much of the exact ranking the index has."""
+    overlap = f"Of the index' best, {trace.overlaps[query]:.0%} are among the exact best."
+    if query >= len(trace.rerankings):  # of an older Whence
+        return overlap
+    depth = trace.rerankings[query]
+    words = f"Exact gradients ordered the index' first {depth.helpful} and last {depth.opposing}"
+    if depth.sure is None or depth.sure_opposing is None:
+        words = f"{words}. {overlap}"
+        if trace.overlaps[query] >= MANY:
+            return words
+        return f"{words} {LOSES}"
+    first, last = (len(trace.of(query, opposing=side)) for side in (False, True))
+    words += f": the exact first {first} are among them with {percent(depth.sure)},"
+    return f"{words} the last {last} with {percent(depth.sure_opposing)}. {overlap}"
+
+
+LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
+
+
+def percent(share: float) -> str:
+    """A probability as a percentage that does not promise what it cannot.
+
+    >>> percent(0.994), percent(0.9999), percent(0.0)
+    ('99%', 'over 99%', 'under 1%')
+    """
+    return "over 99%" if share > 0.995 else "under 1%" if share < 0.005 else f"{share:.0%}"
+
+
+def is_shallow(trace: Trace, query: int) -> bool:
+    """Whether a longer short list would find more of the exact best."""
+    if not trace.rerankings:
+        return False
+    depth = trace.rerankings[query]
+    reached = depth.helpful + depth.opposing >= trace.rows
+    return not reached and (trace.overlaps[query] < MANY if depth.sure is None else depth.sure < SURE_ENOUGH)
 
 
 LEGEND = (("#2171b5", "helps"), ("#d94801", "opposes"))

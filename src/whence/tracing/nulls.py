@@ -41,7 +41,7 @@ MOSTLY = 0.9
 
 @dataclass(frozen=True)
 class Controls:
-    """Control queries in an index' space, divided by their norms."""
+    """Control queries in an index' space, divided by their norms before they were stored."""
 
     vectors: Float32[Tensor, "c m k"]
     rows: Int64[Tensor, " m"] | None
@@ -80,16 +80,19 @@ def row_controls(
     rows = control_rows(index, seed=seed)
     if rows is None:
         return None
-    return _controls(index, index.store.vectors(rows.tolist())[0] if vectors is None else vectors, rows, cosine, seed)
+    if vectors is not None:
+        return _controls(index, unit(vectors), rows, cosine, seed)
+    stored, norms = index.store.vectors(rows.tolist())
+    return _controls(index, stored * inverse_or_zero(norms)[:, :, None], rows, cosine, seed)
 
 
 def query_controls(index: Index, vectors: Float32[Tensor, "c m k"], *, cosine: bool, seed: int = 0) -> Controls | None:
     """The user's queries as controls; None where there are too few."""
-    return None if vectors.shape[1] < LEAST else _controls(index, vectors, None, cosine, seed)
+    return None if vectors.shape[1] < LEAST else _controls(index, unit(vectors), None, cosine, seed)
 
 
 def _controls(index: Index, vectors: Tensor, rows: Tensor | None, cosine: bool, seed: int) -> Controls:
-    vectors, rankable = unit(vectors), index.store.rankable()
+    rankable = index.store.rankable()
     sample = rankable[torch.randperm(len(rankable), generator=generator(seed, "nulls", "sample"))[:SAMPLE]]
     mean = Controls(vectors.mean(1, keepdim=True), None, 0.0)
     means = control_scores(index, mean, sample.tolist(), cosine=cosine)

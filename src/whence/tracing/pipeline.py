@@ -258,8 +258,9 @@ def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]
     }
     if index.has_contrasts:
         described["pairs of answers"] = "contrasts"
-    if settings.exact:
-        described["re-ranked"] = f"{settings.shortlist} on each side, by unprojected gradients"
+    if settings.reranks(index):
+        length = "as many as hold the exact first with 95%" if settings.shortlist is None else str(settings.shortlist)
+        described["re-ranked"] = f"{length}, on each side, by unprojected gradients"
     if settings.tokens:
         described["token matrix"] = f"by {settings.basis}"
     return described

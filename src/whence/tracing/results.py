@@ -178,6 +178,20 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class Reranking:
+    """How many rows of an index' ranking exact gradients have ordered, and how sure that is to be enough."""
+
+    helpful: int
+    """From the highest score on."""
+    opposing: int
+    """From the lowest score on."""
+    sure: float | None = None
+    """Probability that the exact best are among these, from the index' own error; None: it is not known."""
+    sure_opposing: float | None = None
+    """The same of the exact lowest."""
+
+
+@dataclass(frozen=True)
 class Trace:
     """Answers and the examples behind them."""
 
@@ -194,6 +208,8 @@ class Trace:
     `levels`. Empty: there was no null."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
+    rerankings: list[Reranking] = field(default_factory=list)
+    """For each query, with `exact`: how deep the short lists were."""
     notes: list[str] = field(default_factory=list)
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)

@@ -1,8 +1,11 @@
 """From an index' vectors to the examples shown: rank, correct, re-rank, add token matrices.
 
-Coarse, then exact: the index' compressed vectors propose a short list, unprojected gradients decide its order (`exact`)
-and give the token x token matrix of the examples shown (`tokens`). The overlap of the two rankings is reported every
-time, so that the compression's cost can be seen.
+Coarse, then exact: the index' compressed vectors propose a short list as long as their error asks for (`depth`), and
+unprojected gradients decide its order (`exact`) and give the token x token matrix of the examples shown (`tokens`). The
+overlap of the two rankings is reported every time, so that the compression's cost can be seen.
+
+What is shown rests on exact scores: an example's z is its exact score's place among its scores for the controls, which
+come from the index. Those are unbiased, and their noise widens a spread a little: z is rather too small.
 
 Each of the three steps goes through the checkpoints once, whatever the number of queries: loading a model may cost more
 than a pass through it.
@@ -28,10 +31,11 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
+from whence.tracing.depth import CANDIDATES, depth, noise
 from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
-from whence.tracing.results import Hit, TokenMatrix, Trace
+from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
 from whence.turns import one_at_a_time
 
 
@@ -45,10 +49,11 @@ class TraceSettings:
     """Name in `catalogue.TRACE_METHODS`."""
     objective: str = "loss"
     """The query's objective: "loss", or the log-odds "margin", which does not vanish where the model is sure."""
-    exact: bool = False
-    """Whether a short list is ranked by unprojected gradients."""
-    shortlist: int = 100
-    """Length of the short list, on each side."""
+    exact: bool | None = None
+    """Whether a short list is ranked by unprojected gradients. None: where the method and the index allow it, and the
+    index' vectors are not whole gradients themselves."""
+    shortlist: int | None = None
+    """Length of the short list, on each side. None: as long as it takes; see `depth`."""
     tokens: bool = False
     """Whether to add the token x token matrix of the examples shown, and each query token's share in their scores."""
     basis: str = "position"
@@ -63,7 +68,7 @@ class TraceSettings:
     def __post_init__(self):
         entry = catalogue.trace_method(self.method)
         for flag, value in (("--top", self.top), ("--shortlist", self.shortlist)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise SettingError(f"{flag} {value}: a number above 0 is expected")
         for flag, value, known in (
             ("--objective", self.objective, tuple(OBJECTIVES)),
@@ -78,10 +83,21 @@ class TraceSettings:
                 f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
             )
 
+    def reranks(self, index: Index) -> bool:
+        """Whether a short list is ranked by unprojected gradients."""
+        if self.exact is not None:
+            return self.exact
+        return catalogue.trace_method(self.method).reranks and can_rerank(index)
+
     @property
     def cosine(self) -> bool:
         """Whether vectors are divided by their norms."""
         return catalogue.trace_method(self.method).cosine
+
+
+def can_rerank(index: Index) -> bool:
+    """Whether unprojected gradients say more than an index: its vectors are sketches, of gradients as they are."""
+    return index.space.view == "sgd" and index.space.sketch != "identity"
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,7 @@ class _QueryResult:
     exact: dict[int, float] = field(default_factory=dict)
     by_token: dict[int, tuple[list[float], TokenMatrix]] = field(default_factory=dict)
     overlap: float | None = None
+    reranking: Reranking | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -167,8 +184,13 @@ class Retrieval:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
         vectors, controls, levels = self._vectors()
-        m = max(2 * settings.top, settings.shortlist) if settings.exact else settings.top
+        m = max(2 * settings.top, settings.shortlist or CANDIDATES) if self.is_exact else settings.top
         return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether exact scores decide the order."""
+        return self.settings.reranks(self.index)
 
     @one_at_a_time
     def _described(
@@ -180,9 +202,11 @@ class Retrieval:
     ) -> Trace:
         """A trace of the rows that were ranked."""
         settings, numbers = self.settings, range(len(self.queries))
-        results = [self._result(number, rankings, vectors[:, number], controls) for number in numbers]
+        results = [
+            self._result(number, rankings, vectors[:, number], controls, is_deep=self.is_exact) for number in numbers
+        ]
         self._read({row for result in results for row in result.rows})
-        if settings.exact:
+        if self.is_exact:
             self._rerank(results)
         for result in results:
             result.sides = [side.cut(settings.top) for side in result.sides]
@@ -192,8 +216,9 @@ class Retrieval:
         for number, result in enumerate(results):
             hits = self._hits(number, result, controls)
             out.hits.extend(hits)
-            if result.overlap is not None:
+            if result.overlap is not None and result.reranking is not None:
                 out.overlaps.append(result.overlap)
+                out.rerankings.append(result.reranking)
             if levels:
                 best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
                 out.verdicts.append(verdict(best, levels[number]))
@@ -280,9 +305,13 @@ class Retrieval:
         rankings: tuple[Ranking, Ranking],
         vector: Float32[Tensor, "c k"],
         controls: nulls.Controls | None,
+        *,
+        is_deep: bool = False,
     ) -> _QueryResult:
         sides = [Side.of(ranking, query, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
         result = _QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
+        if is_deep:
+            result.sides, result.reranking = self._short_lists(sides, result.norms)
         rows = result.rows
         result.means = dict.fromkeys(rows, 0.0)
         if self.settings.specific and controls is not None and rows:
@@ -290,9 +319,23 @@ class Retrieval:
             result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
         return result
 
+    def _short_lists(self, sides: list[Side], lengths: Float32[Tensor, " c"]) -> tuple[list[Side], Reranking]:
+        """Both sides, as deep as they are re-ranked."""
+        settings, depths = self.settings, []
+        for side in sides:
+            spread = noise(self.index, side.rows, lengths, cosine=settings.cosine)
+            scores = torch.tensor(side.scores) * side.sign
+            depths.append(depth(scores, spread, settings.top, settings.shortlist))
+        helpful, opposing = depths
+        reranking = Reranking(helpful.rows, opposing.rows, helpful.sure, opposing.sure)
+        return [side.cut(each.rows) for side, each in zip(sides, depths, strict=True)], reranking
+
     def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
-        """`nulls.nulls` or `nulls.best_z` of a side's rows."""
-        raw = [score + result.means[row] for row, score in zip(side.rows, side.scores, strict=True)]
+        """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""
+        exact_scores = result.exact if result.reranking is not None else {}
+        raw = [
+            exact_scores.get(row, score + result.means[row]) for row, score in zip(side.rows, side.scores, strict=True)
+        ]
         scale = None if self.settings.cosine else result.norms
         return measure(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
 
@@ -369,7 +412,7 @@ class Retrieval:
                         row=self.index.shown_row(stored),
                         exact=exact,
                         exact_rank_score=None
-                        if exact is None or not self.settings.exact
+                        if exact is None or result.reranking is None
                         else exact - result.means[row],
                         null=null,
                         by_token=by_token,

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from whence.gradients.capture import example_gradients
+from whence.gradients.flat_width import flat_width
 from whence.gradients.protocols import Shapes
 from whence.numerics import generator, signs
 
@@ -27,12 +28,12 @@ GATHERED_ENTRIES = 2**26
 
 
 class CountSketch:
-    """A sketch of `width` numbers in all, by default 8,192."""
+    """A sketch of `width` numbers in all, by default those of `flat_width`."""
 
     forms_gradient = True
 
     def __init__(self, shapes: Shapes, *, width: int | None = None, seed: int = 0):
-        self.width = 8192 if width is None else width
+        self.width = flat_width(shapes) if width is None else width
         self.seed = seed
         self._hashes: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}
 
