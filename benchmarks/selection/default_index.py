@@ -51,7 +51,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     found = load(options.data, SEED)
     pool = found.pool[:ROWS]
-    run = train(options.model, pool, options.work / "run", seed=SEED, max_tokens=MAX_TOKENS, progress=False, **WARM_UP)
+    run = train(options.model, pool, options.work / "run", seed=SEED, progress=False, **WARM_UP)
     document: dict = {"rows": len(pool), "fraction": FRACTION, "warm-up": WARM_UP, "views": {}}
     for view, stores in STORES.items():
         chosen, sizes = {}, {}

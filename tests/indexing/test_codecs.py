@@ -90,3 +90,44 @@ def test_no_rows_are_no_rows(name):
     own = CODECS[name]
     stored, scale = own.encode(torch.zeros(0, 24))
     assert own.decode(stored, scale, 24).shape == (0, 24)
+
+
+def turned(vectors: torch.Tensor, seed: int) -> torch.Tensor:
+    """Vectors under one random rotation."""
+    k = vectors.shape[1]
+    rotation, _ = torch.linalg.qr(torch.randn(k, k, generator=torch.Generator().manual_seed(seed)))
+    return vectors @ rotation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_by_the_unbiased_scale_have_the_products_mean_and_the_noise_as_their_spread(name):
+    """Over 600 random rotations of a query and a row of cosine 0.3; the row of k = 64 has a heavy tail."""
+    k, found = 64, []
+    rng = torch.Generator().manual_seed(0)
+    row = torch.randn(k, generator=rng) ** 3
+    query = 0.3 * row / row.norm() + (1 - 0.3**2) ** 0.5 * torch.nn.functional.normalize(
+        torch.randn(k, generator=rng), dim=0
+    )
+    true = float(query @ row)
+    for seed in range(600):
+        q, v = turned(torch.stack([query, row]), seed)
+        stored, scale = CODECS[name].encode(v[None])
+        scale = CODECS[name].unbiased(scale, v[None].norm(dim=1), k)
+        noise = CODECS[name].noise(scale, v[None].norm(dim=1), k)
+        found.append((float(q @ CODECS[name].decode(stored, scale, k)[0]), float(noise)))
+    scores, noises = torch.tensor(found).T
+    assert float(scores.mean()) == pytest.approx(true, rel=0.03)
+    if name == "onebit":
+        assert float(scores.std()) == pytest.approx(float(noises.mean()) * float(query.norm()), rel=0.15)
+    else:
+        assert (noises == 0).all() and float(scores.std()) < 0.1 * float(row.norm())
+
+
+def test_a_row_in_one_bit_has_its_own_norm_as_its_product_with_itself():
+    vectors = rows(20, 70, 3)
+    norms = vectors.double().norm(dim=1)
+    stored, scale = CODECS["onebit"].encode(vectors)
+    unbiased = CODECS["onebit"].unbiased(scale, norms.float(), 70)
+    decoded = CODECS["onebit"].decode(stored, unbiased, 70)
+    assert torch.allclose((decoded.double() * vectors).sum(1) / norms.clamp(min=1e-100) ** 2, (norms > 0).double())
+    assert CODECS["onebit"].unbiased(torch.tensor([1e-30]), torch.zeros(1), 70).tolist() == [pytest.approx(1e-30)]

@@ -326,7 +326,8 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
         `true_top10` for the true docstring as completion; each `{count, of, fraction, low, high}` (Wilson, 95%).
         `chance` is that of being first.
     """
-    traced_answers = trace(index, queries=[Query(row["prompt"]) for row in rows], top=10, null=False)
+    how = {"top": 10, "null": False, "exact": False}  # what the index alone finds
+    traced_answers = trace(index, queries=[Query(row["prompt"]) for row in rows], **how)
     answered_rows = [
         number
         for number, row in enumerate(rows)
@@ -335,7 +336,7 @@ def grade(index: Index, rows: list[Row]) -> dict[str, Any]:
     own_ranks = [docstring_rank(traced_answers, number, rows[number]["id"]) for number in answered_rows]
     true_ranks = []
     if true_queries := [Query(rows[number]["prompt"], rows[number]["completion"]) for number in answered_rows]:
-        true = trace(index, queries=true_queries, top=10, null=False)
+        true = trace(index, queries=true_queries, **how)
         true_ranks = [docstring_rank(true, query, rows[number]["id"]) for query, number in enumerate(answered_rows)]
     return {
         "answered": _fraction(len(answered_rows), len(rows)),

@@ -12,7 +12,7 @@ k for a model sixteen times as large. Numbers in one bit, and 1 million rows:
     100 thousand       16,384         2,048       2.0 GB
     4.7 million        43,008         5,376       5.4 GB
     1 billion         163,840        20,480        20 GB
-    8 billion         275,968        34,496        34 GB
+    8 billion         275,456        34,432        34 GB
 
 (`two_sided` 16 in bfloat16, the default of old, takes 512 bytes a layer: 57 KB for a model of 1 B with 112 layers.)
 """

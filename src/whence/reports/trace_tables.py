@@ -22,7 +22,7 @@ COLOURED = 3
 MANY = 0.5
 """Share of the index' best among the exact best below which a longer short list is advised."""
 
-SURE_ENOUGH = 0.9
+SURE_ENOUGH = 0.5
 """Probability of a short list to hold the exact best below which a longer one is advised."""
 
 WINDOW = 90
@@ -103,8 +103,9 @@ def reranking_words(trace: Trace, query: int) -> str:
         if trace.overlaps[query] >= MANY:
             return words
         return f"{words} {LOSES}"
-    words += f", which hold the exact best with {percent(depth.sure)}, the lowest with {percent(depth.sure_opposing)}."
-    return f"{words} {overlap}"
+    first, last = (len(trace.of(query, opposing=side)) for side in (False, True))
+    words += f": the exact first {first} are among them with {percent(depth.sure)},"
+    return f"{words} the last {last} with {percent(depth.sure_opposing)}. {overlap}"
 
 
 LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
