@@ -733,11 +733,13 @@ def test_the_default_follows_the_models_size_and_an_older_index_keeps_its_own(ti
 
 def test_a_flat_sketch_of_an_older_default_width_is_read_by_its_own(tiny_llama, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(count_sketch, "flat_width", lambda shapes: 8192)
-    index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", progress=False)
+    built = index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", progress=False)
     monkeypatch.undo()
     opened = open_index(tmp_path / "index")
     assert opened.space.width is None and opened.projection(opened.model()).width == 8192
     assert trace(opened, "5 and 3?", " yes").hits
+    again = index(tiny_llama, tiny_corpus, tmp_path / "index", projection="count_sketch", progress=False)
+    assert again.store.manifest == built.store.manifest, "the same command goes on with it"
 
 
 def test_a_model_without_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path):

@@ -10,7 +10,8 @@ from whence import catalogue
 from whence.gradients.flat_width import FLAT
 from whence.indexing.build import index
 from whence.indexing.codecs import codec
-from whence.tracing.depth import DEEPEST, SURE, depth, noise, row_noise
+from whence.tracing import retrieval
+from whence.tracing.depth import DEEPEST, SURE, Noise, depth, row_noise
 from whence.tracing.pipeline import trace
 
 ROWS, TOKENS = 40, 5
@@ -54,7 +55,7 @@ def test_scores_of_a_flat_sketch_miss_the_exact_ones_by_the_noise(projection, st
 
 def test_other_sketches_do_not_say_their_noise(tiny_llama, tmp_path):
     opened = index(tiny_llama, corpus_rows(40), tmp_path / "i", projection="two_sided", width=4, progress=False)
-    assert noise(opened, [0, 1], torch.ones(1), cosine=True) is None
+    assert Noise.of(opened, [0, 1], cosine=True) is None
     found = trace(opened, "5 and 3?", " yes", top=3)
     (reranking,) = found.rerankings
     assert (reranking.helpful, reranking.opposing, reranking.sure) == (40, 40, None)
@@ -100,6 +101,43 @@ def test_a_trace_is_reranked_unless_told_not_to(tiny_llama, tmp_path):
     assert (len(found.rerankings), true.rerankings) == (1, []), "whole gradients have nothing to be re-ranked by"
     coarse = trace(opened, *asked, top=5, exact=False)
     assert (coarse.rerankings, coarse.overlaps, coarse.hits[0].exact) == ([], [], None)
+
+
+def test_noise_adds_up_over_checkpoints_and_follows_the_querys_length(tiny_run, tmp_path):
+    opened = index(tiny_run, corpus_rows(6), tmp_path / "index", checkpoints="all", progress=False)
+    shards = [opened.store.shard(checkpoint, 0) for checkpoint in range(2)]
+    codec_of, k = opened.store.codec, opened.store.manifest.width
+    lengths = torch.tensor([2.0, 3.0])
+    for cosine in (True, False):
+        expected = torch.zeros(6)
+        for shard, weight, length in zip(shards, opened.weights, lengths.tolist(), strict=True):
+            deviation = row_noise(shard.norm, shard.scale, codec_of, k)
+            expected += weight * length * (deviation / shard.norm if cosine else deviation)
+        found = Noise.of(opened, [4, 1, 5], cosine=cosine).for_query([5, 1, 4, 1], lengths)
+        assert found.tolist() == pytest.approx(expected[[5, 1, 4, 1]].tolist())
+    assert trace(opened, "5 and 3?", " yes", top=2).rerankings
+
+
+def test_a_short_list_that_was_asked_for_says_how_sure_it_is(tiny_llama, tmp_path):
+    """The rows below it are compared too, though they are not re-ranked."""
+    opened = index(tiny_llama, corpus_rows(60), tmp_path / "index", width=64, progress=False)
+    (short,) = trace(opened, "5 and 3?", " yes, 12", top=5, shortlist=10, null=False).rerankings
+    (whole,) = trace(opened, "5 and 3?", " yes, 12", top=5, shortlist=60, null=False).rerankings
+    assert (short.helpful, whole.helpful, whole.sure) == (10, 60, 1)
+    assert short.sure < 0.9
+
+
+def test_short_lists_of_many_queries_are_ranked_exactly_on_request(tiny_llama, tmp_path, monkeypatch):
+    opened = index(tiny_llama, corpus_rows(20), tmp_path / "index", progress=False)
+    monkeypatch.setattr(retrieval, "MOST_QUERIES", 2)
+    asked = [{"prompt": f"{number}?", "completion": " yes"} for number in range(3)]
+    assert len(trace(opened, queries=asked[:2], null=False).rerankings) == 2
+    found = trace(opened, queries=asked, null=False)
+    assert found.rerankings == [] and found.notes[0].startswith(
+        "3 queries: their examples are ranked by the index alone"
+    )
+    exactly = trace(opened, queries=asked, null=False, exact=True)
+    assert len(exactly.rerankings) == 3 and not exactly.notes
 
 
 def test_the_answer_says_how_deep_and_how_sure(tiny_llama, tmp_path, printed):

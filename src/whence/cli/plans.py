@@ -20,9 +20,10 @@ def print_plan(plan: "Plan", as_json: bool) -> tuple[str, ...]:
     from whence.reports.plan_tables import plan_answer, plan_table
 
     words = [word for word in sys.argv[1:] if word != DRY_RUN]
-    if words[:1] == ["plan"]:
+    verb = next((place for place, word in enumerate(words) if not word.startswith("-")), 0)
+    if words[verb : verb + 1] == ["plan"]:
         out = [] if any(word.startswith(("-o", "--out")) for word in words) else ["-o", "INDEX"]
-        words = ["index", *words[1:], *out]
+        words = [*words[:verb], "index", *words[verb + 1 :], *out]
     command = ["whence", *words, *plan.remedies.get(plan.limit, ())]
     if as_json:
         print_json(plan.as_json() | {"next": command})

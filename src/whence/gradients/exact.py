@@ -359,7 +359,8 @@ def list_scores(
         for mask, numbers in zip(wanted, some, strict=True):
             mask[[place[number] for number in numbers]] = True
         scores, held = torch.zeros(len(group), len(place)), Queries(group)
-        for columns, batch in batches([rows[number] for number in place], tokens_per_batch):
+        steps = batches([rows[number] for number in place], tokens_per_batch)
+        for columns, batch in counted(steps, "Exact gradients", len(place), lambda step: len(step[0])):
             needs_norms = cosine or space.normalise == "layer"
             consume = InnerProducts(held, wanted[:, columns], needs_norms)
             backward(model, layers, batch, consume, reduction=space.reduction, whole=True)

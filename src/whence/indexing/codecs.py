@@ -67,7 +67,8 @@ class Codec:
     unbiased: Callable[[PerRow, PerRow, int], PerRow] = lambda scale, norm, k: scale
     """From rows' stored scales, their norms before they were encoded and k: scales of unbiased inner products."""
     noise: Callable[[PerRow, PerRow, int], PerRow] = lambda scale, norm, k: torch.zeros_like(norm)
-    """From unbiased scales, norms and k: standard deviation of an inner product with a unit vector; 0 where small."""
+    """From unbiased scales, norms and k: standard deviation of an inner product with a unit vector. Left at 0 for 16
+    bits and more, whose rounding is below a hundredth of any sketch's own noise."""
     pair_products: Callable[[Stored, Queries, np.ndarray, np.ndarray], np.ndarray] | None = None
     """Exact products of pairs of stored rows and queries on the CPU, before the rows' scales: of (rows, queries [q, k],
     places of the pairs' rows, numbers of their queries). None: rows are decoded and multiplied in fp32."""
@@ -187,6 +188,11 @@ def _decode_onebit(stored: Tensor, k: int) -> Tensor:
     return _unpacked(stored, 1, k).float().mul_(2).sub_(1)
 
 
+def _rounding_noise(scale: PerRow, norm: PerRow, k: int) -> PerRow:
+    """Of entries that are rounded to whole multiples of the scale: each error is uniform over one."""
+    return scale / 12**0.5
+
+
 def _onebit_unbiased(scale: PerRow, norm: PerRow, k: int) -> PerRow:
     unbiased = norm.double().square() * inverse_or_zero(scale.double() * k)  # squares of fp32 fit into fp64
     return torch.where(norm > 0, unbiased.float(), scale)  # a tiny row's norm may have vanished
@@ -238,6 +244,7 @@ CODECS: dict[str, Codec] = {
         encoder=lambda vectors: _encode_integers(vectors, 127),
         decoder=_decode_plain,
         error=lambda vectors: _absmax(vectors) * (1 / 254 + 2**-20) + TINY,
+        noise=_rounding_noise,
         kernels=(partial(integer_kernel, bits=8), _decoded_plain),
     ),
     "int4": Codec(
@@ -247,6 +254,7 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_int4,
         decoder=_decode_int4,
         error=lambda vectors: _absmax(vectors) * (1 / 14 + 2**-20) + TINY,
+        noise=_rounding_noise,
         kernels=(partial(integer_kernel, **PACKED["int4"]), partial(decoded_kernel, decoder=_decode_int4)),
     ),
     "onebit": Codec(

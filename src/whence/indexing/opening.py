@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import shlex
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -305,7 +304,8 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
     stored = store.manifest.settings
     names = ("max_tokens", "tokens_per_batch", "dtype", "gradient_checkpointing")
     settings = IndexSettings(
-        space=_space_of(store),
+        space=GradientSpace(**stored["space"]),
+        flat_width=store.manifest.width if GradientSpace(**stored["space"]).sketch in FLAT else None,
         codec=store.manifest.codec,
         blocks=tuple(stored["blocks"]) if "blocks" in stored else None,
         tokenizer=str(tokenizer) if (tokenizer := loading.get("tokenizer")) else stored["tokenizer_path"],
@@ -319,12 +319,6 @@ def index_of(store: Store, **loading: Unpack[IndexLoading]) -> Index:
         **{name: stored[name] for name in names},
     )
     return Index(store, settings, model=loading.get("model"))
-
-
-def _space_of(store: Store) -> GradientSpace:
-    """The gradient space of an index, with the width that a flat sketch had by default when it was built."""
-    space = GradientSpace(**store.manifest.settings["space"])
-    return replace(space, width=store.manifest.width) if space.width is None and space.sketch in FLAT else space
 
 
 def _stored_template(store: Store) -> str | None:

@@ -213,7 +213,7 @@ class Left:
         note = (
             f"An index was begun in {place.root}: {len(begun.shards):,} of {number_of(shards, 'shard')} are there, and "
         )
-        return Left(1 - begun.rows / rows, 1 - done / rows, (f"{note}this is the rest.",))
+        return Left(max(0.0, 1 - begun.rows / rows), max(0.0, 1 - done / rows), (f"{note}this is the rest.",))
 
 
 def _row_bytes(made: Prepared) -> int:

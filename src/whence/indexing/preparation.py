@@ -13,6 +13,7 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import same_date, supervision, today
 from whence.corpus.unsupervised import refuse_unsupervised
 from whence.gradients.capture import Transform
+from whence.gradients.flat_width import FLAT
 from whence.indexing.ingest import Fingerprint, check_conversations, fingerprint_of, refuse_without_pairs
 from whence.indexing.manifest import MANIFEST, Manifest, read_manifest
 from whence.indexing.memory_bound import bounded
@@ -129,6 +130,8 @@ def _as_begun(settings: IndexSettings, loaded: LoadedModel, begun: Place | None)
             settings = replace(settings, space=replace(settings.space, projection=stored["space"]["projection"]))
         if settings.space.sketch == stored["space"]["projection"]:
             settings = replace(settings, codec=settings.codec or manifest.codec)
+            if settings.space.sketch in FLAT and settings.space.width is stored["space"].get("width") is None:
+                settings = replace(settings, flat_width=manifest.width)
             blocks = tuple(stored.get("blocks", ()))
             if settings.blocks is None and len(blocks) == len(loaded.layers(settings.space.layers)):
                 settings = replace(settings, blocks=blocks)

@@ -72,7 +72,8 @@ def _round_row(values: np.ndarray, levels: int, noise: np.ndarray, out: np.ndarr
         variance = float(np.dot(fraction, 1 - fraction))
         bound = min(bound, math.sqrt(2 * variance * _LOG) + _LOG / 3)
     scaled += noise
-    out[:] = np.floor(scaled, out=scaled)
+    np.minimum(np.floor(scaled, out=scaled), levels, out=scaled)  # fp32 may round the sum up to a whole more
+    out[:] = scaled
     return step, excess + step * bound + arithmetic
 
 

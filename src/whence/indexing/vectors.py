@@ -23,6 +23,7 @@ from whence.errors import SettingError
 from whence.gradients.adam import Gamma
 from whence.gradients.capture import Transform, sketch
 from whence.gradients.embeddings import tied_embeddings
+from whence.gradients.flat_width import FLAT
 from whence.gradients.projections.tensor_sketch import TensorSketch
 from whence.gradients.protocols import Projection
 from whence.gradients.slope_scale import scale_for
@@ -64,6 +65,8 @@ class IndexSettings:
     space: GradientSpace = field(default_factory=GradientSpace)
     blocks: tuple[int, ...] | None = None
     """R of each layer, for the projection `tensor_sketch`, as a manifest records it; None: chosen by cost."""
+    flat_width: int | None = None
+    """Numbers of a flat sketch whose width nobody gave, as a manifest records them; None: by the model's size."""
     codec: str | None = None
     """Name in `codecs.CODECS`: how vectors are stored. None: as the catalogue says for the projection."""
     checkpoints: str = "last"
@@ -148,7 +151,8 @@ def projection_for(model: LoadedModel, settings: IndexSettings) -> Projection:
     shapes = {name: layer_shape(layer) for name, layer in model.layers(space.layers).items()}
     extra: dict[str, Any] = {} if space.shuffle_rounds is None else {"rounds": space.shuffle_rounds}
     extra |= {} if settings.blocks is None else {"blocks": settings.blocks}
-    return catalogue.projection(space.sketch)(shapes, width=space.width, seed=space.seed, **extra)
+    width = settings.flat_width if space.width is None and space.sketch in FLAT else space.width
+    return catalogue.projection(space.sketch)(shapes, width=width, seed=space.seed, **extra)
 
 
 def transform_for(model: LoadedModel, settings: IndexSettings) -> Transform | None:

@@ -21,7 +21,7 @@ Source: the bound of RaBitQ, Gao and Long 2024, https://arxiv.org/abs/2405.12497
 of each row's error leaves; here what all errors together leave.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,9 @@ from whence.numerics import generator, inverse_or_zero
 DEEPEST = 100
 """Rows of a side that are re-ranked at most."""
 CANDIDATES = 400
-"""Rows of a side whose scores are compared."""
+"""Rows of a side whose scores are compared, at least."""
+CANDIDATES_A_PLACE = 4
+"""The same, for each place that is shown."""
 SURE = 0.95
 DRAWS = 400
 MARGIN = 1.15
@@ -52,11 +54,16 @@ class Depth:
     """Probability that the exact first m are among these rows; None: the projection does not say."""
 
 
+def candidates(m: int, rows: int | None) -> int:
+    """Rows of a side whose scores are compared, to find the first m among `rows` (None: as many as the noise asks)."""
+    return max(CANDIDATES, CANDIDATES_A_PLACE * m, 2 * (rows or 0))
+
+
 def depth(scores: Float32[Tensor, " n"], noise: Float32[Tensor, " n"] | None, m: int, rows: int | None = None) -> Depth:
     """How many of a ranking's first rows to re-rank, so that the exact first m are among them.
 
     Args:
-        scores: Of the index, best first, and larger is better.
+        scores: Of the index, best first, and larger is better: of `candidates` rows, or of all there are.
         noise: Standard deviation of each; None where it is not known.
         m: Rows that are wanted.
         rows: Rows that are re-ranked whatever the noise, but for 2 m at least; None: as the noise asks for.
@@ -65,35 +72,49 @@ def depth(scores: Float32[Tensor, " n"], noise: Float32[Tensor, " n"] | None, m:
     deepest = min(len(scores), max(DEEPEST if rows is None else rows, least))
     if noise is None or not len(scores):
         return Depth(deepest, None)
-    draws = torch.randn(DRAWS, len(scores), generator=generator(0, "depth")) * (MARGIN * noise) + scores
+    draws = torch.empty(DRAWS, len(scores))
+    draws.normal_(generator=generator(0, "depth")).mul_(MARGIN * noise).add_(scores)
     needed = draws.topk(min(m, len(scores)), dim=1).indices.amax(1) + 1
     if rows is None:
         deepest = min(deepest, max(least, int(needed.sort().values[int(SURE * DRAWS)])))
     return Depth(deepest, float((needed <= deepest).float().mean()))
 
 
-def noise(
-    index: Index, rows: Sequence[int], lengths: Float32[Tensor, " c"], *, cosine: bool
-) -> Float32[Tensor, " n"] | None:
-    """Standard deviation of rows' scores for a query around the exact ones; None where it is not known.
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of rows' scores around the exact ones, for queries of norm 1."""
 
-    Args:
-        index: The index of the rows.
-        rows: Numbers within it.
-        lengths: Norm of the query under each checkpoint; 1 for the cosine.
-        cosine: Whether scores are divided by both norms.
-    """
-    if index.space.sketch not in FLAT:
-        return None
-    store, out = index.store, torch.zeros(len(rows))
-    for part, places, within in store.manifest.located(rows):
-        for checkpoint, weight in enumerate(index.weights):
-            shard = store.shard(checkpoint, part)
-            norm = shard.norm[within]
-            deviation = row_noise(norm, shard.scale[within], store.codec, store.manifest.width)
-            deviation *= inverse_or_zero(norm) if cosine else 1.0
-            out[places] += abs(weight) * lengths[checkpoint] * deviation
-    return out
+    places: dict[int, int]
+    """Row of `deviations`, by number within the index."""
+    deviations: Float32[Tensor, "n c"]
+    """Under each checkpoint, times its weight."""
+
+    @staticmethod
+    def of(index: Index, rows: Iterable[int], *, cosine: bool) -> "Noise | None":
+        """Of rows of an index, by number; None where the projection does not say its error.
+
+        Each file is opened once, however many queries ask for its rows.
+        """
+        if index.space.sketch not in FLAT:
+            return None
+        numbers, store = sorted({*rows}), index.store
+        out = torch.zeros(len(numbers), len(index.weights))
+        for part, places, within in store.manifest.located(numbers):
+            for checkpoint, weight in enumerate(index.weights):
+                shard = store.shard(checkpoint, part)
+                norm = shard.norm[within]
+                deviation = row_noise(norm, shard.scale[within], store.codec, store.manifest.width)
+                out[places, checkpoint] = abs(weight) * deviation * (inverse_or_zero(norm) if cosine else 1.0)
+        return Noise({number: place for place, number in enumerate(numbers)}, out)
+
+    def for_query(self, rows: Sequence[int], lengths: Float32[Tensor, " c"]) -> Float32[Tensor, " n"]:
+        """Of rows' scores for a query.
+
+        Args:
+            rows: Numbers within the index.
+            lengths: Norm of the query under each checkpoint; 1 for the cosine.
+        """
+        return self.deviations[[self.places[row] for row in rows]] @ lengths.float()
 
 
 def row_noise(norm: Float32[Tensor, " n"], scale: Float32[Tensor, " n"], codec: Codec, k: int) -> Float32[Tensor, " n"]:

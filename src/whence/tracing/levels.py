@@ -2,10 +2,11 @@
 
 A long completion's gradient is a mean over many tokens, a short one's is a few tokens' own, and what chance reaches
 differs. So `MEANINGLESS` completions of uniformly random tokens, as long as the query's and under prompts of the corpus
-as long as its prompt, are traced in the same way (without `exact`). The level is their `needed_z`: among them and one
-more of their kind, that one stands above it with probability `CHANCE`, whatever the distribution. A span and a contrast
-are the query's own too. An ordinary answer under an unrelated prompt may well stand above it: some examples teach its
-words.
+as long as its prompt, are traced in the same way, by the index alone. The level is their `needed_z`: among them and one
+more of their kind, that one stands above it with probability `CHANCE`, whatever the distribution. Where a query's z is
+of exact scores, it has not the index' noise, which lifts the best of many: then that probability is `CHANCE` at most,
+and with a coarse sketch less. A span and a contrast are the query's own too. An ordinary answer under an unrelated
+prompt may well stand above it: some examples teach its words.
 
 Cost: `MEANINGLESS` gradients for each `Shape`, once while an index is open. Lengths are rounded to a tenth, so that
 queries of all lengths up to 1,000 tokens need some thirty levels.

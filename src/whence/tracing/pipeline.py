@@ -27,6 +27,7 @@ from whence.models.load_options import split_loading
 from whence.runner import ProgressOption, shown_as
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
+from whence.tracing.depth import DEEPEST
 from whence.tracing.levels import MEANINGLESS, Shape, cost
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
@@ -110,7 +111,9 @@ def trace(
             traced = from_scorer(
                 opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed
             )
-        described = _described_settings(opened, how) | {"completion": _completion_origin(traced.answers, sampling)}
+        described = _described_settings(opened, how, is_exact=bool(traced.rerankings)) | {
+            "completion": _completion_origin(traced.answers, sampling)
+        }
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
@@ -118,6 +121,11 @@ def trace(
             context = opened.model().context
             described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
         notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
+        if not how.reranks(opened, len(texts)) and how.reranks(opened, 1):
+            notes.append(
+                f"{len(texts):,} queries: their examples are ranked by the index alone. --exact ranks short lists by "
+                "exact gradients, which takes about as long as indexing their rows again."
+            )
         return replace(traced, rows=rankable, settings=described, notes=notes)
 
 
@@ -242,7 +250,7 @@ def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> st
     return str(controls) if isinstance(controls, str | Path) else "given"
 
 
-def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]:
+def _described_settings(index: Index, settings: TraceSettings, *, is_exact: bool) -> dict[str, str]:
     """How a trace was made, for a person."""
     space, manifest = index.space, index.store.manifest
     described = {
@@ -258,9 +266,11 @@ def _described_settings(index: Index, settings: TraceSettings) -> dict[str, str]
     }
     if index.has_contrasts:
         described["pairs of answers"] = "contrasts"
-    if settings.reranks(index):
-        length = "as many as hold the exact first with 95%" if settings.shortlist is None else str(settings.shortlist)
-        described["re-ranked"] = f"{length}, on each side, by unprojected gradients"
+    if is_exact:
+        length = (
+            f"up to {DEEPEST}, as the index' error asks," if settings.shortlist is None else str(settings.shortlist)
+        )
+        described["re-ranked"] = f"{length} on each side, by unprojected gradients"
     if settings.tokens:
         described["token matrix"] = f"by {settings.basis}"
     return described

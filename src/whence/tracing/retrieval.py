@@ -31,12 +31,15 @@ from whence.gradients.exact import SignedSequence
 from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
-from whence.tracing.depth import CANDIDATES, depth, noise
+from whence.tracing.depth import Noise, candidates, depth
 from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
 from whence.turns import one_at_a_time
+
+MOST_QUERIES = 64
+"""Queries whose short lists are ranked by unprojected gradients where nobody says so: those of more hold most rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ class TraceSettings:
     objective: str = "loss"
     """The query's objective: "loss", or the log-odds "margin", which does not vanish where the model is sure."""
     exact: bool | None = None
-    """Whether a short list is ranked by unprojected gradients. None: where the method and the index allow it, and the
-    index' vectors are not whole gradients themselves."""
+    """Whether a short list is ranked by unprojected gradients. None: where the method and the index allow it, its
+    vectors are not whole gradients themselves, and there are at most `MOST_QUERIES` queries."""
     shortlist: int | None = None
     """Length of the short list, on each side. None: as long as it takes; see `depth`."""
     tokens: bool = False
@@ -83,11 +86,11 @@ class TraceSettings:
                 f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
             )
 
-    def reranks(self, index: Index) -> bool:
-        """Whether a short list is ranked by unprojected gradients."""
+    def reranks(self, index: Index, queries: int) -> bool:
+        """Whether short lists of so many queries are ranked by unprojected gradients."""
         if self.exact is not None:
             return self.exact
-        return catalogue.trace_method(self.method).reranks and can_rerank(index)
+        return queries <= MOST_QUERIES and catalogue.trace_method(self.method).reranks and can_rerank(index)
 
     @property
     def cosine(self) -> bool:
@@ -184,13 +187,13 @@ class Retrieval:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
         vectors, controls, levels = self._vectors()
-        m = max(2 * settings.top, settings.shortlist or CANDIDATES) if self.is_exact else settings.top
+        m = candidates(settings.top, settings.shortlist) if self.is_exact else settings.top
         return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
 
     @property
     def is_exact(self) -> bool:
         """Whether exact scores decide the order."""
-        return self.settings.reranks(self.index)
+        return self.settings.reranks(self.index, len(self.queries))
 
     @one_at_a_time
     def _described(
@@ -202,9 +205,16 @@ class Retrieval:
     ) -> Trace:
         """A trace of the rows that were ranked."""
         settings, numbers = self.settings, range(len(self.queries))
-        results = [
-            self._result(number, rankings, vectors[:, number], controls, is_deep=self.is_exact) for number in numbers
-        ]
+        noise = None
+        if self.is_exact:
+            ranked = {row for ranking in rankings for row in ranking.rows.flatten().tolist() if row >= 0}
+            noise = Noise.of(self.index, ranked, cosine=settings.cosine)
+        results = [self._result(number, rankings, vectors[:, number]) for number in numbers]
+        if self.is_exact:
+            for result in results:
+                self._shorten(result, noise)
+        for result in results:
+            self._set_means(result, controls)
         self._read({row for result in results for row in result.rows})
         if self.is_exact:
             self._rerank(results)
@@ -280,7 +290,8 @@ class Retrieval:
         """The best z that meaningless completions reach, traced as queries are."""
         rankings, best = self._ranked(meaningless, self.settings.top, controls), []
         for number in range(meaningless.shape[1]):
-            result = self._result(number, rankings, meaningless[:, number], controls)
+            result = self._result(number, rankings, meaningless[:, number])
+            self._set_means(result, controls)
             best.append(self._among(result, result.sides[0], controls, nulls.best_z))
         return needed_z(best)
 
@@ -299,36 +310,27 @@ class Retrieval:
         """Queries' norms; 1 for the cosine, which divides by them."""
         return torch.ones(vectors.shape[:2], dtype=torch.float32) if self.settings.cosine else vectors.norm(dim=2)
 
-    def _result(
-        self,
-        query: int,
-        rankings: tuple[Ranking, Ranking],
-        vector: Float32[Tensor, "c k"],
-        controls: nulls.Controls | None,
-        *,
-        is_deep: bool = False,
-    ) -> _QueryResult:
+    def _result(self, query: int, rankings: tuple[Ranking, Ranking], vector: Float32[Tensor, "c k"]) -> _QueryResult:
         sides = [Side.of(ranking, query, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
-        result = _QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
-        if is_deep:
-            result.sides, result.reranking = self._short_lists(sides, result.norms)
+        return _QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
+
+    def _set_means(self, result: _QueryResult, controls: nulls.Controls | None) -> None:
+        """What ranks are corrected by."""
         rows = result.rows
         result.means = dict.fromkeys(rows, 0.0)
         if self.settings.specific and controls is not None and rows:
             scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine, norms=result.norms)
             result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
-        return result
 
-    def _short_lists(self, sides: list[Side], lengths: Float32[Tensor, " c"]) -> tuple[list[Side], Reranking]:
-        """Both sides, as deep as they are re-ranked."""
+    def _shorten(self, result: _QueryResult, noise: Noise | None) -> None:
+        """Cut both sides to the rows that are re-ranked."""
         settings, depths = self.settings, []
-        for side in sides:
-            spread = noise(self.index, side.rows, lengths, cosine=settings.cosine)
-            scores = torch.tensor(side.scores) * side.sign
-            depths.append(depth(scores, spread, settings.top, settings.shortlist))
+        for side in result.sides:
+            spread = None if noise is None else noise.for_query(side.rows, result.norms)
+            depths.append(depth(torch.tensor(side.scores) * side.sign, spread, settings.top, settings.shortlist))
         helpful, opposing = depths
-        reranking = Reranking(helpful.rows, opposing.rows, helpful.sure, opposing.sure)
-        return [side.cut(each.rows) for side, each in zip(sides, depths, strict=True)], reranking
+        result.reranking = Reranking(helpful.rows, opposing.rows, helpful.sure, opposing.sure)
+        result.sides = [side.cut(each.rows) for side, each in zip(result.sides, depths, strict=True)]
 
     def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
         """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""

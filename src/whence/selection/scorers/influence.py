@@ -29,6 +29,7 @@ one for every 64 tokens of a query for Reach; only the queries' gradients are co
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float32
@@ -118,15 +119,16 @@ class DataInf:
         }
         if not chosen:
             raise SettingError(f"layers {self.layers!r} of datainf match none of the index': {', '.join(view.blocks)}")
-        columns = [block[0] for block in view.blocks.values()]
-        if len({(block.start, block.stop) for block in columns}) == len(columns):
+        columns = sorted((block for block, _ in view.blocks.values()), key=lambda block: block.start)
+        if all(one.stop <= other.start for one, other in pairwise(columns)):
             return list(chosen.values())
         if len(chosen) < len(view.blocks):
             raise SettingError(
                 f"layers {self.layers!r} of datainf: this index' projection adds all layers into the same numbers, so "
                 "that they cannot be told apart. Index with --projection two_sided, or leave layers out."
             )
-        return [(columns[0], sum(entries for _, entries in view.blocks.values()))]
+        every = slice(columns[0].start, max(block.stop for block in columns))
+        return [(every, sum(entries for _, entries in view.blocks.values()))]
 
     def _mean_squares(
         self, view: GradientView, count: int, blocks: list[tuple[slice, int]]
