@@ -4,9 +4,10 @@ In one directory, as their reader has it: base-6m, fine-tuned by a Trainer on 40
 library, and the commands of each page in order. What a page leaves out (`...`, or all but some lines of a table) it
 leaves out again. Its sentences are not written here: read those that quote a number that moved.
 
-python docs/make_outputs.py SCRATCH [PAGE ...]     # some minutes; SCRATCH is kept, and what is finished in it
+python docs/make_outputs.py SCRATCH [PAGE ...]     # a quarter of an hour
 
-Needs ../shared/models/base-6m. `start.md` runs the demo anew.
+SCRATCH is kept. What commands printed is in SCRATCH/printed.json, and they are not run again: begin with an empty
+directory where the code has changed. Needs ../shared/models/base-6m. `start.md` runs the demo anew.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ CHAT = tuple(f"docs/guide/{name}.md" for name in ("your_model", "tracing", "pyth
 DEMO = ("docs/guide/start.md", "README.md")
 LABEL = re.compile(r"([a-z][a-z ]*?)  +\S")
 """A line of a table that begins with what its number is."""
-BAR = re.compile(r"^Indexing: (\d+)/\1.*$", re.MULTILINE)
+BAR = re.compile(r"^(Indexing): (\d+)/\2.*$", re.MULTILINE)
+"""The last line of a bar."""
 LEFT_OUT = "..."
 NOT_RUN = ("make ", "pip ")
 
@@ -143,8 +145,21 @@ def whence() -> list[str]:
     return [sys.executable, "-m", "whence"]
 
 
+def remembered(step: Step, names: dict) -> str:
+    """What a step prints; of a command that was run, what it printed then."""
+    memory = Path("printed.json")
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    key = f"{step.page}: {step.text}"
+    if step.is_python or key not in known:
+        began = time.perf_counter()
+        known[key] = printed(step, names)
+        memory.write_text(json.dumps(known, indent=1))
+        sys.stderr.write(f"{step} ({time.perf_counter() - began:.0f} s)\n")
+    return known[key]
+
+
 def printed(step: Step, names: dict) -> str:
-    """What a step prints, without blanks at the ends of lines."""
+    """What a step prints, without this machine's paths and blanks at the ends of lines."""
     if step.is_python:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
             exec(compile(step.text, str(step), "exec"), names)
@@ -154,25 +169,26 @@ def printed(step: Step, names: dict) -> str:
         Path(words[0]).write_text(step.shown)
         return step.shown
     BEFORE.get(step.text, lambda: None)()
-    call = [*whence(), *words] if program == "whence" else step.words
+    call = [*whence(), *words] if program == "whence" else ["ls", "-C", *words] if program == "ls" else step.words
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if program == "whence" and done.returncode not in (0, 1, 2):
         raise RuntimeError(f"{step}\n{done.stderr}")
     AFTER.get(step.text, lambda: None)()
     errors = done.stderr[done.stderr.rfind("error ") :] if done.returncode == 2 else ""
-    bars = BAR.findall(done.stderr) and [match[0] for match in BAR.finditer(done.stderr)][-1:]
-    bar = f"{bars[0]}\n" if bars and step.shown.startswith("Indexing:") else ""
+    bars = [match[0] for match in BAR.finditer(done.stderr)] if BAR.match(step.shown) else []
+    bar = "".join(f"{line}\n" for line in bars[-1:])
     return tidy(bar + done.stdout + errors)
 
 
 def tidy(text: str) -> str:
     """Lines as a page has them."""
-    return "".join(f"{line.rstrip()}\n" for line in text.rstrip().splitlines())
+    lines = text.replace(f"{Path.cwd()}/", "").rstrip().splitlines()
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def kind(line: str) -> str:
     """A line without its numbers; of a table's, what the number is."""
-    label = LABEL.match(line)
+    label = BAR.match(line) or LABEL.match(line)
     return label[1] if label else re.sub(r"[\d.,]+", "#", line)
 
 
@@ -233,9 +249,7 @@ def rewritten(page: str) -> str:
     for step in steps_of(page):
         if step.text.startswith(NOT_RUN) or (page == "README.md" and not step.is_python):
             continue
-        began = time.perf_counter()
-        new = printed(step, names)
-        sys.stderr.write(f"{step} ({time.perf_counter() - began:.0f} s)\n")
+        new = remembered(step, names)
         if not step.shown:
             continue
         at = text.index(step.shown, max(place, starts[step.line - 1]))
