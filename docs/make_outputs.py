@@ -194,13 +194,14 @@ def kind(line: str) -> str:
 
 def is_partial(old: list[str], new: list[str]) -> bool:
     """Whether a page shows a part of what was printed."""
-    return LEFT_OUT in old or (all(LABEL.match(line) for line in old) and not LABEL.match(new[-1]))
+    labels = [LABEL.match(line) for line in old if line[:1] != " "]  # others go on from the line above
+    return any(line.strip() == LEFT_OUT for line in old) or (all(labels) and not LABEL.match(new[-1]))
 
 
 def as_shown(old: str, new: str) -> str:
     """What was printed, without what the page leaves out."""
     before, now = old.splitlines(), new.splitlines()
-    if not before or not now or not is_partial([line.strip() for line in before], now):
+    if not before or not now or not is_partial(before, now):
         return new
     kept, place = [], 0
     for segment in segments(before):
