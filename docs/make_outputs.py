@@ -171,7 +171,7 @@ def printed(step: Step, names: dict) -> str:
     BEFORE.get(step.text, lambda: None)()
     call = [*whence(), *words] if program == "whence" else ["ls", "-C", *words] if program == "ls" else step.words
     done = subprocess.run(call, capture_output=True, text=True, check=False)
-    if program == "whence" and done.returncode not in (0, 1, 2):
+    if done.returncode not in (0, 1, 2) or "Traceback" in done.stderr or not (done.stdout or done.stderr):
         raise RuntimeError(f"{step}\n{done.stderr}")
     AFTER.get(step.text, lambda: None)()
     errors = done.stderr[done.stderr.rfind("error ") :] if done.returncode == 2 else ""
