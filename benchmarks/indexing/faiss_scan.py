@@ -10,6 +10,7 @@ product. `qb`: bits of the query. `IndexRaBitQFastScan` holds its codes in block
 
 import argparse
 import json
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,9 @@ def main() -> None:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     document = {
         "rows": arguments.rows, "width": arguments.width, "bytes": size, "faiss": faiss.__version__,
-        "threads": threads, "cpu": cpu[0].split(":")[1].strip() if cpu else None, "seconds": times,
+        "threads": threads,
+        "date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg(),
+        "cpu": cpu[0].split(":")[1].strip() if cpu else None, "seconds": times,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from whence.ablation.dry_run import plan_pool as plan_pool
     from whence.ablation.member_training import train_pool as train_pool
     from whence.ablation.pipeline import ablate as ablate
     from whence.ablation.pool import open_pool as open_pool
@@ -26,18 +27,22 @@ if TYPE_CHECKING:
     from whence.indexing.build import verify as verify
     from whence.indexing.opening import Index as Index
     from whence.indexing.opening import open_index as open_index
+    from whence.indexing.planning import Plan as Plan
+    from whence.indexing.planning import plan as plan
     from whence.indexing.speed import bench as bench
     from whence.indexing.store import info as info
     from whence.indexing.vectors import IndexSettings as IndexSettings
     from whence.mixing.pipeline import mix_law as mix_law
     from whence.models.loading import LoadedModel as LoadedModel
     from whence.models.loading import load_model as load_model
+    from whence.recovery.dry_run import plan_recovery as plan_recovery
     from whence.recovery.pipeline import recover as recover
     from whence.reports.saved_results import open_result as open_result
     from whence.selection.pipeline import select as select
     from whence.tracing.pipeline import trace as trace
     from whence.tracing.queries import Query as Query
     from whence.tracing.results import Trace as Trace
+    from whence.training.dry_run import plan_training as plan_training
     from whence.training.online_mixing import MixOptions as MixOptions
     from whence.training.online_mixing import OnlineMixer as OnlineMixer
     from whence.training.trainer import train as train
@@ -65,6 +70,11 @@ _HOMES = {
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "open_result": "reports.saved_results",
+    "plan": "indexing.planning",
+    "plan_pool": "ablation.dry_run",
+    "plan_recovery": "recovery.dry_run",
+    "plan_training": "training.dry_run",
+    "Plan": "indexing.planning",
     "Query": "tracing.queries",
     "recover": "recovery.pipeline",
     "select": "selection.pipeline",

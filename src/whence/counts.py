@@ -16,3 +16,16 @@ def number_of(count: int | float, one: str, many: str | None = None) -> str:
     """
     words = one if count == 1 else f"{one}s" if many is None else many
     return f"{count:,} {words}" if isinstance(count, Integral) else f"{count:,.6g} {words}"
+
+
+def duration(seconds: int | float) -> str:
+    """A time in the largest unit of which there are two.
+
+    >>> duration(0.4), duration(100), duration(500), duration(9000), duration(10**6)
+    ('0.4 seconds', '100 seconds', '8 minutes', '2.5 hours', '11.6 days')
+    """
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+    size, unit = next(pair for pair in units if seconds >= 2 * pair[0] or pair[0] == 1)
+    count = seconds / size
+    digits = 1 if round(count, 1) < 10 or size > 60 else 0
+    return f"{count:,.{digits}f}".removesuffix(".0") + f" {unit}"

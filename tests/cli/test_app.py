@@ -81,7 +81,7 @@ def test_help_does_not_import_torch():
         [sys.executable, "-X", "importtime", "-m", "whence", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for verb in ("demo", "train", "index", "trace", "info", "verify", "append", "bench"):
+    for verb in ("demo", "train", "plan", "index", "trace", "info", "verify", "append", "bench"):
         assert f" {verb} " in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "whence.cli.app" in imported
@@ -89,7 +89,20 @@ def test_help_does_not_import_torch():
 
 
 def test_a_verb_is_a_function_and_no_module_bears_its_name():
-    verbs = ("demo", "train", "index", "trace", "select", "recover", "ablate", "info", "verify", "append", "bench")
+    verbs = (
+        "demo",
+        "train",
+        "plan",
+        "index",
+        "trace",
+        "select",
+        "recover",
+        "ablate",
+        "info",
+        "verify",
+        "append",
+        "bench",
+    )
     names = f"for name in {verbs}: assert callable(getattr(whence, name)), name"
     root = Path(whence_package.__file__).parent
     modules = {path.relative_to(root).with_suffix("") for path in root.rglob("*.py")}

@@ -1,5 +1,7 @@
 """The contract of every projection in the catalogue. A new one is tested by its line there."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -97,6 +99,26 @@ def test_a_tensor_sketch_a_few_examples_at_a_time_is_the_same(monkeypatch):
     expected = whole(make("tensor_sketch"), seen)
     monkeypatch.setitem(tensor_sketch.AT_ONCE, "cpu", 100)
     torch.testing.assert_close(whole(make("tensor_sketch"), seen), expected)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), BLOCKS])
+def test_a_tensor_sketch_stays_as_it_is_when_the_next_is_made(blocks):
+    projection, (layer, (o, i)) = TensorSketch(SHAPES, width=10**4, blocks=blocks), next(iter(SHAPES.items()))
+    a, g = torch.randn(3, 4, i), torch.randn(3, 4, o)
+    first = projection(a, g, layer=layer)
+    before = first.clone()
+    projection(torch.ones(3, 4, i), torch.ones(3, 4, o), layer=layer)
+    torch.testing.assert_close(first, before, rtol=0, atol=0)
+    torch.testing.assert_close(first, projection.flat(g.mT @ a, layer=layer))
+
+
+def test_tensor_sketches_in_several_threads_are_those_of_one():
+    projection, (layer, (o, i)) = make("tensor_sketch"), next(iter(SHAPES.items()))
+    seen = [(torch.randn(3, 50, i), torch.randn(3, 50, o)) for _ in range(40)]
+    expected = [projection(a, g, layer=layer) for a, g in seen]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda pair: projection(*pair, layer=layer), seen))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("blocks", "error"), [((2,), "2 layers"), ((2, 3), "up to 4"), ((8, 2), "up to 5")])

@@ -87,15 +87,15 @@ def test_a_setting_that_cannot_work_is_named_and_nothing_is_written(
 
 
 def test_tokens_of_a_pass_suit_the_device_and_an_index_that_is_begun_keeps_its_own(tiny_llama, tmp_path, monkeypatch):
-    assert batch_tokens(IndexSettings(), torch.device("cpu")) == 4096
+    assert batch_tokens(IndexSettings(), torch.device("cpu")) == 2048
     assert batch_tokens(IndexSettings(), torch.device("cuda:1")) == 16384
     assert batch_tokens(IndexSettings(tokens_per_batch=7), torch.device("cuda")) == 7
     rows, out = corpus_rows(5), tmp_path / "index"
-    assert index(tiny_llama, rows, out, **QUIET).tokens_per_batch == 4096
+    assert index(tiny_llama, rows, out, **QUIET).tokens_per_batch == 2048
     monkeypatch.setattr("whence.indexing.vectors.TOKENS_ON_CPU", 512)
     again = index(tiny_llama, rows, out, **QUIET)
-    assert again.tokens_per_batch == again.settings.tokens_per_batch == 4096
-    assert open_index(out).settings.tokens_per_batch == 4096
+    assert again.tokens_per_batch == again.settings.tokens_per_batch == 2048
+    assert open_index(out).settings.tokens_per_batch == 2048
     assert index(tiny_llama, rows, out, restart=True, **QUIET).tokens_per_batch == 512
 
 
@@ -105,11 +105,11 @@ def test_memory_that_runs_out_is_told_with_the_flag_that_mends_it(tiny_llama, ti
 
     monkeypatch.setattr(sys.modules["whence.indexing.build"], "example_vectors", full)
     with pytest.raises(
-        JobError, match=r"shard 0 of .*: out of memory .* lower --batch-tokens \(now 4,096\) and add --re"
+        JobError, match=r"shard 0 of .*: out of memory .* lower --batch-tokens \(now 2,048\) and add --re"
     ):
         index(tiny_llama, corpus_rows(20), tmp_path / "index", **QUIET)
     out = shutil.copytree(tiny_index, tmp_path / "copy")
-    with pytest.raises(JobError, match="the index was built with passes of 4,096 tokens; append on a larger device"):
+    with pytest.raises(JobError, match="the index was built with passes of 2,048 tokens; append on a larger device"):
         append(out, corpus_rows(20, first=50), progress=False)
 
 
@@ -120,7 +120,7 @@ def test_memory_that_runs_out_in_a_repair_is_told_and_the_rest_of_the_index_kept
     monkeypatch.setattr(
         sys.modules["whence.indexing.build"], "example_vectors", lambda *args, **kwargs: torch.empty(1 << 60)
     )
-    told = r"shard 0 of checkpoint 0: out of memory \(.*\)\..* passes of 4,096 tokens; repair it on a larger device"
+    told = r"shard 0 of checkpoint 0: out of memory \(.*\)\..* passes of 2,048 tokens; repair it on a larger device"
     with pytest.raises(JobError, match=told):
         verify(out, repair=True)
     assert contents(out) == harmed
@@ -420,7 +420,7 @@ def test_other_names_of_the_roles_are_the_same_rows(chatty, tmp_path):
 
 
 def test_an_older_index_says_that_no_row_is_supervised(chatty, tmp_path, monkeypatch):
-    monkeypatch.setattr("whence.indexing.build.refuse_unsupervised", lambda *given: None)
+    monkeypatch.setattr("whence.indexing.preparation.refuse_unsupervised", lambda *given: None)
     built = index(chatty, [{"id": "0", "text": None}], tmp_path / "index", **QUIET)
     with pytest.raises(SettingError, match=r"none of its 1 row has a supervised token.*the first ones have no `text`"):
         trace(built, "a", "b")
@@ -675,7 +675,7 @@ def test_a_full_disk_stops_a_build_which_then_resumes(tiny_llama, tmp_path, smal
 def test_settings_are_read_back_from_the_manifest(tiny_index):
     opened = open_index(tiny_index)
     assert opened.settings == IndexSettings(
-        space=opened.space, codec="bfloat16", max_tokens=96, tokens_per_batch=4096, supervise="assistant",
+        space=opened.space, codec="bfloat16", max_tokens=96, tokens_per_batch=2048, supervise="assistant",
         preferences="chosen",
     )  # fmt: skip
     assert (opened.space.width, opened.layout) == (8, "prompt")

@@ -40,7 +40,7 @@ def on(monkeypatch):
                 return cls.fromisoformat(day)
 
         monkeypatch.setattr(templates, "today", lambda: day)
-        monkeypatch.setattr("whence.indexing.build.today", lambda: day)
+        monkeypatch.setattr("whence.indexing.preparation.today", lambda: day)
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
 
     return move

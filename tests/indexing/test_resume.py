@@ -207,7 +207,7 @@ def test_a_second_builder_is_refused_and_removes_nothing(tiny_llama, tiny_corpus
         ({"reduction": "sum"}, '--reduction is "mean" there, "sum" here'),
         ({"layers": "*mlp*"}, '--layers is not given there, "*mlp*" here'),
         ({"max_tokens": 20}, "--max-tokens is 96 there, 20 here"),
-        ({"tokens_per_batch": 64}, "--batch-tokens is 4096 there, 64 here"),
+        ({"tokens_per_batch": 64}, "--batch-tokens is 2048 there, 64 here"),
         ({"dtype": "bfloat16"}, '--dtype is not given there, "bfloat16" here'),
     ],
 )

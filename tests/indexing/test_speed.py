@@ -93,7 +93,7 @@ def test_a_batch_is_what_an_index_takes_in_one_pass_unless_given(tiny_llama):
     rows = corpus_rows(20)
     assert bench(tiny_llama, rows, tokens_per_batch=100, normalise="layer", **options).examples_per_batch == 6
     assert bench(tiny_llama, rows, tokens_per_batch=10, **options).examples_per_batch == 1
-    assert bench(tiny_llama, rows, **options | {"length": 96}).examples_per_batch == 4096 // 96
+    assert bench(tiny_llama, rows, **options | {"length": 96}).examples_per_batch == 2048 // 96
     assert bench(tiny_llama, rows, **options | {"length": None}).examples_per_batch == 16
 
 

@@ -4,6 +4,7 @@ One model is trained on each partition, from one parent; averages of these membe
 which data flows:
 
     member_training  trains the members of a pool, and with `--truth` real models on mixtures
+    dry_run          `plan_pool`: what that would take
     pool             the members on disk
     candidates       the mixtures to be judged
     mixtures         weights by partition: checked, or by name

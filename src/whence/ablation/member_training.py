@@ -254,25 +254,29 @@ def pool_partitions(
 
 def train_model(parent: str, rows: list[Row], place: Path, settings: PoolSettings, *, tokens: int) -> Path:
     """Train a model by the pool's recipe; the directory of its last checkpoint."""
-    steps = max(1, round(settings.steps * tokens / settings.tokens))
-    run = train(
-        parent,
-        [
-            row | {"id": f"{number}:{row['id']}"} for number, row in enumerate(rows)
-        ],  # repeated rows need ids of their own
-        place,
-        epochs=1,
-        batch_size=math.ceil(len(rows) / steps),
-        lr=settings.lr,
-        schedule="constant_with_warmup",
-        warmup=settings.warmup_steps / steps,
-        max_tokens=settings.max_tokens,
-        lora_rank=settings.lora_rank,
-        checkpoints=1,
-        seed=settings.seed,
-        progress=False,
-    )
+    run = train(parent, with_own_ids(rows), place, progress=False, **training_of(len(rows), settings, tokens=tokens))
     return Path(local_directory(open_run(run).checkpoints[-1].path))
+
+
+def with_own_ids(rows: list[Row]) -> list[Row]:
+    """Rows that may be repeated, with ids of their own."""
+    return [row | {"id": f"{number}:{row['id']}"} for number, row in enumerate(rows)]
+
+
+def training_of(rows: int, settings: PoolSettings, *, tokens: int) -> dict[str, Any]:
+    """Settings of `train` for so many rows of so many tokens by a pool's recipe."""
+    steps = max(1, round(settings.steps * tokens / settings.tokens))
+    return {
+        "epochs": 1,
+        "batch_size": math.ceil(rows / steps),
+        "lr": settings.lr,
+        "schedule": "constant_with_warmup",
+        "warmup": settings.warmup_steps / steps,
+        "max_tokens": settings.max_tokens,
+        "lora_rank": settings.lora_rank,
+        "checkpoints": 1,
+        "seed": settings.seed,
+    }
 
 
 def last_loss(checkpoint: Path) -> float | None:

@@ -12,7 +12,8 @@ import typer
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs
-from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, WholeReport
+from whence.cli.options import DryRun, EvalFiles, Force, Json, PoolCorpus, PoolPath, WholeReport
+from whence.cli.plans import print_plan
 from whence.counts import number_of
 from whence.errors import SettingError
 
@@ -43,6 +44,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="Type of the stored delta: bfloat16, or float32, exact.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of rows, order and adapters.")] = 0,
     engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local",
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train a model for each partition that has none in the pool yet."""
@@ -50,11 +52,21 @@ def train(
 
     refuse_inputs(out, [parent, corpus], is_directory=True)
     check_inputs(models=[parent], corpora=[corpus])
+    settings = {
+        "by": by, "unit_tokens": unit_tokens, "tokens": tokens, "steps": steps, "lr": lr, "warmup_steps": warmup_steps,
+        "max_tokens": max_tokens, "lora_rank": lora_rank, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    if dry_run:
+        with waiting("Loading torch"):
+            from whence.ablation.dry_run import plan_pool
+        with waiting("Timing a few steps"):
+            planned = plan_pool(parent, corpus, out, **settings)
+        if ending := print_plan(planned, as_json):
+            print_ending(*ending)
+        return
     with waiting("Loading torch"):
         from whence.ablation.member_training import train_pool
-    result = train_pool(parent, corpus, out, engine=engine, progress=not as_json, by=by, unit_tokens=unit_tokens,
-                      tokens=tokens, steps=steps, lr=lr, warmup_steps=warmup_steps, max_tokens=max_tokens,
-                      lora_rank=lora_rank, dtype=dtype, seed=seed)  # fmt: skip
+    result = train_pool(parent, corpus, out, engine=engine, progress=not as_json, **settings)
     members = [dict(member.__dict__) for member in result.members.values()]
     if as_json:
         print_json({"pool": out, "parent": result.parent, "recipe": dict(result.recipe), "rows": members})

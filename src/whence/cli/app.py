@@ -26,7 +26,7 @@ from whence.cli.ablation import ablate, pool
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
 from whence.cli.evaluation import evaluate
 from whence.cli.groups import flattened, reads_rows
-from whence.cli.indexing import append, bench, index, info, verify
+from whence.cli.indexing import append, bench, index, info, plan, verify
 from whence.cli.mixing import mix
 from whence.cli.options import Json
 from whence.cli.recovery import recover
@@ -180,7 +180,7 @@ def demo(
     print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 
 
-for verb in (train, index, trace, info, verify, append, bench, select, recover):
+for verb in (train, plan, index, trace, info, verify, append, bench, select, recover):
     app.command()(flattened(verb) if verb is info else reads_rows(flattened(verb)))
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")

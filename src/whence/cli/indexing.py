@@ -11,7 +11,9 @@ from whence.cli.console import print_ending, print_json, print_part, quoted, wai
 from whence.cli.inputs import check_inputs
 from whence.cli.options import (
     CORPUS,
+    BuildFlags,
     CorpusPath,
+    DryRun,
     IndexFlags,
     IndexPath,
     Json,
@@ -20,6 +22,7 @@ from whence.cli.options import (
     ModelPath,
     Preferences,
 )
+from whence.cli.plans import print_plan
 from whence.counts import number_of
 from whence.errors import MissingIndexError, SettingError
 
@@ -33,28 +36,67 @@ def index(
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index.")],
     settings: IndexFlags,
     loading: LoadingFlags,
-    checkpoints: Annotated[
-        str, typer.Option(help="Checkpoints to take from a Trainer's directory: all, or the last.")
-    ] = "last",
-    engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local",
-    workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1,
-    restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False,
+    building: BuildFlags,
     preferences: Preferences = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
+    options = _checked(model, corpus, out, settings, loading, building, preferences)
+    if dry_run:
+        _plan(model, corpus, out, options, as_json)
+        return
+    with waiting("Loading torch"):
+        from whence.indexing.build import index as build
+    _print_info(build(model, corpus, out, **options).store, out, as_json)
+
+
+def plan(
+    model: Model,
+    corpus: CorpusPath,
+    settings: IndexFlags,
+    loading: LoadingFlags,
+    building: BuildFlags,
+    out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index, for the disk it is on.")] = "INDEX",
+    preferences: Preferences = None,
+    as_json: Json = False,
+) -> None:
+    """What would an index take? Bytes a row, disk, memory and time, by a pilot. Nothing is written."""
+    options = _checked(model, corpus, out, settings, loading, building, preferences)
+    _plan(model, corpus, out, options, as_json)
+
+
+def _checked(
+    model: str,
+    corpus: str,
+    out: str,
+    settings: IndexFlags,
+    loading: LoadingFlags,
+    building: BuildFlags,
+    preferences: str | None,
+) -> dict[str, Any]:
+    """The arguments of an index, of which all that can be is checked before torch is imported."""
+    from whence.indexing.memory import size_of
     from whence.outputs import refuse_inputs
 
-    if workers != 1:
-        raise SettingError(f"--workers {workers}: --engine {engine} is one process; leave it out")
+    options: dict[str, Any] = vars(settings) | vars(loading) | vars(building) | {"preferences": preferences}
+    if (workers := options.pop("workers")) != 1:
+        raise SettingError(f"--workers {workers}: --engine {building.engine} is one process; leave it out")
+    if building.memory is not None:
+        size_of(building.memory)
     _check_settings(settings)
     refuse_inputs(out, [model, corpus, loading.tokenizer], is_directory=True)
     check_inputs(models=[model], corpora=[corpus])
+    return options
+
+
+def _plan(model: str, corpus: str, out: str, options: dict[str, Any], as_json: bool) -> None:
     with waiting("Loading torch"):
-        from whence.indexing.build import index as build
-    options: dict[str, Any] = vars(settings) | vars(loading)
-    options |= {"checkpoints": checkpoints, "engine": engine, "preferences": preferences}
-    _print_info(build(model, corpus, out, restart=restart, **options).store, out, as_json)
+        from whence.indexing.planning import plan as run
+    with waiting("Timing a few passes"):
+        result = run(model, corpus, out, **options)
+    if ending := print_plan(result, as_json):
+        print_ending(*ending)
 
 
 def info(index: IndexPath, as_json: Json = False) -> None:

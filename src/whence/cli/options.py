@@ -29,6 +29,9 @@ WholeReport = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite a file that Whence did not write. An input is never overwritten.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would take (time, disk, memory), by a pilot; write nothing.")
+]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 ChatTemplate = Annotated[
@@ -135,7 +138,7 @@ class IndexFlags:
     )
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option("--batch-tokens", help="Tokens of one pass, padding included; 4096 on a CPU, 16384 on a GPU."),
+        typer.Option("--batch-tokens", help="Tokens of one pass, padding included; 2048 on a CPU, 16384 on a GPU."),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0
     dtype: Annotated[
@@ -144,6 +147,25 @@ class IndexFlags:
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildFlags:
+    """How an index is built: what `index` and `plan` take beside the settings of its vectors."""
+
+    checkpoints: Annotated[
+        str, typer.Option(help="Checkpoints to take from a Trainer's directory: all, or the last.")
+    ] = "last"
+    engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local"
+    workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1
+    restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory to take, as 800M or 2G: sets the tokens of a pass; --batch-tokens at most.",
+        ),
+    ] = None
 
 
 def listed(words: str | None) -> tuple[str, ...]:

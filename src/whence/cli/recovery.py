@@ -12,6 +12,7 @@ from whence.cli.inputs import check_inputs
 from whence.cli.options import (
     ChatTemplate,
     Date,
+    DryRun,
     Force,
     Json,
     NoPreferences,
@@ -20,6 +21,7 @@ from whence.cli.options import (
     WholeReport,
     listed,
 )
+from whence.cli.plans import print_plan
 from whence.corpus.preferences import refuse_contrast
 
 _METHODS = ", ".join(catalogue.RECOVER_METHODS)
@@ -95,6 +97,7 @@ def recover(
     seed: Annotated[int, typer.Option(help="Seed of the shadow's rows and training.")] = 0,
     preferences: NoPreferences = None,
     force: Force = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
@@ -123,6 +126,14 @@ def recover(
         work = f"{out.rpartition('.')[0]}.work" if out is not None else "whence-recover.work"
     refuse_inputs(work, [base, final, corpus, tokenizer], flag="--work", is_directory=True)
     check_inputs(models=[base, final], corpora=[corpus])
+    if dry_run:
+        with waiting("Loading torch"):
+            from whence.recovery.dry_run import plan_recovery
+        with waiting("Timing some rows and steps"):
+            planned = plan_recovery(base, final, corpus, count=count, work=work, **settings)
+        if ending := print_plan(planned, as_json):
+            print_ending(*ending)
+        return
     with waiting("Loading torch"):
         from whence.recovery.pipeline import recover as run
         from whence.reports.recover_page import recover_page

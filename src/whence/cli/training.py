@@ -16,6 +16,7 @@ from whence.cli.options import (
     ChatTemplate,
     CorpusPath,
     Date,
+    DryRun,
     Json,
     Model,
     NoPreferences,
@@ -23,6 +24,7 @@ from whence.cli.options import (
     Tokenizer,
     pairs,
 )
+from whence.cli.plans import print_plan
 from whence.corpus.preferences import refuse_contrast
 from whence.counts import number_of
 
@@ -97,6 +99,7 @@ def train(
         str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
     ] = None,
     preferences: NoPreferences = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, keeping what attribution needs. Run again after a stop, it goes on."""
@@ -113,6 +116,14 @@ def train(
     settings_of(preset, options)
     refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer], is_directory=True)
     check_inputs(models=[model], corpora=[corpus, settings.in_run])
+    if dry_run:
+        with waiting("Loading torch"):
+            from whence.training.dry_run import plan_training
+        with waiting("Timing a few steps"):
+            planned = plan_training(model, corpus, out, preset=preset, **options)
+        if ending := print_plan(planned, as_json):
+            print_ending(*ending)
+        return
     with waiting("Loading torch"):
         from whence.training.trainer import train as run
     start = time.perf_counter()

@@ -9,8 +9,13 @@ order in which data flows:
     shards        the file of a part's vectors under one checkpoint
     manifest      what is in an index, with checksums
     store         the directory: atomic commits, reading, scanning
-    scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`
+    scan          exact top-k over all rows, by the products of `kernels` and `compiled`, in `threads`; rows of one bit
+                  by `bit_planes` and `matrix_units`, from `rounding` and `addresses`, and exactly by `signed_sums`
     opening       an open index with its model, as queries need it
+    memory        sizes in bytes, and the memory of this process
+    pilot         some passes of a build, measured; `memory_bound` finds by it the passes that a bound allows
+    preparation   what an index is made from, checked and loaded
+    planning      `plan`: what an index would take
     build         `index`, `append` and `verify`: jobs that fill, extend and repair a store
     verification  checks every file against its checksum; `repair` mends those that can be
     speed         `bench`: indexing against a training step

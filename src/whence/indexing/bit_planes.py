@@ -1,24 +1,21 @@
 """Products of one-bit rows with a few queries, by counting bits, in loops that numba compiles (extra `fast`).
 
-A query is rounded to whole multiples of a step and written in B bit planes P[b, j], in two's complement; its product
-with a row's signs s = 2 u - 1 is then B counts of ones,
+A query is rounded to whole multiples of a step (see `rounding`) and written as signs and B bit planes M[b, j] of its
+sizes. With the bits u of a row, and p those of the query where it is positive, an entry's sign is that of the query
+where u and p are the same, so that
 
-    q[j]   ~ step * sum over b of w_b P[b, j],     w_b = 2^b, but w_(B-1) = -2^(B-1)
-    <s, q> ~ step * sum over b of w_b (2 |u & P_b| - |P_b|)
+    q[j]   ~ step * sum over b of 2^b M[b, j], with the sign of p[j]
+    <s, q> ~ step * sum over b of 2^b (|M_b| - 2 |(u xor p) & M_b|)         s = 2 u - 1
 
 where |.| counts ones. A row's bytes are read once for all planes and queries, and a vector instruction counts 512 bits.
 
-Each entry is rounded up or down at random, with the probability that leaves its mean as it was. Errors of entries are
-then independent and within a step, so that Hoeffding's inequality bounds that of a product of k entries:
+Few planes are enough, for products need only be so near that few rows could be among the best ones; of those the scan
+takes exact products (`signed_sums`).
 
-    P(|error| > step * sqrt(k ln(2 / RISK) / 2)) <= RISK
-
-Source: the estimator of RaBitQ, Gao and Long 2024, arXiv 2405.12497, section 3.3 (theorem 3.3 has the bound). Its own
-query has 4 bits; here it has as many as keep the bound well below what chance makes of a product.
+Source: the estimator of RaBitQ, Gao and Long 2024, arXiv 2405.12497, section 3.3.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import no_type_check
 
@@ -26,21 +23,20 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence.indexing.compiled import CompilingError, Strip
+from whence.indexing.addresses import VECTOR, Addressed, vectors_of
+from whence.indexing.compiled import CompilingError
+from whence.indexing.rounding import rounded
 from whence.indexing.threads import run_together
 
-RISK = 1e-9
-"""Probability that the error of one product is larger than its bound."""
-LIMIT = 0.3
+LIMIT = 1.25
 """Largest bound on the error for which a query needs no more planes, of |q|: the standard deviation of its product with
-random signs. So few rows are within the bound of the best ones even where all rows are noise."""
-PLANES = (4, 6, 8, 10, 12)
+random signs. Gradients' products with one-bit rows spread over 4 |q|, so that few rows are as near to the best ones;
+where all rows are noise, one of a hundred is."""
+PLANES = (3, 4, 5, 6, 8, 10)
 """Numbers of planes: each is a loop to compile."""
-_VECTOR = 64
-"""Bytes that are counted at a time."""
-_SUMS = 24
+_SUMS = 20
 """Sums that stay in registers, of the 32 of AVX-512: planes times rows that are counted together."""
-_TINY = 2.0**-119
+_TASK_BYTES = 1 << 22  # of rows that a thread takes at a time
 
 
 def planes_of(queries: Float32[Tensor, "q k"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,31 +46,29 @@ def planes_of(queries: Float32[Tensor, "q k"]) -> tuple[np.ndarray, np.ndarray, 
         queries: On the CPU, finite.
 
     Returns:
-        Planes [q, b, bytes], as the rows of `codecs` are packed and filled with zeros to whole vectors; the factor of
-        each plane's count, 2 step w_b [q, b], with what is added to their sum, -step sum of w_b |P_b| [q], as the last
-        column; the bound on the error of a product with signs [q].
+        Planes [q, 1 + b, bytes], the first one of signs (1: positive), as the rows of `codecs` are packed and filled
+        with zeros to whole vectors; the factor of the sum of counts, -2 step, and what is added, step times the sum of
+        all sizes [q, 2]; the bound on the error of a product with signs [q].
     """
-    values = queries.numpy().astype(np.float64)
-    k, largest, norms = values.shape[1], np.abs(values).max(1, initial=0.0), np.linalg.norm(values, axis=1)
-    largest = np.maximum(largest, _TINY)
-    spread = math.sqrt(k * math.log(2 / RISK) / 2)
-    limits = LIMIT * norms
-    bits = next((b for b in PLANES if (spread * largest / (2 ** (b - 1) - 1) <= limits).all()), PLANES[-1])
-    step = largest / (2 ** (bits - 1) - 1)
-    noise = np.random.default_rng(0).random(values.shape)
-    whole = np.floor(values / step[:, None] + noise).astype(np.int16)  # at most 2^(bits - 1) - 1: noise is below 1
-    ones = np.stack([np.packbits((whole >> b) & 1, axis=1, bitorder="little") for b in range(bits)], 1)
-    packed = np.zeros((len(values), bits, -(-ones.shape[2] // _VECTOR) * _VECTOR), np.uint8)
+    limits = LIMIT * np.linalg.norm(queries.numpy(), axis=1)
+    bits, (whole, step, errors) = PLANES[0], rounded(queries, 2 ** PLANES[0] - 1)
+    for more in PLANES[1:]:
+        if (errors <= limits).all():
+            break
+        bits, (whole, step, errors) = more, rounded(queries, 2**more - 1)
+    sizes = np.abs(whole)
+    planes = [whole > 0, *((sizes >> b) & 1 for b in range(bits))]
+    ones = np.stack([np.packbits(plane, axis=1, bitorder="little") for plane in planes], 1)
+    packed = np.zeros((*ones.shape[:2], vectors_of(ones.shape[2]) * VECTOR), np.uint8)
     packed[:, :, : ones.shape[2]] = ones
-    weights = np.array([*(2.0**b for b in range(bits - 1)), -(2.0 ** (bits - 1))]) * step[:, None]
-    constant = -(weights * np.bitwise_count(packed).sum(2)).sum(1, keepdims=True)
-    return packed, np.concatenate([2 * weights, constant], 1), spread * step
+    factors = np.stack([-2.0 * step, step * sizes.sum(1, dtype=np.int64)], 1).astype(np.float64)
+    return packed, factors, errors
 
 
 def products(
     queries: Float32[Tensor, "q k"],
-) -> tuple[Callable[[Sequence[Strip]], Float32[np.ndarray, "n q"]], Float32[np.ndarray, " q"]]:
-    """A function from the strips of a batch of one-bit rows to their products with queries, and its error.
+) -> tuple[Callable[[Addressed], Float32[np.ndarray, "n q"]], Float32[np.ndarray, " q"]]:
+    """A function from one-bit rows to their products with queries, and its error.
 
     Returns:
         The function; and the bound on the error of a product, for each unit of the row's scale [q].
@@ -82,27 +76,29 @@ def products(
     packed, factors, errors = planes_of(queries)
     columns = -(-queries.shape[1] // 8)
 
-    def score(strips: Sequence[Strip]) -> np.ndarray:
-        if strips and strips[0][1].shape[1] != columns:
-            raise ValueError(f"Rows have {strips[0][1].shape[1]} stored entries; queries were laid out for {columns}")
-        loop = _loop(packed.shape[1])
-        out = np.empty((strips[-1][0].stop if strips else 0, len(packed)), np.float32)
-        waiting = iter(strips)
+    def score(rows: Addressed) -> np.ndarray:
+        if rows.width not in (None, columns):
+            raise ValueError(f"Rows have {rows.width} stored entries; queries were laid out for {columns}")
+        loop = _loop(packed.shape[1] - 1)
+        out = np.empty((len(rows.addresses), len(packed)), np.float32)
+        step = max(1, _TASK_BYTES // max(1, columns))
+        tasks = [slice(first, first + step) for first in range(0, len(out), step)]
+        waiting = iter(tasks)  # taking the next one is atomic
 
         def work() -> None:
-            for rows, codes, scale in waiting:
-                loop(codes, scale, packed, factors, out[rows])
+            for task in waiting:
+                loop(rows.addresses[task], rows.scales[task], packed, factors, out[task])
 
-        run_together(work, len(strips))
+        run_together(work, len(tasks))
         return out
 
-    return score, errors.astype(np.float32)
+    return score, errors
 
 
 @cache
 @no_type_check  # numba compiles the function as it is written, not as the tests' shape checks wrap it
 def _loop(planes: int) -> Callable[..., None]:
-    """The compiled loop: (codes [n, j], scale [n], planes [q, b, bytes], factors [q, b + 1], out [n, q])."""
+    """The compiled loop: (addresses [n], scale [n], planes [q, 1 + b, bytes], factors [q, 2], out [n, q])."""
     try:
         import numba
 
@@ -112,33 +108,27 @@ def _loop(planes: int) -> Callable[..., None]:
         raise CompilingError(f"{type(error).__name__}: {error}") from error
 
     @numba.njit(nogil=True)
-    def loop(codes: np.ndarray, scale: np.ndarray, packed: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
-        width, stride = codes.shape[1], packed.shape[2]
-        whole = width // _VECTOR
-        end = whole * _VECTOR
-        counts, rest = np.zeros((planes, together), np.int64), np.zeros((together, _VECTOR), np.uint8)
-        n = 0
-        while n < codes.shape[0]:
-            rows = together if n + together <= codes.shape[0] else 1  # a last row is counted alone, several times
-            apart = 1 if rows > 1 else 0
-            for row in range(rows):
-                rest[row, : width - end] = codes[n + row, end:]
+    def loop(addresses, scale, packed, factors, out) -> None:
+        counts = np.zeros(together, np.int64)
+        here, ahead = np.zeros(together, np.int64), np.zeros(together, np.int64)
+        vectors = packed.shape[2] // VECTOR
+        last = addresses.shape[0] - 1
+        for n in range(0, addresses.shape[0], together):
+            for row in range(together):  # beyond the end the last row is counted again
+                here[row] = addresses[min(n + row, last)]
+                ahead[row] = addresses[min(n + together + row, last)]
             for q in range(packed.shape[0]):
-                first = packed[q].ctypes.data
-                counts[:] = 0
-                count(codes[n].ctypes.data, apart * width, first, stride, whole, counts.ctypes.data)
-                left = stride // _VECTOR - whole
-                count(rest.ctypes.data, apart * _VECTOR, first + end, stride, left, counts.ctypes.data)
-                for row in range(rows):
-                    total = factors[q, planes]
-                    for b in range(planes):
-                        total += factors[q, b] * counts[b, row]
-                    out[n + row, q] = total * scale[n + row]
-            n += rows
+                # rows to come are fetched once, with the first query
+                first, next_rows = packed[q].ctypes.data, (ahead if q == 0 else here).ctypes.data
+                count(here.ctypes.data, next_rows, first, packed.shape[2], vectors, counts.ctypes.data)
+                for row in range(min(together, addresses.shape[0] - n)):
+                    out[n + row, q] = (factors[q, 0] * counts[row] + factors[q, 1]) * scale[n + row]
 
-    sample = np.zeros((1, 1), np.uint8), np.ones(1, np.float32), np.zeros((1, planes, _VECTOR), np.uint8)
+    row, sample = np.zeros(VECTOR, np.uint8), np.zeros((1, 1 + planes, VECTOR), np.uint8)
     try:
-        loop(*sample, np.zeros((1, planes + 1)), np.zeros((1, 1), np.float32))  # compiles
+        loop(
+            np.array([row.ctypes.data]), np.ones(1, np.float32), sample, np.zeros((1, 2)), np.zeros((1, 1), np.float32)
+        )
     except (numba.core.errors.NumbaError, RuntimeError, AttributeError) as error:  # RuntimeError: LLVM's
         raise CompilingError(f"{type(error).__name__}: {error}") from error
     return loop
@@ -146,60 +136,82 @@ def _loop(planes: int) -> Callable[..., None]:
 
 @no_type_check
 def _counting(planes: int, rows: int) -> Callable[..., None]:
-    """A function for compiled code: (rows, bytes between them, planes, bytes between them, vectors, counts).
+    """A function for compiled code: (rows, rows to come, planes, bytes between them, vectors, counts).
 
-    Rows, planes and counts [planes, rows] are addresses. To each count it adds the ones of a plane's bits that a row
-    has too, over so many vectors of 64 bytes. A plane is loaded once for several rows. numba's own loops are not used,
-    for LLVM prefers vectors of half that length on some processors.
+    All are addresses but for the two numbers: the first two of lists of addresses, counts of a list of integers. It
+    stores for each row the sum of 2^b times the ones that plane b shares with the row's bits xor the query's signs. A
+    plane is loaded once for several rows. The rows to come are prefetched, for processors do that by themselves only
+    within a page of 4 KB. numba's own loops are not used, for LLVM prefers vectors of half that length on some
+    processors.
     """
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    word, lanes = ir.IntType(64), _VECTOR // 8
-    vector = ir.VectorType(word, lanes)
+    word, number, lanes = ir.IntType(64), ir.IntType(32), VECTOR // 8
+    vector, pointer = ir.VectorType(word, lanes), ir.IntType(8).as_pointer()
 
     @intrinsic
-    def count(typing, codes, apart, first, stride, vectors, counts):
+    def count(typing, here, ahead, first, stride, vectors, counts):
         def generate(context, builder, signature, arguments):
-            codes, apart, first, stride, vectors, counts = arguments
+            here, ahead, first, stride, vectors, counts = arguments
             kind = ir.FunctionType(vector, [vector])
             ones = cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.v{lanes}i64")
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
 
-            def load(start, offset, step, number):
-                address = builder.add(builder.add(start, offset), builder.mul(step, word(number)))
-                loaded = builder.load(builder.inttoptr(address, vector.as_pointer()))
+            def at(place, kind):
+                return builder.inttoptr(place, kind.as_pointer())
+
+            def load(place):
+                loaded = builder.load(at(place, vector))
                 loaded.align = 1
                 return loaded
 
-            before = builder.block
-            turn, end, after = (builder.append_basic_block(name) for name in ("turn", "end", "after"))
+            starts, next_starts = (
+                [builder.load(at(builder.add(places, word(8 * row)), word)) for row in range(rows)]
+                for places in (here, ahead)
+            )
+            before, zero = builder.block, vector([word(0)] * lanes)
+            turn, after = builder.append_basic_block("turn"), builder.append_basic_block("after")
             builder.cbranch(builder.icmp_unsigned("==", vectors, word(0)), after, turn)
             builder.position_at_end(turn)
             place = builder.phi(word)
             sums = [builder.phi(vector) for _ in range(planes * rows)]
-            offset, place_after = builder.mul(place, word(_VECTOR)), builder.add(place, word(1))
-            bits = [load(codes, offset, apart, row) for row in range(rows)]
+            offset, place_after = builder.mul(place, word(VECTOR)), builder.add(place, word(1))
+            for start in next_starts:
+                read, second, data = (ir.Constant(number, value) for value in (0, 2, 1))
+                builder.call(prefetch, [at(builder.add(start, offset), ir.IntType(8)), read, second, data])
+            part = builder.add(first, offset)
+            signs = load(part)
+            bits = [builder.xor(load(builder.add(start, offset)), signs) for start in starts]
             added = []
             for plane in range(planes):
-                loaded = load(first, offset, stride, plane)
+                loaded = load(builder.add(part, builder.mul(stride, word(plane + 1))))
                 for row in range(rows):
                     shared = builder.call(ones, [builder.and_(bits[row], loaded)])
                     added.append(builder.add(sums[len(added)], shared))
             for total, total_after in zip([place, *sums], [place_after, *added], strict=True):
-                total.add_incoming(word(0) if total is place else vector([word(0)] * lanes), before)
+                total.add_incoming(word(0) if total is place else zero, before)
                 total.add_incoming(total_after, turn)
-            builder.cbranch(builder.icmp_unsigned("<", place_after, vectors), turn, end)
-            builder.position_at_end(end)
-            for number, total in enumerate(added):
-                pointer = builder.inttoptr(builder.add(counts, word(8 * number)), word.as_pointer())
-                whole = builder.load(pointer)
-                for lane in range(lanes):
-                    whole = builder.add(whole, builder.extract_element(total, ir.IntType(32)(lane)))
-                builder.store(whole, pointer)
-            builder.branch(after)
+            builder.cbranch(builder.icmp_unsigned("<", place_after, vectors), turn, after)
             builder.position_at_end(after)
+            for row in range(rows):
+                for plane in range(planes):
+                    counted = builder.phi(vector)
+                    counted.add_incoming(zero, before)
+                    counted.add_incoming(added[plane * rows + row], turn)
+                    sums[plane * rows + row] = counted
+            for row in range(rows):
+                total = zero
+                for plane in range(planes):
+                    weight = vector([word(1 << plane)] * lanes)
+                    total = builder.add(total, builder.mul(sums[plane * rows + row], weight))
+                whole = word(0)
+                for lane in range(lanes):
+                    whole = builder.add(whole, builder.extract_element(total, number(lane)))
+                builder.store(whole, at(builder.add(counts, word(8 * row)), word))
             return context.get_dummy_value()
 
         return types.void(*(types.intp,) * 6), generate

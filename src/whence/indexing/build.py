@@ -8,7 +8,6 @@ With `--view adam` an index holds what the optimizer makes of the rows' gradient
 own optimizer file. Queries are plain gradients, so asking needs no such file.
 """
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,8 @@ from whence import runner
 from whence.corpus.layouts import Row
 from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, open_corpus
-from whence.corpus.templates import same_date, supervision, today
-from whence.corpus.tokens import Encoded, encode
 from whence.corpus.unsupervised import refuse_unsupervised
-from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, ModelError, SettingError
+from whence.errors import ChecksumError, ManifestMismatchError, ModelError, SettingError
 from whence.indexing.directories import verified
 from whence.indexing.ingest import (
     check_conversations,
@@ -29,31 +26,25 @@ from whence.indexing.ingest import (
     fingerprint_of,
     reading_of,
     refuse_known_ids,
-    refuse_without_pairs,
     reread_part,
 )
-from whence.indexing.manifest import MANIFEST, ShardEntry, read_manifest
+from whence.indexing.manifest import MANIFEST, ShardEntry
+from whence.indexing.memory import size_of
 from whence.indexing.opening import Index, index_of, open_index
+from whence.indexing.parts import encoded_row
+from whence.indexing.preparation import prepared
 from whence.indexing.repair import repair as repair_store
 from whence.indexing.shards import ShardArrays
 from whence.indexing.store import Store
 from whence.indexing.stored_settings import check_settings
 from whence.indexing.vectors import (
     IndexSettings,
-    batch_tokens,
     corpus_entry,
     example_vectors,
-    load_for,
-    manifest_of,
-    transform_for,
     with_options,
 )
 from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
-from whence.models.loading import LoadedModel, check_files
-from whence.models.runs import open_run
-from whence.models.training_state import date_of_training, warn_of_another_day, warn_of_run
-from whence.outputs import refuse_inputs
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -81,6 +72,7 @@ def index(
     *,
     settings: IndexSettings | None = None,
     restart: bool = False,
+    memory: int | str | None = None,
     progress: runner.ProgressOption = True,
     **options: Any,
 ) -> Index:
@@ -93,6 +85,9 @@ def index(
         settings: Settings of the index; or fields of `IndexSettings` and `GradientSpace` by name as `options`, such as
             `projection="count_sketch", width=8192, codec="int8"`.
         restart: Remove the index in `out` and start over.
+        memory: The most that the process may take at its peak, as bytes or as "800M" or "2GiB" (of a GPU, where passes
+            run on one). It sets the tokens of a pass, `tokens_per_batch` at most, by a pilot on the longest rows. An
+            index that was begun keeps its own.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         **options: See `settings`.
 
@@ -103,69 +98,24 @@ def index(
         CorpusError: The corpus cannot be read; nothing has been written.
         ModelError: The model cannot be loaded, or has no moments for the view adam, and nothing has been written; or no
             row has a gradient, and the index is left incomplete.
-        SettingError: `out` is or holds an input, or a setting has a value that cannot work.
+        SettingError: `out` is or holds an input, a setting has a value that cannot work, or `memory` does not suffice.
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
     """
     chosen = with_options(settings or IndexSettings(), options)
-    place = Place.at(out)  # an address that cannot be opened fails before a model is loaded
-    refuse_inputs(out, [model, corpus, chosen.tokenizer], is_directory=True)
-    texts = open_corpus(corpus, preferences=chosen.preferences)
-    fingerprint = fingerprint_of(texts)
-    refuse_without_pairs(texts)
-    run = open_run(model, which=chosen.checkpoints)
-    for note in run.notes:
-        logger.warning("%s", note)
-    warn_of_run(model)
-    chosen = replace(chosen, date=_date(chosen, model, None if restart else place))
-    loaded = load_for(run.checkpoints[-1].path, chosen)
-    chosen = replace(chosen, supervise=supervision(loaded.tokenizer))
-    chosen = _as_begun(chosen, loaded, None if restart else place)
-    check_conversations(texts, fingerprint.layouts, loaded.tokenizer)
-    manifest = manifest_of(run.checkpoints, loaded, fingerprint, texts, chosen)
-    refuse_unsupervised(texts, loaded.tokenizer, manifest.settings["max_tokens"])
-    warn_of_another_day(model, manifest.settings.get("date"))
-    transform = transform_for(loaded, chosen)  # moments that do not fit fail before anything is written
-    for earlier in run.checkpoints[:-1]:  # the last is loaded already
-        check_files(earlier.path)
-    with place.locked():  # before anything is removed: another process may be writing
+    limit = None if memory is None else size_of(memory)
+    made = prepared(model, corpus, out, chosen, restart=restart, memory=limit)
+    with Place.at(out).locked():  # before anything is removed: another process may be writing
         if restart:
             Store.restart(out)
-        store = Store.resume(out, manifest)
+        store = Store.resume(out, made.manifest)
         _refuse_joining(store)
-        built = Index(store, chosen)
-        built.adopt(loaded, transform)
-        built.check_layout(loaded)
-        copy_rows(store, texts, after=0)
+        built = Index(store, made.settings)
+        built.adopt(made.loaded, made.transform)
+        built.check_layout(made.loaded)
+        copy_rows(store, made.texts, after=0)
         _fill(built, progress)
     return built
-
-
-def _as_begun(settings: IndexSettings, loaded: LoadedModel, begun: Place | None) -> IndexSettings:
-    """Settings where what nobody gave is that of the index begun, or else what suits the device.
-
-    So an index that another version began, with another default, goes on as it is.
-    """
-    if begun is not None and begun.exists(MANIFEST):
-        manifest = read_manifest(begun)
-        check_settings(begun, manifest)
-        stored = manifest.settings
-        settings = replace(settings, tokens_per_batch=settings.tokens_per_batch or stored["tokens_per_batch"])
-        if settings.space.projection is None:
-            settings = replace(settings, space=replace(settings.space, projection=stored["space"]["projection"]))
-        if settings.space.sketch == stored["space"]["projection"]:
-            settings = replace(settings, codec=settings.codec or manifest.codec)
-            blocks = tuple(stored.get("blocks", ()))
-            if settings.blocks is None and len(blocks) == len(loaded.layers(settings.space.layers)):
-                settings = replace(settings, blocks=blocks)
-    return replace(settings, tokens_per_batch=batch_tokens(settings, loaded.device))
-
-
-def _date(settings: IndexSettings, model: str | Path, begun: Place | None) -> str:
-    """The day that a chat template writes: the given one, that of the index begun, of the training, or today."""
-    stored = read_manifest(begun).settings.get("date") if begun is not None and begun.exists(MANIFEST) else None
-    chosen = same_date(settings.date, stored, begun.root if begun is not None else "")
-    return chosen or date_of_training(model) or today()
 
 
 def append(
@@ -346,7 +296,7 @@ def _memory_advice(built: Index) -> str:
 def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -> ShardArrays:
     model = built.model(checkpoint)
     longest = built.store.manifest.settings["max_tokens"]
-    encoded = [_encoded(row, model, longest) for row in built.store.read_part(part)]
+    encoded = [encoded_row(row, model.tokenizer, longest) for row in built.store.read_part(part)]
     arrays = example_vectors(
         model,
         built.layers(model),
@@ -362,10 +312,3 @@ def _shard_arrays(built: Index, checkpoint: int, part: int, tick: runner.Tick) -
     }
     zeros = int(((arrays.norm == 0) & (arrays.status == 0)).sum())
     return replace(arrays, counts=counts | ({ZERO: zeros} if zeros else {}))
-
-
-def _encoded(row: Row, model: LoadedModel, longest: int) -> Encoded:
-    try:
-        return encode(json.loads(row["row"]), model.tokenizer, longest)
-    except CorpusError as error:
-        raise CorpusError(f"row {row['id']}: {error}") from None

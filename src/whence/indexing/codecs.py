@@ -21,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from whence import catalogue
+from whence.indexing import signed_sums
 from whence.indexing.kernels import (
     PACKED,
     TINY,
@@ -66,6 +68,9 @@ class Codec:
     """From rows' stored scales, their norms before they were encoded and k: scales of unbiased inner products."""
     noise: Callable[[PerRow, PerRow, int], PerRow] = lambda scale, norm, k: torch.zeros_like(norm)
     """From unbiased scales, norms and k: standard deviation of an inner product with a unit vector; 0 where small."""
+    pair_products: Callable[[Stored, Queries, np.ndarray, np.ndarray], np.ndarray] | None = None
+    """Exact products of pairs of stored rows and queries on the CPU, before the rows' scales: of (rows, queries [q, k],
+    places of the pairs' rows, numbers of their queries). None: rows are decoded and multiplied in fp32."""
 
     def encode(self, vectors: Vectors) -> tuple[Rows, PerRow]:
         """Stored rows and scales of vectors. Rows that are not finite must come as zeros."""
@@ -251,7 +256,11 @@ CODECS: dict[str, Codec] = {
         encoder=_encode_onebit,
         decoder=_decode_onebit,
         error=_onebit_error,
-        kernels=(partial(integer_kernel, **PACKED["onebit"]), partial(decoded_kernel, decoder=_decode_onebit)),
+        kernels=(
+            partial(integer_kernel, **PACKED["onebit"]),
+            partial(decoded_kernel, decoder=_decode_onebit, exactly=False),
+        ),
+        pair_products=signed_sums.products,
         unbiased=_onebit_unbiased,
         noise=_onebit_noise,
     ),

@@ -186,7 +186,7 @@ def _copy_as_checked(store: Store, corpus: Corpus, after: int) -> None:
     for number, part in enumerate(store.manifest.parts):
         if part.first_row >= after:
             _add_to_digest(digest, store.read_part(number))
-    for rows in _rows_in_groups(corpus, size, skip=store.rows - after):
+    for rows in rows_in_groups(corpus, size, skip=store.rows - after):
         _add_to_digest(digest, rows)
         store.write_part(len(store.manifest.parts), rows)
     copied = (store.rows - after, digest.hexdigest())
@@ -219,7 +219,8 @@ def _remove_rows(store: Store, after: int) -> None:
         store.place.remove(file)
 
 
-def _rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0, most: float = BYTES_PER_PART) -> Iterator[list[Row]]:
+def rows_in_groups(corpus: Corpus, size: int, *, skip: int = 0, most: float = BYTES_PER_PART) -> Iterator[list[Row]]:
+    """Rows of each part, as it stores them."""
     rows: list[Row] = []
     held = 0
     for number, example in enumerate(corpus):
@@ -250,6 +251,6 @@ def reread_part(store: Store, part: int) -> list[Row]:
             texts = open_corpus(corpus["name"], first_number=first, **reading_of(store.manifest, corpus))
             if fingerprint_of(texts).digest != corpus["digest"]:
                 raise CorpusError(f"{corpus['name']}: its rows are not those that were indexed")
-            return next(_rows_in_groups(texts, entry.rows, skip=entry.first_row - first, most=math.inf))
+            return next(rows_in_groups(texts, entry.rows, skip=entry.first_row - first, most=math.inf))
         first += corpus["rows"]
     raise AssertionError(f"part {part} belongs to no corpus")

@@ -15,10 +15,11 @@ the same result from any of them:
     float32    fp32 products of the rows as they are
     decoded    rows decoded a few at a time and multiplied in fp32: the only one for other devices
     compiled   fp32 products of rows widened in registers, for few queries (see `compiled`); of one-bit rows the ones
-               that a row shares with the query's bits are counted instead (see `bit_planes`)
+               that a row shares with the query's bits are counted instead (see `bit_planes`), and for many queries
+               bits become bytes between the caches and matrix units (see `matrix_units`)
 
-where |v_n| is the row's norm before it was encoded. (Of `bit_planes` the bound is one of probability: one product of
-10^9 may break it.) CPUs differ more than a rule could say: with matrix units (AMX)
+where |v_n| is the row's norm before it was encoded. (Of one-bit rows the bound is one of probability: one product of
+10^9 may break it, see `rounding`.) CPUs differ more than a rule could say: with matrix units (AMX)
 integer products reach the memory's bandwidth; on AVX2 they take fifteen times as long as decoding. So the first large
 batch of a process is a trial of all kernels that can score it (see `Fastest`).
 """
@@ -35,7 +36,9 @@ import torch
 from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
-from whence.indexing import bit_planes, compiled
+from whence.indexing import bit_planes, compiled, matrix_units
+from whence.indexing.addresses import Addressed, addressed
+from whence.indexing.rounding import rounded
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,17 @@ class Stored:
     def strips(self) -> list[compiled.Strip]:
         """The rows in strips, as compiled kernels take them."""
         return compiled.strips_of(self.codes, self.scales)
+
+    @cached_property
+    def addressed(self) -> Addressed:
+        """The rows of bytes, as loops over bits take them."""
+        return addressed(self.codes, self.scales)
+
+    def codes_at(self, places: np.ndarray) -> np.ndarray:
+        """Copies of the codes of some rows."""
+        starts = np.cumsum([0, *map(len, self.codes)])
+        block = np.searchsorted(starts, places, "right") - 1
+        return np.stack([self.codes[b][place - starts[b]] for b, place in zip(block, places, strict=True)])
 
     def first(self, rows: int) -> "Stored":
         """The first rows of the batch."""
@@ -214,10 +228,11 @@ def lazily(make: Callable[[Queries], Kernel], queries: Queries) -> Kernel:
     return lambda rows: kernel()(rows)
 
 
-def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -> Kernel:
+def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor], *, exactly: bool = True) -> Kernel:
     """Decode a few rows at a time and multiply in fp32: right on any device, and as slow as decoding is.
 
-    `decoder` gives, for stored rows and their width, the values of the codes before the rows' scales.
+    `decoder` gives, for stored rows and their width, the values of the codes before the rows' scales. These sums in
+    fp32 count as exact, unless they are not to: then, for signs, what they lose is a slack.
     """
     k = queries.shape[1]
     step = _DECODED_ROWS if queries.device.type == "cpu" else _DECODED_ROWS_ELSEWHERE
@@ -228,7 +243,7 @@ def decoded_kernel(queries: Queries, decoder: Callable[[Tensor, int], Tensor]) -
             for first in range(0, len(block), step):
                 torch.mm(decoder(block[first : first + step], k), queries.T, out=into[first : first + step])
             into.mul_(factors[:, None])
-        return Block(out.T)
+        return Block(out.T, slack_per_scale=None if exactly else queries.norm(dim=1) * (k**0.5 * _FP32_SUM))
 
     return score
 
@@ -237,16 +252,26 @@ def compiled_kernel(codec: str, queries: Queries, columns: int) -> Kernel | None
     """Products of rows in a compiled loop, or of rows that one unpacks; None where neither helps, and without numba."""
     if not len(queries) or not compiled.is_available():
         return None
+    if codec == "onebit" and (len(queries) <= _COMPILED_QUERIES or matrix_units.is_available()):
+        return _bits_kernel(queries)
     if len(queries) > _COMPILED_QUERIES:
         return integer_kernel(queries, **PACKED[codec], unpack=_compiled_planes) if codec in PACKED else None
-    if codec == "onebit":
-        counted, errors = bit_planes.products(queries)
-        per_scale = torch.from_numpy(errors) + queries.norm(dim=1) * (queries.shape[1] ** 0.5 * _FP32_SUM)
-        return lambda rows: Block(torch.from_numpy(counted(rows.strips).T), slack_per_scale=per_scale)
     if codec not in compiled.PLANES:
         return None
     products = compiled.products(codec, queries, columns)
     return lambda rows: Block(torch.from_numpy(products(rows.strips).T))
+
+
+def _bits_kernel(queries: Queries) -> Kernel:
+    """Products of one-bit rows, from their bits as they are; made when it first scores, which takes some time."""
+    module = bit_planes if len(queries) <= _COMPILED_QUERIES else matrix_units
+    made = cache(lambda: module.products(queries))
+
+    def score(rows: Stored) -> Block:
+        products, errors = made()
+        return Block(torch.from_numpy(products(rows.addressed).T), slack_per_scale=torch.from_numpy(errors))
+
+    return score
 
 
 def float32_kernel(queries: Queries) -> Kernel:
@@ -308,14 +333,15 @@ def integer_kernel(
     per_byte = 8 // bits
     width = -(-queries.shape[1] // per_byte) * per_byte
     padded = torch.nn.functional.pad(queries, (0, width - queries.shape[1]))
-    terms, term_scale, missed = _query_terms(torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1))
+    by_plane = torch.cat([padded[:, place::per_byte] for place in range(per_byte)], 1)
+    terms, term_scale, missed = _query_terms(by_plane) if bits > 1 else _query_term(by_plane)
     products = _byte_products(terms.flatten(0, 1), term_scale.flatten())
     shifts = (shift * terms.sum(2, dtype=torch.int64) * term_scale.double()).sum(0).float()
     step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
     # |<missed, row>| <= |missed| |row|, where the decoded row's norm is at most the row's own, plus half a scale for
     # each entry; one bit is decoded to a norm of at most the row's
-    missed = missed + queries.norm(dim=1) * _FP32_SUM
-    per_scale = missed * (queries.shape[1] ** 0.5 / 2) if bits > 1 else None
+    per_norm = (missed if bits > 1 else 0) + queries.norm(dim=1) * _FP32_SUM
+    per_scale = per_norm * (queries.shape[1] ** 0.5 / 2) if bits > 1 else missed
 
     def score(rows: Stored) -> Block:
         out = torch.empty(rows.count, len(queries), dtype=torch.float32)
@@ -326,7 +352,7 @@ def integer_kernel(
                 _sum_terms(sums, out=into[first : first + step])
         if (slope, shift) != (1, 0):
             out.mul_(slope).add_(shifts)
-        return Block(_scaled(out, rows).T, slack_per_norm=missed, slack_per_scale=per_scale)
+        return Block(_scaled(out, rows).T, slack_per_norm=per_norm, slack_per_scale=per_scale)
 
     return score
 
@@ -365,6 +391,15 @@ def _query_terms(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     missed = np.linalg.norm(rest, axis=1).astype(np.float32)
     integers, scales = np.stack(terms).astype(np.int8), np.stack(scales).astype(np.float32)
     return torch.from_numpy(integers), torch.from_numpy(scales), torch.from_numpy(missed)
+
+
+def _query_term(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as int8 vectors [1, q, k] times scales [1, q], and the bound on a product's error with signs [q].
+
+    Rounded at random, one vector is near enough for rows of one bit, all of whose entries count alike.
+    """
+    whole, step, errors = rounded(queries, 127)
+    return torch.from_numpy(whole.astype(np.int8))[None], torch.from_numpy(step)[None], torch.from_numpy(errors)
 
 
 def _byte_products(queries: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:

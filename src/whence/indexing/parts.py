@@ -1,6 +1,7 @@
 """One part: some of the rows that an index can show, as a Parquet file of their ids, sources and JSON."""
 
 import io
+import json
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -8,7 +9,10 @@ import pyarrow.parquet as pq
 
 from whence.corpus.layouts import Row
 from whence.corpus.row_files import parquet_file
+from whence.corpus.templates import Tokenizer
+from whence.corpus.tokens import Encoded, encode
 from whence.counts import number_of
+from whence.errors import CorpusError
 
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.string())])
 
@@ -31,3 +35,15 @@ def part_rows(data: bytes | memoryview, count: int) -> list[Row]:
     if (table.schema.names, len(table)) != (_SCHEMA.names, count):
         raise ValueError(f"{number_of(len(table), 'row')} of {', '.join(table.schema.names)}; {count} are listed")
     return table.to_pylist()
+
+
+def encoded_row(row: Row, tokenizer: Tokenizer, longest: int) -> Encoded:
+    """Token ids of a stored row.
+
+    Raises:
+        CorpusError: The row has none of the layouts; it is named.
+    """
+    try:
+        return encode(json.loads(row["row"]), tokenizer, longest)
+    except CorpusError as error:
+        raise CorpusError(f"row {row['id']}: {error}") from None

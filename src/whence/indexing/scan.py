@@ -142,6 +142,12 @@ class Batch:
         block = np.searchsorted(self.starts, places, "right") - 1
         return places - self.starts[block] + np.array(self.firsts, np.int64)[block]
 
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Places within the batch, from row numbers within the index."""
+        firsts = np.array(self.firsts, np.int64)
+        block = np.searchsorted(firsts, numbers, "right") - 1
+        return self.starts[block] + numbers - firsts[block]
+
 
 def rows_at_once(q: int) -> int:
     """Least number of rows of a batch for q queries; the last batch may have fewer."""
@@ -323,7 +329,9 @@ def _approximate(scan_query: ScanQuery, kernels: list[Kernel], batch: Batch) -> 
 
 
 def _rescored(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> np.ndarray:
-    """The fp32 scores of pairs, from decoded rows."""
+    """The exact scores of pairs; of codecs without `pair_products` those of fp32, from decoded rows."""
+    if scan_query.codec.pair_products is not None:
+        return _pair_scores(scan_query, batches, pairs)
     total = torch.zeros(len(pairs.row), dtype=torch.float32)
     if not len(total):
         return total.numpy()
@@ -351,6 +359,24 @@ def _rescored(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> np.
             vectors = scan_query.codec.decode(stored[place[pair]], scale[place[pair]], queries.shape[2])
             total[pair] += torch.linalg.vecdot(vectors, queries[c, query[pair]]) * factor[place[pair]]
     return total.numpy()
+
+
+def _pair_scores(scan_query: ScanQuery, batches: list[Batch], pairs: _Pairs) -> np.ndarray:
+    """The exact scores of pairs, by the codec's products of pairs. In numpy, as `_candidates`."""
+    multiply, total = scan_query.codec.pair_products, np.zeros(len(pairs.row), np.float32)
+    assert multiply is not None
+    ends = np.array([batch.firsts[-1] + batch.starts[-1] - batch.starts[-2] for batch in batches])
+    of_batch = np.searchsorted(ends, pairs.row, "right")
+    for number in np.unique(of_batch):
+        batch, some = batches[number], np.flatnonzero(of_batch == number)
+        place, query = batch.places(pairs.row[some]), pairs.query[some]
+        for c, (weight, rows, norm) in enumerate(
+            zip(scan_query.weights.tolist(), batch.rows, batch.norms, strict=True)
+        ):
+            products = multiply(rows, scan_query.queries[c], place, query) * rows.scales[place]
+            factor = inverse_or_zero(torch.from_numpy(norm[place])).numpy() if scan_query.cosine else 1
+            total[some] += products * (np.float32(weight) * factor)
+    return total
 
 
 def _rank_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -33,6 +33,10 @@ _NAMES = {
     torch.int32: "I32",
 }
 _COLUMNS = {"scale": torch.float32, "norm": torch.float32, "loss": torch.float32, "tokens": torch.int32}
+COLUMN_BYTES = sum(dtype.itemsize for dtype in (*_COLUMNS.values(), torch.uint8))
+"""Bytes of a row beside its vector; the last is the status."""
+ENCODED_NUMBERS = 2**20
+"""Numbers that are encoded at a time: what a codec needs meanwhile is several times as large as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +76,17 @@ class Shard:
 def encoded(arrays: ShardArrays, codec: Codec) -> Shard:
     """The shard of these arrays, on the CPU."""
     ok = arrays.status == 0
-    vectors = torch.where(ok[:, None], arrays.vectors, 0.0)
-    assert vectors.isfinite().all(), "a row that is not finite has status ok"
-    stored, scale = codec.encode(vectors)
+    n, k = arrays.vectors.shape
+    stored, scale = torch.empty(n, codec.columns(k), dtype=codec.dtype), torch.empty(n)
+    step = max(1, ENCODED_NUMBERS // max(1, k))
+    for first in range(0, n, step):
+        some = slice(first, first + step)
+        vectors = torch.where(ok[some, None], arrays.vectors[some], 0.0)
+        assert vectors.isfinite().all(), "a row that is not finite has status ok"
+        stored[some], scale[some] = codec.encode(vectors)
     return Shard(
-        vectors=stored.cpu(),
-        scale=scale.cpu(),
+        vectors=stored,
+        scale=scale,
         norm=torch.where(ok, arrays.norm, 0.0).cpu(),
         loss=arrays.loss.cpu(),
         status=arrays.status.cpu(),

@@ -11,9 +11,7 @@ batches (on a GPU, the largest allocation).
 
 import itertools
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +27,8 @@ from whence.errors import CorpusError, SettingError
 from whence.gradients.capture import Transform, sketch
 from whence.gradients.protocols import Projection
 from whence.indexing.codecs import codec as codec_of
+from whence.indexing.memory import peak_resident
+from whence.indexing.shards import COLUMN_BYTES
 from whence.indexing.vectors import IndexSettings, batch_tokens, load_for, projection_for, transform_for, with_options
 from whence.models.loading import LoadedModel
 from whence.models.runs import open_run
@@ -121,7 +121,7 @@ def bench(
         tokens_per_second=tokens / index,
         peak_bytes=peaks["index"],
         step_peak_bytes=peaks["step"],
-        bytes_per_example=codec_of(chosen.codec_name).bytes_per_row(projection.width) + 17,  # scale norm loss ...
+        bytes_per_example=codec_of(chosen.codec_name).bytes_per_row(projection.width) + COLUMN_BYTES,
         width=projection.width,
         batches=batches,
         examples_per_batch=batch_size,
@@ -240,13 +240,4 @@ def _peak_here(kind: str, model: str, corpus: Any, size: int, length: int | None
             _index(loaded, batch, projection, settings, transform)
     if loaded.device.type == "cuda":
         return torch.cuda.max_memory_allocated(loaded.device)
-    return _peak_resident()
-
-
-def _peak_resident() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage on Linux also counts the parent, as it was when this process was spawned
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()

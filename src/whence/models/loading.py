@@ -167,7 +167,7 @@ class LoadedModel:
 
         def head(states: Tensor) -> Tensor:
             with _returning(decoder, type(out)(**{**out, "last_hidden_state": states[None]})):
-                return base(input_ids=ids[:1, :1], use_cache=False).logits[0]
+                return base(input_ids=ids[:1, :1], use_cache=False).logits.squeeze(0)
 
         return out.last_hidden_state, head
 

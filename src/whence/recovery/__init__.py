@@ -20,6 +20,7 @@ row gets evidence against it, and a method turns the evidence into one score a r
     relinearisation     trains on the chosen rows and matches what that leaves
     shares, source_models   shares of sources in what the model was trained on
     pipeline            `whence.recover`: all of it
+    dry_run             `plan_recovery`: what that would take
 
 It is never told the rows that were trained on, and never changes a model that it is given.
 """

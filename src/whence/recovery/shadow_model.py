@@ -72,6 +72,11 @@ class Recipe:
         """Steps of the optimizer."""
         return self.epochs * math.ceil(self.rows / self.batch_size)
 
+    def training(self) -> dict[str, Any]:
+        """Settings of `train`."""
+        names = ("epochs", "batch_size", "optimizer", "lr", "max_tokens", "tokenizer", "checkpoints")
+        return {name: getattr(self, name) for name in names} | dict(self.lora or {})
+
     @property
     def suffix(self) -> str:
         """End of a run's name: a run is rounded in place, so that each type has a directory of its own."""
@@ -229,17 +234,8 @@ def train_by(base: str, rows: Sequence[Row], recipe: Recipe, out: Path, seed: in
 
     The checkpoints are rounded to the recipe's type when all are there.
     """
-    settings = {
-        "epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "optimizer": recipe.optimizer,
-        "lr": recipe.lr,
-        "max_tokens": recipe.max_tokens,
-        "tokenizer": recipe.tokenizer,
-        **(recipe.lora or {}),
-    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = train(base, rows, out, checkpoints=recipe.checkpoints, seed=seed, progress=False, **settings)
+    run = train(base, rows, out, seed=seed, progress=False, **recipe.training())
     if recipe.stored.itemsize < torch.float32.itemsize:
         for checkpoint in open_run(run, which="all").checkpoints:
             round_stored(str(checkpoint.path), recipe.stored)

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from whence.counts import number_of
+from whence.counts import duration, number_of
 from whence.indexing.speed import BenchResult
 from whence.reports.tables import pairs_table
 
@@ -41,13 +41,9 @@ def info_answer(info: dict[str, Any]) -> str:
 
 def bench_answer(result: BenchResult) -> str:
     """What an index costs, in a sentence."""
-    seconds = 1e5 / max(result.examples_per_second, 1e-9)
-    size, unit = next(
-        pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= 2 * pair[0] or pair[0] == 1
-    )
     return (
         f"Indexing a batch takes {result.ratio:.2f} of the time of a training step; 100,000 such examples take about "
-        f"{seconds / size:,.0f} {unit} here."
+        f"{duration(1e5 / max(result.examples_per_second, 1e-9))} here."
     )
 
 

@@ -6,6 +6,8 @@ In the order in which data flows:
     trainer        `train`: rows are tokenised as an index does it, and a Hugging Face Trainer trains on them
     online_mixing  optional: chooses the domain that each step's rows come from, by the losses so far
     in_run         optional: measures what each row does to a validation loss while the model trains
+    training_rows  the rows, tokenised into memory
+    dry_run        `plan_training`: what a training would take, by a few of its steps
     resuming       a training that was stopped goes on, and ends with the weights it would have had
 
 Any Trainer's output directory is a Run too; nothing elsewhere requires that a model was trained here. There is no

@@ -19,37 +19,31 @@ Preference tuning, several machines, and packing rows into one sequence (which l
 not supported. Use your own Trainer for these; its directory is a Run too.
 """
 
-import hashlib
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from whence import runner
 from whence.corpus.layouts import Row
-from whence.corpus.reading import Corpus, Example, open_corpus
+from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import ASSISTANT, same_date, supervision, writes_date
-from whence.corpus.tokens import Encoded, collate, encode
-from whence.corpus.unsupervised import reason
+from whence.corpus.tokens import Encoded, collate
 from whence.errors import CorpusError, ModelError, SettingError
 from whence.models.loading import LoadedModel, directory_digest, load_model
 from whence.models.loading_errors import FOREIGN, reason_of
 from whence.models.runs import open_run
 from whence.models.training_state import date_of_training, warn_of_run
-from whence.numerics import mixed_seed
 from whence.outputs import refuse_inputs
 from whence.paths import is_directory, writing_to
 from whence.storage import Place
@@ -67,6 +61,7 @@ from whence.training.resuming import (
     refuse_others,
     step_of,
 )
+from whence.training.training_rows import Rows, encoded_rows, training_rows
 
 LOGGED_STEPS = 1000
 """Each step is logged up to this number; a longer training logs about so many, for every checkpoint repeats the log."""
@@ -121,6 +116,42 @@ def _train(
     progress: runner.ProgressOption,
 ) -> Path:
     """Train in a directory that is locked."""
+    opened = open_training(model, corpus, directory, chosen)
+    chosen = opened.settings
+    with writing_to(directory):  # the Trainer makes it
+        trainer = trainer_of(opened, directory)
+    record = with_followers(trainer, opened, directory)
+    begin(directory, record)
+    steps_per_epoch = math.ceil(len(opened.rows) / chosen.batch_size)
+    with writing_to(directory):
+        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=steps_per_epoch, progress=progress)
+        if trainer.in_run is not None:
+            heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
+            origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
+            trainer.in_run.write(directory, opened.rows.ids, opened.rows.sources, origin)
+        opened.loaded.tokenizer.save_pretrained(directory)
+        finish(directory)
+    return directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a training starts from."""
+
+    source: str | Path
+    """Directory or Hub name of the model."""
+    corpus: str
+    """Name of the corpus."""
+    loaded: LoadedModel
+    rows: Rows
+    settings: TrainSettings
+    """Those that the rows lead to, with what chat templates write."""
+
+
+def open_training(
+    model: str | Path, corpus: str | Path | Corpus | Iterable[Row], directory: Path, chosen: TrainSettings
+) -> Opened:
+    """Load a model and tokenise its rows; nothing is written. For errors see `train`."""
     refuse_others(directory)
     # An adapter's checkpoint names its base by the path it was loaded from: make it one that stays true.
     last = open_run(model).checkpoints[-1].path
@@ -135,29 +166,24 @@ def _train(
     written |= {} if supervision(tokenizer) == ASSISTANT else {"supervise": supervision(tokenizer)}
     chosen = replace(chosen, **written, date=tokenizer.template_date if writes_date(tokenizer) else None)
     texts = open_corpus(corpus)
-    rows = _training_rows(texts, loaded, chosen)
+    rows = training_rows(texts, loaded, chosen)
     chosen = with_least_steps(chosen, len(rows))
-    with writing_to(directory):  # the Trainer makes it
-        trainer = _trainer(loaded, rows, directory, chosen)
-    weights = directory_digest(source)
-    record = {"model": str(source), "weights": weights, "corpus": texts.name, **rows.record(), **chosen.record()}
+    return Opened(source=source, corpus=texts.name, loaded=loaded, rows=rows, settings=chosen)
+
+
+def with_followers(trainer: "_Trainer", opened: Opened, directory: Path) -> dict[str, Any]:
+    """Let the followers that the settings ask for join a training; returns the run's record."""
+    rows, chosen = opened.rows, opened.settings
+    weights = directory_digest(opened.source)
+    record = {"model": str(opened.source), "weights": weights, "corpus": opened.corpus}
+    record |= {**rows.record(), **chosen.record()}
     if chosen.in_run is not None:
-        trainer.in_run, validation = _in_run(loaded, trainer, rows, chosen)
+        trainer.in_run, validation = _in_run(opened.loaded, trainer, rows, chosen)
         record |= validation
     if chosen.mix is not None:
         domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
         trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
-    begin(directory, record)
-    steps_per_epoch = math.ceil(len(rows) / chosen.batch_size)
-    with writing_to(directory):
-        _train_from(trainer, newest_checkpoint(directory), steps_per_epoch=steps_per_epoch, progress=progress)
-        if trainer.in_run is not None:
-            heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
-            origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
-            trainer.in_run.write(directory, rows.ids, rows.sources, origin)
-        loaded.tokenizer.save_pretrained(directory)
-        finish(directory)
-    return directory
+    return record
 
 
 def _train_from(
@@ -188,7 +214,7 @@ def _train_from(
 
 
 def _in_run(
-    loaded: LoadedModel, trainer: "_Trainer", rows: "_Rows", settings: TrainSettings
+    loaded: LoadedModel, trainer: "_Trainer", rows: "Rows", settings: TrainSettings
 ) -> tuple[InRun, dict[str, Any]]:
     """The measurement of contributions, and the entries of the run's record for its validation rows."""
     if trainer.args.n_gpu > 1:
@@ -197,7 +223,7 @@ def _in_run(
         twice = next(name for number, name in enumerate(rows.ids) if name in rows.ids[:number])
         raise CorpusError(f"the id {twice!r} is given twice, and --in-run scores rows by their ids: make them unique")
     corpus = open_corpus(settings.in_run)
-    encoded = _encoded(corpus, loaded, settings)
+    encoded = encoded_rows(corpus, loaded, settings)
     if not len(encoded):
         raise CorpusError(f"--in-run {corpus.name}: no row has a supervised token, so there is no loss to follow.")
     plan = InRunPlan(
@@ -236,68 +262,6 @@ class _Ticks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is made."""
         self.tick(1, 0)
-
-
-class _Rows(Dataset):
-    """Encoded rows as the Trainer reads them, each with its number, without those that have no supervised token."""
-
-    def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
-        self.rows: list[dict[str, np.ndarray]] = []
-        self.ids: list[str] = []
-        self.sources: list[str | None] = []
-        self.domains: list[Any] = []
-        for example, row in rows:
-            if row.supervised_count:
-                self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
-                self.ids.append(example.id)
-                self.sources.append(example.source)
-                self.domains.append(None if by is None else example.row.get(by))
-
-    def record(self) -> dict[str, Any]:
-        """Entries of the run's record that identify these rows."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(row["input_ids"].tobytes() + row["supervised"].tobytes() + b"/")
-        return {"rows": len(self.rows), "rows_digest": digest.hexdigest()}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.rows[number] | {"row": number}
-
-
-def _training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> _Rows:
-    rows = _encoded(corpus, loaded, settings, _sampled(corpus, settings))
-    if not len(rows):
-        why = reason(next(iter(corpus)).row, loaded.tokenizer, _longest(loaded, settings))
-        raise CorpusError(
-            f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
-        )
-    return rows
-
-
-def _longest(loaded: LoadedModel, settings: TrainSettings) -> int | None:
-    """Most tokens of a row."""
-    return min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
-
-
-def _encoded(
-    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
-) -> _Rows:
-    longest = _longest(loaded, settings)
-    by = None if settings.mix is None else settings.by or "source"
-    examples = corpus if chosen is None else chosen
-    return _Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
-
-
-def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
-    if settings.fraction == 1:
-        return iter(corpus)
-    total = sum(1 for _ in corpus)
-    rng = random.Random(mixed_seed(settings.seed, "train", "fraction"))
-    chosen = set(rng.sample(range(total), max(1, round(settings.fraction * total))))
-    return (example for number, example in enumerate(corpus) if number in chosen)
 
 
 class _Trainer(Trainer):
@@ -368,7 +332,9 @@ class _StepEvents(TrainerCallback):
             self.trainer.mixing.close(state.global_step - 1)
 
 
-def _trainer(loaded: LoadedModel, rows: _Rows, directory: Path, settings: TrainSettings) -> _Trainer:
+def trainer_of(opened: Opened, directory: Path) -> _Trainer:
+    """The Trainer of a training, before its followers join."""
+    loaded, rows, settings = opened.loaded, opened.rows, opened.settings
     set_seed(settings.seed)  # before the adapters draw their start
     trainer = _Trainer(
         RowOrder(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),

@@ -1,0 +1,85 @@
+"""The rows of a training, tokenised into memory, as the Trainer reads them."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from whence.corpus.reading import Corpus, Example
+from whence.corpus.tokens import Encoded, encode
+from whence.corpus.unsupervised import reason
+from whence.errors import CorpusError
+from whence.models.loading import LoadedModel
+from whence.numerics import mixed_seed
+from whence.training.recipe import TrainSettings
+
+
+class Rows(Dataset):
+    """Encoded rows as the Trainer reads them, each with its number, without those that have no supervised token."""
+
+    def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
+        self.rows: list[dict[str, np.ndarray]] = []
+        self.ids: list[str] = []
+        self.sources: list[str | None] = []
+        self.domains: list[Any] = []
+        for example, row in rows:
+            if row.supervised_count:
+                self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
+                self.ids.append(example.id)
+                self.sources.append(example.source)
+                self.domains.append(None if by is None else example.row.get(by))
+
+    def record(self) -> dict[str, Any]:
+        """Entries of the run's record that identify these rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row["input_ids"].tobytes() + row["supervised"].tobytes() + b"/")
+        return {"rows": len(self.rows), "rows_digest": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number] | {"row": number}
+
+
+def training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) -> Rows:
+    """The rows of a corpus, or of the share of it that is asked for.
+
+    Raises:
+        CorpusError: None has a supervised token.
+    """
+    rows = encoded_rows(corpus, loaded, settings, _sampled(corpus, settings))
+    if not len(rows):
+        why = reason(next(iter(corpus)).row, loaded.tokenizer, _longest(loaded, settings))
+        raise CorpusError(
+            f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
+        )
+    return rows
+
+
+def _longest(loaded: LoadedModel, settings: TrainSettings) -> int | None:
+    """Most tokens of a row."""
+    return min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
+
+
+def encoded_rows(
+    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
+) -> Rows:
+    """All rows of a corpus, or some of it."""
+    longest = _longest(loaded, settings)
+    by = None if settings.mix is None else settings.by or "source"
+    examples = corpus if chosen is None else chosen
+    return Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
+
+
+def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
+    if settings.fraction == 1:
+        return iter(corpus)
+    total = sum(1 for _ in corpus)
+    rng = random.Random(mixed_seed(settings.seed, "train", "fraction"))
+    chosen = set(rng.sample(range(total), max(1, round(settings.fraction * total))))
+    return (example for number, example in enumerate(corpus) if number in chosen)
