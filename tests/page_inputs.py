@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pages import shown_block
 
 import whence
 from conftest import corpus_rows, cut_short, write_jsonl
-from pages import shown_block
 from whence.corpus.layouts import Row
 from whence.indexing.build import index
 from whence.reports.files import write_rows

@@ -22,11 +22,11 @@ import huggingface_hub
 import jaxtyping
 import pytest
 import typer.main
+from pages import NEXT, PAGES, Step, commands_in_text, output_lines, steps_of
 
 import page_inputs as inputs
 from conftest import save_tiny_llama
 from page_inputs import GUIDE, STEPS
-from pages import NEXT, PAGES, Step, commands_in_text, output_lines, steps_of
 from whence.cli.app import app
 from whence.storage import Place
 

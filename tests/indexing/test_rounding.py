@@ -61,3 +61,12 @@ def test_the_same_query_is_rounded_the_same_way_whatever_comes_with_it():
 def test_queries_of_no_entries_have_no_error():
     whole, _, errors = rounded(torch.zeros(2, 0), 127)
     assert whole.shape == (2, 0) and rounding.RISK < 1e-6 and (errors >= 0).all()
+
+
+@pytest.mark.parametrize("levels", [127, 255, 1023])
+def test_the_largest_entry_is_not_rounded_beyond_the_levels(levels):
+    """The noise of column 12,277 is so near 1 that fp32 rounds its sum with a whole number up."""
+    queries = torch.full((1, 12_500), 0.01)
+    queries[0, 12_277] = 100.0
+    whole, _, _ = rounded(queries, levels)
+    assert whole[0, 12_277] == levels and np.abs(whole).max() == levels

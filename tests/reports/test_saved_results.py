@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 
 import pandas
@@ -200,6 +201,14 @@ def test_a_notebook_shows_the_first_rows(result):
     shown = result._repr_html_()
     assert len(shown) < 100_000 and "<table class=" in shown
     assert not any(part in shown for part in ("<script", "<img", "<iframe", "<a ", "<svg", "\ud800"))
+
+
+def test_a_notebook_shows_first_what_ranks():
+    trace = small_trace()
+    exact = [replace(hit, exact=0.5, exact_rank_score=0.5) for hit in trace.hits]
+    for shown, names in ((replace(trace, hits=exact), "exact compressed"), (trace, "score exact")):
+        heads = re.findall(r"<th class=n>(.*?)</th>", shown._repr_html_())
+        assert names in " ".join(heads), heads
 
 
 def test_a_notebook_shows_little_of_a_large_result():

@@ -309,7 +309,10 @@ def test_examples_are_coloured_by_all_tokens_at_first(show):
 def ranked_exactly():
     """Compressed scores of another order and sign than the exact ones that rank."""
     rows = [(1, 0.016, 0.5), (2, 0.021, 0.25), (-1, -0.3, -0.125), (-2, -0.2, 0.019)]
-    hits = [hit(rank, score, {"text": "t"}, exact=exact, exact_rank_score=exact) for rank, score, exact in rows]
+    null = Null([0.0, 0.1, 0.2, 0.1], 0.1, 4.9, 100.0, False)
+    hits = [
+        hit(rank, score, {"text": "t"}, exact=exact, exact_rank_score=exact, null=null) for rank, score, exact in rows
+    ]
     return Trace([answer([" a"])], hits, "cosine", 4, overlaps=[0.4])
 
 
@@ -328,6 +331,7 @@ def test_exact_scores_that_rank_are_the_large_numbers_and_the_bars(show):
     assert next(text for text in texts(browser, ".facts span") if "compressed" in text) == "compressed +0.016"
     widths = browser.value("[...document.querySelectorAll('.bar i')].map(node => parseFloat(node.style.width))")
     assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
+    assert "here +0.500" in browser.value("document.querySelector('.null svg').getAttribute('aria-label')")
     assert texts(browser, "main h2") == [
         "HelpfulTraining on these makes the answer more likely.",
         "OpposingTraining on these makes the answer less likely.",

@@ -42,15 +42,18 @@ def _trace_query(trace: Trace, query: int) -> str:
     lines += [_soft(answer.certainty), *([_line(trace.verdicts[query])] if query < len(trace.verdicts) else [])]
     hits = [*trace.of(query)[:HITS], *trace.of(query, opposing=True)[:OPPOSING]]
     has_exact, has_z = (any(getattr(hit, name) is not None for hit in hits) for name in ("exact", "null"))
-    numbers = ["rank", "score", *(["exact"] if has_exact else []), *(["z"] if has_z else [])]
+    is_exact = any(hit.exact_rank_score is not None for hit in hits)
+    names = ("exact", "compressed") if is_exact else ("score", "exact")  # what ranks comes first
+    numbers = ["rank", *(names if has_exact else names[:1]), *(["z"] if has_z else [])]
     rows = [_hit_cells(hit, has_exact=has_exact, has_z=has_z) for hit in hits]
     return "".join(lines) + (_table({"id": "id", "training example": "text"}, rows, numbers) if rows else "")
 
 
 def _hit_cells(hit: Hit, *, has_exact: bool, has_z: bool) -> list[str]:
-    cells = [f"{hit.rank}", number(hit.score, "+.3f" if abs(hit.score) <= 1 else "+.4g")]
-    if has_exact:
-        cells.append("" if hit.exact is None else number(hit.exact, "+.3f" if abs(hit.exact) <= 1 else "+.4g"))
+    scores = (hit.score, hit.exact) if hit.exact_rank_score is None else (hit.exact, hit.score)
+    shown = scores if has_exact else scores[:1]
+    cells = [f"{hit.rank}"]
+    cells += ["" if each is None else number(each, "+.3f" if abs(each) <= 1 else "+.4g") for each in shown]
     if has_z:
         cells.append("" if hit.null is None else number(hit.null.z, "+.1f"))
     rejected = "" if hit.rejected is None else f' <span class="soft">and not</span> {cut(hit.rejected, LONGEST)}'

@@ -208,12 +208,12 @@ class Trace:
     `levels`. Empty: there was no null."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
-    rerankings: list[Reranking] = field(default_factory=list)
-    """For each query, with `exact`: how deep the short lists were."""
     notes: list[str] = field(default_factory=list)
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
+    rerankings: list[Reranking] = field(default_factory=list)
+    """For each query, with `exact`: how deep the short lists were."""
 
     to_arrow = outlets.to_arrow
     to_pandas = outlets.to_pandas
