@@ -137,23 +137,13 @@ def test_datainf_of_one_layer_where_columns_are_shared():
 def test_datainf_of_columns_that_overlap_is_that_of_one_layer():
     """Windows of `tensor_sketch` overlap, and need not be the same."""
     _, rows, queries = random_view(c=1)
-    views = [Overlapping(rows, queries, weights=(0.7,)) for _ in range(2)]
-    views[1].windows = {"first": (slice(0, 5), 30), "second": (slice(0, 5), 8)}
+    views = [Given(rows, queries, weights=(0.7,)) for _ in range(2)]
+    views[0].blocks = {"first": (slice(0, 3), 30), "second": (slice(2, 5), 8)}
+    views[1].blocks = {"first": (slice(0, 5), 30), "second": (slice(0, 5), 8)}
     found, expected = (DataInf()(view, targets(5)) for view in views)
     assert torch.allclose(found, expected)
     with pytest.raises(SettingError, match="cannot be told apart"):
         DataInf(layers="first")(views[0], targets(5))
-
-
-class Overlapping(Given):
-    """Of two layers whose columns overlap in part."""
-
-    windows = {"first": (slice(0, 3), 30), "second": (slice(2, 5), 8)}
-
-    @property
-    def blocks(self):
-        """Windows."""
-        return self.windows
 
 
 class ByToken(Given):
