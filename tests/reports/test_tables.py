@@ -13,7 +13,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from whence.catalogue import default_projection
 from whence.cli.console import print_json
 from whence.errors import MissingExtraError, SettingError, StorageError
 from whence.indexing.store import Store
@@ -205,8 +204,8 @@ def test_an_index_is_shown_with_its_counts(tiny_index):
         "complete",
         "20, of which 20 can be ranked",
         "none",
-        "as bfloat16",
-        f"projection {default_projection('sgd')}",
+        f"as {info['codec']}",
+        f"projection {info['settings']['space']['projection']}",
     ):
         assert words in text
     counts = info["counts"] | {"non_finite": 3, "truncated": 1}

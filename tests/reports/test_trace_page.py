@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from whence.reports.trace_page import trace_page
-from whence.tracing.results import Answer, Hit, Null, TokenMatrix, Trace
+from whence.tracing.results import Answer, Hit, Null, Reranking, TokenMatrix, Trace
 
 MINUS = "\N{MINUS SIGN}"
 RUN = "document.documentElement.dataset.owned='yes';document.title='owned'"
@@ -313,13 +313,13 @@ def ranked_exactly():
     hits = [
         hit(rank, score, {"text": "t"}, exact=exact, exact_rank_score=exact, null=null) for rank, score, exact in rows
     ]
-    return Trace([answer([" a"])], hits, "cosine", 4, overlaps=[0.4])
+    return Trace([answer([" a"])], hits, "cosine", 400, overlaps=[0.4], rerankings=[Reranking(100, 100)])
 
 
 def test_what_ranks_is_what_travels():
     first = payload(trace_page(ranked_exactly()))["queries"][0]
     assert [(shown["ranked"], shown["isExact"]) for shown in first["helpful"]] == [(0.5, True), (0.25, True)]
-    assert "longer --shortlist" in first["overlap"]
+    assert "longer short list" in first["overlap"]
     assert not payload(trace_page(small_trace()))["queries"][0]["helpful"][0]["isExact"]
 
 
@@ -417,7 +417,8 @@ def test_what_was_found_is_said(show):
     for words in (
         "2 of 2 tokens at p ≥ 0.5", "The best example stands above the null.", "90% are among the exact best",
         "--top 5: only 2 rows can be ranked.", "z 4.90", "above all 4", "generic", "id1", "web", "exact +0.500",
-        "cosine of the index' vectors", "1,234", "4.50 to 5.00, by a query's length: 19 of 20 stay below", "tiny",
+        "cosine of gradients, by the index' vectors", "1,234", "tiny",
+        "4.50 to 5.00, by a query's length: 19 of 20 stay below",
     ):  # fmt: skip
         assert words in said
     assert browser.value("document.querySelectorAll('.null svg rect').length") == 3

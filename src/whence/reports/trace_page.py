@@ -95,7 +95,8 @@ def _query(trace: Trace, number: int) -> dict[str, Any]:
 
 def _overlap(trace: Trace, number: int) -> str | None:
     is_known = number < len(trace.overlaps) and math.isfinite(trace.overlaps[number])
-    return reranking_words(trace, number) if is_known else None
+    # A page's reader may have no command line, and a phone would break the flag after its hyphens.
+    return reranking_words(trace, number).replace("--shortlist", "short list") if is_known else None
 
 
 def _tokens(texts: list[str], probabilities: list[float], asked: list[bool]) -> list[dict[str, Any]]:
