@@ -26,7 +26,7 @@ from whence.indexing.codecs import CODECS
 from whence.indexing.manifest import FORMAT_VERSION
 from whence.indexing.store import Store
 
-COLUMNS = ["query", "rank", "id", "score", "source", "prompt", "completion"]
+COLUMNS = ["query", "rank", "id", "score", "exact", "source", "prompt", "completion"]
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ def wide_index(tiny_llama, tmp_path_factory):
 
 LOOK = ("--prompt", "5 and 3?", "--completion", " yes", "--top", 2)
 CLOSER = (*LOOK, "--exact", "--tokens", "--contrast", " no")
-MORE = [*COLUMNS[:4], "exact", "z", "percentile", "generic", *COLUMNS[4:], "by_token", "tokens"]
+MORE = [*COLUMNS[:5], "z", "percentile", "generic", *COLUMNS[5:], "by_token", "tokens"]
 
 
 def test_a_closer_look_has_columns_of_its_own(whence, wide_index):
@@ -526,7 +526,7 @@ def test_text_rows_are_shown_as_text(whence, tiny_llama, tmp_path):
     )
     asked = ("trace", tmp_path / "index", "--prompt", "1", "--completion", "2", "--top", 1)
     ran = whence(*asked, "--json")
-    assert list(ran.json()["rows"][0]) == [*COLUMNS[:5], "text"]
+    assert list(ran.json()["rows"][0]) == [*COLUMNS[:6], "text"]
     plain = whence(*asked)
     assert plain.code == 0
     assert "[bold]" in plain.out
