@@ -22,7 +22,7 @@ def duration(seconds: int | float) -> str:
     """A time in the largest unit of which there are two.
 
     >>> duration(0.4), duration(100), duration(500), duration(9000), duration(10**6)
-    ('0.4 seconds', '100 seconds', '8 minutes', '2.5 hours', '11.6 days')
+    ('0.4 seconds', '100 seconds', '8.3 minutes', '2.5 hours', '11.6 days')
     """
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
     size, unit = next(pair for pair in units if seconds >= 2 * pair[0] or pair[0] == 1)

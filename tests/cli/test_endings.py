@@ -71,6 +71,6 @@ def test_paths_and_prompts_are_quoted_for_the_shell(monkeypatch, capsys):
 
 def test_a_trace_that_finds_nothing_asks_the_words(printed, tiny_index, tmp_path):
     asked = ("trace", tiny_index, "--prompt", "5 and 3?", "--completion", " yes", "--top", 2)
-    assert printed(*asked)[1].endswith("--top 2 --exact\n"), "without a z there is only a closer look"
+    assert printed(*asked)[1].endswith("--top 2 -o trace.html\n"), "without a z there is only a page to look at"
     page = tmp_path / "t.html"
     assert "--count 100 -o chosen.jsonl" in printed(*asked, "--exact", "-o", page)[1].splitlines()[-1]

@@ -109,6 +109,8 @@ def test_a_run_is_read_and_one_that_was_stopped_goes_on(written, answer, command
         "all",
         "--codec",
         "int8",
+        "--batch-tokens",
+        4096,
     )
     for entry in fresh["checkpoints"]:
         assert entry.pop("rates")  # newer: how learning rates that were not logged came about

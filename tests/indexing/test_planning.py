@@ -266,12 +266,12 @@ def test_the_verb_and_the_dry_run_say_the_same_and_write_nothing(printed, tiny_l
     assert dry.splitlines()[-1].endswith(following)
     assert not [*tmp_path.iterdir()]
     _, document, _ = printed("plan", tiny_llama, tiny_corpus, *settings, "--json")
-    assert json.loads(document)["bytes_per_row"] == 14 * 4 * 4 + 17 and json.loads(document)["fits"]
+    assert json.loads(document)["bytes_per_row"] == 4 + 17 and json.loads(document)["fits"]
 
 
 def test_a_limit_ends_with_the_flag_that_mends_it(printed, tiny_llama, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("whence.indexing.planning.free_bytes", lambda folder: 1000)
-    command = ("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--dry-run")
+    command = ("index", tiny_llama, tiny_corpus, "-o", tmp_path / "index", "--projection", "two_sided", "--dry-run")
     assert printed(*command)[1].splitlines()[-1].endswith("--codec onebit --dry-run")
     assert printed(*command, "--codec", "onebit")[1].splitlines()[-1].endswith("-o ANOTHER_DISK/INDEX --dry-run")
     monkeypatch.undo()

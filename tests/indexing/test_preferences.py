@@ -101,9 +101,7 @@ def test_it_is_remembered_and_what_cannot_compare_is_refused(command, built, mod
     monkeypatch.chdir(tmp_path)
     rows, more = write_jsonl(tmp_path / "rows.jsonl", PAIRS[:8]), write_jsonl(tmp_path / "more.jsonl", PAIRS[8:])
     flag = ("--preferences", "contrast")
-    code, out, err = command(
-        "index", model, rows, "-o", "index", "--projection", "two_sided", "--width", 8, "--codec", "float32", *flag
-    )
+    code, out, err = command("index", model, rows, "-o", "index", "--width", 8, "--codec", "float32", *flag)
     assert code == 0 and "contrasts" in out, err
     assert "8 of 8 rows are read as contrasts of pairs of answers (`prompt`, `rejected` and `chosen`)" in caplog.text
     assert command("append", "index", more)[0] == 0
