@@ -93,7 +93,7 @@ def plot(corpora: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
                 seeds[0]["bytes"], mean, yerr=[[mean - low], [high - mean]], marker=MARKERS[sketch.split(":")[0]],
                 color=colour, ms=7, lw=1,
             )  # fmt: skip
-        axes.set(title=corpus, xscale="log", xlabel="bytes a row", ylim=(0.4, 1), xlim=(800, 300_000))
+        axes.set(title=corpus, xscale="log", xlabel="bytes a row", ylim=(0, 1), xlim=(800, 300_000))
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("share of the exact first ten")
     shapes = [Line2D([], [], color="#444", marker=marker, ls="", label=name) for name, marker in MARKERS.items()]
