@@ -6,7 +6,8 @@ The noise of a cosine is about sqrt(pi / 2 / k) in one bit a number, whatever th
 Lindenstrauss). What the noise is held against shrinks: gradients of a larger model have more directions, and rows lie
 further apart in them. The constant was measured on a model of 4.7 million traced weights, where k numbers in one bit
 keep nine of the exact first ten (docs/results/indexing.md). The fourth root is a choice, not a measurement: it doubles
-k for a model sixteen times as large. Numbers in one bit, and 1 million rows:
+k for a model sixteen times as large. For smaller models it is too few where rows have little in common: of the demo's
+model, whose k is 23,552, a third of the exact first ten is kept. Numbers in one bit, and 1 million rows:
 
     traced weights       k       bytes a row    1 M rows
     100 thousand       16,384         2,048       2.0 GB

@@ -28,10 +28,8 @@ class Addressed:
     """The memory that is pointed to, which must not be freed."""
 
 
-def addressed(blocks: Sequence[np.ndarray], scales: np.ndarray) -> Addressed:
-    """The rows of blocks [n, bytes] that are contiguous in memory.
-
-    Compiled loops check no bounds, so that the shapes are checked here.
+def checked_width(blocks: Sequence[np.ndarray], scales: np.ndarray) -> int | None:
+    """Entries of a row of blocks [n, j]; None without blocks. Compiled loops check no bounds, so that it is done here.
 
     Raises:
         ValueError: The rows have not one scale each, or are not all of one width.
@@ -41,6 +39,16 @@ def addressed(blocks: Sequence[np.ndarray], scales: np.ndarray) -> Addressed:
         raise ValueError(
             f"{count} rows of {widths} entries have {len(scales)} scales: expected one each, and one width"
         )
+    return widths[0] if widths else None
+
+
+def addressed(blocks: Sequence[np.ndarray], scales: np.ndarray) -> Addressed:
+    """The rows of blocks [n, bytes] that are contiguous in memory.
+
+    Raises:
+        ValueError: See `checked_width`.
+    """
+    width = checked_width(blocks, scales)
     addresses, held = [np.zeros(0, np.int64)], []
     for block in blocks:
         assert block.dtype == np.uint8 and block.flags.c_contiguous, "blocks are contiguous bytes"
@@ -53,7 +61,7 @@ def addressed(blocks: Sequence[np.ndarray], scales: np.ndarray) -> Addressed:
             copy[:, : block.shape[1]] = block[-last:]
             held.append(copy)
             addresses[-1][-last:] = copy.ctypes.data + np.arange(last, dtype=np.int64) * copy.shape[1]
-    return Addressed(np.concatenate(addresses), scales, widths[0] if widths else None, tuple(held))
+    return Addressed(np.concatenate(addresses), scales, width, tuple(held))
 
 
 def vectors_of(width: int) -> int:

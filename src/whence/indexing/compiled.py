@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.indexing.addresses import checked_width
 from whence.indexing.threads import run_together
 
 _STRIP_BYTES = 1 << 22  # of rows that a thread takes at a time: 100 us of reading, well above the cost of a call
@@ -53,16 +54,10 @@ Strip = tuple[slice, np.ndarray, np.ndarray]
 def strips_of(blocks: Sequence[np.ndarray], scales: np.ndarray) -> list[Strip]:
     """Split blocks of stored rows into strips for threads to take. bfloat16 and float16 come as int16.
 
-    Compiled loops check no bounds, so that the shapes are checked here.
-
     Raises:
-        ValueError: The rows have not one scale each, or are not all of one width.
+        ValueError: See `addresses.checked_width`.
     """
-    count, widths = sum(map(len, blocks)), sorted({codes.shape[1] for codes in blocks})
-    if len(scales) != count or len(widths) > 1:
-        raise ValueError(
-            f"{count} rows of {widths} entries have {len(scales)} scales: expected one each, and one width"
-        )
+    checked_width(blocks, scales)
     strips, first = [], 0
     for codes in blocks:
         step = max(1, _STRIP_BYTES // max(1, codes.strides[0]))

@@ -339,9 +339,10 @@ def integer_kernel(
     shifts = (shift * terms.sum(2, dtype=torch.int64) * term_scale.double()).sum(0).float()
     step = 2**23 // max(1, width) + 1 if per_byte > 1 else 2**62  # unpacked rows should stay in cache
     # |<missed, row>| <= |missed| |row|, where the decoded row's norm is at most the row's own, plus half a scale for
-    # each entry; one bit is decoded to a norm of at most the row's
-    per_norm = (missed if bits > 1 else 0) + queries.norm(dim=1) * _FP32_SUM
-    per_scale = per_norm * (queries.shape[1] ** 0.5 / 2) if bits > 1 else missed
+    # each entry; one bit is decoded to a whole scale for each entry
+    of_sums, entries = queries.norm(dim=1) * _FP32_SUM, queries.shape[1] ** 0.5
+    per_norm = missed + of_sums if bits > 1 else torch.zeros_like(of_sums)
+    per_scale = per_norm * (entries / 2) if bits > 1 else missed + of_sums * entries
 
     def score(rows: Stored) -> Block:
         out = torch.empty(rows.count, len(queries), dtype=torch.float32)

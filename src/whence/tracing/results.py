@@ -186,7 +186,8 @@ class Reranking:
     opposing: int
     """From the lowest score on."""
     sure: float | None = None
-    """Probability that the exact best are among these, from the index' own error; None: it is not known."""
+    """Probability that the exact best are among these, from the index' own error: as if none lay below the rows that
+    were compared (`depth.candidates`). None: it is not known."""
     sure_opposing: float | None = None
     """The same of the exact lowest."""
 
