@@ -20,8 +20,13 @@ def test_sixteen_times_the_weights_are_twice_the_numbers(weights, width):
 def test_a_width_is_whole_registers_of_bits_and_no_more_than_the_weights():
     widths = [flat_width(shapes(4 * 2**power)) for power in range(30)]
     assert widths == sorted(widths) and widths[0] == 4
-    assert all(width % 512 == 0 for width in widths if width > 4 * 2**13)
+    assert all(width % 512 == 0 for width in widths if width >= MEASURED)
     assert flat_width({"all": (MEASURED_WEIGHTS, 1)}) == MEASURED
+
+
+@pytest.mark.parametrize(("weights", "width"), [(40000, 40000), (43012, 43008), (430000, 43008), (4 * 10**6, 43008)])
+def test_a_smaller_model_has_no_fewer_numbers_than_the_measured_one(weights, width):
+    assert flat_width(shapes(weights)) == width
 
 
 @pytest.mark.parametrize("name", FLAT)

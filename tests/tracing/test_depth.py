@@ -148,7 +148,7 @@ def test_the_answer_says_how_deep_and_how_sure(tiny_llama, tmp_path, printed):
     assert (
         code == 0
         and "Exact gradients ordered the index' first" in text
-        and "the exact first 3 are among them with" in text
+        and "these hold the exact first 3 with a probability of" in text
     )
     assert "ranked by exact scores" in text
     code, out, _ = printed(*asked, "--no-exact")

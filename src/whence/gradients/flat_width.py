@@ -1,17 +1,16 @@
 """Numbers in a flat sketch of a model's gradient, by the model's size.
 
-    k = 43,008 (d / 4,743,168)^(1/4), to the nearest multiple of 512, and at most d      d = traced weights
+    k = 43,008 max(1, d / 4,743,168)^(1/4), to the nearest multiple of 512, and at most d      d = traced weights
 
 The noise of a cosine is about sqrt(pi / 2 / k) in one bit a number, whatever the size of the model (Johnson and
 Lindenstrauss). What the noise is held against shrinks: gradients of a larger model have more directions, and rows lie
 further apart in them. The constant was measured on a model of 4.7 million traced weights, where k numbers in one bit
 keep nine of the exact first ten (docs/results/indexing.md). The fourth root is a choice, not a measurement: it doubles
-k for a model sixteen times as large. For smaller models it is too few where rows have little in common: of the demo's
-model, whose k is 23,552, a third of the exact first ten is kept. Numbers in one bit, and 1 million rows:
+k for a model sixteen times as large. Smaller models get no fewer numbers: by the root alone the demo's model, of 0.4
+million traced weights, had 23,552, and a third of its exact first ten was kept. Numbers in one bit, and 1 million rows:
 
     traced weights       k       bytes a row    1 M rows
-    100 thousand       16,384         2,048       2.0 GB
-    4.7 million        43,008         5,376       5.4 GB
+    to 4.7 million     43,008         5,376       5.4 GB
     1 billion         163,840        20,480        20 GB
     8 billion         275,456        34,432        34 GB
 
@@ -39,5 +38,5 @@ def flat_width(shapes: Shapes) -> int:
     (43008, 166912, 32)
     """
     weights = sum(math.prod(shape) for shape in shapes.values())
-    exact = MEASURED * (weights / MEASURED_WEIGHTS) ** 0.25
-    return min(weights, max(MULTIPLE, MULTIPLE * round(exact / MULTIPLE)))
+    exact = MEASURED * max(1, weights / MEASURED_WEIGHTS) ** 0.25
+    return min(weights, MULTIPLE * round(exact / MULTIPLE))

@@ -104,8 +104,8 @@ def reranking_words(trace: Trace, query: int) -> str:
             return words
         return f"{words} {LOSES}"
     first, last = (len(trace.of(query, opposing=side)) for side in (False, True))
-    words += f": the exact first {first} are among them with {percent(depth.sure)},"
-    return f"{words} the last {last} with {percent(depth.sure_opposing)}. {overlap}"
+    words += f": these hold the exact first {first} with a probability of {percent(depth.sure)},"
+    return f"{words} the exact last {last} with {percent(depth.sure_opposing)}. {overlap}"
 
 
 LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
