@@ -81,6 +81,13 @@ class TrainFlags:
         int | None, typer.Option(help="Order of the expansion: 1, or 2 at several times the cost.", show_default="1")
     ] = None
     in_run_rows: Annotated[int | None, typer.Option(help="Validation rows of a draw.", show_default="16")] = None
+    replayable: Annotated[
+        bool | None,
+        typer.Option("--replayable", help="Keep what replay needs: trace and select by --method replay."),
+    ] = None
+    replay_every: Annotated[
+        int | None, typer.Option(help="Steps between states that are kept for it.", show_default="50")
+    ] = None
     mix: Annotated[
         str | None, typer.Option(help="online: each step's rows are of one domain, drawn by the losses so far.")
     ] = None

@@ -14,7 +14,8 @@ from whence.records import read_record
 from whence.storage import TEMPORARY, FileEntry, Place
 
 LIST = "whence_checksums.json"
-OF_TRAINING = ("optimizer.", "scheduler.", "rng_state", "training_args.", "trainer_state.", "in_run.", "online_mixing.")
+OF_TRAINING = ("optimizer.", "scheduler.", "rng_state", "training_args.", "trainer_state.", "in_run.", "online_mixing.",
+               "replay_steps.")  # fmt: skip
 """Beginnings of the names of files that training reads, and loading a model does not."""
 _READ_BYTES = 1 << 22
 

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 
 IN_RUN = ("in_run", "in_run_every", "in_run_order", "in_run_rows")
 MIX = ("mix", "by", "mix_set")
-"""Settings that belong together: those of the measurement beside a training, and those of the order of rows."""
+REPLAY = ("replayable", "replay_every")
+"""Settings that belong together: those of the measurement beside a training, of the order of rows, of the log."""
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 """The Trainer's name of each optimizer."""
 SCHEDULES = (
@@ -107,6 +108,11 @@ class TrainSettings:
     """Order of the expansion of a step's effect: 1, or 2 at several times the cost."""
     in_run_rows: int = 16
     """Validation rows of a draw."""
+    replayable: bool = False
+    """Keep what `replay` needs: every step's rows and rate, and the weights and moments every `replay_every` steps."""
+    replay_every: int = 50
+    """Steps between stored states, each of three times the trained weights in fp32: fewer take more disk, and more lose
+    digits on the way back (`update_rules`)."""
     mix: str | None = None
     """"online": each step's rows come from one domain, drawn by the losses so far; see `online_mixing`."""
     by: str | None = None
@@ -139,6 +145,7 @@ class TrainSettings:
             raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(SCHEDULES)}")
         self._check_in_run()
         self._check_mix()
+        self._check_replay()
 
     def _check_in_run(self) -> None:
         for name in IN_RUN[1:]:
@@ -157,9 +164,18 @@ class TrainSettings:
             raise SettingError(f"--mix {self.mix}: online is expected")
         read_options(self.mix_set or {})
 
+    def _check_replay(self) -> None:
+        if self.replay_every < 1:
+            raise SettingError(f"--replay-every {self.replay_every}: a number above 0 is expected")
+        if not self.replayable and self.replay_every != TrainSettings.replay_every:
+            raise SettingError("--replay-every needs --replayable")
+        if self.replayable and self.lora_dropout:
+            raise SettingError(f"--lora-dropout {self.lora_dropout}: a training with dropout cannot be --replayable")
+
     def record(self) -> dict[str, Any]:
-        """Settings by name, for a run's record, which leaves out those of `in_run` or `mix` where they are not used."""
+        """Settings by name, for a run's record, which leaves out those of `in_run` and others where they are unused."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
+        unused += () if self.replayable else REPLAY
         unused += ("least_steps",)  # what it led to is in the others
         unused += tuple(
             name for name in ("tokenizer", "chat_template", "date", "supervise") if getattr(self, name) is None

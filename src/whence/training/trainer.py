@@ -12,13 +12,15 @@ The corpus is tokenised into memory first, at 5 bytes a token. Rows of like leng
 
 A training that was stopped goes on when it is run again, and ends with the weights it would have had (`resuming`).
 
-Two followers can join a training: `in_run` measures what each row does to a validation loss and changes no weight;
-`online_mixing` chooses the domain that each step's rows come from. Their states are in every checkpoint.
+Three followers can join a training: `in_run` measures what each row does to a validation loss and changes no weight;
+`online_mixing` chooses the domain that each step's rows come from; `step_log` keeps what `replay` needs. Their states
+are in every checkpoint.
 
 Preference tuning, several machines, and packing rows into one sequence (which leaves a row no gradient of its own) are
 not supported. Use your own Trainer for these; its directory is a Run too.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -61,7 +63,10 @@ from whence.training.resuming import (
     refuse_others,
     step_of,
 )
+from whence.training.step_log import StepRecorder, remove_dropout, require_no_chance
 from whence.training.training_rows import Rows, encoded_rows, training_rows
+
+logger = logging.getLogger(__name__)
 
 LOGGED_STEPS = 1000
 """Each step is logged up to this number; a longer training logs about so many, for every checkpoint repeats the log."""
@@ -129,6 +134,8 @@ def _train(
             heuristic = HEURISTIC if chosen.optimizer == "adamw" else None
             origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
             trainer.in_run.write(directory, opened.rows.ids, opened.rows.sources, origin)
+        if trainer.step_log is not None:
+            trainer.step_log.write(trainer.optimizer)
         opened.loaded.tokenizer.save_pretrained(directory)
         finish(directory)
     return directory
@@ -180,6 +187,8 @@ def with_followers(trainer: "_Trainer", opened: Opened, directory: Path) -> dict
     if chosen.in_run is not None:
         trainer.in_run, validation = _in_run(opened.loaded, trainer, rows, chosen)
         record |= validation
+    if chosen.replayable:
+        trainer.step_log = _step_recorder(trainer, opened, directory)
     if chosen.mix is not None:
         domains = domains_of(rows.domains, rows.ids, by=chosen.by or "source")
         trainer.mixing = OnlineBatches(domains, directory, read_options(chosen.mix_set or {}), seed=chosen.seed)
@@ -241,6 +250,22 @@ def _in_run(
     return InRun(model, validation, len(rows), plan), {"in_run": corpus.name, "in_run_digest": digest}
 
 
+def _step_recorder(trainer: "_Trainer", opened: Opened, directory: Path) -> StepRecorder:
+    """The log of a training that can be replayed, in which nothing is left to chance."""
+    if trainer.args.n_gpu > 1:
+        raise SettingError(
+            f"--replayable follows a training on one device, of {trainer.args.n_gpu} here: hide the others"
+        )
+    net: Any = trainer.model
+    if changed := remove_dropout(net):
+        logger.warning("%s: --replayable trains without its dropout (%s and others)", opened.loaded.path, changed[0])
+    batch = trainer.data_collator([opened.rows[0]])
+    inputs = {name: batch[name].to(net.device) for name in ("input_ids", "attention_mask")}
+    require_no_chance(net, inputs, opened.loaded.path)
+    weights = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    return StepRecorder(weights, directory, opened.settings.replay_every, trainer.args.max_grad_norm)
+
+
 @contextmanager
 def quiet_saving() -> Iterator[None]:
     """Hide the bar that transformers shows on stderr for each checkpoint that it writes."""
@@ -269,6 +294,7 @@ class _Trainer(Trainer):
 
     in_run: InRun | None = None
     mixing: OnlineBatches | None = None
+    step_log: StepRecorder | None = None
     has_begun = False
     """Whether a step has begun in this process."""
 
@@ -276,9 +302,9 @@ class _Trainer(Trainer):
         self.order = order
         super().__init__(callbacks=[OrderKept(order), FilesListed(), _StepEvents(self)], **options)
 
-    def followers(self) -> list[InRun | OnlineBatches]:
+    def followers(self) -> list[InRun | OnlineBatches | StepRecorder]:
         """The objects that write a state into each checkpoint."""
-        return [follower for follower in (self.in_run, self.mixing) if follower is not None]
+        return [follower for follower in (self.in_run, self.mixing, self.step_log) if follower is not None]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return self.order
@@ -298,6 +324,8 @@ class _Trainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One pass over a batch; its row numbers are not passed to the model."""
         rows = inputs.pop("rows")
+        if self.step_log is not None:
+            self.step_log.add_pass(rows)
         with nullcontext() if self.in_run is None else self.in_run.watching(inputs, rows):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.mixing is not None:
@@ -325,9 +353,14 @@ class _StepEvents(TrainerCallback):
         """The gradient is clipped, and the step not yet made."""
         if self.trainer.in_run is not None:
             self.trainer.in_run.step(self.trainer.optimizer, state.global_step)
+        if self.trainer.step_log is not None:
+            self.trainer.step_log.step(self.trainer.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is made, and counted."""
+        if self.trainer.step_log is not None:
+            done, steps = state.global_step, state.max_steps
+            self.trainer.step_log.close(self.trainer.optimizer, done, is_last=done == steps)
         if self.trainer.mixing is not None:
             self.trainer.mixing.close(state.global_step - 1)
 

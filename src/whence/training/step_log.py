@@ -1,0 +1,320 @@
+"""What a training did at each step, so that it can be gone through again: `RUN/replay`.
+
+    steps.parquet                   a row for each pass of a step: step, learning rate, row numbers
+    state-00000050.safetensors      trained weights and moments after so many steps
+    replay.json                     the optimizer's constants, the norm that gradients are clipped to, checksums
+
+Row numbers count the rows that were trained on, in the corpus' order. While the training goes on its steps are in every
+checkpoint (`replay_steps.parquet`), so that one that was stopped goes on with all of them.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from whence.checksums import Written, digest
+from whence.errors import ChecksumError, ModelError, SettingError
+from whence.models.weights import in_pieces
+from whence.records import Between, Count, read_record
+from whence.storage import FileEntry, Place
+from whence.training.update_rules import SGD, AdamW, State, UpdateRule
+
+FOLDER = "replay"
+"""In a run's directory."""
+RECORD, STEPS, IN_CHECKPOINT = "replay.json", "steps.parquet", "replay_steps.parquet"
+VERSION = 1
+PARTS = ("weights", "first", "second")
+"""Parts of a state, in the names of its tensors."""
+_DROPOUTS = re.compile(r"(attention_|attn_|hidden_|resid_|embd_|classifier_)?(p_)?dropout(_p|_prob|_rate)?|drop_path")
+
+
+class Step(NamedTuple):
+    """One step of the optimizer."""
+
+    rate: float
+    """Learning rate."""
+    passes: tuple[tuple[int, ...], ...]
+    """Row numbers of each pass."""
+
+    @property
+    def rows(self) -> list[int]:
+        """Row numbers of all passes, in their order."""
+        return [row for numbers in self.passes for row in numbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """An optimizer's constants."""
+
+    name: Literal["adamw", "sgd"]
+    beta1: Annotated[float, Between(0.0, 1.0)] = 0.0
+    beta2: Annotated[float, Between(0.0, 1.0)] = 0.0
+    eps: float = 0.0
+    clip: float | None = None
+    """The norm that gradients are clipped to."""
+    decays: dict[str, float] = field(default_factory=dict)
+    """Weight decay by the weight's name; 0 for others."""
+
+    @property
+    def rule(self) -> UpdateRule:
+        """How it steps."""
+        if self.name == "sgd":
+            return SGD(decays=self.decays)
+        return AdamW(beta1=self.beta1, beta2=self.beta2, eps=self.eps, decays=self.decays)
+
+    @staticmethod
+    def of(optimizer: Any, weights: Mapping[str, Tensor], clip: float | None) -> "Optimizer":
+        """Of torch's AdamW or plain SGD.
+
+        Raises:
+            SettingError: It is another, or does what a replay cannot follow.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        kinds = {"AdamW": "adamw", "SGD": "sgd"}
+        name, groups = kinds.get(type(inner).__name__), inner.param_groups
+        odd = [key for group in groups for key in ("amsgrad", "maximize", "momentum", "nesterov") if group.get(key)]
+        if name is None or odd:
+            raise SettingError(
+                f"--replayable follows AdamW, and SGD without momentum; this optimizer is {type(inner).__name__}"
+                f"{f' with {odd[0]}' if odd else ''}"
+            )
+        names = {id(weight): key for key, weight in weights.items()}
+        decays = {names[id(w)]: float(group["weight_decay"]) for group in groups for w in group["params"]
+                  if group["weight_decay"] and id(w) in names}  # fmt: skip
+        if name == "sgd":
+            return Optimizer(name="sgd", clip=clip, decays=decays)
+        beta1, beta2 = groups[0]["betas"]
+        return Optimizer(name="adamw", beta1=beta1, beta2=beta2, eps=groups[0]["eps"], clip=clip, decays=decays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    format_version: Count
+    optimizer: Optimizer
+    steps: Count
+    every: Count
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """The steps of a finished training."""
+
+    place: Place
+    """`RUN/replay`."""
+    optimizer: Optimizer
+    steps: tuple[Step, ...]
+    stored: tuple[int, ...]
+    """Numbers of steps after which the state is stored, in order; the first is 0, the last that of the steps."""
+
+    def state(self, after: int, device: torch.device | str = "cpu") -> State:
+        """The state after so many steps, one of `stored`."""
+        with safe_open(self.place.path(_state_file(after)), "pt", device=str(device)) as file:
+            names = [name for name in file.keys() if name.startswith("weights.")]  # noqa: SIM118
+            parts = [{name.partition(".")[2]: file.get_tensor(name) for name in names}]
+            for part in PARTS[1:]:
+                every = {name.partition(".")[2]: file.get_tensor(name) for name in file.keys()  # noqa: SIM118
+                         if name.startswith(f"{part}.")}  # fmt: skip
+                parts.append({name: every[name] for name in parts[0] if name in every})
+        if self.optimizer.name == "adamw" and not parts[1]:  # before the first step
+            parts[1:] = [{name: torch.zeros_like(w) for name, w in parts[0].items()} for _ in PARTS[1:]]
+        return State(*parts)
+
+
+def open_log(run: str | Path) -> StepLog:
+    """The steps of a run of `whence train --replayable`, whose files are all as they were written.
+
+    Raises:
+        SettingError: It has none.
+        ChecksumError: A file is damaged or missing.
+    """
+    place = Place.at(Path(run) / FOLDER)
+    if not place.exists(RECORD):
+        raise SettingError(
+            f"{run} does not say what it did at each step. Train it again with --replayable, into another directory: "
+            "whence train MODEL CORPUS -o RUN --replayable"
+        )
+    remedy = "Restore it from a copy, or train again with --replayable."
+    record = read_record(_Record, place.read(RECORD), place.path(RECORD), remedy)
+    if record.format_version != VERSION:
+        raise SettingError(f"{place.path(RECORD)}: format {record.format_version}, and this Whence reads {VERSION}")
+    for entry in record.files:
+        place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), remedy)
+    steps = _steps_of(place.read(STEPS), place.path(STEPS))
+    stored = sorted(number for entry in record.files if (number := _number_of(entry["file"])) is not None)
+    if len(steps) != record.steps or stored[:1] != [0] or stored[-1] != len(steps):
+        raise ChecksumError(f"{place.path(RECORD)} is not as Whence writes it: states or steps are missing. {remedy}")
+    return StepLog(place, record.optimizer, tuple(steps), tuple(stored))
+
+
+@dataclass
+class StepRecorder:
+    """Follows a training, and keeps what a replay needs."""
+
+    weights: Mapping[str, Tensor]
+    """The trained weights by name, in the training model."""
+    directory: Path
+    """Of the run."""
+    every: int
+    """Steps between stored states."""
+    clip: float | None
+    """The norm that gradients are clipped to."""
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self):
+        self._passes: list[tuple[int, ...]] = []
+        self._place = Place.at(self.directory / FOLDER)
+
+    def begin(self) -> None:
+        """Store the weights before the first step."""
+        self._store(0, State(dict(self.weights), {}, {}))
+
+    def add_pass(self, rows: Tensor) -> None:
+        """Note the rows [b] of a pass of the step that is about to be made."""
+        self._passes.append(tuple(rows.tolist()))
+
+    def step(self, optimizer: Any) -> None:
+        """Note a step that is about to be made."""
+        rates = {float(group["lr"]) for group in optimizer.param_groups}
+        if len(rates) > 1:
+            raise SettingError(f"--replayable follows one learning rate, and this step has {len(rates)}")
+        self.steps.append(Step(rates.pop(), tuple(self._passes)))
+        self._passes.clear()
+
+    def close(self, optimizer: Any, done: int, *, is_last: bool) -> None:
+        """Store the state after `done` steps if it is its turn."""
+        if done % self.every and not is_last:
+            return
+        states = getattr(optimizer, "optimizer", optimizer).state
+        moments = [{name: states[w][key] for name, w in self.weights.items() if key in states.get(w, {})}
+                   for key in ("exp_avg", "exp_avg_sq")]  # fmt: skip
+        self._store(done, State(dict(self.weights), *moments))
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the steps so far into a checkpoint."""
+        data = _parquet(self.steps)
+        Place.at(checkpoint).write(IN_CHECKPOINT, [data], total=len(data))
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Go on from a checkpoint, if there is one.
+
+        Raises:
+            SettingError: The checkpoint does not say what was done before it, or a state from before it is missing.
+        """
+        if checkpoint is None:
+            self.begin()
+            return
+        file = checkpoint / IN_CHECKPOINT
+        done = int(checkpoint.name.rpartition("-")[2])
+        steps = _steps_of(file.read_bytes(), str(file)) if file.exists() else []
+        missing = [k for k in range(0, done + 1, self.every) if not self._place.exists(_state_file(k))]
+        if len(steps) != done or missing:
+            what = f"{self._place.path(_state_file(missing[0]))} is missing" if missing else f"{file} is not whole"
+            raise SettingError(f"{what}: the training cannot go on as a replayable one. Train anew.")
+        self.steps = steps
+
+    def write(self, optimizer: Any) -> None:
+        """Write the log when the training is done."""
+        data = _parquet(self.steps)
+        self._place.write(STEPS, [data], total=len(data))
+        kept = {0, len(self.steps), *range(0, len(self.steps), self.every)}
+        names = [STEPS, *(_state_file(number) for number in sorted(kept))]
+        entries = [{"file": name, "bytes": self._place.size(name), "xxh3": digest(_blocks(self._place.path(name)))}
+                   for name in names]  # fmt: skip
+        record = _Record(
+            format_version=VERSION,
+            optimizer=Optimizer.of(optimizer, self.weights, self.clip),
+            steps=len(self.steps),
+            every=self.every,
+            files=(),
+        )
+        self._place.write_document(RECORD, asdict(record) | {"files": entries})
+
+    def _store(self, number: int, state: State) -> None:
+        tensors = {f"{part}.{name}": tensor.detach() for part, found in zip(PARTS, state, strict=True)
+                   for name, tensor in found.items()}  # fmt: skip
+        described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        pieces, total = in_pieces(described, lambda name: tensors[name].cpu())
+        self._place.write(_state_file(number), pieces, total=total)
+
+
+def remove_dropout(net: nn.Module) -> list[str]:
+    """Set every dropout of a network to 0; the names of those that were not."""
+    changed = []
+    for name, module in net.named_modules():
+        for attribute, value in list(vars(module).items()):
+            is_one = (attribute == "p" and "Dropout" in type(module).__name__) or _DROPOUTS.fullmatch(attribute)
+            if is_one and isinstance(value, float) and value > 0:
+                setattr(module, attribute, 0.0)
+                changed.append(f"{name}.{attribute}")
+    return changed
+
+
+@torch.no_grad()
+def require_no_chance(net: nn.Module, inputs: Mapping[str, Tensor], path: str) -> None:
+    """Refuse a model that draws random numbers in training.
+
+    Raises:
+        ModelError: Its outputs in training are not those in evaluation.
+    """
+    was_training, state = net.training, torch.get_rng_state()
+    try:
+        one, other = (net.train(mode)(**inputs).logits for mode in (True, False))
+    finally:
+        net.train(was_training)
+        torch.set_rng_state(state)
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
+        raise ModelError(
+            f"{path}: it computes something else in training than in evaluation, such as dropout that could not be "
+            "turned off, so a training of it cannot be replayed"
+        )
+
+
+def _state_file(number: int) -> str:
+    return f"state-{number:08d}.safetensors"
+
+
+def _number_of(file: str) -> int | None:
+    found = re.fullmatch(r"state-(\d{8,})\.safetensors", file)
+    return int(found[1]) if found else None
+
+
+def _blocks(path: str) -> Iterator[bytes]:
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            yield block
+
+
+def _parquet(steps: Sequence[Step]) -> bytes:
+    rows = [(number, step.rate, list(numbers)) for number, step in enumerate(steps) for numbers in step.passes]
+    kinds = {"step": pyarrow.int64(), "rate": pyarrow.float64(), "rows": pyarrow.list_(pyarrow.int64())}
+    columns = {name: pyarrow.array([row[place] for row in rows], kind)
+               for place, (name, kind) in enumerate(kinds.items())}  # fmt: skip
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _steps_of(data: bytes, where: str) -> list[Step]:
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
+        numbers, rates, rows = (table[name] for name in ("step", "rate", "rows"))
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise ChecksumError(
+            f"{where} is not a table of steps ({' '.join(str(error).split())[:100]}). Train anew."
+        ) from None
+    steps: list[Step] = []
+    for number, rate, passed in zip(numbers, rates, rows, strict=True):
+        if number == len(steps):
+            steps.append(Step(rate, ()))
+        steps[-1] = Step(rate, (*steps[-1].passes, tuple(passed)))
+    return steps
