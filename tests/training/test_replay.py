@@ -126,6 +126,7 @@ def finite_differences(training, h=1e-6):
 
 CASES = {
     "adamw": {},
+    "adamw, every state stored": {"every": 1},
     "adamw, clipped": {"clip": 0.5},
     "adamw, several passes": {"passes": 2},
     "adamw, several passes, clipped, decay": {"passes": 2, "clip": 0.5, "decay": 0.1},

@@ -23,7 +23,7 @@ from whence.models.saved_files import LIST
 from whence.storage import Place
 from whence.training.recipe import with_least_steps
 from whence.training.resuming import is_complete, newest_checkpoint
-from whence.training.trainer import TrainSettings, _trainable, settings_of, train
+from whence.training.trainer import TrainSettings, settings_of, train, trainable
 
 ROWS = [
     {"id": str(number), "prompt": f"What is {number}?", "completion": f" It is {number} of {40 - number}."}
@@ -359,17 +359,17 @@ def test_adapters_leave_routers_alone_and_layers_that_peft_refuses_are_named():
     """Phi-MoE's router returns more than a product, and no adapter can wrap it."""
     tiny = pytest.importorskip("benchmarks.reliability.tiny_architectures")
     model = LoadedModel(tiny.tiny_model("phimoe"), None, "phimoe")
-    adapted = _trainable(model, TrainSettings(lora_rank=2))
+    adapted = trainable(model, TrainSettings(lora_rank=2))
     assert not any("router" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
     assert adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
     model = LoadedModel(tiny.tiny_model("falcon"), None, "falcon")  # whose own kind of linear layer is one
-    assert any("query_key_value" in name for name, _ in _trainable(model, TrainSettings(lora_rank=2)).named_parameters()
+    assert any("query_key_value" in name for name, _ in trainable(model, TrainSettings(lora_rank=2)).named_parameters()
                if "lora_A" in name)  # fmt: skip
     model = LoadedModel(tiny.tiny_model("mamba"), None, "mamba")
     with pytest.raises(
         SettingError, match=r"mamba: peft does not adapt .* --lora-targets: in_proj, x_proj, dt_proj, out"
     ):
-        _trainable(model, TrainSettings(lora_rank=2))
+        trainable(model, TrainSettings(lora_rank=2))
 
 
 def test_a_corpus_without_targets_is_refused(parent, tmp_path):

@@ -86,7 +86,7 @@ class TrainFlags:
         typer.Option("--replayable", help="Keep what replay needs: trace and select by --method replay."),
     ] = None
     replay_every: Annotated[
-        int | None, typer.Option(help="Steps between states that are kept for it.", show_default="50")
+        int | None, typer.Option(help="Steps between states that are kept for it.", show_default="by size")
     ] = None
     mix: Annotated[
         str | None, typer.Option(help="online: each step's rows are of one domain, drawn by the losses so far.")

@@ -110,9 +110,10 @@ class TrainSettings:
     """Validation rows of a draw."""
     replayable: bool = False
     """Keep what `replay` needs: every step's rows and rate, and the weights and moments every `replay_every` steps."""
-    replay_every: int = 50
-    """Steps between stored states, each of three times the trained weights in fp32: fewer take more disk, and more lose
-    digits on the way back (`update_rules`)."""
+    replay_every: int | None = None
+    """Steps between stored states, each of three times the trained weights in fp32; as many are held in memory when it
+    is replayed, and 1 needs no step to be trained again. None: 1 where all states take a gigabyte at the most, else the
+    square root of the number of steps."""
     mix: str | None = None
     """"online": each step's rows come from one domain, drawn by the losses so far; see `online_mixing`."""
     by: str | None = None
@@ -165,9 +166,9 @@ class TrainSettings:
         read_options(self.mix_set or {})
 
     def _check_replay(self) -> None:
-        if self.replay_every < 1:
+        if self.replay_every is not None and self.replay_every < 1:
             raise SettingError(f"--replay-every {self.replay_every}: a number above 0 is expected")
-        if not self.replayable and self.replay_every != TrainSettings.replay_every:
+        if not self.replayable and self.replay_every is not None:
             raise SettingError("--replay-every needs --replayable")
         if self.replayable and self.lora_dropout:
             raise SettingError(f"--lora-dropout {self.lora_dropout}: a training with dropout cannot be --replayable")

@@ -9,6 +9,7 @@ checkpoint (`replay_steps.parquet`), so that one that was stopped goes on with a
 """
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,8 @@ RECORD, STEPS, IN_CHECKPOINT = "replay.json", "steps.parquet", "replay_steps.par
 VERSION = 1
 PARTS = ("weights", "first", "second")
 """Parts of a state, in the names of its tensors."""
+ALL_STATES = 2**30
+"""Bytes up to which every state is stored."""
 _DROPOUTS = re.compile(r"(attention_|attn_|hidden_|resid_|embd_|classifier_)?(p_)?dropout(_p|_prob|_rate)?|drop_path")
 
 
@@ -245,6 +248,12 @@ class StepRecorder:
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         pieces, total = in_pieces(described, lambda name: tensors[name].cpu())
         self._place.write(_state_file(number), pieces, total=total)
+
+
+def default_interval(weights: Mapping[str, Tensor], steps: int) -> int:
+    """Steps between stored states: 1 where all of them take `ALL_STATES` bytes at the most, else the steps' root."""
+    state = len(PARTS) * sum(weight.numel() * weight.element_size() for weight in weights.values())
+    return 1 if steps * state <= ALL_STATES else math.ceil(math.sqrt(steps))
 
 
 def remove_dropout(net: nn.Module) -> list[str]:

@@ -63,7 +63,7 @@ from whence.training.resuming import (
     refuse_others,
     step_of,
 )
-from whence.training.step_log import StepRecorder, remove_dropout, require_no_chance
+from whence.training.step_log import StepRecorder, default_interval, remove_dropout, require_no_chance
 from whence.training.training_rows import Rows, encoded_rows, training_rows
 
 logger = logging.getLogger(__name__)
@@ -263,7 +263,8 @@ def _step_recorder(trainer: "_Trainer", opened: Opened, directory: Path) -> Step
     inputs = {name: batch[name].to(net.device) for name in ("input_ids", "attention_mask")}
     require_no_chance(net, inputs, opened.loaded.path)
     weights = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
-    return StepRecorder(weights, directory, opened.settings.replay_every, trainer.args.max_grad_norm)
+    every = opened.settings.replay_every or default_interval(weights, trainer.args.max_steps)
+    return StepRecorder(weights, directory, every, trainer.args.max_grad_norm)
 
 
 @contextmanager
@@ -371,7 +372,7 @@ def trainer_of(opened: Opened, directory: Path) -> _Trainer:
     set_seed(settings.seed)  # before the adapters draw their start
     trainer = _Trainer(
         RowOrder(settings.batch_size, lengths=[len(row["input_ids"]) for row in rows.rows]),
-        model=_trainable(loaded, settings),
+        model=trainable(loaded, settings),
         args=_arguments(directory, len(rows), settings),
         train_dataset=rows,
         data_collator=_collate_function(loaded.tokenizer.pad_token_id or 0),
@@ -394,7 +395,7 @@ def _collate_function(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str,
     return collated
 
 
-def _trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
+def trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
     """The model with its trained weights thawed; loading froze all of them."""
     if loaded.has_adapter:
         if settings.lora_rank is not None:

@@ -1,4 +1,4 @@
-"""The optimizer's step as a function that can be run backward: to the state before it, and to derivatives before it.
+"""The optimizer's step, and the way back through it: from derivatives by the state that it makes to those by its input.
 
 A step of AdamW takes weights w, moments m and v, and a gradient g (clipped) to
 
@@ -7,11 +7,7 @@ A step of AdamW takes weights w, moments m and v, and a gradient g (clipped) to
 
 at the t-th step, counted from 1, with learning rate r and decay d. Everything is elementwise.
 
-*To the state before it*: n needs only what the step left behind, so w = (w' + r n) / (1 - r d), exactly up to rounding;
-and where g is then known at w, m = (m' - (1 - b1) g) / b1 and v = (v' - (1 - b2) g^2) / b2. Rounding errors of m grow
-by 1 / b1 a step: after 50 steps of b1 = .9 by 194, to 1e-5 of m in fp32. So states are stored every so many steps.
-
-*To derivatives before it*: let (a, b, c) be the derivatives of some number by (w', m', v'). With
+Let (a, b, c) be the derivatives of some number by (w', m', v'). With
 
     M = b - a r / (c1 (s + eps))        V = c + a r (m' / c1) / (s + eps)^2 / (2 c2 s)
 
@@ -22,8 +18,7 @@ entry has not moved, and its derivative by g is taken for 0.
 *Clipping* to the norm C takes a raw gradient g to k g, k = C / (|g| + 1e-6), where that is below 1; a derivative mu by
 the clipped one is k mu - k / ((|g| + 1e-6) |g|) <g, mu> g by the raw one.
 
-SGD without momentum: w' = w - r (g + d w). Its step leaves nothing behind that would tell g, so it is not reversible;
-nor is AdamW's with b1 = 0, or with a weight all of which a step takes (r d = 1).
+SGD without momentum: w' = w - r (g + d w).
 
 Sources: Loshchilov and Hutter 2019 (AdamW), as torch 2.13 computes it; Ilyas and Engstrom 2025, MAGIC (metagradients by
 replay); Maclaurin et al. 2015 (a training run backward).
@@ -39,8 +34,6 @@ from torch.nn.utils import get_total_norm
 
 Tensors = dict[str, Tensor]
 """One tensor for each trained weight, by its name, of its shape; derivatives of q numbers have q in front."""
-ROUNDING_UNITS = 4
-"""A difference below so many units of rounding of what it is a difference of is taken for 0."""
 CLIP_EPSILON = 1e-6
 """As torch adds it to a norm."""
 
@@ -51,10 +44,6 @@ class State(NamedTuple):
     weights: Tensors
     first: Tensors
     second: Tensors
-
-    def copy(self) -> "State":
-        """Of all tensors."""
-        return State(*({name: each.clone() for name, each in part.items()} for part in self))
 
 
 class Moment(NamedTuple):
@@ -70,19 +59,8 @@ class Moment(NamedTuple):
 class UpdateRule(Protocol):
     """How an optimizer steps. States are changed in place, to save memory."""
 
-    @property
-    def is_reversible(self) -> bool:
-        """Whether a step can be undone."""
-        ...
-
     def step(self, state: State, gradient: Tensors, moment: Moment) -> None:
         """Take a state to that after the step of a clipped gradient."""
-
-    def undo_weights(self, after: State, moment: Moment) -> None:
-        """Take the weights of `after` to those before the step."""
-
-    def undo_moments(self, after: State, gradient: Tensors) -> None:
-        """Take the moments of `after` to those before the step, whose clipped gradient is given."""
 
     def pull_back(self, adjoint: State, after: State, gradient: Tensors, moment: Moment) -> Tensors:
         """Take derivatives by the state after a step to those by the state before it, at a fixed gradient.
@@ -109,11 +87,6 @@ class AdamW:
     decays: Mapping[str, float] = field(default_factory=dict)
     """Weight decay by the weight's name; 0 for others."""
 
-    @property
-    def is_reversible(self) -> bool:
-        """Whether a step can be undone: where the first moment is remembered."""
-        return self.beta1 > 0 and self.beta2 > 0
-
     @torch.no_grad()
     def step(self, state: State, gradient: Tensors, moment: Moment) -> None:
         """See `UpdateRule`."""
@@ -124,28 +97,6 @@ class AdamW:
             m.lerp_(g, 1 - self.beta1)
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
             weight.addcdiv_(m, (v.sqrt() / c2**0.5).add_(self.eps), value=-moment.rate / c1)
-
-    @torch.no_grad()
-    def undo_weights(self, after: State, moment: Moment) -> None:
-        """See `UpdateRule`."""
-        c1, c2 = self._corrections(moment)
-        for name, weight in after.weights.items():
-            denominator = (after.second[name].sqrt() / c2**0.5).add_(self.eps)
-            weight.addcdiv_(after.first[name], denominator, value=moment.rate / c1)
-            weight.div_(1 - moment.rate * self.decays.get(name, 0.0))
-
-    @torch.no_grad()
-    def undo_moments(self, after: State, gradient: Tensors) -> None:
-        """See `UpdateRule`. An entry whose second moment is lost to rounding had no gradient before: both are 0."""
-        for name, g in gradient.items():
-            m, v = after.first[name], after.second[name]
-            unit = ROUNDING_UNITS * torch.finfo(v.dtype).eps
-            least_m, least_v = unit * m.abs(), unit * v
-            m.sub_(g, alpha=1 - self.beta1)
-            v.addcmul_(g, g, value=self.beta2 - 1)
-            is_lost = v <= least_v
-            m.masked_fill_(is_lost | (m.abs() <= least_m), 0.0).div_(self.beta1)
-            v.masked_fill_(is_lost, 0.0).div_(self.beta2)
 
     @torch.no_grad()
     def pull_back(self, adjoint: State, after: State, gradient: Tensors, moment: Moment) -> Tensors:
@@ -176,20 +127,12 @@ class SGD:
 
     decays: Mapping[str, float] = field(default_factory=dict)
     """Weight decay by the weight's name; 0 for others."""
-    is_reversible: bool = field(default=False, init=False)
 
     @torch.no_grad()
     def step(self, state: State, gradient: Tensors, moment: Moment) -> None:
         """See `UpdateRule`."""
         for name, weight in state.weights.items():
             weight.sub_(gradient[name].add(weight, alpha=self.decays.get(name, 0.0)), alpha=moment.rate)
-
-    def undo_weights(self, after: State, moment: Moment) -> None:
-        """Not possible."""
-        raise NotImplementedError("a step of SGD cannot be undone")
-
-    def undo_moments(self, after: State, gradient: Tensors) -> None:
-        """There are none."""
 
     @torch.no_grad()
     def pull_back(self, adjoint: State, after: State, gradient: Tensors, moment: Moment) -> Tensors:
