@@ -43,6 +43,8 @@ class ScorerEntry:
     """Whether it runs a model; the others read text, or an index' vectors."""
     needs_index: bool = False
     """Whether it reads the vectors of an index; the others take a corpus."""
+    needs_run: bool = False
+    """Whether it reads a run that can be replayed, in place of an index or a corpus."""
     reads_tasks: bool = True
     """Whether its scores depend on the target; else they are the same for every target."""
     draws: bool = False
@@ -55,7 +57,7 @@ class ScorerEntry:
     @property
     def contrasts(self) -> bool:
         """Whether it can compare two answers: it reads gradients, whose difference is taken, or nothing at all."""
-        return self.needs_index or self.draws
+        return self.needs_index or self.needs_run or self.draws
 
     def load(self) -> Any:
         """Import the class."""
@@ -138,6 +140,12 @@ SCORERS: dict[str, ScorerEntry] = {
         needs_index=True,
         **_TURNS,
     ),
+    "replay": ScorerEntry(
+        "whence.selection.scorers.replay:Replay",
+        "the training once again, and two to three times more for every target",
+        "arXiv 2504.16430",
+        needs_run=True,
+    ),
     "bm25": ScorerEntry("whence.selection.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
     "dsir": ScorerEntry("whence.selection.scorers.lexical:DSIR", "one pass over the text", "arXiv 2302.03169"),
     "rds": ScorerEntry("whence.selection.scorers.embedding:RDS", _FORWARD, "arXiv 2402.04333", needs_model=True),
@@ -212,6 +220,8 @@ class TraceMethod:
     """Whether each layer's gradient is divided by its norm."""
     scorer: str | None = None
     """Name in `SCORERS`; None for a method that compares gradients."""
+    needs_run: bool = False
+    """Whether it reads a run that can be replayed, in place of an index."""
     reranks: bool = False
     """Whether unprojected gradients decide its order, unless told not to."""
 
@@ -223,6 +233,7 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     ),
     "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
     "reach": TraceMethod("how far an example moved any of the answer's tokens, either way", scorer="reach"),
+    "replay": TraceMethod("effect through every step of a run of train --replayable, in nats", needs_run=True),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
     "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),
     "tracin_cosine": TraceMethod("cosine of unprojected gradients", cosine=True),

@@ -45,6 +45,18 @@ class MissingPoolError(MissingIndexError):
         return cls(f"{path}: no pool here (no pool.json). Make one: whence pool train PARENT CORPUS -o {path}")
 
 
+class MissingLogError(WhenceError):
+    """A run does not say what it did at each step."""
+
+    @classmethod
+    def at(cls, run: object) -> "MissingLogError":
+        """The refusal of a run without a log of its steps."""
+        return cls(
+            f"{run}: no training that can be replayed (no replay/replay.json). Train it with a log of its steps, into "
+            "another directory: whence train MODEL CORPUS -o RUN --replayable"
+        )
+
+
 class ManifestMismatchError(WhenceError):
     """Two things were made with different settings: an index and a build, a query or a model."""
 

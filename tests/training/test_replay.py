@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from conftest import tiny_model
 from whence.corpus.tokens import Encoded, collate
+from whence.gradients.exact import sequences_of
 from whence.models.loading import LoadedModel
 from whence.training.replay import replay
 from whence.training.step_derivatives import RowLosses
@@ -108,7 +109,9 @@ class Training:
         """Its log, written by the training itself, replayed."""
         self.train([1.0] * 8, StepRecorder(self.weights, directory, self.every, self.clip))
         losses = RowLosses(self.model, self.weights, self.rows)
-        return replay(losses, open_log(directory), [[query] for query in self.queries], progress=False, **options)
+        return replay(
+            losses, open_log(directory), [[sequences_of(query)] for query in self.queries], progress=False, **options
+        )
 
 
 def finite_differences(training, h=1e-6):

@@ -33,7 +33,7 @@ Duplicates = Annotated[
 def select(
     source: Annotated[
         str,
-        typer.Argument(metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text."),
+        typer.Argument(metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text; for replay a run."),
     ],
     loading: LoadingFlags,
     tasks: Tasks = None,
@@ -95,7 +95,10 @@ def select(
     models = [model, loading.tokenizer, *options["options"].values()]
     outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
-    check_inputs(models=[model], corpora=[tasks, corpus, None if is_index(source) else source])
+    is_corpus = not (entry.needs_run or is_index(source))
+    check_inputs(
+        run=source if entry.needs_run else None, models=[model], corpora=[tasks, corpus, source if is_corpus else None]
+    )
     with waiting("Loading torch"):
         from whence.reports.saved_results import write_report
         from whence.reports.select_page import select_page
@@ -109,6 +112,7 @@ def select(
         view = open_view(
             source,
             method,
+            corpus=corpus,
             model=model,
             **vars(loading),
             brings_model="model" in options["options"],

@@ -99,7 +99,7 @@ def select(
     """Choose the training rows that should help most with a task.
 
     Args:
-        source: An index, or a corpus for methods that need none.
+        source: An index, or a corpus for methods that need none; for the method "replay" a run.
         tasks: Whatever `open_corpus` takes: the examples to choose for. None for methods that look at no task.
         fraction: Share of the rows that can be chosen.
         count: Or a number of rows.
@@ -129,6 +129,7 @@ def select(
         opened_view = open_view(
             source,
             how.method,
+            corpus=corpus,
             model=model,
             brings_model="model" in how.options,
             view=view,
@@ -205,6 +206,7 @@ def open_view(
     source: str | Path | Index | Corpus | Iterable[Row] | IndexView | CorpusView,
     method: str,
     *,
+    corpus: str | Path | Corpus | None = None,
     model: str | None = None,
     brings_model: bool = False,
     view: str | None = None,
@@ -213,13 +215,20 @@ def open_view(
 ) -> IndexView | CorpusView:
     """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or one is named.
 
-    With `brings_model` the method's own options name the model that it runs. `select` says what `view` is.
+    With `brings_model` the method's own options name the model that it runs. `select` says what `view` is. `corpus` is
+    that of a run, where it is not where it was.
     """
     entry = catalogue.scorer_entry(method)
     if view not in (None, frozen.NAME):
         raise SettingError(f"--view {view}: {frozen.NAME} is expected; without it the index is read as it was made")
     if isinstance(source, IndexView | CorpusView):
         return source
+    if entry.needs_run:
+        if not isinstance(source, str | Path):
+            raise SettingError(f"--method {method} reads a run's directory, in place of an index or a corpus")
+        from whence.selection.run_view import RunView  # which brings the Trainer
+
+        return RunView.of(source, corpus)
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
         source = open_index(source, model=model, **loading)
         source.store.require_complete()

@@ -34,13 +34,12 @@ from jaxtyping import Float64
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from whence.corpus.tokens import Encoded
 from whence.errors import ModelError
 from whence.runner import ProgressOption
 from whence.runner import progress as progress_bar
-from whence.training.step_derivatives import RecordedStep, RowLosses
+from whence.training.step_derivatives import RecordedStep, RowLosses, Target
 from whence.training.step_log import StepLog
-from whence.training.update_rules import Moment, State, Tensors, clip, pull_back_clip
+from whence.training.update_rules import Moment, State, Tensors, clip, pull_back_clip, put
 
 LARGEST_DRIFT = 1e-2
 """Of weights that were trained again from the stored state before, relative to what the steps between moved."""
@@ -63,7 +62,7 @@ class Replayed:
 def replay(
     losses: RowLosses,
     log: StepLog,
-    targets: Sequence[Sequence[Encoded]],
+    targets: Sequence[Target],
     *,
     hessian: bool = True,
     progress: ProgressOption = True,
@@ -71,22 +70,20 @@ def replay(
     """Scores of all rows of a training for each target's loss.
 
     Args:
-        losses: The model, whose weights are overwritten, and the rows that it was trained on.
+        losses: The model, and the rows that it was trained on.
         log: What was done at each step.
-        targets: Queries of each target; its loss is the mean over queries of each one's mean loss over its supervised
-            tokens.
+        targets: What scores are for, each a list of queries.
         hessian: See above.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         ModelError: Training again leads to other weights than those that were stored.
     """
-    weights = {name: weight.detach() for name, weight in losses.weights.items()}
-    path, rule = _Path(log, weights, losses), log.optimizer.rule
-    found = [losses.mean_gradient(queries) for queries in targets]
-    adjoint = _adjoint([slopes for slopes, _ in found], log)
-    scores = torch.zeros(len(targets), len(losses.rows), dtype=torch.float64)
-    with progress_bar("Replaying", len(log.steps), unit="steps", shown=progress) as tick:
+    with losses.thawed(), progress_bar("Replaying", len(log.steps), unit="steps", shown=progress) as tick:
+        path, rule = _Path(log, {name: weight.detach() for name, weight in losses.weights.items()}, losses), log.rule
+        found = [losses.target_gradient(target) for target in targets]
+        adjoint = _adjoint([slopes for slopes, _ in found], log)
+        scores = torch.zeros(len(targets), len(losses.rows), dtype=torch.float64)
         for number in reversed(range(len(log.steps))):
             step = log.steps[number]
             state, moment = path.before(number), Moment(number + 1, step.rate)
@@ -98,7 +95,7 @@ def replay(
             scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
             for name, product in by_weights.items():
                 adjoint.weights[name].add_(product)
-            tick(1, 0)
+            tick(1, sum(len(losses.rows[row].ids) for row in step.rows))
     return Replayed(scores, tuple(loss for _, loss in found), tuple(path.drifts))
 
 
@@ -108,12 +105,6 @@ def _adjoint(slopes: Sequence[Tensors], log: StepLog) -> State:
     moments = [{name: torch.zeros_like(each) for name, each in weights.items()} if log.optimizer.name == "adamw" else {}
                for _ in range(2)]  # fmt: skip
     return State(weights, *moments)
-
-
-@torch.no_grad()
-def _place(state: Tensors, weights: Tensors) -> None:
-    for name, weight in weights.items():
-        weight.copy_(state[name])
 
 
 @dataclass
@@ -129,14 +120,14 @@ class _Path:
     def __post_init__(self):
         self._held: dict[int, State] = {}
         self._after = self._stored(len(self.log.steps))
-        _place(self._after.weights, self.weights)
+        put(self._after.weights, self.weights)
 
     def before(self, number: int) -> State:
         """Weights before a step, with the moments after it; the model gets the weights."""
         if number not in self._held:
             self._train_piece(number)
         state = self._held.pop(number)
-        _place(state.weights, self.weights)
+        put(state.weights, self.weights)
         return state
 
     def _stored(self, number: int) -> State:
@@ -155,13 +146,13 @@ class _Path:
 
     def _redo(self, first: int, last: int, began: State) -> None:
         """Train from a stored state through step `last`, and hold what each step came from."""
-        _place(began.weights, self.weights)
+        put(began.weights, self.weights)
         state = State(self.weights, *({name: each.clone() for name, each in part.items()} for part in began[1:]))
         for number in range(first, last + 1):
             step = self.log.steps[number]
             before = {name: weight.clone() for name, weight in self.weights.items()}
             clipped, _ = clip(self.losses.gradient(step.passes), self.log.optimizer.clip)
-            self.log.optimizer.rule.step(state, clipped, Moment(number + 1, step.rate))
+            self.log.rule.step(state, clipped, Moment(number + 1, step.rate))
             self._held[number] = State(
                 before, *({name: each.clone() for name, each in part.items()} for part in state[1:])
             )

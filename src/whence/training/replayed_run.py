@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
 from whence.brief import brief
 from whence.corpus.layouts import Row
-from whence.corpus.reading import Corpus
+from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.tokens import Encoded
 from whence.errors import CorpusError, SettingError
 from whence.models.loading import LoadedModel, directory_digest
@@ -27,14 +32,26 @@ class ReplayableRun:
     __repr__ = brief
 
     losses: RowLosses
-    """The model, with the trained weights that require gradients, and the rows."""
+    """The model at the end of the training, its trained weights by name, and the rows."""
     log: StepLog
     ids: tuple[str, ...]
     """Ids of the rows that were trained on, in the order of their numbers."""
     sources: tuple[str | None, ...]
-    corpus: str
-    """Name of the corpus."""
+    corpus: Corpus
     settings: TrainSettings
+
+    @cached_property
+    def places(self) -> Int64[Tensor, " n"]:
+        """Place in the corpus of each row that was trained on, from 0: some have no supervised token, or were not
+        drawn.
+        """
+        ids, places = iter(self.ids), []
+        expected = next(ids, None)
+        for place, example in enumerate(self.corpus):
+            if example.id == expected:
+                places.append(place)
+                expected = next(ids, None)
+        return torch.tensor(places)
 
     @property
     def model(self) -> LoadedModel:
@@ -59,7 +76,8 @@ def open_replayable(run: str | Path, corpus: str | Path | Corpus | Iterable[Row]
         raise SettingError(f"{run} is a training that is not finished: the same `whence train` command goes on")
     known = {field.name for field in fields(TrainSettings)} - {"in_run", "in_run_every", "in_run_order", "in_run_rows"}
     settings = TrainSettings(**{name: value for name, value in record.items() if name in known})
-    opened = open_training(record["model"], record["corpus"] if corpus is None else corpus, directory, settings)
+    texts = open_corpus(record["corpus"] if corpus is None else corpus)
+    opened = open_training(record["model"], texts, directory, settings)
     if directory_digest(opened.source) != record["weights"]:
         raise SettingError(f"{record['model']} has other weights than {run} was trained from: put those back")
     if opened.rows.record()["rows_digest"] != record["rows_digest"]:
@@ -72,7 +90,7 @@ def open_replayable(run: str | Path, corpus: str | Path | Corpus | Iterable[Row]
     has_adapter = opened.loaded.has_adapter or settings.lora_rank is not None
     model = LoadedModel(net.eval(), opened.loaded.tokenizer, str(directory), has_adapter)
     rows = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in opened.rows.rows]
-    weights = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    weights = {name: weight.requires_grad_(False) for name, weight in net.named_parameters() if weight.requires_grad}
     return ReplayableRun(
         RowLosses(model, weights, rows),
         log,

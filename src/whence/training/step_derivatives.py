@@ -25,9 +25,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.corpus.tokens import Encoded, collate
+from whence.gradients.exact import SignedSequence
 from whence.gradients.hessian import evaluating, gradient
 from whence.models.loading import LoadedModel
-from whence.training.update_rules import Tensors
+from whence.training.update_rules import Tensors, put
+
+Target = Sequence[Sequence[SignedSequence]]
+"""Queries, each with its sequences: the completion and, with a minus, one that it is compared with. A target's loss is
+the mean over queries of the signed sum of each sequence's mean loss over its supervised tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class RowLosses:
 
     model: LoadedModel
     weights: Mapping[str, Tensor]
-    """The trained weights by name, which require gradients."""
+    """The trained weights by name; they require gradients within `thawed` alone."""
     rows: Sequence[Encoded]
     """All rows of the training, each with a supervised token."""
 
@@ -72,18 +77,34 @@ class RowLosses:
         assert total is not None, "a step has a pass"
         return dict(zip(self.weights, total, strict=True))
 
-    def mean_gradient(self, queries: Sequence[Encoded]) -> tuple[Tensors, float]:
-        """Gradient of the mean over queries of each one's mean loss over its supervised tokens; and that mean."""
-        losses = RowLosses(self.model, self.weights, queries)
+    def target_gradient(self, target: Target) -> tuple[Tensors, float]:
+        """Gradient of a target's loss, and that loss in nats a token: see `Target`."""
         total, loss = None, 0.0
-        for number, query in enumerate(queries):
-            with evaluating(self.model.model):
-                mean = losses.sums([number]).sum() / (query.supervised_count * len(queries))
-                slopes = gradient(mean, list(self.weights.values()))
-            total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
-            loss += float(mean.detach())
-        assert total is not None, "there is a query"
+        for query in target:
+            for sequence in query:
+                tokens = sequence.encoded.supervised_count
+                with evaluating(self.model.model):
+                    sums = RowLosses(self.model, self.weights, [sequence.encoded]).sums([0])
+                    mean = sequence.sign * sums.sum() / (tokens * len(target))
+                    slopes = gradient(mean, list(self.weights.values()))
+                total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
+                loss += float(mean.detach())
+        assert total is not None, "a target has a query, and that a sequence"
         return dict(zip(self.weights, total, strict=True)), loss
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Let the trained weights require gradients, and afterwards have the values of before."""
+        before = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        required = {name: weight.requires_grad for name, weight in self.weights.items()}
+        try:
+            for weight in self.weights.values():
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.requires_grad_(required[name])
+            put(before, dict(self.weights))
 
 
 @dataclass

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from whence.checksums import Written, digest
-from whence.errors import ChecksumError, ModelError, SettingError
+from whence.errors import ChecksumError, MissingLogError, ModelError, SettingError
 from whence.models.weights import in_pieces
 from whence.records import Between, Count, read_record
 from whence.storage import FileEntry, Place
@@ -119,6 +119,11 @@ class StepLog:
     stored: tuple[int, ...]
     """Numbers of steps after which the state is stored, in order; the first is 0, the last that of the steps."""
 
+    @property
+    def rule(self) -> UpdateRule:
+        """How the optimizer stepped."""
+        return self.optimizer.rule
+
     def state(self, after: int, device: torch.device | str = "cpu") -> State:
         """The state after so many steps, one of `stored`."""
         with safe_open(self.place.path(_state_file(after)), "pt", device=str(device)) as file:
@@ -137,15 +142,12 @@ def open_log(run: str | Path) -> StepLog:
     """The steps of a run of `whence train --replayable`, whose files are all as they were written.
 
     Raises:
-        SettingError: It has none.
+        MissingLogError: It has none.
         ChecksumError: A file is damaged or missing.
     """
     place = Place.at(Path(run) / FOLDER)
     if not place.exists(RECORD):
-        raise SettingError(
-            f"{run} does not say what it did at each step. Train it again with --replayable, into another directory: "
-            "whence train MODEL CORPUS -o RUN --replayable"
-        )
+        raise MissingLogError.at(run)
     remedy = "Restore it from a copy, or train again with --replayable."
     record = read_record(_Record, place.read(RECORD), place.path(RECORD), remedy)
     if record.format_version != VERSION:

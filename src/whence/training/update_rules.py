@@ -46,6 +46,13 @@ class State(NamedTuple):
     second: Tensors
 
 
+@torch.no_grad()
+def put(values: Tensors, weights: Tensors) -> None:
+    """Overwrite weights by values of the same names."""
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
 class Moment(NamedTuple):
     """When a step was made."""
 

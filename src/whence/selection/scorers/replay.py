@@ -1,0 +1,45 @@
+"""Scores by replay: what each row of a training did to the task's loss at its end, through every step between.
+
+One way back through the training serves all rows; see `training.replay`. Scores are in nats a token: about what leaving
+the row out adds to the target's loss.
+
+Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.errors import SettingError
+from whence.gradients.exact import sequences_of
+from whence.selection.protocols import Target, View
+from whence.selection.run_view import RunView
+from whence.training.replay import replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A target's loss is the mean over its queries of each one's mean loss over its supervised tokens."""
+
+    seed: int = 0
+    hessian: bool = True
+    """Whether a row's effect on the gradients of later steps counts."""
+
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Scores; -inf for rows that the training did not read.
+
+        Raises:
+            SettingError: The view is not of a run that can be replayed.
+        """
+        if not isinstance(view, RunView):
+            raise SettingError(
+                "--method replay reads a run of `whence train --replayable`, in place of an index or a corpus"
+            )
+        losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
+        replayed = replay(view.run.losses, view.run.log, losses, hessian=self.hessian)
+        scores = torch.full((len(targets), view.rows), -torch.inf)
+        scores[:, view.run.places] = replayed.scores.float()
+        return scores
