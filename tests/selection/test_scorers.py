@@ -22,7 +22,7 @@ from whence.models.loading import load_model
 from whence.selection.protocols import QueryText, Scorer, Target, View
 from whence.selection.scorers.uniform import Uniform
 
-NAMES = [name for name, entry in catalogue.SCORERS.items() if not entry.needs_index]
+NAMES = [name for name, entry in catalogue.SCORERS.items() if not (entry.needs_index or entry.needs_run)]
 DETERMINED = [name for name in NAMES if name not in ("random", "density")]
 """Their scores follow from the rows, not from a seed."""
 COMPARING = [name for name in NAMES if catalogue.SCORERS[name].reads_tasks]

@@ -7,12 +7,17 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
-from whence.cli.options import Force, IndexPath, Json, LoadingFlags, ModelPath, Preferences
+from whence.cli.options import Force, Json, LoadingFlags, ModelPath, Preferences
 from whence.errors import SettingError
+
+_CHOICE = ("--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
+"""Of `select`, after what it chooses from."""
 
 
 def trace(
-    index: IndexPath,
+    index: Annotated[
+        str, typer.Argument(metavar="INDEX", help="Directory of the index; for replay a run of train --replayable.")
+    ],
     loading: LoadingFlags,
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
     completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
@@ -63,6 +68,9 @@ def trace(
     temperature: Annotated[float, typer.Option(help="Temperature of a generated answer; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
     model: ModelPath = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="For replay: what the run was trained on, if it has moved since.")
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, a report to .html, or all to .json."),
@@ -75,15 +83,17 @@ def trace(
     from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
     from whence.tracing.spans import span_of
 
-    catalogue.trace_method(method)
+    needs_run = catalogue.trace_method(method).needs_run
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, RESULT_ENDINGS)
-    check_outputs([output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer], force=force)
-    conversation = None if messages is None else [conversation_in(messages)]
-    if conversation and queries:
+    check_outputs(
+        [output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer, corpus], force=force
+    )
+    if messages and queries:
         raise SettingError("give either --messages FILE or --queries FILE")
+    conversation = None if messages is None else [conversation_in(messages)]
     place = span_of(span, span_tokens, "--span-tokens")
-    check_inputs(index=index, corpora=[queries, controls])
+    check_inputs(**{"run" if needs_run else "index": index}, corpora=[queries, controls, corpus])
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
         from whence.reports.trace_tables import is_shallow, stands_out, trace_answer, trace_tables
@@ -91,15 +101,15 @@ def trace(
         from whence.tracing.pipeline import trace as run
         from whence.tracing.retrieval import can_rerank
     with working("Tracing"):
-        opened = open_index(index, model=model, **vars(loading))
+        opened = index if needs_run else open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
-            tokens |= opened.space.view == "sgd"
+            tokens |= opened.space.view == "sgd"  # type: ignore[union-attr]
         result = run(
             opened, prompt, completion, queries=queries or conversation, system=system, span=place, contrast=contrast,
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed,
+            seed=seed, corpus=corpus,
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:
@@ -115,16 +125,16 @@ def trace(
     if out is not None:
         print_part(f"written to {out}")
     asked = {"--prompt": prompt, "--queries": queries, "--messages": messages, "--completion": completion}
+    given = [word for flag, value in asked.items() if value is not None for word in (flag, value)]
     numbers = range(len(result.answers))
-    if any(is_shallow(result, number) for number in numbers):
+    if needs_run:
+        command = ("whence", "select", index, "--method", method, *_CHOICE)
+    elif any(is_shallow(result, number) for number in numbers):
         command = again("--shortlist", 4 * (shortlist or DEEPEST))
     elif result.levels and not opened.has_contrasts and not any(stands_out(result, number) for number in numbers):
-        given = [word for flag, value in asked.items() if value is not None for word in (flag, value)]
         command = ("whence", "trace", index, *given, "--method", "bm25")
     elif exact is None and not result.rerankings and method in catalogue.index_methods() and can_rerank(opened):
         command = again("--exact")
-    elif not is_page:
-        command = again("-o", "trace.html")
     else:
-        command = ("whence", "select", index, "--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
+        command = again("-o", "trace.html") if not is_page else ("whence", "select", index, *_CHOICE)
     print_ending(trace_answer(result), *command)

@@ -3,12 +3,14 @@
 Corpus text is untrusted: it is shown as text, never read as markup, and its control characters are made visible.
 """
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whence.catalogue import TRACE_METHODS
 from whence.counts import number_of
 from whence.reports.text import visible
 from whence.tracing.results import SURE, Answer, Hit, TokenMatrix, Trace
@@ -64,6 +66,9 @@ def trace_answer(trace: Trace) -> str:
     if not count or best[0] is None:
         return "No example can be ranked."
     first = f"{visible(best[0].id)} ranks first"
+    if trace.method in NATS and best[0].score > 0:
+        loss, of = math.log(trace.answers[0].perplexity), "this answer's loss"
+        return f"{first}: without it {of}, {loss:.3f} nats a token, would be about {best[0].score:.2g} higher."
     if not trace.levels:
         return f"{first}; nothing here says how high chance reaches."
     top = max((hit.null.z for hit in trace.of(0) if hit.null is not None), default=0.0)
@@ -108,6 +113,8 @@ def reranking_words(trace: Trace, query: int) -> str:
     return f"{words} the exact last {last} with {percent(depth.sure_opposing)}. {overlap}"
 
 
+NATS = tuple(name for name, method in TRACE_METHODS.items() if method.needs_run)
+"""Methods whose scores are nats a token."""
 LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
 
 
@@ -211,7 +218,7 @@ def _hits_table(trace: Trace, query: int) -> Table:
         table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
     table.add_column("training example", ratio=1)
-    form = "+.4g" if trace.method in ("dot", "tracin") else "+.3f"
+    form = "+.4g" if trace.method in ("dot", "tracin") else "+.2e" if trace.method in NATS else "+.3f"
     for hits in (helpful, opposing):
         for hit in hits:
             table.add_row(*_cells(hit, form, has_exact, has_null))
@@ -222,7 +229,8 @@ def _hits_table(trace: Trace, query: int) -> Table:
     if not any(opposed):
         against = "are the lowest; none opposes the answer"
     by = ", ranked by exact scores" if is_exact else ""
-    table.caption = f"{trace.method} over {number_of(trace.rows, 'example')}{by}; negative ranks {against}"
+    unit = ", nats a token that leaving a row out adds to the loss" if trace.method in NATS else ""
+    table.caption = f"{trace.method} over {number_of(trace.rows, 'example')}{by}{unit}; negative ranks {against}"
     table.caption_justify = "left"
     return table
 

@@ -56,13 +56,14 @@ def trace(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     model: str | None = None,
+    corpus: str | Path | None = None,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Trace:
     """Training examples that made a model say something.
 
     Args:
-        index: A complete index, as a path or open.
+        index: A complete index, as a path or open; for the method "replay" a run of `train --replayable`.
         prompt: The text before the completion; laid out like the rows of the corpus (chat template included).
         completion: The text to trace; None lets the model generate it.
         queries: Many queries in place of these two: a file of `queries.COLUMNS`, rows in memory, or queries.
@@ -76,6 +77,7 @@ def trace(
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
         model: The model's directory, where it has moved since the index was built.
+        corpus: For the method "replay", what the run was trained on, where that is not where it was.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -90,6 +92,13 @@ def trace(
     loading, settings = split_loading(settings)
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
+    if catalogue.trace_method(how.method).needs_run:
+        if isinstance(index, Index) or model is not None:
+            raise SettingError(f"--method {how.method} reads a run's directory, in place of an index and its model")
+        from whence.tracing.replaying import replayed_trace  # which brings the Trainer
+
+        texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, _plain(preferences))
+        return replayed_trace(index, texts, top=how.top, sampling=sampling, corpus=corpus, progress=progress)
     with shown_as(progress, "Tracing"):
         opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
         reading: _Reading = {"columns": opened.columns, "preferences": preferences or opened.settings.preferences}
@@ -127,6 +136,11 @@ def trace(
                 "exact gradients, which takes about as long as indexing their rows again."
             )
         return replace(traced, rows=rankable, settings=described, notes=notes)
+
+
+def _plain(preferences: str | None) -> _Reading:
+    """Queries as they stand."""
+    return {"columns": {}, "preferences": preferences}
 
 
 def _why_none(opened: Index) -> str:

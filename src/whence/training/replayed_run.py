@@ -23,6 +23,7 @@ from whence.training.resuming import LOST_RECORD
 from whence.training.step_derivatives import RowLosses
 from whence.training.step_log import StepLog, open_log, remove_dropout
 from whence.training.trainer import open_training, trainable
+from whence.training.update_rules import put
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,6 @@ def open_replayable(run: str | Path, corpus: str | Path | Corpus | Iterable[Row]
     model = LoadedModel(net.eval(), opened.loaded.tokenizer, str(directory), has_adapter)
     rows = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in opened.rows.rows]
     weights = {name: weight.requires_grad_(False) for name, weight in net.named_parameters() if weight.requires_grad}
-    return ReplayableRun(
-        RowLosses(model, weights, rows),
-        log,
-        tuple(opened.rows.ids),
-        tuple(opened.rows.sources),
-        opened.corpus,
-        settings,
-    )
+    put(log.state(len(log.steps)).weights, weights)
+    ids, sources = tuple(opened.rows.ids), tuple(opened.rows.sources)
+    return ReplayableRun(RowLosses(model, weights, rows), log, ids, sources, texts, opened.settings)

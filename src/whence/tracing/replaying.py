@@ -1,0 +1,96 @@
+"""A trace by replay: the rows of a training that moved an answer's loss, through every step between.
+
+It reads a run of `whence train --replayable` in place of an index. A score is by about how many nats a token the loss
+of the answer would rise if the row had been left out: the training's own counterfactual, to first order. With a
+contrast the loss is that of the answer less that of the other.
+
+Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430; see `training.replay`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from whence.corpus.layouts import layout
+from whence.corpus.reading import Corpus, Example
+from whence.corpus.tokens import with_text
+from whence.runner import ProgressOption
+from whence.tracing.own_answers import notes_on
+from whence.tracing.queries import Query, Sampling, encode_queries
+from whence.tracing.results import Hit, Trace
+from whence.training.replay import replay
+from whence.training.replayed_run import ReplayableRun, open_replayable
+
+METHOD = "replay"
+
+
+def replayed_trace(
+    run: str | Path | ReplayableRun,
+    queries: Sequence[Query],
+    *,
+    top: int,
+    sampling: Sampling,
+    corpus: str | Path | Corpus | None = None,
+    progress: ProgressOption = False,
+) -> Trace:
+    """Rows of a training behind some answers.
+
+    Args:
+        run: A finished run, as a path or open.
+        queries: Prompts, with completions or without.
+        top: Rows on each side.
+        sampling: How open prompts are completed.
+        corpus: What the run was trained on, where that is not where it was.
+        progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
+
+    Raises:
+        MissingLogError: The run has no log of its steps.
+        SettingError: A query that cannot be asked.
+    """
+    opened = run if isinstance(run, ReplayableRun) else open_replayable(run, corpus)
+    first = next(iter(opened.corpus))
+    encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
+    notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)
+    replayed = replay(opened.losses, opened.log, [[query.sequences] for query in encoded], progress=progress)
+    hits = _hits(opened, replayed.scores, top)
+    return Trace([query.answer for query in encoded], hits, METHOD, len(opened.ids), notes=notes,
+                 settings=_described(opened, [float(loss) for loss in replayed.losses]))  # fmt: skip
+
+
+def _hits(run: ReplayableRun, scores: Float64[Tensor, "q n"], top: int) -> list[Hit]:
+    """The first and the last rows of each query."""
+    top = min(top, scores.shape[1])
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    sides = ((1, order[:, :top]), (-1, order.flip(1)[:, :top]))
+    shown = _examples(run, torch.cat([numbers for _, numbers in sides], 1).unique())
+    hits = []
+    for query in range(len(scores)):
+        for sign, numbers in sides:
+            for rank, number in enumerate(numbers[query].tolist(), start=1):
+                example = shown[number]
+                row = example.row
+                row = with_text(row, run.model.tokenizer) if layout(row) == "tokens" else row
+                score = float(scores[query, number])
+                hits.append(Hit(query, sign * rank, example.id, score, example.source, row))
+    return hits
+
+
+def _examples(run: ReplayableRun, numbers: Int64[Tensor, " m"]) -> dict[int, Example]:
+    """Rows of the corpus by their number in the training."""
+    places = dict(zip(run.places[numbers].tolist(), numbers.tolist(), strict=True))
+    return {places[place]: example for place, example in enumerate(run.corpus) if place in places}
+
+
+def _described(run: ReplayableRun, losses: list[float]) -> dict[str, str]:
+    """How a trace was made, for a person."""
+    optimizer = run.log.optimizer
+    return {
+        "run": run.model.path,
+        "corpus": run.corpus.name,
+        "method": METHOD,
+        "steps": f"{len(run.log.steps):,} of {optimizer.name}",
+        "loss of the answers, nats a token": ", ".join(f"{loss:.3f}" for loss in losses[:10]),
+    }
