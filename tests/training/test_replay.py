@@ -101,7 +101,7 @@ class Training:
             if recorder is not None:
                 recorder.close(optimizer, number + 1, is_last=number + 1 == len(self.plan))
         if recorder is not None:
-            recorder.write(optimizer)
+            recorder.write()
         with torch.no_grad():
             return torch.stack([self.loss([query], [1.0]) / query.supervised_count for query in self.queries])
 

@@ -9,6 +9,7 @@ checkpoint (`replay_steps.parquet`), so that one that was stopped goes on with a
 """
 
 import io
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from whence.checksums import Written, digest
 from whence.errors import ChecksumError, MissingLogError, ModelError, SettingError
 from whence.models.weights import in_pieces
-from whence.records import Between, Count, read_record
+from whence.records import Between, Count, fitting, read_record
 from whence.storage import FileEntry, Place
 from whence.training.update_rules import SGD, AdamW, State, UpdateRule
 
@@ -154,7 +155,7 @@ def open_log(run: str | Path) -> StepLog:
         raise SettingError(f"{place.path(RECORD)}: format {record.format_version}, and this Whence reads {VERSION}")
     for entry in record.files:
         place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), remedy)
-    steps = _steps_of(place.read(STEPS), place.path(STEPS))
+    steps, _ = _steps_of(place.read(STEPS), place.path(STEPS))
     stored = sorted(number for entry in record.files if (number := _number_of(entry["file"])) is not None)
     if len(steps) != record.steps or stored[:1] != [0] or stored[-1] != len(steps):
         raise ChecksumError(f"{place.path(RECORD)} is not as Whence writes it: states or steps are missing. {remedy}")
@@ -174,6 +175,8 @@ class StepRecorder:
     clip: float | None
     """The norm that gradients are clipped to."""
     steps: list[Step] = field(default_factory=list)
+    optimizer: Optimizer | None = None
+    """Known from the first step on."""
 
     def __post_init__(self):
         self._passes: list[tuple[int, ...]] = []
@@ -188,7 +191,13 @@ class StepRecorder:
         self._passes.append(tuple(rows.tolist()))
 
     def step(self, optimizer: Any) -> None:
-        """Note a step that is about to be made."""
+        """Note a step that is about to be made.
+
+        Raises:
+            SettingError: The optimizer does what a replay cannot follow.
+        """
+        if self.optimizer is None:
+            self.optimizer = Optimizer.of(optimizer, self.weights, self.clip)
         rates = {float(group["lr"]) for group in optimizer.param_groups}
         if len(rates) > 1:
             raise SettingError(f"--replayable follows one learning rate, and this step has {len(rates)}")
@@ -206,7 +215,7 @@ class StepRecorder:
 
     def save(self, checkpoint: Path) -> None:
         """Write the steps so far into a checkpoint."""
-        data = _parquet(self.steps)
+        data = _parquet(self.steps, self.optimizer)
         Place.at(checkpoint).write(IN_CHECKPOINT, [data], total=len(data))
 
     def load(self, checkpoint: Path | None) -> None:
@@ -220,16 +229,17 @@ class StepRecorder:
             return
         file = checkpoint / IN_CHECKPOINT
         done = int(checkpoint.name.rpartition("-")[2])
-        steps = _steps_of(file.read_bytes(), str(file)) if file.exists() else []
+        steps, optimizer = _steps_of(file.read_bytes(), str(file)) if file.exists() else ([], None)
         missing = [k for k in range(0, done + 1, self.every) if not self._place.exists(_state_file(k))]
-        if len(steps) != done or missing:
+        if len(steps) != done or optimizer is None or missing:
             what = f"{self._place.path(_state_file(missing[0]))} is missing" if missing else f"{file} is not whole"
             raise SettingError(f"{what}: the training cannot go on as a replayable one. Train anew.")
-        self.steps = steps
+        self.steps, self.optimizer = steps, optimizer
 
-    def write(self, optimizer: Any) -> None:
+    def write(self) -> None:
         """Write the log when the training is done."""
-        data = _parquet(self.steps)
+        assert self.optimizer is not None, "a training has a step"
+        data = _parquet(self.steps, self.optimizer)
         self._place.write(STEPS, [data], total=len(data))
         kept = {0, len(self.steps), *range(0, len(self.steps), self.every)}
         names = [STEPS, *(_state_file(number) for number in sorted(kept))]
@@ -237,7 +247,7 @@ class StepRecorder:
                    for name in names]  # fmt: skip
         record = _Record(
             format_version=VERSION,
-            optimizer=Optimizer.of(optimizer, self.weights, self.clip),
+            optimizer=self.optimizer,
             steps=len(self.steps),
             every=self.every,
             files=(),
@@ -305,27 +315,33 @@ def _blocks(path: str) -> Iterator[bytes]:
             yield block
 
 
-def _parquet(steps: Sequence[Step]) -> bytes:
+def _parquet(steps: Sequence[Step], optimizer: Optimizer | None) -> bytes:
     rows = [(number, step.rate, list(numbers)) for number, step in enumerate(steps) for numbers in step.passes]
     kinds = {"step": pyarrow.int64(), "rate": pyarrow.float64(), "rows": pyarrow.list_(pyarrow.int64())}
     columns = {name: pyarrow.array([row[place] for row in rows], kind)
                for place, (name, kind) in enumerate(kinds.items())}  # fmt: skip
+    table = pyarrow.table(columns).replace_schema_metadata(
+        None if optimizer is None else {"optimizer": json.dumps(asdict(optimizer))}
+    )
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink, compression="zstd")
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def _steps_of(data: bytes, where: str) -> list[Step]:
+def _steps_of(data: bytes, where: str) -> tuple[list[Step], Optimizer | None]:
+    """Steps, and the optimizer that made them if there was one."""
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
-        numbers, rates, rows = (table[name] for name in ("step", "rate", "rows"))
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise ChecksumError(
-            f"{where} is not a table of steps ({' '.join(str(error).split())[:100]}). Train anew."
-        ) from None
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        columns, metadata = table.to_pydict(), table.schema.metadata or {}
+        numbers, rates, rows = (columns[name] for name in ("step", "rate", "rows"))
+        described = metadata.get(b"optimizer")
+        optimizer = None if described is None else fitting(Optimizer, json.loads(described))
+    except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ChecksumError(f"{where} is not a table of steps ({reason}). Train anew.") from None
     steps: list[Step] = []
     for number, rate, passed in zip(numbers, rates, rows, strict=True):
         if number == len(steps):
             steps.append(Step(rate, ()))
         steps[-1] = Step(rate, (*steps[-1].passes, tuple(passed)))
-    return steps
+    return steps, optimizer

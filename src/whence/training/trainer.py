@@ -135,7 +135,7 @@ def _train(
             origin = {"validation": record["in_run"], "optimizer": chosen.optimizer, "heuristic": heuristic}
             trainer.in_run.write(directory, opened.rows.ids, opened.rows.sources, origin)
         if trainer.step_log is not None:
-            trainer.step_log.write(trainer.optimizer)
+            trainer.step_log.write()
         opened.loaded.tokenizer.save_pretrained(directory)
         finish(directory)
     return directory

@@ -1,0 +1,189 @@
+"""What a training keeps so that it can be replayed, and that replays go by it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_in_run import save_model
+from test_trainer import stop_at
+
+from conftest import corpus_rows, write_jsonl
+from whence import catalogue, select, trace
+from whence.corpus.tokens import encode
+from whence.errors import ChecksumError, CorpusError, MissingLogError, SettingError
+from whence.gradients.exact import sequences_of
+from whence.models.training_state import RECORD
+from whence.training.replay import replay
+from whence.training.replayed_run import open_replayable
+from whence.training.step_log import FOLDER, StepRecorder, open_log
+from whence.training.trainer import train
+
+ROWS, QUERIES = corpus_rows(20), corpus_rows(3, first=50)
+QUICK = {"batch_size": 6, "lr": 1e-2, "warmup": 0.0, "epochs": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {"llama": save_model(root / "llama", "llama"), "gpt2": save_model(root / "gpt2", "gpt2", dropout=0.2)}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def run(models, corpus, tmp_path_factory):
+    return train(models["llama"], corpus, tmp_path_factory.mktemp("runs") / "run", **QUICK, replayable=True)
+
+
+def files_of(run):
+    return {file.name: file.read_bytes() for file in sorted((run / FOLDER).iterdir())}
+
+
+def weights_of(run):
+    return load_file(max(run.glob("checkpoint-*"), key=lambda path: int(path.name[11:])) / "model.safetensors")
+
+
+def scores_of(opened, **options):
+    targets = [[sequences_of(encode(row, opened.model.tokenizer))] for row in QUERIES]
+    return replay(opened.losses, opened.log, targets, progress=False, **options)
+
+
+def test_keeping_a_log_changes_no_weight(models, corpus, run, tmp_path):
+    plain = train(models["llama"], corpus, tmp_path / "plain", **QUICK)
+    one, other = weights_of(plain), weights_of(run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "replayable" not in json.loads((plain / RECORD).read_text())
+    log = open_log(run)
+    assert len(log.steps) == 8 and log.stored == tuple(range(9)), "8 states of a tiny model take no room"
+    assert sorted(row for step in log.steps[:4] for row in step.rows) == list(range(20)), "an epoch has every row"
+    last = log.state(8)
+    assert all(torch.equal(last.weights[name], other[name]) for name in last.weights)
+
+
+def test_pieces_that_are_trained_again_give_the_same_scores(models, corpus, run, tmp_path):
+    rare = train(models["llama"], corpus, tmp_path / "rare", **QUICK, replayable=True, replay_every=3, micro_batch=2)
+    few, all_stored = scores_of(open_replayable(rare)), scores_of(open_replayable(run))
+    assert [step for step, _ in few.drifts] == [8, 6, 3] and all(drift < 1e-3 for _, drift in few.drifts)
+    assert not all_stored.drifts
+    assert torch.equal(few.scores.abs() > 0, torch.ones(3, 20, dtype=torch.bool))
+    difference = (few.scores - all_stored.scores).norm() / all_stored.scores.norm()
+    assert difference < 0.02, difference
+
+
+def test_a_stopped_training_keeps_the_same_log(models, corpus, tmp_path, monkeypatch):
+    settings = QUICK | {"checkpoints": 3, "replayable": True, "replay_every": 2}
+    whole = train(models["llama"], corpus, tmp_path / "whole", **settings)
+    out = tmp_path / "stopped"
+    for step in (1, 4, 7):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(models["llama"], corpus, out, **settings)
+    with pytest.raises(MissingLogError, match="--replayable"):
+        open_log(out)
+    train(models["llama"], corpus, out, **settings)
+    assert files_of(out) == files_of(whole)
+    for name in ("replay.json", "steps.parquet"):  # lost after the last checkpoint: written again, without training
+        (out / FOLDER / name).unlink()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0)
+        train(models["llama"], corpus, out, **settings)
+    assert files_of(out) == files_of(whole)
+
+
+def test_dropout_is_turned_off_and_said(models, corpus, tmp_path, caplog):
+    run = train(models["gpt2"], corpus, tmp_path / "run", **QUICK | {"epochs": 1}, replayable=True)
+    assert "trains without its dropout" in caplog.text
+    assert scores_of(open_replayable(run)).scores.isfinite().all()
+    with pytest.raises(SettingError, match="dropout cannot be --replayable"):
+        train(models["gpt2"], corpus, tmp_path / "other", **QUICK, lora_rank=2, lora_dropout=0.1, replayable=True)
+
+
+def test_the_model_is_left_as_it_was(run):
+    opened = open_replayable(run)
+    before = {name: weight.clone() for name, weight in opened.losses.weights.items()}
+    scores_of(opened)
+    assert all(torch.equal(before[name], weight) for name, weight in opened.losses.weights.items())
+    assert not any(weight.requires_grad for weight in opened.model.model.parameters())
+
+
+@pytest.mark.parametrize("damage", ["state", "steps", "missing"])
+def test_a_damaged_log_is_refused(models, corpus, tmp_path, damage):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK | {"epochs": 1}, replayable=True)
+    file = run / FOLDER / {"state": "state-00000001.safetensors"}.get(damage, "steps.parquet")
+    if damage == "missing":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(ChecksumError, match=file.name):
+        open_log(run)
+
+
+def test_other_rows_are_refused(run, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", corpus_rows(19))
+    with pytest.raises(CorpusError, match="not those that"):
+        open_replayable(run, other)
+
+
+def test_a_training_without_a_log_is_refused(models, corpus, tmp_path, command):
+    plain = train(models["llama"], corpus, tmp_path / "plain", **QUICK | {"epochs": 1})
+    code, _, err = command("trace", plain, "--method", "replay", "--prompt", "1 and 2?")
+    assert code == 2 and "no training that can be replayed" in err and "--replayable" in err
+
+
+def test_trace_and_select_by_replay_agree(run):
+    found = trace(run, queries=QUERIES, method="replay", top=20)
+    assert found.method == "replay" and found.rows == 20 and not found.levels
+    scores = scores_of(open_replayable(run)).scores
+    ids = [row["id"] for row in ROWS]
+    for query in range(3):
+        for hit in found.of(query):
+            assert hit.score == pytest.approx(float(scores[query, ids.index(hit.id)]), rel=1e-4)
+    chosen = select(run, QUERIES, method="replay", count=5)
+    best = scores.mean(0).argsort(descending=True)[:5].tolist()
+    assert chosen.selection.rows == best, "one task: the mean loss of its examples"
+
+
+def test_rows_that_were_not_trained_on_are_not_ranked(models, tmp_path):
+    corpus = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK | {"epochs": 1}, fraction=0.5, replayable=True)
+    opened = open_replayable(run)
+    assert [ROWS[place]["id"] for place in opened.places.tolist()] == list(opened.ids)
+    chosen = select(run, QUERIES, method="replay", count=20)
+    assert {row["id"] for row in chosen.rows} == {*opened.ids}
+
+
+def test_the_command_line(run, tmp_path, printed):
+    code, out, _ = printed("trace", run, "--method", "replay", "--prompt", ROWS[0]["prompt"], "--completion",
+                           ROWS[0]["completion"], "--top", 3)  # fmt: skip
+    assert code == 0 and "without it this answer's loss" in " ".join(out.split())
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", QUERIES)
+    chosen = tmp_path / "chosen.jsonl"
+    code, _, _ = printed("select", run, "--method", "replay", "--tasks", tasks, "--count", 4, "-o", chosen)
+    assert code == 0 and len(chosen.read_text().splitlines()) == 4
+    for words in (("--exact",), ("--objective", "margin")):
+        code, _, err = printed("trace", run, "--method", "replay", "--prompt", "a", *words)
+        assert code == 2 and words[0] in err
+
+
+def test_the_catalogue_says_so():
+    assert catalogue.scorer_entry("replay").needs_run and catalogue.trace_method("replay").needs_run
+
+
+def test_steps_with_several_rates_are_refused(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    recorder = StepRecorder({"weight": weight}, tmp_path, 1, None)
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.1}])
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.2})
+    with pytest.raises(SettingError, match="one learning rate"):
+        recorder.step(optimizer)
+    with pytest.raises(SettingError, match="Adagrad"):
+        StepRecorder({"weight": weight}, tmp_path, 1, None).step(torch.optim.Adagrad([weight]))
+    with pytest.raises(SettingError, match="SGD with momentum"):
+        StepRecorder({"weight": weight}, tmp_path, 1, None).step(torch.optim.SGD([weight], lr=1.0, momentum=0.9))
