@@ -22,6 +22,7 @@ from whence.evaluation.bank_store import (
 )
 from whence.storage import Place
 
+ROW = {"prompt": "a", "completion": "b"}
 ROWS = [BankRow(f"r{n}", None if n % 2 else "wiki", 9, 4, {"id": f"r{n}", **ROW}) for n in range(4)]
 QUERIES = [{"text": "x\u2028y", "id": "q0"}, {"text": "z", "id": "q1"}]
 PROTOCOL = Protocol(

@@ -321,7 +321,7 @@ def read_rows(place: Place, description: Description) -> tuple[BankRow, ...]:
     data = _checked(place, description.rows)
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), use_threads=False)
     columns = [table[name].to_pylist() for name in ("id", "source", "tokens", "supervised", "row")]
-    return tuple(BankRow(*values, json.loads(row)) for *values, row in zip(*columns, strict=True))
+    return tuple(BankRow(*values[:-1], row=json.loads(values[-1])) for values in zip(*columns, strict=True))
 
 
 def write_queries(place: Place, number: int, queries: Sequence[Row]) -> QueryFile:
