@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,14 @@ class Rows(Dataset):
                 self.ids.append(example.id)
                 self.sources.append(example.source)
                 self.domains.append(None if by is None else example.row.get(by))
+
+    def without(self, left_out: Set[int]) -> "Rows":
+        """The other rows in their order, as a corpus of them would give; their numbers begin at 0 again."""
+        kept, rest = [number for number in range(len(self)) if number not in left_out], Rows(())
+        rest.rows, rest.ids = [self.rows[number] for number in kept], [self.ids[number] for number in kept]
+        rest.sources = [self.sources[number] for number in kept]
+        rest.domains = [self.domains[number] for number in kept]
+        return rest
 
     def record(self) -> dict[str, Any]:
         """Entries of the run's record that identify these rows."""
