@@ -62,14 +62,14 @@ def training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) 
     """
     rows = encoded_rows(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
-        why = reason(next(iter(corpus)).row, loaded.tokenizer, _longest(loaded, settings))
+        why = reason(next(iter(corpus)).row, loaded.tokenizer, longest_row(loaded, settings))
         raise CorpusError(
             f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
         )
     return rows
 
 
-def _longest(loaded: LoadedModel, settings: TrainSettings) -> int | None:
+def longest_row(loaded: LoadedModel, settings: TrainSettings) -> int | None:
     """Most tokens of a row."""
     return min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
 
@@ -78,7 +78,7 @@ def encoded_rows(
     corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
 ) -> Rows:
     """All rows of a corpus, or some of it."""
-    longest = _longest(loaded, settings)
+    longest = longest_row(loaded, settings)
     by = None if settings.mix is None else settings.by or "source"
     examples = corpus if chosen is None else chosen
     return Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
