@@ -24,9 +24,11 @@ from whence.evaluation.bank_store import (
     FULL,
     PARENT,
     Bank,
+    BankRow,
     Description,
     Member,
     Repetition,
+    Subsets,
     open_bank,
     read_members,
     read_queries,
@@ -47,7 +49,7 @@ from whence.outputs import refuse_inputs
 from whence.paths import writing_to
 from whence.storage import Place
 from whence.training.dry_run import steps_of
-from whence.training.repetition import Repeatable, repeatable
+from whence.training.repetition import repeatable
 
 logger = logging.getLogger(__name__)
 
@@ -128,25 +130,29 @@ def make_bank(
             queries=encoded_queries(training, read_queries(place, description)),
         )
         measured = _measure_added(member_training, description, progress)
-        todo = _missing(place, description, training, chosen)
+        plans = requested_plans(
+            read_rows(place, description), description.subsets, chosen, training.opened.settings.seed
+        )
+        there = read_members(place, description)
+        todo = [plan for plan in plans if plan.name not in there]
         _train_all(member_training, description, todo, engine, progress)
     made = Made(open_bank(out), tuple(plan.name for plan in todo), measured)
     _warn_of_missing_losses(made.bank)
     return made
 
 
-def _missing(place: Place, description: Description, training: Repeatable, chosen: BankSettings) -> list[MemberPlan]:
-    """Members that are asked for and are not there, the training on all rows first."""
-    rows, seed = read_rows(place, description), training.opened.settings.seed
+def requested_plans(
+    rows: Sequence[BankRow], subsets: Subsets | None, chosen: BankSettings, seed: int
+) -> list[MemberPlan]:
+    """All members that a call asks for, the training on all rows first."""
     plans = [full_plan(seed)]
     if chosen.subsets:
-        assert description.subsets is not None
-        plans += random_plans(len(rows), chosen.subsets, description.subsets, seed)
+        assert subsets is not None
+        plans += random_plans(len(rows), chosen.subsets, subsets, seed)
     if chosen.by is not None:
         plans += group_plans(rows, chosen.by, seed)
     plans += [listed_plan(file, rows, seed) for file in chosen.rows]
-    there = read_members(place, description)
-    return [plan for plan in {plan.name: plan for plan in plans}.values() if plan.name not in there]
+    return [*{plan.name: plan for plan in plans}.values()]
 
 
 def _measure_added(training: MemberTraining, description: Description, progress: runner.ProgressOption) -> int:

@@ -114,14 +114,14 @@ def claimed(
         require_measurable(encoded_queries(training, queries), "--queries" if asked is None else asked.name)
         description = Description(
             protocol=_protocol(training, chosen.leave_out or "zero", keep_weights=bool(chosen.keep_weights)),
-            rows=write_rows(place, _bank_rows(training, corpus)),
+            rows=write_rows(place, bank_rows(training, corpus)),
             queries=(write_queries(place, 0, queries),),
-            subsets=_subsets(chosen, None),
+            subsets=subsets_of(chosen, None),
         )
     else:
         known = read_description(place)
-        _refuse_differences(place, known, training, chosen)
-        description = replace(known, subsets=_subsets(chosen, known.subsets, place.root))
+        refuse_differences(place, known, training, chosen)
+        description = replace(known, subsets=subsets_of(chosen, known.subsets, place.root))
         if asked is not None:
             description = _with_queries(place, description, queries, asked.name)
     write_description(place, description)
@@ -143,7 +143,7 @@ def _protocol(training: Repeatable, leave_out: Any, *, keep_weights: bool) -> Pr
     )
 
 
-def _refuse_differences(place: Place, known: Description, training: Repeatable, chosen: BankSettings) -> None:
+def refuse_differences(place: Place, known: Description, training: Repeatable, chosen: BankSettings) -> None:
     """Refuse a bank of another run or protocol, naming each difference; a place that has moved is none."""
     before = known.protocol
     keeps = before.keep_weights if chosen.keep_weights is None else chosen.keep_weights
@@ -166,7 +166,7 @@ def _short(value: Any) -> str:
     return str(value) if len(str(value)) <= 24 else f"{str(value)[:12]}..."
 
 
-def _subsets(chosen: BankSettings, known: Subsets | None, where: str = "") -> Subsets | None:
+def subsets_of(chosen: BankSettings, known: Subsets | None, where: str = "") -> Subsets | None:
     """The random subsets of a bank: those that it has, or those that are asked for first."""
     if not chosen.subsets:
         return known
@@ -204,7 +204,7 @@ def _refuse_twice(ids: Sequence[str], where: str) -> None:
         )
 
 
-def _bank_rows(training: Repeatable, corpus: Corpus) -> list[BankRow]:
+def bank_rows(training: Repeatable, corpus: Corpus) -> list[BankRow]:
     """The rows of the training, with the corpus rows that they were made of."""
     rows = training.opened.rows
     _refuse_twice(rows.ids, corpus.name)
