@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from whence.corpus.reading import Example as Example
     from whence.corpus.reading import open_corpus as open_corpus
     from whence.errors import WhenceError as WhenceError
+    from whence.evaluation.bank_scores import evaluate_lds as evaluate_lds
     from whence.evaluation.joining import join as join
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
     from whence.gradients.space import GradientSpace as GradientSpace
@@ -53,6 +54,7 @@ _HOMES = {
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
+    "evaluate_lds": "evaluation.bank_scores",
     "evaluate_selection": "evaluation.selection",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",

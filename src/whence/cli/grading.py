@@ -1,0 +1,164 @@
+"""The verb `evaluate lds`: parse, call one library function, print."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from whence import catalogue
+from whence.cli.console import again, print_ending, print_json, print_part, waiting
+from whence.cli.evaluation import TABLE_OR_PLOT, evaluate
+from whence.cli.groups import flattened
+from whence.cli.inputs import check_inputs
+from whence.cli.options import Force, Json, listed, numbers, pairs
+from whence.errors import MissingBankError, SettingError
+
+GRADED_FILE = Annotated[
+    str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedMethods:
+    """What is graded, and what it cost."""
+
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, with commas between; less@NAME reads the --index of that name. "
+            f"There are {', '.join(catalogue.GRADED)}."
+        ),
+    ] = ""
+    index: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]INDEX", help="Index of the rows, for methods that read its vectors. Repeat it."),
+    ] = None
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Scores of any other method: query, id, score in .parquet, .jsonl or .csv. Repeat it.",
+        ),
+    ] = None
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SECONDS", help="What a method's scores cost, if that was measured elsewhere."),
+    ] = None
+    index_seconds: Annotated[
+        float | None, typer.Option(help="What making the index took, added for methods that read its vectors.")
+    ] = None
+
+    @property
+    def names(self) -> list[str]:
+        """Methods, checked.
+
+        Raises:
+            UnknownNameError: There is no such method.
+            SettingError: There is none at all, or an index is needed and there is none.
+        """
+        names, files = self._split(), pairs("--scores", self.scores)
+        if not names and not files:
+            raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
+        for name in names:
+            entry = catalogue.graded_entry(name.partition("@")[0].partition(":")[0])
+            if entry.needs_index and not self.index:
+                raise SettingError(
+                    f"--methods {name}: it reads the vectors of an index. Make one with: whence index MODEL CORPUS "
+                    "-o INDEX, and add --index INDEX"
+                )
+        return names
+
+    def _split(self) -> list[str]:
+        """Methods; a comma before OPTION=VALUE belongs to the method before it."""
+        names: list[str] = []
+        for word in listed(self.methods):
+            is_option = names and ":" in names[-1] and "=" in word and ":" not in word
+            if is_option:
+                names[-1] += f",{word}"
+            elif word:
+                names.append(word)
+        return names
+
+    @property
+    def indexes(self) -> dict[str, str]:
+        """Indexes by name; one without a name has the empty one.
+
+        Raises:
+            SettingError: Two have one name.
+        """
+        out: dict[str, str] = {}
+        for text in self.index or []:
+            name, equals, path = text.partition("=")
+            name, path = (name, path) if equals else ("", text)
+            if name in out:
+                raise SettingError(f"--index {text}: there is another of that name; tell them apart as in adam={path}")
+            out[name] = path
+        return out
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files of scores by the method's name."""
+        return pairs("--scores", self.scores)
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds by method."""
+        return numbers("--cost", self.cost)
+
+
+@evaluate.command("lds")
+@flattened
+def grade_by_bank(
+    bank: Annotated[str, typer.Argument(metavar="BANK", help="Retrainings that `whence bank` made.")],
+    graded: GradedMethods,
+    model: Annotated[str | None, typer.Option(help="The run, or the index' model, if it has moved.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw, and of intervals.")] = 0,
+    out: GRADED_FILE = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Do summed scores say how trainings without some rows end? (linear datamodeling score)."""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
+    names, indexes, files, costs = graded.names, graded.indexes, graded.files, graded.costs
+    output = Output("-o", out, TABLE_OR_PLOT)
+    check_outputs([output], rows=[*files.values()], others=[bank, model, *indexes.values()], force=force)
+    _check_bank(bank)
+    check_inputs(models=[model])
+    for path in indexes.values():
+        check_inputs(index=path)
+    with waiting("Loading torch"):
+        from whence.evaluation.bank_scores import evaluate_lds
+        from whence.reports.lds_tables import lds_answer, lds_plot, lds_tables
+    result = evaluate_lds(bank, names, index=indexes, scores=files, costs=costs, index_seconds=graded.index_seconds,
+                          model=model, seed=seed, progress=not as_json)  # fmt: skip
+    if out is not None:
+        write_page(lds_plot(result), out) if out.endswith(".svg") else write_rows(result.rows(), out)
+    if as_json:
+        settings = {**result.settings, "training_seconds": result.training_seconds}
+        print_json({"settings": settings, "rows": result.rows(), "notes": result.table.notes})
+        return
+    print_part(lds_tables(result))
+    if out is not None:
+        print_part(f"written to {out}")
+    print_ending(lds_answer(result), *_command_after(result.table.marks[0].method, indexes, out))
+
+
+def _check_bank(path: str) -> None:
+    """Refuse a directory that is no bank, before torch is loaded."""
+    from whence.storage import Place
+
+    if not Place.at(path).exists("bank.json"):
+        raise MissingBankError.at(path)
+
+
+def _command_after(best: str, indexes: dict[str, str], out: str | None) -> tuple[object, ...]:
+    """The plot first; then a choice by the best method, if it reads an index."""
+    base, _, index = best.partition("@")
+    path = indexes.get(index, next(iter(indexes.values()), None))
+    if out is None:
+        return again("-o", "lds.svg")
+    if path is None or base not in catalogue.SCORERS or not catalogue.scorer_entry(base).reads_tasks:
+        return again("-o", "lds.jsonl")
+    return ("whence", "select", path, "--method", base, "--tasks", "TASKS.jsonl", "--count", 100, "-o", "chosen.jsonl")
