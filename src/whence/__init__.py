@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from whence.errors import WhenceError as WhenceError
     from whence.evaluation.bank_scores import evaluate_lds as evaluate_lds
     from whence.evaluation.joining import join as join
+    from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
     from whence.gradients.space import GradientSpace as GradientSpace
     from whence.indexing.build import append as append
@@ -55,6 +56,7 @@ _HOMES = {
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
     "evaluate_lds": "evaluation.bank_scores",
+    "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_selection": "evaluation.selection",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",

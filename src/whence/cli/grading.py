@@ -1,4 +1,4 @@
-"""The verb `evaluate lds`: parse, call one library function, print."""
+"""The verbs `evaluate lds` and `evaluate retrieval`: parse, call one library function, print."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,8 +8,8 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting
 from whence.cli.evaluation import TABLE_OR_PLOT, evaluate
-from whence.cli.groups import flattened
-from whence.cli.inputs import check_inputs
+from whence.cli.groups import flattened, reads_rows
+from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import Force, Json, listed, numbers, pairs
 from whence.errors import MissingBankError, SettingError
 
@@ -48,9 +48,11 @@ class GradedMethods:
         float | None, typer.Option(help="What making the index took, added for methods that read its vectors.")
     ] = None
 
-    @property
-    def names(self) -> list[str]:
-        """Methods, checked.
+    def checked_names(self, source: str | None = None) -> list[str]:
+        """Methods.
+
+        Args:
+            source: An index that is read where a method names none.
 
         Raises:
             UnknownNameError: There is no such method.
@@ -61,7 +63,7 @@ class GradedMethods:
             raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
         for name in names:
             entry = catalogue.graded_entry(name.partition("@")[0].partition(":")[0])
-            if entry.needs_index and not self.index:
+            if entry.needs_index and not (self.index or source):
                 raise SettingError(
                     f"--methods {name}: it reads the vectors of an index. Make one with: whence index MODEL CORPUS "
                     "-o INDEX, and add --index INDEX"
@@ -121,7 +123,7 @@ def grade_by_bank(
     from whence.reports.existing_files import Output, check_outputs
     from whence.reports.files import write_page, write_rows
 
-    names, indexes, files, costs = graded.names, graded.indexes, graded.files, graded.costs
+    names, indexes, files, costs = graded.checked_names(), graded.indexes, graded.files, graded.costs
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*files.values()], others=[bank, model, *indexes.values()], force=force)
     _check_bank(bank)
@@ -162,3 +164,58 @@ def _command_after(best: str, indexes: dict[str, str], out: str | None) -> tuple
     if path is None or base not in catalogue.SCORERS or not catalogue.scorer_entry(base).reads_tasks:
         return again("-o", "lds.jsonl")
     return ("whence", "select", path, "--method", base, "--tasks", "TASKS.jsonl", "--count", 100, "-o", "chosen.jsonl")
+
+
+@evaluate.command()
+@flattened
+@reads_rows
+def retrieval(
+    queries: Annotated[
+        str, typer.Argument(metavar="QUERIES", help="Rows that ask, each with the ids of its `relevant` rows.")
+    ],
+    source: Annotated[str, typer.Argument(metavar="INDEX_OR_CORPUS", help="The rows that are ranked.")],
+    graded: GradedMethods,
+    relevant: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Rows that have the query's value in this column are relevant."),
+    ] = None,
+    k: Annotated[str, typer.Option(help="Depths of recall and precision, with commas between.")] = "10,50",
+    model: Annotated[
+        str | None, typer.Option(help="For a corpus the model that methods read; for an index, where it has moved.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw, and of intervals.")] = 0,
+    out: GRADED_FILE = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Are the rows found that are known to be behind an answer?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
+    has_index = is_index(source)
+    names, files, costs = graded.checked_names(source if has_index else None), graded.files, graded.costs
+    indexes, output = graded.indexes, Output("-o", out, TABLE_OR_PLOT)
+    if not all(word.isdecimal() and int(word) for word in listed(k)):
+        raise SettingError(f"--k {k}: numbers of rows from 1 on are expected, with commas between")
+    rows = [queries, *files.values(), *([] if has_index else [source])]
+    check_outputs([output], rows=rows, others=[source, model, *indexes.values()], force=force)
+    check_inputs(models=[model], corpora=[queries] if has_index else [queries, source])
+    for path in indexes.values():
+        check_inputs(index=path)
+    with waiting("Loading torch"):
+        from whence.evaluation.retrieval import evaluate_retrieval
+        from whence.reports.retrieval_tables import retrieval_answer, retrieval_plot, retrieval_tables
+    table = evaluate_retrieval(
+        queries, source, names, relevant=relevant, index=indexes, scores=files, costs=costs,
+        index_seconds=graded.index_seconds, model=model, depths=[int(word) for word in listed(k)], seed=seed,
+        progress=not as_json,
+    )  # fmt: skip
+    if out is not None:
+        write_page(retrieval_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)
+    if as_json:
+        print_json({"rows": table.rows(), "relevant": table.relevant, "notes": table.notes})
+        return
+    print_part(retrieval_tables(table))
+    if out is not None:
+        print_part(f"written to {out}")
+    print_ending(retrieval_answer(table), *again("-o", "retrieval.svg" if out is None else "retrieval.jsonl"))

@@ -24,7 +24,7 @@ https://arxiv.org/abs/2202.00622. Intervals of crossed samples: Owen 2007, https
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from whence.counts import number_of
 from whence.errors import SettingError
+from whence.evaluation.estimates import Estimate, middle
 from whence.numerics import generator
 
 FEWEST = 2
@@ -42,18 +43,6 @@ FLAT = 1e-12
 """Predictions that differ by less, relative to the sum of the scores' magnitudes, differ by rounding alone."""
 NOT_FINITE, SAME_LOSS, SAME_SCORE = "losses not finite", "losses all alike", "scores say the same of every member"
 """Reasons for which a query is left out."""
-
-
-class Estimate(NamedTuple):
-    """A number with its 95% interval; NaN and None where there is none."""
-
-    value: float
-    interval: tuple[float, float] | None
-
-    @property
-    def is_above_zero(self) -> bool:
-        """Whether the whole interval is above 0."""
-        return self.interval is not None and self.interval[0] > 0
 
 
 @dataclass(frozen=True)
@@ -116,14 +105,14 @@ class LdsTable:
         if of_mean:
             value = one.of_mean.value - other.of_mean.value
             resampled = [self._resamples[name].of_mean for name in (first, second)] if self._resamples else []
-            return Estimate(value, _interval(resampled[0] - resampled[1]) if resampled else None)
+            return Estimate(value, middle(resampled[0] - resampled[1]) if resampled else None)
         both = torch.tensor(one.by_query, dtype=torch.float64) - torch.tensor(other.by_query, dtype=torch.float64)
         value = float(both.nanmean())
         if not self._resamples or self._draws is None:
             return Estimate(value, None)
         resamples = self._resamples[first].spearman - self._resamples[second].spearman
         resamples[:, both.isnan()] = torch.nan
-        return Estimate(value, _interval(resamples.gather(1, self._draws).nanmean(1)))
+        return Estimate(value, middle(resamples.gather(1, self._draws).nanmean(1)))
 
     def rows(self, **more: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Plain rows, best first, each with how far it is below the best method.
@@ -137,8 +126,7 @@ class LdsTable:
                          "below_best": self.difference(self.marks[0].method, marks.method)}  # fmt: skip
             row: dict[str, Any] = {"rank": rank, "method": marks.method}
             for name, estimate in estimates.items():
-                low, high = estimate.interval or (None, None)
-                row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+                row |= estimate.columns(name)
             row |= {"queries": marks.queries, "subsets": self.members, "left_out": marks.left_out}
             rows.append(row | {name: column.get(marks.method) for name, column in more.items()})
         return rows
@@ -317,7 +305,7 @@ def _marks(
         if sampled is None or draws is None or not math.isfinite(value):
             return Estimate(value, None)
         values = getattr(sampled, kind)
-        return Estimate(value, _interval(values if values.ndim == 1 else values.gather(1, draws).nanmean(1)))
+        return Estimate(value, middle(values if values.ndim == 1 else values.gather(1, draws).nanmean(1)))
 
     by_query = torch.full((len(reasons),), torch.nan).double()
     by_query[usable] = known
@@ -337,15 +325,6 @@ def _spread(values: Float64[Tensor, "r u"], usable: Bool[Tensor, " q"]) -> Float
     out = torch.full((len(values), len(usable)), torch.nan).double()
     out[:, usable] = values
     return out
-
-
-def _interval(values: Float64[Tensor, " r"]) -> tuple[float, float] | None:
-    """The middle 95% of a statistic's resamples; those in which it has no value are left out."""
-    known = values[values.isfinite()]
-    if not len(known):
-        return None
-    low, high = known.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _notes(scores: Mapping[str, Tensor], losses: Tensor, is_trained: Bool[Tensor, " m"]) -> list[str]:

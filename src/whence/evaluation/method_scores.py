@@ -24,6 +24,7 @@ from whence.selection.pipeline import build_scorer, targets_of
 from whence.selection.protocols import Scorer, Target
 from whence.selection.views import CorpusView, IndexView, refuse_contrasts
 
+EXACT = ("exact-cosine", "exact-dot")
 AT = "@"
 """Between a method's name and that of the index that it reads, where there are several."""
 
@@ -39,6 +40,8 @@ class MethodScores:
     """What they cost; None where nobody knows."""
     origin: str = ""
     """Where they come from, in words."""
+    is_signed: bool = False
+    """Whether the sign says helpful or harmful, as of gradients; only then is a magnitude of use."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def score_methods(
         seconds = time.perf_counter() - start + (index_seconds or 0.0) * method.entry.needs_index
         chosen = columns[method.index]
         origin = "an index" if isinstance(read, IndexView) else "the rows"
-        out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin))
+        signed = method.entry.needs_index or method.base in EXACT
+        out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin, signed))
     return out
 
 

@@ -59,7 +59,7 @@ def scores_from_file(name: str, path: str, row_ids: Sequence[str], query_ids: Se
         scores[rows] = values
         scores = np.repeat(scores[None], len(query_ids), 0)
     _check_taken(taken, row_ids, query_ids, path, has_queries="query" in table)
-    return MethodScores(name, torch.from_numpy(scores), _seconds(table, path), str(path))
+    return MethodScores(name, torch.from_numpy(scores), _seconds(table, path), str(path), is_signed=True)
 
 
 def _table(path: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from rich.text import Text
 
 from whence.counts import number_of
 from whence.evaluation.bank_scores import LdsResult
-from whence.evaluation.lds import Estimate, LdsMarks
+from whence.evaluation.estimates import Estimate
+from whence.evaluation.lds import LdsMarks
 from whence.reports.quality_plot import Point, quality_plot
 from whence.reports.svg import number
 from whence.reports.text import visible
