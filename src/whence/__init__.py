@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from whence.evaluation.joining import join as join
     from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
+    from whence.evaluation.tail_patch import evaluate_tail_patch as evaluate_tail_patch
     from whence.gradients.space import GradientSpace as GradientSpace
     from whence.indexing.build import append as append
     from whence.indexing.build import index as index
@@ -58,6 +59,7 @@ _HOMES = {
     "evaluate_lds": "evaluation.bank_scores",
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_selection": "evaluation.selection",
+    "evaluate_tail_patch": "evaluation.tail_patch",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",
     "Index": "indexing.opening",

@@ -1,4 +1,4 @@
-"""The verbs `evaluate lds` and `evaluate retrieval`: parse, call one library function, print."""
+"""The verbs `evaluate lds`, `evaluate retrieval` and `evaluate tail-patch`: parse, call one library function, print."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -219,3 +219,54 @@ def retrieval(
     if out is not None:
         print_part(f"written to {out}")
     print_ending(retrieval_answer(table), *again("-o", "retrieval.svg" if out is None else "retrieval.jsonl"))
+
+
+@evaluate.command("tail-patch")
+@flattened
+@reads_rows
+def tail_patch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run, or a model; steps start from its last weights.")],
+    queries: Annotated[str, typer.Argument(metavar="QUERIES", help="Rows whose answers' probabilities are measured.")],
+    source: Annotated[str, typer.Argument(metavar="INDEX_OR_CORPUS", help="The rows that are retrieved.")],
+    graded: GradedMethods,
+    top: Annotated[int, typer.Option(help="Rows of each query and method; each takes a step of its own.")] = 10,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the step; the run's, of its last interval, unless given.")
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(metavar="adamw|sgd", help="AdamW's step where the run has its moments, else SGD's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random rows, methods that draw, and intervals.")] = 0,
+    out: GRADED_FILE = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Does a step on the rows that a method retrieves make the answer more likely?"""
+    from whence.reports.existing_files import Output, check_outputs
+    from whence.reports.files import write_page, write_rows
+
+    has_index = is_index(source)
+    names, files, costs = graded.checked_names(source if has_index else None), graded.files, graded.costs
+    indexes, output = graded.indexes, Output("-o", out, TABLE_OR_PLOT)
+    rows = [queries, *files.values(), *([] if has_index else [source])]
+    check_outputs([output], rows=rows, others=[source, run, *indexes.values()], force=force)
+    check_inputs(models=[run], corpora=[queries] if has_index else [queries, source])
+    for path in indexes.values():
+        check_inputs(index=path)
+    with waiting("Loading torch"):
+        from whence.evaluation.tail_patch import evaluate_tail_patch
+        from whence.reports.tail_patch_tables import tail_patch_answer, tail_patch_plot, tail_patch_tables
+    table = evaluate_tail_patch(
+        run, queries, source, names, top=top, lr=lr, step=step, index=indexes, scores=files, costs=costs,
+        index_seconds=graded.index_seconds, seed=seed, progress=not as_json,
+    )  # fmt: skip
+    if out is not None:
+        write_page(tail_patch_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)
+    if as_json:
+        print_json({"settings": table.settings, "rows": table.rows(), "notes": table.notes})
+        return
+    print_part(tail_patch_tables(table))
+    if out is not None:
+        print_part(f"written to {out}")
+    print_ending(tail_patch_answer(table), *again("-o", "tail-patch.svg" if out is None else "tail-patch.jsonl"))

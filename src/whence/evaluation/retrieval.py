@@ -121,10 +121,12 @@ def evaluate_retrieval(
         SettingError: A query's relevant rows are not known, no method, or one that cannot score the rows.
     """
     names = [*dict.fromkeys(methods)]
-    _check(names, scores or {}, depths)
+    check_methods(names, scores or {})
+    if bad := [k for k in depths if k < 1]:
+        raise SettingError(f"--k {bad[0]}: a number of rows from 1 on is expected")
     asked, truths = _queries(queries, relevant)
     with shown_as(progress, "Scoring"):
-        view = _view(source, names, model)
+        view = rows_view(source, names, model)
         ids = list(view.ids())
         masks = _masks(asked, truths, ids, view, relevant)
         usable = masks.any(1) & ~masks.all(1)
@@ -133,13 +135,10 @@ def evaluate_retrieval(
                 f"none of {number_of(len(asked), 'query', 'queries')} has a relevant row and another: rows to find are "
                 f"named in the column {relevant or RELEVANT}"
             )
-        kept = [row for row, is_usable in zip(asked, usable.tolist(), strict=True) if is_usable]
-        scored = _scored(names, kept, view, ids, index or {}, index_seconds, model, seed)
-        query_ids = [str(row["id"]) for row in asked]
-        for name, path in (scores or {}).items():
-            read = scores_from_file(name, path, ids, query_ids)
-            scored.append(replace(read, scores=read.scores[usable]))
-    table = graded(with_costs(scored, costs or {}), masks[usable], depths=depths, seed=seed)
+        scored = row_scores(names, asked, view, [str(row["id"]) for row in asked], index=index, scores=scores,
+                            costs=costs, index_seconds=index_seconds, model=model, seed=seed)  # fmt: skip
+    usable_scores = [replace(method, scores=method.scores[usable]) for method in scored]
+    table = graded(usable_scores, masks[usable], depths=depths, seed=seed)
     if left := int((~usable).sum()):
         table.notes.append(
             f"Left out, for no row is relevant to them, or all are: {number_of(left, 'query', 'queries')}."
@@ -191,13 +190,16 @@ def _both_ways(method: MethodScores) -> list[tuple[str, Float32[Tensor, "q n"]]]
     return ways
 
 
-def _check(methods: Sequence[str], scores: Mapping[str, str], depths: Sequence[int]) -> None:
+def check_methods(methods: Sequence[str], scores: Mapping[str, str]) -> None:
+    """Refuse to grade nothing, or two methods of one name.
+
+    Raises:
+        SettingError: Either.
+    """
     if not methods and not scores:
         raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
     if twice := [name for name in methods if name in scores]:
         raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
-    if bad := [k for k in depths if k < 1]:
-        raise SettingError(f"--k {bad[0]}: a number of rows from 1 on is expected")
 
 
 def _queries(
@@ -231,8 +233,17 @@ def _listed(text: str) -> Any:
         return None
 
 
-def _view(source: Any, methods: Sequence[str], model: str | None) -> IndexView | CorpusView:
-    """The rows as the method that needs most reads them."""
+def rows_view(source: Any, methods: Sequence[str], model: str | None) -> IndexView | CorpusView:
+    """The rows as the method that needs most reads them.
+
+    Args:
+        source: An index, or a corpus.
+        methods: Methods, as `MethodName` has them.
+        model: For a corpus the model that methods read; for an index, where its model has moved.
+
+    Raises:
+        SettingError: A method reads a model, and there is none.
+    """
     entries = {name: MethodName.of(name).entry for name in methods}
     needs_model = [name for name, entry in entries.items() if entry.needs_model]
     view = open_view(source, "random", model=model)
@@ -241,24 +252,32 @@ def _view(source: Any, methods: Sequence[str], model: str | None) -> IndexView |
     return view
 
 
-def _scored(
+def row_scores(
     names: Sequence[str],
     queries: Sequence[Row],
     view: IndexView | CorpusView,
-    ids: Sequence[str],
-    index: Mapping[str, str],
-    index_seconds: float | None,
-    model: str | None,
-    seed: int,
+    query_ids: Sequence[str],
+    *,
+    index: Mapping[str, str] | None = None,
+    scores: Mapping[str, str] | None = None,
+    costs: Mapping[str, float] | None = None,
+    index_seconds: float | None = None,
+    model: str | None = None,
+    seed: int = 0,
 ) -> list[MethodScores]:
-    """Scores of all rows by each method; rows that another index has in another order are put into this one."""
-    others = {name: open_view(path, "random", model=model) for name, path in index.items()}
+    """Scores of all rows of a view by methods and files; for the arguments and errors see `evaluate_retrieval`.
+
+    Rows that another index has in another order are put into the view's.
+    """
+    others = {name: open_view(path, "random", model=model) for name, path in (index or {}).items()}
     indexes = {name: other for name, other in others.items() if isinstance(other, IndexView)}
     if missing := [name for name in others if name not in indexes]:
-        raise SettingError(f"--index {index[missing[0]]}: there is no index")
-    return score_methods(
-        names, queries, view, ids if indexes else None, indexes=indexes, index_seconds=index_seconds, seed=seed
-    )
+        raise SettingError(f"--index {(index or {})[missing[0]]}: there is no index")
+    ids = list(view.ids())
+    order = ids if indexes else None
+    scored = score_methods(names, queries, view, order, indexes=indexes, index_seconds=index_seconds, seed=seed)
+    scored += [scores_from_file(name, path, ids, query_ids) for name, path in (scores or {}).items()]
+    return with_costs(scored, costs or {})
 
 
 def _masks(

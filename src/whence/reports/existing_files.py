@@ -29,6 +29,7 @@ MARKS = (
     b"<title>Scores summed by partition against the loss",
     b"<title>Linear datamodeling score against cost",
     b"<title>Finding rows that are known to be behind an answer",
+    b"<title>Change of an answer by a step on retrieved rows",
     b'{"whence_result": "',
     b'merge_method: task_arithmetic\nbase_model: "',
 )
@@ -39,6 +40,7 @@ TABLES = (
     ("mixture", "set", "merged", "midpoint", "perplexity"),
     ("rank", "method", "lds", "mean_loss_lds", "below_best", "subsets"),
     ("rank", "method", "auroc", "auprc", "mrr", "below_best", "candidates"),
+    ("rank", "method", "change", "over_random", "helped", "lr"),
     ("method", "task", "seeds", "gain", "gain_interval"),
     ("method", "partition", "set", "score", "change"),
     ("domain", "suggested", "mean", "best_tried", "least_tried", "most_tried", "cap"),
