@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from whence.errors import WhenceError as WhenceError
     from whence.evaluation.bank_pipeline import bank as bank
     from whence.evaluation.bank_plan import plan_bank as plan_bank
+    from whence.evaluation.bank_scores import evaluate_lds as evaluate_lds
     from whence.evaluation.bank_store import Bank as Bank
     from whence.evaluation.bank_store import open_bank as open_bank
     from whence.evaluation.joining import join as join
+    from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
+    from whence.evaluation.tail_patch import evaluate_tail_patch as evaluate_tail_patch
     from whence.gradients.space import GradientSpace as GradientSpace
     from whence.indexing.build import append as append
     from whence.indexing.build import index as index
@@ -59,7 +62,10 @@ _HOMES = {
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
+    "evaluate_lds": "evaluation.bank_scores",
+    "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_selection": "evaluation.selection",
+    "evaluate_tail_patch": "evaluation.tail_patch",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",
     "Index": "indexing.opening",

@@ -25,7 +25,7 @@ from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.banking import bank
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
-from whence.cli.evaluation import evaluate
+from whence.cli.grading import evaluate
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, plan, verify
 from whence.cli.mixing import mix
