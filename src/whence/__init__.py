@@ -19,8 +19,15 @@ if TYPE_CHECKING:
     from whence.corpus.reading import Example as Example
     from whence.corpus.reading import open_corpus as open_corpus
     from whence.errors import WhenceError as WhenceError
+    from whence.evaluation.bank_pipeline import bank as bank
+    from whence.evaluation.bank_plan import plan_bank as plan_bank
+    from whence.evaluation.bank_scores import evaluate_lds as evaluate_lds
+    from whence.evaluation.bank_store import Bank as Bank
+    from whence.evaluation.bank_store import open_bank as open_bank
     from whence.evaluation.joining import join as join
+    from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
+    from whence.evaluation.tail_patch import evaluate_tail_patch as evaluate_tail_patch
     from whence.gradients.space import GradientSpace as GradientSpace
     from whence.indexing.build import append as append
     from whence.indexing.build import index as index
@@ -50,10 +57,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablate": "ablation.pipeline",
     "append": "indexing.build",
+    "bank": "evaluation.bank_pipeline",
+    "Bank": "evaluation.bank_store",
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
+    "evaluate_lds": "evaluation.bank_scores",
+    "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_selection": "evaluation.selection",
+    "evaluate_tail_patch": "evaluation.tail_patch",
     "Example": "corpus.reading",
     "GradientSpace": "gradients.space",
     "Index": "indexing.opening",
@@ -66,11 +78,13 @@ _HOMES = {
     "mix_law": "mixing.pipeline",
     "MixOptions": "training.online_mixing",
     "OnlineMixer": "training.online_mixing",
+    "open_bank": "evaluation.bank_store",
     "open_corpus": "corpus.reading",
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "open_result": "reports.saved_results",
     "plan": "indexing.planning",
+    "plan_bank": "evaluation.bank_plan",
     "plan_pool": "ablation.dry_run",
     "plan_recovery": "recovery.dry_run",
     "plan_training": "training.dry_run",

@@ -186,6 +186,20 @@ SCORERS: dict[str, ScorerEntry] = {
     ),
 }
 
+GRADED: dict[str, ScorerEntry] = SCORERS | {
+    "cosine": SCORERS["less"],
+    "dot": SCORERS["influence"],
+    "exact-cosine": ScorerEntry(
+        "whence.evaluation.exact_scores:ExactCosine", "a backward pass over every row", "arXiv 2002.08484",
+        needs_model=True, **_TURNS,
+    ),
+    "exact-dot": ScorerEntry(
+        "whence.evaluation.exact_scores:ExactDot", "a backward pass over every row", "arXiv 2002.08484",
+        needs_model=True, **_TURNS,
+    ),
+}  # fmt: skip
+"""What `whence evaluate` grades: all scorers, two of them under the names of `trace`, and unprojected gradients."""
+
 SELECTORS: dict[str, Entry] = {
     "max": Entry("whence.selection.selectors.ranked:Best", "n s + n log n", "arXiv 2402.04333"),
     "mean": Entry("whence.selection.selectors.ranked:Mean", "n s + n log n", "none needed"),
@@ -369,6 +383,15 @@ def scorer_entry(name: str) -> ScorerEntry:
         UnknownNameError: No such name; the message lists those there are.
     """
     return _lookup(SCORERS, name, "--method")
+
+
+def graded_entry(name: str) -> ScorerEntry:
+    """What a method that is graded needs.
+
+    Raises:
+        UnknownNameError: No such name; the message lists those there are.
+    """
+    return _lookup(GRADED, name, "--methods")
 
 
 def selector_entry(name: str) -> Entry:

@@ -57,6 +57,15 @@ class MissingLogError(WhenceError):
         )
 
 
+class MissingBankError(MissingIndexError):
+    """There is no bank of retrainings at this path, or only the beginning of one."""
+
+    @classmethod
+    def at(cls, path: str) -> "MissingBankError":
+        """The refusal of a path where there is none."""
+        return cls(f"{path}: no bank here (no bank.json). Make one: whence bank RUN CORPUS --queries FILE -o {path}")
+
+
 class ManifestMismatchError(WhenceError):
     """Two things were made with different settings: an index and a build, a query or a model."""
 

@@ -11,7 +11,7 @@ from test_trainer import stop_at
 from conftest import corpus_rows, write_jsonl
 from whence import catalogue, select, trace
 from whence.corpus.tokens import encode
-from whence.errors import ChecksumError, CorpusError, MissingLogError, SettingError
+from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, SettingError
 from whence.gradients.exact import sequences_of
 from whence.models.training_state import RECORD
 from whence.training.replay import replay
@@ -127,7 +127,7 @@ def test_a_damaged_log_is_refused(models, corpus, tmp_path, damage):
 
 def test_other_rows_are_refused(run, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", corpus_rows(19))
-    with pytest.raises(CorpusError, match="not those that"):
+    with pytest.raises(ManifestMismatchError, match="was trained on 20 rows"):
         open_replayable(run, other)
 
 

@@ -23,7 +23,8 @@ from whence.models.saved_files import LIST
 from whence.storage import Place
 from whence.training.recipe import with_least_steps
 from whence.training.resuming import is_complete, newest_checkpoint
-from whence.training.trainer import TrainSettings, settings_of, train, trainable
+from whence.training.trained_weights import trainable
+from whence.training.trainer import TrainSettings, settings_of, train
 
 ROWS = [
     {"id": str(number), "prompt": f"What is {number}?", "completion": f" It is {number} of {40 - number}."}

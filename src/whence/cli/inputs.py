@@ -5,9 +5,9 @@ Whoever reads an input says the rest: here it is asked whether there is somethin
 
 from collections.abc import Iterable
 
-from whence.errors import MissingIndexError, MissingLogError, MissingPoolError, SettingError
+from whence.errors import MissingBankError, MissingIndexError, MissingLogError, MissingPoolError, SettingError
 
-MANIFEST, POOL, STEP_LOG = "manifest.json", "pool.json", "replay/replay.json"
+MANIFEST, POOL, BANK, STEP_LOG = "manifest.json", "pool.json", "bank.json", "replay/replay.json"
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
@@ -16,6 +16,7 @@ def check_inputs(
     index: str | None = None,
     pool: str | None = None,
     run: str | None = None,
+    bank: str | None = None,
     models: Iterable[str | None] = (),
     corpora: Iterable[str | None] = (),
 ) -> None:
@@ -25,6 +26,7 @@ def check_inputs(
         MissingIndexError: There is no index.
         MissingPoolError: There is no pool.
         MissingLogError: There is no run that can be replayed.
+        MissingBankError: There is no bank.
         ModelError: There is no model, adapter or Trainer's directory, here or on the Hub.
         CorpusError: There is no file, directory or data set.
         SettingError: A model is given as a corpus, or a corpus or an index as a model.
@@ -42,6 +44,8 @@ def check_inputs(
         raise MissingPoolError.at(pool)
     if run is not None and not Place.at(run).exists(STEP_LOG):
         raise MissingLogError.at(run)
+    if bank is not None and not is_bank(bank):
+        raise MissingBankError.at(bank)
     for path in rows:
         _check_corpus(path)
     for path in weights:
@@ -53,6 +57,13 @@ def is_index(path: str) -> bool:
     from whence.storage import Place
 
     return Place.at(path).exists(MANIFEST)
+
+
+def is_bank(path: str) -> bool:
+    """Whether there is a bank of retrainings at a path."""
+    from whence.storage import Place
+
+    return Place.at(path).exists(BANK)
 
 
 def _check_corpus(path: str) -> None:

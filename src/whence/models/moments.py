@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,45 @@ def read_moments(model: LoadedModel, layers: Mapping[str, nn.Module], *, remedy:
         return {name: _moments(name, layer, names[id(layer.weight)], entries, file) for name, layer in layers.items()}
 
 
+@dataclass(frozen=True)
+class ParameterMoments:
+    """Moments of one trained parameter, as the optimizer's file has them."""
+
+    m1: Tensor
+    """Running mean of the gradients, of the parameter's shape, not corrected for its start at 0."""
+    m2: Tensor
+    """Running mean of their squares, likewise."""
+    step: int
+    betas: tuple[float, float]
+    eps: float
+
+
+def parameter_moments(model: LoadedModel, names: Iterable[str], *, remedy: str) -> dict[str, ParameterMoments]:
+    """Moments of a checkpoint's parameters, whatever layer they are of; for the errors see `read_moments`.
+
+    Args:
+        model: The checkpoint's model, loaded from its directory.
+        names: Names of trained parameters.
+        remedy: How to do without moments, for the message if there is no file or it cannot be read.
+    """
+    with _with_remedy(remedy):
+        file = optimizer_file(model.path)
+        entries, aliases = _entries_by_name(_read_optimizer(file), model, file), _parameter_names(model)
+        out: dict[str, ParameterMoments] = {}
+        for name in names:
+            parameter = model.model.get_parameter(name)
+            plain = aliases[id(parameter)]
+            entry = next((entries[alias] for alias in plain if alias in entries), None)
+            if entry is None:
+                raise ModelError(f"{file}: it has no moments of {plain[0]}, which is taken to be trained.")
+            m1, m2 = _pair(entry, plain[0], parameter, file)
+            first, second = (float(beta) for beta in entry.group["betas"])
+            out[name] = ParameterMoments(
+                m1.float(), m2.float(), int(entry.state["step"]), (first, second), float(entry.group["eps"])
+            )
+        return out
+
+
 @contextmanager
 def _with_remedy(remedy: str) -> Iterator[None]:
     """Add to errors how to do without moments."""
@@ -176,28 +215,38 @@ def _moments(layer: str, module: nn.Module, names: Sequence[str], entries: Mappi
         )
     weight = module.weight
     assert isinstance(weight, Tensor), "layers are chosen by their weight"
-    keys = next((keys for keys in KEYS if set(keys) <= entry.state.keys()), None)
-    if keys is None or not {"betas", "eps"} <= entry.group.keys() or "step" not in entry.state:
-        contents = ", ".join(map(str, entry.state)) or "nothing"
-        raise ModelError(
-            f"{file}: of {names[0]} it holds {contents}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW "
-            "keep them."
-        )
-    pair = [_dequantised(entry.state, key, names[0], file) for key in keys]
-    if entry.group.get("amsgrad") or entry.group.get("maximize"):
-        raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
-    for moment in pair:
-        if moment.shape != weight.shape:
-            raise ModelError(
-                f"{file}: it is the optimizer's file of a model of other sizes: of {names[0]} it holds "
-                f"{[*moment.shape]}, where the model has {[*weight.shape]}. Put the file of this checkpoint's own "
-                "training there."
-            )
+    pair = _pair(entry, names[0], weight, file)
     # Conv1D keeps its weight as [i o], and so does its optimizer; the shape cannot tell where i = o
     m1, m2 = (moment.float() if isinstance(module, nn.Linear) else moment.float().T for moment in pair)
     assert m1.shape == layer_shape(module), f"{layer}: {m1.shape}"
     first, second = (float(beta) for beta in entry.group["betas"])
     return Moments(m1, m2, int(entry.state["step"]), (first, second), float(entry.group["eps"]))
+
+
+def _pair(entry: _Entry, name: str, weight: Tensor, file: Path) -> list[Tensor]:
+    """The two moments of a parameter, of its shape.
+
+    Raises:
+        ModelError: They are not those of Adam or AdamW, or are of another model.
+    """
+    keys = next((keys for keys in KEYS if set(keys) <= entry.state.keys()), None)
+    if keys is None or not {"betas", "eps"} <= entry.group.keys() or "step" not in entry.state:
+        contents = ", ".join(map(str, entry.state)) or "nothing"
+        raise ModelError(
+            f"{file}: of {name} it holds {contents}; step, exp_avg and exp_avg_sq are expected, as Adam and AdamW "
+            "keep them."
+        )
+    pair = [_dequantised(entry.state, key, name, file) for key in keys]
+    if entry.group.get("amsgrad") or entry.group.get("maximize"):
+        raise ModelError(f"{file}: an optimizer with amsgrad or maximize takes other steps than Adam's.")
+    for moment in pair:
+        if moment.shape != weight.shape:
+            raise ModelError(
+                f"{file}: it is the optimizer's file of a model of other sizes: of {name} it holds "
+                f"{[*moment.shape]}, where the model has {[*weight.shape]}. Put the file of this checkpoint's own "
+                "training there."
+            )
+    return pair
 
 
 def _dequantised(state: Mapping[str, Any], key: str, name: str, file: Path) -> Tensor:

@@ -27,6 +27,9 @@ MARKS = (
     b"<h1>Whence <span>",
     b"<title>Gain in held-out loss over random selection",
     b"<title>Scores summed by partition against the loss",
+    b"<title>Linear datamodeling score against cost",
+    b"<title>Finding rows that are known to be behind an answer",
+    b"<title>Change of an answer by a step on retrieved rows",
     b'{"whence_result": "',
     b'merge_method: task_arithmetic\nbase_model: "',
 )
@@ -35,6 +38,9 @@ TABLES = (
     ("whence_score",),  # select and recover: rows of any corpus
     ("query", "rank", "id", "score", "source"),
     ("mixture", "set", "merged", "midpoint", "perplexity"),
+    ("rank", "method", "lds", "mean_loss_lds", "below_best", "subsets"),
+    ("rank", "method", "auroc", "auprc", "mrr", "below_best", "candidates"),
+    ("rank", "method", "change", "over_random", "helped", "lr"),
     ("method", "task", "seeds", "gain", "gain_interval"),
     ("method", "partition", "set", "score", "change"),
     ("domain", "suggested", "mean", "best_tried", "least_tried", "most_tried", "cap"),

@@ -25,15 +25,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from whence import runner
@@ -50,6 +49,7 @@ from whence.outputs import refuse_inputs
 from whence.paths import is_directory, writing_to
 from whence.storage import Place
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
+from whence.training.left_out_rows import draws_masks, without_rows
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
 from whence.training.resuming import (
@@ -64,6 +64,7 @@ from whence.training.resuming import (
     step_of,
 )
 from whence.training.step_log import StepRecorder, default_interval, remove_dropout, require_no_chance
+from whence.training.trained_weights import trainable
 from whence.training.training_rows import Rows, encoded_rows, training_rows
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ class Opened:
     rows: Rows
     settings: TrainSettings
     """Those that the rows lead to, with what chat templates write."""
+    left_out: frozenset[int] = frozenset()
+    """Numbers of rows that add nothing to their steps; see `left_out_rows`."""
 
 
 def open_training(
@@ -184,6 +187,7 @@ def with_followers(trainer: "_Trainer", opened: Opened, directory: Path) -> dict
     weights = directory_digest(opened.source)
     record = {"model": str(opened.source), "weights": weights, "corpus": opened.corpus}
     record |= {**rows.record(), **chosen.record()}
+    record |= {"left_out": sorted(opened.left_out)} if opened.left_out else {}
     if chosen.in_run is not None:
         trainer.in_run, validation = _in_run(opened.loaded, trainer, rows, chosen)
         record |= validation
@@ -222,6 +226,13 @@ def _train_from(
             ) from error
 
 
+def training_until_its_end(trainer: "_Trainer", tick: runner.Tick) -> None:
+    """Make all steps of a training, and count them."""
+    trainer.add_callback(_Ticks(tick))
+    with quiet_saving():
+        trainer.train()
+
+
 def _in_run(
     loaded: LoadedModel, trainer: "_Trainer", rows: "Rows", settings: TrainSettings
 ) -> tuple[InRun, dict[str, Any]]:
@@ -257,8 +268,6 @@ def _step_recorder(trainer: "_Trainer", opened: Opened, directory: Path) -> Step
             f"--replayable follows a training on one device, of {trainer.args.n_gpu} here: hide the others"
         )
     net: Any = trainer.model
-    if changed := remove_dropout(net):
-        logger.warning("%s: --replayable trains without its dropout (%s and others)", opened.loaded.path, changed[0])
     batch = trainer.data_collator([opened.rows[0]])
     inputs = {name: batch[name].to(net.device) for name in ("input_ids", "attention_mask")}
     require_no_chance(net, inputs, opened.loaded.path)
@@ -296,12 +305,20 @@ class _Trainer(Trainer):
     in_run: InRun | None = None
     mixing: OnlineBatches | None = None
     step_log: StepRecorder | None = None
+    """The log of the steps, if it is kept."""
+    left_out: frozenset[int] = frozenset()
+    """Numbers of the rows that add nothing to their steps."""
     has_begun = False
     """Whether a step has begun in this process."""
 
     def __init__(self, order: RowOrder, **options: Any):
         self.order = order
         super().__init__(callbacks=[OrderKept(order), FilesListed(), _StepEvents(self)], **options)
+
+    @cached_property
+    def draws_masks(self) -> bool:
+        """Whether the model's passes draw masks of dropout."""
+        return draws_masks(self.model)  # type: ignore[arg-type]
 
     def followers(self) -> list[InRun | OnlineBatches | StepRecorder]:
         """The objects that write a state into each checkpoint."""
@@ -324,6 +341,13 @@ class _Trainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One pass over a batch; its row numbers are not passed to the model."""
+        if self.left_out:
+            if num_items_in_batch is None:
+                raise ModelError(
+                    f"A {type(model).__name__} takes no denominator of its loss, which left-out rows must not change: "
+                    "leave rows out by --leave-out drop."
+                )
+            inputs = without_rows(inputs, self.left_out, keeps_places=self.draws_masks)
         rows = inputs.pop("rows")
         if self.step_log is not None:
             self.step_log.add_pass(rows)
@@ -378,6 +402,9 @@ def trainer_of(opened: Opened, directory: Path) -> _Trainer:
         data_collator=_collate_function(loaded.tokenizer.pad_token_id or 0),
         processing_class=loaded.tokenizer,
     )
+    trainer.left_out = opened.left_out
+    if settings.replayable and (changed := remove_dropout(trainer.model)):  # type: ignore[arg-type]
+        logger.warning("%s: --replayable trains without its dropout (%s and others)", loaded.path, changed[0])
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # they print every log line to stdout, which is for results
     return trainer
@@ -393,64 +420,6 @@ def _collate_function(pad_id: int) -> Callable[[list[dict[str, Any]]], dict[str,
         return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "labels": labels, "rows": numbers}
 
     return collated
-
-
-def trainable(loaded: LoadedModel, settings: TrainSettings) -> nn.Module:
-    """The model with its trained weights thawed; loading froze all of them."""
-    if loaded.has_adapter:
-        if settings.lora_rank is not None:
-            raise SettingError(f"--lora-rank: {loaded.path} has an adapter already, and that is trained on.")
-        for name, weight in loaded.model.named_parameters():
-            weight.requires_grad_("lora_" in name)
-        return loaded.model
-    if settings.lora_rank is None:
-        return loaded.model.requires_grad_(True)
-    modules = [name.strip() for name in (settings.lora_targets or "").split(",")]
-    adapter = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        lora_dropout=settings.lora_dropout,
-        target_modules=modules if settings.lora_targets else "all-linear",  # of the blocks; peft leaves the head out
-        exclude_modules=None if settings.lora_targets else _routers(loaded.base),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
-        task_type="CAUSAL_LM",
-    )
-    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in loaded.layers()))
-    try:
-        return get_peft_model(loaded.base, adapter)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:100]
-        if settings.lora_targets is None:
-            raise SettingError(
-                f"{loaded.path}: peft does not adapt all its linear layers ({reason}). Name some of them with "
-                f"--lora-targets: {names}"
-            ) from None
-        raise SettingError(
-            f"--lora-targets {settings.lora_targets}: this model has no such layers; its linear layers are called "
-            f"{names} ({reason})"
-        ) from None
-
-
-def _routers(model: nn.Module) -> list[str] | None:
-    """Linear layers of the model's own kinds that do not map each row to one: routers of Phi-MoE and Llama 4.
-
-    Falcon's layers are of an own kind too, but are linear.
-    """
-    own = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
-    }
-    return [name for name, module in own.items() if not _maps_rows(module)] or None
-
-
-@torch.no_grad()
-def _maps_rows(layer: nn.Linear) -> bool:
-    try:
-        out = layer(layer.weight.new_zeros(1, layer.in_features))
-    except FOREIGN:
-        return False
-    return isinstance(out, Tensor) and out.shape == (1, layer.out_features)
 
 
 def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingArguments:

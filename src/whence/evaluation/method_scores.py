@@ -1,0 +1,198 @@
+"""Scores of some rows for some queries by many methods, each with what it cost: what every grading begins with.
+
+A method is a scorer of `catalogue.GRADED` (`bm25`, `less:within=mean_cosine`), read from an index or from the rows
+themselves. Another tool's, or a method that is no scorer, comes as a file (`score_files`). Larger is more helpful. Each
+query is a target of its own; a task's mean loss is graded by the mean of its queries' scores.
+
+The cost is the wall time of scoring. The time that an index took is told by whoever made it, and is added for methods
+that read its vectors; a model that is loaded first is not counted.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence import catalogue
+from whence.corpus.layouts import Row
+from whence.counts import number_of
+from whence.errors import SettingError
+from whence.selection.pipeline import build_scorer, targets_of
+from whence.selection.protocols import Scorer, Target
+from whence.selection.views import CorpusView, IndexView, refuse_contrasts
+
+EXACT = ("exact-cosine", "exact-dot")
+AT = "@"
+"""Between a method's name and that of the index that it reads, where there are several."""
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """One method's scores of n rows for q queries."""
+
+    name: str
+    scores: Float32[Tensor, "q n"] = field(repr=False)
+    """Larger is more helpful; not finite where a row has no score."""
+    seconds: float | None = None
+    """What they cost; None where nobody knows."""
+    origin: str = ""
+    """Where they come from, in words."""
+    is_signed: bool = False
+    """Whether the sign says helpful or harmful, as of gradients; only then is a magnitude of use."""
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """A method as it is asked for: NAME, NAME:OPTION=VALUE,... or NAME@INDEX.
+
+    >>> MethodName.of("less:within=mean_cosine@adam")
+    MethodName(text='less:within=mean_cosine@adam', base='less', options={'within': 'mean_cosine'}, index='adam')
+    """
+
+    text: str
+    base: str
+    options: dict[str, str]
+    index: str = ""
+
+    @staticmethod
+    def of(text: str) -> "MethodName":
+        """A method's parts.
+
+        Raises:
+            UnknownNameError: There is no such method.
+            SettingError: An option is not OPTION=VALUE.
+        """
+        whole, _, index = text.partition(AT)
+        base, _, options = whole.partition(":")
+        catalogue.graded_entry(base)
+        pairs = [option.partition("=") for option in options.split(",") if option]
+        if bad := [name for name, equals, _ in pairs if not equals]:
+            raise SettingError(f"--methods {text}: {bad[0]} is no option; OPTION=VALUE is expected")
+        return MethodName(text, base, {name: value for name, _, value in pairs}, index)
+
+    @property
+    def entry(self) -> catalogue.ScorerEntry:
+        """What it needs."""
+        return catalogue.graded_entry(self.base)
+
+    def scorer(self, seed: int) -> Scorer:
+        """Build its scorer.
+
+        Raises:
+            SettingError: It has no such option.
+        """
+        known = {entry.implementation: name for name, entry in catalogue.SCORERS.items()}
+        if (name := known.get(self.entry.implementation)) is not None:
+            return build_scorer(name, seed, self.options)
+        if self.options:
+            raise SettingError(f"--methods {self.text}: {self.base} has no options")
+        return self.entry.load()(seed=seed)
+
+
+def score_methods(
+    methods: Sequence[str],
+    queries: Sequence[Row],
+    view: IndexView | CorpusView,
+    row_ids: Sequence[str] | None = None,
+    *,
+    indexes: Mapping[str, IndexView] | None = None,
+    index_seconds: float | None = None,
+    seed: int = 0,
+) -> list[MethodScores]:
+    """Score rows for queries, one method after another.
+
+    Args:
+        methods: Methods, as `MethodName` has them.
+        queries: Corpus rows; each is scored for by itself, so each needs a supervised token.
+        view: The rows, or an index of them and perhaps of others.
+        row_ids: Ids of the rows to score, in the order of the columns; None: the view's rows in their order.
+        indexes: Other indexes of the same rows, for methods that name one: `less@adam`.
+        index_seconds: What an index took to make, added to the cost of methods that read its vectors.
+        seed: Seed of the methods that draw.
+
+    Raises:
+        SettingError: A method needs what the view lacks, a row is not in the index, or a query cannot be scored for.
+    """
+    out, targets = [], dict[str, list[Target]]()
+    columns = dict[str, Tensor | None]()
+    for text in dict.fromkeys(methods):
+        method = MethodName.of(text)
+        read = _view_of(method, view, indexes or {})
+        if method.index not in targets:
+            targets[method.index] = query_targets(queries, read)
+            columns[method.index] = None if row_ids is None else _columns(read, row_ids)
+        if not method.entry.contrasts:
+            refuse_contrasts(read, f"{text} reads one answer of a row", "Give another index, or leave it out.")
+        if method.entry.needs_model or method.entry.needs_index:
+            read.model()  # loading is not scoring
+        scorer, start = method.scorer(seed), time.perf_counter()
+        scores = scorer(read, targets[method.index])
+        seconds = time.perf_counter() - start + (index_seconds or 0.0) * method.entry.needs_index
+        chosen = columns[method.index]
+        origin = "an index" if isinstance(read, IndexView) else "the rows"
+        signed = method.entry.needs_index or method.base in EXACT
+        out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin, signed))
+    return out
+
+
+def with_costs(scored: Sequence[MethodScores], costs: Mapping[str, float]) -> list[MethodScores]:
+    """The same, with seconds that someone else measured.
+
+    Raises:
+        SettingError: A cost is of no method that is graded.
+    """
+    names = [method.name for method in scored]
+    if unknown := [name for name in costs if name not in names]:
+        raise SettingError(f"--cost {unknown[0]}: of no method that is graded; these are {', '.join(names)}")
+    return [replace(method, seconds=costs.get(method.name, method.seconds)) for method in scored]
+
+
+def query_targets(queries: Sequence[Row], view: IndexView | CorpusView) -> list[Target]:
+    """Every query as a target of its own.
+
+    Raises:
+        SettingError: A query has no supervised token.
+    """
+    targets, _ = targets_of(list(queries), view, by="example")
+    if len(targets) < len(queries):
+        short = len(queries) - len(targets)
+        raise SettingError(
+            f"queries without a supervised token: {short:,} of {len(queries):,}. No row can be scored for them: mend "
+            "them, or leave them out"
+        )
+    return targets
+
+
+def _view_of(
+    method: MethodName, view: IndexView | CorpusView, indexes: Mapping[str, IndexView]
+) -> IndexView | CorpusView:
+    if method.index:
+        if method.index not in indexes:
+            known = ", ".join(indexes) or "none"
+            raise SettingError(f"--methods {method.text}: no --index has the name {method.index}; named are {known}")
+        return indexes[method.index]
+    if method.entry.needs_index and not isinstance(view, IndexView):
+        raise SettingError(
+            f"--methods {method.text}: it reads the vectors of an index. Make one with: whence index MODEL CORPUS "
+            "-o INDEX, and add --index INDEX"
+        )
+    return view
+
+
+def _columns(view: IndexView | CorpusView, row_ids: Sequence[str]) -> Tensor:
+    """Places of rows in a view.
+
+    Raises:
+        SettingError: It lacks one of them.
+    """
+    places = {id: place for place, id in enumerate(view.ids())}
+    if missing := [id for id in row_ids if id not in places]:
+        name = view.index.store.place.root if isinstance(view, IndexView) else view.corpus.name
+        raise SettingError(
+            f"{name}: it lacks {number_of(len(missing), 'row')} of {len(row_ids):,}, such as {missing[0]}: give an "
+            "index of the same corpus"
+        )
+    return torch.tensor([places[id] for id in row_ids], dtype=torch.int64)
