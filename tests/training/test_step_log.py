@@ -14,6 +14,7 @@ from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, SettingError
 from whence.gradients.exact import sequences_of
 from whence.models.training_state import RECORD
+from whence.training.dry_run import plan_training
 from whence.training.replay import replay
 from whence.training.replayed_run import open_replayable
 from whence.training.step_log import FOLDER, StepRecorder, open_log
@@ -72,6 +73,17 @@ def test_pieces_that_are_trained_again_give_the_same_scores(models, corpus, run,
     assert torch.equal(few.scores.abs() > 0, torch.ones(3, 20, dtype=torch.bool))
     difference = (few.scores - all_stored.scores).norm() / all_stored.scores.norm()
     assert difference < 0.02, difference
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_a_plan_counts_the_states(models, corpus, tmp_path, every):
+    settings = QUICK | {"replayable": True, "replay_every": every, "optimizer": "adamw"}
+    planned = plan_training(
+        models["llama"], corpus, tmp_path / "run", **{k: v for k, v in settings.items() if k != "progress"}
+    )
+    run = train(models["llama"], corpus, tmp_path / "run", **settings)
+    stored = sum(file.stat().st_size for file in (run / FOLDER).glob("state-*"))
+    assert planned.disk["states to replay"] == pytest.approx(stored, rel=0.1), "headers are not counted"
 
 
 def test_a_stopped_training_keeps_the_same_log(models, corpus, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from whence.models.loading import LoadedModel
 from whence.outputs import refuse_inputs
 from whence.training.recipe import TrainSettings, settings_of
 from whence.training.resuming import RECORD, RowOrder, begin, step_of
+from whence.training.step_log import PARTS, default_interval, states_stored
 from whence.training.trainer import Opened, open_training, quiet_saving, trainer_of, with_followers
 
 STEPS = 9
@@ -103,7 +104,7 @@ def plan_training(
             Phase("checking and loading", began),
             Phase("steps", found.seconds_per_position * positions, number_of(max(0, steps - done), "step")),
         ),
-        disk={"checkpoints": checkpoints * found.checkpoint},
+        disk={"checkpoints": checkpoints * found.checkpoint, **_states(opened.settings, found, steps, done)},
         memory=found.memory,
         free_disk=free_disk(out),
         free_memory=found.free,
@@ -111,6 +112,14 @@ def plan_training(
         remedies={DISK: ("--checkpoints", "1"), MEMORY: _less_memory(opened.settings)},
         notes=notes,
     )
+
+
+def _states(settings: TrainSettings, found: PilotSteps, steps: int, done: int) -> dict[str, int]:
+    """Bytes of the states that a replayable training stores; nothing for another."""
+    if not settings.replayable:
+        return {}
+    stored = states_stored(steps, settings.replay_every or default_interval(found.trained, steps))
+    return {"states to replay": sum(len(PARTS) if step else 1 for step in stored if step >= done) * found.trained}
 
 
 def steps_of(settings: TrainSettings, rows: int) -> tuple[int, list[int]]:

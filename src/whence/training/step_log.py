@@ -241,8 +241,7 @@ class StepRecorder:
         assert self.optimizer is not None, "a training has a step"
         data = _parquet(self.steps, self.optimizer)
         self._place.write(STEPS, [data], total=len(data))
-        kept = {0, len(self.steps), *range(0, len(self.steps), self.every)}
-        names = [STEPS, *(_state_file(number) for number in sorted(kept))]
+        names = [STEPS, *(_state_file(number) for number in states_stored(len(self.steps), self.every))]
         entries = [{"file": name, "bytes": self._place.size(name), "xxh3": digest(_blocks(self._place.path(name)))}
                    for name in names]  # fmt: skip
         record = _Record(
@@ -262,10 +261,19 @@ class StepRecorder:
         self._place.write(_state_file(number), pieces, total=total)
 
 
-def default_interval(weights: Mapping[str, Tensor], steps: int) -> int:
-    """Steps between stored states: 1 where all of them take `ALL_STATES` bytes at the most, else the steps' root."""
-    state = len(PARTS) * sum(weight.numel() * weight.element_size() for weight in weights.values())
-    return 1 if steps * state <= ALL_STATES else math.ceil(math.sqrt(steps))
+def default_interval(trained: int, steps: int) -> int:
+    """Steps between stored states: 1 where all of them take `ALL_STATES` bytes at the most, else the steps' root.
+
+    Args:
+        trained: Bytes of the trained weights.
+        steps: Number of steps.
+    """
+    return 1 if steps * len(PARTS) * trained <= ALL_STATES else math.ceil(math.sqrt(steps))
+
+
+def states_stored(steps: int, every: int) -> list[int]:
+    """Numbers of steps after which the state is stored."""
+    return sorted({0, steps, *range(0, steps, every)})
 
 
 def remove_dropout(net: nn.Module) -> list[str]:

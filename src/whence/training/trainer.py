@@ -272,7 +272,8 @@ def _step_recorder(trainer: "_Trainer", opened: Opened, directory: Path) -> Step
     inputs = {name: batch[name].to(net.device) for name in ("input_ids", "attention_mask")}
     require_no_chance(net, inputs, opened.loaded.path)
     weights = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
-    every = opened.settings.replay_every or default_interval(weights, trainer.args.max_steps)
+    trained = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    every = opened.settings.replay_every or default_interval(trained, trainer.args.max_steps)
     return StepRecorder(weights, directory, every, trainer.args.max_grad_norm)
 
 
