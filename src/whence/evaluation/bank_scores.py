@@ -8,7 +8,7 @@ mean is taken; where they are dropped, the training on all rows.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
@@ -21,6 +21,9 @@ from whence.models.loading import load_model
 from whence.models.runs import open_run
 from whence.runner import ProgressOption, shown_as
 from whence.selection.views import CorpusView, IndexView
+
+if TYPE_CHECKING:
+    from whence.selection.run_view import RunView  # which brings the Trainer
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def bank_scores(
         first = views.get("", next(iter(views.values()), None))
         view = first or bank_view(bank, names, model)
         ids = bank.row_ids if isinstance(view, IndexView) else None
-        scored = score_methods(names, bank.queries, view, ids, indexes=views, index_seconds=index_seconds, seed=seed)
+        run = _replayed_run(bank, model) if any(MethodName.of(name).entry.needs_run for name in names) else None
+        scored = score_methods(names, bank.queries, view, ids, indexes=views, run=run, index_seconds=index_seconds,
+                               seed=seed)  # fmt: skip
     scored += [scores_from_file(name, path, bank.row_ids, bank.query_ids) for name, path in (scores or {}).items()]
     return with_costs(scored, costs or {})
 
@@ -136,6 +141,16 @@ def bank_view(bank: Bank, methods: Sequence[str], model: str | None = None) -> C
         loaded = load_model(open_run(model or bank.protocol.run).checkpoints[-1].path)
     rows = [row.row for row in bank.rows]
     return CorpusView(open_corpus(rows), loaded, max_tokens=bank.protocol.training.get("max_tokens"))
+
+
+def _replayed_run(bank: Bank, moved: str | None) -> "RunView":
+    """The bank's run as methods that replay it read it."""
+    from whence.selection.run_view import RunView
+
+    view = RunView.of(moved or bank.protocol.run)
+    if view.run.ids != bank.row_ids:
+        raise SettingError(f"{view.run.model.path}: it was trained on other rows than those of the bank")
+    return view
 
 
 def training_seconds(bank: Bank) -> float:

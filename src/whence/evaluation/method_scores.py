@@ -11,6 +11,7 @@ that read its vectors; a model that is loaded first is not counted.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float32
@@ -23,6 +24,9 @@ from whence.errors import SettingError
 from whence.selection.pipeline import build_scorer, targets_of
 from whence.selection.protocols import Scorer, Target
 from whence.selection.views import CorpusView, IndexView, refuse_contrasts
+
+if TYPE_CHECKING:
+    from whence.selection.run_view import RunView  # which brings the Trainer
 
 EXACT = ("exact-cosine", "exact-dot")
 AT = "@"
@@ -99,6 +103,7 @@ def score_methods(
     row_ids: Sequence[str] | None = None,
     *,
     indexes: Mapping[str, IndexView] | None = None,
+    run: "RunView | None" = None,
     index_seconds: float | None = None,
     seed: int = 0,
 ) -> list[MethodScores]:
@@ -110,30 +115,33 @@ def score_methods(
         view: The rows, or an index of them and perhaps of others.
         row_ids: Ids of the rows to score, in the order of the columns; None: the view's rows in their order.
         indexes: Other indexes of the same rows, for methods that name one: `less@adam`.
+        run: The run that was trained on just these rows, in their order, for methods that replay it.
         index_seconds: What an index took to make, added to the cost of methods that read its vectors.
         seed: Seed of the methods that draw.
 
     Raises:
         SettingError: A method needs what the view lacks, a row is not in the index, or a query cannot be scored for.
     """
-    out, targets = [], dict[str, list[Target]]()
-    columns = dict[str, Tensor | None]()
+    out, targets = [], dict[int, list[Target]]()
+    columns = dict[int, Tensor | None]()
     for text in dict.fromkeys(methods):
         method = MethodName.of(text)
-        read = _view_of(method, view, indexes or {})
-        if method.index not in targets:
-            targets[method.index] = query_targets(queries, read)
-            columns[method.index] = None if row_ids is None else _columns(read, row_ids)
+        read = _view_of(method, view, indexes or {}, run)
+        if id(read) not in targets:
+            targets[id(read)] = query_targets(queries, read)
+            columns[id(read)] = (
+                None if row_ids is None and read is not run else _columns(read, row_ids or [*view.ids()])
+            )
         if not method.entry.contrasts:
             refuse_contrasts(read, f"{text} reads one answer of a row", "Give another index, or leave it out.")
         if method.entry.needs_model or method.entry.needs_index:
             read.model()  # loading is not scoring
         scorer, start = method.scorer(seed), time.perf_counter()
-        scores = scorer(read, targets[method.index])
+        scores = scorer(read, targets[id(read)])
         seconds = time.perf_counter() - start + (index_seconds or 0.0) * method.entry.needs_index
-        chosen = columns[method.index]
-        origin = "an index" if isinstance(read, IndexView) else "the rows"
-        signed = method.entry.needs_index or method.base in EXACT
+        chosen = columns[id(read)]
+        origin = "the run" if read is run else "an index" if isinstance(read, IndexView) else "the rows"
+        signed = method.entry.needs_index or method.entry.needs_run or method.base in EXACT
         out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin, signed))
     return out
 
@@ -167,8 +175,14 @@ def query_targets(queries: Sequence[Row], view: IndexView | CorpusView) -> list[
 
 
 def _view_of(
-    method: MethodName, view: IndexView | CorpusView, indexes: Mapping[str, IndexView]
+    method: MethodName, view: IndexView | CorpusView, indexes: Mapping[str, IndexView], run: "RunView | None"
 ) -> IndexView | CorpusView:
+    if method.entry.needs_run:
+        if run is None:
+            raise SettingError(
+                f"--methods {method.text}: it reads a run of `whence train --replayable`, and none is given"
+            )
+        return run
     if method.index:
         if method.index not in indexes:
             known = ", ".join(indexes) or "none"
