@@ -1,0 +1,220 @@
+"""Methods held against real retrainings: two banks, and how well each method's scores predict them.
+
+    python -m benchmarks.evaluation.banks STAGE... [--bank base-6m|demo] [--data ../shared/data]
+        [--model ../shared/models/base-6m] [--work /tmp/banks] [--subsets 60]
+
+Stages, in order (`all` runs them all); each goes on where it was stopped, and skips what is in WORK:
+
+    run      the training: `whence train --replayable`; and once more with `--in-run`, which changes no weight
+    bank     `whence bank`: it on random halves of its rows, rows leaving by adding nothing
+    index    the default index at the end of the training, and one as Adam would use gradients
+    replay   scores of every row for every query through the whole training, with the Hessian's products and without;
+             QUERIES_AT_ONCE queries a time, each part kept
+    lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
+             benchmarks/evaluation/results/banks.json
+
+Banks:
+
+    base-6m  base-6m fine-tuned on 1,000 rows of alpaca and 1,000 of gsm8k, of at most MAX_TOKENS tokens; 30 queries,
+             half of each. 3 epochs of AdamW, batches of 32, 3e-4, warm-up and linear decay
+    demo     the demo's model from scratch on 1,000 docstrings of Python's standard library, by the demo's own recipe
+             (24 epochs, 2e-3, cosine); 30 queries: docstrings that it was not trained on
+
+Costs are wall seconds of whatever was run, over those of one training of the bank; `stages` says the machine's load.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from transformers import AutoTokenizer
+
+from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, make_parent
+from whence.corpus.tokens import encode
+from whence.evaluation.bank_scores import evaluate_lds, training_seconds
+from whence.evaluation.bank_store import open_bank
+from whence.gradients.exact import sequences_of
+from whence.training.replay import replay
+from whence.training.replayed_run import open_replayable
+
+MAX_TOKENS = 64
+QUERIES, QUERIES_AT_ONCE = 30, 5
+RECIPES = {
+    "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
+    "demo": RECIPE,
+}
+METHODS = ("cosine", "dot", "exact-cosine", "exact-dot", "less@adam", "bm25", "rds+", "loss", "random")
+WAYS = {"replay": True, "replay without Hessians": False}
+"""Whether the Hessian's products count, by the name of the method."""
+RESULTS = Path(__file__).parent / "results" / "banks.json"
+
+
+def main() -> None:
+    """Run stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--bank", choices=[*RECIPES], default="base-6m")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--model", default="../shared/models/base-6m")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/banks"))
+    parser.add_argument("--subsets", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.work = (options.work / options.bank).resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if "all" in options.stages else options.stages:
+        STAGES[stage](options)
+
+
+def keep(options: argparse.Namespace, name: str, found: object) -> None:
+    """Put a stage's results into the committed file."""
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document.setdefault(options.bank, {})[name] = found
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def command(options: argparse.Namespace, name: str, *words: object) -> None:
+    """Run a command as a user would; its seconds, and the load before it, are kept under a name."""
+    load, start = os.getloadavg()[0], time.perf_counter()
+    subprocess.run([sys.executable, "-m", "whence", *map(str, words)], check=True)
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stages = document.get(options.bank, {}).get("stages", {})
+    if name not in stages:  # what goes on after a stop took longer
+        took = {"seconds": round(time.perf_counter() - start, 1), "load": load, "threads": torch.get_num_threads()}
+        keep(options, "stages", stages | {name: took})
+
+
+# -- rows
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Rows as .jsonl."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def instructions(options: argparse.Namespace) -> tuple[list[dict], list[dict], str]:
+    """Rows, queries and the parent of the bank `base-6m`."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows, queries = [], []
+    for name in ("alpaca", "gsm8k_train"):
+        listed = [json.loads(line) for line in (options.data / "instruct" / f"{name}.jsonl").open()]
+        random.Random(options.seed).shuffle(listed)
+        short = [row for row in listed if len(encode(row, tokenizer).ids) <= MAX_TOKENS]
+        rows += short[:1000]
+        queries += short[1000 : 1000 + QUERIES // 2]
+    return rows, queries, str(Path(options.model).resolve())
+
+
+def docstrings(options: argparse.Namespace) -> tuple[list[dict], list[dict], str]:
+    """Rows, queries and the parent of the bank `demo`."""
+    rows = docstring_rows(1000 + QUERIES, options.seed)
+    parent = options.work / "parent"
+    if not parent.exists():
+        make_parent(parent, rows, options.seed)
+    conversations = [as_conversation(row) for row in rows]
+    return conversations[:1000], conversations[1000:], str(parent)
+
+
+def stage_run(options: argparse.Namespace) -> None:
+    """The training that is asked about."""
+    rows, queries, parent = (instructions if options.bank == "base-6m" else docstrings)(options)
+    write(options.work / "rows.jsonl", rows)
+    write(options.work / "queries.jsonl", queries)
+    flags = [word for name, value in RECIPES[options.bank].items() for word in (f"--{name.replace('_', '-')}", value)]
+    corpus = options.work / "rows.jsonl"
+    for name, more in (("run", ["--replayable"]), ("in-run", ["--in-run", options.work / "queries.jsonl"])):
+        command(
+            options, name, "train", parent, corpus, "-o", options.work / name, *flags, "--seed", options.seed, *more
+        )
+
+
+def stage_bank(options: argparse.Namespace) -> None:
+    """Random halves."""
+    work = options.work
+    command(options, "bank", "bank", work / "run", work / "rows.jsonl", "--queries", work / "queries.jsonl",
+            "--subsets", options.subsets, "--fraction", 0.5, "-o", work / "bank")  # fmt: skip
+
+
+def stage_index(options: argparse.Namespace) -> None:
+    """The default index, and Adam's view."""
+    work = options.work
+    for name, more in (("index", []), ("adam", ["--view", "adam"])):
+        command(options, name, "index", work / "run", work / "rows.jsonl", "-o", work / name, *more)
+
+
+def stage_replay(options: argparse.Namespace) -> None:
+    """Scores of every row for every query, a few queries at a time."""
+    opened, bank = open_replayable(options.work / "run"), open_bank(str(options.work / "bank"))
+    queries = [encode(row, opened.model.tokenizer) for row in bank.queries]
+    for name, hessian in WAYS.items():
+        for first in range(0, len(queries), QUERIES_AT_ONCE):
+            file = options.work / f"{name}-{first:03d}.parquet"
+            if file.exists():
+                continue
+            some, start = queries[first : first + QUERIES_AT_ONCE], time.perf_counter()
+            found = replay(opened.losses, opened.log, [[sequences_of(query)] for query in some], hessian=hessian)
+            seconds = time.perf_counter() - start
+            columns = {"query": [], "id": [], "score": []}
+            for number, scores in enumerate(found.scores):
+                columns["query"] += [bank.query_ids[first + number]] * len(opened.ids)
+                columns["id"] += opened.ids
+                columns["score"] += scores.tolist()
+            table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
+            pyarrow.parquet.write_table(table, file)
+            drift = max((share for _, share in found.drifts), default=0.0)
+            print(f"{name}, queries from {first}: {seconds:.0f} s, drift {drift:.1e}", flush=True)
+    if not (options.work / "mean.json").exists():  # what one task costs
+        start = time.perf_counter()
+        replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]])
+        (options.work / "mean.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
+
+
+def gathered(options: argparse.Namespace, name: str) -> tuple[str, float]:
+    """All of a replay's parts as one file of scores, and the seconds that they took."""
+    tables = [pyarrow.parquet.read_table(file) for file in sorted(options.work.glob(f"{name}-*.parquet"))]
+    seconds = sum(float(table.schema.metadata[b"seconds"]) for table in tables)
+    out = options.work / f"{name}.parquet"
+    pyarrow.parquet.write_table(pyarrow.concat_tables([table.replace_schema_metadata(None) for table in tables]), out)
+    return str(out), seconds
+
+
+def stage_lds(options: argparse.Namespace) -> None:
+    """The table."""
+    work, bank = options.work, open_bank(str(options.work / "bank"))
+    files, costs = {}, {}
+    for name in WAYS:
+        files[name], costs[name] = gathered(options, name)
+    files["in-run"] = str(work / "in-run" / "in_run_scores.parquet")
+    found = evaluate_lds(bank, METHODS, index={"": str(work / "index"), "adam": str(work / "adam")}, scores=files,
+                         costs=costs, seed=options.seed, progress=True)  # fmt: skip
+    first = found.table.marks[0].method
+    differences = {marks.method: vars(found.table.difference(first, marks.method)) for marks in found.table.marks[1:]}
+    training = training_seconds(bank)
+    task = json.loads((work / "mean.json").read_text())["seconds"] / training
+    keep(options, "lds", {"rows": found.rows(), "settings": dict(found.settings), "training seconds": training,
+                          "best": first, "less each other": differences, "replay of the mean, in trainings": task,
+                          "date": time.strftime("%Y-%m-%d")})  # fmt: skip
+    for marks in found.table.marks:
+        print(marks.method, round(marks.spearman.value, 3), marks.spearman.interval, round(marks.of_mean.value, 3))
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "run": stage_run,
+    "bank": stage_bank,
+    "index": stage_index,
+    "replay": stage_replay,
+    "lds": stage_lds,
+}
+
+if __name__ == "__main__":
+    main()
