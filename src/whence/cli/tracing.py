@@ -1,6 +1,6 @@
 """The verb `trace`: parse, call one library function, print."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -101,9 +101,9 @@ def trace(
         from whence.tracing.pipeline import trace as run
         from whence.tracing.retrieval import can_rerank
     with working("Tracing"):
-        opened = index if needs_run else open_index(index, model=model, **vars(loading))
+        opened: Any = index if needs_run else open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
-            tokens |= opened.space.view == "sgd"  # type: ignore[union-attr]
+            tokens |= opened.space.view == "sgd"
         result = run(
             opened, prompt, completion, queries=queries or conversation, system=system, span=place, contrast=contrast,
             preferences=preferences,

@@ -169,7 +169,7 @@ def pull_back_clip(by_clipped: Tensors, gradient: Tensors, factor: float) -> Non
     if factor == 1:
         return
     length = float(get_total_norm(list(gradient.values())))
-    along = sum(((by_clipped[name] * g).flatten(1).sum(1) for name, g in gradient.items()))
+    along = torch.stack([(by_clipped[name] * g).flatten(1).sum(1) for name, g in gradient.items()]).sum(0)
     share = along * (factor / ((length + CLIP_EPSILON) * length))
     for name, g in gradient.items():
         by_clipped[name].mul_(factor).sub_(share.view(-1, *[1] * g.dim()) * g)
