@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_ablate import HELD, QUICK, ROWS
 
-from conftest import save_tiny_llama
+from conftest import save_tiny_llama, write_jsonl
 from whence.ablation.heldout_losses import EvalSet
 from whence.ablation.member_training import pool_partitions, train_pool
 from whence.ablation.pipeline import ablate
@@ -20,6 +20,7 @@ from whence.numerics import spearman
 from whence.reports.join_tables import join_plot
 from whence.selection.pipeline import build_scorer, open_view, targets_of
 from whence.selection.views import CorpusView
+from whence.training.trainer import train
 
 SETS = [EvalSet(name, tuple(rows)) for name, rows in HELD.items()]
 
@@ -56,6 +57,20 @@ def test_sums_and_changes_by_hand(made):
     assert told["by set"]["a"] == pytest.approx(expected)
     assert all(math.isfinite(row["score"]) for row in found.points)
     assert json.dumps(found.points)
+
+
+def test_replay_reads_a_run_in_the_index_place(made, tmp_path):
+    pool, index = made
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    run = train(pool.parent, rows, tmp_path / "run", epochs=2, replayable=True, max_tokens=32, progress=False)
+    found = join(index, pool, SETS, methods=["replay", "bm25"], run=run, progress=False)
+    point = next(row for row in found.points if (row["method"], row["partition"], row["set"]) == ("replay", "b", "a"))
+    view = open_view(run, "replay")
+    scores = build_scorer("replay", 0, {})(view, targets_of(list(SETS[0].rows), view)[0])[0].double()
+    of_b = [number for number, row in enumerate(ROWS) if row["source"] == "b"]
+    assert point["score"] == pytest.approx(float(scores[of_b].sum()), rel=1e-4)
+    with pytest.raises(SettingError, match="add --run RUN"):
+        join(index, pool, SETS, methods=["replay"], progress=False)
 
 
 def test_a_partition_is_needed_by_its_own_set(made):

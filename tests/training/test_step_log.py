@@ -9,7 +9,7 @@ from test_in_run import save_model
 from test_trainer import stop_at
 
 from conftest import corpus_rows, write_jsonl
-from whence import catalogue, select, trace
+from whence import catalogue, open_result, select, trace
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, SettingError
 from whence.gradients.exact import sequences_of
@@ -169,6 +169,18 @@ def test_rows_that_were_not_trained_on_are_not_ranked(models, tmp_path):
     assert [ROWS[place]["id"] for place in opened.places.tolist()] == list(opened.ids)
     chosen = select(run, QUERIES, method="replay", count=20)
     assert {row["id"] for row in chosen.rows} == {*opened.ids}
+
+
+def test_a_trace_by_replay_is_drawn_and_stored(run, tmp_path):
+    found = trace(run, ROWS[0]["prompt"], ROWS[0]["completion"], method="replay", top=3)
+    found.save(tmp_path / "trace.json")
+    again = open_result(tmp_path / "trace.json")
+    assert [hit.as_row() for hit in again.hits] == [hit.as_row() for hit in found.hits]
+    found.save(tmp_path / "trace.html")
+    page = (tmp_path / "trace.html").read_text()
+    assert "replay" in page and found.hits[0].id in page
+    found.save(tmp_path / "trace.csv")
+    assert len((tmp_path / "trace.csv").read_text().splitlines()) == 7
 
 
 def test_the_command_line(run, tmp_path, printed):

@@ -128,6 +128,9 @@ def compare_with_pool(
     queries: Annotated[int, typer.Option(help="Rows of each set that are asked for.")] = 16,
     model: Annotated[str | None, typer.Option(help="The index' model, if it has moved since.")] = None,
     corpus: PoolCorpus = None,
+    run: Annotated[
+        str | None, typer.Option(help="For replay: a run of train --replayable on the pool's corpus, from its parent.")
+    ] = None,
     out: PointsFile = None,
     seed: Annotated[int, typer.Option(help="Seed of scorers and intervals.")] = 0,
     force: Force = False,
@@ -140,13 +143,13 @@ def compare_with_pool(
     for name in listed(methods):
         catalogue.scorer_entry(name)
     output = Output("-o", out, TABLE_OR_PLOT)
-    check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model], force=force)
-    check_inputs(index=source, pool=path, corpora=[*evaluated, corpus])
+    check_outputs([output], rows=[*evaluated, corpus], others=[source, path, model, run], force=force)
+    check_inputs(index=source, pool=path, run=run, corpora=[*evaluated, corpus])
     with waiting("Loading torch"):
         from whence.evaluation.joining import join
         from whence.reports.join_tables import join_answer, join_plot, join_tables
     result = join(source, path, evaluated, methods=list(listed(methods)), queries=queries,
-                  model=model, corpus=corpus, seed=seed, progress=not as_json)  # fmt: skip
+                  model=model, corpus=corpus, run=run, seed=seed, progress=not as_json)  # fmt: skip
     if out is not None:
         write_page(join_plot(result), out) if out.endswith(".svg") else write_rows(result.points, out)
     if as_json:

@@ -3,7 +3,8 @@
 For a partition u and an evaluation set e, over the rows x of u and the first rows q of e,
 
     score     mean over q of the sum over x of visits(u) * score(q, x), visits(u) = budget / tokens of u: how often the
-              member's training read each of its rows; a row that was cut between two units counts by its tokens' share
+              member's training read each of its rows (1 for replay, whose scores are of all readings of its own run);
+              a row that was cut between two units counts by its tokens' share
     change    L_e(merge of all members but u) - L_e(merge of all), in nats: above 0, u was needed
 
 and their rank correlation: over all pairs, with each set's own means subtracted from both (for its interval partitions
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from whence import catalogue
 from whence.ablation.heldout_losses import EvalSet, read_sets
 from whence.ablation.member_training import pool_partitions
 from whence.ablation.pipeline import ablate
@@ -72,6 +74,7 @@ def join(
     queries: int = 16,
     model: str | None = None,
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
+    run: str | Path | None = None,
     seed: int = 0,
     progress: ProgressOption = True,
 ) -> Join:
@@ -86,12 +89,13 @@ def join(
         model: The index's model, where it has moved.
         corpus: The corpus that the pool was trained on, which tells the rows of its units; None: the one that the pool
             names.
+        run: A run of `train --replayable` on the pool's corpus from its parent, for methods that replay it.
         seed: Seed of scorers and intervals.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
-        SettingError: Fewer than three members, or a partition of which the index has no row; for a pool of units, no
-            corpus that tells which rows went into each.
+        SettingError: A method that replays a run, and no run; fewer than three members, or a partition of which the
+            index has no row; for a pool of units, no corpus that tells which rows went into each.
     """
     opened = pool if isinstance(pool, Pool) else open_pool(pool)
     if len(opened.members) < 3:
@@ -105,7 +109,10 @@ def join(
     changes = _changes(opened, sets, progress=progress)
     points: list[dict[str, Any]] = []
     for method in methods:
-        sums = _summed_scores(source, opened, sets, method, queries, model, seed, units)
+        read = run if catalogue.scorer_entry(method).needs_run else source
+        if read is None:
+            raise SettingError(f"--methods {method}: it reads a run of `whence train --replayable`: add --run RUN")
+        sums = _summed_scores(read, opened, sets, method, queries, model, seed, units)
         points += [{"method": method, "partition": name, "set": eval_set.name, "score": sums[eval_set.name][name],
                     "change": changes[eval_set.name][name]}
                    for eval_set in sets for name in opened.partitions]  # fmt: skip
@@ -140,7 +147,8 @@ def _summed_scores(
     units: Units | None,
 ) -> dict[str, dict[str, float]]:
     """Scores summed by set and partition; the rows are read once for all sets."""
-    view = open_view(source, method, model=model)
+    counts_readings = catalogue.scorer_entry(method).needs_run  # a replay's score is of all of them
+    view = open_view(source, method, model=None if counts_readings else model)
     refuse_contrasts(view, "the pool's models are trained on the chosen answers alone")
     lengths = torch.tensor([len(encoded.ids) for encoded in view.encoded()], dtype=torch.float64)
     shares, out = _row_shares(pool, view, units), {}
@@ -150,10 +158,11 @@ def _summed_scores(
     for eval_set, set_scores in zip(sets, all_scores.split([len(of_set) for of_set in targets]), strict=True):
         scores = set_scores.mean(0)
         scores = torch.where(scores.isfinite(), scores, 0.0)
-        out[eval_set.name] = {
-            name: float((scores * share).sum() * pool.members[name].tokens / (lengths * share).sum())
+        visits = {
+            name: 1.0 if counts_readings else pool.members[name].tokens / float((lengths * share).sum())
             for name, share in shares.items()
         }
+        out[eval_set.name] = {name: float((scores * share).sum()) * visits[name] for name, share in shares.items()}
     return out
 
 
