@@ -133,6 +133,13 @@ def place_training(base: Path) -> None:
     place_rows("validation.jsonl", 3, "gsm8k", first=60)
 
 
+def place_evaluating(base: Path) -> None:
+    """A model, a corpus of two sources, and queries."""
+    place_models(base, "base")
+    place_rows("rows.jsonl", 12, "alpaca", "gsm8k")
+    place_rows("queries.jsonl", 3, "alpaca", "gsm8k", first=60)
+
+
 def place_secret(base: Path) -> None:
     """A corpus of two sources, for a model is trained on each, and the rows of it that are to be learnt in secret."""
     place_models(base, "base")

@@ -77,6 +77,7 @@ WALKS = {
          "whence verify hurt-index": inputs.hurt_index},
     ),
     "selecting": Walk({f"{GUIDE}/selecting.md": inputs.place_pool_of_rows}),
+    "evaluating": Walk({f"{GUIDE}/evaluating.md": inputs.place_evaluating}),
     "training": Walk({f"{GUIDE}/training.md": inputs.place_training}),
     "recovering": Walk({f"{GUIDE}/recovering.md": inputs.place_secret}),
     "mixtures": Walk({f"{GUIDE}/pools.md": inputs.place_domains, f"{GUIDE}/mixing.md": inputs.place_regmix}),

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from whence.corpus.reading import Example as Example
     from whence.corpus.reading import open_corpus as open_corpus
     from whence.errors import WhenceError as WhenceError
+    from whence.evaluation.bank_pipeline import bank as bank
+    from whence.evaluation.bank_plan import plan_bank as plan_bank
     from whence.evaluation.bank_scores import evaluate_lds as evaluate_lds
+    from whence.evaluation.bank_store import Bank as Bank
+    from whence.evaluation.bank_store import open_bank as open_bank
     from whence.evaluation.joining import join as join
     from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablate": "ablation.pipeline",
     "append": "indexing.build",
+    "bank": "evaluation.bank_pipeline",
+    "Bank": "evaluation.bank_store",
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
@@ -72,11 +78,13 @@ _HOMES = {
     "mix_law": "mixing.pipeline",
     "MixOptions": "training.online_mixing",
     "OnlineMixer": "training.online_mixing",
+    "open_bank": "evaluation.bank_store",
     "open_corpus": "corpus.reading",
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "open_result": "reports.saved_results",
     "plan": "indexing.planning",
+    "plan_bank": "evaluation.bank_plan",
     "plan_pool": "ablation.dry_run",
     "plan_recovery": "recovery.dry_run",
     "plan_training": "training.dry_run",

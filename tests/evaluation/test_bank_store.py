@@ -69,7 +69,9 @@ def test_rows_queries_and_protocol_come_back(place):
     assert repr(bank).startswith(f"Bank({place.root}, 3 retrainings of /run on 4 rows, 2 queries)")
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "queries/000.jsonl", "members/random-0000/member.json", "bank.json"])
+@pytest.mark.parametrize(
+    "name", ["bank_rows.parquet", "queries/000.jsonl", "members/random-0000/member.json", "bank.json"]
+)
 def test_damage_is_found(place, name):
     data = bytearray(place.read(name))
     data[len(data) // 2] ^= 1

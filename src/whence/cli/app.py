@@ -23,6 +23,7 @@ from typer.main import get_command
 
 from whence import __version__
 from whence.cli.ablation import ablate, pool
+from whence.cli.banking import bank
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
 from whence.cli.grading import evaluate
 from whence.cli.groups import flattened, reads_rows
@@ -180,7 +181,7 @@ def demo(
     print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 
 
-for verb in (train, plan, index, trace, info, verify, append, bench, select, recover):
+for verb in (train, plan, index, trace, info, verify, append, bench, select, recover, bank):
     app.command()(flattened(verb) if verb is info else reads_rows(flattened(verb)))
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")

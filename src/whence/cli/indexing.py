@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whence import catalogue
+from whence.cli.banking import print_bank
 from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
-from whence.cli.inputs import check_inputs
+from whence.cli.inputs import check_inputs, is_bank
 from whence.cli.options import (
     CORPUS,
     BuildFlags,
@@ -99,8 +100,14 @@ def _plan(model: str, corpus: str, out: str, options: dict[str, Any], as_json: b
         print_ending(*ending)
 
 
-def info(index: IndexPath, as_json: Json = False) -> None:
-    """Show what an index holds."""
+def info(
+    index: Annotated[str, typer.Argument(metavar="PATH", help="Directory of an index, or of a bank of retrainings.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an index or a bank of retrainings holds."""
+    if is_bank(index):
+        print_bank(index, as_json)
+        return
     check_inputs(index=index)
     from whence.indexing.store import Store
 
@@ -249,6 +256,7 @@ def _check_settings(settings: IndexFlags) -> None:
 
 _NEXT = {
     "a pool": ("whence", "ablate", "PATH", "--eval", "HELDOUT.jsonl"),
+    "a bank": ("whence", "evaluate", "lds", "PATH", "--methods", "bm25,random"),
     "a run": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "a model": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "recover's work": ("whence", "recover", "BASE", "FINAL", "CORPUS", "--work", "PATH"),

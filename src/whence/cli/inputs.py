@@ -5,9 +5,9 @@ Whoever reads an input says the rest: here it is asked whether there is somethin
 
 from collections.abc import Iterable
 
-from whence.errors import MissingIndexError, MissingPoolError, SettingError
+from whence.errors import MissingBankError, MissingIndexError, MissingPoolError, SettingError
 
-MANIFEST, POOL = "manifest.json", "pool.json"
+MANIFEST, POOL, BANK = "manifest.json", "pool.json", "bank.json"
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
@@ -15,6 +15,7 @@ def check_inputs(
     *,
     index: str | None = None,
     pool: str | None = None,
+    bank: str | None = None,
     models: Iterable[str | None] = (),
     corpora: Iterable[str | None] = (),
 ) -> None:
@@ -23,6 +24,7 @@ def check_inputs(
     Raises:
         MissingIndexError: There is no index.
         MissingPoolError: There is no pool.
+        MissingBankError: There is no bank.
         ModelError: There is no model, adapter or Trainer's directory, here or on the Hub.
         CorpusError: There is no file, directory or data set.
         SettingError: A model is given as a corpus, or a corpus or an index as a model.
@@ -38,6 +40,8 @@ def check_inputs(
         raise MissingIndexError.at(Place.at(index).root)
     if pool is not None and not Place.at(pool).exists(POOL):
         raise MissingPoolError.at(pool)
+    if bank is not None and not is_bank(bank):
+        raise MissingBankError.at(bank)
     for path in rows:
         _check_corpus(path)
     for path in weights:
@@ -49,6 +53,13 @@ def is_index(path: str) -> bool:
     from whence.storage import Place
 
     return Place.at(path).exists(MANIFEST)
+
+
+def is_bank(path: str) -> bool:
+    """Whether there is a bank of retrainings at a path."""
+    from whence.storage import Place
+
+    return Place.at(path).exists(BANK)
 
 
 def _check_corpus(path: str) -> None:

@@ -1,7 +1,7 @@
 """A bank of real retrainings on disk: what the loss of every query became when some rows were left out of a training.
 
     BANK/bank.json                    protocol; files of rows and queries with their checksums; kinds of random subsets
-    BANK/rows.parquet                 rows of the training in its order: id, source, tokens, and the corpus row as JSON
+    BANK/bank_rows.parquet            rows of the training in its order: id, source, tokens, and the corpus row as JSON
     BANK/queries/000.jsonl            corpus rows whose losses are measured; later commands add files
     BANK/members/NAME/member.json     a training: the rows that were left out, its seed, the loss of every query
     BANK/members/NAME/weights/        its final model, where the bank keeps weights
@@ -31,12 +31,13 @@ from torch import Tensor
 from whence.checksums import Written
 from whence.corpus.layouts import Row
 from whence.corpus.reading import row_json
+from whence.corpus.row_files import parquet_file
 from whence.counts import number_of
 from whence.errors import FormatVersionError, ManifestMismatchError, MissingBankError
 from whence.records import Count, FastDigest, read_record, unlike_written
 from whence.storage import FileEntry, Place
 
-BANK, ROWS, MEMBERS = "bank.json", "rows.parquet", "members"
+BANK, ROWS, MEMBERS = "bank.json", "bank_rows.parquet", "members"
 FORMAT_VERSION = 1
 FULL, PARENT = "full", "parent"
 """Names and kinds of the two members that every bank has."""
@@ -293,6 +294,11 @@ def query_file(number: int) -> str:
     return f"queries/{number:03d}.jsonl"
 
 
+def is_query_file(name: str) -> bool:
+    """Whether a name is that of a file of queries."""
+    return re.fullmatch(r"queries/[0-9]{3,}\.jsonl", name) is not None
+
+
 def member_file(name: str) -> str:
     """Name of a member's file."""
     return f"{MEMBERS}/{name}/member.json"
@@ -319,15 +325,19 @@ def read_rows(place: Place, description: Description) -> tuple[BankRow, ...]:
         ChecksumError: The file is damaged.
     """
     data = _checked(place, description.rows)
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), use_threads=False)
+    table = parquet_file(pyarrow.BufferReader(data)).read(use_threads=False)
     columns = [table[name].to_pylist() for name in ("id", "source", "tokens", "supervised", "row")]
     return tuple(BankRow(*values[:-1], row=json.loads(values[-1])) for values in zip(*columns, strict=True))
 
 
 def write_queries(place: Place, number: int, queries: Sequence[Row]) -> QueryFile:
     """Write a file of queries, and return what `bank.json` says of it."""
-    data = "".join(row_json(query) + "\n" for query in queries).encode()
-    return {**_written(place, query_file(number), data), "rows": len(queries)}
+    return {**_written(place, query_file(number), query_data(queries)), "rows": len(queries)}
+
+
+def query_data(queries: Sequence[Row]) -> bytes:
+    """Queries as the bytes of a file of them."""
+    return "".join(row_json(query) + "\n" for query in queries).encode()
 
 
 def read_queries(place: Place, description: Description) -> tuple[Row, ...]:

@@ -21,7 +21,13 @@ from whence.models.saved_files import LIST
 from whence.models.training_state import RECORD
 from whence.storage import TEMPORARY, Place
 
-KINDS = {MANIFEST: "an index", "pool.json": "a pool", RECORD: "a run", "table.json": "an evaluation"}
+KINDS = {
+    MANIFEST: "an index",
+    "pool.json": "a pool",
+    "bank.json": "a bank",
+    RECORD: "a run",
+    "table.json": "an evaluation",
+}
 """What a directory is, by a file at its top."""
 _RECORDS_OLD_FILES = ("pool.json", "grams")
 """Documents that recorded files before documents had a checksum of their own."""
@@ -111,10 +117,13 @@ def remedy(root: str, problem: Problem) -> str:
     if checkpoint is not None:
         folder = shlex.quote("/".join((root, *parts[: checkpoint + 1])))
         return f"rm -r {folder}, then run the training's command again: it goes on from the checkpoint before"
-    if file.name in (RECORD, "pool.json"):
+    if file.name in (RECORD, "pool.json", "bank.json", "bank_rows.parquet") or parts[0] == "queries":
         return f"restore {full} from a copy: it alone says how this was made"
     if file.name in ("evidence.json", "table.json"):
         return f"rm -r {shlex.quote(str(PurePosixPath(root) / file.parent))}, then run the same command again"
+    if parts[0] == "members" and len(parts) > 2:
+        folder = shlex.quote("/".join((root, *parts[:2])))
+        return f"rm -r {folder}, then run whence bank again: it trains that member anew"
     if file.parent.name == "members":
         return f"rm {full}, then run whence pool train again: it trains that member anew"
     return f"rm {full}, then run the command that made it again: it makes the file anew"

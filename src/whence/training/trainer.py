@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from whence.outputs import refuse_inputs
 from whence.paths import is_directory, writing_to
 from whence.storage import Place
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
+from whence.training.left_out_rows import draws_masks, without_rows
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
 from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
 from whence.training.resuming import (
@@ -146,6 +148,8 @@ class Opened:
     rows: Rows
     settings: TrainSettings
     """Those that the rows lead to, with what chat templates write."""
+    left_out: frozenset[int] = frozenset()
+    """Numbers of rows that add nothing to their steps; see `left_out_rows`."""
 
 
 def open_training(
@@ -177,6 +181,7 @@ def with_followers(trainer: "_Trainer", opened: Opened, directory: Path) -> dict
     weights = directory_digest(opened.source)
     record = {"model": str(opened.source), "weights": weights, "corpus": opened.corpus}
     record |= {**rows.record(), **chosen.record()}
+    record |= {"left_out": sorted(opened.left_out)} if opened.left_out else {}
     if chosen.in_run is not None:
         trainer.in_run, validation = _in_run(opened.loaded, trainer, rows, chosen)
         record |= validation
@@ -211,6 +216,13 @@ def _train_from(
                 f"{newest}: the training cannot go on from there ({reason_of(error)}). Remove {newest}: the same "
                 "command goes on from an earlier one."
             ) from error
+
+
+def training_until_its_end(trainer: "_Trainer", tick: runner.Tick) -> None:
+    """Make all steps of a training, and count them."""
+    trainer.add_callback(_Ticks(tick))
+    with quiet_saving():
+        trainer.train()
 
 
 def _in_run(
@@ -269,12 +281,19 @@ class _Trainer(Trainer):
 
     in_run: InRun | None = None
     mixing: OnlineBatches | None = None
+    left_out: frozenset[int] = frozenset()
+    """Numbers of the rows that add nothing to their steps."""
     has_begun = False
     """Whether a step has begun in this process."""
 
     def __init__(self, order: RowOrder, **options: Any):
         self.order = order
         super().__init__(callbacks=[OrderKept(order), FilesListed(), _StepEvents(self)], **options)
+
+    @cached_property
+    def draws_masks(self) -> bool:
+        """Whether the model's passes draw masks of dropout."""
+        return draws_masks(self.model)  # type: ignore[arg-type]
 
     def followers(self) -> list[InRun | OnlineBatches]:
         """The objects that write a state into each checkpoint."""
@@ -297,6 +316,13 @@ class _Trainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One pass over a batch; its row numbers are not passed to the model."""
+        if self.left_out:
+            if num_items_in_batch is None:
+                raise ModelError(
+                    f"A {type(model).__name__} takes no denominator of its loss, which left-out rows must not change: "
+                    "leave rows out by --leave-out drop."
+                )
+            inputs = without_rows(inputs, self.left_out, keeps_places=self.draws_masks)
         rows = inputs.pop("rows")
         with nullcontext() if self.in_run is None else self.in_run.watching(inputs, rows):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -344,6 +370,7 @@ def trainer_of(opened: Opened, directory: Path) -> _Trainer:
         data_collator=_collate_function(loaded.tokenizer.pad_token_id or 0),
         processing_class=loaded.tokenizer,
     )
+    trainer.left_out = opened.left_out
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # they print every log line to stdout, which is for results
     return trainer

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,14 @@ class Rows(Dataset):
                 self.sources.append(example.source)
                 self.domains.append(None if by is None else example.row.get(by))
 
+    def without(self, left_out: Set[int]) -> "Rows":
+        """The other rows in their order, as a corpus of them would give; their numbers begin at 0 again."""
+        kept, rest = [number for number in range(len(self)) if number not in left_out], Rows(())
+        rest.rows, rest.ids = [self.rows[number] for number in kept], [self.ids[number] for number in kept]
+        rest.sources = [self.sources[number] for number in kept]
+        rest.domains = [self.domains[number] for number in kept]
+        return rest
+
     def record(self) -> dict[str, Any]:
         """Entries of the run's record that identify these rows."""
         digest = hashlib.sha256()
@@ -54,14 +62,14 @@ def training_rows(corpus: Corpus, loaded: LoadedModel, settings: TrainSettings) 
     """
     rows = encoded_rows(corpus, loaded, settings, _sampled(corpus, settings))
     if not len(rows):
-        why = reason(next(iter(corpus)).row, loaded.tokenizer, _longest(loaded, settings))
+        why = reason(next(iter(corpus)).row, loaded.tokenizer, longest_row(loaded, settings))
         raise CorpusError(
             f"{corpus.name}: no row has a supervised token, so there is nothing to train on: the first ones {why}."
         )
     return rows
 
 
-def _longest(loaded: LoadedModel, settings: TrainSettings) -> int | None:
+def longest_row(loaded: LoadedModel, settings: TrainSettings) -> int | None:
     """Most tokens of a row."""
     return min((limit for limit in (settings.max_tokens, loaded.context) if limit), default=None)
 
@@ -70,7 +78,7 @@ def encoded_rows(
     corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
 ) -> Rows:
     """All rows of a corpus, or some of it."""
-    longest = _longest(loaded, settings)
+    longest = longest_row(loaded, settings)
     by = None if settings.mix is None else settings.by or "source"
     examples = corpus if chosen is None else chosen
     return Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)

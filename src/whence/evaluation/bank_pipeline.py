@@ -1,0 +1,226 @@
+"""Make a bank of real retrainings, or let members and queries join one: `whence bank`.
+
+    1. the run's recipe, its rows and its model are opened, and compared with what the bank was begun with
+    2. the model before training is measured on the queries, then a training on all rows is made again and compared with
+       the run's own end, then every member that is asked for and is not there
+    3. queries that were added are measured on members whose weights were kept
+
+A member is an idempotent job: a bank that was stopped loses the training that was going on, and no other.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from whence import runner
+from whence.corpus.layouts import Row
+from whence.corpus.reading import Corpus, open_corpus
+from whence.counts import number_of
+from whence.evaluation.bank_protocol import BankSettings, claimed, require_work
+from whence.evaluation.bank_spread import without_loss
+from whence.evaluation.bank_store import (
+    FULL,
+    PARENT,
+    Bank,
+    BankRow,
+    Description,
+    Member,
+    Repetition,
+    Subsets,
+    open_bank,
+    read_members,
+    read_queries,
+    read_rows,
+    write_description,
+    write_member,
+)
+from whence.evaluation.left_out import MemberPlan, full_plan, group_plans, listed_plan, random_plans
+from whence.evaluation.member_training import (
+    MemberTraining,
+    encoded_queries,
+    forget_work,
+    losses_of_weights,
+    query_losses,
+    repetition_of,
+)
+from whence.outputs import refuse_inputs
+from whence.paths import writing_to
+from whence.storage import Place
+from whence.training.dry_run import steps_of
+from whence.training.repetition import repeatable
+
+logger = logging.getLogger(__name__)
+
+SAME = 0.999
+"""Cosine of two trainings' changes above which they differ by rounding alone."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bank, and what a call added to it."""
+
+    bank: Bank
+    trained: tuple[str, ...]
+    """Names of the trainings that were made."""
+    measured: int
+    """Members that queries were measured on without a training."""
+
+
+def bank(
+    run: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    out: str | Path,
+    *,
+    queries: str | Path | Corpus | Iterable[Row] | None = None,
+    model: str | Path | None = None,
+    engine: str = "local",
+    progress: runner.ProgressOption = True,
+    **settings: Any,
+) -> Bank:
+    """Repeat a run's training without some of its rows, many times, and keep what that does to the loss of queries.
+
+    Args:
+        run: Directory that `whence train` wrote.
+        corpus: The corpus that it was trained on.
+        out: The bank's directory; the same call goes on from there, and others let members and queries join.
+        queries: Held-out rows whose losses are kept; required at the first call.
+        model: The model that the run was trained from, if that has moved.
+        engine: Engine that members are trained on; see `runner`.
+        progress: Show bars on stderr; or a function to call with (done, total, what is being done).
+        settings: Fields of `BankSettings`, such as `subsets=60, fraction=0.5`.
+
+    Raises:
+        CorpusError: Rows or queries cannot be read, have ids that are given twice, or have no loss.
+        ManifestMismatchError: The bank there is of another run or protocol, or the corpus has other rows.
+        ModelError: The run's model is not there any more.
+        SettingError: A setting cannot work, or the run cannot be made again.
+    """
+    return make_bank(run, corpus, out, queries=queries, model=model, engine=engine, progress=progress, **settings).bank
+
+
+def make_bank(
+    run: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    out: str | Path,
+    *,
+    queries: str | Path | Corpus | Iterable[Row] | None = None,
+    model: str | Path | None = None,
+    engine: str = "local",
+    progress: runner.ProgressOption = True,
+    **settings: Any,
+) -> Made:
+    """The same, with what was added."""
+    chosen, place = BankSettings(**settings), Place.at(out)
+    runner.check_engine(engine)
+    refuse_inputs(out, [run, corpus, queries, model, *chosen.rows], is_directory=True)
+    require_work(place, chosen, has_queries=queries is not None)
+    rows = open_corpus(corpus)
+    asked = None if queries is None else open_corpus(queries)
+    training = repeatable(run, rows, model=model)
+    with place.locked(), writing_to(out):
+        forget_work(place)
+        description = claimed(place, training, rows, chosen, asked)
+        member_training = MemberTraining(
+            place=place,
+            training=training,
+            leave_out=description.protocol.leave_out,
+            keep_weights=description.protocol.keep_weights,
+            queries=encoded_queries(training, read_queries(place, description)),
+        )
+        measured = _measure_added(member_training, description, progress)
+        plans = requested_plans(
+            read_rows(place, description), description.subsets, chosen, training.opened.settings.seed
+        )
+        there = read_members(place, description)
+        todo = [plan for plan in plans if plan.name not in there]
+        _train_all(member_training, description, todo, engine, progress)
+    made = Made(open_bank(out), tuple(plan.name for plan in todo), measured)
+    _warn_of_missing_losses(made.bank)
+    return made
+
+
+def requested_plans(
+    rows: Sequence[BankRow], subsets: Subsets | None, chosen: BankSettings, seed: int
+) -> list[MemberPlan]:
+    """All members that a call asks for, the training on all rows first."""
+    plans = [full_plan(seed)]
+    if chosen.subsets:
+        assert subsets is not None
+        plans += random_plans(len(rows), chosen.subsets, subsets, seed)
+    if chosen.by is not None:
+        plans += group_plans(rows, chosen.by, seed)
+    plans += [listed_plan(file, rows, seed) for file in chosen.rows]
+    return [*{plan.name: plan for plan in plans}.values()]
+
+
+def _measure_added(training: MemberTraining, description: Description, progress: runner.ProgressOption) -> int:
+    """Measure the model before training, and queries that were added on members that are there; how many members."""
+    place, members = training.place, read_members(training.place, description)
+    if PARENT not in members:
+        losses = query_losses(training.training.opened.loaded, training.queries)
+        write_member(place, Member(name=PARENT, kind="parent", seed=0, losses=losses, steps=0, seconds=0.0))
+    todo = [member for member in members.values() if len(member.losses) < len(training.queries)]
+    if not todo:
+        return 0
+    with runner.progress("Measuring queries", len(todo), unit="members", shown=progress) as tick:
+        for member in todo:
+            added = training.queries[len(member.losses) :]
+            if member.weights is None:
+                losses = query_losses(training.training.opened.loaded, added)
+            else:
+                losses = losses_of_weights(training.training, Path(place.path(member.weights)), added)
+            write_member(place, replace(member, losses=(*member.losses, *losses)))
+            tick(1, 0)
+    return len(todo)
+
+
+def _train_all(
+    training: MemberTraining,
+    description: Description,
+    todo: Sequence[MemberPlan],
+    engine: str,
+    progress: runner.ProgressOption,
+) -> None:
+    """Train members and write each when it is measured."""
+    settings, n = training.training.opened.settings, len(training.training.opened.rows)
+    drops = training.leave_out == "drop"
+    steps = sum(steps_of(settings, n - len(plan.left_out) if drops else n)[0] for plan in todo)
+    label = f"Making {number_of(len(todo), 'training')}"
+    if not todo:
+        return
+    with runner.progress(label, steps, unit="steps", shown=progress) as tick:
+
+        def work(plan: MemberPlan, report: runner.Tick) -> None:
+            member, trained = training.train(plan, report)
+            if plan.name == FULL:
+                compared = repetition_of(training.training, trained)
+                write_description(training.place, replace(description, repetition=compared, notes=_notes(compared)))
+            write_member(training.place, member)
+
+        for _ in runner.map(work, todo, engine=engine, on_tick=tick, less_memory="train with a smaller --micro-batch"):
+            pass
+
+
+def _notes(repetition: Repetition) -> tuple[str, ...]:
+    """What a reader of the bank has to know of the training on all rows."""
+    if repetition.cosine >= SAME:
+        return ()
+    note = (
+        f"The training on all rows did not end as the run did: the cosine of the two changes of weights is "
+        f"{repetition.cosine:.4f}, and the largest difference of a weight is {repetition.largest:.1%} of the largest "
+        "change. Another machine or number of threads rounds otherwise, and this training multiplies it."
+    )
+    logger.warning("%s", note)
+    return (note,)
+
+
+def _warn_of_missing_losses(made: Bank) -> None:
+    """Name queries without a loss."""
+    if missing := without_loss(made):
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        logger.warning(
+            "%s: %s of %d %s: %s. They are kept, and left out of means.",
+            *(made.place.root, len(missing), len(made.queries), "have no loss in some member", some),
+        )
