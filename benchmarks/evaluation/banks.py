@@ -162,7 +162,8 @@ def stage_replay(options: argparse.Namespace) -> None:
             if file.exists():
                 continue
             some, start = queries[first : first + QUERIES_AT_ONCE], time.perf_counter()
-            found = replay(opened.losses, opened.log, [[sequences_of(query)] for query in some], hessian=hessian)
+            found = replay(opened.losses, opened.log, [[sequences_of(query)] for query in some], hessian=hessian,
+                           is_resumable=True)  # fmt: skip
             seconds = time.perf_counter() - start
             columns = {"query": [], "id": [], "score": []}
             for number, scores in enumerate(found.scores):

@@ -11,9 +11,11 @@ from test_trainer import stop_at
 from conftest import corpus_rows, write_jsonl
 from whence import catalogue, open_result, select, trace
 from whence.corpus.tokens import encode
-from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, SettingError
+from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, ModelError, SettingError
 from whence.gradients.exact import sequences_of
 from whence.models.training_state import RECORD
+from whence.training import replay as replay_module
+from whence.training import unfinished_replay
 from whence.training.dry_run import plan_training
 from whence.training.replay import replay
 from whence.training.replayed_run import open_replayable
@@ -169,6 +171,59 @@ def test_rows_that_were_not_trained_on_are_not_ranked(models, tmp_path):
     assert [ROWS[place]["id"] for place in opened.places.tolist()] == list(opened.ids)
     chosen = select(run, QUERIES, method="replay", count=20)
     assert {row["id"] for row in chosen.rows} == {*opened.ids}
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK, replayable=True, replay_every=3)
+    whole = scores_of(open_replayable(run)).scores
+    monkeypatch.setattr(unfinished_replay, "EVERY", 0.0)
+    real, made = replay_module._go_back, []
+
+    def stopped(losses, log, state, number, *args, **kwargs):
+        if number == 1 and not made.count(1):
+            made.append(1)
+            raise KeyboardInterrupt
+        made.append(number)
+        real(losses, log, state, number, *args, **kwargs)
+
+    monkeypatch.setattr(replay_module, "_go_back", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scores_of(open_replayable(run), is_resumable=True)
+    folder = run / FOLDER / unfinished_replay.FOLDER
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"], "one standing is kept"
+    if damage:
+        (file,) = folder.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    made.clear()
+    made.append(1)
+    again = scores_of(open_replayable(run), is_resumable=True)
+    assert made[1:] == (list(range(8))[::-1] if damage else [2, 1, 0]), "from the stored state after step 3 on"
+    assert torch.equal(again.scores, whole) and [step for step, _ in again.drifts] == [8, 6, 3]
+    assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt):
+        made.clear()
+        scores_of(open_replayable(run), is_resumable=True)
+    other = [[sequences_of(encode(QUERIES[0], open_replayable(run).model.tokenizer))]]
+    opened = open_replayable(run)
+    found = replay(opened.losses, opened.log, other, is_resumable=True, progress=False)
+    assert torch.allclose(found.scores[0], whole[0], rtol=1e-3), "another question has a standing of its own"
+
+
+def test_a_run_that_does_not_come_out_is_refused(models, corpus, tmp_path):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK, replayable=True, replay_every=4)
+    opened = open_replayable(run)
+    stored = opened.log.state
+
+    def moved(after, device="cpu"):
+        state = stored(after, device)
+        if after == 8:
+            state.weights["model.norm.weight"].add_(0.5)
+        return state
+
+    object.__setattr__(opened.log, "state", moved)
+    with pytest.raises(ModelError, match=r"the weights after step 8 are \d+\.\d% of what those steps moved off"):
+        scores_of(opened)
 
 
 def test_a_trace_by_replay_is_drawn_and_stored(run, tmp_path):

@@ -54,7 +54,8 @@ def replayed_trace(
     first = next(iter(opened.corpus))
     encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
     notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)
-    replayed = replay(opened.losses, opened.log, [[query.sequences] for query in encoded], progress=progress)
+    targets = [[query.sequences] for query in encoded]
+    replayed = replay(opened.losses, opened.log, targets, is_resumable=True, progress=progress)
     hits = _hits(opened, replayed.scores, top)
     return Trace([query.answer for query in encoded], hits, METHOD, len(opened.ids), notes=notes,
                  settings=_described(opened, [float(loss) for loss in replayed.losses]))  # fmt: skip

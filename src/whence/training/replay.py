@@ -27,7 +27,7 @@ Source: Ilyas and Engstrom 2025, MAGIC (metagradients by replay), for Adam; Hara
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float64
@@ -39,6 +39,7 @@ from whence.runner import ProgressOption
 from whence.runner import progress as progress_bar
 from whence.training.step_derivatives import RecordedStep, RowLosses, Target
 from whence.training.step_log import StepLog
+from whence.training.unfinished_replay import Standing, Unfinished
 from whence.training.update_rules import Moment, State, Tensors, clip, pull_back_clip, put
 
 LARGEST_DRIFT = 1e-2
@@ -65,6 +66,7 @@ def replay(
     targets: Sequence[Target],
     *,
     hessian: bool = True,
+    is_resumable: bool = False,
     progress: ProgressOption = True,
 ) -> Replayed:
     """Scores of all rows of a training for each target's loss.
@@ -74,29 +76,61 @@ def replay(
         log: What was done at each step.
         targets: What scores are for, each a list of queries.
         hessian: See above.
+        is_resumable: Write down, beside the log, how far it is, and go on from there when it was stopped.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         ModelError: Training again leads to other weights than those that were stored.
     """
-    with losses.thawed(), progress_bar("Replaying", len(log.steps), unit="steps", shown=progress) as tick:
-        path, rule = _Path(log, {name: weight.detach() for name, weight in losses.weights.items()}, losses), log.rule
-        found = [losses.target_gradient(target) for target in targets]
-        adjoint = _adjoint([slopes for slopes, _ in found], log)
-        scores = torch.zeros(len(targets), len(losses.rows), dtype=torch.float64)
-        for number in reversed(range(len(log.steps))):
-            step = log.steps[number]
-            state, moment = path.before(number), Moment(number + 1, step.rate)
-            recorded = RecordedStep(losses, step.passes)
-            clipped, factor = clip(recorded.gradient, log.optimizer.clip)
-            along = rule.pull_back(adjoint, state, clipped, moment)
-            pull_back_clip(along, recorded.gradient, factor)
-            by_weights, by_rows = recorded.derivatives(along, hessian=hessian)
-            scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
-            for name, product in by_weights.items():
-                adjoint.weights[name].add_(product)
-            tick(1, sum(len(losses.rows[row].ids) for row in step.rows))
-    return Replayed(scores, tuple(loss for _, loss in found), tuple(path.drifts))
+    kept = Unfinished.of(log, targets, hessian=hessian) if is_resumable else None
+    with losses.thawed():
+        path = _Path(log, {name: weight.detach() for name, weight in losses.weights.items()}, losses)
+        standing, adjoint, scores = (kept and kept.load(losses.device)) or _begun(losses, log, targets)
+        path.start(standing)
+        done = len(log.steps) - standing.step
+        with progress_bar("Replaying", len(log.steps), unit="steps", done=done, shown=progress) as tick:
+            for number in reversed(range(standing.step)):
+                _go_back(losses, log, path.before(number), number, adjoint, scores, hessian=hessian)
+                if kept is not None and number in log.stored[1:]:
+                    kept.save(replace(standing, step=number, drifts=tuple(path.drifts)), adjoint, scores)
+                tick(1, sum(len(losses.rows[row].ids) for row in log.steps[number].rows))
+    if kept is not None:
+        kept.remove()
+    return Replayed(scores, standing.losses, tuple(path.drifts))
+
+
+def _begun(losses: RowLosses, log: StepLog, targets: Sequence[Target]) -> tuple[Standing, State, Tensor]:
+    """The beginning: derivatives of the targets' losses by the last weights, and no scores."""
+    put(log.state(len(log.steps), losses.device).weights, {n: w.detach() for n, w in losses.weights.items()})
+    found = [losses.target_gradient(target) for target in targets]
+    standing = Standing(step=len(log.steps), losses=tuple(loss for _, loss in found))
+    scores = torch.zeros(len(targets), len(losses.rows), dtype=torch.float64)
+    return standing, _adjoint([slopes for slopes, _ in found], log), scores
+
+
+def _go_back(
+    losses: RowLosses, log: StepLog, state: State, number: int, adjoint: State, scores: Tensor, *, hessian: bool
+) -> None:
+    """Take the adjoint from after a step to before it, and add the step's shares to the scores, in place.
+
+    Args:
+        losses: The model, with the weights before the step.
+        log: What was done.
+        state: The state whose moments are those after the step.
+        number: The step's, from 0.
+        adjoint: Derivatives by the state after the step.
+        scores: The sums so far.
+        hessian: See `replay`.
+    """
+    step = log.steps[number]
+    recorded = RecordedStep(losses, step.passes)
+    clipped, factor = clip(recorded.gradient, log.optimizer.clip)
+    along = log.rule.pull_back(adjoint, state, clipped, Moment(number + 1, step.rate))
+    pull_back_clip(along, recorded.gradient, factor)
+    by_weights, by_rows = recorded.derivatives(along, hessian=hessian)
+    scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
+    for name, product in by_weights.items():
+        adjoint.weights[name].add_(product)
 
 
 def _adjoint(slopes: Sequence[Tensors], log: StepLog) -> State:
@@ -117,10 +151,10 @@ class _Path:
     losses: RowLosses
     drifts: list[tuple[int, float]] = field(default_factory=list)
 
-    def __post_init__(self):
+    def start(self, standing: Standing) -> None:
+        """Begin where a replay stands."""
         self._held: dict[int, State] = {}
-        self._after = self._stored(len(self.log.steps))
-        put(self._after.weights, self.weights)
+        self._after, self.drifts = self._stored(standing.step), list(standing.drifts)
 
     def before(self, number: int) -> State:
         """Weights before a step, with the moments after it; the model gets the weights."""
@@ -131,7 +165,7 @@ class _Path:
         return state
 
     def _stored(self, number: int) -> State:
-        return self.log.state(number, next(iter(self.weights.values())).device)
+        return self.log.state(number, self.losses.device)
 
     def _train_piece(self, last: int) -> None:
         """Hold the states from the last stored one before a step up to it; that after it is stored, and known."""

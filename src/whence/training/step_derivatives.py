@@ -45,6 +45,11 @@ class RowLosses:
     rows: Sequence[Encoded]
     """All rows of the training, each with a supervised token."""
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights: they are on one."""
+        return next(iter(self.weights.values())).device
+
     def sums(self, numbers: Sequence[int]) -> Float64[Tensor, " b"] | Tensor:
         """Sum of the losses of each row's supervised tokens, in nats; the only tokens for which logits are made."""
         batch = collate([self.rows[number] for number in numbers]).to(self.model.device)
@@ -138,7 +143,7 @@ class RecordedStep:
             By the weights [q ...], zeros without `hessian`; and by the rows' w [q b], rows in the order of the passes.
         """
         q = len(next(iter(along.values())))
-        by_weights = {name: torch.zeros_like(mu) for name, mu in along.items()}
+        by_weights = {name: torch.zeros_like(along[name]) for name in self.losses.weights}
         by_rows: list[Tensor] = []
         for numbers in self.passes:
             with _differentiable(self.losses):

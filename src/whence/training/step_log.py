@@ -119,6 +119,8 @@ class StepLog:
     steps: tuple[Step, ...]
     stored: tuple[int, ...]
     """Numbers of steps after which the state is stored, in order; the first is 0, the last that of the steps."""
+    digest: str = ""
+    """Of all that is stored."""
 
     @property
     def rule(self) -> UpdateRule:
@@ -159,7 +161,8 @@ def open_log(run: str | Path) -> StepLog:
     stored = sorted(number for entry in record.files if (number := _number_of(entry["file"])) is not None)
     if len(steps) != record.steps or stored[:1] != [0] or stored[-1] != len(steps):
         raise ChecksumError(f"{place.path(RECORD)} is not as Whence writes it: states or steps are missing. {remedy}")
-    return StepLog(place, record.optimizer, tuple(steps), tuple(stored))
+    whole = digest([entry["xxh3"].encode() for entry in record.files])
+    return StepLog(place, record.optimizer, tuple(steps), tuple(stored), whole)
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Replay:
                 "--method replay reads a run of `whence train --replayable`, in place of an index or a corpus"
             )
         losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
-        replayed = replay(view.run.losses, view.run.log, losses, hessian=self.hessian)
+        replayed = replay(view.run.losses, view.run.log, losses, hessian=self.hessian, is_resumable=True)
         scores = torch.full((len(targets), view.rows), -torch.inf)
         scores[:, view.run.places] = replayed.scores.float()
         return scores
