@@ -1,4 +1,6 @@
-"""Do attribution and data selection predict what training does? Trainings grade them. In the order in which data flows:
+"""Do attribution and data selection predict what training does? Trainings grade them.
+
+In the order in which data flows:
 
     bank_store, bank_pipeline    retrainings of a run without some rows, kept for every method and query: `whence bank`
     method_scores, score_files   scores of rows for queries by any method, aligned by id, with costs; files of others
