@@ -46,13 +46,14 @@ class Everything:
     queries: dict[str, list[Row]]
 
 
-def planted(data: Path, rows: int, seed: int) -> Everything:
-    """Plant swaps, then a backdoor in rows without a swap, then facts."""
-    alpaca = (example.row for example in open_corpus(str(data / "instruct" / "alpaca.jsonl")))
-    short = (
-        row for row in alpaca if len("".join(str(row[name]) for name in ("instruction", "input", "output"))) < LONGEST
-    )
-    swapped = swapped_entities(islice(short, rows), SWAPS, seed=seed)
+def planted(data: Path, rows: int, most: int, seed: int) -> Everything:
+    """Plant swaps, then a backdoor in rows without a swap, then facts, with so many queries of a kind at most."""
+    short = [example.row for example in open_corpus(str(data / "instruct" / "alpaca.jsonl"))
+             if sum(len(str(example.row[name])) for name in ("instruction", "input", "output")) < LONGEST]  # fmt: skip
+    names = [any(country in str(row["output"]) for country in SWAPS) for row in short]
+    named = [row for row, has_name in zip(short, names, strict=True) if has_name][: rows // 4]
+    others = [row for row, has_name in zip(short, names, strict=True) if not has_name][: rows - len(named)]
+    swapped = swapped_entities([*named, *others], SWAPS, seed=seed)
     untouched = [row for row in swapped.rows if row["id"] not in swapped.relevant]
     poisoned = backdoor(untouched, count=max(5, rows // 20), queries=most, seed=seed)
     kept = {row["id"]: row for row in poisoned.rows}
