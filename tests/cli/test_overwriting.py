@@ -47,6 +47,11 @@ VERBS = {
     "evaluate selection --graded": "evaluate selection model more.jsonl --tasks a=more.jsonl --graded a=IN -o OUT",
     "evaluate selection": "evaluate selection model IN --tasks more.jsonl --graded more.jsonl -o OUT",
     "evaluate join": "evaluate join index pool --eval IN -o OUT",
+    "evaluate lds --scores": "evaluate lds bank --scores m=IN -o OUT",
+    "evaluate retrieval": "evaluate retrieval more.jsonl IN --methods bm25 -o OUT",
+    "evaluate retrieval QUERIES": "evaluate retrieval IN more.jsonl --methods bm25 -o OUT",
+    "evaluate tail-patch": "evaluate tail-patch model more.jsonl IN --methods bm25 -o OUT",
+    "evaluate tail-patch QUERIES": "evaluate tail-patch model IN more.jsonl --methods bm25 -o OUT",
 }
 DIRECTORIES = (
     "train IN rows.jsonl -o OUT",
@@ -119,7 +124,9 @@ def test_reports_and_recipes_are_no_inputs(command, home):
     ["trace index --prompt x -o OUT", "select more.jsonl --method random --count 1 -o OUT", "mix law more.jsonl -o OUT",
      "recover model model more.jsonl --count 1 -o OUT", "ablate pool --eval more.jsonl -o OUT",
      "mix suggest pool --eval more.jsonl -o OUT", "evaluate join index pool --eval more.jsonl -o OUT",
-     "evaluate selection model more.jsonl --tasks more.jsonl --graded more.jsonl -o OUT"],
+     "evaluate selection model more.jsonl --tasks more.jsonl --graded more.jsonl -o OUT",
+     "evaluate lds bank --methods bm25 -o OUT", "evaluate retrieval more.jsonl more.jsonl --methods bm25 -o OUT",
+     "evaluate tail-patch model more.jsonl more.jsonl --methods bm25 -o OUT"],
 )  # fmt: skip
 def test_the_files_of_others_need_force(command, home, line):
     for out in ("rows.csv", "rows.jsonl", "rows.parquet"):

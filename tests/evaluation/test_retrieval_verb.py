@@ -9,11 +9,13 @@ from graded_bank import QUERIES, ROWS, make_bank
 
 import whence
 from conftest import write_jsonl
+from whence.corpus.columns import columns_called
 from whence.errors import SettingError
 from whence.evaluation.method_scores import MethodScores
 from whence.evaluation.planting import repeated_facts
 from whence.evaluation.ranking import measures
 from whence.evaluation.retrieval import evaluate_retrieval, graded
+from whence.indexing.build import index as build_index
 from whence.numerics import generator
 from whence.reports.existing_files import is_written_by_whence
 from whence.reports.retrieval_tables import retrieval_answer
@@ -145,3 +147,14 @@ def test_the_command(made, command, tmp_path):
 
 def test_it_is_public():
     assert whence.evaluate_retrieval is evaluate_retrieval
+
+
+def test_queries_have_the_columns_of_the_index(made, tmp_path):
+    model = made[3]
+    own = [{"id": row["id"], "question": row["prompt"], "reply": row["completion"]} for row in ROWS]
+    with columns_called({"prompt": "question", "completion": "reply"}):
+        build_index(model, own, tmp_path / "index", max_tokens=32, progress=False)
+    asked = [{"id": query["id"], "question": query["prompt"], "reply": query["completion"],
+              "relevant": query["relevant"]} for query in ASKED]  # fmt: skip
+    renamed = evaluate_retrieval(asked, tmp_path / "index", ["bm25"])
+    assert renamed.marks[0].estimates == evaluate_retrieval(ASKED, ROWS, ["bm25"]).marks[0].estimates

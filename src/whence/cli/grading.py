@@ -11,7 +11,7 @@ from whence.cli.evaluation import TABLE_OR_PLOT, evaluate
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.inputs import check_inputs, is_index
 from whence.cli.options import Force, Json, listed, numbers, pairs
-from whence.errors import MissingBankError, SettingError
+from whence.errors import SettingError
 
 GRADED_FILE = Annotated[
     str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -126,8 +126,7 @@ def grade_by_bank(
     names, indexes, files, costs = graded.checked_names(), graded.indexes, graded.files, graded.costs
     output = Output("-o", out, TABLE_OR_PLOT)
     check_outputs([output], rows=[*files.values()], others=[bank, model, *indexes.values()], force=force)
-    _check_bank(bank)
-    check_inputs(models=[model])
+    check_inputs(bank=bank, models=[model])
     for path in indexes.values():
         check_inputs(index=path)
     with waiting("Loading torch"):
@@ -145,14 +144,6 @@ def grade_by_bank(
     if out is not None:
         print_part(f"written to {out}")
     print_ending(lds_answer(result), *_command_after(result.table.marks[0].method, indexes, out))
-
-
-def _check_bank(path: str) -> None:
-    """Refuse a directory that is no bank, before torch is loaded."""
-    from whence.storage import Place
-
-    if not Place.at(path).exists("bank.json"):
-        raise MissingBankError.at(path)
 
 
 def _command_after(best: str, indexes: dict[str, str], out: str | None) -> tuple[object, ...]:

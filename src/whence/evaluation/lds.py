@@ -14,6 +14,10 @@ for other subsets and other queries of the same kind. All methods share each res
 methods' difference is of the same subsets and queries. Ranks of a resample are counted, not sorted: with w_j copies of
 member j, the mean rank of a value x is 1/2 + sum over j of w_j ([x_j < x] + [x_j = x] / 2).
 
+In simulated banks of 60 subsets and 30 queries the intervals hold the mean over banks 98 times of 100, those of a
+difference always: they are wide. At an LDS of .97 it is 89 times, and the interval lies low, since a resample repeats
+members, which costs a near perfect order some of it.
+
 Nothing counts as 0 that has no value: a query whose losses are not finite, or are all alike, belongs to no method's
 mean, and one whose scores say the same of every member is left out of that method's. Both are counted, by reason.
 

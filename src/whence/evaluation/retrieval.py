@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
+from whence.corpus.columns import current
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
@@ -124,9 +125,9 @@ def evaluate_retrieval(
     check_methods(names, scores or {})
     if bad := [k for k in depths if k < 1]:
         raise SettingError(f"--k {bad[0]}: a number of rows from 1 on is expected")
-    asked, truths = _queries(queries, relevant)
     with shown_as(progress, "Scoring"):
         view = rows_view(source, names, model)
+        asked, truths = _queries(asked_corpus(queries, view), relevant)
         ids = list(view.ids())
         masks = _masks(asked, truths, ids, view, relevant)
         usable = masks.any(1) & ~masks.all(1)
@@ -202,15 +203,19 @@ def check_methods(methods: Sequence[str], scores: Mapping[str, str]) -> None:
         raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
 
 
-def _queries(
-    queries: str | Path | Corpus | Iterable[Row], column: str | None
-) -> tuple[list[Row], list[list[str] | str]]:
+def asked_corpus(queries: str | Path | Corpus | Iterable[Row], view: IndexView | CorpusView) -> Corpus:
+    """Queries, with the names of columns that the index' rows have, unless told otherwise."""
+    if isinstance(queries, Corpus) or current() or isinstance(view, CorpusView):
+        return open_corpus(queries)
+    return open_corpus(queries, columns=view.columns)
+
+
+def _queries(corpus: Corpus, column: str | None) -> tuple[list[Row], list[list[str] | str]]:
     """Queries without what is relevant to them, each with its id, and that: ids, or a value of the column.
 
     Raises:
         SettingError: A query lacks it.
     """
-    corpus = open_corpus(queries)
     asked, truths = list[Row](), list[list[str] | str]()
     for number, example in enumerate(corpus):
         value = example.row.get(column or RELEVANT)

@@ -34,13 +34,13 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from whence.corpus.layouts import Row
-from whence.corpus.reading import Corpus, open_corpus
+from whence.corpus.reading import Corpus
 from whence.corpus.tokens import Encoded
 from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.method_scores import MethodScores, query_targets
-from whence.evaluation.retrieval import check_methods, row_scores, rows_view
+from whence.evaluation.retrieval import asked_corpus, check_methods, row_scores, rows_view
 from whence.gradients.forward_passes import losses
 from whence.gradients.hessian import LossDerivatives
 from whence.indexing.manifest import MANIFEST
@@ -139,9 +139,9 @@ def evaluate_tail_patch(
     check_methods([*methods], scores or {})
     if top < 1:
         raise SettingError(f"--top {top}: a number of rows from 1 on is expected")
-    rows_asked = [example.row | {"id": example.id} for example in open_corpus(queries)]
     with shown_as(progress, "Scoring"):
         view = rows_view(source, names, None if _is_index(source) else str(run))
+        rows_asked = [example.row | {"id": example.id} for example in asked_corpus(queries, view)]
         ids = [str(row["id"]) for row in rows_asked]
         scored = row_scores(names, rows_asked, view, ids, index=index, scores=scores, costs=costs,
                             index_seconds=index_seconds, seed=seed)  # fmt: skip
@@ -248,10 +248,10 @@ def best_rows(scores: Float32[Tensor, "q n"], usable: Sequence[int], top: int) -
     >>> best_rows(torch.tensor([[1.0, 3.0, 3.0, -torch.inf]]), [0, 2, 3], 5)
     [[2, 0]]
     """
-    lists = []
+    numbers, lists = torch.tensor(sorted(usable), dtype=torch.int64), list[list[int]]()
     for line in scores:
-        ranked = [row for row in usable if math.isfinite(float(line[row]))]
-        lists.append(sorted(ranked, key=lambda row: (-float(line[row]), row))[:top])
+        known = numbers[line[numbers].isfinite()]
+        lists.append(known[line[known].argsort(descending=True, stable=True)][:top].tolist())
     return lists
 
 
