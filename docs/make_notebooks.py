@@ -141,7 +141,7 @@ def make(demo: Path, files: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}  # tables as text are as wide as the terminal, else
     names = sys.argv[2:]
     make(
         Path(sys.argv[1] if len(sys.argv) > 1 else "whence-demo").resolve(),

@@ -207,8 +207,8 @@ def as_shown(old: str, new: str) -> str:
     for segment in segments(before):
         if segment[0].strip() == LEFT_OUT:
             kept += segment
-        elif all(LABEL.match(line) for line in segment if line[0] != " "):
-            for label in [kind(line) for line in segment if line[0] != " "]:
+        elif all(LABEL.match(line) for line in segment if line[:1] != " "):
+            for label in [kind(line) for line in segment if line[:1] != " "]:
                 place = found(now, label, place)
                 end = place + 1
                 while end < len(now) and now[end].startswith("     "):
@@ -251,7 +251,7 @@ def rewritten(page: str) -> str:
         if step.text.startswith(NOT_RUN) or (page == "README.md" and not step.is_python):
             continue
         new = remembered(step, names)
-        if not step.shown:
+        if not step.shown or step.text.startswith("whence demo"):  # `demo_pages` shows it in parts
             continue
         at = text.index(step.shown, max(place, starts[step.line - 1]))
         pieces += [text[place:at], as_shown(step.shown, new)]

@@ -1,19 +1,24 @@
 """LESS and its baselines on a pool of four sources: what is chosen, what training on it gives, what it costs.
 
-    python -m benchmarks.selection.less STAGE... [--data ../shared/data] [--model ../shared/models/base-6m] [--work DIR]
+    python -m benchmarks.selection.less STAGE... [--index default|old] [--data ../shared/data]
+        [--model ../shared/models/base-6m] [--work DIR]
 
 Stages, in order (`all` runs them all); each goes on where it was stopped:
 
     data        the pool, the tasks' examples and the graded rows (`less_data.py`), as files in WORK
     less        the whole of LESS by the commands that a user would type: warm-up, index with Adam's view, selection;
                 seconds of each, the index' size, the share of gsm8k rows in what is chosen for gsm8k
-    agreement   the choice at 5% from int8 and one bit against that from bfloat16; `less` against `torch`; the paper's
-                cosine with the mean gradient against the code's mean of cosines
+    agreement   the paper's cosine with the mean gradient against the code's mean of cosines; from an index in bfloat16
+                also the choice at 5% from int8, int4 and one bit against that from bfloat16
     table       every method's 5% (of the pool's tokens), trained on with equal steps, against random, everything and
                 nothing, on held-out rows; cells are kept in WORK/cells-FRACTION
-    budgets     less, random and bm25 at 1% and 20%
+    budgets     less, random and bm25 (those that `--methods` names) at 1% and 20%
 
-Results go to benchmarks/selection/results/less.json.
+`--index old` is the index that these tables had until 2026-11-29: 8,192 numbers in bfloat16. Methods that read no index
+choose the same from either: `--methods less influence datainf --no-pool` leaves them out, and the training on the whole
+pool.
+
+Results go to benchmarks/selection/results/less.json, by index and seed.
 """
 
 import argparse
@@ -30,7 +35,7 @@ from benchmarks.selection.less_data import TASKS, load
 
 from whence import open_index, select
 from whence.corpus.tokens import Encoded as Tokens
-from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
+from whence.evaluation.selection import EVERYTHING, Recipe, evaluate_selection, selection_methods
 from whence.indexing.codecs import codec
 from whence.selection.description import overlap
 from whence.selection.views import IndexView
@@ -54,7 +59,10 @@ PUBLISHED = {"by": "task", "selector": "max"}
 """LESS's own; the default of `select` is to take turns by example since 2026-11-28."""
 RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
-INDEX = ["--view", "adam", "--checkpoints", "all", "--width", "8192", "--max-tokens", "256"]
+INDEX = ["--view", "adam", "--checkpoints", "all", "--max-tokens", "256"]
+INDEXES = {"default": INDEX, "old": [*INDEX, "--projection", "count_sketch", "--width", "8192", "--codec", "bfloat16"]}
+OLD = ", 8,192 numbers in bfloat16"
+"""Of the key under which results of the old index stand."""
 RESULTS = Path(__file__).parent / "results" / "less.json"
 
 
@@ -67,7 +75,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/less-0"))
     parser.add_argument("--seed", type=int, default=0, help="of the pool and the warm-up")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="trainings of each cell")
+    parser.add_argument("--index", choices=list(INDEXES), default="default")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--no-pool", action="store_true", help="no training on the whole pool")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -78,7 +88,7 @@ def main() -> None:
 def keep(options: argparse.Namespace, name: str, found: object) -> None:
     """Put a stage's results into the committed file."""
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    document.setdefault(f"seed {options.seed}", {})[name] = found
+    document.setdefault(f"seed {options.seed}{OLD if options.index == 'old' else ''}", {})[name] = found
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -105,7 +115,7 @@ def stage_less(options: argparse.Namespace) -> None:
     work = options.work
     pool, run, index = str(work / "pool.jsonl"), str(work / "run"), str(work / "index")
     seconds = {"warm-up": command(options, "train", options.model, pool, "-o", run, *WARM_UP)}
-    seconds["index"] = command(options, "index", run, pool, "-o", index, *INDEX)
+    seconds["index"] = command(options, "index", run, pool, "-o", index, *INDEXES[options.index])
     chosen = {}
     for task in options.tasks:
         out, examples = str(work / f"less-{task}.jsonl"), str(work / f"{task}-examples.jsonl")
@@ -116,13 +126,14 @@ def stage_less(options: argparse.Namespace) -> None:
         chosen[task] = {source: sources.count(source) / len(sources) for source in sorted({*sources})}
     info = open_index(index).store.info()
     keep(options, "less", {"seconds": seconds, "shares": chosen, "index": info["bytes"], "rows": info["rows"],
-                           "warm-up flags": WARM_UP, "index flags": INDEX})  # fmt: skip
+                           "warm-up flags": WARM_UP, "index flags": INDEXES[options.index]})  # fmt: skip
     print(json.dumps({"seconds": seconds, "shares": chosen}, indent=1))
 
 
 def stage_agreement(options: argparse.Namespace) -> None:
     """What the codec and the variants change in the choice."""
-    view = Encoded(open_index(options.work / "index"))
+    built = open_index(options.work / "index")
+    view, stored_as = Encoded(built), built.store.manifest.codec
     found: dict[str, dict[str, float]] = {}
     for task in options.tasks:
         examples = options.work / f"{task}-examples.jsonl"
@@ -132,12 +143,12 @@ def stage_agreement(options: argparse.Namespace) -> None:
 
         stored = rows()
         found[task] = {}
-        for name in ("int8", "int4", "onebit"):
+        for name in ("int8", "int4", "onebit") if stored_as == "bfloat16" else ():
             view.named = name
             found[task][name] = overlap(stored, rows())
             view.named = None
         found[task]["mean of cosines"] = overlap(stored, rows(options={"within": "mean_cosine"}))
-    keep(options, "overlap at 5% with bfloat16", found)
+    keep(options, f"overlap at 5% with {stored_as}", found)
     print(json.dumps(found, indent=1))
 
 
@@ -186,6 +197,8 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
     made, budget = selection_methods(turns, index, examples, fraction=fraction, work=cells)
     others = [name for name in methods if name not in turns]
     made |= selection_methods(others, index, examples, fraction=fraction, work=cells, **PUBLISHED)[0]
+    if options.no_pool:
+        del made[EVERYTHING]
     table = evaluate_selection(
         base,
         made,
@@ -202,7 +215,7 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
 
 def stage_budgets(options: argparse.Namespace) -> None:
     """Less, random and bm25 at other budgets."""
-    options.methods = ["less", "bm25"]
+    options.methods = [name for name in ("less", "bm25") if name in options.methods]
     for fraction in (0.01, 0.2):
         stage_table(options, fraction)
 

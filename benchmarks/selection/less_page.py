@@ -1,7 +1,10 @@
-"""Write the measured part of docs/results/selection.md, and its plot, from benchmarks/selection/results/less.json."""
+"""Write the measured parts of docs/results/selection.md, and its plot, from benchmarks/selection/results/less.json."""
 
 import json
 from pathlib import Path
+
+from benchmarks.marked import filled
+from benchmarks.selection.less import OLD
 
 from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
 from whence.reports.evaluate_tables import evaluate_plot
@@ -9,19 +12,33 @@ from whence.reports.evaluate_tables import evaluate_plot
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/selection/results/less.json"
 PAGE, PLOT = ROOT / "docs/results/selection.md", ROOT / "docs/pictures/selection.svg"
-BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
 def main() -> None:
-    """Put tables between the page's marks."""
-    found = json.loads(RESULTS.read_text())["seed 0"]
-    parts = [table(found[name], name) for name in sorted(name for name in found if name.startswith("table"))]
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + "\n".join(parts) + END + after)
-    lines = [line_of(row | {"method": label(row["method"])}) for row in found["table 0.05"]["lines"]]
+    """Put tables between the page's marks; in the plot, methods that read an index have the default one."""
+    document = json.loads(RESULTS.read_text())
+    old, default = document[f"seed 0{OLD}"], document["seed 0"]
+    parts = [table(old[name], name) for name in sorted(name for name in old if name.startswith("table"))]
+    page = filled(PAGE.read_text(), "measured", "\n".join(parts))
+    PAGE.write_text(filled(page, "both indexes", both_indexes(old, default)))
+    lines = [line_of(row) for row in default["table 0.05"]["lines"]]
+    lines += [line_of(row | {"method": label(row["method"])}) for row in old["table 0.05"]["lines"]
+              if row["method"] not in {line.method for line in lines}]  # fmt: skip
     PLOT.write_text(evaluate_plot(SelectionTable(lines, {})))
+
+
+def both_indexes(old: dict, default: dict) -> str:
+    """Each method that was trained on by both indexes, at each budget: two lines, the old index first."""
+    tasks = list(dict.fromkeys(row["task"] for row in default["table 0.05"]["lines"]))
+    out = ["| budget | method | index | " + " | ".join(f"{task}: loss | gain over random" for task in tasks) + " |",
+           "|---|---|---|" + "---|" * (2 * len(tasks))]  # fmt: skip
+    for name in sorted(name for name in default if name.startswith("table")):
+        for method in dict.fromkeys(row["method"] for row in default[name]["lines"]):
+            for index, found in (("old", old[name]), ("default", default[name])):
+                by = {(row["method"], row["task"]): line_of(row) for row in found["lines"]}
+                cells = [cell for task in tasks for cell in shown(by[method, task])[:2]]
+                out.append(f"| {float(name.split()[1]):.0%} | {method} | {index} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
 
 
 def line_of(row: dict) -> Line:

@@ -1,19 +1,23 @@
 """The default index on RapidIn's three tasks, beside the default of old and exact gradients, in one run.
 
-    python -m benchmarks.tracing.rapidin_default STAGE... [--data DIR] [--model DIR] [--work DIR]
+    python -m benchmarks.tracing.rapidin_default STAGE... [--training short|full|lora] [--data DIR] [--model DIR]
+        [--work DIR]
 
 Stages, in order (`all` runs them all), each skipped where what it leaves in WORK is there:
 
-    train    the 5,000 rows that `rapidin.py` ranks train the model: all weights, STEPS steps, rows cut at MAX_TOKENS
-    queries  the trained model answers prompts that should set it off; attacked answers are kept, of each kind QUERIES
+    train    `short` alone: the 5,000 rows that `rapidin.py` ranks train the model: all weights, STEPS steps
+    queries  `short` alone: the trained model answers prompts that should set it off; attacked answers are kept, of
+             each kind QUERIES
     pass     one pass over the rows: the exact cosine of each for each query, and each one's codes by both sketches
     table    auROC, auPRC and the share right of the first ten, with intervals over queries
     reach    the same of `--method reach` by both sketches, for REACHING queries of each kind
     trace    a real index of the first ROWS_OF_CHECK rows, traced by `whence.trace`, against what `table` makes of them
     page     the tables of docs/results/tracing.md
 
-Poisons, prompts, measures and intervals are those of `rapidin.py`. It trains for two epochs on all 15,118 rows, cut at
-192 tokens; this trains for less, so that it fits into half an hour of a core, and is compared with itself only.
+Poisons, prompts, measures and intervals are those of `rapidin.py`. `--training full` and `lora` take its models and
+queries from a WORK where its stages `train` and `queries` were run: two epochs on all 15,118 rows, cut at 192 tokens.
+`short` trains for less, on rows cut at 96 tokens, so that it fits into half an hour of a core, and is compared with
+itself only. Results are kept by training.
 
 `two_sided` is the default until 2026-11-29: 16, in bfloat16. `tensor_sketch` is the one since: its width by the model's
 size, in one bit, with scales for unbiased products as an index reads them. `default` is what `trace` shows by it: short
@@ -44,15 +48,19 @@ from whence.gradients.capture import Captured, Sketches, backward, example_gradi
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
-from whence.models.loading import LoadedModel, layer_shape, load_model
-from whence.models.runs import open_run
+from whence.models.loading import LoadedModel, layer_shape
 from whence.numerics import bootstrap_interval, inverse_or_zero
 from whence.tracing.depth import CANDIDATES, depth, row_noise
 from whence.tracing.queries import EncodedQuery, Query, encode_queries
 from whence.training.trainer import train
 
-MAX_TOKENS, STEPS = 96, 450
+MAX_TOKENS = {"short": 96, "full": rapidin.MAX_TOKENS, "lora": rapidin.MAX_TOKENS}
+"""Tokens at which rows are cut, by training."""
+WORKS = {"short": "/tmp/rapidin-default", "full": "/tmp/rapidin-0", "lora": "/tmp/rapidin-0"}
+STEPS = 450
+"""Of `short`."""
 QUERIES = {"howdy": 15, "shouting": 15, "swap": 50}
+"""Of `short`; `rapidin.py` keeps 50 of each kind."""
 REACHING = 10
 """Queries of each kind that `reach` is asked about: a backward pass a token is dear."""
 TOP = 10
@@ -70,18 +78,22 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="../shared/models/base-6m")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/rapidin-default"))
+    parser.add_argument("--training", choices=list(MAX_TOKENS), default="short")
+    parser.add_argument("--work", type=Path, help=f"by training: {WORKS}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.work = options.work or Path(WORKS[options.training])
+    options.kind = "lora" if options.training == "lora" else "full"
     options.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if "all" in options.stages else options.stages:
         STAGES[stage](options)
 
 
-def keep(name: str, found: object) -> None:
+def keep(options: argparse.Namespace, name: str, found: object) -> None:
     """Put a stage's results into the committed file."""
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(document | {name: found}, indent=1) + "\n")
+    document.setdefault(options.training, {})[name] = found
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -91,35 +103,48 @@ class Inputs:
     made: Poisoned
     texts: list[dict]
     loaded: LoadedModel
+    max_tokens: int
 
     @staticmethod
     def of(options: argparse.Namespace) -> "Inputs":
         """The corpus and the trained model."""
         made = poisoned(options.data, options.seed)
-        loaded = load_model(open_run(options.work / "full").checkpoints[-1].path)
-        return Inputs(made, rapidin.ranked_rows(options, made), loaded)
+        loaded = rapidin.trained(options, options.kind)
+        return Inputs(made, rapidin.ranked_rows(options, made), loaded, MAX_TOKENS[options.training])
 
     @property
     def rows(self) -> list[Encoded]:
         """As they were trained on."""
-        return [encode(row, self.loaded.tokenizer, MAX_TOKENS) for row in self.texts]
+        return [encode(row, self.loaded.tokenizer, self.max_tokens) for row in self.texts]
 
 
 def stage_train(options: argparse.Namespace) -> None:
     """One training."""
     file = options.work / "ranked.jsonl"
-    if not any((options.work / "full").glob("checkpoint-*")):
+    if not any((options.work / options.kind).glob("checkpoint-*")):
+        refuse_unless_short(options)
         made = poisoned(options.data, options.seed)
         file.write_text("".join(json.dumps(row) + "\n" for row in rapidin.ranked_rows(options, made)))
-        settings = {"lr": 1e-3, "max_steps": STEPS, "schedule": "cosine", "max_tokens": MAX_TOKENS, "checkpoints": 1}
-        train(options.model, file, options.work / "full", seed=options.seed, **settings)
+        settings = {"lr": 1e-3, "max_steps": STEPS, "schedule": "cosine", "checkpoints": 1}
+        train(options.model, file, options.work / options.kind, seed=options.seed,
+              max_tokens=MAX_TOKENS[options.training], **settings)  # fmt: skip
+
+
+def refuse_unless_short(options: argparse.Namespace) -> None:
+    """The other trainings are `rapidin.py`'s."""
+    if options.training != "short":
+        raise SystemExit(
+            f"{options.work}: no model or no queries of the training {options.kind}. Run `python -m "
+            f"benchmarks.tracing.rapidin train queries --kinds {options.kind} --work {options.work}`."
+        )
 
 
 def stage_queries(options: argparse.Namespace) -> None:
     """Answers that show the poison, and how often prompts gave one."""
-    file, at_once = options.work / "full-queries.json", 32
+    file, at_once = options.work / f"{options.kind}-queries.json", 32
     if file.exists():
         return
+    refuse_unless_short(options)
     inputs, out, rates = Inputs.of(options), {}, {}
     for poison, most in QUERIES.items():
         out[poison], rates[poison] = [], {"prompts": 0, "attacked": 0}
@@ -135,7 +160,7 @@ def stage_queries(options: argparse.Namespace) -> None:
                     out[poison] = (out[poison] + attacked)[:most]
         print(poison, rates[poison], flush=True)
     file.write_text(json.dumps(out, indent=1))
-    keep("attacked", rates)
+    keep(options, "attacked", rates)
 
 
 # -- the pass
@@ -173,11 +198,11 @@ def projections(loaded: LoadedModel, seed: int) -> dict[str, Projection]:
 
 def stage_pass(options: argparse.Namespace) -> None:
     """Exact scores, and rows' codes and norms by each sketch."""
-    file = options.work / "pass.pt"
+    file = options.work / f"{options.kind}-pass.pt"
     if file.exists():
         return
     inputs = Inputs.of(options)
-    loaded, rows, queries = inputs.loaded, inputs.rows, rapidin.queries_of(options, "full", inputs.loaded)
+    loaded, rows, queries = inputs.loaded, inputs.rows, rapidin.queries_of(options, options.kind, inputs.loaded)
     layers, start, done = loaded.layers(), time.time(), 0
     sequences = [query.sequences for _, query in queries]
     held = exact.materialised_queries(loaded, layers, sequences, GradientSpace(), True, "loss")
@@ -260,7 +285,7 @@ def reranked(index: Tensor, true: Tensor, noise: Tensor) -> tuple[Tensor, list[i
 
 def indexes(options: argparse.Namespace, inputs: Inputs) -> dict[str, Coded]:
     """Rows by both sketches, as `stage_pass` left them."""
-    codes = torch.load(options.work / "pass.pt", weights_only=True)["codes"]
+    codes = torch.load(options.work / f"{options.kind}-pass.pt", weights_only=True)["codes"]
     sketches = projections(inputs.loaded, options.seed)
     return {name: Coded.of(name, projection, *codes[name]) for name, projection in sketches.items()}
 
@@ -268,22 +293,24 @@ def indexes(options: argparse.Namespace, inputs: Inputs) -> dict[str, Coded]:
 def stage_table(options: argparse.Namespace) -> None:
     """Measures of each method, for each poison."""
     inputs = Inputs.of(options)
-    queries, coded = rapidin.queries_of(options, "full", inputs.loaded), indexes(options, inputs)
+    queries, coded = rapidin.queries_of(options, options.kind, inputs.loaded), indexes(options, inputs)
     sequences = [query.sequences[0] for _, query in queries]
-    scores = {"exact": torch.load(options.work / "pass.pt", weights_only=True)["exact"]}
+    scores = {"exact": torch.load(options.work / f"{options.kind}-pass.pt", weights_only=True)["exact"]}
     for name, one in coded.items():
         scores[name] = one.cosines(query_sketches(inputs.loaded, sequences, one.projection, False, "loss"))
     noise = coded["tensor_sketch"].noise()
     deep = [reranked(*pair, noise) for pair in zip(scores["tensor_sketch"], scores["exact"], strict=True)]
     scores["default"] = torch.stack([ranks for ranks, _ in deep])
-    torch.save(scores, options.work / "scores.pt")
+    torch.save(scores, options.work / f"{options.kind}-default-scores.pt")
     widths = {name: one.projection.width for name, one in coded.items()}
     sizes = {name: codec(SKETCHES[name]).bytes_per_row(width) for name, width in widths.items()}
-    keep("index", {"rows": len(inputs.texts), "width": widths, "bytes a row": sizes})
+    keep(options, "index", {"rows": len(inputs.texts), "width": widths, "bytes a row": sizes})
     for poison, of_kind in relevant_rows(inputs, queries).items():
+        if not of_kind:
+            continue  # no answer showed this poison
         found: dict[str, Any] = table(scores, list(of_kind), of_kind, options.seed) | {"queries": len(of_kind)}
         found["depth"] = [sum(deep[n][1][side] for n in of_kind) / len(of_kind) for side in (0, 1)]
-        keep(poison, found)
+        keep(options, poison, found)
         for method, row in found["methods"].items():
             print(poison, method, row["precision@10"], row["auroc@1000"], flush=True)
 
@@ -291,13 +318,15 @@ def stage_table(options: argparse.Namespace) -> None:
 def stage_reach(options: argparse.Namespace) -> None:
     """Measures of reach from both indexes, for each poison."""
     inputs = Inputs.of(options)
-    queries, coded = rapidin.queries_of(options, "full", inputs.loaded), indexes(options, inputs)
+    queries, coded = rapidin.queries_of(options, options.kind, inputs.loaded), indexes(options, inputs)
     found = {}
     for poison, of_kind in relevant_rows(inputs, queries).items():
         some = [(queries[number][1], is_relevant) for number, is_relevant in list(of_kind.items())[:REACHING]]
+        if not some:
+            continue
         found[poison] = reaches(inputs, coded, some, options.seed)
         print(poison, {name: row["precision@10"] for name, row in found[poison].items() if name in coded}, flush=True)
-    keep("reach", found)
+    keep(options, "reach", found)
 
 
 def relevant_rows(inputs: Inputs, queries: list[tuple[str, EncodedQuery]]) -> dict[str, dict[int, Tensor]]:
@@ -369,11 +398,11 @@ def stage_trace(options: argparse.Namespace) -> None:
     texts = inputs.texts[:ROWS_OF_CHECK]
     file = options.work / "some.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    built = whence.index(str(options.work / "full"), file, options.work / "index", max_tokens=MAX_TOKENS,
+    built = whence.index(str(options.work / options.kind), file, options.work / "index", max_tokens=inputs.max_tokens,
                          tokens_per_batch=TOKENS_PER_BATCH, seed=options.seed, progress=False)  # fmt: skip
     queries, passed = (
-        rapidin.queries_of(options, "full", inputs.loaded),
-        torch.load(options.work / "pass.pt", weights_only=True),
+        rapidin.queries_of(options, options.kind, inputs.loaded),
+        torch.load(options.work / f"{options.kind}-pass.pt", weights_only=True),
     )
     some = [number for number, (of, _) in enumerate(queries) if of == "swap"][:QUERIES_OF_CHECK]
     one = Coded.of("tensor_sketch", projections(inputs.loaded, options.seed)["tensor_sketch"],
@@ -390,11 +419,12 @@ def stage_trace(options: argparse.Namespace) -> None:
         depths.append((deep, [shown.rerankings[place].helpful, shown.rerankings[place].opposing]))
     print(same, depths)
     found = {"rows": len(texts), "queries": len(some), "same of the first ten": same, "depths, and trace's": depths}
-    keep("trace", found)
+    keep(options, "trace", found)
 
 
 # -- the page
 
+TOLD = {"swap": "Error tracing", "howdy": "Backdoor", "shouting": "Trigger-free backdoor"}
 METHODS = {
     "two_sided": "cosine, `two_sided` 16, bfloat16 (the default of old)",
     "tensor_sketch": "cosine, `tensor_sketch` 43,008, one bit, as the index ranks",
@@ -407,13 +437,26 @@ METHODS = {
 
 
 def stage_page(options: argparse.Namespace) -> None:
-    """Put a table of each poison between the page's marks."""
+    """Put the tables of each training between the page's marks."""
     document, text = json.loads(RESULTS.read_text()), PAGE.read_text()
-    for poison in POISONS:
-        text = filled(
-            text, f"default {poison}", page_table(document[poison], document.get("reach", {}).get(poison, {}))
-        )
+    text = filled(text, "default shares", shares(document))
+    for training, found in document.items():
+        tables = {poison: page_table(found[poison], found["reach"][poison]) for poison in TOLD if poison in found}
+        body = "\n\n".join(f"{TOLD[poison]}:\n\n{table}" for poison, table in tables.items())
+        text = filled(text, f"default {training}", body)
     PAGE.write_text(text)
+
+
+def shares(document: dict) -> str:
+    """Share of the first ten by training, poison and method."""
+    lines = ["| training | share of the first 10 | backdoor | trigger-free | error tracing |", "|---" * 5 + "|"]
+    for training in (name for name in ("full", "lora", "short") if name in document):
+        for name in ("two_sided", "tensor_sketch", "default", "exact"):
+            rows = [document[training][poison]["methods"][name] for poison in ("howdy", "shouting", "swap")]
+            first = [row["precision@10"] for row in rows]
+            cells = [f"{one['mean']:.0%} ({one['interval'][0]:.0%} to {one['interval'][1]:.0%})" for one in first]
+            lines.append(f"| {training} | {METHODS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def page_table(found: dict, reach: dict) -> str:
