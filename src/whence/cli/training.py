@@ -59,6 +59,18 @@ class TrainFlags:
         str | None,
         typer.Option(help="Schedule of the learning rate: linear, cosine, constant, ...", show_default="linear"),
     ] = None
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps over which the rate rises from 0.", show_default="0.03")
+    ] = None
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Share of a weight lost a step, for each unit of rate.", show_default="0")
+    ] = None
+    order: Annotated[
+        str | None,
+        typer.Option(
+            help="length: rows of like length share a batch. random: a Trainer's own order.", show_default="length"
+        ),
+    ] = None
     optimizer: Annotated[str | None, typer.Option(help="adamw, or sgd without momentum.", show_default="adamw")] = None
     checkpoints: Annotated[
         int | None, typer.Option(help="Checkpoints to keep, evenly spaced; one an epoch unless given.")
@@ -105,6 +117,9 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="A recipe, whose settings hold where a flag does not say otherwise: less.")
     ] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Refuse to be another training than this Trainer's run was.")
+    ] = None,
     preferences: NoPreferences = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -121,8 +136,8 @@ def train(
     options = vars(settings) | {"mix_set": pairs("--mix-set", settings.mix_set) or None}
     options = {name: value for name, value in options.items() if value is not None}
     settings_of(preset, options)
-    refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer], is_directory=True)
-    check_inputs(models=[model], corpora=[corpus, settings.in_run])
+    refuse_inputs(out, [model, corpus, settings.in_run, settings.tokenizer, like], is_directory=True)
+    check_inputs(models=[model, like], corpora=[corpus, settings.in_run])
     if dry_run:
         with waiting("Loading torch"):
             from whence.training.dry_run import plan_training
@@ -134,7 +149,7 @@ def train(
     with waiting("Loading torch"):
         from whence.training.trainer import train as run
     start = time.perf_counter()
-    path = run(model, corpus, out, preset=preset, progress=not as_json, **options)
+    path = run(model, corpus, out, preset=preset, like=like, progress=not as_json, **options)
     seconds = time.perf_counter() - start
     in_run = _in_run(path) if settings.in_run is not None else None
     if as_json:
@@ -143,6 +158,8 @@ def train(
     if in_run is not None:
         for line in _in_run_lines(in_run):
             print_part(line)
+    if like is not None:
+        print_part(_alike(path))
     print_ending(f"{_training(path)}; this took {seconds:,.0f} s.", "whence", "index", out, corpus, "-o", "INDEX")
 
 
@@ -160,6 +177,17 @@ def _training(run: Path) -> str:
     return (
         f"Trained on {number_of(record['rows'], 'row')} in {number_of(last.step or 0, 'step')} of "
         f"{record['batch_size']:,}: the loss went from {first:.3f} to {final:.3f} nats a token ({few})"
+    )
+
+
+def _alike(run: Path) -> str:
+    """How far it is the training that it was to be like."""
+    from whence.training.likeness import FILE
+
+    found = json.loads((run / FILE).read_text())
+    return (
+        f"The training of {found['like']}: the cosine of the two weight changes is {found['cosine']:.5f}, and the "
+        f"weights differ by {found['difference']:.1e} of its change."
     )
 
 

@@ -41,6 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 """Settings by the name of a preset."""
+ORDERS = {"length": "group_by_length", "random": "random"}
+"""The Trainer's name of each order of rows."""
 LARGEST = 2**53
 """Whole numbers below are floats too."""
 LARGEST_SEED = 2**32 - 1
@@ -108,6 +110,8 @@ class TrainSettings:
     """Order of the expansion of a step's effect: 1, or 2 at several times the cost."""
     in_run_rows: int = 16
     """Validation rows of a draw."""
+    order: str = "length"
+    """"length": rows of like length share a batch. "random": the order of a Trainer that is told nothing else."""
     replayable: bool = False
     """Keep what `replay` needs: every step's rows and rate, and the weights and moments every `replay_every` steps."""
     replay_every: int | None = None
@@ -142,6 +146,10 @@ class TrainSettings:
             raise SettingError("--lora-alpha, --lora-dropout and --lora-targets need a --lora-rank")
         if self.optimizer not in OPTIMIZERS:
             raise SettingError(f"--optimizer {self.optimizer}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.order not in ORDERS:
+            raise SettingError(f"--order {self.order}: choose one of {', '.join(ORDERS)}")
+        if self.order != "length" and self.mix is not None:
+            raise SettingError(f"--order {self.order}: with --mix the mixer draws the rows")
         if self.schedule not in SCHEDULES:
             raise SettingError(f"--schedule {self.schedule}: choose one of {', '.join(SCHEDULES)}")
         self._check_in_run()
@@ -177,6 +185,7 @@ class TrainSettings:
         """Settings by name, for a run's record, which leaves out those of `in_run` and others where they are unused."""
         unused = (IN_RUN if self.in_run is None else ()) + (MIX if self.mix is None else ())
         unused += () if self.replayable else REPLAY
+        unused += ("order",) if self.order == TrainSettings.order else ()
         unused += ("least_steps",)  # what it led to is in the others
         unused += tuple(
             name for name in ("tokenizer", "chat_template", "date", "supervise") if getattr(self, name) is None

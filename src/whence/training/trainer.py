@@ -50,8 +50,9 @@ from whence.paths import is_directory, writing_to
 from whence.storage import Place
 from whence.training.in_run import HEURISTIC, InRun, InRunPlan
 from whence.training.left_out_rows import draws_masks, without_rows
+from whence.training.likeness import require_likeness
 from whence.training.online_mixing import OnlineBatches, domains_of, read_options
-from whence.training.recipe import OPTIMIZERS, TrainSettings, settings_of, with_least_steps
+from whence.training.recipe import OPTIMIZERS, ORDERS, TrainSettings, settings_of, with_least_steps
 from whence.training.resuming import (
     FilesListed,
     OrderKept,
@@ -79,6 +80,7 @@ def train(
     out: str | Path,
     *,
     preset: str | None = None,
+    like: str | Path | None = None,
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Path:
@@ -94,6 +96,8 @@ def train(
             tokenizer in each and beside them, and the settings in `whence_train.json`; with `in_run` also
             `in_run_scores.parquet` and what belongs to it, with `mix` the log `online_mixing.jsonl`.
         preset: Name in `PRESETS`, whose settings hold where `settings` says nothing.
+        like: Another Trainer's run, of which this is to be the same training, so that what is asked of this one holds
+            for that one; with `replayable`. What `likeness` finds is written into `whence_like.json`.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TrainSettings`, such as `epochs=3, lr=1e-4, lora_rank=16`.
 
@@ -103,15 +107,21 @@ def train(
     Raises:
         CorpusError: The corpus or the validation rows cannot be read, no row has a supervised token, or rows have no
             domain.
-        ModelError: The model cannot be loaded, or `in_run` cannot follow its training.
+        ModelError: The model cannot be loaded, or `in_run` cannot follow its training; or it is not the training of
+            `like`, by how much and from which step on.
         SettingError: A setting has a value that cannot work, or `out` is or holds an input, a model, or another
             training's checkpoints.
         ManifestMismatchError: Another process is training there.
     """
     chosen, directory = settings_of(preset, settings), Path(out)
-    refuse_inputs(directory, [model, corpus, chosen.in_run, chosen.tokenizer], is_directory=True)
+    refuse_inputs(directory, [model, corpus, chosen.in_run, chosen.tokenizer, like], is_directory=True)
+    if like is not None and not chosen.replayable:
+        raise SettingError("--like needs --replayable, which keeps the weights that the training started from")
     with Place.at(directory).locked():
-        return _train(model, corpus, directory, chosen, progress)
+        _train(model, corpus, directory, chosen, progress)
+        if like is not None:
+            require_likeness(directory, like)
+        return directory
 
 
 def _train(
@@ -207,7 +217,8 @@ def _train_from(
         follower.load(newest)
     if newest is not None and step_of(newest) >= trainer.args.max_steps:
         return
-    if newest is not None and step_of(newest) % steps_per_epoch and trainer.mixing is None:
+    is_drawn_again = trainer.mixing is None and trainer.args.train_sampling_strategy == ORDERS["length"]
+    if newest is not None and step_of(newest) % steps_per_epoch and is_drawn_again:
         trainer.order.resumed_from = read_order(newest)  # within an epoch, whose order was drawn before
     done = 0 if newest is None else step_of(newest)
     with (
@@ -325,8 +336,9 @@ class _Trainer(Trainer):
         """The objects that write a state into each checkpoint."""
         return [follower for follower in (self.in_run, self.mixing, self.step_log) if follower is not None]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
-        return self.order
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        is_own = self.args.train_sampling_strategy == ORDERS["length"]
+        return self.order if is_own else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Batches of a step: the next of the epoch, or rows of the domain that the mixer draws."""
@@ -438,7 +450,7 @@ def _arguments(directory: Path, rows: int, settings: TrainSettings) -> TrainingA
         warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         weight_decay=settings.weight_decay,
         optim=OPTIMIZERS[settings.optimizer],
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy=ORDERS[settings.order],
         logging_steps=math.ceil(steps / LOGGED_STEPS),
         save_strategy="steps",
         save_steps=interval,
