@@ -1,6 +1,7 @@
 """What a training keeps so that it can be replayed, and that replays go by it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from whence import catalogue, open_result, select, trace
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, ModelError, SettingError
 from whence.gradients.exact import sequences_of
+from whence.models.loading import load_model
 from whence.models.training_state import RECORD
 from whence.training import replay as replay_module
 from whence.training import unfinished_replay
@@ -71,7 +73,8 @@ def test_pieces_that_are_trained_again_give_the_same_scores(models, corpus, run,
     rare = train(models["llama"], corpus, tmp_path / "rare", **QUICK, replayable=True, replay_every=3, micro_batch=2)
     few, all_stored = scores_of(open_replayable(rare)), scores_of(open_replayable(run))
     assert [step for step, _ in few.drifts] == [8, 6, 3] and all(drift < 1e-3 for _, drift in few.drifts)
-    assert not all_stored.drifts
+    assert [step for step, _ in all_stored.drifts] == [8, 7, 6, 5, 4, 3, 2, 1], "every stored step is held to both"
+    assert all(drift < 1e-3 for _, drift in all_stored.drifts)
     assert torch.equal(few.scores.abs() > 0, torch.ones(3, 20, dtype=torch.bool))
     difference = (few.scores - all_stored.scores).norm() / all_stored.scores.norm()
     assert difference < 0.02, difference
@@ -139,6 +142,34 @@ def test_a_damaged_log_is_refused(models, corpus, tmp_path, damage):
         open_log(run)
 
 
+def test_a_damaged_state_is_not_sealed_by_the_same_command(models, corpus, tmp_path):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK | {"epochs": 1}, replayable=True)
+    file = run / FOLDER / "state-00000002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(ChecksumError, match=file.name):
+            train(models["llama"], corpus, run, **QUICK | {"epochs": 1}, replayable=True)
+    with pytest.raises(ChecksumError, match=file.name):
+        open_log(run)
+
+
+def test_rows_with_one_id_keep_their_places(models, tmp_path):
+    rows = [dict(row, id="x") for row in ROWS]
+    corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK | {"epochs": 1}, fraction=0.5, replayable=True)
+    opened, tokenizer = open_replayable(run), load_model(models["llama"]).tokenizer
+    for place, row in zip(opened.places.tolist(), opened.losses.rows, strict=True):
+        assert encode(rows[place], tokenizer).ids == row.ids
+
+
+def test_what_cannot_be_replayed_is_refused_before_it_trains(models, corpus, tmp_path):
+    with pytest.raises(SettingError, match=r"--mix: .* cannot be --replayable"):
+        train(models["llama"], corpus, tmp_path / "run", **QUICK, mix="online", replayable=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_rows_are_refused(run, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", corpus_rows(19))
     with pytest.raises(ManifestMismatchError, match="was trained on 20 rows"):
@@ -185,7 +216,7 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage)
             made.append(1)
             raise KeyboardInterrupt
         made.append(number)
-        real(losses, log, state, number, *args, **kwargs)
+        return real(losses, log, state, number, *args, **kwargs)
 
     monkeypatch.setattr(replay_module, "_go_back", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -210,19 +241,20 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage)
     assert torch.allclose(found.scores[0], whole[0], rtol=1e-3), "another question has a standing of its own"
 
 
-def test_a_run_that_does_not_come_out_is_refused(models, corpus, tmp_path):
-    run = train(models["llama"], corpus, tmp_path / "run", **QUICK, replayable=True, replay_every=4)
+@pytest.mark.parametrize(("every", "options"), [(4, {}), (1, {}), (4, {"optimizer": "sgd"}), (1, {"optimizer": "sgd"})])
+def test_a_run_that_does_not_come_out_is_refused(models, corpus, tmp_path, every, options):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK | options, replayable=True, replay_every=every)
     opened = open_replayable(run)
     stored = opened.log.state
 
     def moved(after, device="cpu"):
         state = stored(after, device)
         if after == 8:
-            state.weights["model.norm.weight"].add_(0.5)
+            (state.first or state.weights)["model.norm.weight"].add_(0.5)
         return state
 
     object.__setattr__(opened.log, "state", moved)
-    with pytest.raises(ModelError, match=r"the weights after step 8 are \d+\.\d% of what those steps moved off"):
+    with pytest.raises(ModelError, match=r"that after step 8 is \d+\.\d% off the stored one"):
         scores_of(opened)
 
 
@@ -246,9 +278,35 @@ def test_the_command_line(run, tmp_path, printed):
     chosen = tmp_path / "chosen.jsonl"
     code, _, _ = printed("select", run, "--method", "replay", "--tasks", tasks, "--count", 4, "-o", chosen)
     assert code == 0 and len(chosen.read_text().splitlines()) == 4
-    for words in (("--exact",), ("--objective", "margin")):
+    for words in (
+        ("--exact",),
+        ("--objective", "margin"),
+        ("--shortlist", 5),
+        ("--controls", tasks),
+        ("--dtype", "float32"),
+    ):
         code, _, err = printed("trace", run, "--method", "replay", "--prompt", "a", *words)
         assert code == 2 and words[0] in err
+
+
+def test_a_parent_that_moved_is_named(models, corpus, tmp_path, command):
+    parent = shutil.copytree(models["llama"], tmp_path / "parent")
+    run = train(parent, corpus, tmp_path / "run", **QUICK | {"epochs": 1}, replayable=True)
+    parent.rename(tmp_path / "moved")
+    words = ("trace", run, "--method", "replay", "--prompt", "a", "--completion", " yes")
+    code, _, err = command(*words)
+    assert code and "--model" in err
+    code, _, _ = command(*words, "--model", tmp_path / "moved")
+    assert code == 0
+    code, _, err = command("trace", run, "--prompt", "a", "--corpus", corpus)
+    assert code == 2
+
+
+def test_with_a_contrast_it_is_about_the_difference(run, printed):
+    code, out, _ = printed(
+        "trace", run, "--method", "replay", "--prompt", "5 and 3?", "--completion", " yes", "--contrast", " no"
+    )
+    assert code == 0 and ("this answer's loss less the other's" in " ".join(out.split()) or "ranks first;" in out)
 
 
 def test_the_catalogue_says_so():

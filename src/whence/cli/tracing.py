@@ -109,7 +109,7 @@ def trace(
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, corpus=corpus,
+            seed=seed, corpus=corpus, **({"model": model} | vars(loading) if needs_run else {}),
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:

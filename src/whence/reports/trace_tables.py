@@ -67,8 +67,11 @@ def trace_answer(trace: Trace) -> str:
         return "No example can be ranked."
     first = f"{visible(best[0].id)} ranks first"
     if trace.method in NATS and best[0].score > 0:
-        loss, of = math.log(trace.answers[0].perplexity), "this answer's loss"
-        return f"{first}: without it {of}, {loss:.3f} nats a token, would be about {best[0].score:.2g} higher."
+        more = f"would be about {best[0].score:.2g} higher"
+        if trace.answers[0].contrast is not None:
+            return f"{first}: without it this answer's loss less the other's, in nats a token, {more}."
+        loss = math.log(trace.answers[0].perplexity)
+        return f"{first}: without it this answer's loss, {loss:.3f} nats a token, {more}."
     if not trace.levels:
         return f"{first}; nothing here says how high chance reaches."
     top = max((hit.null.z for hit in trace.of(0) if hit.null is not None), default=0.0)

@@ -226,9 +226,11 @@ def open_view(
     if entry.needs_run:
         if not isinstance(source, str | Path):
             raise SettingError(f"--method {method} reads a run's directory, in place of an index or a corpus")
+        if given := [name for name, value in loading.items() if value is not None and value is not False]:
+            raise SettingError(f"--{given[0].replace('_', '-')}: --method {method} reads the model as it was trained")
         from whence.selection.run_view import RunView  # which brings the Trainer
 
-        return RunView.of(source, corpus)
+        return RunView.of(source, corpus, model=model)
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
         source = open_index(source, model=model, **loading)
         source.store.require_complete()

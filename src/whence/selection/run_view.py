@@ -20,7 +20,12 @@ class RunView(CorpusView):
     run: ReplayableRun = field(kw_only=True)
 
     @staticmethod
-    def of(run: str | Path, corpus: str | Path | Corpus | Iterable[Row] | None = None) -> "RunView":
+    def of(
+        run: str | Path,
+        corpus: str | Path | Corpus | Iterable[Row] | None = None,
+        *,
+        model: str | Path | None = None,
+    ) -> "RunView":
         """Open a run; for arguments and errors see `open_replayable`."""
-        opened = open_replayable(run, corpus)
+        opened = open_replayable(run, corpus, model=model)
         return RunView(opened.corpus, opened.model, opened.settings.max_tokens, run=opened)

@@ -76,7 +76,8 @@ def trace(
         controls: Queries whose scores are the null, as `queries`; None draws rows of the index.
         max_new_tokens: Longest completion that is generated.
         temperature: Temperature of a generated completion; 0 is greedy.
-        model: The model's directory, where it has moved since the index was built.
+        model: The model's directory, where it has moved since the index was built; for the method "replay" that of the
+            model which the run was trained from.
         corpus: For the method "replay", what the run was trained on, where that is not where it was.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
@@ -93,12 +94,16 @@ def trace(
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
     if catalogue.trace_method(how.method).needs_run:
-        if isinstance(index, Index) or model is not None:
-            raise SettingError(f"--method {how.method} reads a run's directory, in place of an index and its model")
+        _refuse_others(how, loading, controls)
+        if isinstance(index, Index):
+            raise SettingError(f"--method {how.method} reads a run's directory, in place of an index")
         from whence.tracing.replaying import replayed_trace  # which brings the Trainer
 
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, _plain(preferences))
-        return replayed_trace(index, texts, top=how.top, sampling=sampling, corpus=corpus, progress=progress)
+        return replayed_trace(index, texts, top=how.top, sampling=sampling, corpus=corpus, model=model,
+                              progress=progress)  # fmt: skip
+    if corpus is not None:
+        raise SettingError("--corpus belongs to --method replay: an index has its own copy of the rows")
     with shown_as(progress, "Tracing"):
         opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
         reading: _Reading = {"columns": opened.columns, "preferences": preferences or opened.settings.preferences}
@@ -136,6 +141,16 @@ def trace(
                 "exact gradients, which takes about as long as indexing their rows again."
             )
         return replace(traced, rows=rankable, settings=described, notes=notes)
+
+
+def _refuse_others(settings: TraceSettings, loading: Mapping[str, Any], controls: Any) -> None:
+    """Refuse what belongs to an index, where a run is read."""
+    given = [name for name, value in loading.items() if value is not None and value is not False]
+    given += ["controls"] * (controls is not None) + ["shortlist"] * (settings.shortlist is not None)
+    given += ["basis"] * (settings.basis != TraceSettings.basis)
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise SettingError(f"{flag} belongs to the methods that read an index, not to --method {settings.method}")
 
 
 def _plain(preferences: str | None) -> _Reading:

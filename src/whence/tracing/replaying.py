@@ -34,6 +34,7 @@ def replayed_trace(
     top: int,
     sampling: Sampling,
     corpus: str | Path | Corpus | None = None,
+    model: str | Path | None = None,
     progress: ProgressOption = False,
 ) -> Trace:
     """Rows of a training behind some answers.
@@ -44,13 +45,14 @@ def replayed_trace(
         top: Rows on each side.
         sampling: How open prompts are completed.
         corpus: What the run was trained on, where that is not where it was.
+        model: What it was trained from, where that is not where it was.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         MissingLogError: The run has no log of its steps.
         SettingError: A query that cannot be asked.
     """
-    opened = run if isinstance(run, ReplayableRun) else open_replayable(run, corpus)
+    opened = run if isinstance(run, ReplayableRun) else open_replayable(run, corpus, model=model)
     first = next(iter(opened.corpus))
     encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
     notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)

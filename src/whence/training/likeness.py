@@ -62,7 +62,7 @@ def likeness(run: str | Path, other: str | Path) -> Likeness:
     log = open_log(run)
     start, end = (log.state(number).weights for number in (0, len(log.steps)))
     last = open_run(other).checkpoints[-1].path
-    theirs = dict(load_model(last, dtype="float32").model.named_parameters())
+    theirs = {name: w.cpu() for name, w in load_model(last, dtype="float32").model.named_parameters()}
     if missing := [name for name in end if name not in theirs or theirs[name].shape != end[name].shape]:
         raise ModelError(
             f"{last}: it has no weight {missing[0]} of shape {tuple(end[missing[0]].shape)}, which is trained"

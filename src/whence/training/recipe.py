@@ -178,6 +178,8 @@ class TrainSettings:
             raise SettingError(f"--replay-every {self.replay_every}: a number above 0 is expected")
         if not self.replayable and self.replay_every is not None:
             raise SettingError("--replay-every needs --replayable")
+        if self.replayable and self.mix is not None:
+            raise SettingError("--mix: a training whose order of rows follows their losses cannot be --replayable")
         if self.replayable and self.lora_dropout:
             raise SettingError(f"--lora-dropout {self.lora_dropout}: a training with dropout cannot be --replayable")
 

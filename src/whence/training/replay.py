@@ -16,9 +16,10 @@ hands to the next. With lambda the derivatives of f by (weights, moments) after 
 Several losses share a step's first backward pass, and take a second one each. `hessian=False` leaves the Hessian's
 product out: the row's effect on later gradients is then ignored (in-run scores do so too, and ignore the moments).
 
-The steps between two stored states are trained again and held, which takes one more gradient a step, and is checked:
-they must lead to the next stored state (`Replayed.drifts`). Where every state is stored (as fits for adapters) nothing
-is trained again. Memory: the states of a piece, and the adjoint, 3 times the trained weights for each loss.
+The steps between two stored states are trained again and held, which takes one more gradient a step. Where every
+state is stored (as fits for adapters) nothing is trained again. Either way the steps must lead to the next stored
+state (`Replayed.drifts`): a loss, an order or a denominator that is not the training's own is found out. Memory: the
+states of a piece, and the adjoint, 3 times the trained weights for each loss.
 
 (AdamW can be undone: w follows from w', m', v', and then m and v from g. In fp32 that loses the entries whose gradient
 once grew a thousandfold, such as those of rare tokens: after 36 steps weights were off by 3.4% of what these moved.)
@@ -41,9 +42,10 @@ from whence.training.step_derivatives import RecordedStep, RowLosses, Target
 from whence.training.step_log import StepLog
 from whence.training.unfinished_replay import Standing, Unfinished
 from whence.training.update_rules import Moment, State, Tensors, clip, pull_back_clip, put
+from whence.turns import one_at_a_time
 
-LARGEST_DRIFT = 1e-2
-"""Of weights that were trained again from the stored state before, relative to what the steps between moved."""
+LARGEST_DRIFT = 0.02
+"""How far a state that is made again may be from the stored one. Rounding makes 1e-6 to 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Replayed:
     losses: tuple[float, ...]
     """The losses at the end of the training, in nats a token."""
     drifts: tuple[tuple[int, float], ...]
-    """Of each stored state that was reached by training again: its step, and how far the weights were from it, relative
-    to what the piece's steps moved."""
+    """Of each stored state, which the steps from the one before are held to: its step, and how far they lead from it:
+    of AdamW's first moment, relative to it; of weights, relative to what they moved."""
 
 
+@one_at_a_time
 def replay(
     losses: RowLosses,
     log: StepLog,
@@ -90,7 +93,13 @@ def replay(
         done = len(log.steps) - standing.step
         with progress_bar("Replaying", len(log.steps), unit="steps", done=done, shown=progress) as tick:
             for number in reversed(range(standing.step)):
-                _go_back(losses, log, path.before(number), number, adjoint, scores, hessian=hessian)
+                clipped = _go_back(losses, log, path.before(number), number, adjoint, scores, hessian=hessian)
+                path.confirm(number, clipped)
+                if not scores.isfinite().all():
+                    raise ModelError(
+                        f"{log.place.root}: going back through step {number + 1:,}, derivatives are not finite: the "
+                        "training is too steep to be replayed (a lower --lr, fewer steps)"
+                    )
                 if kept is not None and number in log.stored[1:]:
                     kept.save(replace(standing, step=number, drifts=tuple(path.drifts)), adjoint, scores)
                 tick(1, sum(len(losses.rows[row].ids) for row in log.steps[number].rows))
@@ -110,7 +119,7 @@ def _begun(losses: RowLosses, log: StepLog, targets: Sequence[Target]) -> tuple[
 
 def _go_back(
     losses: RowLosses, log: StepLog, state: State, number: int, adjoint: State, scores: Tensor, *, hessian: bool
-) -> None:
+) -> Tensors:
     """Take the adjoint from after a step to before it, and add the step's shares to the scores, in place.
 
     Args:
@@ -121,6 +130,9 @@ def _go_back(
         adjoint: Derivatives by the state after the step.
         scores: The sums so far.
         hessian: See `replay`.
+
+    Returns:
+        The step's gradient, clipped.
     """
     step = log.steps[number]
     recorded = RecordedStep(losses, step.passes)
@@ -131,6 +143,7 @@ def _go_back(
     scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
     for name, product in by_weights.items():
         adjoint.weights[name].add_(product)
+    return clipped
 
 
 def _adjoint(slopes: Sequence[Tensors], log: StepLog) -> State:
@@ -154,6 +167,7 @@ class _Path:
     def start(self, standing: Standing) -> None:
         """Begin where a replay stands."""
         self._held: dict[int, State] = {}
+        self._unconfirmed: dict[int, tuple[State, State]] = {}
         self._after, self.drifts = self._stored(standing.step), list(standing.drifts)
 
     def before(self, number: int) -> State:
@@ -164,22 +178,31 @@ class _Path:
         put(state.weights, self.weights)
         return state
 
+    def confirm(self, number: int, gradient: Tensors) -> None:
+        """Hold a step between two stored states to them, by its gradient, clipped."""
+        if number in self._unconfirmed:
+            before, after = self._unconfirmed.pop(number)
+            self.log.rule.step(before, gradient, Moment(number + 1, self.log.steps[number].rate))
+            self._check(number + 1, before, after, self._stored(number).weights)
+
     def _stored(self, number: int) -> State:
-        return self.log.state(number, self.losses.device)
+        parts = self.log.state(number, self.losses.device)
+        return State(*({name: part[name] for name in self.weights if name in part} for part in parts))
 
     def _train_piece(self, last: int) -> None:
         """Hold the states from the last stored one before a step up to it; that after it is stored, and known."""
         first = max(number for number in self.log.stored if number <= last)
         began = self._stored(first)
         if first == last:
-            self._held[last] = State(began.weights, *self._after[1:])
+            self._held[last] = State({name: w.clone() for name, w in began.weights.items()}, *self._after[1:])
+            self._unconfirmed[last] = began, self._after
         else:
-            self._redo(first, last, began)
-            self._check(last + 1, began.weights)
-        self._after = began
+            made = self._redo(first, last, began)
+            self._check(last + 1, made, self._after, began.weights)
+        self._after = self._stored(first)
 
-    def _redo(self, first: int, last: int, began: State) -> None:
-        """Train from a stored state through step `last`, and hold what each step came from."""
+    def _redo(self, first: int, last: int, began: State) -> State:
+        """Train from a stored state through step `last`, hold what each step came from, and return where it leads."""
         put(began.weights, self.weights)
         state = State(self.weights, *({name: each.clone() for name, each in part.items()} for part in began[1:]))
         for number in range(first, last + 1):
@@ -190,17 +213,28 @@ class _Path:
             self._held[number] = State(
                 before, *({name: each.clone() for name, each in part.items()} for part in state[1:])
             )
+        return state
 
-    def _check(self, number: int, began: Tensors) -> None:
-        """Hold the weights to those stored after so many steps."""
-        stored = self._after.weights
-        moved = get_total_norm([stored[name] - began[name] for name in stored])
-        drift = get_total_norm([self.weights[name] - stored[name] for name in stored])
-        share = float(drift / moved.clamp_min(torch.finfo(moved.dtype).tiny))
+    def _check(self, number: int, made: State, stored: State, began: Tensors) -> None:
+        """Hold a state that was made again to the stored one."""
+        if made.first:  # AdamW: it moves by signs where gradients are all but 0, and its moment is the better witness
+            apart = get_total_norm([made.first[name] - each for name, each in stored.first.items()])
+            share = float(apart / _length(stored.first))
+        else:
+            moved = _length({name: each - began[name] for name, each in stored.weights.items()})
+            apart = get_total_norm([made.weights[name] - each for name, each in stored.weights.items()])
+            rounding = torch.finfo(apart.dtype).eps * get_total_norm(list(stored.weights.values()))
+            share = float((apart - rounding).clamp_min(0) / moved)
         self.drifts.append((number, share))
         if not share <= LARGEST_DRIFT:
             raise ModelError(
-                f"{self.log.place.root}: trained again from the state before, the weights after step {number} are "
-                f"{share:.1%} of what those steps moved off the stored ones, so this is not how they were trained. "
-                "Train again with this machine's versions: whence train ... --replayable"
+                f"{self.log.place.root}: made again from the state before, that after step {number} is {share:.1%} off "
+                "the stored one, so this is not how it was trained. Train again with this machine's versions: "
+                "whence train ... --replayable"
             )
+
+
+def _length(tensors: Tensors) -> Tensor:
+    """Norm of all tensors together, above 0."""
+    norm = get_total_norm(list(tensors.values()))
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)

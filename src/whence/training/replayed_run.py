@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,8 @@ class ReplayableRun:
     sources: tuple[str | None, ...]
     corpus: Corpus
     settings: TrainSettings
-
-    @cached_property
-    def places(self) -> Int64[Tensor, " n"]:
-        """Place in the corpus of each row that was trained on, from 0: some have no supervised token, or were not
-        drawn.
-        """
-        ids, places = iter(self.ids), []
-        expected = next(ids, None)
-        for place, example in enumerate(self.corpus):
-            if example.id == expected:
-                places.append(place)
-                expected = next(ids, None)
-        return torch.tensor(places)
+    places: Int64[Tensor, " n"]
+    """Place in the corpus of each row that was trained on, from 0: some have no supervised token, or were not drawn."""
 
     @property
     def model(self) -> LoadedModel:
@@ -83,7 +71,9 @@ def open_replayable(
     has_adapter = opened.loaded.has_adapter or opened.settings.lora_rank is not None
     held = LoadedModel(net.eval(), opened.loaded.tokenizer, str(run), has_adapter)
     rows = [Encoded(row["input_ids"].tolist(), row["supervised"].tolist()) for row in opened.rows.rows]
-    weights = {name: weight.requires_grad_(False) for name, weight in net.named_parameters() if weight.requires_grad}
-    put(log.state(len(log.steps)).weights, weights)
+    last = log.state(len(log.steps)).weights
+    weights = {name: weight for name, weight in net.requires_grad_(False).named_parameters() if name in last}
+    put(last, weights)
     ids, sources = tuple(opened.rows.ids), tuple(opened.rows.sources)
-    return ReplayableRun(RowLosses(held, weights, rows), log, ids, sources, texts, opened.settings)
+    return ReplayableRun(RowLosses(held, weights, rows), log, ids, sources, texts, opened.settings,
+                         torch.tensor(opened.rows.places))  # fmt: skip

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,6 +34,7 @@ FOLDER = "replay"
 """In a run's directory."""
 RECORD, STEPS, IN_CHECKPOINT = "replay.json", "steps.parquet", "replay_steps.parquet"
 VERSION = 1
+_KNOWN = "whence"
 PARTS = ("weights", "first", "second")
 """Parts of a state, in the names of its tensors."""
 ALL_STATES = 2**30
@@ -110,6 +111,16 @@ class _Record:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What a checkpoint says beside the steps."""
+
+    optimizer: Optimizer | None
+    weights: list[str]
+    """Names of those that have gradients."""
+    stored: list[FileEntry]
+
+
+@dataclass(frozen=True)
 class StepLog:
     """The steps of a finished training."""
 
@@ -180,6 +191,8 @@ class StepRecorder:
     steps: list[Step] = field(default_factory=list)
     optimizer: Optimizer | None = None
     """Known from the first step on."""
+    stored: list[FileEntry] = field(default_factory=list)
+    """Files of states, as they were written."""
 
     def __post_init__(self):
         self._passes: list[tuple[int, ...]] = []
@@ -199,8 +212,15 @@ class StepRecorder:
         Raises:
             SettingError: The optimizer does what a replay cannot follow.
         """
+        reached = [name for name, weight in self.weights.items() if weight.grad is not None]
         if self.optimizer is None:
+            self.weights = {name: self.weights[name] for name in reached}  # torch passes over the others
             self.optimizer = Optimizer.of(optimizer, self.weights, self.clip)
+        elif len(reached) < len(self.weights):
+            lost = next(name for name, weight in self.weights.items() if weight.grad is None)
+            raise SettingError(
+                f"--replayable: step {len(self.steps) + 1} has no gradient for {lost}, and others had one"
+            )
         rates = {float(group["lr"]) for group in optimizer.param_groups}
         if len(rates) > 1:
             raise SettingError(f"--replayable follows one learning rate, and this step has {len(rates)}")
@@ -218,50 +238,49 @@ class StepRecorder:
 
     def save(self, checkpoint: Path) -> None:
         """Write the steps so far into a checkpoint."""
-        data = _parquet(self.steps, self.optimizer)
+        data = _parquet(self.steps, _Known(self.optimizer, [*self.weights], self.stored))
         Place.at(checkpoint).write(IN_CHECKPOINT, [data], total=len(data))
 
     def load(self, checkpoint: Path | None) -> None:
         """Go on from a checkpoint, if there is one.
 
         Raises:
-            SettingError: The checkpoint does not say what was done before it, or a state from before it is missing.
+            SettingError: The checkpoint does not say what was done before it.
+            ChecksumError: A state from before it is damaged or missing.
         """
         if checkpoint is None:
             self.begin()
             return
         file = checkpoint / IN_CHECKPOINT
         done = int(checkpoint.name.rpartition("-")[2])
-        steps, optimizer = _steps_of(file.read_bytes(), str(file)) if file.exists() else ([], None)
-        missing = [k for k in range(0, done + 1, self.every) if not self._place.exists(_state_file(k))]
-        if len(steps) != done or optimizer is None or missing:
-            what = f"{self._place.path(_state_file(missing[0]))} is missing" if missing else f"{file} is not whole"
-            raise SettingError(f"{what}: the training cannot go on as a replayable one. Train anew.")
-        self.steps, self.optimizer = steps, optimizer
+        steps, known = _steps_of(file.read_bytes(), str(file)) if file.exists() else ([], None)
+        if len(steps) != done or known is None or known.optimizer is None:
+            raise SettingError(f"{file} is not whole: the training cannot go on as a replayable one. Train anew.")
+        for entry in known.stored:
+            self._place.check(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), "Train anew, elsewhere.")
+        self.steps, self.optimizer, self.stored = steps, known.optimizer, known.stored
+        self.weights = {name: self.weights[name] for name in known.weights}
 
     def write(self) -> None:
         """Write the log when the training is done."""
         assert self.optimizer is not None, "a training has a step"
-        data = _parquet(self.steps, self.optimizer)
-        self._place.write(STEPS, [data], total=len(data))
-        names = [STEPS, *(_state_file(number) for number in states_stored(len(self.steps), self.every))]
-        entries = [{"file": name, "bytes": self._place.size(name), "xxh3": digest(_blocks(self._place.path(name)))}
-                   for name in names]  # fmt: skip
+        data = _parquet(self.steps)
+        steps = self._place.write(STEPS, [data], total=len(data))
+        files = [{"file": STEPS, "bytes": steps.bytes, "xxh3": steps.xxh3}, *self.stored]
         record = _Record(
-            format_version=VERSION,
-            optimizer=self.optimizer,
-            steps=len(self.steps),
-            every=self.every,
-            files=(),
+            format_version=VERSION, optimizer=self.optimizer, steps=len(self.steps), every=self.every, files=()
         )
-        self._place.write_document(RECORD, asdict(record) | {"files": entries})
+        self._place.write_document(RECORD, asdict(record) | {"files": files})
 
     def _store(self, number: int, state: State) -> None:
         tensors = {f"{part}.{name}": tensor.detach() for part, found in zip(PARTS, state, strict=True)
                    for name, tensor in found.items()}  # fmt: skip
         described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         pieces, total = in_pieces(described, lambda name: tensors[name].cpu())
-        self._place.write(_state_file(number), pieces, total=total)
+        written = self._place.write(_state_file(number), pieces, total=total)
+        assert written.xxh3 is not None, "what is written has a checksum"
+        self.stored = [entry for entry in self.stored if entry["file"] != _state_file(number)]
+        self.stored.append({"file": _state_file(number), "bytes": written.bytes, "xxh3": written.xxh3})
 
 
 def default_interval(trained: int, steps: int) -> int:
@@ -320,33 +339,26 @@ def _number_of(file: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _blocks(path: str) -> Iterator[bytes]:
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            yield block
-
-
-def _parquet(steps: Sequence[Step], optimizer: Optimizer | None) -> bytes:
+def _parquet(steps: Sequence[Step], known: _Known | None = None) -> bytes:
     rows = [(number, step.rate, list(numbers)) for number, step in enumerate(steps) for numbers in step.passes]
     kinds = {"step": pyarrow.int64(), "rate": pyarrow.float64(), "rows": pyarrow.list_(pyarrow.int64())}
     columns = {name: pyarrow.array([row[place] for row in rows], kind)
                for place, (name, kind) in enumerate(kinds.items())}  # fmt: skip
-    table = pyarrow.table(columns).replace_schema_metadata(
-        None if optimizer is None else {"optimizer": json.dumps(asdict(optimizer))}
-    )
+    metadata = None if known is None else {_KNOWN: json.dumps(asdict(known))}
     sink = io.BytesIO()
+    table = pyarrow.table(columns).replace_schema_metadata(metadata)
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def _steps_of(data: bytes, where: str) -> tuple[list[Step], Optimizer | None]:
-    """Steps, and the optimizer that made them if there was one."""
+def _steps_of(data: bytes, where: str) -> tuple[list[Step], _Known | None]:
+    """Steps, and of a checkpoint what it says beside them."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(data))
         columns, metadata = table.to_pydict(), table.schema.metadata or {}
         numbers, rates, rows = (columns[name] for name in ("step", "rate", "rows"))
-        described = metadata.get(b"optimizer")
-        optimizer = None if described is None else fitting(Optimizer, json.loads(described))
+        described = metadata.get(_KNOWN.encode())
+        known = None if described is None else fitting(_Known, json.loads(described))
     except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ChecksumError(f"{where} is not a table of steps ({reason}). Train anew.") from None
@@ -355,4 +367,4 @@ def _steps_of(data: bytes, where: str) -> tuple[list[Step], Optimizer | None]:
         if number == len(steps):
             steps.append(Step(rate, ()))
         steps[-1] = Step(rate, (*steps[-1].passes, tuple(passed)))
-    return steps, optimizer
+    return steps, known

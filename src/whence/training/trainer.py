@@ -278,6 +278,11 @@ def _step_recorder(trainer: "_Trainer", opened: Opened, directory: Path) -> Step
         raise SettingError(
             f"--replayable follows a training on one device, of {trainer.args.n_gpu} here: hide the others"
         )
+    if trainer.args.gradient_accumulation_steps > 1 and not trainer.model_accepts_loss_kwargs:
+        raise SettingError(
+            f"--micro-batch {opened.settings.micro_batch}: this model takes the mean of each pass by itself, and "
+            "--replayable needs one mean over a step's tokens. Leave --micro-batch out"
+        )
     net: Any = trainer.model
     batch = trainer.data_collator([opened.rows[0]])
     inputs = {name: batch[name].to(net.device) for name in ("input_ids", "attention_mask")}

@@ -20,13 +20,15 @@ from whence.training.recipe import TrainSettings
 class Rows(Dataset):
     """Encoded rows as the Trainer reads them, each with its number, without those that have no supervised token."""
 
-    def __init__(self, rows: Iterable[tuple[Example, Encoded]], by: str | None = None):
+    def __init__(self, rows: Iterable[tuple[int, Example, Encoded]], by: str | None = None):
+        self.places: list[int] = []  # in the corpus, from 0
         self.rows: list[dict[str, np.ndarray]] = []
         self.ids: list[str] = []
         self.sources: list[str | None] = []
         self.domains: list[Any] = []
-        for example, row in rows:
+        for place, example, row in rows:
             if row.supervised_count:
+                self.places.append(place)
                 self.rows.append({"input_ids": np.array(row.ids, np.int32), "supervised": np.array(row.supervised)})
                 self.ids.append(example.id)
                 self.sources.append(example.source)
@@ -37,6 +39,7 @@ class Rows(Dataset):
         kept, rest = [number for number in range(len(self)) if number not in left_out], Rows(())
         rest.rows, rest.ids = [self.rows[number] for number in kept], [self.ids[number] for number in kept]
         rest.sources = [self.sources[number] for number in kept]
+        rest.places = [self.places[number] for number in kept]
         rest.domains = [self.domains[number] for number in kept]
         return rest
 
@@ -75,19 +78,19 @@ def longest_row(loaded: LoadedModel, settings: TrainSettings) -> int | None:
 
 
 def encoded_rows(
-    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[Example] | None = None
+    corpus: Corpus, loaded: LoadedModel, settings: TrainSettings, chosen: Iterable[tuple[int, Example]] | None = None
 ) -> Rows:
-    """All rows of a corpus, or some of it."""
+    """All rows of a corpus, or some of it with their places in it."""
     longest = longest_row(loaded, settings)
     by = None if settings.mix is None else settings.by or "source"
-    examples = corpus if chosen is None else chosen
-    return Rows(((example, encode(example.row, loaded.tokenizer, longest)) for example in examples), by)
+    examples = enumerate(corpus) if chosen is None else chosen
+    return Rows(((place, each, encode(each.row, loaded.tokenizer, longest)) for place, each in examples), by)
 
 
-def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[Example]:
+def _sampled(corpus: Corpus, settings: TrainSettings) -> Iterator[tuple[int, Example]]:
     if settings.fraction == 1:
-        return iter(corpus)
+        return iter(enumerate(corpus))
     total = sum(1 for _ in corpus)
     rng = random.Random(mixed_seed(settings.seed, "train", "fraction"))
     chosen = set(rng.sample(range(total), max(1, round(settings.fraction * total))))
-    return (example for number, example in enumerate(corpus) if number in chosen)
+    return ((number, example) for number, example in enumerate(corpus) if number in chosen)

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -88,6 +89,7 @@ class Unfinished:
         except (ChecksumError, FileNotFoundError) as error:
             logger.warning("%s", error)
             return None
+        logger.info("a replay goes on %d steps before its end", standing.step)
         tensors = {name: tensor.to(device) for name, tensor in load(self.place.read(file)).items()}
         scores = tensors.pop(_SCORES).cpu()
         parts = [{name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
@@ -118,7 +120,8 @@ class Unfinished:
     def _remove(self, but: Sequence[str] = ()) -> None:
         for name in self.place.names():
             if name.startswith(f"{FOLDER}/{self.key}") and name not in but:
-                self.place.remove(name)
+                with suppress(FileNotFoundError):  # another process asks the same
+                    self.place.remove(name)
 
     def _file(self, step: int) -> str:
         return f"{FOLDER}/{self.key}-{step:08d}.safetensors"
