@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from whence.evaluation.bank_store import Bank as Bank
     from whence.evaluation.bank_store import open_bank as open_bank
     from whence.evaluation.joining import join as join
+    from whence.evaluation.removal import evaluate_addition as evaluate_addition
+    from whence.evaluation.removal import evaluate_removal as evaluate_removal
     from whence.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from whence.evaluation.selection import evaluate_selection as evaluate_selection
     from whence.evaluation.tail_patch import evaluate_tail_patch as evaluate_tail_patch
@@ -62,7 +64,9 @@ _HOMES = {
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
     "demo": "cli.demonstration",
+    "evaluate_addition": "evaluation.removal",
     "evaluate_lds": "evaluation.bank_scores",
+    "evaluate_removal": "evaluation.removal",
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_selection": "evaluation.selection",
     "evaluate_tail_patch": "evaluation.tail_patch",

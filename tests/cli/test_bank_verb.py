@@ -5,6 +5,7 @@ import json
 import pytest
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
+from whence.reports.existing_files import is_written_by_whence
 
 TRAIN = ["--epochs", 1, "--batch-size", 4, "--lr", 5e-3, "--max-tokens", 32]
 
@@ -95,3 +96,21 @@ def test_a_mistake_is_one_line(run, files, bank, words, said):
     code, _, complaint = run("bank", *(names.get(word, word) for word in words))
     assert code == 2 and said in complaint and complaint.count("error") == 1
     assert not (files / "new").exists()
+
+
+def test_removal_and_addition_are_one_command(run, files, bank, tmp_path):
+    words = ["--methods", "bm25", "--share", 0.2, "--seeds", 2]
+    code, said, _ = run("evaluate", "removal", bank, *words, "-o", tmp_path / "removal.csv")
+    assert code == 0 and "How much does leaving the top rows out raise the loss?" in said
+    assert "Leaving out the top 2 rows of bm25 raises the loss most" in said or "may be chance" in said
+    assert is_written_by_whence(str(tmp_path / "removal.csv"))
+    for _ in range(2):  # its own files may be written over
+        code, said, _ = run("evaluate", "removal", bank, *words, "-o", tmp_path / "removal.svg")
+        assert code == 0 and "</svg>" in (tmp_path / "removal.svg").read_text()
+    code, said, _ = run("evaluate", "addition", bank, *words, "--json")
+    document = json.loads(said)
+    assert {row["method"] for row in document["rows"]} == {"bm25", "random"} and document["settings"]["rows"] == 2
+    code, _, complaint = run("evaluate", "removal", bank, *words, "--share", 2)
+    assert code == 2 and "--share 2.0: a share above 0 and below 1" in complaint
+    code, _, complaint = run("evaluate", "removal", files / "run", *words)
+    assert code == 2 and "no bank here" in complaint

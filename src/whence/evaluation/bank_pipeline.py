@@ -135,7 +135,7 @@ def make_bank(
         )
         there = read_members(place, description)
         todo = [plan for plan in plans if plan.name not in there]
-        _train_all(member_training, description, todo, engine, progress)
+        train_members(member_training, description, todo, engine, progress)
     made = Made(open_bank(out), tuple(plan.name for plan in todo), measured)
     _warn_of_missing_losses(made.bank)
     return made
@@ -176,7 +176,7 @@ def _measure_added(training: MemberTraining, description: Description, progress:
     return len(todo)
 
 
-def _train_all(
+def train_members(
     training: MemberTraining,
     description: Description,
     todo: Sequence[MemberPlan],

@@ -43,7 +43,7 @@ FULL, PARENT = "full", "parent"
 """Names and kinds of the two members that every bank has."""
 LEAVE_OUT = ("zero", "drop")
 REMEDY = "Restore it from a copy, or make the bank again in another directory."
-Kind = Literal["parent", "full", "random", "group", "rows"]
+Kind = Literal["parent", "full", "random", "group", "rows", "removal", "addition"]
 LeaveOut = Literal["zero", "drop"]
 
 

@@ -16,6 +16,8 @@ KINDS = {
     "random": "random subsets",
     "group": "each group left out",
     "rows": "listed rows left out",
+    "removal": "top rows left out",
+    "addition": "top rows alone",
     "full": "all rows, other seeds",
 }
 """Kinds of members in words."""

@@ -65,7 +65,11 @@ class Trained:
 
 
 def repeatable(
-    run: str | Path, corpus: str | Path | Corpus | Iterable[Row], *, model: str | Path | None = None
+    run: str | Path,
+    corpus: str | Path | Corpus | Iterable[Row],
+    *,
+    model: str | Path | None = None,
+    is_sampled: bool = False,
 ) -> Repeatable:
     """What a run of `whence train` started from, once it is known that nothing of it has changed.
 
@@ -73,6 +77,7 @@ def repeatable(
         run: Directory of the run.
         corpus: The corpus that it was trained on.
         model: The model that it was trained from, if that has moved.
+        is_sampled: The corpus is just the rows of the training, of which no share is drawn.
 
     Raises:
         SettingError: `whence train` did not write the run, or it cannot be made again.
@@ -85,7 +90,9 @@ def repeatable(
     source = str(model or record["model"])
     if model is None and source.startswith("/") and not exists(source):
         raise ModelError(f"{run}: the model that it was trained from is not at {source} any more. Name it by --model.")
-    opened = open_training(source, corpus, directory, settings_in(directory, record))
+    settings = settings_in(directory, record)
+    settings = replace(settings, fraction=1.0) if is_sampled else settings
+    opened = open_training(source, corpus, directory, settings)
     if "weights" in record and directory_digest(opened.source) != record["weights"]:
         raise ManifestMismatchError(
             f"{run}: it was trained from other weights than those at {source}. Name the model it was trained from by "
