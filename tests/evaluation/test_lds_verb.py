@@ -10,6 +10,7 @@ import whence
 from whence.errors import MissingBankError, SettingError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds, training_seconds
 from whence.evaluation.bank_store import open_bank
+from whence.evaluation.method_scores import MethodScores
 from whence.reports.existing_files import is_written_by_whence
 from whence.reports.lds_tables import lds_answer, lds_plot
 from whence.reports.quality_plot import LINE, Point, _free, quality_plot
@@ -52,6 +53,9 @@ def test_without_an_index_the_banks_own_rows_are_read(made):
 
 def test_the_cost_of_a_training_is_that_of_one_on_all_rows(made):
     bank = open_bank(made[0])
+    mine = MethodScores("mine", torch.randn(3, 18), 4.0)
+    given = evaluate_lds(bank, given=[mine])
+    assert given.costs == {"mine": 2.0} and given.table.marks[0].method == "mine"
     assert training_seconds(bank) == bank.full.seconds == 2.0 != bank.members[0].seconds
 
 
