@@ -7,6 +7,7 @@ import torch
 from graded_bank import QUERIES, ROWS, make_bank, write_bank
 
 import whence
+from conftest import write_jsonl
 from whence.errors import MissingBankError, SettingError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds, training_seconds
 from whence.evaluation.bank_store import open_bank
@@ -133,3 +134,14 @@ def test_a_plot_places_costs_by_powers_of_ten_and_names_apart():
     assert drawn.count('class="span"') == 2 and drawn.count("<circle") == 3
     assert abs(_free(0.0, 100.0, 50.0, [(0.0, 100.0, 50.0)]) - 100) >= LINE
     assert _free(0.0, 100.0, 50.0, [(200.0, 100.0, 50.0)]) == 100
+
+
+def test_constant_scores_are_said_to_have_no_score(made, command, tmp_path):
+    write_jsonl(tmp_path / "same.jsonl", [{"id": row["id"], "score": 1.0} for row in ROWS])
+    words = ["evaluate", "lds", made[0], "--scores", f"same={tmp_path / 'same.jsonl'}"]
+    code, said, complaint = command(*words, "-o", tmp_path / "same.svg")
+    assert code == 0 and "No method has a score: none says anything of any member." in said, complaint
+    assert "same: left out 3 queries (scores say the same of every member)." in " ".join(said.split())
+    assert (tmp_path / "same.svg").read_text().count("<circle") == 0
+    row = json.loads(command(*words, "--json")[1])["rows"][0]
+    assert row["lds"] is None and row["left_out"] == {"scores say the same of every member": 3}
