@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from benchmarks.evaluate.date_lm import graded, main, trapezoidal_auprc
-from benchmarks.evaluate.date_lm_data import chosen, read_scores, read_task, relevant
+from benchmarks.evaluation.date_lm import graded, main, trapezoidal_auprc
+from benchmarks.evaluation.date_lm_data import chosen, read_scores, read_task, relevant
 
 from conftest import save_tiny_llama, write_jsonl
 from whence.errors import CorpusError, SettingError

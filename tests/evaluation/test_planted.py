@@ -1,6 +1,6 @@
 """The corpus of the planted benchmark: three plants in different rows, each whole, and queries of each."""
 
-from benchmarks.evaluate.planted import planted
+from benchmarks.evaluation.planted import planted
 
 from conftest import write_jsonl
 

@@ -1,6 +1,6 @@
 """Planted truth: which methods find the rows that a model learnt a backdoor, a wrong country or an invented fact from?
 
-    python -m benchmarks.evaluate.planted [--data ../shared/data] [--model ../shared/models/base-6m] [--rows 1000]
+    python -m benchmarks.evaluation.planted [--data ../shared/data] [--model ../shared/models/base-6m] [--rows 1000]
         [--queries 40] [--epochs 6] [--lr 1e-3] [--seed 0] [--methods cosine,bm25,...] [--work DIR] [-o FILE]
 
 Rows of alpaca with all three in them, in different rows: countries swapped in answers (as in
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--work", default="work/planted")
-    parser.add_argument("-o", "--out", default="benchmarks/evaluate/results/planted.json")
+    parser.add_argument("-o", "--out", default="benchmarks/evaluation/results/planted.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = Path(arguments.work)

@@ -1,8 +1,8 @@
 """DATE-LM's tasks with Whence's methods, and with scores that other tools wrote for them.
 
-    python -m benchmarks.evaluate.date_lm score TASK DATA --model MODEL --methods bm25,exact-cosine -o SCORES
-    python -m benchmarks.evaluate.date_lm grade TASK DATA SCORES/*.json [-o results.json]
-    python -m benchmarks.evaluate.date_lm select DATA SCORES/bm25.json --count 10000 -o chosen.jsonl
+    python -m benchmarks.evaluation.date_lm score TASK DATA --model MODEL --methods bm25,exact-cosine -o SCORES
+    python -m benchmarks.evaluation.date_lm grade TASK DATA SCORES/*.json [-o results.json]
+    python -m benchmarks.evaluation.date_lm select DATA SCORES/bm25.json --count 10000 -o chosen.jsonl
 
 TASK is counterfact, ftrace, toxicity or selection; DATA a directory of train and ref (`date_lm_data` says what is in
 them). `score` writes a file a method in DATE-LM's own format, so that its scripts can grade it too; `grade` reads such
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.evaluate.date_lm_data import (
+from benchmarks.evaluation.date_lm_data import (
     TASKS,
     Task,
     chat_row,
