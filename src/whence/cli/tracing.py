@@ -100,6 +100,7 @@ def trace(
         from whence.tracing.depth import DEEPEST
         from whence.tracing.pipeline import trace as run
         from whence.tracing.retrieval import can_rerank
+    read_by_run: dict[str, Any] = {"model": model, **vars(loading)} if needs_run else {}
     with working("Tracing"):
         opened: Any = index if needs_run else open_index(index, model=model, **vars(loading))
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
@@ -109,7 +110,7 @@ def trace(
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, corpus=corpus, **({"model": model} | vars(loading) if needs_run else {}),
+            seed=seed, corpus=corpus, **read_by_run,
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:
