@@ -79,7 +79,6 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which training examples, and which of their tokens, made the model say this?"""
-    from whence.corpus.reading import conversation_in
     from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
     from whence.tracing.spans import span_of
 
@@ -89,9 +88,7 @@ def trace(
     check_outputs(
         [output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer, corpus], force=force
     )
-    if messages and queries:
-        raise SettingError("give either --messages FILE or --queries FILE")
-    conversation = None if messages is None else [conversation_in(messages)]
+    conversation = _conversation(messages, queries)
     place = span_of(span, span_tokens, "--span-tokens")
     check_inputs(**{"run" if needs_run else "index": index}, corpora=[queries, controls, corpus])
     with waiting("Loading torch"):
@@ -139,3 +136,12 @@ def trace(
     else:
         command = again("-o", "trace.html") if not is_page else ("whence", "select", index, *_CHOICE)
     print_ending(trace_answer(result), *command)
+
+
+def _conversation(messages: str | None, queries: str | None) -> list[Any] | None:
+    """A conversation in a file, as a query."""
+    from whence.corpus.reading import conversation_in
+
+    if messages and queries:
+        raise SettingError("give either --messages FILE or --queries FILE")
+    return None if messages is None else [conversation_in(messages)]
