@@ -324,7 +324,7 @@ def test_flags_that_are_not_given_leave_the_word_to_the_preset(monkeypatch, flag
     monkeypatch.setattr(sys, "argv", ["whence", "train", "model", "corpus", "-o", "run", "--json", *flags])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert (caught.value.code, seen) == (0, given | {"progress": False})
+    assert (caught.value.code, seen) == (0, given | {"like": None, "progress": False})
 
 
 def test_the_help_says_the_defaults():
