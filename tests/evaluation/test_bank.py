@@ -14,7 +14,7 @@ from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, Set
 from whence.evaluation import bank_pipeline
 from whence.evaluation.bank_pipeline import bank, make_bank
 from whence.evaluation.bank_spread import fall_of_loss, spreads, without_loss
-from whence.evaluation.bank_store import open_bank
+from whence.evaluation.bank_store import open_bank, write_member
 from whence.evaluation.left_out import listed_plan, random_plans
 from whence.evaluation.member_training import WORK, MemberTraining
 from whence.models.loading import load_model
@@ -154,6 +154,11 @@ def test_other_queries_need_weights(made, run, copied, tmp_path):
     assert make_bank(run, ROWS, tmp_path / "kept", queries=others, progress=False).measured == 0
     with pytest.raises(CorpusError, match="'row-71' is in the bank already"):
         bank(run, ROWS, tmp_path / "kept", queries=[*corpus_rows(1, first=90), others[1]], progress=False)
+    first = more.bank.members[0]
+    write_member(more.bank.place, replace(first, weights=None))
+    with pytest.raises(SettingError, match="the weights of random-0000 are not kept, and queries were added since"):
+        bank(run, ROWS, tmp_path / "kept", queries=corpus_rows(1, first=90), progress=False)
+    write_member(more.bank.place, first)
     (directory / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ChecksumError, match=r"model.safetensors"):
         bank(run, ROWS, tmp_path / "kept", queries=corpus_rows(1, first=90), progress=False)
@@ -200,6 +205,7 @@ def test_what_cannot_work_is_refused(run, tmp_path, settings, words):
     rows = [row | {"shade": "x"} for row in ROWS]
     with pytest.raises(SettingError, match=words):
         bank(run, rows, tmp_path / "bank", **{"queries": QUERIES, "progress": False} | settings)
+    assert not (tmp_path / "bank").exists()
 
 
 def test_files_of_ids_are_checked(made, tmp_path):

@@ -8,8 +8,14 @@ from typing import Any
 from whence.corpus.layouts import Row
 from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
-from whence.evaluation.bank_pipeline import requested_plans
-from whence.evaluation.bank_protocol import BankSettings, bank_rows, refuse_differences, require_work, subsets_of
+from whence.evaluation.bank_protocol import (
+    BankSettings,
+    bank_rows,
+    refuse_differences,
+    requested_plans,
+    require_work,
+    subsets_of,
+)
 from whence.evaluation.bank_store import BANK, FULL, read_description, read_members
 from whence.indexing.planning import DISK, Phase, Plan, free_disk
 from whence.outputs import refuse_inputs

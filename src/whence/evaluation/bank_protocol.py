@@ -26,10 +26,12 @@ from whence.evaluation.bank_store import (
     query_rows,
     read_description,
     read_queries,
+    read_rows,
     write_description,
     write_queries,
     write_rows,
 )
+from whence.evaluation.left_out import MemberPlan, full_plan, group_plans, listed_plan, random_plans
 from whence.evaluation.member_training import encoded_queries, require_measurable
 from whence.models.loading import directory_digest
 from whence.models.runs import open_run
@@ -103,29 +105,49 @@ def _is_beginning(name: str) -> bool:
 
 def claimed(
     place: Place, training: Repeatable, corpus: Corpus, chosen: BankSettings, asked: Corpus | None
-) -> Description:
-    """What the bank is from now on: begun, or as it was, with random subsets and queries that join.
+) -> tuple[Description, list[MemberPlan]]:
+    """What the bank is from now on, begun or as it was with what joins it; and all members that are asked for.
+
+    Nothing is written before it is known that all of it can be.
 
     Raises:
         ManifestMismatchError: The bank there is another one.
     """
     queries = [] if asked is None else checked_queries(asked)
-    if not place.exists(BANK):
+    known = read_description(place) if place.exists(BANK) else None
+    if known is not None:
+        refuse_differences(place, known, training, chosen)
+    subsets = subsets_of(chosen, None if known is None else known.subsets, place.root)
+    rows = bank_rows(training, corpus) if known is None else read_rows(place, known)
+    plans = requested_plans(rows, subsets, chosen, training.opened.settings.seed)
+    if known is None:
         require_measurable(encoded_queries(training, queries), "--queries" if asked is None else asked.name)
         description = Description(
             protocol=_protocol(training, chosen.leave_out or "zero", keep_weights=bool(chosen.keep_weights)),
-            rows=write_rows(place, bank_rows(training, corpus)),
+            rows=write_rows(place, rows),
             queries=(write_queries(place, 0, queries),),
-            subsets=subsets_of(chosen, None),
+            subsets=subsets,
         )
     else:
-        known = read_description(place)
-        refuse_differences(place, known, training, chosen)
-        description = replace(known, subsets=subsets_of(chosen, known.subsets, place.root))
+        description = replace(known, subsets=subsets)
         if asked is not None:
             description = _with_queries(place, description, queries, asked.name)
     write_description(place, description)
-    return description
+    return description, plans
+
+
+def requested_plans(
+    rows: Sequence[BankRow], subsets: Subsets | None, chosen: BankSettings, seed: int
+) -> list[MemberPlan]:
+    """All members that a call asks for, the training on all rows first."""
+    plans = [full_plan(seed)]
+    if chosen.subsets:
+        assert subsets is not None
+        plans += random_plans(len(rows), chosen.subsets, subsets, seed)
+    if chosen.by is not None:
+        plans += group_plans(rows, chosen.by, seed)
+    plans += [listed_plan(file, rows, seed) for file in chosen.rows]
+    return [*{plan.name: plan for plan in plans}.values()]
 
 
 def _protocol(training: Repeatable, leave_out: Any, *, keep_weights: bool) -> Protocol:
