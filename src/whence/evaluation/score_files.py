@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from whence.corpus.row_files import parquet_file
 from whence.counts import number_of
 from whence.errors import SettingError
 from whence.evaluation.method_scores import MethodScores
@@ -114,7 +115,7 @@ def _table(path: str) -> dict[str, Any]:
     source = pyarrow.BufferReader(place.read(name))
     try:
         if path.endswith(".parquet"):
-            table = pyarrow.parquet.read_table(source, use_threads=False)
+            table = parquet_file(source).read(use_threads=False)
         elif path.endswith(".csv"):
             ids = pyarrow.csv.ConvertOptions(column_types={"id": pyarrow.string(), "query": pyarrow.string()})
             table = pyarrow.csv.read_csv(source, convert_options=ids)

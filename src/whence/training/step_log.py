@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from whence.checksums import Written, digest
+from whence.corpus.row_files import parquet_file
 from whence.errors import ChecksumError, MissingLogError, ModelError, SettingError
 from whence.models.weights import in_pieces
 from whence.records import Between, Count, fitting, read_record
@@ -354,7 +355,7 @@ def _parquet(steps: Sequence[Step], known: _Known | None = None) -> bytes:
 def _steps_of(data: bytes, where: str) -> tuple[list[Step], _Known | None]:
     """Steps, and of a checkpoint what it says beside them."""
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        table = parquet_file(pyarrow.BufferReader(data)).read(use_threads=False)
         columns, metadata = table.to_pydict(), table.schema.metadata or {}
         numbers, rates, rows = (columns[name] for name in ("step", "rate", "rows"))
         described = metadata.get(_KNOWN.encode())
