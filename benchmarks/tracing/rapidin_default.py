@@ -12,12 +12,11 @@ Stages, in order (`all` runs them all), each skipped where what it leaves in WOR
     table    auROC, auPRC and the share right of the first ten, with intervals over queries
     reach    the same of `--method reach` by both sketches, for REACHING queries of each kind
     trace    a real index of the first ROWS_OF_CHECK rows, traced by `whence.trace`, against what `table` makes of them
-    page     the tables of docs/results/tracing.md
 
 Poisons, prompts, measures and intervals are those of `rapidin.py`. `--training full` and `lora` take its models and
 queries from a WORK where its stages `train` and `queries` were run: two epochs on all 15,118 rows, cut at 192 tokens.
 `short` trains for less, on rows cut at 96 tokens, so that it fits into half an hour of a core, and is compared with
-itself only. Results are kept by training.
+itself only. Results are kept by training; `rapidin_default_page.py` writes the page.
 
 `two_sided` is the default until 2026-11-29: 16, in bfloat16. `tensor_sketch` is the one since: its width by the model's
 size, in one bit, with scales for unbiased products as an index reads them. `default` is what `trace` shows by it: short
@@ -34,9 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.marked import filled
 from benchmarks.tracing import rapidin
-from benchmarks.tracing.rapidin import DEPTHS, TOKENS_PER_BATCH, measured, names, query_sketches, summary
+from benchmarks.tracing.rapidin import TOKENS_PER_BATCH, measured, names, query_sketches, summary
 from benchmarks.tracing.rapidin_data import POISONS, Poisoned, poisoned
 from torch import Tensor
 
@@ -69,7 +67,6 @@ SKETCHES = {"two_sided": "bfloat16", "tensor_sketch": "onebit"}
 ROWS_OF_CHECK, QUERIES_OF_CHECK = 300, 4
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "rapidin_default.json"
-PAGE = HERE.parents[1] / "docs/results/tracing.md"
 
 
 def main() -> None:
@@ -422,61 +419,6 @@ def stage_trace(options: argparse.Namespace) -> None:
     keep(options, "trace", found)
 
 
-# -- the page
-
-TOLD = {"swap": "Error tracing", "howdy": "Backdoor", "shouting": "Trigger-free backdoor"}
-METHODS = {
-    "two_sided": "cosine, `two_sided` 16, bfloat16 (the default of old)",
-    "tensor_sketch": "cosine, `tensor_sketch` 43,008, one bit, as the index ranks",
-    "default": "**the same, re-ranked: what `trace` shows**",
-    "exact": "cosine, uncompressed",
-    "two_sided, magnitude": "`two_sided`, by magnitude",
-    "tensor_sketch, magnitude": "`tensor_sketch`, by magnitude",
-    "exact, magnitude": "uncompressed, by magnitude",
-}
-
-
-def stage_page(options: argparse.Namespace) -> None:
-    """Put the tables of each training between the page's marks."""
-    document, text = json.loads(RESULTS.read_text()), PAGE.read_text()
-    text = filled(text, "default shares", shares(document))
-    for training, found in document.items():
-        tables = {poison: page_table(found[poison], found["reach"][poison]) for poison in TOLD if poison in found}
-        body = "\n\n".join(f"{TOLD[poison]}:\n\n{table}" for poison, table in tables.items())
-        text = filled(text, f"default {training}", body)
-    PAGE.write_text(text)
-
-
-def shares(document: dict) -> str:
-    """Share of the first ten by training, poison and method."""
-    lines = ["| training | share of the first 10 | backdoor | trigger-free | error tracing |", "|---" * 5 + "|"]
-    for training in (name for name in ("full", "lora", "short") if name in document):
-        for name in ("two_sided", "tensor_sketch", "default", "exact"):
-            rows = [document[training][poison]["methods"][name] for poison in ("howdy", "shouting", "swap")]
-            first = [row["precision@10"] for row in rows]
-            cells = [f"{one['mean']:.0%} ({one['interval'][0]:.0%} to {one['interval'][1]:.0%})" for one in first]
-            lines.append(f"| {training} | {METHODS[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def page_table(found: dict, reach: dict) -> str:
-    """A line a method: the first ten, auROC / auPRC at every depth, the exact first ten found."""
-    heads = ["method", "of the first 10", *(f"@{d}" for d in (*DEPTHS, "all")), "exact first 10 found"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    overlaps = found["exact first ten found"]
-    reached = {f"`--method reach`, `{name}`": reach[name] for name in SKETCHES if name in reach}
-    for name, row in ({name: found["methods"][name] for name in METHODS} | reached).items():
-        first = row["precision@10"]
-        cells = [
-            METHODS.get(name, name),
-            f"{first['mean']:.0%} ({first['interval'][0]:.0%} to {first['interval'][1]:.0%})",
-        ]
-        cells += [f"{row[f'auroc@{d}']['mean']:.3f} / {row[f'auprc@{d}']['mean']:.3f}" for d in (*DEPTHS, "all")]
-        lines.append(f"| {' | '.join(cells)} | {overlaps[name]['mean']:.0%} |" if name in overlaps
-                     else f"| {' | '.join(cells)} | |")  # fmt: skip
-    return "\n".join(lines)
-
-
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": stage_train,
     "queries": stage_queries,
@@ -484,7 +426,6 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "table": stage_table,
     "reach": stage_reach,
     "trace": stage_trace,
-    "page": stage_page,
 }
 
 if __name__ == "__main__":
