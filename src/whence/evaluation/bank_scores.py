@@ -5,12 +5,17 @@ by training once more. (A training without half of the rows is shorter, as their
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from whence.corpus.reading import open_corpus
 from whence.errors import SettingError
+from whence.evaluation.bank_spread import measured
 from whence.evaluation.bank_store import Bank, open_bank
 from whence.evaluation.lds import LdsTable, lds
 from whence.evaluation.method_scores import MethodName, MethodScores, score_methods, with_costs
@@ -114,6 +119,8 @@ def bank_scores(
 ) -> list[MethodScores]:
     """Scores of a bank's rows for each of its queries, by methods and files; for the arguments see `evaluate_lds`.
 
+    A query that has no loss in any member has no score: NaN.
+
     Raises:
         SettingError: No method, two of one name, or one that cannot score the bank's rows.
     """
@@ -130,11 +137,21 @@ def bank_scores(
         view = first or bank_view(bank, names, model)
         ids = bank.row_ids if isinstance(view, IndexView) else None
         run = _replayed_run(bank, model) if any(MethodName.of(name).entry.needs_run for name in names) else None
-        scored = score_methods(names, bank.queries, view, ids, indexes=views, run=run, index_seconds=index_seconds,
+        has_loss = measured(bank)
+        queries = [query for query, asks in zip(bank.queries, has_loss.tolist(), strict=True) if asks]
+        scored = score_methods(names, queries, view, ids, indexes=views, run=run, index_seconds=index_seconds,
                                seed=seed)  # fmt: skip
+        scored = [_for_all(method, has_loss) for method in scored]
     scored += [scores_from_file(name, path, bank.row_ids, bank.query_ids) for name, path in (scores or {}).items()]
     scored += given
     return with_costs(scored, costs or {})
+
+
+def _for_all(method: MethodScores, has_loss: Bool[Tensor, " q"]) -> MethodScores:
+    """Scores for the queries that have a loss, with lines of NaN for the others."""
+    scores = torch.full((len(has_loss), method.scores.shape[1]), torch.nan)
+    scores[has_loss] = method.scores.float()
+    return replace(method, scores=scores)
 
 
 def bank_view(bank: Bank, methods: Sequence[str], model: str | None = None) -> CorpusView:

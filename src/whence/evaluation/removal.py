@@ -35,7 +35,7 @@ from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.evaluation.bank_pipeline import train_members
 from whence.evaluation.bank_scores import bank_scores
-from whence.evaluation.bank_spread import with_loss
+from whence.evaluation.bank_spread import measured, with_loss
 from whence.evaluation.bank_store import FULL, Bank, Member, open_bank, read_members
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.left_out import MemberPlan, full_plan, rows_plan
@@ -158,7 +158,8 @@ def graded_by_training(
         with shown_as(progress, "Scoring"):
             scored = bank_scores(opened, names, seed=seed, **scoring)
     training = _repeatable(opened, run)
-    lists = {method.name: top_rows(method, count, each_query=each_query) for method in scored}
+    graded = [replace(method, scores=method.scores[measured(opened)]) for method in scored]
+    lists = {method.name: top_rows(method, count, each_query=each_query) for method in graded}
     plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
     members = _trained(opened, training, [plan for line in plans.values() for of in line for plan in of], engine,
                        progress)  # fmt: skip
@@ -265,12 +266,11 @@ def _trained(
 def _effects(
     name: str, line: list[list[MemberPlan]], plans: Plans, members: Mapping[str, Member], bank: Bank, way: Way
 ) -> Float64[Tensor, "s q"]:
-    """Effect by seed and query."""
-    q = len(bank.queries)
-    rows = []
+    """Effect by seed and query; not finite for a query without a loss, which has no list of rows of its own."""
+    lists, rows = (measured(bank).cumsum(0) - 1).clamp_min(0).tolist(), []
     for number, of_seed in enumerate(line):
         losses = [members[plan.name].losses for plan in of_seed]
-        after = [losses[query if len(losses) > 1 else 0][query] for query in range(q)]
+        after = [losses[place if len(losses) > 1 else 0][query] for query, place in enumerate(lists)]
         if way == "removal":
             before = members[plans[FULL][number][0].name].losses
             rows.append([value - whole for value, whole in zip(after, before, strict=True)])
