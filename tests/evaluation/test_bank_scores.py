@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graded_bank import QUERIES, ROWS, make_bank, write_bank
+from graded_bank import QUERIES, make_bank, write_bank
 
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds
 from whence.evaluation.bank_store import open_bank

@@ -10,8 +10,8 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.evaluation.bank_pipeline import bank
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.member_training import MemberTraining, encoded_queries, query_losses
-from whence.evaluation.method_scores import MethodScores
-from whence.evaluation.removal import RANDOM, estimate_of, evaluate_addition, evaluate_removal, top_rows
+from whence.evaluation.method_scores import RANDOM, MethodScores
+from whence.evaluation.removal import estimate_of, evaluate_addition, evaluate_removal, top_rows
 from whence.training.repetition import repeatable, train_again
 from whence.training.trainer import train
 
@@ -80,6 +80,22 @@ def test_each_query_has_its_own_trainings(files):
     assert table.notes == ["One seed: intervals are over queries alone, and say nothing of another training."]
 
 
+def test_a_query_without_a_loss_has_no_list_of_its_own(files, tmp_path):
+    silent = {"id": "silent", "prompt": "What? " * 50, "completion": "It is cut off."}
+    bank(files / "run", ROWS, tmp_path / "bank", queries=[QUERIES[0], silent, QUERIES[2]], subsets=2, progress=False)
+    scores = [{"query": query, "id": f"row-{row}", "score": 1.0 * (row in top) if top else None}
+              for query, top in (("row-50", (2, 7)), ("silent", ()), ("row-52", (4, 5)))
+              for row in range(10)]  # fmt: skip
+    write_jsonl(tmp_path / "scores.jsonl", scores)
+    table = evaluate_removal(tmp_path / "bank", ["loss"], share=0.2, seeds=1, each_query=True,
+                             scores={"mine": str(tmp_path / "scores.jsonl")})  # fmt: skip
+    whole = losses_without(files, (), 0)
+    first, last = losses_without(files, (2, 7), 0) - whole, losses_without(files, (4, 5), 0) - whole
+    found = marks_of(table, "mine").by_query
+    assert [found[0], found[2]] == pytest.approx([float(first[0]), float(last[2])], abs=1e-6) and math.isnan(found[1])
+    assert table.settings["queries"] == 2 and "Left out, for their loss is not finite somewhere: silent." in table.notes
+
+
 def test_addition_is_the_fall_of_loss_by_the_top_rows_alone(files):
     table = evaluate_addition(files / "bank", ["bm25"], share=0.2, seeds=1,
                               scores={"mine": str(files / "scores.jsonl")})  # fmt: skip
@@ -119,6 +135,8 @@ def test_intervals():
         ({"share": 1.0}, "--share 1.0: of 10 rows that is 0"),
         ({"share": 0.2, "seeds": 0}, "--seeds 0"),
         ({"share": 0.2, "engine": "ray"}, "--engine ray"),
+        ({"share": 0.2, "scores": {"full": "x.jsonl"}}, "--scores full: the table has a line of that name already"),
+        ({"share": 0.2, "scores": {"random": "x.jsonl"}}, "--scores random: the table has a line of that name"),
     ],
 )
 def test_what_cannot_work_is_refused(files, settings, words):

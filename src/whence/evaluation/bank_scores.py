@@ -18,7 +18,7 @@ from whence.errors import SettingError
 from whence.evaluation.bank_spread import measured
 from whence.evaluation.bank_store import Bank, open_bank
 from whence.evaluation.lds import LdsTable, lds
-from whence.evaluation.method_scores import MethodName, MethodScores, score_methods, with_costs
+from whence.evaluation.method_scores import MethodName, MethodScores, check_methods, score_methods, with_costs
 from whence.evaluation.score_files import scores_from_file
 from whence.indexing.opening import open_index
 from whence.models.loading import load_model
@@ -125,10 +125,7 @@ def bank_scores(
         SettingError: No method, two of one name, or one that cannot score the bank's rows.
     """
     names = [*dict.fromkeys(methods)]
-    if twice := [name for name in names if name in (scores or {})]:
-        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
-    if not names and not scores and not given:
-        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
+    check_methods([*names, *(method.name for method in given)], scores or {})
     scored: list[MethodScores] = []
     if names:
         indexes = {"": index} if isinstance(index, str) else dict(index or {})

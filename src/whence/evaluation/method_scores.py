@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 EXACT = ("exact-cosine", "exact-dot")
 AT = "@"
 """Between a method's name and that of the index that it reads, where there are several."""
+RANDOM = "random"
+"""Name of the random rows that stand beside methods, in tables that add them."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,25 @@ def score_methods(
         signed = method.entry.needs_index or method.entry.needs_run or method.base in EXACT
         out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin, signed))
     return out
+
+
+def check_methods(methods: Sequence[str], scores: Mapping[str, str], *, reserved: Sequence[str] = ()) -> None:
+    """Refuse to grade nothing, or two methods of one name.
+
+    Args:
+        methods: Methods, as `MethodName` has them.
+        scores: Files of scores by the name of the method.
+        reserved: Names of lines that the table has anyway, which no file can have.
+
+    Raises:
+        SettingError: Either.
+    """
+    if not methods and not scores:
+        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
+    if taken := [name for name in scores if name in reserved]:
+        raise SettingError(f"--scores {taken[0]}: the table has a line of that name already; give the file's another")
+    if twice := [name for name in methods if name in scores]:
+        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
 
 
 def with_costs(scored: Sequence[MethodScores], costs: Mapping[str, float]) -> list[MethodScores]:

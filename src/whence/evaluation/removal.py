@@ -40,7 +40,7 @@ from whence.evaluation.bank_store import FULL, Bank, Member, open_bank, read_mem
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.left_out import MemberPlan, full_plan, rows_plan
 from whence.evaluation.member_training import MemberTraining, encoded_queries, forget_work
-from whence.evaluation.method_scores import MethodScores
+from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods
 from whence.models.loading import directory_digest
 from whence.models.runs import open_run
 from whence.numerics import crossed_bootstrap_interval, generator
@@ -49,7 +49,6 @@ from whence.runner import ProgressOption, check_engine, shown_as
 from whence.training.recipe import LARGEST_SEED
 from whence.training.repetition import Repeatable, repeatable
 
-RANDOM = "random"
 MOST_SEEDS = 100
 Way = Literal["removal", "addition"]
 
@@ -152,18 +151,19 @@ def graded_by_training(
     if not 1 <= seeds <= MOST_SEEDS:
         raise SettingError(f"--seeds {seeds}: a number from 1 to {MOST_SEEDS} is expected")
     count = _rows_of_share(share, len(opened.rows))
-    names = [name for name in methods if name != RANDOM]
+    names, files = [name for name in methods if name != RANDOM], scoring.get("scores") or {}
+    check_methods([*methods], files, reserved=[RANDOM, FULL])
     scored: list[MethodScores] = []
-    if names or scoring.get("scores"):
+    if names or files:
         with shown_as(progress, "Scoring"):
             scored = bank_scores(opened, names, seed=seed, **scoring)
     training = _repeatable(opened, run)
     graded = [replace(method, scores=method.scores[measured(opened)]) for method in scored]
     lists = {method.name: top_rows(method, count, each_query=each_query) for method in graded}
-    plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
-    members = _trained(opened, training, [plan for line in plans.values() for of in line for plan in of], engine,
-                       progress)  # fmt: skip
-    effects = {name: _effects(name, line, plans, members, opened, way) for name, line in plans.items() if name != FULL}
+    whole, plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
+    every = [*whole, *(plan for line in plans.values() for of_seed in line for plan in of_seed)]
+    members = _trained(opened, training, every, engine, progress)
+    effects = {name: _effects(line, whole, members, opened, way) for name, line in plans.items()}
     costs = {method.name: method.seconds for method in scored}
     settings = {"bank": opened.place.root, "way": way, "rows": count, "share": share, "seeds": seeds,
                 "queries": int(with_loss(opened).sum()), "each_query": each_query, "seed": seed,
@@ -223,19 +223,19 @@ Plans = dict[str, list[list[MemberPlan]]]
 
 def _plans(
     lists: Mapping[str, list[tuple[int, ...]]], bank: Bank, way: Way, count: int, first: int, seeds: int, seed: int
-) -> Plans:
-    """All trainings of a table; those on all rows under `FULL`, which addition does not need."""
-    n, plans = len(bank.rows), Plans()
+) -> tuple[list[MemberPlan], Plans]:
+    """All trainings of a table: those on all rows by seed, which addition does not need, and those of methods."""
+    n, whole, plans = len(bank.rows), list[MemberPlan](), Plans()
     for number in range(seeds):
         training_seed = (first + number) % (LARGEST_SEED + 1)
         drawn = torch.randperm(n, generator=generator(seed, "removal", str(number)))[:count].tolist()
         if way == "removal":
             full = full_plan(training_seed)
-            plans.setdefault(FULL, []).append([replace(full, name=f"{FULL}-{training_seed}") if number else full])
+            whole.append(replace(full, name=f"{FULL}-{training_seed}") if number else full)
         for name, of_method in {RANDOM: [tuple(drawn)], **lists}.items():
             line = [_plan(way, name, rows, n, training_seed) for rows in of_method]
             plans.setdefault(name, []).append(line)
-    return plans
+    return whole, plans
 
 
 def _plan(way: Way, method: str, rows: Sequence[int], n: int, seed: int) -> MemberPlan:
@@ -264,7 +264,7 @@ def _trained(
 
 
 def _effects(
-    name: str, line: list[list[MemberPlan]], plans: Plans, members: Mapping[str, Member], bank: Bank, way: Way
+    line: list[list[MemberPlan]], whole: Sequence[MemberPlan], members: Mapping[str, Member], bank: Bank, way: Way
 ) -> Float64[Tensor, "s q"]:
     """Effect by seed and query; not finite for a query without a loss, which has no list of rows of its own."""
     lists, rows = (measured(bank).cumsum(0) - 1).clamp_min(0).tolist(), []
@@ -272,8 +272,8 @@ def _effects(
         losses = [members[plan.name].losses for plan in of_seed]
         after = [losses[place if len(losses) > 1 else 0][query] for query, place in enumerate(lists)]
         if way == "removal":
-            before = members[plans[FULL][number][0].name].losses
-            rows.append([value - whole for value, whole in zip(after, before, strict=True)])
+            before = members[whole[number].name].losses
+            rows.append([value - start for value, start in zip(after, before, strict=True)])
         else:
             rows.append([start - value for value, start in zip(after, bank.parent.losses, strict=True)])
     return torch.tensor(rows, dtype=torch.float64)

@@ -27,7 +27,7 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
 from whence.errors import SettingError
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
-from whence.evaluation.method_scores import MethodName, MethodScores, score_methods, with_costs
+from whence.evaluation.method_scores import MethodName, MethodScores, check_methods, score_methods, with_costs
 from whence.evaluation.planting import RELEVANT
 from whence.evaluation.ranking import measures
 from whence.evaluation.score_files import scores_from_file
@@ -189,18 +189,6 @@ def _both_ways(method: MethodScores) -> list[tuple[str, Float32[Tensor, "q n"]]]
         magnitudes = torch.where(method.scores.isfinite(), method.scores.abs(), -torch.inf)
         ways.append((f"|{method.name}|", magnitudes))
     return ways
-
-
-def check_methods(methods: Sequence[str], scores: Mapping[str, str]) -> None:
-    """Refuse to grade nothing, or two methods of one name.
-
-    Raises:
-        SettingError: Either.
-    """
-    if not methods and not scores:
-        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
-    if twice := [name for name in methods if name in scores]:
-        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
 
 
 def asked_corpus(queries: str | Path | Corpus | Iterable[Row], view: IndexView | CorpusView) -> Corpus:

@@ -39,8 +39,8 @@ from whence.corpus.tokens import Encoded
 from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
-from whence.evaluation.method_scores import MethodScores, query_targets
-from whence.evaluation.retrieval import asked_corpus, check_methods, row_scores, rows_view
+from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods, query_targets
+from whence.evaluation.retrieval import asked_corpus, row_scores, rows_view
 from whence.gradients.forward_passes import losses
 from whence.gradients.hessian import LossDerivatives
 from whence.indexing.manifest import MANIFEST
@@ -53,7 +53,6 @@ from whence.storage import Place
 from whence.turns import one_at_a_time
 
 STEPS = ("adamw", "sgd")
-RANDOM = "random"
 TOKENS_PER_BATCH = 4096
 
 
@@ -136,7 +135,7 @@ def evaluate_tail_patch(
         ModelError: The run cannot be loaded, or lacks the moments that were asked for.
     """
     names = [*dict.fromkeys((*methods, RANDOM))]
-    check_methods([*methods], scores or {})
+    check_methods([*methods], scores or {}, reserved=[RANDOM])
     if top < 1:
         raise SettingError(f"--top {top}: a number of rows from 1 on is expected")
     with shown_as(progress, "Scoring"):

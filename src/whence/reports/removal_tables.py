@@ -5,7 +5,8 @@ from rich.text import Text
 
 from whence.counts import number_of
 from whence.evaluation.estimates import Estimate
-from whence.evaluation.removal import RANDOM, RemovalMarks, RemovalTable
+from whence.evaluation.method_scores import RANDOM
+from whence.evaluation.removal import RemovalMarks, RemovalTable
 from whence.reports.quality_plot import Point, quality_plot
 from whence.reports.svg import number
 from whence.reports.text import visible

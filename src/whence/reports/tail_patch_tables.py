@@ -4,7 +4,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from whence.evaluation.estimates import Estimate
-from whence.evaluation.tail_patch import RANDOM, TailPatchMarks, TailPatchTable
+from whence.evaluation.method_scores import RANDOM
+from whence.evaluation.tail_patch import TailPatchMarks, TailPatchTable
 from whence.reports.quality_plot import Point, quality_plot
 from whence.reports.svg import number
 from whence.reports.text import visible
