@@ -7,7 +7,7 @@ from graded_bank import QUERIES, make_bank, write_bank
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds
 from whence.evaluation.bank_store import open_bank
 
-SILENT = {"id": "silent", "prompt": "a?", "completion": ""}
+SILENT = {"id": "silent", "text": ""}
 """A query without a supervised token: a bank keeps it, and its losses are NaN."""
 
 

@@ -62,7 +62,7 @@ def with_loss(bank: Bank) -> Bool[Tensor, " q"]:
 
 
 def measured(bank: Bank) -> Bool[Tensor, " q"]:
-    """Whether a query has a loss in some member: else nothing can be graded by it, and it may have no token to score."""
+    """Whether a query has a loss in some member; else it may have no token to score."""
     return torch.cat([bank.parent_losses[None], bank.full_losses[None], bank.losses()]).isfinite().any(0)
 
 
