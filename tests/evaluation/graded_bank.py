@@ -16,6 +16,7 @@ from whence.evaluation.bank_store import (
 from whence.evaluation.method_scores import score_methods
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
+from whence.models.loading import directory_digest
 from whence.numerics import generator
 from whence.selection.views import IndexView
 from whence.storage import Place
@@ -47,9 +48,9 @@ def write_bank(path, model, included, losses, *, queries=QUERIES, max_tokens=32)
     """Write a bank of `ROWS`; a query whose losses are NaN has none before training and after it either."""
     place = Place.at(path)
     rows = [BankRow(row["id"], row["source"], 9, 4, row) for row in ROWS]
-    protocol = Protocol(leave_out="zero", run=model, run_weights="0" * 64, model=model, model_weights="1" * 64,
-                        corpus="rows.jsonl", rows_digest="2" * 64, training={"max_tokens": max_tokens, "lr": 1e-3},
-                        keep_weights=False)  # fmt: skip
+    protocol = Protocol(leave_out="zero", run=model, run_weights=directory_digest(model), model=model,
+                        model_weights="1" * 64, corpus="rows.jsonl", rows_digest="2" * 64,
+                        training={"max_tokens": max_tokens, "lr": 1e-3}, keep_weights=False)  # fmt: skip
     files = write_rows(place, rows), write_queries(place, 0, queries)
     write_description(place, Description(protocol=protocol, rows=files[0], queries=(files[1],)))
     known = losses.isfinite().all(0)

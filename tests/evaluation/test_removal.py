@@ -81,7 +81,7 @@ def test_each_query_has_its_own_trainings(files):
 
 
 def test_a_query_without_a_loss_has_no_list_of_its_own(files, tmp_path):
-    silent = {"id": "silent", "text": ""}
+    silent = {"id": "silent", "prompt": "x", "completion": None}
     bank(files / "run", ROWS, tmp_path / "bank", queries=[QUERIES[0], silent, QUERIES[2]], subsets=2, progress=False)
     scores = [{"query": query, "id": f"row-{row}", "score": 1.0 * (row in top) if top else None}
               for query, top in (("row-50", (2, 7)), ("silent", ()), ("row-52", (4, 5)))

@@ -186,6 +186,11 @@ class Bank:
         return tuple(row.id for row in self.rows)
 
     @property
+    def corpus_rows(self) -> list[Row]:
+        """The corpus rows, each with its id: the corpus of the training, where that is not at hand."""
+        return [{**row.row, "id": row.id} for row in self.rows]
+
+    @property
     def sources(self) -> tuple[str | None, ...]:
         """Sources of the rows, where they have one."""
         return tuple(row.source for row in self.rows)

@@ -32,17 +32,15 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from whence.counts import number_of
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import SettingError
 from whence.evaluation.bank_pipeline import train_members
-from whence.evaluation.bank_scores import bank_scores
+from whence.evaluation.bank_scores import bank_scores, run_of
 from whence.evaluation.bank_spread import measured, with_loss
 from whence.evaluation.bank_store import FULL, Bank, Member, open_bank, read_members
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.left_out import MemberPlan, full_plan, rows_plan
 from whence.evaluation.member_training import MemberTraining, encoded_queries, forget_work
 from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods
-from whence.models.loading import directory_digest
-from whence.models.runs import open_run
 from whence.numerics import crossed_bootstrap_interval, generator
 from whence.paths import writing_to
 from whence.runner import ProgressOption, check_engine, shown_as
@@ -126,6 +124,7 @@ def graded_by_training(
     seeds: int = 3,
     each_query: bool = False,
     run: str | Path | None = None,
+    model: str | Path | None = None,
     engine: str = "local",
     seed: int = 0,
     progress: ProgressOption = False,
@@ -141,10 +140,11 @@ def graded_by_training(
         seeds: Trainings of each line.
         each_query: Rank rows for each query, and train for each.
         run: Where the bank's run is, if it has moved.
+        model: Where the model is that the run was trained from, or that of an index of another model, if it has moved.
         engine: Engine that members are trained on; see `runner`.
         seed: Seed of the random rows, of methods that draw, and of intervals.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
-        **scoring: `index`, `scores`, `costs`, `index_seconds` and `model`, as `evaluate_lds` takes them.
+        **scoring: `index`, `scores`, `costs` and `index_seconds`, as `evaluate_lds` takes them.
     """
     opened = bank if isinstance(bank, Bank) else open_bank(bank)
     check_engine(engine)
@@ -154,10 +154,10 @@ def graded_by_training(
     names, files = [name for name in methods if name != RANDOM], scoring.get("scores") or {}
     check_methods([*methods], files, reserved=[RANDOM, FULL])
     scored: list[MethodScores] = []
+    training = repeatable(run_of(opened, run), opened.corpus_rows, model=model, is_sampled=True)
     if names or files:
         with shown_as(progress, "Scoring"):
-            scored = bank_scores(opened, names, seed=seed, **scoring)
-    training = _repeatable(opened, run)
+            scored = bank_scores(opened, names, run=run, model=model, seed=seed, **scoring)
     graded = [replace(method, scores=method.scores[measured(opened)]) for method in scored]
     lists = {method.name: top_rows(method, count, each_query=each_query) for method in graded}
     whole, plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
@@ -165,7 +165,8 @@ def graded_by_training(
     members = _trained(opened, training, every, engine, progress)
     effects = {name: _effects(line, whole, members, opened, way) for name, line in plans.items()}
     costs = {method.name: method.seconds for method in scored}
-    settings = {"bank": opened.place.root, "way": way, "rows": count, "share": share, "seeds": seeds,
+    settings = {"bank": opened.place.root, "run": str(run or opened.protocol.run), "way": way,
+                "rows": count, "share": share, "seeds": seeds,
                 "queries": int(with_loss(opened).sum()), "each_query": each_query, "seed": seed,
                 "training_seconds": opened.full.seconds}  # fmt: skip
     return _table(effects, costs, settings, opened, seed)
@@ -179,18 +180,6 @@ def _rows_of_share(share: float, n: int) -> int:
             "is expected"
         )
     return count
-
-
-def _repeatable(bank: Bank, run: str | Path | None) -> Repeatable:
-    """The training of a bank, from the rows that it holds."""
-    where = run or bank.protocol.run
-    rows = [{**row.row, "id": row.id} for row in bank.rows]
-    training = repeatable(where, rows, is_sampled=True)
-    if directory_digest(open_run(where).checkpoints[-1].path) != bank.protocol.run_weights:
-        raise ManifestMismatchError(
-            f"{where}: it has other weights than the run that {bank.place.root} is the bank of. Name that run by --run."
-        )
-    return training
 
 
 def top_rows(method: MethodScores, count: int, *, each_query: bool) -> list[tuple[int, ...]]:
