@@ -12,6 +12,7 @@ from whence.evaluation.bank_store import open_bank
 from whence.evaluation.member_training import MemberTraining, encoded_queries, query_losses
 from whence.evaluation.method_scores import RANDOM, MethodScores
 from whence.evaluation.removal import estimate_of, evaluate_addition, evaluate_removal, top_rows
+from whence.numerics import generator
 from whence.training.repetition import repeatable, train_again
 from whence.training.trainer import train
 
@@ -123,9 +124,20 @@ def test_top_rows_by_hand():
 def test_intervals():
     values = torch.tensor([[1.0, 3.0], [2.0, 4.0]])
     estimate = estimate_of(values, 0)
-    assert estimate.value == 2.5 and estimate.interval == (1.0, 4.0)
+    # means of seeds 2 and 3, of queries 1.5 and 3.5: error sqrt(0.5 / 2 + 2 / 2), and t of one degree of freedom
+    half = 12.7062047 * math.sqrt(1.25)
+    assert estimate.value == 2.5 and estimate.interval == pytest.approx((2.5 - half, 2.5 + half))
     assert estimate_of(values[:1], 0).interval == (1.0, 3.0)
     assert estimate_of(values[:, :1], 0).interval is None and math.isnan(estimate_of(values[:, :0], 0).value)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_of_few_trainings_has_what_is_true_in_it_as_often_as_it_says(seeds):
+    rng = generator(seeds, "few trainings")
+    tables = [torch.randn(seeds, 1, generator=rng) + 0.1 * torch.randn(1, 20, generator=rng) for _ in range(200)]
+    intervals = [estimate_of(table, 0).interval for table in tables]
+    covered = sum(low <= 0 <= high for low, high in intervals) / len(tables)
+    assert covered > 0.9, covered  # drawing seeds anew: 0.5 to 0.8
 
 
 @pytest.mark.parametrize(

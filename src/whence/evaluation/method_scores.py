@@ -161,6 +161,7 @@ class _Task:
         start = time.perf_counter()
         found = self.scorer(self.view, targets)
         seconds = time.perf_counter() - start + (index_seconds or 0.0) * entry.needs_index
+        seconds += getattr(self.scorer, "seconds_before", 0.0)  # of a call that was stopped, and gone on with
         origin = "the run" if entry.needs_run else "an index" if is_index else "the rows"
         is_signed = entry.needs_index or entry.needs_run or self.method.base in EXACT
         return MethodScores(

@@ -47,11 +47,11 @@ def lds_tables(result: LdsResult) -> RenderableType:
     return Group(drawn, Text(""), *(Text(visible(line)) for line in lines), Text(about, "dim"))
 
 
-def interval_text(estimate: Estimate) -> str:
+def interval_text(estimate: Estimate, kind: str = ".3f") -> str:
     """An interval in words; a dash where there is none."""
     if estimate.interval is None:
         return "-"
-    low, high = (number(end, ".3f") for end in estimate.interval)
+    low, high = (number(end, kind) for end in estimate.interval)
     return f"{low} to {high}"
 
 

@@ -8,6 +8,7 @@ Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float32
@@ -27,6 +28,8 @@ class Replay:
     seed: int = 0
     hessian: bool = True
     """Whether a row's effect on the gradients of later steps counts."""
+    seconds_before: ClassVar[float] = 0.0
+    """What calls before the last one took of its scores, as it went on from where they were stopped; no option."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores; -inf for rows that the training did not read.
@@ -40,6 +43,7 @@ class Replay:
             )
         losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
         replayed = replay(view.run.losses, view.run.log, losses, hessian=self.hessian, is_resumable=True)
+        object.__setattr__(self, "seconds_before", replayed.seconds_before)
         scores = torch.full((len(targets), view.rows), -torch.inf)
         scores[:, view.run.places] = replayed.scores.float()
         return scores
