@@ -7,9 +7,11 @@ import torch
 from graded_bank import QUERIES, ROWS, make_bank, write_bank
 
 import whence
+from conftest import write_jsonl
 from whence.errors import MissingBankError, SettingError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds, training_seconds
 from whence.evaluation.bank_store import open_bank
+from whence.evaluation.method_scores import MethodScores
 from whence.reports.existing_files import is_written_by_whence
 from whence.reports.lds_tables import lds_answer, lds_plot
 from whence.reports.quality_plot import LINE, Point, _free, quality_plot
@@ -52,6 +54,9 @@ def test_without_an_index_the_banks_own_rows_are_read(made):
 
 def test_the_cost_of_a_training_is_that_of_one_on_all_rows(made):
     bank = open_bank(made[0])
+    mine = MethodScores("mine", torch.randn(3, 18), 4.0)
+    given = evaluate_lds(bank, given=[mine])
+    assert given.costs == {"mine": 2.0} and given.table.marks[0].method == "mine"
     assert training_seconds(bank) == bank.full.seconds == 2.0 != bank.members[0].seconds
 
 
@@ -129,3 +134,14 @@ def test_a_plot_places_costs_by_powers_of_ten_and_names_apart():
     assert drawn.count('class="span"') == 2 and drawn.count("<circle") == 3
     assert abs(_free(0.0, 100.0, 50.0, [(0.0, 100.0, 50.0)]) - 100) >= LINE
     assert _free(0.0, 100.0, 50.0, [(200.0, 100.0, 50.0)]) == 100
+
+
+def test_constant_scores_are_said_to_have_no_score(made, command, tmp_path):
+    write_jsonl(tmp_path / "same.jsonl", [{"id": row["id"], "score": 1.0} for row in ROWS])
+    words = ["evaluate", "lds", made[0], "--scores", f"same={tmp_path / 'same.jsonl'}"]
+    code, said, complaint = command(*words, "-o", tmp_path / "same.svg")
+    assert code == 0 and "No method has a score: none says anything of any member." in said, complaint
+    assert "same: left out 3 queries (scores say the same of every member)." in " ".join(said.split())
+    assert (tmp_path / "same.svg").read_text().count("<circle") == 0
+    row = json.loads(command(*words, "--json")[1])["rows"][0]
+    assert row["lds"] is None and row["left_out"] == {"scores say the same of every member": 3}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from whence.errors import SettingError
-from whence.evaluation.score_files import scores_from_file
+from whence.evaluation.method_scores import MethodScores
+from whence.evaluation.score_files import scores_from_file, write_scores
 
 ROWS, QUERIES = ["r0", "r1", "2"], ["qa", "qb"]
 LINES = [{"query": q, "id": r, "score": 10.0 * n + m} for n, q in enumerate(QUERIES) for m, r in enumerate(ROWS)]
@@ -44,6 +45,17 @@ def test_a_null_is_no_score(tmp_path):
     lines = [line | ({"score": None} if line["id"] == "r1" else {}) for line in LINES]
     read = scores_from_file("m", written(tmp_path / "s.jsonl", lines), ROWS, QUERIES)
     assert read.scores.isnan().tolist() == [[False, True, False]] * 2
+
+
+@pytest.mark.parametrize("seconds", [None, 3.5])
+def test_scores_that_are_written_are_read_again(tmp_path, seconds):
+    scores = EXPECTED.clone()
+    scores[1, 2] = -torch.inf
+    write_scores(MethodScores("m", scores, seconds), tmp_path / "s.parquet", ROWS, QUERIES)
+    read = scores_from_file("m", str(tmp_path / "s.parquet"), ROWS, QUERIES)
+    scores[1, 2] = torch.nan
+    torch.testing.assert_close(read.scores, scores, equal_nan=True)
+    assert read.seconds == seconds
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def evaluate_lds(
     *,
     index: Mapping[str, str] | str | None = None,
     scores: Mapping[str, str] | None = None,
+    given: Sequence[MethodScores] = (),
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
     model: str | None = None,
@@ -70,6 +71,7 @@ def evaluate_lds(
         index: An index of the bank's rows, or several by name; the one without a name (or the only one) is read where a
             method names none.
         scores: Files of scores by the name of the method; see `score_files`.
+        given: Scores that are at hand, of the bank's queries and rows in their order.
         costs: Seconds by method, where they were measured elsewhere.
         index_seconds: What making an index took, added for methods that read its vectors.
         model: Where the bank's run has moved; with an index, where the index' model has.
@@ -83,8 +85,8 @@ def evaluate_lds(
     """
     opened = bank if isinstance(bank, Bank) else open_bank(bank)
     with shown_as(progress, "Scoring"):
-        scored = bank_scores(opened, methods, index=index, scores=scores, costs=costs, index_seconds=index_seconds,
-                             model=model, seed=seed)  # fmt: skip
+        scored = bank_scores(opened, methods, index=index, scores=scores, given=given, costs=costs,
+                             index_seconds=index_seconds, model=model, seed=seed)  # fmt: skip
     by_name = {method.name: method.scores for method in scored}
     included, losses = opened.included("random"), opened.losses("random")
     table = lds(by_name, included, losses, seed=seed, resamples=resamples)
@@ -101,6 +103,7 @@ def bank_scores(
     *,
     index: Mapping[str, str] | str | None = None,
     scores: Mapping[str, str] | None = None,
+    given: Sequence[MethodScores] = (),
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
     model: str | None = None,
@@ -114,7 +117,7 @@ def bank_scores(
     names = [*dict.fromkeys(methods)]
     if twice := [name for name in names if name in (scores or {})]:
         raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
-    if not names and not scores:
+    if not names and not scores and not given:
         raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
     scored: list[MethodScores] = []
     if names:
@@ -125,6 +128,7 @@ def bank_scores(
         ids = bank.row_ids if isinstance(view, IndexView) else None
         scored = score_methods(names, bank.queries, view, ids, indexes=views, index_seconds=index_seconds, seed=seed)
     scored += [scores_from_file(name, path, bank.row_ids, bank.query_ids) for name, path in (scores or {}).items()]
+    scored += given
     return with_costs(scored, costs or {})
 
 

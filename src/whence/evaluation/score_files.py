@@ -10,6 +10,7 @@ Every row that is graded has a line for every query, in any order; other rows ar
 taken on trust: an id that is not known, a pair that is missing or comes twice is named.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,42 @@ def scores_from_file(name: str, path: str, row_ids: Sequence[str], query_ids: Se
     return MethodScores(name, torch.from_numpy(scores), _seconds(table, path), str(path), is_signed=True)
 
 
+def write_scores(scored: MethodScores, path: str | Path, row_ids: Sequence[str], query_ids: Sequence[str]) -> None:
+    """Write a method's scores as a .parquet that `scores_from_file` reads; whole or not at all.
+
+    Args:
+        scored: The scores; one that is not finite is written as null.
+        path: The file, here or at an fsspec address.
+        row_ids: Ids of the rows, in the order of the scores' columns.
+        query_ids: Ids of the queries, in the order of the scores' rows.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    values = scored.scores.float().numpy().ravel()
+    columns = {
+        "query": pyarrow.array(np.repeat(np.array(query_ids, dtype=object), len(row_ids)), pyarrow.string()),
+        "id": pyarrow.array(list(row_ids) * len(query_ids), pyarrow.string()),
+        "score": pyarrow.array(values, mask=~np.isfinite(values)),
+    }
+    if scored.seconds is not None:
+        columns["seconds"] = pyarrow.array(np.full(len(values), scored.seconds))
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, compression="zstd")
+    place, name = _parts(str(path))
+    place.write(name, [sink.getbuffer()], total=sink.getbuffer().nbytes)
+
+
+def _parts(path: str) -> tuple[Place, str]:
+    """The directory of a file, and its name there."""
+    file = Place.at(path)
+    folder, _, name = file.root.rpartition("/")
+    return Place(file.fs, folder), name
+
+
 def _table(path: str) -> dict[str, Any]:
     """Columns of a file by name."""
     import pyarrow
@@ -71,9 +108,7 @@ def _table(path: str) -> dict[str, Any]:
 
     if Path(path).suffix not in ENDINGS:
         raise SettingError(f"--scores {path}: a file of {', '.join(ENDINGS)} is expected")
-    file = Place.at(path)
-    folder, _, name = file.root.rpartition("/")
-    place = Place(file.fs, folder)
+    place, name = _parts(path)
     if not place.exists(name):
         raise SettingError(f"--scores {path}: there is no such file")
     source = pyarrow.BufferReader(place.read(name))
