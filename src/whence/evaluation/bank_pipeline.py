@@ -52,8 +52,9 @@ from whence.training.repetition import repeatable
 
 logger = logging.getLogger(__name__)
 
-SAME = 0.999
-"""Cosine of two trainings' changes above which they differ by rounding alone."""
+SAME = 0.99999
+"""Cosine of two trainings' changes from which on they are taken to differ by rounding alone. Measured on 57 steps of
+base-6m, from weights that differ in their last bit: 1 - 1.4e-11."""
 
 
 @dataclass(frozen=True)
