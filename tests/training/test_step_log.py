@@ -16,6 +16,7 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError,
 from whence.gradients.exact import sequences_of
 from whence.models.loading import load_model
 from whence.models.training_state import RECORD
+from whence.storage import Place
 from whence.training import replay as replay_module
 from whence.training import unfinished_replay
 from whence.training.dry_run import plan_training
@@ -226,7 +227,8 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage)
     (standing,) = folder.glob("*.json")
     described = json.loads(standing.read_text())
     assert 0 < described["seconds"] < 60
-    standing.write_text(json.dumps(described | {"seconds": 100.0}))
+    described.pop("checksum")
+    Place.at(folder).write_document(standing.name, described | {"seconds": 100.0})
     if damage:
         (file,) = folder.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-1] + b"?")
