@@ -140,7 +140,8 @@ def evaluate_tail_patch(
     if top < 1:
         raise SettingError(f"--top {top}: a number of rows from 1 on is expected")
     with shown_as(progress, "Scoring"):
-        view = rows_view(source, names, None if _is_index(source) else str(run))
+        is_index = isinstance(source, Index) or (isinstance(source, str | Path) and Place.at(source).exists(MANIFEST))
+        view = rows_view(source, names, None if is_index else str(run))
         rows_asked = [example.row | {"id": example.id} for example in asked_corpus(queries, view)]
         ids = [str(row["id"]) for row in rows_asked]
         targets = [target.queries[0].encoded for target in query_targets(rows_asked, view)]
@@ -237,10 +238,6 @@ def _has_moments(path: str) -> bool:
     except ModelError:
         return False
     return True
-
-
-def _is_index(source: Any) -> bool:
-    return isinstance(source, Index) or (isinstance(source, str | Path) and Place.at(source).exists(MANIFEST))
 
 
 def _require_same_tokens(read: LoadedModel, stepped: LoadedModel) -> None:
