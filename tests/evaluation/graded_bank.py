@@ -16,6 +16,7 @@ from whence.evaluation.bank_store import (
 from whence.evaluation.method_scores import score_methods
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
+from whence.models.loading import directory_digest
 from whence.numerics import generator
 from whence.selection.views import IndexView
 from whence.storage import Place
@@ -43,16 +44,18 @@ def make_bank(folder, members=12):
     return str(folder / "bank"), str(index), model
 
 
-def write_bank(path, model, included, losses):
-    """Write a bank of `ROWS` and `QUERIES`."""
+def write_bank(path, model, included, losses, *, queries=QUERIES, max_tokens=32):
+    """Write a bank of `ROWS`; a query whose losses are NaN has none before training and after it either."""
     place = Place.at(path)
     rows = [BankRow(row["id"], row["source"], 9, 4, row) for row in ROWS]
-    protocol = Protocol(leave_out="zero", run=model, run_weights="0" * 64, model=model, model_weights="1" * 64,
-                        corpus="rows.jsonl", rows_digest="2" * 64, training={"max_tokens": 32, "lr": 1e-3},
-                        keep_weights=False)  # fmt: skip
-    files = write_rows(place, rows), write_queries(place, 0, QUERIES)
+    protocol = Protocol(leave_out="zero", run=model, run_weights=directory_digest(model), model=model,
+                        model_weights="1" * 64, corpus="rows.jsonl", rows_digest="2" * 64,
+                        training={"max_tokens": max_tokens, "lr": 1e-3}, keep_weights=False)  # fmt: skip
+    files = write_rows(place, rows), write_queries(place, 0, queries)
     write_description(place, Description(protocol=protocol, rows=files[0], queries=(files[1],)))
-    for name, kind, seconds, values in (("parent", "parent", 0.0, [4.0] * 3), ("full", "full", 2.0, [1.0] * 3)):
+    known = losses.isfinite().all(0)
+    for name, kind, seconds, value in (("parent", "parent", 0.0, 4.0), ("full", "full", 2.0, 1.0)):
+        values = torch.where(known, value, torch.nan).tolist()
         write_member(place, Member(name=name, kind=kind, seed=0, losses=tuple(values), steps=3, seconds=seconds))
     for number, (line, values) in enumerate(zip(included, losses, strict=True)):
         left_out = tuple((~line).nonzero()[:, 0].tolist())

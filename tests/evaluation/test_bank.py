@@ -193,6 +193,8 @@ def test_differences_are_named(made, run, parent, copied, tmp_path):
         ({"subsets": 1}, "--subsets 1: two or more"),
         ({"subsets": 2, "fraction": 1.0}, "--fraction 1.0: a share above 0 and below 1"),
         ({"subsets": 2, "fraction": 0.01}, "--fraction 0.01 of 12 rows keeps 0; from 1 to 11"),
+        ({"by": "shade", "fraction": 0.5}, "--fraction 0.5: it is of random subsets: add --subsets N, or leave it out"),
+        ({"by": "shade", "seed": 3}, "--seed 3: it is of random subsets: add --subsets N, or leave it out"),
         ({"subsets": 2, "leave_out": "none"}, "--leave-out none: choose one of zero, drop"),
         ({}, "nothing to leave out"),
         ({"by": "colour"}, "--by colour: no row of the training has this column. The first rows have completion, id"),

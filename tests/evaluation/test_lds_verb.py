@@ -1,6 +1,7 @@
 """`evaluate lds` on a bank that follows exact scores: the library, the command, its table, plot, files and refusals."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from graded_bank import QUERIES, ROWS, make_bank, write_bank
 
 import whence
 from conftest import write_jsonl
+from whence.cli.grading import command_after
 from whence.errors import MissingBankError, SettingError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds, training_seconds
 from whence.evaluation.bank_store import open_bank
@@ -90,6 +92,17 @@ def test_the_command_prints_a_table_an_answer_and_writes(made, command, tmp_path
     assert [row["rank"] for row in document["rows"]] == [1, 2, 3]
     assert {row["method"]: row["trainings"] for row in document["rows"]}["random@own"] == 20
     assert document["settings"]["leave_out"] == "zero" and document["settings"]["subsets"] == 12
+
+
+def test_the_next_command_reads_what_the_best_method_read():
+    indexes = {"adam": "A", "own": "B"}
+    after = partial(command_after, indexes=indexes, run="RUN", out="t.svg", name="lds")
+    end = ("--tasks", "TASKS.jsonl", "--count", 100, "-o", "chosen.jsonl")
+    assert after("replay") == ("whence", "select", "RUN", "--method", "replay", *end)
+    assert after("replay:hessian=false")[2:7] == ("RUN", "--method", "replay", "--set", "hessian=false")
+    assert after("less:within=mean_cosine@own")[2:7] == ("B", "--method", "less", "--set", "within=mean_cosine")
+    assert after("less")[2] == "A" and after("exact-dot")[-2:] == ("-o", "lds.jsonl")
+    assert after("bm25", indexes={})[-2:] == ("-o", "lds.jsonl") and after("replay", out=None)[-2:] == ("-o", "lds.svg")
 
 
 @pytest.mark.parametrize(

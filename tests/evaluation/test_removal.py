@@ -10,8 +10,9 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.evaluation.bank_pipeline import bank
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.member_training import MemberTraining, encoded_queries, query_losses
-from whence.evaluation.method_scores import MethodScores
-from whence.evaluation.removal import RANDOM, estimate_of, evaluate_addition, evaluate_removal, top_rows
+from whence.evaluation.method_scores import RANDOM, MethodScores
+from whence.evaluation.removal import estimate_of, evaluate_addition, evaluate_removal, top_rows
+from whence.numerics import generator
 from whence.training.repetition import repeatable, train_again
 from whence.training.trainer import train
 
@@ -80,6 +81,22 @@ def test_each_query_has_its_own_trainings(files):
     assert table.notes == ["One seed: intervals are over queries alone, and say nothing of another training."]
 
 
+def test_a_query_without_a_loss_has_no_list_of_its_own(files, tmp_path):
+    silent = {"id": "silent", "prompt": "x", "completion": None}
+    bank(files / "run", ROWS, tmp_path / "bank", queries=[QUERIES[0], silent, QUERIES[2]], subsets=2, progress=False)
+    scores = [{"query": query, "id": f"row-{row}", "score": 1.0 * (row in top) if top else None}
+              for query, top in (("row-50", (2, 7)), ("silent", ()), ("row-52", (4, 5)))
+              for row in range(10)]  # fmt: skip
+    write_jsonl(tmp_path / "scores.jsonl", scores)
+    table = evaluate_removal(tmp_path / "bank", ["loss"], share=0.2, seeds=1, each_query=True,
+                             scores={"mine": str(tmp_path / "scores.jsonl")})  # fmt: skip
+    whole = losses_without(files, (), 0)
+    first, last = losses_without(files, (2, 7), 0) - whole, losses_without(files, (4, 5), 0) - whole
+    found = marks_of(table, "mine").by_query
+    assert [found[0], found[2]] == pytest.approx([float(first[0]), float(last[2])], abs=1e-6) and math.isnan(found[1])
+    assert table.settings["queries"] == 2 and "Left out, for their loss is not finite somewhere: silent." in table.notes
+
+
 def test_addition_is_the_fall_of_loss_by_the_top_rows_alone(files):
     table = evaluate_addition(files / "bank", ["bm25"], share=0.2, seeds=1,
                               scores={"mine": str(files / "scores.jsonl")})  # fmt: skip
@@ -107,9 +124,20 @@ def test_top_rows_by_hand():
 def test_intervals():
     values = torch.tensor([[1.0, 3.0], [2.0, 4.0]])
     estimate = estimate_of(values, 0)
-    assert estimate.value == 2.5 and estimate.interval == (1.0, 4.0)
+    # means of seeds 2 and 3, of queries 1.5 and 3.5: error sqrt(0.5 / 2 + 2 / 2), and t of one degree of freedom
+    half = 12.7062047 * math.sqrt(1.25)
+    assert estimate.value == 2.5 and estimate.interval == pytest.approx((2.5 - half, 2.5 + half))
     assert estimate_of(values[:1], 0).interval == (1.0, 3.0)
     assert estimate_of(values[:, :1], 0).interval is None and math.isnan(estimate_of(values[:, :0], 0).value)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_of_few_trainings_has_what_is_true_in_it_as_often_as_it_says(seeds):
+    rng = generator(seeds, "few trainings")
+    tables = [torch.randn(seeds, 1, generator=rng) + 0.1 * torch.randn(1, 20, generator=rng) for _ in range(200)]
+    intervals = [estimate_of(table, 0).interval for table in tables]
+    covered = sum(low <= 0 <= high for low, high in intervals) / len(tables)
+    assert covered > 0.9, covered  # drawing seeds anew: 0.5 to 0.8
 
 
 @pytest.mark.parametrize(
@@ -119,6 +147,8 @@ def test_intervals():
         ({"share": 1.0}, "--share 1.0: of 10 rows that is 0"),
         ({"share": 0.2, "seeds": 0}, "--seeds 0"),
         ({"share": 0.2, "engine": "ray"}, "--engine ray"),
+        ({"share": 0.2, "scores": {"full": "x.jsonl"}}, "--scores full: the table has a line of that name already"),
+        ({"share": 0.2, "scores": {"random": "x.jsonl"}}, "--scores random: the table has a line of that name"),
     ],
 )
 def test_what_cannot_work_is_refused(files, settings, words):

@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from graded_bank import QUERIES, ROWS
 
 from conftest import plain_trainer_run, write_jsonl
+from tiny_tokenizers import byte_level
 from whence.corpus.tokens import collate, encode
 from whence.errors import ModelError, SettingError
-from whence.evaluation.tail_patch import RANDOM, best_rows, evaluate_tail_patch, patcher
+from whence.evaluation.method_scores import RANDOM
+from whence.evaluation.tail_patch import _require_same_tokens, best_rows, evaluate_tail_patch, patcher
 from whence.reports.existing_files import is_written_by_whence
 from whence.reports.tail_patch_tables import tail_patch_answer
 
@@ -120,9 +123,18 @@ def test_defaults_are_the_runs_own(run):
         patcher(run, lr=math.nan)
 
 
+def test_tokens_of_another_tokenizer_are_refused(run):
+    model = patcher(run).model
+    _require_same_tokens(model, model)
+    with pytest.raises(SettingError, match=r"its tokenizer is not that of .*, whose tokens the rows of the index are"):
+        _require_same_tokens(replace(model, tokenizer=byte_level(chat=True)), model)
+
+
 def test_refusals(run):
     with pytest.raises(SettingError, match="no method to grade"):
         evaluate_tail_patch(run, QUERIES, ROWS)
+    with pytest.raises(SettingError, match="--scores random: the table has a line of that name already; give the file"):
+        evaluate_tail_patch(run, QUERIES, ROWS, ["bm25"], scores={"random": "x.jsonl"})
     with pytest.raises(SettingError, match="--top 0"):
         evaluate_tail_patch(run, QUERIES, ROWS, ["bm25"], top=0)
 

@@ -11,7 +11,8 @@ from conftest import corpus_rows, save_tiny_llama
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, ManifestMismatchError, ModelError, SettingError
 from whence.models.loading import load_model
-from whence.training.left_out_rows import draws_masks
+from whence.training import trainer
+from whence.training.left_out_rows import draws_masks, without_rows
 from whence.training.repetition import repeatable, train_again
 from whence.training.trainer import _Trainer, train
 
@@ -123,6 +124,22 @@ def test_drop_is_a_training_on_the_other_rows(run, parent, tmp_path):
     assert_close(weights(found), load_file(own / "checkpoint-4" / "model.safetensors"), rtol=0, atol=0)
 
 
+def test_a_replayable_run_draws_no_masks_and_says_once_that_its_dropout_is_off(tmp_path, caplog):
+    with_rate = save_tiny_llama(tmp_path / "model")
+    config = json.loads((with_rate / "config.json").read_text())
+    (with_rate / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    recipe = RECIPE | {"replayable": True, "epochs": 1}
+    run = train(with_rate, ROWS[:4], tmp_path / "run", progress=False, **recipe)
+    assert caplog.text.count("--replayable trains without its dropout") == 1
+    training, seen = repeatable(run, ROWS[:4]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "without_rows", lambda inputs, left_out, keeps_places: (
+            seen.append(keeps_places), without_rows(inputs, left_out, keeps_places=keeps_places))[1])  # fmt: skip
+        train_again(training, tmp_path / "one", left_out=(1,))
+    train_again(training, tmp_path / "two", left_out=(2,))
+    assert seen and not any(seen) and caplog.text.count("--replayable trains without its dropout") == 1
+
+
 def test_masks_of_dropout_stay_with_their_rows(parent, tmp_path):
     adapters = {"lora_rank": 2, "lora_dropout": 0.5, "lr": 0.05} | {"batch_size": 4, "epochs": 1, "max_tokens": 24}
     run = train(parent, ROWS, tmp_path / "run", progress=False, **adapters)
@@ -177,7 +194,6 @@ def test_what_has_changed_is_refused(run, parent, tmp_path):
     for changes, words in (
         ({"is_complete": False}, "its training is not finished"),
         ({"mix": "online"}, "the order of its rows followed their losses"),
-        ({"left_out": [3]}, "rows were left out of it already"),
     ):
         write(**changes)
         with pytest.raises(SettingError, match=words):

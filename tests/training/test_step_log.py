@@ -16,6 +16,7 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError,
 from whence.gradients.exact import sequences_of
 from whence.models.loading import load_model
 from whence.models.training_state import RECORD
+from whence.storage import Place
 from whence.training import replay as replay_module
 from whence.training import unfinished_replay
 from whence.training.dry_run import plan_training
@@ -223,6 +224,11 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage)
         scores_of(open_replayable(run), is_resumable=True)
     folder = run / FOLDER / unfinished_replay.FOLDER
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"], "one standing is kept"
+    (standing,) = folder.glob("*.json")
+    described = json.loads(standing.read_text())
+    assert 0 < described["seconds"] < 60
+    described.pop("checksum")
+    Place.at(folder).write_document(standing.name, described | {"seconds": 100.0})
     if damage:
         (file,) = folder.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -231,7 +237,8 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage)
     again = scores_of(open_replayable(run), is_resumable=True)
     assert made[1:] == (list(range(8))[::-1] if damage else [2, 1, 0]), "from the stored state after step 3 on"
     assert torch.equal(again.scores, whole) and [step for step, _ in again.drifts] == [8, 6, 3]
-    assert not folder.exists()
+    assert again.seconds_before == (0 if damage else 100), "what the stopped call took counts"
+    assert 0 < again.seconds - again.seconds_before < 60 and not folder.exists()
     with pytest.raises(KeyboardInterrupt):
         made.clear()
         scores_of(open_replayable(run), is_resumable=True)

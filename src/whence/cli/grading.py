@@ -113,7 +113,10 @@ class GradedMethods:
 def grade_by_bank(
     bank: Annotated[str, typer.Argument(metavar="BANK", help="Retrainings that `whence bank` made.")],
     graded: GradedMethods,
-    model: Annotated[str | None, typer.Option(help="The run, or the index' model, if it has moved.")] = None,
+    run: Annotated[str | None, typer.Option(help="The bank's run, if it has moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run was trained from, or another index', if it has moved.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw, and of intervals.")] = 0,
     out: GRADED_FILE = None,
     force: Force = False,
@@ -125,15 +128,15 @@ def grade_by_bank(
 
     names, indexes, files, costs = graded.checked_names(), graded.indexes, graded.files, graded.costs
     output = Output("-o", out, TABLE_OR_PLOT)
-    check_outputs([output], rows=[*files.values()], others=[bank, model, *indexes.values()], force=force)
-    check_inputs(bank=bank, models=[model])
+    check_outputs([output], rows=[*files.values()], others=[bank, run, model, *indexes.values()], force=force)
+    check_inputs(bank=bank, models=[run, model])
     for path in indexes.values():
         check_inputs(index=path)
     with waiting("Loading torch"):
         from whence.evaluation.bank_scores import evaluate_lds
         from whence.reports.lds_tables import lds_answer, lds_plot, lds_tables
     result = evaluate_lds(bank, names, index=indexes, scores=files, costs=costs, index_seconds=graded.index_seconds,
-                          model=model, seed=seed, progress=not as_json)  # fmt: skip
+                          run=run, model=model, seed=seed, progress=not as_json)  # fmt: skip
     if out is not None:
         write_page(lds_plot(result), out) if out.endswith(".svg") else write_rows(result.rows(), out)
     if as_json:
@@ -143,18 +146,31 @@ def grade_by_bank(
     print_part(lds_tables(result))
     if out is not None:
         print_part(f"written to {out}")
-    print_ending(lds_answer(result), *_command_after(result.table.marks[0].method, indexes, out))
+    after = command_after(result.table.marks[0].method, indexes, result.settings["run"], out, "lds")
+    print_ending(lds_answer(result), *after)
 
 
-def _command_after(best: str, indexes: dict[str, str], out: str | None) -> tuple[object, ...]:
-    """The plot first; then a choice by the best method, if it reads an index."""
-    base, _, index = best.partition("@")
-    path = indexes.get(index, next(iter(indexes.values()), None))
-    if out is None:
-        return again("-o", "lds.svg")
-    if path is None or base not in catalogue.SCORERS or not catalogue.scorer_entry(base).reads_tasks:
-        return again("-o", "lds.jsonl")
-    return ("whence", "select", path, "--method", base, "--tasks", "TASKS.jsonl", "--count", 100, "-o", "chosen.jsonl")
+def command_after(best: str, indexes: dict[str, str], run: str, out: str | None, name: str) -> tuple[object, ...]:
+    """The plot first; then a choice by the best method, if it reads an index that is given or the run.
+
+    Args:
+        best: The best method, as `method_scores.MethodName` has it.
+        indexes: Indexes by name.
+        run: The run that the bank is of.
+        out: Where the table was written.
+        name: Name of the file that is proposed, without its ending.
+    """
+    text, _, index = best.partition("@")
+    base, _, options = text.partition(":")
+    entry = catalogue.SCORERS.get(base)
+    if out is None or entry is None or not entry.reads_tasks:
+        return again("-o", f"{name}.svg" if out is None else f"{name}.jsonl")
+    source = run if entry.needs_run else indexes.get(index, next(iter(indexes.values()), None))
+    if source is None:
+        return again("-o", f"{name}.jsonl")
+    chosen = [word for option in options.split(",") if option for word in ("--set", option)]
+    return ("whence", "select", source, "--method", base, *chosen, "--tasks", "TASKS.jsonl", "--count", 100, "-o",
+            "chosen.jsonl")  # fmt: skip
 
 
 @evaluate.command()
@@ -169,6 +185,10 @@ def retrieval(
     relevant: Annotated[
         str | None,
         typer.Option(metavar="COLUMN", help="Rows that have the query's value in this column are relevant."),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="The run of `whence train --replayable` that replay goes back through."),
     ] = None,
     k: Annotated[str, typer.Option(help="Depths of recall and precision, with commas between.")] = "10,50",
     model: Annotated[
@@ -189,8 +209,8 @@ def retrieval(
     if not all(word.isdecimal() and int(word) for word in listed(k)):
         raise SettingError(f"--k {k}: numbers of rows from 1 on are expected, with commas between")
     rows = [queries, *files.values(), *([] if has_index else [source])]
-    check_outputs([output], rows=rows, others=[source, model, *indexes.values()], force=force)
-    check_inputs(models=[model], corpora=[queries] if has_index else [queries, source])
+    check_outputs([output], rows=rows, others=[source, run, model, *indexes.values()], force=force)
+    check_inputs(models=[model], run=run, corpora=[queries] if has_index else [queries, source])
     for path in indexes.values():
         check_inputs(index=path)
     with waiting("Loading torch"):
@@ -198,7 +218,7 @@ def retrieval(
         from whence.reports.retrieval_tables import retrieval_answer, retrieval_plot, retrieval_tables
     table = evaluate_retrieval(
         queries, source, names, relevant=relevant, index=indexes, scores=files, costs=costs,
-        index_seconds=graded.index_seconds, model=model, depths=[int(word) for word in listed(k)], seed=seed,
+        index_seconds=graded.index_seconds, run=run, model=model, depths=[int(word) for word in listed(k)], seed=seed,
         progress=not as_json,
     )  # fmt: skip
     if out is not None:

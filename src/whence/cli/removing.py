@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from whence import catalogue
-from whence.cli.console import again, print_ending, print_json, print_part, waiting
+from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.evaluation import TABLE_OR_PLOT
-from whence.cli.grading import GRADED_FILE, GradedMethods, evaluate
+from whence.cli.grading import GRADED_FILE, GradedMethods, command_after, evaluate
 from whence.cli.groups import flattened
 from whence.cli.inputs import check_inputs
 from whence.cli.options import Force, Json
@@ -38,7 +37,9 @@ def remove_rows(
     bank: BankPath,
     graded: GradedMethods,
     settings: TrainingFlags,
-    model: Annotated[str | None, typer.Option(help="The run, or the index' model, if it has moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run was trained from, or another index', if it has moved.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random rows, of methods that draw, and of intervals.")] = 0,
     out: GRADED_FILE = None,
     force: Force = False,
@@ -54,7 +55,9 @@ def add_rows(
     bank: BankPath,
     graded: GradedMethods,
     settings: TrainingFlags,
-    model: Annotated[str | None, typer.Option(help="The run, or the index' model, if it has moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run was trained from, or another index', if it has moved.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random rows, of methods that draw, and of intervals.")] = 0,
     out: GRADED_FILE = None,
     force: Force = False,
@@ -94,13 +97,4 @@ def _grade(
     print_part(removal_tables(table))
     if out is not None:
         print_part(f"written to {out}")
-    print_ending(removal_answer(table), *_command_after(table.marks[0].method, indexes, way, out))
-
-
-def _command_after(best: str, indexes: dict[str, str], way: str, out: str | None) -> tuple[object, ...]:
-    """The plot first; then a choice by the best method, if it reads an index."""
-    base, _, index = best.partition("@")
-    path = indexes.get(index, next(iter(indexes.values()), None))
-    if out is None or path is None or base not in catalogue.SCORERS or not catalogue.scorer_entry(base).reads_tasks:
-        return again("-o", f"{way}.svg" if out is None else f"{way}.jsonl")
-    return ("whence", "select", path, "--method", base, "--tasks", "TASKS.jsonl", "--count", 100, "-o", "chosen.jsonl")
+    print_ending(removal_answer(table), *command_after(table.marks[0].method, indexes, table.settings["run"], out, way))

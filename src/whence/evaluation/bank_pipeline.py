@@ -111,7 +111,14 @@ def make_bank(
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Made:
-    """The same, with what was added."""
+    """Make a bank, or let members and queries join one, as `bank` does: for the arguments see there.
+
+    Returns:
+        The bank, with what this call added to it.
+
+    Raises:
+        CorpusError, ManifestMismatchError, ModelError, SettingError: See `bank`.
+    """
     chosen, place = BankSettings(**settings), Place.at(out)
     runner.check_engine(engine)
     refuse_inputs(out, [run, corpus, queries, model, *chosen.rows], is_directory=True)

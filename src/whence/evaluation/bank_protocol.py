@@ -72,6 +72,9 @@ class BankSettings:
             raise SettingError(f"--leave-out {self.leave_out}: choose one of {', '.join(LEAVE_OUT)}")
         if self.seed is not None:
             check_seed(self.seed)
+        for name in ("fraction", "seed"):
+            if not self.subsets and (value := getattr(self, name)) is not None:
+                raise SettingError(f"--{name} {value}: it is of random subsets: add --subsets N, or leave it out")
 
     @property
     def asks_for_members(self) -> bool:

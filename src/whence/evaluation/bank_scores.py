@@ -5,19 +5,32 @@ by training once more. (A training without half of the rows is shorter, as their
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from whence.corpus.reading import open_corpus
-from whence.errors import SettingError
+from whence.errors import ManifestMismatchError
+from whence.evaluation.bank_spread import measured
 from whence.evaluation.bank_store import Bank, open_bank
 from whence.evaluation.lds import LdsTable, lds
-from whence.evaluation.method_scores import MethodName, MethodScores, score_methods, with_costs
+from whence.evaluation.method_scores import (
+    MethodName,
+    MethodScores,
+    check_costs,
+    check_methods,
+    score_methods,
+    with_costs,
+)
 from whence.evaluation.score_files import scores_from_file
-from whence.indexing.opening import open_index
-from whence.models.loading import load_model
+from whence.indexing.opening import Index, open_index
+from whence.models.loading import directory_digest, load_model
 from whence.models.runs import open_run
+from whence.paths import exists
 from whence.runner import ProgressOption, shown_as
 from whence.selection.views import CorpusView, IndexView
 
@@ -61,7 +74,8 @@ def evaluate_lds(
     given: Sequence[MethodScores] = (),
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
-    model: str | None = None,
+    run: str | Path | None = None,
+    model: str | Path | None = None,
     seed: int = 0,
     resamples: int = 2000,
     progress: ProgressOption = False,
@@ -77,25 +91,27 @@ def evaluate_lds(
         given: Scores that are at hand, of the bank's queries and rows in their order.
         costs: Seconds by method, where they were measured elsewhere.
         index_seconds: What making an index took, added for methods that read its vectors.
-        model: Where the bank's run has moved; with an index, where the index' model has.
+        run: Where the bank's run is, if it has moved.
+        model: Where the model is that the run was trained from, or that of an index of another model, if it has moved.
         seed: Seed of methods that draw, and of the intervals.
         resamples: Number of resamples of an interval.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         SettingError: Fewer than two subsets, no method, or one that cannot score the bank's rows.
+        ManifestMismatchError: The run or a model is not there, or has changed since.
         MissingBankError: There is no bank.
     """
     opened = bank if isinstance(bank, Bank) else open_bank(bank)
     with shown_as(progress, "Scoring"):
         scored = bank_scores(opened, methods, index=index, scores=scores, given=given, costs=costs,
-                             index_seconds=index_seconds, model=model, seed=seed)  # fmt: skip
+                             index_seconds=index_seconds, run=run, model=model, seed=seed)  # fmt: skip
     by_name = {method.name: method.scores for method in scored}
     included, losses = opened.included("random"), opened.losses("random")
     table = lds(by_name, included, losses, seed=seed, resamples=resamples)
-    settings = {"bank": opened.place.root, "subsets": len(losses), "queries": len(opened.queries),
-                "rows": len(opened.rows), "leave_out": opened.protocol.leave_out, "seed": seed,
-                "resamples": resamples}  # fmt: skip
+    settings = {"bank": opened.place.root, "run": str(run or opened.protocol.run), "subsets": len(losses),
+                "queries": len(opened.queries), "rows": len(opened.rows), "leave_out": opened.protocol.leave_out,
+                "seed": seed, "resamples": resamples}  # fmt: skip
     seconds = {method.name: method.seconds for method in scored}
     return LdsResult(table, seconds, training_seconds(opened), settings)
 
@@ -109,51 +125,71 @@ def bank_scores(
     given: Sequence[MethodScores] = (),
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
-    model: str | None = None,
+    run: str | Path | None = None,
+    model: str | Path | None = None,
     seed: int = 0,
 ) -> list[MethodScores]:
     """Scores of a bank's rows for each of its queries, by methods and files; for the arguments see `evaluate_lds`.
 
+    A query that has no loss in any member has no score: NaN.
+
     Raises:
-        SettingError: No method, two of one name, or one that cannot score the bank's rows.
+        SettingError: No method, two of one name, or one that cannot score the bank's rows. All is known before the
+            first method scores.
     """
-    names = [*dict.fromkeys(methods)]
-    if twice := [name for name in names if name in (scores or {})]:
-        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
-    if not names and not scores and not given:
-        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
-    scored: list[MethodScores] = []
+    names, files = [*dict.fromkeys(methods)], scores or {}
+    graded = [*names, *(method.name for method in given)]
+    check_methods(graded, files)
+    check_costs(costs or {}, [*graded, *files])
+    read = [scores_from_file(name, path, bank.row_ids, bank.query_ids) for name, path in files.items()]
+    scored, has_loss = list[MethodScores](), measured(bank)
     if names:
         indexes = {"": index} if isinstance(index, str) else dict(index or {})
-        views = {name: IndexView(_complete_index(path, model)) for name, path in indexes.items()}
-        first = views.get("", next(iter(views.values()), None))
-        view = first or bank_view(bank, names, model)
-        ids = bank.row_ids if isinstance(view, IndexView) else None
-        run = _replayed_run(bank, model) if any(MethodName.of(name).entry.needs_run for name in names) else None
-        scored = score_methods(names, bank.queries, view, ids, indexes=views, run=run, index_seconds=index_seconds,
-                               seed=seed)  # fmt: skip
-    scored += [scores_from_file(name, path, bank.row_ids, bank.query_ids) for name, path in (scores or {}).items()]
-    scored += given
-    return with_costs(scored, costs or {})
+        views = {name: IndexView(_complete_index(path, bank, run, model)) for name, path in indexes.items()}
+        view = views.get("", next(iter(views.values()), None)) or bank_view(bank, names, run)
+        replays = any(MethodName.of(name).entry.needs_run for name in names)
+        queries = [query for query, asks in zip(bank.queries, has_loss.tolist(), strict=True) if asks]
+        scored = score_methods(
+            names, queries, view, bank.row_ids, indexes=views, run=_replayed_run(bank, run, model) if replays else None,
+            index_seconds=index_seconds, max_tokens=bank.protocol.training.get("max_tokens"), seed=seed,
+        )  # fmt: skip
+    return with_costs([*(_for_all(method, has_loss) for method in scored), *read, *given], costs or {})
 
 
-def bank_view(bank: Bank, methods: Sequence[str], model: str | None = None) -> CorpusView:
+def _for_all(method: MethodScores, has_loss: Bool[Tensor, " q"]) -> MethodScores:
+    """Scores for the queries that have a loss, with lines of NaN for the others."""
+    scores = torch.full((len(has_loss), method.scores.shape[1]), torch.nan)
+    scores[has_loss] = method.scores.float()
+    return replace(method, scores=scores)
+
+
+def bank_view(bank: Bank, methods: Sequence[str], run: str | Path | None = None) -> CorpusView:
     """The bank's rows as scorers read them; the run's last model is loaded where a method needs one."""
     loaded = None
     if any(MethodName.of(name).entry.needs_model for name in methods):
-        loaded = load_model(open_run(model or bank.protocol.run).checkpoints[-1].path)
-    rows = [row.row for row in bank.rows]
-    return CorpusView(open_corpus(rows), loaded, max_tokens=bank.protocol.training.get("max_tokens"))
+        loaded = load_model(open_run(run_of(bank, run)).checkpoints[-1].path)
+    return CorpusView(open_corpus(bank.corpus_rows), loaded, max_tokens=bank.protocol.training.get("max_tokens"))
 
 
-def _replayed_run(bank: Bank, moved: str | None) -> "RunView":
-    """The bank's run as methods that replay it read it."""
+def run_of(bank: Bank, moved: str | Path | None = None) -> str:
+    """The run that members repeat, where it is now.
+
+    Raises:
+        ManifestMismatchError: It is not there, or has other weights.
+    """
+    where = str(moved or bank.protocol.run)
+    found = directory_digest(open_run(where).checkpoints[-1].path) if exists(where) else None
+    if found != bank.protocol.run_weights:
+        what = "no run is there" if found is None else "it has other weights than the run"
+        raise ManifestMismatchError(f"{where}: {what} that {bank.place.root} is the bank of. Name that run by --run.")
+    return where
+
+
+def _replayed_run(bank: Bank, run: str | Path | None, model: str | Path | None) -> "RunView":
+    """The bank's run as methods that replay it read it: from the rows in the bank, wherever the corpus is now."""
     from whence.selection.run_view import RunView
 
-    view = RunView.of(moved or bank.protocol.run)
-    if view.run.ids != bank.row_ids:
-        raise SettingError(f"{view.run.model.path}: it was trained on other rows than those of the bank")
-    return view
+    return RunView.of(run_of(bank, run), bank.corpus_rows, model=model, is_sampled=True)
 
 
 def training_seconds(bank: Bank) -> float:
@@ -162,7 +198,10 @@ def training_seconds(bank: Bank) -> float:
     return sum(seconds) / len(seconds)
 
 
-def _complete_index(path: str, model: str | None):
-    opened = open_index(path, model=model)
+def _complete_index(path: str, bank: Bank, run: str | Path | None, model: str | Path | None) -> Index:
+    """An index whose model is looked for where the bank's run is now, if it was made of that run."""
+    opened = open_index(path, model=None if model is None else str(model))
+    if run is not None and Path(opened.store.manifest.checkpoints[-1]["path"]).is_relative_to(bank.protocol.run):
+        opened = open_index(path, model=str(run))
     opened.store.require_complete()
     return opened

@@ -61,6 +61,11 @@ def with_loss(bank: Bank) -> Bool[Tensor, " q"]:
     return torch.cat([bank.parent_losses[None], bank.full_losses[None], bank.losses()]).isfinite().all(0)
 
 
+def measured(bank: Bank) -> Bool[Tensor, " q"]:
+    """Whether a query has a loss in some member; else it may have no token to score."""
+    return torch.cat([bank.parent_losses[None], bank.full_losses[None], bank.losses()]).isfinite().any(0)
+
+
 def without_loss(bank: Bank) -> list[str]:
     """Ids of the queries without a loss in some member: none of their tokens is supervised, or a training diverged."""
     present = with_loss(bank).tolist()

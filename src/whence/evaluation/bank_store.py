@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -36,15 +36,15 @@ from whence.counts import number_of
 from whence.errors import FormatVersionError, ManifestMismatchError, MissingBankError
 from whence.records import Count, FastDigest, read_record, unlike_written
 from whence.storage import FileEntry, Place
+from whence.training.recipe import LeaveOut
 
 BANK, ROWS, MEMBERS = "bank.json", "bank_rows.parquet", "members"
 FORMAT_VERSION = 1
 FULL, PARENT = "full", "parent"
 """Names and kinds of the two members that every bank has."""
-LEAVE_OUT = ("zero", "drop")
+LEAVE_OUT: tuple[LeaveOut, ...] = get_args(LeaveOut)
 REMEDY = "Restore it from a copy, or make the bank again in another directory."
 Kind = Literal["parent", "full", "random", "group", "rows", "removal", "addition"]
-LeaveOut = Literal["zero", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,11 @@ class Bank:
     def row_ids(self) -> tuple[str, ...]:
         """Ids of the rows, all different."""
         return tuple(row.id for row in self.rows)
+
+    @property
+    def corpus_rows(self) -> list[Row]:
+        """The corpus rows, each with its id: the corpus of the training, where that is not at hand."""
+        return [{**row.row, "id": row.id} for row in self.rows]
 
     @property
     def sources(self) -> tuple[str | None, ...]:

@@ -184,7 +184,7 @@ def lds(
     every = {name: _Resamples(_spread(some.spearman, usable), _spread(some.pearson, usable), some.of_mean)
              for name, some in sampled.items()}  # fmt: skip
     places = None if draws is None else usable.nonzero()[:, 0][draws]
-    return LdsTable(marks, members, len(reasons), _notes(scores, losses, is_trained), every, places)
+    return LdsTable(marks, members, len(reasons), _notes(scores, losses, is_trained, usable), every, places)
 
 
 def predicted_losses(scores: Float[Tensor, "q n"], included: Bool[Tensor, "m n"]) -> Float64[Tensor, "m q"]:
@@ -331,13 +331,15 @@ def _spread(values: Float64[Tensor, "r u"], usable: Bool[Tensor, " q"]) -> Float
     return out
 
 
-def _notes(scores: Mapping[str, Tensor], losses: Tensor, is_trained: Bool[Tensor, " m"]) -> list[str]:
+def _notes(
+    scores: Mapping[str, Tensor], losses: Tensor, is_trained: Bool[Tensor, " m"], usable: Bool[Tensor, " q"]
+) -> list[str]:
     notes = []
     if count := int((~is_trained).sum()):
         notes.append(f"Left out, for none of their losses is finite: {number_of(count, 'subset')}.")
     if len(losses) - count < FEWEST_FOR_INTERVAL:
         notes.append(f"There are no intervals: they take {FEWEST_FOR_INTERVAL} subsets or more.")
     for name, values in scores.items():
-        if unscored := int((~values.isfinite()).any(0).sum()):
+        if unscored := int((~values[usable].isfinite()).any(0).sum()):
             notes.append(f"{name} has no score for {number_of(unscored, 'row')}, counted as 0 in sums.")
     return notes

@@ -25,7 +25,8 @@ from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.saved_files import list_files
 from whence.storage import Place, remove_directory, temporary_directory
-from whence.training.repetition import LeaveOut, Repeatable, Trained, train_again
+from whence.training.recipe import LeaveOut
+from whence.training.repetition import Repeatable, Trained, train_again
 from whence.training.trainer import quiet_saving
 from whence.training.training_rows import longest_row
 

@@ -9,12 +9,13 @@ that read its vectors; a model that is loaded first is not counted.
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from whence import catalogue
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 EXACT = ("exact-cosine", "exact-dot")
 AT = "@"
 """Between a method's name and that of the index that it reads, where there are several."""
+RANDOM = "random"
+"""Name of the random rows that stand beside methods, in tables that add them."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ def score_methods(
     indexes: Mapping[str, IndexView] | None = None,
     run: "RunView | None" = None,
     index_seconds: float | None = None,
+    max_tokens: int | None = None,
     seed: int = 0,
 ) -> list[MethodScores]:
-    """Score rows for queries, one method after another.
+    """Score rows for queries, one method after another, once it is known that all of them can be scored.
 
     Args:
         methods: Methods, as `MethodName` has them.
@@ -117,33 +121,81 @@ def score_methods(
         indexes: Other indexes of the same rows, for methods that name one: `less@adam`.
         run: The run that was trained on just these rows, in their order, for methods that replay it.
         index_seconds: What an index took to make, added to the cost of methods that read its vectors.
+        max_tokens: Where longer queries are cut; None: at the model's context.
         seed: Seed of the methods that draw.
 
     Raises:
         SettingError: A method needs what the view lacks, a row is not in the index, or a query cannot be scored for.
     """
-    out, targets = [], dict[int, list[Target]]()
-    columns = dict[int, Tensor | None]()
-    for text in dict.fromkeys(methods):
-        method = MethodName.of(text)
-        read = _view_of(method, view, indexes or {}, run)
-        if id(read) not in targets:
-            targets[id(read)] = query_targets(queries, read)
-            columns[id(read)] = (
-                None if row_ids is None and read is not run else _columns(read, row_ids or [*view.ids()])
-            )
-        if not method.entry.contrasts:
-            refuse_contrasts(read, f"{text} reads one answer of a row", "Give another index, or leave it out.")
-        if method.entry.needs_model or method.entry.needs_index:
-            read.model()  # loading is not scoring
-        scorer, start = method.scorer(seed), time.perf_counter()
-        scores = scorer(read, targets[id(read)])
-        seconds = time.perf_counter() - start + (index_seconds or 0.0) * method.entry.needs_index
-        chosen = columns[id(read)]
-        origin = "the run" if read is run else "an index" if isinstance(read, IndexView) else "the rows"
-        signed = method.entry.needs_index or method.entry.needs_run or method.base in EXACT
-        out.append(MethodScores(text, scores if chosen is None else scores[:, chosen], seconds, origin, signed))
-    return out
+    todo = [
+        _Task(method := MethodName.of(text), _view_of(method, view, indexes or {}, run), method.scorer(seed))
+        for text in dict.fromkeys(methods)
+    ]
+    targets, columns = dict[int, list[Target]](), dict[int, Tensor | None]()
+    for task in todo:
+        key, reads_all = id(task.view), row_ids is None and task.view is not run
+        if not task.method.entry.contrasts:
+            reason = f"{task.method.text} reads one answer of a row"
+            refuse_contrasts(task.view, reason, "Give another index, or leave it out.")
+        if key not in columns:
+            columns[key] = None if reads_all else _columns(task.view, row_ids or [*view.ids()])
+            targets[key] = query_targets(queries, task.view, max_tokens)
+    return [task.scores(targets[id(task.view)], columns[id(task.view)], index_seconds) for task in todo]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A method, and what it reads."""
+
+    method: MethodName
+    view: IndexView | CorpusView
+    scorer: Scorer
+
+    def scores(
+        self, targets: list[Target], columns: Int64[Tensor, " n"] | None, index_seconds: float | None
+    ) -> MethodScores:
+        """Its scores for targets, of some columns or all, with what they took."""
+        entry, is_index = self.method.entry, isinstance(self.view, IndexView)
+        if entry.needs_model or entry.needs_index:
+            self.view.model()  # loading is not scoring
+        start = time.perf_counter()
+        found = self.scorer(self.view, targets)
+        seconds = time.perf_counter() - start + (index_seconds or 0.0) * entry.needs_index
+        seconds += getattr(self.scorer, "seconds_before", 0.0)  # of a call that was stopped, and gone on with
+        origin = "the run" if entry.needs_run else "an index" if is_index else "the rows"
+        is_signed = entry.needs_index or entry.needs_run or self.method.base in EXACT
+        return MethodScores(
+            self.method.text, found if columns is None else found[:, columns], seconds, origin, is_signed
+        )
+
+
+def check_methods(methods: Sequence[str], scores: Mapping[str, str], *, reserved: Sequence[str] = ()) -> None:
+    """Refuse to grade nothing, or two methods of one name.
+
+    Args:
+        methods: Methods, as `MethodName` has them.
+        scores: Files of scores by the name of the method.
+        reserved: Names of lines that the table has anyway, which no file can have.
+
+    Raises:
+        SettingError: Either.
+    """
+    if not methods and not scores:
+        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
+    if taken := [name for name in scores if name in reserved]:
+        raise SettingError(f"--scores {taken[0]}: the table has a line of that name already; give the file's another")
+    if twice := [name for name in methods if name in scores]:
+        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
+
+
+def check_costs(costs: Mapping[str, float], names: Sequence[str]) -> None:
+    """Refuse costs of what is not graded, before it is.
+
+    Raises:
+        SettingError: A cost is of none of these methods.
+    """
+    if unknown := [name for name in costs if name not in names]:
+        raise SettingError(f"--cost {unknown[0]}: of no method that is graded; these are {', '.join(names)}")
 
 
 def with_costs(scored: Sequence[MethodScores], costs: Mapping[str, float]) -> list[MethodScores]:
@@ -152,19 +204,17 @@ def with_costs(scored: Sequence[MethodScores], costs: Mapping[str, float]) -> li
     Raises:
         SettingError: A cost is of no method that is graded.
     """
-    names = [method.name for method in scored]
-    if unknown := [name for name in costs if name not in names]:
-        raise SettingError(f"--cost {unknown[0]}: of no method that is graded; these are {', '.join(names)}")
+    check_costs(costs, [method.name for method in scored])
     return [replace(method, seconds=costs.get(method.name, method.seconds)) for method in scored]
 
 
-def query_targets(queries: Sequence[Row], view: IndexView | CorpusView) -> list[Target]:
-    """Every query as a target of its own.
+def query_targets(queries: Sequence[Row], view: IndexView | CorpusView, max_tokens: int | None = None) -> list[Target]:
+    """Every query as a target of its own; for `max_tokens` see `score_methods`.
 
     Raises:
         SettingError: A query has no supervised token.
     """
-    targets, _ = targets_of(list(queries), view, by="example")
+    targets, _ = targets_of(list(queries), view, by="example", max_tokens=max_tokens)
     if len(targets) < len(queries):
         short = len(queries) - len(targets)
         raise SettingError(
@@ -174,13 +224,25 @@ def query_targets(queries: Sequence[Row], view: IndexView | CorpusView) -> list[
     return targets
 
 
+def refuse_twice(ids: Sequence[str], name: str) -> None:
+    """Refuse rows that no id tells apart.
+
+    Raises:
+        SettingError: Two have one id.
+    """
+    if len(set(ids)) < len(ids):
+        twice = next(id for id, times in Counter(ids).items() if times > 1)
+        raise SettingError(f"{name}: the id {twice!r} is given twice, and rows are found by it. Make ids unique.")
+
+
 def _view_of(
     method: MethodName, view: IndexView | CorpusView, indexes: Mapping[str, IndexView], run: "RunView | None"
 ) -> IndexView | CorpusView:
     if method.entry.needs_run:
         if run is None:
             raise SettingError(
-                f"--methods {method.text}: it reads a run of `whence train --replayable`, and none is given"
+                f"--methods {method.text}: it reads a run of `whence train --replayable`, and none is given: add "
+                "--run RUN"
             )
         return run
     if method.index:
@@ -200,11 +262,13 @@ def _columns(view: IndexView | CorpusView, row_ids: Sequence[str]) -> Tensor:
     """Places of rows in a view.
 
     Raises:
-        SettingError: It lacks one of them.
+        SettingError: It lacks one of them, or has several rows of one id.
     """
-    places = {id: place for place, id in enumerate(view.ids())}
+    ids, wanted = [*view.ids()], {*row_ids}
+    places = {id: place for place, id in enumerate(ids)}
+    name = view.index.store.place.root if isinstance(view, IndexView) else view.corpus.name
+    refuse_twice([id for id in ids if id in wanted], name)
     if missing := [id for id in row_ids if id not in places]:
-        name = view.index.store.place.root if isinstance(view, IndexView) else view.corpus.name
         raise SettingError(
             f"{name}: it lacks {number_of(len(missing), 'row')} of {len(row_ids):,}, such as {missing[0]}: give an "
             "index of the same corpus"

@@ -29,28 +29,28 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from whence.counts import number_of
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import SettingError
 from whence.evaluation.bank_pipeline import train_members
-from whence.evaluation.bank_scores import bank_scores
-from whence.evaluation.bank_spread import with_loss
+from whence.evaluation.bank_scores import bank_scores, run_of
+from whence.evaluation.bank_spread import measured, with_loss
 from whence.evaluation.bank_store import FULL, Bank, Member, open_bank, read_members
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.left_out import MemberPlan, full_plan, rows_plan
 from whence.evaluation.member_training import MemberTraining, encoded_queries, forget_work
-from whence.evaluation.method_scores import MethodScores
-from whence.models.loading import directory_digest
-from whence.models.runs import open_run
+from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods
 from whence.numerics import crossed_bootstrap_interval, generator
 from whence.paths import writing_to
 from whence.runner import ProgressOption, check_engine, shown_as
 from whence.training.recipe import LARGEST_SEED
 from whence.training.repetition import Repeatable, repeatable
 
-RANDOM = "random"
 MOST_SEEDS = 100
+FEWEST_DRAWN = 8
+"""Seeds and queries from which on an interval is by drawing them anew."""
 Way = Literal["removal", "addition"]
 
 
@@ -127,12 +127,13 @@ def graded_by_training(
     seeds: int = 3,
     each_query: bool = False,
     run: str | Path | None = None,
+    model: str | Path | None = None,
     engine: str = "local",
     seed: int = 0,
     progress: ProgressOption = False,
     **scoring: Any,
 ) -> RemovalTable:
-    """Both.
+    """Grade methods by trainings without the rows that they rank highest (`evaluate_removal`), or on them alone.
 
     Args:
         bank: See `evaluate_removal`.
@@ -142,29 +143,41 @@ def graded_by_training(
         seeds: Trainings of each line.
         each_query: Rank rows for each query, and train for each.
         run: Where the bank's run is, if it has moved.
+        model: Where the model is that the run was trained from, or that of an index of another model, if it has moved.
         engine: Engine that members are trained on; see `runner`.
         seed: Seed of the random rows, of methods that draw, and of intervals.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
-        **scoring: `index`, `scores`, `costs`, `index_seconds` and `model`, as `evaluate_lds` takes them.
+        **scoring: `index`, `scores`, `costs` and `index_seconds`, as `evaluate_lds` takes them.
+
+    Returns:
+        Methods and random rows, best first, with intervals over seeds and queries.
+
+    Raises:
+        SettingError: See `evaluate_removal`.
+        ManifestMismatchError: The run or its model is not there, or has changed since the bank was made.
+        MissingBankError: There is no bank.
     """
     opened = bank if isinstance(bank, Bank) else open_bank(bank)
     check_engine(engine)
     if not 1 <= seeds <= MOST_SEEDS:
         raise SettingError(f"--seeds {seeds}: a number from 1 to {MOST_SEEDS} is expected")
     count = _rows_of_share(share, len(opened.rows))
-    names = [name for name in methods if name != RANDOM]
+    names, files = [name for name in methods if name != RANDOM], scoring.get("scores") or {}
+    check_methods([*methods], files, reserved=[RANDOM, FULL])
     scored: list[MethodScores] = []
-    if names or scoring.get("scores"):
+    training = repeatable(run_of(opened, run), opened.corpus_rows, model=model, is_sampled=True)
+    if names or files:
         with shown_as(progress, "Scoring"):
-            scored = bank_scores(opened, names, seed=seed, **scoring)
-    training = _repeatable(opened, run)
-    lists = {method.name: top_rows(method, count, each_query=each_query) for method in scored}
-    plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
-    members = _trained(opened, training, [plan for line in plans.values() for of in line for plan in of], engine,
-                       progress)  # fmt: skip
-    effects = {name: _effects(name, line, plans, members, opened, way) for name, line in plans.items() if name != FULL}
+            scored = bank_scores(opened, names, run=run, model=model, seed=seed, **scoring)
+    graded = [replace(method, scores=method.scores[measured(opened)]) for method in scored]
+    lists = {method.name: top_rows(method, count, each_query=each_query) for method in graded}
+    whole, plans = _plans(lists, opened, way, count, training.opened.settings.seed, seeds, seed)
+    every = [*whole, *(plan for line in plans.values() for of_seed in line for plan in of_seed)]
+    members = _trained(opened, training, every, engine, progress)
+    effects = {name: _effects(line, whole, members, opened, way) for name, line in plans.items()}
     costs = {method.name: method.seconds for method in scored}
-    settings = {"bank": opened.place.root, "way": way, "rows": count, "share": share, "seeds": seeds,
+    settings = {"bank": opened.place.root, "run": str(run or opened.protocol.run), "way": way,
+                "rows": count, "share": share, "seeds": seeds,
                 "queries": int(with_loss(opened).sum()), "each_query": each_query, "seed": seed,
                 "training_seconds": opened.full.seconds}  # fmt: skip
     return _table(effects, costs, settings, opened, seed)
@@ -178,18 +191,6 @@ def _rows_of_share(share: float, n: int) -> int:
             "is expected"
         )
     return count
-
-
-def _repeatable(bank: Bank, run: str | Path | None) -> Repeatable:
-    """The training of a bank, from the rows that it holds."""
-    where = run or bank.protocol.run
-    rows = [{**row.row, "id": row.id} for row in bank.rows]
-    training = repeatable(where, rows, is_sampled=True)
-    if directory_digest(open_run(where).checkpoints[-1].path) != bank.protocol.run_weights:
-        raise ManifestMismatchError(
-            f"{where}: it has other weights than the run that {bank.place.root} is the bank of. Name that run by --run."
-        )
-    return training
 
 
 def top_rows(method: MethodScores, count: int, *, each_query: bool) -> list[tuple[int, ...]]:
@@ -222,19 +223,19 @@ Plans = dict[str, list[list[MemberPlan]]]
 
 def _plans(
     lists: Mapping[str, list[tuple[int, ...]]], bank: Bank, way: Way, count: int, first: int, seeds: int, seed: int
-) -> Plans:
-    """All trainings of a table; those on all rows under `FULL`, which addition does not need."""
-    n, plans = len(bank.rows), Plans()
+) -> tuple[list[MemberPlan], Plans]:
+    """All trainings of a table: those on all rows by seed, which addition does not need, and those of methods."""
+    n, whole, plans = len(bank.rows), list[MemberPlan](), Plans()
     for number in range(seeds):
         training_seed = (first + number) % (LARGEST_SEED + 1)
         drawn = torch.randperm(n, generator=generator(seed, "removal", str(number)))[:count].tolist()
         if way == "removal":
             full = full_plan(training_seed)
-            plans.setdefault(FULL, []).append([replace(full, name=f"{FULL}-{training_seed}") if number else full])
+            whole.append(replace(full, name=f"{FULL}-{training_seed}") if number else full)
         for name, of_method in {RANDOM: [tuple(drawn)], **lists}.items():
             line = [_plan(way, name, rows, n, training_seed) for rows in of_method]
             plans.setdefault(name, []).append(line)
-    return plans
+    return whole, plans
 
 
 def _plan(way: Way, method: str, rows: Sequence[int], n: int, seed: int) -> MemberPlan:
@@ -263,17 +264,16 @@ def _trained(
 
 
 def _effects(
-    name: str, line: list[list[MemberPlan]], plans: Plans, members: Mapping[str, Member], bank: Bank, way: Way
+    line: list[list[MemberPlan]], whole: Sequence[MemberPlan], members: Mapping[str, Member], bank: Bank, way: Way
 ) -> Float64[Tensor, "s q"]:
-    """Effect by seed and query."""
-    q = len(bank.queries)
-    rows = []
+    """Effect by seed and query; not finite for a query without a loss, which has no list of rows of its own."""
+    lists, rows = (measured(bank).cumsum(0) - 1).clamp_min(0).tolist(), []
     for number, of_seed in enumerate(line):
         losses = [members[plan.name].losses for plan in of_seed]
-        after = [losses[query if len(losses) > 1 else 0][query] for query in range(q)]
+        after = [losses[place if len(losses) > 1 else 0][query] for query, place in enumerate(lists)]
         if way == "removal":
-            before = members[plans[FULL][number][0].name].losses
-            rows.append([value - whole for value, whole in zip(after, before, strict=True)])
+            before = members[whole[number].name].losses
+            rows.append([value - start for value, start in zip(after, before, strict=True)])
         else:
             rows.append([start - value for value, start in zip(after, bank.parent.losses, strict=True)])
     return torch.tensor(rows, dtype=torch.float64)
@@ -305,7 +305,15 @@ def _table(
 
 
 def estimate_of(values: Float[Tensor, "s q"], seed: int) -> Estimate:
-    """Mean over seeds and queries; 95% interval by drawing both anew, or queries alone where there is one seed.
+    """Mean over seeds and queries, with a 95% interval over both, or over queries alone where there is one seed.
+
+    From `FEWEST_DRAWN` of each on both are drawn anew. Fewer trainings would be drawn too much alike, and the interval
+    would be too narrow: then it is Student's t with min(s, q) - 1 degrees of freedom, of the standard error
+
+        sqrt(variance of the seeds' means / s + variance of the queries' means / q)
+
+    which is a little too large where seeds and queries interact. Source: Owen 2007,
+    https://doi.org/10.1214/07-AOAS122, for the variance; Student 1908 for the interval.
 
     >>> estimate_of(torch.tensor([[1.0, 3.0], [1.0, 3.0]]), 0).value
     2.0
@@ -313,6 +321,11 @@ def estimate_of(values: Float[Tensor, "s q"], seed: int) -> Estimate:
     s, q = values.shape
     if not q:
         return Estimate(math.nan, None)
+    if 1 < min(s, q) < FEWEST_DRAWN:
+        known, mean = values.double(), float(values.double().mean())
+        error = math.sqrt(float(known.mean(1).var() / s + known.mean(0).var() / q))
+        half = float(student_t.ppf(0.975, min(s, q) - 1)) * error
+        return Estimate(mean, (mean - half, mean + half))
     if s > 1 and q > 1:
         return Estimate(float(values.mean()), crossed_bootstrap_interval(values, seed=seed))
     return mean_over_queries(values.double().mean(0), query_draws(q, seed))

@@ -27,7 +27,15 @@ from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
 from whence.errors import SettingError
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
-from whence.evaluation.method_scores import MethodName, MethodScores, score_methods, with_costs
+from whence.evaluation.method_scores import (
+    MethodName,
+    MethodScores,
+    check_costs,
+    check_methods,
+    refuse_twice,
+    score_methods,
+    with_costs,
+)
 from whence.evaluation.planting import RELEVANT
 from whence.evaluation.ranking import measures
 from whence.evaluation.score_files import scores_from_file
@@ -97,6 +105,7 @@ def evaluate_retrieval(
     scores: Mapping[str, str] | None = None,
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
+    run: str | Path | None = None,
     model: str | None = None,
     depths: Sequence[int] = DEPTHS,
     seed: int = 0,
@@ -113,6 +122,8 @@ def evaluate_retrieval(
         scores: Files of scores by the name of the method; see `score_files`.
         costs: Seconds by method, where they were measured elsewhere.
         index_seconds: What making an index took, added for methods that read its vectors.
+        run: The run of `whence train --replayable` that methods replay; it was trained on the corpus that is given, or
+            its record says where that is.
         model: For a corpus the model that methods read; for an index, where its model has moved.
         depths: Depths of recall and precision.
         seed: Seed of methods that draw, and of the intervals.
@@ -137,7 +148,7 @@ def evaluate_retrieval(
                 f"named in the column {relevant or RELEVANT}"
             )
         scored = row_scores(names, asked, view, [str(row["id"]) for row in asked], index=index, scores=scores,
-                            costs=costs, index_seconds=index_seconds, model=model, seed=seed)  # fmt: skip
+                            costs=costs, index_seconds=index_seconds, run=run, model=model, seed=seed)  # fmt: skip
     usable_scores = [replace(method, scores=method.scores[usable]) for method in scored]
     table = graded(usable_scores, masks[usable], depths=depths, seed=seed)
     if left := int((~usable).sum()):
@@ -189,18 +200,6 @@ def _both_ways(method: MethodScores) -> list[tuple[str, Float32[Tensor, "q n"]]]
         magnitudes = torch.where(method.scores.isfinite(), method.scores.abs(), -torch.inf)
         ways.append((f"|{method.name}|", magnitudes))
     return ways
-
-
-def check_methods(methods: Sequence[str], scores: Mapping[str, str]) -> None:
-    """Refuse to grade nothing, or two methods of one name.
-
-    Raises:
-        SettingError: Either.
-    """
-    if not methods and not scores:
-        raise SettingError("no method to grade: name some with --methods, or files with --scores NAME=FILE")
-    if twice := [name for name in methods if name in scores]:
-        raise SettingError(f"--scores {twice[0]}: --methods has that name too; give the file's another")
 
 
 def asked_corpus(queries: str | Path | Corpus | Iterable[Row], view: IndexView | CorpusView) -> Corpus:
@@ -267,6 +266,7 @@ def row_scores(
     scores: Mapping[str, str] | None = None,
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
+    run: str | Path | None = None,
     model: str | None = None,
     seed: int = 0,
 ) -> list[MethodScores]:
@@ -274,15 +274,23 @@ def row_scores(
 
     Rows that another index has in another order are put into the view's.
     """
+    ids = list(view.ids())
+    check_costs(costs or {}, [*names, *(scores or {})])
+    read = [scores_from_file(name, path, ids, query_ids) for name, path in (scores or {}).items()]
     others = {name: open_view(path, "random", model=model) for name, path in (index or {}).items()}
     indexes = {name: other for name, other in others.items() if isinstance(other, IndexView)}
     if missing := [name for name in others if name not in indexes]:
         raise SettingError(f"--index {(index or {})[missing[0]]}: there is no index")
-    ids = list(view.ids())
-    order = ids if indexes else None
-    scored = score_methods(names, queries, view, order, indexes=indexes, index_seconds=index_seconds, seed=seed)
-    scored += [scores_from_file(name, path, ids, query_ids) for name, path in (scores or {}).items()]
-    return with_costs(scored, costs or {})
+    replays = any(MethodName.of(name).entry.needs_run for name in names)
+    replayed = None
+    if run is not None and replays:
+        from whence.selection.run_view import RunView  # which brings the Trainer
+
+        replayed = RunView.of(run, view.corpus if isinstance(view, CorpusView) else None)
+    order = ids if indexes or replayed is not None else None
+    scored = score_methods(names, queries, view, order, indexes=indexes, run=replayed, index_seconds=index_seconds,
+                           seed=seed)  # fmt: skip
+    return with_costs([*scored, *read], costs or {})
 
 
 def _masks(
@@ -295,8 +303,9 @@ def _masks(
     """Which rows are relevant to each query; a query that is itself a row is not.
 
     Raises:
-        SettingError: An id is of no row, or no row has the column.
+        SettingError: An id is of no row, or of several, or no row has the column.
     """
+    refuse_twice(ids, view.index.store.place.root if isinstance(view, IndexView) else view.corpus.name)
     masks = torch.zeros(len(queries), len(ids), dtype=torch.bool)
     places = {id: place for place, id in enumerate(ids)}
     if column is not None:

@@ -39,13 +39,13 @@ from whence.corpus.tokens import Encoded
 from whence.counts import number_of
 from whence.errors import ModelError, SettingError
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
-from whence.evaluation.method_scores import MethodScores, query_targets
-from whence.evaluation.retrieval import asked_corpus, check_methods, row_scores, rows_view
+from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods, query_targets
+from whence.evaluation.retrieval import asked_corpus, row_scores, rows_view
 from whence.gradients.forward_passes import losses
 from whence.gradients.hessian import LossDerivatives
 from whence.indexing.manifest import MANIFEST
 from whence.indexing.opening import Index
-from whence.models.loading import LoadedModel, load_model
+from whence.models.loading import LoadedModel, load_model, tokenizer_digest
 from whence.models.moments import ParameterMoments, optimizer_file, parameter_moments
 from whence.models.runs import open_run
 from whence.runner import ProgressOption, counting, shown_as
@@ -53,7 +53,6 @@ from whence.storage import Place
 from whence.turns import one_at_a_time
 
 STEPS = ("adamw", "sgd")
-RANDOM = "random"
 TOKENS_PER_BATCH = 4096
 
 
@@ -117,7 +116,8 @@ def evaluate_tail_patch(
     """Grade methods by a step on each of the rows that they retrieve.
 
     Args:
-        run: The run, or a model; steps start from its last weights. Methods on a corpus read this model too.
+        run: The run, or a model; steps start from its last weights. Methods on a corpus read this model too, and
+            replay goes back through this run.
         queries: Corpus rows, whose answers' probabilities are measured.
         source: An index of the rows, or a corpus for methods that need none.
         methods: Names in `catalogue.GRADED`; random rows are added.
@@ -132,22 +132,24 @@ def evaluate_tail_patch(
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
-        SettingError: No method, one that cannot score the rows, or no learning rate.
+        SettingError: No method, one that cannot score the rows, no learning rate, or an index of another tokenizer.
         ModelError: The run cannot be loaded, or lacks the moments that were asked for.
     """
     names = [*dict.fromkeys((*methods, RANDOM))]
-    check_methods([*methods], scores or {})
+    check_methods([*methods], scores or {}, reserved=[RANDOM])
     if top < 1:
         raise SettingError(f"--top {top}: a number of rows from 1 on is expected")
     with shown_as(progress, "Scoring"):
-        view = rows_view(source, names, None if _is_index(source) else str(run))
+        is_index = isinstance(source, Index) or (isinstance(source, str | Path) and Place.at(source).exists(MANIFEST))
+        view = rows_view(source, names, None if is_index else str(run))
         rows_asked = [example.row | {"id": example.id} for example in asked_corpus(queries, view)]
         ids = [str(row["id"]) for row in rows_asked]
-        scored = row_scores(names, rows_asked, view, ids, index=index, scores=scores, costs=costs,
-                            index_seconds=index_seconds, seed=seed)  # fmt: skip
         targets = [target.queries[0].encoded for target in query_targets(rows_asked, view)]
         rows = list(view.encoded())
         patch = patcher(run, lr=lr, step=step)
+        _require_same_tokens(view.model(), patch.model)
+        scored = row_scores(names, rows_asked, view, ids, index=index, scores=scores, costs=costs,
+                            index_seconds=index_seconds, run=run, seed=seed)  # fmt: skip
         changes = _changes(patch, scored, targets, rows, top)
     return _table(scored, changes, patch, top, seed)
 
@@ -238,8 +240,17 @@ def _has_moments(path: str) -> bool:
     return True
 
 
-def _is_index(source: Any) -> bool:
-    return isinstance(source, Index) or (isinstance(source, str | Path) and Place.at(source).exists(MANIFEST))
+def _require_same_tokens(read: LoadedModel, stepped: LoadedModel) -> None:
+    """Refuse tokens of one model for steps of another.
+
+    Raises:
+        SettingError: The tokenizers are not the same.
+    """
+    if tokenizer_digest(read.tokenizer) != tokenizer_digest(stepped.tokenizer):
+        raise SettingError(
+            f"{stepped.path}: its tokenizer is not that of {read.path}, whose tokens the rows of the index are. Give "
+            "the run that the index was made of, or the corpus in place of the index."
+        )
 
 
 def best_rows(scores: Float32[Tensor, "q n"], usable: Sequence[int], top: int) -> list[list[int]]:

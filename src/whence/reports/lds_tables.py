@@ -47,11 +47,11 @@ def lds_tables(result: LdsResult) -> RenderableType:
     return Group(drawn, Text(""), *(Text(visible(line)) for line in lines), Text(about, "dim"))
 
 
-def interval_text(estimate: Estimate) -> str:
-    """An interval in words; a dash where there is none."""
+def interval_text(estimate: Estimate, kind: str = ".3f", missing: str = "-") -> str:
+    """An interval in words, each end as a format says, or what stands where there is none."""
     if estimate.interval is None:
-        return "-"
-    low, high = (number(end, ".3f") for end in estimate.interval)
+        return missing
+    low, high = (number(end, kind) for end in estimate.interval)
     return f"{low} to {high}"
 
 
@@ -75,7 +75,7 @@ def lds_answer(result: LdsResult) -> str:
     answer = f"{name} predicts retrainings best: LDS {number(best.spearman.value, '.2f')}"
     if best.spearman.interval is None:
         return f"{answer}{price}; more subsets would tell how sure that is."
-    answer += f" (95%: {_short(best.spearman)}){price}"
+    answer += f" (95%: {interval_text(best.spearman, '.2f', 'no interval')}){price}"
     if best.spearman.interval[0] <= 0:
         return f"{answer}, which may be chance; more subsets would tell."
     others = [line.method for line in marks[1:] if line.queries]
@@ -83,17 +83,10 @@ def lds_answer(result: LdsResult) -> str:
         return f"{answer}."
     level = [other for other in others if not result.table.difference(best.method, other).is_above_zero]
     gap = result.table.difference(best.method, others[0])
-    second = f"{number(gap.value, '.2f')} above {visible(others[0])} ({_short(gap)})"
+    second = f"{number(gap.value, '.2f')} above {visible(others[0])} ({interval_text(gap, '.2f', 'no interval')})"
     if not level:
         return f"{answer}, surely above each other method, {second}."
     return f"{answer}, {second}; it is not surely above {', '.join(map(visible, level))}."
-
-
-def _short(estimate: Estimate) -> str:
-    if estimate.interval is None:
-        return "no interval"
-    low, high = (number(end, ".2f") for end in estimate.interval)
-    return f"{low} to {high}"
 
 
 def lds_plot(result: LdsResult) -> str:

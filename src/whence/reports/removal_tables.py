@@ -4,8 +4,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from whence.counts import number_of
-from whence.evaluation.estimates import Estimate
-from whence.evaluation.removal import RANDOM, RemovalMarks, RemovalTable
+from whence.evaluation.method_scores import RANDOM
+from whence.evaluation.removal import RemovalMarks, RemovalTable
+from whence.reports.lds_tables import interval_text
 from whence.reports.quality_plot import Point, quality_plot
 from whence.reports.svg import number
 from whence.reports.text import visible
@@ -27,9 +28,9 @@ def removal_tables(table: RemovalTable) -> RenderableType:
         colour = "green" if marks.over_random.is_above_zero else ""
         cells = [
             number(marks.effect.value, "+.4f"),
-            _interval(marks.effect),
+            interval_text(marks.effect, "+.4f"),
             "" if is_random else Text(number(marks.over_random.value, "+.4f"), colour),
-            "" if is_random else _interval(marks.over_random),
+            "" if is_random else interval_text(marks.over_random, "+.4f"),
             *(number(value, "+.4f") for value in (marks.by_seed if seeds else ())),
             number(marks.seconds, ".3g"),
         ]
@@ -38,21 +39,14 @@ def removal_tables(table: RemovalTable) -> RenderableType:
     lists = "each query's own" if how["each_query"] else "those of the mean score over queries"
     about = (
         f"Loss {what}, in nats a token, mean of {number_of(how['queries'], 'query', 'queries')} and "
-        f"{number_of(how['seeds'], 'seed')}; top {number_of(how['rows'], 'row')}: {lists}. Green: surely above as many "
-        "random rows."
+        f"{number_of(how['seeds'], 'seed')}; top {number_of(how['rows'], 'row')}: {lists}. Green: the whole "
+        "interval is above as many random rows."
     )
     return Group(drawn, Text(""), *(Text(visible(note)) for note in table.notes), Text(about, "dim"))
 
 
-def _interval(estimate: Estimate) -> str:
-    if estimate.interval is None:
-        return "-"
-    low, high = (number(end, "+.4f") for end in estimate.interval)
-    return f"{low} to {high}"
-
-
 def removal_answer(table: RemovalTable) -> str:
-    """Which method's top rows matter most, and whether surely more than random rows, in a sentence."""
+    """Which method's top rows matter most, and whether that may be chance, in a sentence."""
     methods = [marks for marks in table.marks if marks.method != RANDOM]
     how = table.settings
     if not methods:
@@ -62,9 +56,12 @@ def removal_answer(table: RemovalTable) -> str:
     does = "raises the loss" if how["way"] == "removal" else "alone lowers the loss"
     answer = (
         f"{verb} the top {rows} of {visible(best.method)} {does} most: by {number(best.effect.value, '.3g')} nats a "
-        f"token, {number(best.over_random.value, '+.3g')} against random rows (95%: {_interval(best.over_random)})"
+        f"token, {number(best.over_random.value, '+.3g')} against random rows "
+        f"(95%: {interval_text(best.over_random, '+.4f')})"
     )
-    return f"{answer}." if best.over_random.is_above_zero else f"{answer}, which may be chance."
+    if not best.over_random.is_above_zero:
+        return f"{answer}, which may be chance."
+    return f"{answer}." if how["seeds"] > 1 else f"{answer}; one training each says nothing of another."
 
 
 def removal_plot(table: RemovalTable) -> str:

@@ -3,8 +3,9 @@
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from whence.evaluation.estimates import Estimate
-from whence.evaluation.tail_patch import RANDOM, TailPatchMarks, TailPatchTable
+from whence.evaluation.method_scores import RANDOM
+from whence.evaluation.tail_patch import TailPatchMarks, TailPatchTable
+from whence.reports.lds_tables import interval_text
 from whence.reports.quality_plot import Point, quality_plot
 from whence.reports.svg import number
 from whence.reports.text import visible
@@ -22,9 +23,9 @@ def tail_patch_tables(table: TailPatchTable) -> RenderableType:
         is_random = marks.method == RANDOM
         cells = [
             number(marks.change.value, "+.4g"),
-            _interval(marks.change),
+            interval_text(marks.change, "+.4g"),
             "" if is_random else Text(number(marks.over_random.value, "+.4g"), colour),
-            "" if is_random else _interval(marks.over_random),
+            "" if is_random else interval_text(marks.over_random, "+.4g"),
             number(marks.helped, ".0%"),
             number(marks.seconds, ".3g"),
         ]
@@ -38,13 +39,6 @@ def tail_patch_tables(table: TailPatchTable) -> RenderableType:
     return Group(drawn, Text(""), *(Text(visible(note)) for note in table.notes), Text(about, "dim"))
 
 
-def _interval(estimate: Estimate) -> str:
-    if estimate.interval is None:
-        return "-"
-    low, high = (number(end, "+.4g") for end in estimate.interval)
-    return f"{low} to {high}"
-
-
 def tail_patch_answer(table: TailPatchTable) -> str:
     """Which method's rows help the answers most, and whether surely more than random rows, in a sentence."""
     methods = [marks for marks in table.marks if marks.method != RANDOM]
@@ -53,7 +47,7 @@ def tail_patch_answer(table: TailPatchTable) -> str:
     best = methods[0]
     answer = f"A step on the rows of {visible(best.method)} helps the answers most: "
     answer += f"{number(best.change.value, '+.3g')} nats a token, {number(best.over_random.value, '+.3g')} more than "
-    answer += f"random rows (95%: {_interval(best.over_random)})"
+    answer += f"random rows (95%: {interval_text(best.over_random, '+.4g')})"
     return f"{answer}." if best.over_random.is_above_zero else f"{answer}, which may be chance."
 
 

@@ -281,12 +281,17 @@ def _typed(method: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def targets_of(
-    tasks: str | Path | Corpus | Iterable[Row] | None, view: View, *, by: str = "task", preferences: str | None = None
+    tasks: str | Path | Corpus | Iterable[Row] | None,
+    view: View,
+    *,
+    by: str = "task",
+    preferences: str | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[list[Target], list[str]]:
     """Examples of a task file as targets, in the file's order, and notes of the rows that were left out.
 
     Without a task file there is one target with an empty example, for methods that do not read it. For `preferences`
-    see `select`.
+    see `select`. `max_tokens` cuts longer examples, as the model's context does.
 
     Raises:
         CorpusError: The file has no row, or no example with a supervised token.
@@ -294,7 +299,8 @@ def targets_of(
     if tasks is None:
         return [Target("any", [QueryText("", "", Encoded([], []))])], []
     loaded = view.loaded if isinstance(view, CorpusView) else view.model()
-    longest = None if loaded is None else loaded.context
+    limits = (max_tokens, None if loaded is None else loaded.context)
+    longest = min((limit for limit in limits if limit), default=None)
     groups: dict[str, list[QueryText]] = {}
     indexed = view.columns if isinstance(view, IndexView) else None
     if isinstance(view, IndexView):

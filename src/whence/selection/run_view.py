@@ -25,7 +25,8 @@ class RunView(CorpusView):
         corpus: str | Path | Corpus | Iterable[Row] | None = None,
         *,
         model: str | Path | None = None,
+        is_sampled: bool = False,
     ) -> "RunView":
         """Open a run; for arguments and errors see `open_replayable`."""
-        opened = open_replayable(run, corpus, model=model)
+        opened = open_replayable(run, corpus, model=model, is_sampled=is_sampled)
         return RunView(opened.corpus, opened.model, opened.settings.max_tokens, run=opened)

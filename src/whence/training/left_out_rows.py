@@ -38,15 +38,16 @@ def without_rows(batch: dict[str, Tensor], left_out: Set[int], *, keeps_places: 
     >>> without_rows(batch, {4, 7}, keeps_places=False)["labels"].tolist()
     [[-100, -100]]
     """
-    leaves = torch.tensor([int(number) in left_out for number in batch["rows"]])
+    device = batch["labels"].device  # accelerate moves batches to the model's before this
+    leaves = torch.isin(batch["rows"].to(device), torch.tensor(sorted(left_out), dtype=torch.int64, device=device))
     if not leaves.any():
         return batch
     batch = batch | {"labels": batch["labels"].masked_fill(leaves[:, None], IGNORED)}
     if keeps_places:
         return batch
     # One row stays where all leave: its gradient is 0, not missing, and the optimizer skips what has none.
-    stays = ~leaves if not leaves.all() else torch.arange(len(leaves)) == 0
-    return {name: values[stays] for name, values in batch.items()}
+    stays = ~leaves if not leaves.all() else torch.arange(len(leaves), device=device) == 0
+    return {name: values[stays.to(values.device)] for name, values in batch.items()}
 
 
 def draws_masks(model: nn.Module) -> bool:

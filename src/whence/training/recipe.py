@@ -4,13 +4,15 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from whence.errors import SettingError
 from whence.training.online_mixing import read_options
 
 logger = logging.getLogger(__name__)
 
+LeaveOut = Literal["zero", "drop"]
+"""How rows leave a training that is made again; see `repetition`."""
 IN_RUN = ("in_run", "in_run_every", "in_run_order", "in_run_rows")
 MIX = ("mix", "by", "mix_set")
 REPLAY = ("replayable", "replay_every")

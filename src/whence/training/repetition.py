@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -33,11 +33,9 @@ from whence.models.training_state import IS_COMPLETE, RECORD
 from whence.paths import exists
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
-from whence.training.recipe import IN_RUN, TrainSettings
+from whence.training.recipe import IN_RUN, LeaveOut, TrainSettings
 from whence.training.resuming import LOST_RECORD
 from whence.training.trainer import Opened, open_training, trainer_of, training_until_its_end
-
-LeaveOut = Literal["zero", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +115,6 @@ def read_recipe(run: Path) -> dict[str, Any]:
             f"{run}: the order of its rows followed their losses (--mix {record['mix']}), which leaving rows out "
             "changes. Train without --mix."
         )
-    if record.get("left_out"):
-        raise SettingError(f"{run}: rows were left out of it already. Give the training on all rows.")
     return record
 
 

@@ -27,6 +27,7 @@ once grew a thousandfold, such as those of rare tokens: after 36 steps weights w
 Source: Ilyas and Engstrom 2025, MAGIC (metagradients by replay), for Adam; Hara et al. 2019, for SGD.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,6 +61,10 @@ class Replayed:
     drifts: tuple[tuple[int, float], ...]
     """Of each stored state, which the steps from the one before are held to: its step, and how far they lead from it:
     of AdamW's first moment, relative to it; of weights, relative to what they moved."""
+    seconds: float = 0.0
+    """What the replay took, from its first step on."""
+    seconds_before: float = 0.0
+    """That part of it which calls before this one took: it went on from where they were stopped."""
 
 
 @one_at_a_time
@@ -86,6 +91,7 @@ def replay(
         ModelError: Training again leads to other weights than those that were stored.
     """
     kept = Unfinished.of(log, targets, hessian=hessian) if is_resumable else None
+    began = time.perf_counter()
     with losses.thawed():
         path = _Path(log, {name: weight.detach() for name, weight in losses.weights.items()}, losses)
         standing, adjoint, scores = (kept and kept.load(losses.device)) or _begun(losses, log, targets)
@@ -101,11 +107,15 @@ def replay(
                         "training is too steep to be replayed (a lower --lr, fewer steps)"
                     )
                 if kept is not None and number in log.stored[1:]:
-                    kept.save(replace(standing, step=number, drifts=tuple(path.drifts)), adjoint, scores)
+                    seconds = standing.seconds + time.perf_counter() - began
+                    kept.save(
+                        replace(standing, step=number, drifts=tuple(path.drifts), seconds=seconds), adjoint, scores
+                    )
                 tick(1, sum(len(losses.rows[row].ids) for row in log.steps[number].rows))
     if kept is not None:
         kept.remove()
-    return Replayed(scores, standing.losses, tuple(path.drifts))
+    seconds = standing.seconds + time.perf_counter() - began
+    return Replayed(scores, standing.losses, tuple(path.drifts), seconds, standing.seconds)
 
 
 def _begun(losses: RowLosses, log: StepLog, targets: Sequence[Target]) -> tuple[Standing, State, Tensor]:

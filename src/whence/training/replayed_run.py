@@ -50,6 +50,7 @@ def open_replayable(
     corpus: str | Path | Corpus | Iterable[Row] | None = None,
     *,
     model: str | Path | None = None,
+    is_sampled: bool = False,
 ) -> ReplayableRun:
     """Open a finished run.
 
@@ -57,6 +58,7 @@ def open_replayable(
         run: Directory of `whence train --replayable`.
         corpus: What it was trained on, where that is not where it was; None: where its record says.
         model: The model that it was trained from, if that has moved.
+        is_sampled: The corpus is just the rows of the training, of which no share is drawn.
 
     Raises:
         MissingLogError: The run does not say what it did at each step.
@@ -64,7 +66,7 @@ def open_replayable(
         ManifestMismatchError: The corpus gives other rows now, or the model has other weights.
     """
     log, texts = open_log(run), open_corpus(read_recipe(Path(run))["corpus"] if corpus is None else corpus)
-    training = repeatable(run, texts, model=model)
+    training = repeatable(run, texts, model=model, is_sampled=is_sampled)
     opened = training.opened
     net: Any = trainable(opened.loaded, opened.settings)
     remove_dropout(net)

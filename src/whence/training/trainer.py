@@ -22,12 +22,11 @@ not supported. Use your own Trainer for these; its directory is a Run too.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -197,10 +196,11 @@ def with_followers(trainer: "_Trainer", opened: Opened, directory: Path) -> dict
     weights = directory_digest(opened.source)
     record = {"model": str(opened.source), "weights": weights, "corpus": opened.corpus}
     record |= {**rows.record(), **chosen.record()}
-    record |= {"left_out": sorted(opened.left_out)} if opened.left_out else {}
     if chosen.in_run is not None:
         trainer.in_run, validation = _in_run(opened.loaded, trainer, rows, chosen)
         record |= validation
+    if removed := trainer.removed_dropout:
+        logger.warning("%s: --replayable trains without its dropout (%s and others)", opened.loaded.path, removed[0])
     if chosen.replayable:
         trainer.step_log = _step_recorder(trainer, opened, directory)
     if chosen.mix is not None:
@@ -325,17 +325,16 @@ class _Trainer(Trainer):
     """The log of the steps, if it is kept."""
     left_out: frozenset[int] = frozenset()
     """Numbers of the rows that add nothing to their steps."""
+    draws_masks = False
+    """Whether the model's passes draw masks of dropout."""
+    removed_dropout: Sequence[str] = ()
+    """Names of the dropouts that a replayable training does without."""
     has_begun = False
     """Whether a step has begun in this process."""
 
     def __init__(self, order: RowOrder, **options: Any):
         self.order = order
         super().__init__(callbacks=[OrderKept(order), FilesListed(), _StepEvents(self)], **options)
-
-    @cached_property
-    def draws_masks(self) -> bool:
-        """Whether the model's passes draw masks of dropout."""
-        return draws_masks(self.model)  # type: ignore[arg-type]
 
     def followers(self) -> list[InRun | OnlineBatches | StepRecorder]:
         """The objects that write a state into each checkpoint."""
@@ -420,9 +419,11 @@ def trainer_of(opened: Opened, directory: Path) -> _Trainer:
         data_collator=_collate_function(loaded.tokenizer.pad_token_id or 0),
         processing_class=loaded.tokenizer,
     )
-    trainer.left_out = opened.left_out
-    if settings.replayable and (changed := remove_dropout(trainer.model)):  # type: ignore[arg-type]
-        logger.warning("%s: --replayable trains without its dropout (%s and others)", loaded.path, changed[0])
+    trainer.left_out, net = opened.left_out, cast(nn.Module, trainer.model)
+    if settings.replayable:  # what a configuration says of dropout is void from now on
+        trainer.removed_dropout = remove_dropout(net)
+    else:
+        trainer.draws_masks = draws_masks(net)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # they print every log line to stdout, which is for results
     return trainer

@@ -47,6 +47,8 @@ class Standing:
     """Of the targets, at the end of the training."""
     drifts: tuple[tuple[Count, float], ...] = ()
     """See `replay.Replayed`."""
+    seconds: float = 0.0
+    """What it took to come so far."""
     bytes: Count = 0
     xxh3: FastDigest = "0" * 32
 

@@ -8,6 +8,7 @@ Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float32
@@ -16,8 +17,8 @@ from torch import Tensor
 from whence.errors import SettingError
 from whence.gradients.exact import sequences_of
 from whence.selection.protocols import Target, View
-from whence.selection.run_view import RunView
 from whence.training.replay import replay
+from whence.training.replayed_run import ReplayableRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Replay:
     seed: int = 0
     hessian: bool = True
     """Whether a row's effect on the gradients of later steps counts."""
+    seconds_before: ClassVar[float] = 0.0
+    """What calls before the last one took of its scores, as it went on from where they were stopped; no option."""
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores; -inf for rows that the training did not read.
@@ -34,12 +37,14 @@ class Replay:
         Raises:
             SettingError: The view is not of a run that can be replayed.
         """
-        if not isinstance(view, RunView):
+        run = getattr(view, "run", None)  # of a `run_view.RunView`, whose import would bring other methods
+        if not isinstance(run, ReplayableRun):
             raise SettingError(
                 "--method replay reads a run of `whence train --replayable`, in place of an index or a corpus"
             )
         losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
-        replayed = replay(view.run.losses, view.run.log, losses, hessian=self.hessian, is_resumable=True)
+        replayed = replay(run.losses, run.log, losses, hessian=self.hessian, is_resumable=True)
+        object.__setattr__(self, "seconds_before", replayed.seconds_before)
         scores = torch.full((len(targets), view.rows), -torch.inf)
-        scores[:, view.run.places] = replayed.scores.float()
+        scores[:, run.places] = replayed.scores.float()
         return scores
