@@ -36,6 +36,8 @@ NOT_RUN = {
     "python -m benchmarks.*": "takes hours, and its own data",
     "printf *": "a C compiler, for a library of Intel's",
     "LD_PRELOAD=*": "the same",
+    "whence train MODEL rows.jsonl -o *": "of replaying.md, which shows no output; run by tests/training",
+    "whence * run --method replay *": "the same",
     "* --device cuda": "its message is that of a torch without CUDA",
 }
 """Commands that no test runs, by pattern, and why."""

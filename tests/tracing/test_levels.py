@@ -119,7 +119,9 @@ def test_every_query_has_the_level_of_its_own_length_and_each_is_measured_once(b
     assert together.settings["what chance reaches"] == "measured by 99 meaningless completions of 5 and 32 tokens"
 
 
-@pytest.mark.parametrize("method", [name for name in catalogue.TRACE_METHODS if name not in catalogue.index_methods()])
+@pytest.mark.parametrize(
+    "method", [name for name, entry in catalogue.TRACE_METHODS.items() if not (entry.from_index or entry.needs_run)]
+)
 def test_a_method_without_a_null_says_so(built, method):
     found = trace(built, *ASKED, top=2, method=method)
     assert (found.levels, found.verdicts, found.needed_z) == ([], [], None)

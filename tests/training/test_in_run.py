@@ -20,7 +20,7 @@ from whence.errors import ChecksumError, CorpusError, ModelError, SettingError
 from whence.models.loading import load_model
 from whence.models.saved_files import LIST
 from whence.training.in_run import SCORES, SETTINGS, STEPS, InRun, InRunPlan
-from whence.training.recipe import IN_RUN, MIX, TrainSettings
+from whence.training.recipe import IN_RUN, MIX, REPLAY, TrainSettings
 from whence.training.trainer import train
 
 ROWS, VALIDATION = corpus_rows(20), corpus_rows(7, first=100)
@@ -364,7 +364,7 @@ def test_what_is_written(models, tmp_path):
 def test_a_record_is_as_before_where_nothing_is_measured(models, tmp_path):
     run = train(models["llama"], ROWS, tmp_path / "run", **QUICK, max_steps=1)
     record = json.loads((run / "whence_train.json").read_text())
-    unused = {*IN_RUN, *MIX, "tokenizer", "chat_template", "date", "supervise", "least_steps"}
+    unused = {*IN_RUN, *MIX, *REPLAY, "order", "tokenizer", "chat_template", "date", "supervise", "least_steps"}
     names = vars(TrainSettings()).keys() - unused
     assert record.keys() == {"checksum", "model", "weights", "corpus", "rows", "rows_digest", "is_complete"} | names
     assert sorted(path.name for path in run.iterdir() if "in_run" in path.name or "mixing" in path.name) == []
