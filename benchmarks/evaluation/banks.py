@@ -1,7 +1,7 @@
 """Methods held against real retrainings: two banks, and how well each method's scores predict them.
 
     python -m benchmarks.evaluation.banks STAGE... [--bank base-6m|demo] [--data ../shared/data]
-        [--model ../shared/models/base-6m] [--work /tmp/banks] [--subsets 60]
+        [--model ../shared/models/base-6m] [--work /tmp/banks] [--subsets 60] [--rows 1000] [--queries 30]
 
 Stages, in order (`all` runs them all); each goes on where it was stopped, and skips what is in WORK:
 
@@ -11,7 +11,10 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
     replay   scores of every row for every query through the whole training, with the Hessian's products and without;
              QUERIES_AT_ONCE queries a time, each part kept
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
-             benchmarks/evaluation/results/banks.json
+             benchmarks/evaluation/results/banks.json, as all tables
+    removal  the training without the 1% of rows that a method ranks highest for all queries, three seeds (`--share`,
+             `--seeds`), beside as many random rows
+    patch    a step on each of a query's ten highest rows alone, from the run's last weights, beside random rows
 
 Banks:
 
@@ -32,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -42,18 +46,22 @@ from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, ma
 from whence.corpus.tokens import encode
 from whence.evaluation.bank_scores import evaluate_lds, training_seconds
 from whence.evaluation.bank_store import open_bank
+from whence.evaluation.removal import evaluate_removal
+from whence.evaluation.tail_patch import evaluate_tail_patch
 from whence.gradients.exact import sequences_of
 from whence.training.replay import replay
 from whence.training.replayed_run import open_replayable
 
 MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
 """Longest rows: a half and a sixth of those that there are."""
-QUERIES, QUERIES_AT_ONCE = 30, 5
+QUERIES_AT_ONCE = 5
 RECIPES = {
     "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
     "demo": RECIPE,
 }
 METHODS = ("cosine", "dot", "exact-cosine", "exact-dot", "less@adam", "bm25", "rds+", "loss", "random")
+REMOVED = ("cosine", "exact-cosine", "less@adam", "bm25", "loss")
+"""Methods whose top rows are left out, beside those that go through the training."""
 WAYS = {"replay": True, "replay without Hessians": False}
 """Whether the Hessian's products count, by the name of the method."""
 RESULTS = Path(__file__).parent / "results" / "banks.json"
@@ -68,6 +76,10 @@ def main() -> None:
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/banks"))
     parser.add_argument("--subsets", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=1000, help="of each source")
+    parser.add_argument("--queries", type=int, default=30)
+    parser.add_argument("--share", type=float, default=0.01, help="of the rows, left out at once")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each line of the removal")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work = (options.work / options.bank).resolve()
@@ -111,19 +123,19 @@ def instructions(options: argparse.Namespace) -> tuple[list[dict], list[dict], s
         listed = [json.loads(line) for line in (options.data / "instruct" / f"{name}.jsonl").open()]
         random.Random(options.seed).shuffle(listed)
         short = [row for row in listed if len(encode(row, tokenizer).ids) <= longest]
-        rows += short[:1000]
-        queries += short[1000 : 1000 + QUERIES // 2]
+        rows += short[: options.rows]
+        queries += short[options.rows : options.rows + options.queries // 2]
     return rows, queries, str(Path(options.model).resolve())
 
 
 def docstrings(options: argparse.Namespace) -> tuple[list[dict], list[dict], str]:
     """Rows, queries and the parent of the bank `demo`."""
-    rows = docstring_rows(1000 + QUERIES, options.seed)
+    rows = docstring_rows(options.rows + options.queries, options.seed)
     parent = options.work / "parent"
     if not parent.exists():
         make_parent(parent, rows, options.seed)
     conversations = [as_conversation(row) for row in rows]
-    return conversations[:1000], conversations[1000:], str(parent)
+    return conversations[: options.rows], conversations[options.rows :], str(parent)
 
 
 def stage_run(options: argparse.Namespace) -> None:
@@ -190,24 +202,54 @@ def gathered(options: argparse.Namespace, name: str) -> tuple[str, float]:
     return str(out), seconds
 
 
-def stage_lds(options: argparse.Namespace) -> None:
-    """The table."""
-    work, bank = options.work, open_bank(str(options.work / "bank"))
-    files, costs = {}, {}
+def scored(options: argparse.Namespace) -> dict[str, Any]:
+    """What every table reads beside the bank: two indexes, and the scores of methods that go through the training."""
+    work, files, costs = options.work, {}, {}
     for name in WAYS:
         files[name], costs[name] = gathered(options, name)
     files["in-run"] = str(work / "in-run" / "in_run_scores.parquet")
-    found = evaluate_lds(bank, METHODS, index={"": str(work / "index"), "adam": str(work / "adam")}, scores=files,
-                         costs=costs, seed=options.seed, progress=True)  # fmt: skip
+    indexes = {"": str(work / "index"), "adam": str(work / "adam")}
+    return {"index": indexes, "scores": files, "costs": costs, "seed": options.seed}
+
+
+def stage_lds(options: argparse.Namespace) -> None:
+    """The table."""
+    work, bank = options.work, open_bank(str(options.work / "bank"))
+    found = evaluate_lds(bank, METHODS, **scored(options), progress=True)
     first = found.table.marks[0].method
     differences = {marks.method: vars(found.table.difference(first, marks.method)) for marks in found.table.marks[1:]}
     training = training_seconds(bank)
     task = json.loads((work / "mean.json").read_text())["seconds"] / training
     keep(options, "lds", {"rows": found.rows(), "settings": dict(found.settings), "training seconds": training,
                           "best": first, "less each other": differences, "replay of the mean, in trainings": task,
-                          "date": time.strftime("%Y-%m-%d")})  # fmt: skip
+                          "date": today()})  # fmt: skip
     for marks in found.table.marks:
         print(marks.method, round(marks.spearman.value, 3), marks.spearman.interval, round(marks.of_mean.value, 3))
+
+
+def stage_removal(options: argparse.Namespace) -> None:
+    """Trainings without the top rows."""
+    found = evaluate_removal(str(options.work / "bank"), REMOVED, share=options.share, seeds=options.seeds,
+                             **scored(options), progress=True)  # fmt: skip
+    keep(options, "removal", {"rows": found.rows(), "settings": dict(found.settings), "date": today()})
+    for row in found.rows():
+        print(row["method"], row["effect"], row["over_random"], row["over_random_low"], row["over_random_high"])
+
+
+def stage_patch(options: argparse.Namespace) -> None:
+    """Steps on the top rows."""
+    work = options.work
+    more = scored(options)
+    found = evaluate_tail_patch(work / "run", str(work / "queries.jsonl"), str(more["index"].pop("")), METHODS,
+                                **more, progress=True)  # fmt: skip
+    keep(options, "tail patch", {"rows": found.rows(), "settings": dict(found.settings), "date": today()})
+    for row in found.rows():
+        print(row["method"], row["change"], row["over_random"], row["over_random_low"], row["over_random_high"])
+
+
+def today() -> str:
+    """The date of a result."""
+    return time.strftime("%Y-%m-%d")
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -216,6 +258,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "index": stage_index,
     "replay": stage_replay,
     "lds": stage_lds,
+    "removal": stage_removal,
+    "patch": stage_patch,
 }
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks.selection.less_data import Row, rows
 
 from whence import index, select, train
-from whence.evaluation.selection import RANDOM, Choice, Method, Recipe, evaluate_selection
+from whence.evaluation.choices import RANDOM, Choice, Method
+from whence.evaluation.selection import Recipe, evaluate_selection
 
 LABELS = ("World", "Sports", "Business")
 POOL = {"agnews": 160, "alpaca": 240, "dolly": 200, "gsm8k_train": 200}

@@ -10,6 +10,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
                 seconds of each, the index' size, the share of gsm8k rows in what is chosen for gsm8k
     agreement   the paper's cosine with the mean gradient against the code's mean of cosines; from an index in bfloat16
                 also the choice at 5% from int8, int4 and one bit against that from bfloat16
+    replay      a run on the whole pool that can be replayed, by the warm-up's settings in one epoch, for the method of
+                that name
     table       every method's 5% (of the pool's tokens), trained on with equal steps, against random, everything and
                 nothing, on held-out rows; cells are kept in WORK/cells-FRACTION
     budgets     less, random and bm25 (those that `--methods` names) at 1% and 20%
@@ -35,7 +37,8 @@ from benchmarks.selection.less_data import TASKS, load
 
 from whence import open_index, select
 from whence.corpus.tokens import Encoded as Tokens
-from whence.evaluation.selection import EVERYTHING, Recipe, evaluate_selection, selection_methods
+from whence.evaluation.choices import EVERYTHING, selection_methods
+from whence.evaluation.selection import Recipe, evaluate_selection
 from whence.indexing.codecs import codec
 from whence.selection.description import overlap
 from whence.selection.views import IndexView
@@ -53,12 +56,13 @@ METHODS = (
         "dsir",
         "density",
     ),
-    *("loss", "loss_drop"),
+    *("loss", "loss_drop", "replay"),
 )
 PUBLISHED = {"by": "task", "selector": "max"}
 """LESS's own; the default of `select` is to take turns by example since 2026-11-28."""
 RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
+ON_ALL = ["--epochs", "1", *WARM_UP[4:], "--replayable"]
 INDEX = ["--view", "adam", "--checkpoints", "all", "--max-tokens", "256"]
 INDEXES = {"default": INDEX, "old": [*INDEX, "--projection", "count_sketch", "--width", "8192", "--codec", "bfloat16"]}
 OLD = ", 8,192 numbers in bfloat16"
@@ -196,7 +200,8 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
     turns = [name for name in methods if name == "rds+"]
     made, budget = selection_methods(turns, index, examples, fraction=fraction, work=cells)
     others = [name for name in methods if name not in turns]
-    made |= selection_methods(others, index, examples, fraction=fraction, work=cells, **PUBLISHED)[0]
+    run = work / "replayable" if (work / "replayable").exists() else None
+    made |= selection_methods(others, index, examples, fraction=fraction, work=cells, run=run, **PUBLISHED)[0]
     if options.no_pool:
         del made[EVERYTHING]
     table = evaluate_selection(
@@ -213,6 +218,13 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
         print(line.task, line.method, f"{line.loss:.4f}", line.gain, line.gain_interval)
 
 
+def stage_replay(options: argparse.Namespace) -> None:
+    """The training that replay goes back through: of all rows, as its scores are of what was trained on."""
+    run, pool = options.work / "replayable", options.work / "pool.jsonl"
+    seconds = command(options, "train", options.model, str(pool), "-o", str(run), *ON_ALL)
+    keep(options, "replay", {"seconds of its training": seconds, "flags": ON_ALL})
+
+
 def stage_budgets(options: argparse.Namespace) -> None:
     """Less, random and bm25 at other budgets."""
     options.methods = [name for name in ("less", "bm25") if name in options.methods]
@@ -224,6 +236,7 @@ STAGES = {
     "data": stage_data,
     "less": stage_less,
     "agreement": stage_agreement,
+    "replay": stage_replay,
     "table": stage_table,
     "budgets": stage_budgets,
 }

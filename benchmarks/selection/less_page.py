@@ -6,7 +6,8 @@ from pathlib import Path
 from benchmarks.marked import filled
 from benchmarks.selection.less import OLD
 
-from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
+from whence.evaluation.choices import EVERYTHING, RANDOM
+from whence.evaluation.selection import NOTHING, Line, SelectionTable
 from whence.reports.evaluate_tables import evaluate_plot
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 
-from conftest import corpus_rows, random_examples, save_tiny_llama, tiny_model
+from conftest import corpus_rows, random_examples, save_tiny_llama, tiny_model, write_jsonl
 from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.evaluation import selection as measures
 from whence.evaluation.cells import Cell, Costs, Seconds, stored_cells
-from whence.evaluation.selection import Choice, Method, Recipe, evaluate_selection, grade
+from whence.evaluation.choices import Choice, Method, selection_methods
+from whence.evaluation.selection import Recipe, evaluate_selection, grade
 from whence.numerics import crossed_bootstrap_interval
+from whence.selection.pipeline import select
 from whence.storage import Place
+from whence.training.trainer import train
 
 QUICK = Recipe(steps=2, batch_size=2, lr=1e-2)
 POOL = corpus_rows(12)
@@ -122,13 +125,29 @@ def test_choices_are_stored_by_what_they_are_made_of(parent, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def chosen(work="work", fraction=0.25):
-        ways, _ = measures.selection_methods(["bm25"], tmp_path / "pool.jsonl", {"t": tmp_path / "task.jsonl"},
+        ways, _ = selection_methods(["bm25"], tmp_path / "pool.jsonl", {"t": tmp_path / "task.jsonl"},
                                              fraction=fraction, work=tmp_path / work, model=parent)  # fmt: skip
         return ways["bm25"].choose("t", 0).rows
 
     first = chosen()
     (tmp_path / "task.jsonl").write_text(json.dumps(POOL[7]) + "\n")
     assert chosen() == chosen("fresh") != first
+
+
+def test_replay_chooses_by_a_run_on_the_pool(parent, tmp_path):
+    pool, task = write_jsonl(tmp_path / "pool.jsonl", POOL), write_jsonl(tmp_path / "task.jsonl", GRADED["yes"])
+    run = train(parent, pool, tmp_path / "run", epochs=2, replayable=True, max_tokens=64, progress=False)
+    asked = {"fraction": 0.3, "model": parent}
+    ways, budget = selection_methods(["bm25", "replay"], pool, {"t": task}, run=run, work=tmp_path / "work", **asked)
+    rows = ways["replay"].choose("t", 0).rows
+    expected = select(str(run), str(task), method="replay", tokens_budget=budget).rows
+    assert [row["id"] for row in rows] == [row["id"] for row in expected]
+    assert {row["id"] for row in rows} != {row["id"] for row in ways["bm25"].choose("t", 0).rows}
+    with pytest.raises(SettingError, match=r"--methods replay: .* none is given: add --run RUN"):
+        selection_methods(["replay"], pool, {"t": task}, **asked)
+    other = write_jsonl(tmp_path / "other.jsonl", POOL[:6])
+    with pytest.raises(SettingError, match=r"pool\.jsonl, whose rows are not those that are chosen from"):
+        selection_methods(["replay"], other, {"t": task}, run=run, **asked)
 
 
 def test_another_table_is_refused(parent, tmp_path):

@@ -48,6 +48,7 @@ def selection(
     index_model: Annotated[
         str | None, typer.Option("--model", help="The model that the index is of, if it has moved since.")
     ] = None,
+    run: Annotated[str | None, typer.Option(help="For replay: a run of train --replayable on the pool's rows.")] = None,
     work: Annotated[str, typer.Option(help="Directory of finished cells: the same command goes on from there.")] = "",
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -69,23 +70,24 @@ def selection(
     if unmatched := sorted({*task_files} ^ {*graded_files}):
         raise SettingError(f"--tasks and --graded name different tasks: {', '.join(unmatched)} is in one of them alone")
     inputs, output = [source, *task_files.values(), *graded_files.values()], Output("-o", out, TABLE_OR_PLOT)
-    check_outputs([output], rows=inputs, others=[model, index_model], force=force)
-    refuse_inputs(work, [*inputs, model, index_model], flag="--work", is_directory=True)
+    check_outputs([output], rows=inputs, others=[model, index_model, run], force=force)
+    refuse_inputs(work, [*inputs, model, index_model, run], flag="--work", is_directory=True)
     for name in methods.split(","):
         catalogue.scorer_entry(name.partition(":")[0])
     has_index = is_index(source)
     if index_model is not None and not has_index:
         raise SettingError(f"--model {index_model}: where an index' model is, and {source} is none: MODEL reads it")
-    check_inputs(models=[model, index_model], corpora=inputs[1:] if has_index else inputs)
+    check_inputs(models=[model, index_model], run=run, corpora=inputs[1:] if has_index else inputs)
     with waiting("Loading torch"):
-        from whence.evaluation.selection import Recipe, evaluate_selection, selection_methods
+        from whence.evaluation.choices import selection_methods
+        from whence.evaluation.selection import Recipe, evaluate_selection
         from whence.reports.evaluate_tables import best_method, evaluate_answer, evaluate_plot, evaluate_tables
     rows = {name: [example.row for example in open_corpus(file)] for name, file in graded_files.items()}
     recipe = Recipe(steps=steps, batch_size=batch_size, lr=lr, lora_rank=lora_rank, max_tokens=max_tokens)
     with working("Scoring"):
         reader = index_model if has_index else model
         choosers, budget = selection_methods(
-            methods.split(","), source, task_files, fraction=fraction, model=reader, work=work
+            methods.split(","), source, task_files, fraction=fraction, model=reader, work=work, run=run
         )
     table = evaluate_selection(
         model,
@@ -105,6 +107,8 @@ def selection(
     if out is not None:
         print_part(f"written to {out}")
     best, file = best_method(table), next(iter(task_files.values()))
+    if best is not None and catalogue.scorer_entry(best.partition(":")[0]).needs_run:
+        source, reader = run, None
     command = again("--methods", "bm25") if best is None else (
         "whence", "select", source, *_method_words(best), "--tasks", file, "--tokens-budget", budget,
         *(() if reader is None else ("--model", reader)), "-o", "chosen.jsonl",

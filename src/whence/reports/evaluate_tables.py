@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from whence.counts import number_of
-from whence.evaluation.selection import EVERYTHING, NOTHING, RANDOM, Line, SelectionTable
+from whence.evaluation.choices import EVERYTHING, RANDOM
+from whence.evaluation.selection import NOTHING, Line, SelectionTable
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
 
