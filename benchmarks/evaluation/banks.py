@@ -23,6 +23,8 @@ Banks:
     demo     the demo's model from scratch on 1,000 docstrings of Python's standard library, by the demo's own recipe
              (24 epochs, 2e-3, cosine); 30 queries: docstrings that it was not trained on
 
+A smaller bank (`--subsets`, `--rows`, `--queries`) leaves its results in WORK instead.
+
 Costs are wall seconds of whatever was run, over those of one training of the bank; `stages` says the machine's load.
 """
 
@@ -54,6 +56,8 @@ from whence.training.replayed_run import open_replayable
 
 MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
 """Longest rows: a half and a sixth of those that there are."""
+SIZE = (60, 1000, 30)
+"""Subsets, rows of each source, queries."""
 QUERIES_AT_ONCE = 5
 RECIPES = {
     "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
@@ -75,9 +79,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", default="../shared/models/base-6m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/banks"))
-    parser.add_argument("--subsets", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=1000, help="of each source")
-    parser.add_argument("--queries", type=int, default=30)
+    parser.add_argument("--subsets", type=int, default=SIZE[0])
+    parser.add_argument("--rows", type=int, default=SIZE[1], help="of each source")
+    parser.add_argument("--queries", type=int, default=SIZE[2])
     parser.add_argument("--share", type=float, default=0.01, help="of the rows, left out at once")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each line of the removal")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,19 +92,26 @@ def main() -> None:
         STAGES[stage](options)
 
 
+def results(options: argparse.Namespace) -> Path:
+    """The committed file, for banks of the size that the page has."""
+    return RESULTS if (options.subsets, options.rows, options.queries) == SIZE else options.work / RESULTS.name
+
+
 def keep(options: argparse.Namespace, name: str, found: object) -> None:
-    """Put a stage's results into the committed file."""
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    """Put a stage's results into the file."""
+    file = results(options)
+    document = json.loads(file.read_text()) if file.exists() else {}
     document.setdefault(options.bank, {})[name] = found
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def command(options: argparse.Namespace, name: str, *words: object) -> None:
     """Run a command as a user would; its seconds, and the load before it, are kept under a name."""
     load, start = os.getloadavg()[0], time.perf_counter()
     subprocess.run([sys.executable, "-m", "whence", *map(str, words)], check=True)
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    file = results(options)
+    document = json.loads(file.read_text()) if file.exists() else {}
     stages = document.get(options.bank, {}).get("stages", {})
     if name not in stages:  # what goes on after a stop took longer
         took = {"seconds": round(time.perf_counter() - start, 1), "load": load, "threads": torch.get_num_threads()}
@@ -216,8 +227,8 @@ def stage_lds(options: argparse.Namespace) -> None:
     """The table."""
     work, bank = options.work, open_bank(str(options.work / "bank"))
     found = evaluate_lds(bank, METHODS, **scored(options), progress=True)
-    first = found.table.marks[0].method
-    differences = {marks.method: vars(found.table.difference(first, marks.method)) for marks in found.table.marks[1:]}
+    first, *others = (marks.method for marks in found.table.marks)
+    differences = {name: found.table.difference(first, name)._asdict() for name in others}
     training = training_seconds(bank)
     task = json.loads((work / "mean.json").read_text())["seconds"] / training
     keep(options, "lds", {"rows": found.rows(), "settings": dict(found.settings), "training seconds": training,

@@ -131,7 +131,10 @@ def score_by_bergson(options: argparse.Namespace, file: Path) -> None:
              *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]  # fmt: skip
     measured(words, work / "bergson.txt", work / "bergson.measured.json")
     parts = [torch.load(work / "bergson" / "per_query" / f"q{k}.pt", weights_only=True) for k in range(options.queries)]
-    np.save(work / "bergson.npy", -torch.stack(parts)[:, :count].double().numpy())
+    laid = torch.tensor(json.loads((work / "laid.json").read_text()))
+    by_row = torch.zeros(len(parts), count + 1, dtype=torch.float64)  # the last: of blank rows
+    by_row.index_add_(1, laid, torch.stack(parts)[:, : len(laid)].double())
+    np.save(work / "bergson.npy", -by_row[:, :count].numpy())
     wanted = [options.python, "-c", "import importlib.metadata as m; print(m.version('bergson'), m.version('torch'))"]
     bergson, torch_version = subprocess.run(wanted, check=True, capture_output=True, text=True).stdout.split()
     versions = {"bergson": bergson, "its torch": torch_version, "torch": version("torch")}
@@ -171,7 +174,7 @@ def relative_difference(model: Path, opened: ReplayableRun) -> float:
 
     other = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
     first, last = opened.log.state(0).weights, opened.log.state(len(opened.log.steps)).weights
-    apart = sum(float((other[name] - weight).square().sum()) for name, weight in last.items())
+    apart = sum(float((other[name].detach() - weight).square().sum()) for name, weight in last.items())
     moved = sum(float((first[name] - weight).square().sum()) for name, weight in last.items())
     return (apart / moved) ** 0.5
 
