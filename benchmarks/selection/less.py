@@ -14,6 +14,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
                 that name
     table       every method's 5% (of the pool's tokens), trained on with equal steps, against random, everything and
                 nothing, on held-out rows; cells are kept in WORK/cells-FRACTION
+    larger      the same choices train a larger model (`larger_model.py`; `--larger DIR`)
     budgets     less, random and bm25 (those that `--methods` names) at 1% and 20%
 
 `--index old` is the index that these tables had until 2026-11-29: 8,192 numbers in bfloat16. Methods that read no index
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="trainings of each cell")
     parser.add_argument("--index", choices=list(INDEXES), default="default")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--larger", type=Path, default=Path("/tmp/larger"), help="a model of larger_model.py")
     parser.add_argument("--no-pool", action="store_true", help="no training on the whole pool")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     options = parser.parse_args()
@@ -189,8 +191,8 @@ class Encoded(IndexView):
         return torch.cat(parts, 1)
 
 
-def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None:
-    """Train and grade."""
+def stage_table(options: argparse.Namespace, fraction: float = FRACTION, larger: Path | None = None) -> None:
+    """Train and grade: the model that chose, or a larger one."""
     work, index = options.work, open_index(options.work / "index")
     base = str(Path(options.model).resolve())
     methods = [f"loss_drop:base={base}" if name == "loss_drop" else name for name in options.methods]
@@ -204,8 +206,10 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
     made |= selection_methods(others, index, examples, fraction=fraction, work=cells, run=run, **PUBLISHED)[0]
     if options.no_pool:
         del made[EVERYTHING]
+    if larger is not None:
+        cells = work / f"{cells.name}-larger"
     table = evaluate_selection(
-        base,
+        base if larger is None else str(larger.resolve()),
         made,
         graded,
         work=cells,
@@ -213,7 +217,8 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION) -> None
         seeds=options.seeds,
         say=lambda line: print(line, flush=True),
     )
-    keep(options, f"table {fraction:g}", {"tokens_budget": budget, "recipe": asdict(RECIPE), "lines": table.rows()})
+    name = f"table {fraction:g}" if larger is None else f"larger model {fraction:g}"
+    keep(options, name, {"tokens_budget": budget, "recipe": asdict(RECIPE), "lines": table.rows()})
     for line in table.lines:
         print(line.task, line.method, f"{line.loss:.4f}", line.gain, line.gain_interval)
 
@@ -223,6 +228,11 @@ def stage_replay(options: argparse.Namespace) -> None:
     run, pool = options.work / "replayable", options.work / "pool.jsonl"
     seconds = command(options, "train", options.model, str(pool), "-o", str(run), *ON_ALL)
     keep(options, "replay", {"seconds of its training": seconds, "flags": ON_ALL})
+
+
+def stage_larger(options: argparse.Namespace) -> None:
+    """LESS-T: a small model chooses, a larger one is trained."""
+    stage_table(options, larger=options.larger)
 
 
 def stage_budgets(options: argparse.Namespace) -> None:
@@ -238,6 +248,7 @@ STAGES = {
     "agreement": stage_agreement,
     "replay": stage_replay,
     "table": stage_table,
+    "larger": stage_larger,
     "budgets": stage_budgets,
 }
 
