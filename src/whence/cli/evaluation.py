@@ -107,7 +107,7 @@ def selection(
     if out is not None:
         print_part(f"written to {out}")
     best, file = best_method(table), next(iter(task_files.values()))
-    if best is not None and catalogue.scorer_entry(best.partition(":")[0]).needs_run:
+    if run is not None and best is not None and catalogue.scorer_entry(best.partition(":")[0]).needs_run:
         source, reader = run, None
     command = again("--methods", "bm25") if best is None else (
         "whence", "select", source, *_method_words(best), "--tasks", file, "--tokens-budget", budget,

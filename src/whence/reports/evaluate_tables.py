@@ -10,8 +10,17 @@ from rich.text import Text
 from whence.counts import number_of
 from whence.evaluation.choices import EVERYTHING, RANDOM
 from whence.evaluation.selection import NOTHING, Line, SelectionTable
+from whence.reports.svg import document
 from whence.reports.tables import plain_table
 from whence.reports.text import visible
+
+TITLE = "Gain in held-out loss over random selection, in nats a token"
+BARS = (
+    ".value{fill:#6b7280;font-size:11px}.better{stroke:#1a7f4b;fill:#1a7f4b}.worse{stroke:#c0392b;fill:#c0392b}"
+    ".level{stroke:#6b7280;fill:#6b7280}line{stroke-width:2}"
+)
+DARK_BARS = ".value{fill:#9aa1ab}.better{stroke:#4cc38a;fill:#4cc38a}.worse{stroke:#ff8b7e;fill:#ff8b7e}"
+"""Colours of methods that are above chance, below it, or neither."""
 
 
 def evaluate_tables(table: SelectionTable) -> RenderableType:
@@ -89,20 +98,8 @@ def evaluate_plot(table: SelectionTable) -> str:
         panels.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + 8}" y2="{bottom - 8}"/>')
         panels.append(_text(zero, bottom + 6, "chance", "axis", "middle"))
         top = bottom + 44
-    style = (
-        "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#1c2024}.title{font-weight:600;font-size:15px}"
-        ".axis,.value{fill:#6b7280;font-size:11px}.zero{stroke:#9aa1ab;stroke-dasharray:3 3}.better{stroke:#1a7f4b;"
-        "fill:#1a7f4b}.worse{stroke:#c0392b;fill:#c0392b}.level{stroke:#6b7280;fill:#6b7280}line{stroke-width:2}"
-        "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis,.value{fill:#9aa1ab}"
-        ".better{stroke:#4cc38a;fill:#4cc38a}.worse{stroke:#ff8b7e;fill:#ff8b7e}}"
-    )
     panels.append(_text(16.0, top - 6, "gain in held-out loss over random rows, nats a token; 95% intervals", "axis"))
-    size = f'viewBox="0 0 {left + 530:.0f} {top + 8:.0f}" width="{left + 530:.0f}" height="{top + 8:.0f}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-        f"<title>Gain in held-out loss over random selection, in nats a token</title><style>{style}</style>"
-        f"{''.join(panels)}</svg>\n"
-    )
+    return document(TITLE, float(round(left + 530)), float(round(top + 8)), panels, style=BARS, dark=DARK_BARS)
 
 
 def _scale(low: float, high: float, left: float) -> Callable[[float], float]:

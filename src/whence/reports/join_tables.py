@@ -7,11 +7,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from whence.evaluation.joining import Join, standardised
-from whence.reports.svg import COLOURS, dot, text
+from whence.reports.svg import COLOURS, document, dot, text
 from whence.reports.text import visible
 from whence.reports.wide_table import WideTable
 
 SIZE, LEFT, TOP = 260.0, 64.0, 44.0
+TITLE = "Scores summed by partition against the loss without that partition"
 
 
 def join_tables(join: Join) -> RenderableType:
@@ -81,15 +82,4 @@ def join_plot(join: Join) -> str:
     parts.append(text(LEFT, TOP + SIZE + 20, words, "axis"))
     upward = text(0.0, 0.0, "loss without it", "axis", "middle")
     parts.append(f'<g transform="translate(20 {TOP + SIZE / 2}) rotate(-90)">{upward}</g>')
-    style = (
-        "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#1c2024}.title{font-weight:600;font-size:15px}"
-        ".axis{fill:#6b7280;font-size:11px}.frame{fill:none;stroke:#d5d9de}circle{fill-opacity:.75}"
-        "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis{fill:#9aa1ab}"
-        ".frame{stroke:#3a4048}}"
-    )
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-        f"<title>Scores summed by partition against the loss without that partition</title><style>{style}</style>"
-        f"{''.join(parts)}</svg>\n"
-    )
+    return document(TITLE, width, height, parts, style="circle{fill-opacity:.75}")

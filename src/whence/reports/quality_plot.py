@@ -1,5 +1,7 @@
 """A plot of methods: quality upward with intervals, cost across on a scale of powers of ten; light or dark.
 
+Names stand at the right of their dots, at the left where the frame ends, and never over another name or a dot.
+
 A method whose cost nobody knows stands in a column of its own, at the right.
 """
 
@@ -8,22 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whence.reports.svg import COLOURS, Scale, dot, escaped, number, text
+from whence.reports.svg import COLOURS, Scale, document, dot, number, text
 
 LEFT, TOP, WIDTH, HEIGHT = 56.0, 44.0, 470.0, 320.0
 UNKNOWN = 70.0
 """Width of the column of unknown costs."""
 LABELS = 170.0
-"""Room for names at the right."""
+"""Room for the names of that column."""
+MARGIN = 16.0
+"""Room at the right where there is no such column."""
+DOT = 4.0
+"""Radius of a dot."""
+CHARACTER = 7.0
+"""Width of a letter of a name, at most."""
 LINE = 14.0
 """Height of a name."""
-STYLE = (
-    "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#1c2024}.title{font-weight:600;font-size:15px}"
-    ".axis{fill:#6b7280;font-size:11px}.name{font-size:12px}.frame{fill:none;stroke:#d5d9de}.grid{stroke:#eceff2}"
-    ".zero{stroke:#9aa1ab;stroke-dasharray:3 3}.span{stroke-width:2}"
-    "@media(prefers-color-scheme:dark){svg{background:#14171a}text{fill:#e6e8ea}.axis{fill:#9aa1ab}"
-    ".frame{stroke:#3a4048}.grid{stroke:#23282e}}"
-)
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,8 @@ def quality_plot(points: Sequence[Point], title: str, *, upward: str, across: st
     parts += _methods(drawn, rise, run)
     parts.append(text(LEFT, TOP - 6, upward, "axis"))
     parts.append(text(LEFT + WIDTH / 2, TOP + HEIGHT + 32, across, "axis", "middle"))
-    width, height = LEFT + WIDTH + UNKNOWN + LABELS, TOP + HEIGHT + 44
-    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{escaped(title)}</title>'
-        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
-    )
+    right = UNKNOWN + LABELS if any(not point.cost for point in drawn) else MARGIN
+    return document(title, LEFT + WIDTH + right, TOP + HEIGHT + 44, parts, style=".span{stroke-width:2}")
 
 
 def _frame(rise: Scale, run: Scale, has_unknown: bool) -> list[str]:
@@ -86,27 +83,36 @@ def _frame(rise: Scale, run: Scale, has_unknown: bool) -> list[str]:
 
 
 def _methods(points: Sequence[Point], rise: Scale, run: Scale) -> list[str]:
-    parts, taken = [], list[tuple[float, float, float]]()
-    for point, colour in zip(points, itertools.cycle(COLOURS), strict=False):
-        x = run(math.log10(point.cost)) if point.cost else LEFT + WIDTH + UNKNOWN / 2
-        y = rise(point.value)
+    """Intervals, on them the dots, and on these the names."""
+    spans, dots, names, taken = list[str](), list[str](), list[str](), list[tuple[float, float, float]]()
+    unknown = [point.name for point in points if not point.cost]
+    gap = UNKNOWN / (len(unknown) + 1)
+    xs = [run(math.log10(point.cost)) if point.cost else LEFT + WIDTH + gap * (1 + unknown.index(point.name))
+          for point in points]  # fmt: skip
+    places = [(x, rise(point.value)) for x, point in zip(xs, points, strict=True)]
+    taken += [(x - DOT, y, 2 * DOT) for x, y in places]
+    for point, (x, y), colour in zip(points, places, itertools.cycle(COLOURS), strict=False):
         words = f"{point.name}: {number(point.value, '.3f')}"
         if point.interval is not None:
             low, high = (rise(end) for end in point.interval)
-            parts.append(
+            spans.append(
                 f'<line class="span" stroke="{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
             )
             words += f" ({number(point.interval[0], '.3f')} to {number(point.interval[1], '.3f')})"
-        parts.append(dot(x, y, words, fill=colour))
-        width = 7.0 * len(point.name) + 10
-        place = _free(x, y, width, taken)
-        taken.append((x, place, width))
-        parts.append(text(x + 8, place + 4, point.name, "name"))
-    return parts
+        dots.append(dot(x, y, words, fill=colour))
+        width = CHARACTER * len(point.name) + 4
+        is_left = point.cost is not None and x + 2 * DOT + width > LEFT + WIDTH
+        start = x - 2 * DOT - width if is_left else x + 2 * DOT
+        place = _free(start, y, width, taken)
+        taken.append((start, place, width))
+        names.append(
+            text(start + width if is_left else start, place + 4, point.name, "name", "end" if is_left else "start")
+        )
+    return spans + dots + names
 
 
 def _free(x: float, y: float, width: float, taken: Sequence[tuple[float, float, float]]) -> float:
-    """Nearest height at which a name does not lie over another."""
+    """Nearest height at which a name does not lie over another, or over a dot of another."""
     near = [place for left, place, wide in taken if left < x + width and x < left + wide]
     steps = (sign * LINE / 2 * count for count in range(60) for sign in (1, -1))
     return next((y + step for step in steps if all(abs(y + step - place) >= LINE for place in near)), y)

@@ -11,8 +11,9 @@ from html import escape
 
 from whence.reports.text import encodable, visible
 
-COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a")
-"""Colours of evaluation sets or partitions, in order."""
+COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a",
+           "#64748b", "#b04fb5")  # fmt: skip
+"""Colours of evaluation sets, partitions or methods, in order."""
 REST = "#868e99"
 """Colour of what has none of its own."""
 MINUS = "\N{MINUS SIGN}"
@@ -93,6 +94,38 @@ def picture(kind: str, width: float, height: float, title: str, drawn: Iterable[
     """A picture with a title, for those who do not see it."""
     size = f'viewBox="0 0 {width:g} {height:g}"'
     return f'<svg class="{kind}" {size} role="img"><title>{escaped(title)}</title>{"".join(drawn)}</svg>'
+
+
+PAPER = (
+    "svg{font:13px system-ui,sans-serif;background:#fff;max-width:100%;height:auto}text{fill:#1c2024}"
+    ".title{font-weight:600;font-size:15px}.axis{fill:#6b7280;font-size:11px}.frame{fill:none;stroke:#d5d9de}"
+    ".grid{stroke:#eceff2}.zero{stroke:#9aa1ab;stroke-dasharray:3 3}"
+    ".name{font-size:12px;paint-order:stroke;stroke:#fff;stroke-width:4px;stroke-linejoin:round}"
+)
+INK = (
+    "svg{background:#14171a}text{fill:#e6e8ea}.axis{fill:#9aa1ab}.frame{stroke:#3a4048}.grid{stroke:#23282e}"
+    ".name{stroke:#14171a}"
+)
+"""The style of a picture that stands alone, on light paper and on dark."""
+
+
+def document(title: str, width: float, height: float, drawn: Iterable[str], *, style: str = "", dark: str = "") -> str:
+    """A picture in a file of its own, light or dark as its reader's pages are, and no wider than the window.
+
+    Args:
+        title: For those who do not see it.
+        width: In px, where there is room.
+        height: In px.
+        drawn: What is in it.
+        style: Rules beside `PAPER`.
+        dark: Rules beside `INK`.
+    """
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    rules = f"{PAPER}{style}@media(prefers-color-scheme:dark){{{INK}{dark}}}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{escaped(title)}</title>'
+        f"<style>{rules}</style>{''.join(drawn)}</svg>\n"
+    )
 
 
 def scales(across: Sequence[float], upward: Sequence[float]) -> tuple[Scale, Scale]:
