@@ -23,6 +23,7 @@ from whence.evaluation.method_scores import (
     MethodScores,
     check_costs,
     check_methods,
+    kept_note,
     score_methods,
     with_costs,
 )
@@ -113,6 +114,7 @@ def evaluate_lds(
                 "queries": len(opened.queries), "rows": len(opened.rows), "leave_out": opened.protocol.leave_out,
                 "seed": seed, "resamples": resamples}  # fmt: skip
     seconds = {method.name: method.seconds for method in scored}
+    table.notes.extend(kept_note(scored, opened.place.root))
     return LdsResult(table, seconds, training_seconds(opened), settings)
 
 
@@ -152,6 +154,7 @@ def bank_scores(
         scored = score_methods(
             names, queries, view, bank.row_ids, indexes=views, run=_replayed_run(bank, run, model) if replays else None,
             index_seconds=index_seconds, max_tokens=bank.protocol.training.get("max_tokens"), seed=seed,
+            place=bank.place,
         )  # fmt: skip
     return with_costs([*(_for_all(method, has_loss) for method in scored), *read, *given], costs or {})
 

@@ -5,6 +5,7 @@
     BANK/queries/000.jsonl            corpus rows whose losses are measured; later commands add files
     BANK/members/NAME/member.json     a training: the rows that were left out, its seed, the loss of every query
     BANK/members/NAME/weights/        its final model, where the bank keeps weights
+    BANK/scores/                      scores of methods that were graded (`kept_scores`)
 
 A member is written once it is trained and measured, so that a bank that was stopped goes on member by member. Two of
 them are always there: `full`, a training on all rows by the same code, and `parent`, the model before any training. A

@@ -8,6 +8,7 @@ The cost is the wall time of scoring. The time that an index took is told by who
 that read its vectors; a model that is loaded first is not counted.
 """
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,11 @@ from whence import catalogue
 from whence.corpus.layouts import Row
 from whence.counts import number_of
 from whence.errors import SettingError
+from whence.evaluation.kept_scores import FOLDER, KeptScores
 from whence.selection.pipeline import build_scorer, targets_of
 from whence.selection.protocols import Scorer, Target
 from whence.selection.views import CorpusView, IndexView, refuse_contrasts
+from whence.storage import Place
 
 if TYPE_CHECKING:
     from whence.selection.run_view import RunView  # which brings the Trainer
@@ -49,6 +52,8 @@ class MethodScores:
     """Where they come from, in words."""
     is_signed: bool = False
     """Whether the sign says helpful or harmful, as of gradients; only then is a magnitude of use."""
+    is_kept: bool = False
+    """Whether a bank had them from an evaluation before."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def score_methods(
     index_seconds: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
+    place: Place | None = None,
 ) -> list[MethodScores]:
     """Score rows for queries, one method after another, once it is known that all of them can be scored.
 
@@ -123,6 +129,7 @@ def score_methods(
         index_seconds: What an index took to make, added to the cost of methods that read its vectors.
         max_tokens: Where longer queries are cut; None: at the model's context.
         seed: Seed of the methods that draw.
+        place: A bank, which keeps each method's scores when they are known, and has those that it kept before.
 
     Raises:
         SettingError: A method needs what the view lacks, a row is not in the index, or a query cannot be scored for.
@@ -140,7 +147,27 @@ def score_methods(
         if key not in columns:
             columns[key] = None if reads_all else _columns(task.view, row_ids or [*view.ids()])
             targets[key] = query_targets(queries, task.view, max_tokens)
-    return [task.scores(targets[id(task.view)], columns[id(task.view)], index_seconds) for task in todo]
+    kept = None if place is None else KeptScores(place, queries, row_ids or [*view.ids()], max_tokens)
+    scored = []
+    for task in todo:
+        key = "" if kept is None else kept.key(task.method.base, task.method.options, task.view, seed)
+        known = None if kept is None else kept.load(key)
+        scores, seconds = known or task.scores(targets[id(task.view)], columns[id(task.view)])
+        if kept is not None and known is None:
+            kept.save(key, task.method.text, scores, seconds)
+        seconds += (index_seconds or 0.0) * task.method.entry.needs_index
+        text, is_kept = task.method.text, known is not None
+        scored.append(MethodScores(text, scores, seconds, task.origin, task.is_signed, is_kept))
+    return scored
+
+
+def kept_note(scored: Sequence[MethodScores], bank: str) -> list[str]:
+    """A sentence on scores that a bank had, and how to have them anew; none if there are none."""
+    names = [method.name for method in scored if method.is_kept]
+    if not names:
+        return []
+    where = shlex.quote(f"{bank}/{FOLDER}")
+    return [f"Scored before and kept by the bank: {', '.join(names)}. To score anew: rm -r {where}"]
 
 
 @dataclass(frozen=True)
@@ -151,22 +178,29 @@ class _Task:
     view: IndexView | CorpusView
     scorer: Scorer
 
+    @property
+    def origin(self) -> str:
+        """Where its scores come from, in words."""
+        if self.method.entry.needs_run:
+            return "the run"
+        return "an index" if isinstance(self.view, IndexView) else "the rows"
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the sign says helpful or harmful."""
+        return self.method.entry.needs_index or self.method.entry.needs_run or self.method.base in EXACT
+
     def scores(
-        self, targets: list[Target], columns: Int64[Tensor, " n"] | None, index_seconds: float | None
-    ) -> MethodScores:
-        """Its scores for targets, of some columns or all, with what they took."""
-        entry, is_index = self.method.entry, isinstance(self.view, IndexView)
-        if entry.needs_model or entry.needs_index:
+        self, targets: list[Target], columns: Int64[Tensor, " n"] | None
+    ) -> tuple[Float32[Tensor, "q n"], float]:
+        """Its scores for targets, of some columns or all, and the seconds that they took."""
+        if self.method.entry.needs_model or self.method.entry.needs_index:
             self.view.model()  # loading is not scoring
         start = time.perf_counter()
         found = self.scorer(self.view, targets)
-        seconds = time.perf_counter() - start + (index_seconds or 0.0) * entry.needs_index
+        seconds = time.perf_counter() - start
         seconds += getattr(self.scorer, "seconds_before", 0.0)  # of a call that was stopped, and gone on with
-        origin = "the run" if entry.needs_run else "an index" if is_index else "the rows"
-        is_signed = entry.needs_index or entry.needs_run or self.method.base in EXACT
-        return MethodScores(
-            self.method.text, found if columns is None else found[:, columns], seconds, origin, is_signed
-        )
+        return found if columns is None else found[:, columns], seconds
 
 
 def check_methods(methods: Sequence[str], scores: Mapping[str, str], *, reserved: Sequence[str] = ()) -> None:

@@ -41,7 +41,7 @@ from whence.evaluation.bank_store import FULL, Bank, Member, open_bank, read_mem
 from whence.evaluation.estimates import Estimate, mean_over_queries, query_draws
 from whence.evaluation.left_out import MemberPlan, full_plan, rows_plan
 from whence.evaluation.member_training import MemberTraining, encoded_queries, forget_work
-from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods
+from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods, kept_note
 from whence.numerics import crossed_bootstrap_interval, generator
 from whence.paths import writing_to
 from whence.runner import ProgressOption, check_engine, shown_as
@@ -180,7 +180,9 @@ def graded_by_training(
                 "rows": count, "share": share, "seeds": seeds,
                 "queries": int(with_loss(opened).sum()), "each_query": each_query, "seed": seed,
                 "training_seconds": opened.full.seconds}  # fmt: skip
-    return _table(effects, costs, settings, opened, seed)
+    table = _table(effects, costs, settings, opened, seed)
+    table.notes.extend(kept_note(scored, opened.place.root))
+    return table
 
 
 def _rows_of_share(share: float, n: int) -> int:
