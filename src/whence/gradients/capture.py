@@ -266,7 +266,7 @@ def backward(
     consume: Consume,
     *,
     reduction: str = "mean",
-    objective: str = "loss",
+    objective: str | SlopeOf = "loss",
     whole: bool = False,
     upcast: bool = True,
     shared: bool = True,
@@ -282,7 +282,8 @@ def backward(
         consume: Called once per use of a layer (of the output head once per chunk), from the last to the first.
         reduction: "mean" over each example's own supervised tokens, or "sum".
         objective: What is differentiated at each token: its "loss", -log p; or its "margin", -log(p / (1 - p)), whose
-            gradient does not vanish where the model is sure; see `objectives`.
+            gradient does not vanish where the model is sure; see `objectives`. Or a function of the caller's own,
+            which is called for the supervised positions in their order.
         whole: Hand every layer over once, with all of an example's positions and all of a layer's uses, as norms and
             products require: a gradient is the sum over uses, and its products have cross terms.
         upcast: Hand `(a, g)` over in fp32. Otherwise a GPU hands over the model's dtype: half the memory to move.
@@ -310,7 +311,8 @@ def backward(
     checkpointed = model.gradient_checkpointing() if gradient_checkpointing else nullcontext()
     try:
         with checkpointed, repeatable(model), torch.enable_grad():
-            losses = _losses(model, batch, reduction, state, OBJECTIVES[objective])
+            slope_of = OBJECTIVES[objective] if isinstance(objective, str) else objective
+            losses = _losses(model, batch, reduction, state, slope_of)
             state.hand_over_parts()
     finally:
         for hook in hooks:
