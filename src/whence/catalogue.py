@@ -140,6 +140,13 @@ SCORERS: dict[str, ScorerEntry] = {
         needs_index=True,
         **_TURNS,
     ),
+    "ekfac": ScorerEntry(
+        "whence.selection.scorers.curvature:EKFAC",
+        "three passes over every row, with gradients",
+        "arXiv 2308.03296",
+        needs_model=True,
+        **_TURNS,
+    ),
     "replay": ScorerEntry(
         "whence.selection.scorers.replay:Replay",
         "the training once again, and two to three times more for every target",

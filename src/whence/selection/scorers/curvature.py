@@ -1,0 +1,77 @@
+"""Influence by the curvature of the loss: how far taking a row out of a finished training moves a target's loss.
+
+    score = sum over layers l of <v_l, (H_l + d_l)^-1 g_l>
+
+with v the mean gradient of the target's queries (each one's mean loss over tokens), g that of the row's loss (the sum
+over its tokens), H the Gauss-Newton matrix of the corpus as K-FAC or EK-FAC has it, and d a tenth of the mean of its
+eigenvalues. Larger is more helpful; the unit is nats for each row of the corpus' mean loss, but for damping. It asks of
+a minimum that no training reaches, so that its length says less than its order.
+
+Cost: two or three passes over the rows (one for K-FAC's factors, one more for EK-FAC's eigenvalues, one for scores).
+
+Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence.gradients.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
+from whence.gradients.curvature.factors import kfac_factors
+from whence.gradients.curvature.scores import direction_scores, mean_gradients
+from whence.gradients.exact import SignedSequence, sequences_of
+from whence.runner import counting
+from whence.selection.protocols import Target, View
+from whence.selection.views import IndexView
+from whence.turns import one_at_a_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class EKFAC:
+    """EK-FAC's inverse, or K-FAC's, of the last model's Gauss-Newton matrix over the rows that are scored."""
+
+    seed: int = 0
+    """Of the answers that the model draws."""
+    kind: Literal["ekfac", "kfac"] = "ekfac"
+    damping: float = DAMPING
+    empirical: bool = False
+    """Take the rows' own answers in place of drawn ones."""
+
+    @one_at_a_time
+    def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
+        """Scores of every row; -inf for a row without a supervised token."""
+        model = view.model()
+        layers = view.index.layers(model) if isinstance(view, IndexView) else model.layers()
+        rows = list(view.encoded())
+        usable = [number for number, row in enumerate(rows) if any(row.supervised[1:])]
+        some = [rows[number] for number in usable]
+        curvature = self._curvature(model, layers, some, view.tokens_per_batch)
+        directions = mean_gradients(model, layers, [_sequences(target) for target in targets])
+        directions = {name: curvature[name].power(each, -1.0, damping=self.damping)
+                      for name, each in directions.items()}  # fmt: skip
+        out = torch.full((len(targets), len(rows)), -torch.inf)
+        with counting("Scoring by curvature", len(some)) as tick:
+            out[:, usable] = direction_scores(
+                model, layers, directions, some, tokens_per_batch=view.tokens_per_batch, tick=tick
+            )
+        return torch.where(out.isfinite(), out, -torch.inf)
+
+    def _curvature(self, model, layers, rows, tokens_per_batch) -> Curvature:
+        how = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
+        curvature = kfac(kfac_factors(model, layers, rows, **how))
+        if self.kind == "kfac":
+            return curvature
+        return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
+
+
+def _sequences(target: Target) -> list[SignedSequence]:
+    share = 1 / len(target.queries)
+    return [
+        replace(sequence, sign=share * sequence.sign)
+        for query in target.queries
+        for sequence in sequences_of(query.encoded)
+    ]
