@@ -4,8 +4,8 @@ Let l_n be a row's loss, the sum of -log p over its supervised tokens in nats, a
 from p. Then E_y[vec(G_n) vec(G_n)^T] is the Gauss-Newton matrix of l_n, the part of its Hessian that is never negative.
 With the corpus' own labels ("empirical Fisher") it is another matrix, which is 0 where the model is sure and right.
 
-A token's draw depends on the seed, the row's number and its place in the row alone: neither batches nor workers change
-it.
+A token's draw depends on the seed, the row's tokens and its place among them alone: neither batches nor workers nor the
+order of rows change it.
 
 Source: Martens 2020, https://arxiv.org/abs/1412.1193, sections 5 and 9; Kunstner et al. 2019,
 https://arxiv.org/abs/1905.12558 (why the empirical one is another).
@@ -46,18 +46,10 @@ class DrawnLabels:
         return cross_entropy(logits, drawn.clamp_(max=logits.shape[1] - 1).to(labels), weights)
 
 
-def uniforms_of(rows: Sequence[Encoded], numbers: Sequence[int], seed: int) -> Tensor:
-    """A number in [0, 1) for each supervised position of some rows, one row after another, in double precision [s].
-
-    Args:
-        rows: All rows.
-        numbers: Which of them.
-        seed: Seed.
-    """
-    return torch.cat(
-        [torch.rand(sum(rows[n].supervised[1:]), generator=generator(seed, "fisher", str(n)), dtype=torch.float64)
-         for n in numbers]
-    )  # fmt: skip
+def uniforms_of(rows: Sequence[Encoded], seed: int) -> Tensor:
+    """A number in [0, 1) for each supervised position of some rows, one row after another, in double precision [s]."""
+    return torch.cat([torch.rand(sum(row.supervised[1:]), generator=generator(seed, "fisher", *map(str, row.ids)),
+                                 dtype=torch.float64) for row in rows])  # fmt: skip
 
 
 def fisher_passes(
@@ -82,6 +74,6 @@ def fisher_passes(
         tokens_per_batch: The most tokens of a pass, padding included.
     """
     for numbers, batch in batches(rows, tokens_per_batch):
-        objective = cross_entropy if is_empirical else DrawnLabels(uniforms_of(rows, numbers, seed))
+        objective = cross_entropy if is_empirical else DrawnLabels(uniforms_of([rows[n] for n in numbers], seed))
         backward(model, layers, batch, consume, reduction="sum", objective=objective, whole=True)
         yield batch

@@ -1,0 +1,72 @@
+"""Scores by curvature against autograd's gradients and an explicit inverse, and what holds of any of them."""
+
+import pytest
+import torch
+from small_views import Rows, each, query
+
+from conftest import corpus_rows
+from whence.gradients.curvature.eigen import ekfac, ekfac_sums, kfac
+from whence.gradients.curvature.factors import kfac_factors
+from whence.models.loading import load_model
+from whence.selection.scorers.curvature import EKFAC
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return load_model(tiny_llama, device="cpu")
+
+
+@pytest.fixture
+def view(model):
+    return Rows(corpus_rows(12), model)
+
+
+def loss_gradient(model, layers, row, *, mean):
+    """By autograd, of the sum or mean over the row's supervised tokens, by layer."""
+    weights = [layer.weight.requires_grad_() for layer in layers.values()]
+    with torch.enable_grad():
+        logits = model.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(1)
+        losses = [-logits[t - 1, row.ids[t]] for t in range(1, len(row.ids)) if row.supervised[t]]
+        found = torch.autograd.grad(sum(losses) / (len(losses) if mean else 1), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return dict(zip(layers, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac"])
+def test_scores_are_inner_products_by_the_explicit_inverse(kind, view, model):
+    layers, rows = model.layers(), list(view.encoded())
+    curvature = kfac(kfac_factors(model, layers, rows))
+    if kind == "ekfac":
+        curvature = ekfac(curvature, ekfac_sums(model, layers, curvature, rows), len(rows))
+    asked = query(view.listed[3], model)
+    target = loss_gradient(model, layers, asked.encoded, mean=True)
+    expected = torch.zeros(len(rows), dtype=torch.float64)
+    for number, row in enumerate(rows):
+        own = loss_gradient(model, layers, row, mean=False)
+        for name, layer in curvature.items():
+            basis = torch.kron(layer.slopes, layer.inputs).double()
+            damped = layer.eigenvalues.double().flatten() + 0.1 * layer.eigenvalues.double().mean()
+            rotated = basis.T @ target[name].double().flatten() / damped
+            expected[number] += own[name].double().flatten() @ (basis @ rotated)
+    found = EKFAC(kind=kind)(view, each([asked]))[0].double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_row_helps_its_own_answer_most_among_rows_of_its_length(view, model):
+    scores = EKFAC()(view, each([query(row, model) for row in view.listed]))
+    assert (scores.diagonal() > 0).all(), "a quadratic form of a positive matrix"
+
+
+def test_large_damping_leaves_inner_products(view, model):
+    layers, rows = model.layers(), list(view.encoded())
+    target = loss_gradient(model, layers, query(view.listed[3], model).encoded, mean=True)
+    found = EKFAC(kind="kfac", damping=1e6)(view, each([query(view.listed[3], model)]))[0]
+    curvature = kfac(kfac_factors(model, layers, rows))
+    plain = torch.zeros(len(rows))
+    for number, row in enumerate(rows):
+        own = loss_gradient(model, layers, row, mean=False)
+        plain[number] = sum(
+            (target[name] * own[name]).sum() / (1e6 * curvature[name].eigenvalues.mean()) for name in layers
+        )
+    torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
