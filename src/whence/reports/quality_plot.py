@@ -19,6 +19,8 @@ LABELS = 170.0
 """Room for the names of that column."""
 MARGIN = 16.0
 """Room at the right where there is no such column."""
+MANY = (*COLOURS, "#64748b", "#b04fb5")
+"""Colours of methods, of which there are a dozen."""
 DOT = 4.0
 """Radius of a dot."""
 CHARACTER = 7.0
@@ -91,7 +93,7 @@ def _methods(points: Sequence[Point], rise: Scale, run: Scale) -> list[str]:
           for point in points]  # fmt: skip
     places = [(x, rise(point.value)) for x, point in zip(xs, points, strict=True)]
     taken += [(x - DOT, y, 2 * DOT) for x, y in places]
-    for point, (x, y), colour in zip(points, places, itertools.cycle(COLOURS), strict=False):
+    for point, (x, y), colour in zip(points, places, itertools.cycle(MANY), strict=False):
         words = f"{point.name}: {number(point.value, '.3f')}"
         if point.interval is not None:
             low, high = (rise(end) for end in point.interval)

@@ -11,9 +11,8 @@ from html import escape
 
 from whence.reports.text import encodable, visible
 
-COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a",
-           "#64748b", "#b04fb5")  # fmt: skip
-"""Colours of evaluation sets, partitions or methods, in order."""
+COLOURS = ("#4a7fd6", "#cf7420", "#3d9a62", "#c94f7c", "#8a6cc4", "#2398a0", "#a68a12", "#c5534a", "#6f8f3a", "#8c6d5a")
+"""Colours of evaluation sets or partitions, in order."""
 REST = "#868e99"
 """Colour of what has none of its own."""
 MINUS = "\N{MINUS SIGN}"
