@@ -14,6 +14,7 @@ Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 202
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from whence.gradients.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
 from whence.gradients.curvature.factors import kfac_factors
+from whence.gradients.curvature.gauss_newton import damped_solution, gauss_newton_product
 from whence.gradients.curvature.scores import direction_scores, mean_gradients
 from whence.gradients.exact import SignedSequence, sequences_of
+from whence.numerics import generator
 from whence.runner import counting
 from whence.selection.protocols import Target, View
 from whence.selection.views import IndexView
@@ -40,6 +43,10 @@ class EKFAC:
     damping: float = DAMPING
     empirical: bool = False
     """Take the rows' own answers in place of drawn ones."""
+    refine: int = 0
+    """Steps of conjugate gradients on exact Gauss-Newton products, for every target."""
+    sample: int = 256
+    """Rows that each of those products is taken over, at most."""
 
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -51,14 +58,28 @@ class EKFAC:
         some = [rows[number] for number in usable]
         curvature = self._curvature(model, layers, some, view.tokens_per_batch)
         directions = mean_gradients(model, layers, [_sequences(target) for target in targets])
-        directions = {name: curvature[name].power(each, -1.0, damping=self.damping)
-                      for name, each in directions.items()}  # fmt: skip
+        directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         out = torch.full((len(targets), len(rows)), -torch.inf)
         with counting("Scoring by curvature", len(some)) as tick:
             out[:, usable] = direction_scores(
                 model, layers, directions, some, tokens_per_batch=view.tokens_per_batch, tick=tick
             )
         return torch.where(out.isfinite(), out, -torch.inf)
+
+    def _solved(self, model, layers, curvature, targets, rows, tokens_per_batch):
+        """Targets by the damped inverse [s o i], by layer."""
+        if not self.refine:
+            return {name: curvature[name].power(each, -1.0, damping=self.damping) for name, each in targets.items()}
+        drawn = torch.randperm(len(rows), generator=generator(self.seed, "gauss-newton"))[: self.sample].tolist()
+        some = [rows[number] for number in drawn]
+        product = partial(gauss_newton_product, model, layers, some, tokens_per_batch=tokens_per_batch)
+        solved = []
+        with counting("Refining", len(next(iter(targets.values())))) as tick:
+            for number in range(len(next(iter(targets.values())))):
+                target = {name: each[number] for name, each in targets.items()}
+                solved.append(damped_solution(product, curvature, target, steps=self.refine, damping=self.damping))
+                tick(1, 0)
+        return {name: torch.stack([one[name] for one in solved]) for name in targets}
 
     def _curvature(self, model, layers, rows, tokens_per_batch) -> Curvature:
         how = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
