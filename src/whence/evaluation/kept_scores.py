@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class KeptScores:
     row_ids: Sequence[str]
     max_tokens: int | None = None
     """Where longer queries are cut."""
+    _digests: dict[tuple[int, bool], list[Any]] = field(default_factory=dict, init=False, repr=False)
+    """Of what was read, by view and whether its model was."""
 
     def load(self, key: str) -> tuple[torch.Tensor, float] | None:
         """Scores [q n] and what they took; None if there are none, or they are damaged."""
@@ -85,7 +87,8 @@ class KeptScores:
         file = f"{key}.safetensors"
         try:
             done = self.place.write(f"{FOLDER}/{file}", pieces, total=total)
-            record = KeptRecord(method=method, seconds=seconds, file=file, bytes=done.bytes, xxh3=done.xxh3 or "")
+            assert done.xxh3 is not None
+            record = KeptRecord(method=method, seconds=seconds, file=file, bytes=done.bytes, xxh3=done.xxh3)
             self.place.write_document(f"{FOLDER}/{key}.json", asdict(record))
         except StorageError as error:
             logger.warning("%s: its scores are not kept", error)
@@ -101,7 +104,10 @@ class KeptScores:
         """
         values = {name: _content(value) for name, value in options.items()}
         reads_model = catalogue.graded_entry(method).needs_model
-        parts = [__version__, method, values, seed, _read_by(view, reads_model), self._asked]
+        read = (id(view), reads_model)
+        if read not in self._digests:  # weights are read through for it
+            self._digests[read] = _read_by(view, reads_model)
+        parts = [__version__, method, values, seed, self._digests[read], self._asked]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
     @cached_property
