@@ -5,10 +5,14 @@ import torch
 from small_views import Rows, each, query
 
 from conftest import corpus_rows
+from whence.errors import SettingError
 from whence.gradients.curvature.eigen import ekfac, ekfac_sums, kfac
 from whence.gradients.curvature.factors import kfac_factors
+from whence.indexing.build import index as build_index
+from whence.indexing.opening import open_index
 from whence.models.loading import load_model
 from whence.selection.scorers.curvature import EKFAC
+from whence.selection.views import IndexView
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +74,23 @@ def test_large_damping_leaves_inner_products(view, model):
             (target[name] * own[name]).sum() / (1e6 * curvature[name].eigenvalues.mean()) for name in layers
         )
     torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
+
+
+def test_a_plain_index_serves_as_it_is(tiny_llama, tmp_path):
+    rows = corpus_rows(12)
+    build_index(tiny_llama, rows, tmp_path / "whole", projection="identity", codec="float32", progress=False)
+    build_index(tiny_llama, rows, tmp_path / "sketch", width=43008, projection="count_sketch", progress=False)
+    whole, sketch = (IndexView(open_index(tmp_path / name)) for name in ("whole", "sketch"))
+    asked = each([query(rows[3], whole.model()), query(rows[5], whole.model())])
+    expected = EKFAC(exact=True)(whole, asked)
+    torch.testing.assert_close(EKFAC()(whole, asked), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    found = EKFAC()(sketch, asked)
+    assert all(torch.corrcoef(torch.stack(pair))[0, 1] > 0.95 for pair in zip(found, expected, strict=True))
+
+
+def test_vectors_that_are_no_plain_gradients_are_refused(tiny_llama, tmp_path):
+    rows = corpus_rows(4)
+    build_index(tiny_llama, rows, tmp_path / "index", normalise="layer", projection="shuffle_sum", progress=False)
+    view = IndexView(open_index(tmp_path / "index"))
+    with pytest.raises(SettingError, match=r"not plain gradients .*--set exact=true"):
+        EKFAC()(view, each([query(rows[0], view.model())]))

@@ -7,6 +7,9 @@ over its tokens), H the Gauss-Newton matrix of the corpus as K-FAC or EK-FAC has
 eigenvalues. Larger is more helpful; the unit is nats for each row of the corpus' mean loss, but for damping. It asks of
 a minimum that no training reaches, so that its length says less than its order.
 
+An index of plain gradients serves as it is: what the inverse makes of v is projected as a gradient is, and compared
+with the vectors of the last checkpoint.
+
 Cost: two or three passes over the rows (one for K-FAC's factors, one more for EK-FAC's eigenvalues, one for scores).
 
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
@@ -21,10 +24,12 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from whence.corpus.tokens import Encoded
+from whence.errors import SettingError
 from whence.gradients.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
 from whence.gradients.curvature.factors import kfac_factors
 from whence.gradients.curvature.gauss_newton import damped_solution, gauss_newton_product
-from whence.gradients.curvature.scores import direction_scores, mean_gradients
+from whence.gradients.curvature.scores import Directions, direction_scores, mean_gradients
 from whence.gradients.exact import SignedSequence, sequences_of
 from whence.numerics import generator
 from whence.runner import counting
@@ -47,6 +52,8 @@ class EKFAC:
     """Steps of conjugate gradients on exact Gauss-Newton products, for every target."""
     sample: int = 256
     """Rows that each of those products is taken over, at most."""
+    exact: bool = False
+    """Form the rows' gradients again where an index has their sketches."""
 
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -60,6 +67,8 @@ class EKFAC:
         directions = mean_gradients(model, layers, [_sequences(target) for target in targets])
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         out = torch.full((len(targets), len(rows)), -torch.inf)
+        if isinstance(view, IndexView) and not self.exact:
+            return _by_sketches(view, directions, rows)
         with counting("Scoring by curvature", len(some)) as tick:
             out[:, usable] = direction_scores(
                 model, layers, directions, some, tokens_per_batch=view.tokens_per_batch, tick=tick
@@ -87,6 +96,28 @@ class EKFAC:
         if self.kind == "kfac":
             return curvature
         return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
+
+
+def _by_sketches(view: IndexView, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:
+    """The same inner products, from the index' vectors of its last checkpoint.
+
+    Raises:
+        SettingError: The vectors are not rows' gradients as they are.
+    """
+    space, store = view.index.space, view.index.store
+    if space.view != "sgd" or space.normalise != "none":
+        raise SettingError(
+            f"{store.place.root}: its vectors are not plain gradients (--view {space.view}, --normalise "
+            f"{space.normalise}), and curvature is of these. Use --set exact=true, or an index without those flags."
+        )
+    projection = view.index.projection(view.index.model())
+    vectors = torch.zeros(len(view.weights), len(next(iter(directions.values()))), projection.width)
+    for layer, matrices in directions.items():
+        vectors[-1][:, projection.columns(layer)] += projection.flat(matrices, layer=layer).cpu()
+    scores = view.scores(vectors / view.weights[-1], cosine=False)
+    if space.reduction == "mean":  # rows count by their sums
+        scores = scores * torch.tensor([max(1, row.supervised_count) for row in rows])
+    return scores
 
 
 def _sequences(target: Target) -> list[SignedSequence]:
