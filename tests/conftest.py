@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 
 import beartype.door
@@ -204,6 +205,16 @@ def write_jsonl(path, rows):
 def contents(path):
     """Bytes of every file below a directory, by relative name."""
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def answered_signals():
+    """Signals that stop a command do so, also where the tests run in the background, which ignores them."""
+    answers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    yield
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
 @pytest.fixture(scope="session")

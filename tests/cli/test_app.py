@@ -596,6 +596,7 @@ def test_bench_prints_the_promised_keys(whence, tiny_llama, tiny_corpus, monkeyp
     assert "of a training step" in whence("bench", tiny_llama, tiny_corpus, *sizes).out
 
 
+@pytest.mark.usefixtures("answered_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_is_told_with_how_to_go_on(whence, tiny_llama, tiny_corpus, tmp_path, monkeypatch, number):
     handlers = [signal.getsignal(each) for each in signal.Signals]

@@ -14,6 +14,7 @@ from whence.cli import app, console
 STOPPED = "error stopped. What was finished is kept: the same command goes on from there."
 
 
+@pytest.mark.usefixtures("answered_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_during_the_imports_is_told(monkeypatch, capsys, number):
     from whence.__main__ import main
@@ -39,6 +40,7 @@ def test_the_command_is_started_where_signals_are_answered():
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.usefixtures("answered_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_exit_code_of_a_stop_within_text_that_is_run_is_its_own(number):
     """CPython ends by SIGINT where a plain KeyboardInterrupt has passed through `exec` of text, as imports have it."""

@@ -47,7 +47,7 @@ class KeptRecord:
 
     method: str
     seconds: float
-    """What scoring took."""
+    """What scoring took, on the clock."""
     file: str
     bytes: Count
     xxh3: FastDigest
@@ -66,7 +66,7 @@ class KeptScores:
     """Of what was read, by view and whether its model was."""
 
     def load(self, key: str) -> tuple[torch.Tensor, float] | None:
-        """Scores [q n] and what they took; None if there are none, or they are damaged."""
+        """Scores [q n], larger is more helpful, and their seconds; None if there are none, or they are damaged."""
         document = f"{FOLDER}/{key}.json"
         if not self.place.exists(document):
             return None

@@ -103,7 +103,7 @@ def _methods(points: Sequence[Point], rise: Scale, run: Scale) -> list[str]:
             words += f" ({number(point.interval[0], '.3f')} to {number(point.interval[1], '.3f')})"
         dots.append(dot(x, y, words, fill=colour))
         width = CHARACTER * len(point.name) + 4
-        is_left = point.cost is not None and x + 2 * DOT + width > LEFT + WIDTH
+        is_left = bool(point.cost) and x + 2 * DOT + width > LEFT + WIDTH
         start = x - 2 * DOT - width if is_left else x + 2 * DOT
         place = _free(start, y, width, taken)
         taken.append((start, place, width))
