@@ -254,6 +254,7 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     ),
     "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
     "reach": TraceMethod("how far an example moved any of the answer's tokens, either way", scorer="reach"),
+    "ekfac": TraceMethod("inner product of gradients divided by the loss' curvature", scorer="ekfac"),
     "replay": TraceMethod("effect through every step of a run of train --replayable, in nats", needs_run=True),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
     "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),

@@ -66,6 +66,15 @@ class MissingBankError(MissingIndexError):
         return cls(f"{path}: no bank here (no bank.json). Make one: whence bank RUN CORPUS --queries FILE -o {path}")
 
 
+class MissingCurvatureError(WhenceError):
+    """There is no curvature at this path, or only the beginning of one."""
+
+    @classmethod
+    def at(cls, path: str) -> "MissingCurvatureError":
+        """The refusal of a path where there is none."""
+        return cls(f"{path}: no curvature here (no curvature.json). Measure it: whence curvature INDEX -o {path}")
+
+
 class ManifestMismatchError(WhenceError):
     """Two things were made with different settings: an index and a build, a query or a model."""
 

@@ -21,9 +21,20 @@ from whence.paths import exists
 from whence.paths import is_directory as folder_exists
 from whence.storage import TEMPORARY, Place
 
-DESCRIPTIONS = ("manifest.json", "pool.json", "bank.json", "whence_train.json", "adapter_config.json")
+DESCRIPTIONS = ("manifest.json", "pool.json", "bank.json", "curvature.json", "whence_train.json", "adapter_config.json")
 """Files of a directory that name others."""
-NAMING = {"name", "path", "base", "parent", "corpus", "model", "run", "tokenizer_path", "base_model_name_or_path"}
+NAMING = {
+    "name",
+    "path",
+    "base",
+    "parent",
+    "corpus",
+    "model",
+    "run",
+    "index",
+    "tokenizer_path",
+    "base_model_name_or_path",
+}
 """Keys of addresses in these files."""
 
 

@@ -5,9 +5,9 @@ import torch
 from small_views import Rows, each, query
 
 from conftest import corpus_rows
+from whence.curvature.eigen import ekfac, ekfac_sums, kfac
+from whence.curvature.factors import kfac_factors
 from whence.errors import SettingError
-from whence.gradients.curvature.eigen import ekfac, ekfac_sums, kfac
-from whence.gradients.curvature.factors import kfac_factors
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
 from whence.models.loading import load_model

@@ -25,6 +25,7 @@ from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.banking import bank
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
+from whence.cli.curvature import curvature
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, plan, verify
 from whence.cli.mixing import mix
@@ -181,7 +182,7 @@ def demo(
     print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 
 
-for verb in (train, plan, index, trace, info, verify, append, bench, select, recover, bank):
+for verb in (train, plan, index, trace, curvature, info, verify, append, bench, select, recover, bank):
     app.command()(flattened(verb) if verb is info else reads_rows(flattened(verb)))
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")

@@ -9,7 +9,8 @@ import typer
 from whence import catalogue
 from whence.cli.banking import print_bank
 from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
-from whence.cli.inputs import check_inputs, is_bank
+from whence.cli.curvature import print_curvature
+from whence.cli.inputs import check_inputs, is_bank, is_curvature
 from whence.cli.options import (
     CORPUS,
     BuildFlags,
@@ -101,12 +102,19 @@ def _plan(model: str, corpus: str, out: str, options: dict[str, Any], as_json: b
 
 
 def info(
-    index: Annotated[str, typer.Argument(metavar="PATH", help="Directory of an index, or of a bank of retrainings.")],
+    index: Annotated[
+        str, typer.Argument(metavar="PATH", help="Directory of an index, of a bank of retrainings, or of curvature.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Show what an index or a bank of retrainings holds."""
+    """Show what an index, a bank of retrainings or curvature holds."""
     if is_bank(index):
         print_bank(index, as_json)
+        return
+    if is_curvature(index):
+        with waiting("Loading torch"):
+            from whence.curvature.store import open_curvature
+        print_curvature(open_curvature(index), as_json)
         return
     check_inputs(index=index)
     from whence.indexing.store import Store
@@ -257,6 +265,7 @@ def _check_settings(settings: IndexFlags) -> None:
 _NEXT = {
     "a pool": ("whence", "ablate", "PATH", "--eval", "HELDOUT.jsonl"),
     "a bank": ("whence", "evaluate", "lds", "PATH", "--methods", "bm25,random"),
+    "curvature": ("whence", "trace", "INDEX", "--prompt", "TEXT", "--method", "ekfac", "--curvature", "PATH"),
     "a run": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "a model": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "recover's work": ("whence", "recover", "BASE", "FINAL", "CORPUS", "--work", "PATH"),

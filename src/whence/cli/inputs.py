@@ -5,9 +5,17 @@ Whoever reads an input says the rest: here it is asked whether there is somethin
 
 from collections.abc import Iterable
 
-from whence.errors import MissingBankError, MissingIndexError, MissingLogError, MissingPoolError, SettingError
+from whence.errors import (
+    MissingBankError,
+    MissingCurvatureError,
+    MissingIndexError,
+    MissingLogError,
+    MissingPoolError,
+    SettingError,
+)
 
 MANIFEST, POOL, BANK, STEP_LOG = "manifest.json", "pool.json", "bank.json", "replay/replay.json"
+CURVATURE = "curvature.json"
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
@@ -17,6 +25,7 @@ def check_inputs(
     pool: str | None = None,
     run: str | None = None,
     bank: str | None = None,
+    curvature: str | None = None,
     models: Iterable[str | None] = (),
     corpora: Iterable[str | None] = (),
 ) -> None:
@@ -27,6 +36,7 @@ def check_inputs(
         MissingPoolError: There is no pool.
         MissingLogError: There is no run that can be replayed.
         MissingBankError: There is no bank.
+        MissingCurvatureError: There is no curvature.
         ModelError: There is no model, adapter or Trainer's directory, here or on the Hub.
         CorpusError: There is no file, directory or data set.
         SettingError: A model is given as a corpus, or a corpus or an index as a model.
@@ -46,6 +56,8 @@ def check_inputs(
         raise MissingLogError.at(run)
     if bank is not None and not is_bank(bank):
         raise MissingBankError.at(bank)
+    if curvature is not None and not is_curvature(curvature):
+        raise MissingCurvatureError.at(curvature)
     for path in rows:
         _check_corpus(path)
     for path in weights:
@@ -64,6 +76,13 @@ def is_bank(path: str) -> bool:
     from whence.storage import Place
 
     return Place.at(path).exists(BANK)
+
+
+def is_curvature(path: str) -> bool:
+    """Whether there is curvature at a path."""
+    from whence.storage import Place
+
+    return Place.at(path).exists(CURVATURE)
 
 
 def _check_corpus(path: str) -> None:

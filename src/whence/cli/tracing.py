@@ -71,6 +71,9 @@ def trace(
     corpus: Annotated[
         str | None, typer.Option(help="For replay: what the run was trained on, if it has moved since.")
     ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(metavar="DIRECTORY", help="For ekfac: what whence curvature measured.")
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--out", help="Write rows to .jsonl, .csv or .parquet, a report to .html, or all to .json."),
@@ -86,11 +89,14 @@ def trace(
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, RESULT_ENDINGS)
     check_outputs(
-        [output], rows=[queries, controls, messages], others=[index, model, loading.tokenizer, corpus], force=force
+        [output],
+        rows=[queries, controls, messages],
+        others=[index, model, loading.tokenizer, corpus, curvature],
+        force=force,
     )
     conversation = _conversation(messages, queries)
     place = span_of(span, span_tokens, "--span-tokens")
-    check_inputs(**{"run" if needs_run else "index": index}, corpora=[queries, controls, corpus])
+    check_inputs(**{"run" if needs_run else "index": index}, corpora=[queries, controls, corpus], curvature=curvature)
     with waiting("Loading torch"):
         from whence.indexing.opening import open_index
         from whence.reports.trace_tables import is_shallow, stands_out, trace_answer, trace_tables
@@ -107,7 +113,7 @@ def trace(
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, corpus=corpus, **read_by_run,
+            seed=seed, corpus=corpus, curvature=curvature, **read_by_run,
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:

@@ -15,14 +15,14 @@ Source: TracInCP, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, section 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
 from whence.errors import SettingError
-from whence.gradients.exact import SignedSequence, corpus_scores, sequences_of
+from whence.gradients.exact import corpus_scores
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.runner import counting
@@ -58,7 +58,7 @@ class ExactCosine:
 @one_at_a_time
 def _exact(view: View, targets: Sequence[Target], *, cosine: bool) -> Float32[Tensor, "s n"]:
     rows = list(view.encoded())
-    queries = [_sequences(target) for target in targets]
+    queries = [target.sequences() for target in targets]
     total = torch.zeros(len(targets), len(rows))
     for weight, model, layers, space in _checkpoints(view):
         with counting("Exact gradients", len(rows)) as tick:
@@ -74,16 +74,6 @@ def _exact(view: View, targets: Sequence[Target], *, cosine: bool) -> Float32[Te
                 tick=tick,
             )
     return torch.where(total.isfinite(), total, -torch.inf)
-
-
-def _sequences(target: Target) -> list[SignedSequence]:
-    """A target's sequences, whose gradients add up to the mean of its queries'."""
-    share = 1 / len(target.queries)
-    return [
-        replace(sequence, sign=share * sequence.sign)
-        for query in target.queries
-        for sequence in sequences_of(query.encoded)
-    ]
 
 
 def _checkpoints(view: View) -> Iterator[tuple[float, LoadedModel, dict[str, nn.Module], GradientSpace]]:

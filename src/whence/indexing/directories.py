@@ -25,6 +25,7 @@ KINDS = {
     MANIFEST: "an index",
     "pool.json": "a pool",
     "bank.json": "a bank",
+    "curvature.json": "curvature",
     RECORD: "a run",
     "table.json": "an evaluation",
 }

@@ -4,7 +4,7 @@ Letters in shapes: `n` training examples, `q` queries, `s` targets, `c` checkpoi
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float32
@@ -13,6 +13,7 @@ from torch import Tensor
 from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
+from whence.gradients.exact import SignedSequence, sequences_of
 from whence.models.loading import LoadedModel
 
 
@@ -36,6 +37,15 @@ class Target:
     def __post_init__(self):
         if not self.queries:
             raise SettingError(f"target {self.name!r} has no query; a target needs at least one example")
+
+    def sequences(self) -> list[SignedSequence]:
+        """Its sequences, whose gradients add up to the mean of its queries'."""
+        share = 1 / len(self.queries)
+        return [
+            replace(sequence, sign=share * sequence.sign)
+            for query in self.queries
+            for sequence in sequences_of(query.encoded)
+        ]
 
 
 @runtime_checkable

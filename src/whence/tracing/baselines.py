@@ -4,7 +4,9 @@ Every trace takes a pass over the rows, which is as long as indexing them. Large
 index cannot rank, or that have no finite score, are never ranked.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -21,10 +23,11 @@ from whence.turns import TURN
 
 
 def from_scorer(
-    index: Index, queries: list[EncodedQuery], *, method: str, top: int, objective: str, seed: int
-) -> Trace:
-    """A trace by a method that reads the corpus itself."""
-    scores = all_scores(index, queries, method=method, objective=objective, seed=seed)
+    index: Index, queries: list[EncodedQuery], *, method: str, top: int, objective: str, seed: int,
+    options: Mapping[str, Any] | None = None
+) -> Trace:  # fmt: skip
+    """A trace by a method that reads the corpus itself; for `options` see `all_scores`."""
+    scores = all_scores(index, queries, method=method, objective=objective, seed=seed, options=options)
     rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
     rankable[index.store.rankable()] = True
     scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
@@ -53,14 +56,15 @@ def from_scorer(
 
 
 def all_scores(
-    index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int
-) -> Float32[Tensor, "q n"]:
-    """Every row's score for every query, by a method that reads the corpus itself."""
+    index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int,
+    options: Mapping[str, Any] | None = None
+) -> Float32[Tensor, "q n"]:  # fmt: skip
+    """Every row's score for every query, by a method that reads the corpus itself; options are its scorer's."""
     entry, view = catalogue.trace_method(method), IndexView(index)
     if entry.scorer is not None:
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
-        return catalogue.scorer(entry.scorer)(seed=seed)(view, targets)
+        return catalogue.scorer(entry.scorer)(seed=seed, **(options or {}))(view, targets)
     rows = list(view.encoded())
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")

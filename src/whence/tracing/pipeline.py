@@ -57,6 +57,7 @@ def trace(
     temperature: float = 0.0,
     model: str | None = None,
     corpus: str | Path | None = None,
+    curvature: str | Path | None = None,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Trace:
@@ -79,6 +80,7 @@ def trace(
         model: The model's directory, where it has moved since the index was built; for the method "replay" that of the
             model which the run was trained from.
         corpus: For the method "replay", what the run was trained on, where that is not where it was.
+        curvature: For the method "ekfac", a directory of `curvature`; without it, it is measured for this call alone.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -93,6 +95,8 @@ def trace(
     loading, settings = split_loading(settings)
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
+    if curvature is not None and how.method != "ekfac":
+        raise SettingError(f"--curvature belongs to --method ekfac, not to --method {how.method}")
     if catalogue.trace_method(how.method).needs_run:
         _refuse_others(how, loading, controls)
         if isinstance(index, Index):
@@ -123,8 +127,9 @@ def trace(
             traced = Retrieval(opened, encoded, how, control_queries).trace()
         else:
             traced = from_scorer(
-                opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed
-            )
+                opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed,
+                options={} if curvature is None else {"curvature": str(curvature)},
+            )  # fmt: skip
         described = _described_settings(opened, how, is_exact=bool(traced.rerankings)) | {
             "completion": _completion_origin(traced.answers, sampling)
         }

@@ -15,27 +15,31 @@ Cost: two or three passes over the rows (one for K-FAC's factors, one more for E
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
-from whence.errors import SettingError
-from whence.gradients.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
-from whence.gradients.curvature.factors import kfac_factors
-from whence.gradients.curvature.gauss_newton import damped_solution, gauss_newton_product
-from whence.gradients.curvature.scores import Directions, direction_scores, mean_gradients
-from whence.gradients.exact import SignedSequence, sequences_of
+from whence.curvature.directions import Directions, direction_scores, mean_gradients
+from whence.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
+from whence.curvature.factors import kfac_factors
+from whence.curvature.gauss_newton import damped_solution, gauss_newton_product
+from whence.curvature.store import Kind, open_curvature
+from whence.errors import ManifestMismatchError, SettingError
+from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.runner import counting
 from whence.selection.protocols import Target, View
 from whence.selection.views import IndexView
 from whence.turns import one_at_a_time
+
+Layers = Mapping[str, nn.Module]
+"""Traced layers by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class EKFAC:
 
     seed: int = 0
     """Of the answers that the model draws."""
-    kind: Literal["ekfac", "kfac"] = "ekfac"
+    kind: Kind = "ekfac"
     damping: float = DAMPING
     empirical: bool = False
     """Take the rows' own answers in place of drawn ones."""
@@ -54,6 +58,8 @@ class EKFAC:
     """Rows that each of those products is taken over, at most."""
     exact: bool = False
     """Form the rows' gradients again where an index has their sketches."""
+    curvature: str = ""
+    """Directory of `whence curvature`, whose kind and answers then hold; else it is measured for this call alone."""
 
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -64,7 +70,8 @@ class EKFAC:
         usable = [number for number, row in enumerate(rows) if any(row.supervised[1:])]
         some = [rows[number] for number in usable]
         curvature = self._curvature(model, layers, some, view.tokens_per_batch)
-        directions = mean_gradients(model, layers, [_sequences(target) for target in targets])
+        layers = {name: layers[name] for name in curvature}
+        directions = mean_gradients(model, layers, [target.sequences() for target in targets])
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         out = torch.full((len(targets), len(rows)), -torch.inf)
         if isinstance(view, IndexView) and not self.exact:
@@ -75,8 +82,16 @@ class EKFAC:
             )
         return torch.where(out.isfinite(), out, -torch.inf)
 
-    def _solved(self, model, layers, curvature, targets, rows, tokens_per_batch):
-        """Targets by the damped inverse [s o i], by layer."""
+    def _solved(
+        self,
+        model: LoadedModel,
+        layers: Layers,
+        curvature: Curvature,
+        targets: Directions,
+        rows: Sequence[Encoded],
+        tokens_per_batch: int,
+    ) -> Directions:
+        """The damped inverse's products with targets."""
         if not self.refine:
             return {name: curvature[name].power(each, -1.0, damping=self.damping) for name, each in targets.items()}
         drawn = torch.randperm(len(rows), generator=generator(self.seed, "gauss-newton"))[: self.sample].tolist()
@@ -90,12 +105,44 @@ class EKFAC:
                 tick(1, 0)
         return {name: torch.stack([one[name] for one in solved]) for name in targets}
 
-    def _curvature(self, model, layers, rows, tokens_per_batch) -> Curvature:
-        how = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
+    def _curvature(
+        self, model: LoadedModel, layers: Layers, rows: Sequence[Encoded], tokens_per_batch: int
+    ) -> Curvature:
+        if self.curvature:
+            return _stored(self.curvature, model, layers, self.kind)
+        how: _How = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
         curvature = kfac(kfac_factors(model, layers, rows, **how))
         if self.kind == "kfac":
             return curvature
         return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
+
+
+def _stored(path: str, model: LoadedModel, layers: Layers, kind: Kind) -> Curvature:
+    """Curvature that was measured before.
+
+    Raises:
+        ManifestMismatchError: It is of another model, or of layers that are not traced.
+    """
+    store = open_curvature(path)
+    if (digest := directory_digest(model.path)) != store.measured.model_digest:
+        raise ManifestMismatchError(
+            f"{path}: curvature of another model, {store.measured.model} (digest {store.measured.model_digest[:12]}, "
+            f"here {digest[:12]}). Measure this one: whence curvature INDEX -o ANOTHER"
+        )
+    if others := [name for name in store.measured.layers if name not in layers]:
+        raise ManifestMismatchError(
+            f"{path}: curvature of the layer {others[0]}, which is not traced here. Measure it again: whence curvature "
+            "INDEX -o ANOTHER"
+        )
+    return store.curvature(kind, model.device)
+
+
+class _How(TypedDict):
+    """Arguments of both passes."""
+
+    seed: int
+    is_empirical: bool
+    tokens_per_batch: int
 
 
 def _by_sketches(view: IndexView, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:
@@ -118,12 +165,3 @@ def _by_sketches(view: IndexView, directions: Directions, rows: Sequence[Encoded
     if space.reduction == "mean":  # rows count by their sums
         scores = scores * torch.tensor([max(1, row.supervised_count) for row in rows])
     return scores
-
-
-def _sequences(target: Target) -> list[SignedSequence]:
-    share = 1 / len(target.queries)
-    return [
-        replace(sequence, sign=share * sequence.sign)
-        for query in target.queries
-        for sequence in sequences_of(query.encoded)
-    ]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from conftest import random_examples, tiny_model
-from whence.gradients.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
-from whence.gradients.curvature.factors import kfac_factors
-from whence.gradients.curvature.gauss_newton import damped_solution, gauss_newton_product
+from whence.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
+from whence.curvature.factors import kfac_factors
+from whence.curvature.gauss_newton import damped_solution, gauss_newton_product
 from whence.models.loading import layer_shape
 
 

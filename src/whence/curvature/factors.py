@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
+from whence.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.gradients.capture import Captured
-from whence.gradients.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.models.loading import LoadedModel, layer_shape
 
 ROUNDING = 1e-5

@@ -7,10 +7,10 @@ import torch
 
 from conftest import random_examples, tiny_model
 from whence.corpus.tokens import collate
+from whence.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
+from whence.curvature.factors import kfac_factors, positions_with_slope
+from whence.curvature.fisher import DrawnLabels, uniforms_of
 from whence.gradients.capture import gradients
-from whence.gradients.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
-from whence.gradients.curvature.factors import kfac_factors, positions_with_slope
-from whence.gradients.curvature.fisher import DrawnLabels, uniforms_of
 from whence.models.loading import layer_shape
 
 ARCHITECTURES = ["llama", "gpt2", "lora"]

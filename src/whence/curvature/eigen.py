@@ -21,9 +21,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
+from whence.curvature.factors import Factors
+from whence.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.gradients.capture import Captured, example_gradients
-from whence.gradients.curvature.factors import Factors
-from whence.gradients.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.models.loading import LoadedModel
 
 DAMPING = 0.1

@@ -27,7 +27,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.corpus.tokens import Batch, Encoded
-from whence.gradients.curvature.eigen import DAMPING, Curvature
+from whence.curvature.eigen import DAMPING, Curvature
 from whence.gradients.exact import batches
 from whence.models.loading import LoadedModel
 

@@ -1,0 +1,171 @@
+"""What a measurement of curvature would take, by both of its passes over a sample of the rows. Nothing is written.
+
+Time follows from the sampled rows' share of the tokens, that of the eigenbases from one decomposition and the cube of a
+layer's sides. Memory is what the passes take with the matrices of all layers beside them; where there is too little,
+the plan names the layers to leave out.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import nn
+
+from whence.counts import number_of
+from whence.curvature.eigen import LayerCurvature, ekfac_sums
+from whence.curvature.factors import kfac_factors
+from whence.curvature.pipeline import MOST_ROWS, Subject
+from whence.curvature.store import DOCUMENT, Description, Kind, check_same, read_description
+from whence.indexing.memory import forget_peak, peak_resident
+from whence.indexing.memory_bound import ROOM
+from whence.indexing.opening import Index
+from whence.indexing.pilot import spread
+from whence.indexing.planning import DISK, MEMORY, Phase, Plan, free_disk, free_memory
+from whence.models.load_options import IndexLoading
+from whence.models.loading import layer_shape
+from whence.storage import Place
+
+SAMPLE = 64
+"""Rows of the pilot, at most."""
+DECOMPOSED = 512
+"""Largest side of the matrix that is decomposed to measure how long that takes."""
+
+
+def plan_curvature(
+    index: str | Path | Index,
+    out: str | Path = "CURVATURE",
+    *,
+    kind: Kind = "ekfac",
+    rows: int = MOST_ROWS,
+    layers: str | None = None,
+    empirical: bool = False,
+    seed: int = 0,
+    restart: bool = False,
+    **loading: Unpack[IndexLoading],
+) -> Plan:
+    """What `pipeline.curvature` would take with these arguments; what is done in `out` is not counted.
+
+    Raises:
+        MissingIndexError: See there, as all others.
+    """
+    start = time.perf_counter()
+    subject = Subject.of(index, rows=rows, layers=layers, seed=seed, **loading)
+    measured = subject.measured(kind, empirical=empirical, seed=seed)
+    place = Place.at(out)
+    begun = None if restart or not place.exists(DOCUMENT) else read_description(place)
+    if begun is not None:
+        check_same(begun.measured, measured, place.root)
+    sizes = Sizes.of(subject.layers)
+    began = time.perf_counter() - start
+    left, notes = _left(begun, len(subject.numbers))
+    seconds, peak = _piloted(subject, empirical=empirical, seed=seed, has_eigenvalues=kind == "ekfac")
+    phases = [
+        Phase("checking and loading", began),
+        Phase("covariances", seconds[0] * left[0], number_of(round(left[0] * len(subject.numbers)), "row")),
+        Phase("eigenbases", sizes.cubes * _seconds_of_decomposing(subject.model.device) * (left[0] > 0)),
+    ]
+    disk = {"eigenbases": 4 * (sizes.squares + sizes.weights)}
+    if kind == "ekfac":
+        phases.append(
+            Phase("eigenvalues", seconds[1] * left[1], number_of(round(left[1] * len(subject.numbers)), "row"))
+        )
+        disk["eigenvalues"] = 4 * sizes.weights
+    on_gpu = subject.model.device.type == "cuda"
+    memory = peak + 4 * max(sizes.squares, sizes.weights) + ROOM
+    free = torch.cuda.mem_get_info(subject.model.device)[0] if on_gpu else free_memory()
+    return Plan(
+        verb="curvature",
+        about=f"{'EK-FAC' if kind == 'ekfac' else 'K-FAC'} of {number_of(len(subject.numbers), 'row')} and "
+        f"{number_of(len(subject.layers), 'layer')}",
+        phases=tuple(phases),
+        disk=disk,
+        memory=memory,
+        free_disk=free_disk(out),
+        free_memory=free,
+        on_gpu=on_gpu,
+        remedies={DISK: ("-o", "ANOTHER_DISK/CURVATURE"), MEMORY: _fewer_layers(subject.layers, memory, free)},
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of matrices' entries, over all layers."""
+
+    squares: int
+    """i^2 + o^2: of factors, and of eigenbases."""
+    weights: int
+    """o i: of eigenvalues."""
+    cubes: int
+    """i^3 + o^3: what decomposing costs."""
+
+    @staticmethod
+    def of(layers: Mapping[str, nn.Module]) -> "Sizes":
+        """Of some layers."""
+        shapes = [layer_shape(layer) for layer in layers.values()]
+        return Sizes(
+            sum(o * o + i * i for o, i in shapes), sum(o * i for o, i in shapes), sum(o**3 + i**3 for o, i in shapes)
+        )
+
+
+def _left(begun: Description | None, rows: int) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """Shares of both passes that are still to do, and a sentence where some is done."""
+    if begun is None:
+        return (1.0, 1.0), ()
+    rest = 1 - begun.done / rows
+    left = {"factors": (rest, 1.0), "eigenvalues": (0.0, rest), "complete": (0.0, 0.0)}[begun.stage]
+    return left, (f"A measurement was begun there ({begun.stage}, {begun.done:,} of {rows:,} rows): this is the rest.",)
+
+
+def _piloted(subject: Subject, *, empirical: bool, seed: int, has_eigenvalues: bool) -> tuple[tuple[float, float], int]:
+    """Seconds of both passes over all rows, and the peak of the memory in bytes."""
+    numbers = subject.numbers
+    places = spread([1] * len(numbers), SAMPLE)
+    sample = subject.encoded(sorted(numbers[place] for place in places))
+    on_gpu, model = subject.model.device.type == "cuda", subject.model
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    else:
+        forget_peak()
+    how = {"seed": seed, "is_empirical": empirical, "tokens_per_batch": subject.index.tokens_per_batch}
+    kfac_factors(model, subject.layers, sample[:8], **how)  # what a first pass prepares
+    start = time.perf_counter()
+    factors = kfac_factors(model, subject.layers, sample, **how)
+    first, second = time.perf_counter() - start, 0.0
+    if has_eigenvalues:
+        bases = {}
+        for name, layer in factors.items():
+            (o, i), device = layer_shape(subject.layers[name]), layer.inputs.device
+            bases[name] = LayerCurvature(layer.inputs, layer.slopes, torch.zeros(o, i, device=device))
+        start = time.perf_counter()
+        ekfac_sums(model, subject.layers, bases, sample, **how)
+        second = time.perf_counter() - start
+    peak = torch.cuda.max_memory_reserved(model.device) if on_gpu else peak_resident()
+    times = len(numbers) / len(sample)
+    return (first * times, second * times), peak
+
+
+def _seconds_of_decomposing(device: torch.device) -> float:
+    """Of one entry of a matrix' cube."""
+    matrix = torch.rand(DECOMPOSED, DECOMPOSED, dtype=torch.float64, device=device)
+    start = time.perf_counter()
+    torch.linalg.eigh(matrix + matrix.T)[0].cpu()
+    return (time.perf_counter() - start) / DECOMPOSED**3
+
+
+def _fewer_layers(layers: Mapping[str, nn.Module], memory: int, free: int | None) -> tuple[str, ...]:
+    """The flag that leaves the largest layers out, as many as lack memory; by the last part of their names."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(name.rpartition(".")[2], []).append(layer_shape(layer))
+    sizes = {end: 8 * sum(o * o + i * i for o, i in shapes) for end, shapes in groups.items()}
+    without = []
+    for end in sorted(sizes, key=lambda end: -sizes[end])[:-1]:
+        if memory <= (free or 0):
+            break
+        without.append(f"!*{end}")
+        memory -= sizes[end]
+    return ("--layers", ",".join(without)) if without else ("--rows", "1000")

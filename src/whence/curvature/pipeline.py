@@ -1,0 +1,225 @@
+"""Measure the curvature of a model's loss over the rows of an index, and keep it: the job of `whence curvature`.
+
+Two passes over the rows, one for K-FAC's factors and one for EK-FAC's eigenvalues, in the order of the index and in
+pieces of `ROWS_AT_ONCE` rows, so that a measurement which was stopped goes on from its last writing and ends with the
+same bytes. It is of the index' last checkpoint, and of the gradients as they are, whatever the view of its vectors.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from whence import runner
+from whence.corpus.tokens import Encoded
+from whence.curvature.eigen import ekfac_sums, kfac
+from whence.curvature.factors import Factors, kfac_factors
+from whence.curvature.store import CurvatureStore, Kind, Measured
+from whence.errors import SettingError
+from whence.indexing.opening import Index, open_index
+from whence.indexing.parts import encoded_row
+from whence.models.load_options import IndexLoading
+from whence.models.loading import LoadedModel
+from whence.numerics import generator
+from whence.outputs import refuse_inputs
+from whence.storage import Place
+
+ROWS_AT_ONCE = 256
+"""Rows whose sums are added at once."""
+EVERY = 60.0
+"""Seconds between two writings of unfinished sums."""
+MOST_ROWS = 20_000
+"""Rows that are measured where nobody says how many: covariances of more move little."""
+
+
+def curvature(
+    index: str | Path | Index,
+    out: str | Path,
+    *,
+    kind: Kind = "ekfac",
+    rows: int = MOST_ROWS,
+    layers: str | None = None,
+    empirical: bool = False,
+    seed: int = 0,
+    restart: bool = False,
+    progress: runner.ProgressOption = True,
+    **loading: Unpack[IndexLoading],
+) -> CurvatureStore:
+    """Measure curvature, or go on where a measurement was stopped.
+
+    Args:
+        index: A complete index.
+        out: Directory to write to.
+        kind: "kfac" takes one pass over the rows, and "ekfac" two.
+        rows: The most rows to measure; if the index has more, so many are drawn.
+        layers: Names of the layers to measure, as patterns; None: those of the index. Scores read these alone.
+        empirical: Take the rows' own answers in place of drawn ones.
+        seed: Of the answers that the model draws, and of the rows.
+        restart: Remove what is in `out`, and begin anew.
+        progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
+        **loading: How the model is loaded.
+
+    Raises:
+        MissingIndexError: The index is not complete.
+        SettingError: No row can be measured, the rows are contrasts of two answers, or `out` is an input.
+        ManifestMismatchError: `out` was begun with other settings, which are named.
+        StorageError: A file could not be written; the same command resumes.
+    """
+    subject = Subject.of(index, rows=rows, layers=layers, seed=seed, **loading)
+    refuse_inputs(out, [subject.index.store.place.root], is_directory=True)
+    measured = subject.measured(kind, empirical=empirical, seed=seed)
+    with Place.at(out).locked():
+        store = CurvatureStore.begin(out, measured, restart=restart)
+        return _Measurement(subject, store, progress).completed()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a measurement reads."""
+
+    index: Index
+    layers: Mapping[str, nn.Module]
+    numbers: tuple[int, ...]
+    """Rows that are measured, ascending."""
+    of_rows: int
+    """Rows of the index that can be ranked."""
+
+    @staticmethod
+    def of(
+        index: str | Path | Index, *, rows: int, layers: str | None, seed: int, **loading: Unpack[IndexLoading]
+    ) -> "Subject":
+        """Open an index and its model; for arguments and errors see `curvature`."""
+        if rows < 1:
+            raise SettingError(f"--rows {rows}: at least 1 is expected")
+        opened = index if isinstance(index, Index) else open_index(index, **loading)
+        opened.store.require_complete()
+        root = opened.store.place.root
+        if opened.has_contrasts:
+            raise SettingError(
+                f"{root}: its rows are contrasts of two answers (--preferences contrast), and curvature is of one "
+                "answer's loss. Index the corpus without that flag."
+            )
+        rankable = opened.store.rankable()
+        if not len(rankable):
+            raise SettingError(f"{root}: none of its rows can be measured. See: whence info {root}")
+        drawn = rankable
+        if len(rankable) > rows:
+            order = torch.randperm(len(rankable), generator=generator(seed, "curvature"))
+            drawn = rankable[order[:rows].sort().values]
+        model = opened.model()
+        traced = opened.layers(model)
+        chosen = traced if layers is None else {**model.layers(layers)}
+        if others := [name for name in chosen if name not in traced]:
+            raise SettingError(f"--layers {layers}: {others[0]} is not one of the layers of {root}")
+        return Subject(opened, chosen, tuple(drawn.tolist()), len(rankable))
+
+    @property
+    def model(self) -> LoadedModel:
+        """The last checkpoint's."""
+        return self.index.model()
+
+    def measured(self, kind: Kind, *, empirical: bool, seed: int) -> Measured:
+        """What a document says of it."""
+        manifest = self.index.store.manifest
+        return Measured(
+            kind=kind,
+            seed=seed,
+            is_empirical=empirical,
+            model=manifest.checkpoints[-1]["path"],
+            model_digest=manifest.checkpoints[-1]["digest"],
+            index=self.index.store.place.root,
+            corpora=tuple(corpus["digest"] for corpus in manifest.corpora),
+            rows=len(self.numbers),
+            of_rows=self.of_rows,
+            layers=tuple(self.layers),
+        )
+
+    def encoded(self, numbers: Sequence[int]) -> list[Encoded]:
+        """Rows of the index as token ids."""
+        store, tokenizer = self.index.store, self.model.tokenizer
+        longest = store.manifest.settings["max_tokens"]
+        return [encoded_row(row, tokenizer, longest) for row in store.read_rows(numbers)]
+
+    def pieces(self, done: int) -> Iterator[tuple[int, list[Encoded]]]:
+        """The rows after the first `done`, in pieces, each with the number of rows that are done after it."""
+        for first in range(done, len(self.numbers), ROWS_AT_ONCE):
+            some = self.numbers[first : first + ROWS_AT_ONCE]
+            yield first + len(some), self.encoded(some)
+
+
+@dataclass
+class _Measurement:
+    """The stages that a measurement has left."""
+
+    subject: Subject
+    store: CurvatureStore
+    progress: runner.ProgressOption
+    started: float = field(default_factory=time.perf_counter)
+    written: float = field(default_factory=time.perf_counter)
+
+    def completed(self) -> CurvatureStore:
+        """Go through them."""
+        self.before = self.store.description.seconds
+        if self.store.description.stage == "factors":
+            factors = self._factors()
+            self.store.save_kfac(kfac(factors), self._seconds)
+        if self.store.description.stage == "eigenvalues":
+            squares = self._squares()
+            rows = self.store.measured.rows
+            self.store.save_eigenvalues({name: total / rows for name, total in squares.items()}, self._seconds)
+        return self.store
+
+    @property
+    def _seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether it is time to write; then not again for a while."""
+        now = time.perf_counter()
+        is_due = now - self.written > EVERY
+        if is_due:
+            self.written = now
+        return is_due
+
+    @property
+    def _how(self) -> "_How":
+        measured = self.store.measured
+        return {"seed": measured.seed, "is_empirical": measured.is_empirical,
+                "tokens_per_batch": self.subject.index.tokens_per_batch}  # fmt: skip
+
+    def _factors(self) -> dict[str, Factors]:
+        subject, done = self.subject, self.store.description.done
+        sums = self.store.factors(subject.model.device) if done else {}
+        with runner.progress("Measuring covariances", self.store.measured.rows, done=done, shown=self.progress) as tick:
+            for end, rows in subject.pieces(done):
+                some = kfac_factors(subject.model, subject.layers, rows, **self._how)
+                sums = {name: layer + sums[name] if sums else layer for name, layer in some.items()}
+                tick(len(rows), sum(len(row.ids) for row in rows))
+                if self._is_due and end < self.store.measured.rows:
+                    self.store.save_factors(sums, end, self._seconds)
+        return sums
+
+    def _squares(self) -> dict[str, Tensor]:
+        subject, done, device = self.subject, self.store.description.done, self.subject.model.device
+        bases, sums = self.store.curvature(device=device), self.store.squares(device) if done else {}
+        with runner.progress("Measuring eigenvalues", self.store.measured.rows, done=done, shown=self.progress) as tick:
+            for end, rows in subject.pieces(done):
+                some = ekfac_sums(subject.model, subject.layers, bases, rows, **self._how)
+                sums = {name: total + sums[name] if sums else total for name, total in some.items()}
+                tick(len(rows), sum(len(row.ids) for row in rows))
+                if self._is_due and end < self.store.measured.rows:
+                    self.store.save_squares(sums, end, self._seconds)
+        return sums
+
+
+class _How(TypedDict):
+    """Arguments of both passes."""
+
+    seed: int
+    is_empirical: bool
+    tokens_per_batch: int
