@@ -64,13 +64,13 @@ def plan_curvature(
     seconds, peak = _piloted(subject, empirical=empirical, seed=seed, has_eigenvalues=kind == "ekfac")
     phases = [
         Phase("checking and loading", began),
-        Phase("covariances", seconds[0] * left[0], number_of(round(left[0] * len(subject.numbers)), "row")),
-        Phase("eigenbases", sizes.cubes * _seconds_of_decomposing(subject.model.device) * (left[0] > 0)),
+        Phase("first pass", seconds[0] * left[0], number_of(round(left[0] * len(subject.numbers)), "row")),
+        Phase("decompositions", sizes.cubes * _seconds_of_decomposing(subject.model.device) * (left[0] > 0)),
     ]
     disk = {"eigenbases": 4 * (sizes.squares + sizes.weights)}
     if kind == "ekfac":
         phases.append(
-            Phase("eigenvalues", seconds[1] * left[1], number_of(round(left[1] * len(subject.numbers)), "row"))
+            Phase("second pass", seconds[1] * left[1], number_of(round(left[1] * len(subject.numbers)), "row"))
         )
         disk["eigenvalues"] = 4 * sizes.weights
     on_gpu = subject.model.device.type == "cuda"

@@ -1,11 +1,11 @@
 """Influence by the curvature of the loss: how far taking a row out of a finished training moves a target's loss.
 
-    score = sum over layers l of <v_l, (H_l + d_l)^-1 g_l>
+    score = 1/N sum over layers l of <v_l, (H_l + d_l)^-1 g_l>
 
 with v the mean gradient of the target's queries (each one's mean loss over tokens), g that of the row's loss (the sum
-over its tokens), H the Gauss-Newton matrix of the corpus as K-FAC or EK-FAC has it, and d a tenth of the mean of its
-eigenvalues. Larger is more helpful; the unit is nats for each row of the corpus' mean loss, but for damping. It asks of
-a minimum that no training reaches, so that its length says less than its order.
+over its tokens), H the Gauss-Newton matrix of the N rows' mean loss as K-FAC or EK-FAC has it, and d a tenth of the
+mean of its eigenvalues. Larger is more helpful; the unit is nats: what leaving the row out would add to the target's
+loss, if the training had come to a minimum. As none has, its size says less than its order.
 
 An index of plain gradients serves as it is: what the inverse makes of v is projected as a gradient is, and compared
 with the vectors of the last checkpoint.
@@ -73,6 +73,7 @@ class EKFAC:
         layers = {name: layers[name] for name in curvature}
         directions = mean_gradients(model, layers, [target.sequences() for target in targets])
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
+        directions = {name: each / len(some) for name, each in directions.items()}
         out = torch.full((len(targets), len(rows)), -torch.inf)
         if isinstance(view, IndexView) and not self.exact:
             return _by_sketches(view, directions, rows)

@@ -40,6 +40,7 @@ from whence.errors import SettingError
 from whence.gradients.exact import sequences_of
 from whence.numerics import inverse_or_zero
 from whence.selection.protocols import GradientView, Target, View
+from whence.selection.target_vectors import indexed_view, no_gradient, target_vectors, unit_vectors
 
 _TOKENS_AT_ONCE = 64  # of a query: their vectors and scores are in memory together
 WITHIN = ("mean_gradient", "mean_cosine")
@@ -54,8 +55,8 @@ class Influence:
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores in nats^2 for each squared unit of weight; -inf where the index has no gradient."""
-        indexed = _indexed(view, "influence")
-        return indexed.scores(_by_target(indexed, targets, normalised=False), cosine=False)
+        indexed = indexed_view(view, "influence")
+        return indexed.scores(target_vectors(indexed, targets, normalised=False), cosine=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,10 @@ class LESS:
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores between -1 and 1, as weights sum to 1; -inf where the index has no gradient."""
-        indexed = _indexed(view, "less")
-        vectors = _by_target(indexed, targets, normalised=self.within == "mean_cosine")
+        indexed = indexed_view(view, "less")
+        vectors = target_vectors(indexed, targets, normalised=self.within == "mean_cosine")
         if self.within == "mean_gradient":
-            vectors = _unit(indexed, vectors)
+            vectors = unit_vectors(indexed, vectors)
         return indexed.scores(vectors, cosine=True)
 
 
@@ -97,9 +98,9 @@ class DataInf:
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores without a unit; -inf where the index has no gradient."""
-        indexed = _indexed(view, "datainf")
+        indexed = indexed_view(view, "datainf")
         blocks = self._blocks(indexed)
-        vectors = _by_target(indexed, targets, normalised=False)
+        vectors = target_vectors(indexed, targets, normalised=False)
         squares, count = self._mean_squares(indexed, len(blocks), blocks)
         damping = self.damping * squares / torch.tensor([entries for _, entries in blocks])
         absorbed = self._absorbed(indexed, vectors, blocks, damping)
@@ -167,12 +168,12 @@ class Reach:
 
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores between 0 and 1, means over a target's queries; -inf where the index has no gradient."""
-        indexed = _indexed(view, "reach")
+        indexed = indexed_view(view, "reach")
         out = torch.zeros(len(targets), indexed.rows)
         for number, target in enumerate(targets):
             reaches = [reach for query in target.queries if (reach := self._reach(indexed, query.encoded)) is not None]
             if not reaches:
-                raise _no_gradient(target)
+                raise no_gradient(target)
             out[number] = sum(reaches) / len(reaches)
         return out
 
@@ -190,43 +191,3 @@ class Reach:
         if not length:
             return None
         return torch.where(total.isfinite(), total / length, -torch.inf)  # |-inf| is a row without a gradient
-
-
-def _indexed(view: View, name: str) -> GradientView:
-    if not isinstance(view, GradientView):
-        raise SettingError(
-            f"--method {name} needs an index, not a corpus. Make one with: whence index MODEL CORPUS -o INDEX"
-        )
-    return view
-
-
-def _unit(view: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
-    return vectors * inverse_or_zero(view.norms(vectors))[:, :, None]
-
-
-def _by_target(view: GradientView, targets: Sequence[Target], *, normalised: bool) -> Float32[Tensor, "c s k"]:
-    """Mean vector of each target's queries. A query without a finite gradient is left out of its target's mean.
-
-    Raises:
-        SettingError: No query of a target has a finite gradient.
-    """
-    queries = [query.encoded for target in targets for query in target.queries]
-    vectors = view.query_vectors(queries)
-    is_finite = vectors.isfinite().all(-1).all(0) & torch.tensor([query.supervised_count > 0 for query in queries])
-    if normalised:
-        vectors = _unit(view, vectors)
-    out, first = vectors.new_zeros(len(vectors), len(targets), vectors.shape[2]), 0
-    for number, target in enumerate(targets):
-        usable = torch.arange(first, first + len(target.queries))[is_finite[first : first + len(target.queries)]]
-        if not len(usable):
-            raise _no_gradient(target)
-        out[:, number] = vectors[:, usable].mean(1)
-        first += len(target.queries)
-    return out
-
-
-def _no_gradient(target: Target) -> SettingError:
-    return SettingError(
-        f"target {target.name!r}: none of its {len(target.queries)} examples has a finite gradient (an empty "
-        "completion, or one cut away by --max-tokens, has none); mend them, or leave the task out"
-    )
