@@ -74,7 +74,7 @@ WALKS = {
     ),
     "chat": Walk(
         {f"{GUIDE}/your_model.md": inputs.place_chat, f"{GUIDE}/tracing.md": nothing, f"{GUIDE}/python.md": nothing,
-         f"{GUIDE}/indexing.md": nothing},
+         f"{GUIDE}/indexing.md": nothing, f"{GUIDE}/curvature.md": nothing},
         {"whence info killed-index": partial(inputs.killed_index, "my-run", "killed-index", 1, checkpoints="all"),
          "whence verify hurt-index": inputs.hurt_index},
     ),

@@ -7,10 +7,11 @@ over its tokens), H the Gauss-Newton matrix of the N rows' mean loss as K-FAC or
 mean of its eigenvalues. Larger is more helpful; the unit is nats: what leaving the row out would add to the target's
 loss, if the training had come to a minimum. As none has, its size says less than its order.
 
-An index of plain gradients serves as it is: what the inverse makes of v is projected as a gradient is, and compared
-with the vectors of the last checkpoint.
+A plain index serves as it is: where it is `sketched`, what the inverse makes of v is projected as a gradient is, and
+compared with the vectors of the last checkpoint. One bit loses most of what curvature brings (docs/LOG.md), so that
+rows' gradients are formed again unless told otherwise.
 
-Cost: two or three passes over the rows (one for K-FAC's factors, one more for EK-FAC's eigenvalues, one for scores).
+Cost: a pass over the rows, and for curvature that was not measured before one (K-FAC) or two more (EK-FAC).
 
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
 """
@@ -56,8 +57,8 @@ class EKFAC:
     """Steps of conjugate gradients on exact Gauss-Newton products, for every target."""
     sample: int = 256
     """Rows that each of those products is taken over, at most."""
-    exact: bool = False
-    """Form the rows' gradients again where an index has their sketches."""
+    sketched: bool = False
+    """Read an index' vectors in place of forming the rows' gradients again."""
     curvature: str = ""
     """Directory of `whence curvature`, whose kind and answers then hold; else it is measured for this call alone."""
 
@@ -75,7 +76,7 @@ class EKFAC:
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         directions = {name: each / len(some) for name, each in directions.items()}
         out = torch.full((len(targets), len(rows)), -torch.inf)
-        if isinstance(view, IndexView) and not self.exact:
+        if isinstance(view, IndexView) and self.sketched:
             return _by_sketches(view, directions, rows)
         with counting("Scoring by curvature", len(some)) as tick:
             out[:, usable] = direction_scores(
@@ -156,7 +157,7 @@ def _by_sketches(view: IndexView, directions: Directions, rows: Sequence[Encoded
     if space.view != "sgd" or space.normalise != "none":
         raise SettingError(
             f"{store.place.root}: its vectors are not plain gradients (--view {space.view}, --normalise "
-            f"{space.normalise}), and curvature is of these. Use --set exact=true, or an index without those flags."
+            f"{space.normalise}), and curvature is of these. Leave sketched out, or index without those flags."
         )
     projection = view.index.projection(view.index.model())
     vectors = torch.zeros(len(view.weights), len(next(iter(directions.values()))), projection.width)
