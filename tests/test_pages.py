@@ -38,6 +38,7 @@ NOT_RUN = {
     "LD_PRELOAD=*": "the same",
     "whence train MODEL rows.jsonl -o *": "of replaying.md, which shows no output; run by tests/training",
     "whence * run --method replay *": "the same",
+    "whence * run --method source *": "the same, by tests/selection",
     "* --device cuda": "its message is that of a torch without CUDA",
 }
 """Commands that no test runs, by pattern, and why."""

@@ -45,6 +45,8 @@ class ScorerEntry:
     """Whether it reads the vectors of an index; the others take a corpus."""
     needs_run: bool = False
     """Whether it reads a run that can be replayed, in place of an index or a corpus."""
+    takes_gradients: bool = False
+    """Whether it takes the rows' gradients itself, where it reads neither an index' nor a run."""
     reads_tasks: bool = True
     """Whether its scores depend on the target; else they are the same for every target."""
     draws: bool = False
@@ -53,6 +55,11 @@ class ScorerEntry:
     """Name in `SELECTORS` of the selector that its source uses."""
     by: str = "task"
     """What a target is: a "task" with all its examples, or each "example"."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the sign of a score says helpful or harmful, as of gradients."""
+        return self.needs_index or self.needs_run or self.takes_gradients
 
     @property
     def contrasts(self) -> bool:
@@ -159,12 +166,19 @@ SCORERS: dict[str, ScorerEntry] = {
         "three passes over every row, with gradients",
         "arXiv 2308.03296",
         needs_model=True,
+        takes_gradients=True,
         **_TURNS,
     ),
     "replay": ScorerEntry(
         "whence.selection.scorers.replay:Replay",
         "the training once again, and two to three times more for every target",
         "arXiv 2504.16430",
+        needs_run=True,
+    ),
+    "source": ScorerEntry(
+        "whence.selection.scorers.source:SOURCE",
+        "three passes over every row for each of three segments of the training",
+        "arXiv 2405.12186",
         needs_run=True,
     ),
     "bm25": ScorerEntry("whence.selection.scorers.lexical:BM25", "one pass over the text", "doi 10.1561/1500000019"),
@@ -212,11 +226,11 @@ GRADED: dict[str, ScorerEntry] = SCORERS | {
     "dot": SCORERS["influence"],
     "exact-cosine": ScorerEntry(
         "whence.evaluation.exact_scores:ExactCosine", "a backward pass over every row", "arXiv 2002.08484",
-        needs_model=True, **_TURNS,
+        needs_model=True, takes_gradients=True, **_TURNS,
     ),
     "exact-dot": ScorerEntry(
         "whence.evaluation.exact_scores:ExactDot", "a backward pass over every row", "arXiv 2002.08484",
-        needs_model=True, **_TURNS,
+        needs_model=True, takes_gradients=True, **_TURNS,
     ),
 }  # fmt: skip
 """What `whence evaluate` grades: all scorers, two of them under the names of `trace`, and unprojected gradients."""
@@ -273,6 +287,7 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     "trackstar": TraceMethod("cosine under the second moment of rows and questions, likewise", scorer="trackstar"),
     "ekfac": TraceMethod("inner product of gradients divided by the loss' curvature", scorer="ekfac"),
     "replay": TraceMethod("effect through every step of a run of train --replayable, in nats", needs_run=True),
+    "source": TraceMethod("effect through a few segments of such a run, each with its curvature", needs_run=True),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
     "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),
     "tracin_cosine": TraceMethod("cosine of unprojected gradients", cosine=True),

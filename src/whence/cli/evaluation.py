@@ -48,7 +48,9 @@ def selection(
     index_model: Annotated[
         str | None, typer.Option("--model", help="The model that the index is of, if it has moved since.")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="For replay: a run of train --replayable on the pool's rows.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="For replay and source: a run of train --replayable on the pool's rows.")
+    ] = None,
     work: Annotated[str, typer.Option(help="Directory of finished cells: the same command goes on from there.")] = "",
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -133,7 +135,8 @@ def compare_with_pool(
     model: Annotated[str | None, typer.Option(help="The index' model, if it has moved since.")] = None,
     corpus: PoolCorpus = None,
     run: Annotated[
-        str | None, typer.Option(help="For replay: a run of train --replayable on the pool's corpus, from its parent.")
+        str | None,
+        typer.Option(help="For replay and source: a run of train --replayable on the pool's corpus, from its parent."),
     ] = None,
     out: PointsFile = None,
     seed: Annotated[int, typer.Option(help="Seed of scorers and intervals.")] = 0,

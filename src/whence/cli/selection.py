@@ -33,7 +33,9 @@ Duplicates = Annotated[
 def select(
     source: Annotated[
         str,
-        typer.Argument(metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text; for replay a run."),
+        typer.Argument(
+            metavar="INDEX_OR_CORPUS", help="An index, or a corpus for methods of text; for replay and source a run."
+        ),
     ],
     loading: LoadingFlags,
     tasks: Tasks = None,

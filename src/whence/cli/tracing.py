@@ -16,7 +16,10 @@ _CHOICE = ("--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
 
 def trace(
     index: Annotated[
-        str, typer.Argument(metavar="INDEX", help="Directory of the index; for replay a run of train --replayable.")
+        str,
+        typer.Argument(
+            metavar="INDEX", help="Directory of the index; for replay and source a run of train --replayable."
+        ),
     ],
     loading: LoadingFlags,
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
@@ -69,7 +72,7 @@ def trace(
     seed: Annotated[int, typer.Option(help="Seed of sampled answers and drawn controls.")] = 0,
     model: ModelPath = None,
     corpus: Annotated[
-        str | None, typer.Option(help="For replay: what the run was trained on, if it has moved since.")
+        str | None, typer.Option(help="For replay and source: what the run was trained on, if it has moved since.")
     ] = None,
     curvature: Annotated[
         str | None, typer.Option(metavar="DIRECTORY", help="For ekfac: what whence curvature measured.")

@@ -32,7 +32,6 @@ from whence.storage import Place
 if TYPE_CHECKING:
     from whence.selection.run_view import RunView  # which brings the Trainer
 
-EXACT = ("exact-cosine", "exact-dot")
 AT = "@"
 """Between a method's name and that of the index that it reads, where there are several."""
 RANDOM = "random"
@@ -188,7 +187,7 @@ class _Task:
     @property
     def is_signed(self) -> bool:
         """Whether the sign says helpful or harmful."""
-        return self.method.entry.needs_index or self.method.entry.needs_run or self.method.base in EXACT
+        return self.method.entry.is_signed
 
     def scores(
         self, targets: list[Target], columns: Int64[Tensor, " n"] | None

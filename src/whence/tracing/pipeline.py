@@ -104,8 +104,8 @@ def trace(
         from whence.tracing.replaying import replayed_trace  # which brings the Trainer
 
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, _plain(preferences))
-        return replayed_trace(index, texts, top=how.top, sampling=sampling, corpus=corpus, model=model,
-                              progress=progress)  # fmt: skip
+        return replayed_trace(index, texts, method=how.method, top=how.top, sampling=sampling, corpus=corpus,
+                              model=model, progress=progress)  # fmt: skip
     if corpus is not None:
         raise SettingError("--corpus belongs to --method replay: an index has its own copy of the rows")
     with shown_as(progress, "Tracing"):

@@ -4,7 +4,8 @@ It reads a run of `whence train --replayable` in place of an index. A score is b
 of the answer would rise if the row had been left out: the training's own counterfactual, to first order. With a
 contrast the loss is that of the answer less that of the other.
 
-Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430; see `training.replay`.
+Sources: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430, see `training.replay`; Bae et al. 2024,
+SOURCE, https://arxiv.org/abs/2405.12186, see `selection.scorers.source`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from torch import Tensor
 from whence.corpus.layouts import layout
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import with_text
-from whence.runner import ProgressOption
+from whence.curvature.fisher import TOKENS_PER_BATCH
+from whence.runner import ProgressOption, shown_as
+from whence.selection.scorers.source import SOURCE
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries
 from whence.tracing.results import Hit, Trace
@@ -31,6 +34,7 @@ def replayed_trace(
     run: str | Path | ReplayableRun,
     queries: Sequence[Query],
     *,
+    method: str = METHOD,
     top: int,
     sampling: Sampling,
     corpus: str | Path | Corpus | None = None,
@@ -42,6 +46,7 @@ def replayed_trace(
     Args:
         run: A finished run, as a path or open.
         queries: Prompts, with completions or without.
+        method: "replay", or "source", which goes through a few segments of the training in place of its steps.
         top: Rows on each side.
         sampling: How open prompts are completed.
         corpus: What the run was trained on, where that is not where it was.
@@ -57,10 +62,20 @@ def replayed_trace(
     encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
     notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)
     targets = [[query.sequences] for query in encoded]
-    replayed = replay(opened.losses, opened.log, targets, is_resumable=True, progress=progress)
-    hits = _hits(opened, replayed.scores, top)
-    return Trace([query.answer for query in encoded], hits, METHOD, len(opened.ids), notes=notes,
-                 settings=_described(opened, [float(loss) for loss in replayed.losses]))  # fmt: skip
+    described = _described(opened, method)
+    if method == METHOD:
+        replayed = replay(opened.losses, opened.log, targets, is_resumable=True, progress=progress)
+        scores = replayed.scores
+        described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in replayed.losses[:10])
+    else:
+        with shown_as(progress, "Tracing"):
+            scores = (
+                SOURCE(seed=sampling.seed)
+                .of_run(opened, [query.sequences for query in encoded], tokens_per_batch=TOKENS_PER_BATCH)
+                .double()
+            )
+    return Trace([query.answer for query in encoded], _hits(opened, scores, top), method, len(opened.ids), notes=notes,
+                 settings=described)  # fmt: skip
 
 
 def _hits(run: ReplayableRun, scores: Float64[Tensor, "q n"], top: int) -> list[Hit]:
@@ -87,13 +102,12 @@ def _examples(run: ReplayableRun, numbers: Int64[Tensor, " m"]) -> dict[int, Exa
     return {places[place]: example for place, example in enumerate(run.corpus) if place in places}
 
 
-def _described(run: ReplayableRun, losses: list[float]) -> dict[str, str]:
+def _described(run: ReplayableRun, method: str) -> dict[str, str]:
     """How a trace was made, for a person."""
     optimizer = run.log.optimizer
     return {
         "run": run.model.path,
         "corpus": run.corpus.name,
-        "method": METHOD,
+        "method": method,
         "steps": f"{len(run.log.steps):,} of {optimizer.name}",
-        "loss of the answers, nats a token": ", ".join(f"{loss:.3f}" for loss in losses[:10]),
     }

@@ -19,7 +19,7 @@ Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 202
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float32
@@ -36,7 +36,6 @@ from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.runner import counting
 from whence.selection.protocols import Target, View
-from whence.selection.views import IndexView
 from whence.turns import one_at_a_time
 
 Layers = Mapping[str, nn.Module]
@@ -66,7 +65,8 @@ class EKFAC:
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores of every row; -inf for a row without a supervised token."""
         model = view.model()
-        layers = view.index.layers(model) if isinstance(view, IndexView) else model.layers()
+        index = getattr(view, "index", None)  # of an `IndexView`, whose import would bring every projection
+        layers = model.layers() if index is None else index.layers(model)
         rows = list(view.encoded())
         usable = [number for number, row in enumerate(rows) if any(row.supervised[1:])]
         some = [rows[number] for number in usable]
@@ -76,7 +76,7 @@ class EKFAC:
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         directions = {name: each / len(some) for name, each in directions.items()}
         out = torch.full((len(targets), len(rows)), -torch.inf)
-        if isinstance(view, IndexView) and self.sketched:
+        if index is not None and self.sketched:
             return _by_sketches(view, directions, rows)
         with counting("Scoring by curvature", len(some)) as tick:
             out[:, usable] = direction_scores(
@@ -147,8 +147,8 @@ class _How(TypedDict):
     tokens_per_batch: int
 
 
-def _by_sketches(view: IndexView, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:
-    """The same inner products, from the index' vectors of its last checkpoint.
+def _by_sketches(view: Any, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:
+    """The same inner products, from the vectors of an index' last checkpoint.
 
     Raises:
         SettingError: The vectors are not rows' gradients as they are.
