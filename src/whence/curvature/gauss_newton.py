@@ -40,11 +40,11 @@ class _Logits(nn.Module):
 
     def __init__(self, model: LoadedModel):
         super().__init__()
-        self.model, self.inner = model, model.model
+        self.loaded, self.inner = model, model.model
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [s v]."""
-        states, head = self.model.decode(batch.ids, batch.mask)
+        states, head = self.loaded.decode(batch.ids, batch.mask)
         owners, positions = batch.supervised[:, 1:].nonzero(as_tuple=True)  # position t predicts token t + 1
         return head(states[owners.to(states.device), positions.to(states.device)]).float()
 
@@ -61,14 +61,15 @@ def gauss_newton_product(
 
     Args:
         model: Frozen, in evaluation mode.
-        layers: Traced layers by name, all of them linear with weights [o i].
+        layers: Traced layers by name.
         rows: Rows, each with a supervised token.
         direction: One matrix for each layer.
         tokens_per_batch: The most tokens of a pass, padding included.
     """
     logits_of, names = _Logits(model), _parameter_names(model, layers)
-    weights = {names[layer]: module.weight.detach() for layer, module in layers.items()}
-    along = {names[layer]: direction[layer].to(weights[names[layer]]) for layer in layers}
+    weights = {names[layer]: model.model.get_parameter(names[layer].partition(".")[2]).detach() for layer in layers}
+    along = {names[layer]: _stored(module, direction[layer]).to(weights[names[layer]])
+             for layer, module in layers.items()}  # fmt: skip
     total = {layer: torch.zeros_like(matrix) for layer, matrix in direction.items()}
     for _, batch in batches(rows, tokens_per_batch):
         some = batch.to(model.device)
@@ -78,13 +79,18 @@ def gauss_newton_product(
 
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own formulas when it is first asked
-            logits, moved = jvp(at, (weights,), (along,))
+            logits, moved = jvp(at, (weights,), (along,))[:2]
             p = logits.softmax(1)
             slope = p * (moved - (p * moved).sum(1, keepdim=True))
             (found,) = vjp(at, weights)[1](slope.detach())
         for layer in total:
-            total[layer] += found[names[layer]] / len(rows)
+            total[layer] += _stored(layers[layer], found[names[layer]]) / len(rows)
     return total
+
+
+def _stored(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [o i] as a layer stores its weight, or back: `Conv1D` has it as [i o]."""
+    return matrix if isinstance(layer, nn.Linear) else matrix.T
 
 
 def _parameter_names(model: LoadedModel, layers: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -183,8 +183,9 @@ class CurvatureStore:
     def factors(self, device: torch.device) -> dict[str, Factors]:
         """K-FAC's sums as far as they are."""
         positions = self.description.positions
-        return {name: Factors(*sides, positions[name], self.description.done)
-                for name, sides in self._by_layer(_sums_file(self.description.done), device).items()}  # fmt: skip
+        stored = self._by_layer(_sums_file(self.description.done), device)
+        return {name: Factors(inputs, slopes, positions[name], self.description.done)
+                for name, (inputs, slopes) in stored.items()}  # fmt: skip
 
     def squares(self, device: torch.device) -> dict[str, Tensor]:
         """EK-FAC's sums as far as they are."""

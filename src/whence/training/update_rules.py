@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 @torch.no_grad()
-def put(values: Tensors, weights: Tensors) -> None:
+def put(values: Tensors, weights: Mapping[str, Tensor]) -> None:
     """Overwrite weights by values of the same names."""
     for name, weight in weights.items():
         weight.copy_(values[name])
