@@ -1,5 +1,7 @@
 """The level of a verdict is what meaningless completions of the query's own length reach."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,18 @@ from whence import catalogue
 from whence.indexing.build import index
 from whence.indexing.opening import open_index
 from whence.tracing import retrieval
-from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, rounded, verdict
+from whence.tracing.levels import (
+    KINDS,
+    MEANINGLESS,
+    OF_A_KIND,
+    Meaningless,
+    Shape,
+    level_of,
+    meaningless,
+    needed_z,
+    rounded,
+    verdict,
+)
 from whence.tracing.nulls import nulls, row_controls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query, encode_queries, query_vectors
@@ -27,12 +40,19 @@ def shape_of(built, *asked, **more):
     return Shape.of(encoded)
 
 
-def test_one_in_twenty_meaningless_queries_stands_above_the_needed_z():
-    """Of 99 and one more, each place among the hundred is as likely as another."""
-    best = torch.randperm(MEANINGLESS).float().tolist()
-    needed = needed_z(best)
-    assert (sum(z > needed for z in best) + 1) / (MEANINGLESS + 1) == 0.05
+def test_one_in_twenty_of_a_kind_stands_above_its_needed_z_at_most():
+    """Of 99 and one more, each place among the hundred is as likely as another; of 33 the largest is the level."""
+    best = torch.randperm(99).float().tolist()
+    assert (sum(z > needed_z(best) for z in best) + 1) / 100 == 0.05
+    assert needed_z(best[:OF_A_KIND]) == max(best[:OF_A_KIND])
     assert needed_z([3.0, 1.0]) == 3.0, "too few to say better"
+
+
+def test_the_level_is_that_of_the_kind_that_reaches_highest():
+    drawn = [Meaningless([], kind) for kind in KINDS for _ in range(OF_A_KIND)]
+    for kind in KINDS:
+        best = [9.0 if query.kind == kind and number % OF_A_KIND == 5 else 1.0 for number, query in enumerate(drawn)]
+        assert level_of(drawn, best) == 9.0
 
 
 @pytest.mark.parametrize(
@@ -73,7 +93,8 @@ def test_meaningless_queries_are_as_long_as_the_query_and_laid_out_as_it(built, 
     drawn, tokenizer = meaningless(built, shape), built.model().tokenizer
     assert len(drawn) == MEANINGLESS
     size = rounded(length, 4)
-    for (sequence,) in drawn:
+    for query in drawn:
+        (sequence,) = query.sequences
         encoded = sequence.encoded
         assert encoded.supervised_count == size and all(encoded.supervised[-size:])
         assert encoded.ids[0] == tokenizer.bos_token_id and encoded.ids[-1] == tokenizer.eos_token_id
@@ -84,21 +105,41 @@ def test_meaningless_queries_are_as_long_as_the_query_and_laid_out_as_it(built, 
 def test_a_span_and_a_contrast_are_the_querys_own(built):
     shape = shape_of(built, "9?", "x" * 31, span=(8, 16), contrast=" no")
     assert shape.completions == ((1.0, 32, 8, 16), (-1.0, 4, 0, 4))
-    for completion, contrast in meaningless(built, shape):
+    for query in meaningless(built, shape):
+        completion, contrast = query.sequences
         assert completion.encoded.supervised[-32:] == [8 <= place < 16 for place in range(32)]
         assert (completion.sign, contrast.sign, contrast.encoded.supervised_count) == (1.0, -1.0, 4)
 
 
 def test_the_needed_z_is_that_of_meaningless_completions_traced_alike(built):
-    """Each of them asked as a query of its own: four of 99 stand above the level, by its definition."""
+    """Each of them asked as a query of its own, less the rows whose answers it is made of: none stands above."""
     found = trace(built, *ASKED, top=4)
     drawn, best = meaningless(built, shape_of(built, *ASKED)), []
-    vectors, controls = query_vectors(built, drawn), row_controls(built, cosine=True)
-    for number in range(len(drawn)):
-        helpful, _ = built.store.top_k(vectors[:, [number]], torch.tensor(built.weights), m=4, cosine=True)
-        rows, scores = helpful.rows[0].tolist(), helpful.scores[0].tolist()
+    vectors, controls = query_vectors(built, [query.sequences for query in drawn]), row_controls(built, cosine=True)
+    stored = built.store.read_rows(range(40))
+    for number, query in enumerate(drawn):
+        helpful, _ = built.store.top_k(vectors[:, [number]], torch.tensor(built.weights), m=40, cosine=True)
+        pairs = [(row, score) for row, score in zip(helpful.rows[0].tolist(), helpful.scores[0].tolist(), strict=True)
+                 if json.loads(stored[row]["row"])["completion"] not in query.answers]  # fmt: skip
+        rows, scores = zip(*pairs[:4], strict=True)
         best.append(max(null.z for null in nulls(built, controls, rows, scores, cosine=True)))
-    assert sum(z > found.needed_z + 1e-4 for z in best) == 4
+    assert max(best) == pytest.approx(found.needed_z, rel=1e-4)
+
+
+def test_answers_are_of_the_corpus_and_letters_are_theirs(built):
+    drawn = meaningless(built, shape_of(built, *ASKED))
+    assert [query.kind for query in drawn] == [kind for kind in KINDS for _ in range(OF_A_KIND)]
+    answers = {json.loads(row["row"])["completion"] for row in built.store.read_rows(range(40))}
+    tokenizer = built.model().tokenizer
+    for query in drawn:
+        (sequence,) = query.sequences
+        places = zip(sequence.encoded.ids, sequence.encoded.supervised, strict=True)
+        said = tokenizer.decode([token for token, is_asked in places if is_asked])
+        assert bool(query.answers) == (query.kind == "answers")
+        if query.kind == "answers":
+            assert query.answers <= answers and said.removesuffix("</s>") in " ".join(query.answers)
+        elif query.kind == "letters":
+            assert {*said.removesuffix("</s>")} <= {*"".join(answers)}
 
 
 def test_every_query_has_the_level_of_its_own_length_and_each_is_measured_once(built, monkeypatch):
@@ -134,6 +175,6 @@ def test_a_method_without_a_null_says_so(built, method):
 
 
 def test_a_meaningless_query_is_no_longer_than_the_context(built):
-    drawn = meaningless(built, Shape(400, ((1.0, 64, 0, 64),)))
+    drawn = [query.sequences for query in meaningless(built, Shape(400, ((1.0, 64, 0, 64),)))]
     assert all(len(sequence.encoded.ids) <= built.model().context for (sequence,) in drawn)
     assert query_vectors(built, drawn[:2]).isfinite().all()

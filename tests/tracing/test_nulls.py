@@ -13,7 +13,7 @@ from whence.errors import SettingError
 from whence.gradients.exact import SignedSequence
 from whence.indexing.build import index
 from whence.indexing.opening import Index, open_index
-from whence.tracing import own_answers, retrieval
+from whence.tracing import levels, own_answers, retrieval
 from whence.tracing.nulls import LEAST, best_z, control_scores, nulls, query_controls, row_controls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import query_vectors
@@ -294,7 +294,7 @@ def test_controls_from_an_optimizers_view_are_asked_as_queries_are(built, monkey
     other.__dict__["space"] = replace(built.space, view="adam")
     found = trace(other, *ASKED, top=2)
     expected = trace(open_index(built.store.place.root), *ASKED, top=2, exact=False)
-    drawn = retrieval.MEANINGLESS
+    drawn = levels.MEANINGLESS
     assert sizes == [1 + 20 + drawn, 1 + drawn], "the query, half of the rows, what is meaningless"
     assert found.needed_z == pytest.approx(expected.needed_z, rel=1e-3)
     for one, same in zip(found.hits, expected.hits, strict=True):

@@ -12,7 +12,7 @@ than a pass through it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
 from whence.tracing.depth import Noise, candidates, depth
-from whence.tracing.levels import MEANINGLESS, Shape, meaningless, needed_z, verdict
+from whence.tracing.levels import Meaningless, Shape, answer_of, level_of, meaningless, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
@@ -134,6 +134,11 @@ class Side:
         more = [place for place, row in enumerate(other.rows) if row not in {*self.rows}]
         rows, scores = [other.rows[place] for place in more], [other.scores[place] for place in more]
         return Side(self.sign, self.rows + rows, self.scores + scores)
+
+    def without(self, others: Collection[int]) -> "Side":
+        """The rows that are none of these."""
+        places = [place for place, row in enumerate(self.rows) if row not in others]
+        return Side(self.sign, [self.rows[place] for place in places], [self.scores[place] for place in places])
 
     def cut(self, top: int) -> "Side":
         """The first `top` rows."""
@@ -250,17 +255,17 @@ class Retrieval:
         has_null = bool(control_queries) or control_rows is not None
         keys = [(*how, Shape.of(query, index.model().context)) for query in self.queries if has_null]
         new = [key for key in dict.fromkeys(keys) if key not in index.levels]
-        drawn = [sequences for *_, shape in new for sequences in meaningless(index, shape, settings.seed)]
+        drawn = [meaningless(index, shape, settings.seed) for *_, shape in new]
         # An index of another view holds what an optimizer makes of its rows, not their gradients as queries.
         plain = self._encoded(control_rows.tolist()) if control_rows is not None and index.space.view != "sgd" else []
         gradients = query_vectors(
             index,
             [query.sequences for query in [*self.queries, *control_queries]]
             + [[SignedSequence(encoded)] for encoded in plain]
-            + drawn,
+            + [query.sequences for queries in drawn for query in queries],
             objective=settings.objective,
         )
-        sizes = [len(self.queries), len(control_queries), len(plain), len(drawn)]
+        sizes = [len(self.queries), len(control_queries), len(plain), sum(map(len, drawn))]
         vectors, control_vectors, plain_vectors, drawn_vectors = gradients.split(sizes, 1)
         if control_queries:
             controls = nulls.query_controls(index, control_vectors, **options)
@@ -269,8 +274,8 @@ class Retrieval:
         else:
             return vectors, None, []
         assert controls is not None, "there are enough of them"
-        for number, key in enumerate(new):
-            index.levels[key] = self._level(drawn_vectors[:, number * MEANINGLESS :][:, :MEANINGLESS], controls)
+        for key, queries, own in zip(new, drawn, drawn_vectors.split([*map(len, drawn)], 1), strict=True):
+            index.levels[key] = self._level(queries, own, controls)
         return vectors, controls, [index.levels[key] for key in keys]
 
     def _controls(self) -> tuple[list[EncodedQuery], Tensor | None]:
@@ -288,14 +293,22 @@ class Retrieval:
             raise SettingError(f"--specific needs at least {nulls.LEAST} control queries; give more with --controls")
         return queries, rows
 
-    def _level(self, meaningless: Float32[Tensor, "c q k"], controls: nulls.Controls) -> float:
+    def _level(
+        self, queries: Sequence[Meaningless], vectors: Float32[Tensor, "c q k"], controls: nulls.Controls
+    ) -> float:
         """The best z that meaningless completions reach, traced as queries are."""
-        rankings, best = self._ranked(meaningless, self.settings.top, controls), []
-        for number in range(meaningless.shape[1]):
-            result = self._result(number, rankings, meaningless[:, number])
+        top, best = self.settings.top, []
+        rankings = self._ranked(vectors, top + max(len(query.answers) for query in queries), controls)
+        for number, query in enumerate(queries):
+            result = self._result(number, rankings, vectors[:, number])
             self._set_means(result, controls)
-            best.append(self._among(result, result.sides[0], controls, nulls.best_z))
-        return needed_z(best)
+            side = result.sides[0]
+            if query.answers:
+                self._read(side.rows)
+                own = {row for row in side.rows if answer_of(self.index, self.stored_rows[row]) in query.answers}
+                side = side.without(own)
+            best.append(self._among(result, side.cut(top), controls, nulls.best_z))
+        return level_of(queries, best)
 
     def _ranked(
         self, vectors: Float32[Tensor, "c q k"], m: int, controls: nulls.Controls | None
