@@ -10,6 +10,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
     index    the default index at the end of the training, and one as Adam would use gradients
     replay   scores of every row for every query through the whole training, with the Hessian's products and without;
              QUERIES_AT_ONCE queries a time, each part kept
+    curvature  `whence curvature` of that index
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
              benchmarks/evaluation/results/banks.json, as all tables
     removal  the training without the 1% of rows that a method ranks highest for all queries, three seeds (`--share`,
@@ -63,7 +64,17 @@ RECIPES = {
     "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
     "demo": RECIPE,
 }
-METHODS = ("cosine", "dot", "exact-cosine", "exact-dot", "less@adam", "bm25", "rds+", "loss", "random")
+METHODS = (
+    "cosine", "dot", "exact-cosine", "exact-dot", "less@adam", "bm25", "rds+", "loss", "random", "datainf", "trak",
+    "trackstar", "source",
+)  # fmt: skip
+CURVED = {
+    "EK-FAC + CG": "ekfac:refine=4,",
+    "EK-FAC": "ekfac:",
+    "K-FAC": "ekfac:kind=kfac,",
+    "EK-FAC, by the index": "ekfac:sketched=true,",
+}
+"""Methods that read what the stage `curvature` measured, by their names in the tables."""
 REMOVED = ("cosine", "exact-cosine", "less@adam", "bm25", "loss")
 """Methods whose top rows are left out, beside those that go through the training."""
 WAYS = {"replay": True, "replay without Hessians": False}
@@ -176,6 +187,22 @@ def stage_index(options: argparse.Namespace) -> None:
         command(options, name, "index", work / "run", work / "rows.jsonl", "-o", work / name, *more)
 
 
+def stage_curvature(options: argparse.Namespace) -> None:
+    """EK-FAC's."""
+    command(options, "curvature", "curvature", options.work / "index", "-o", options.work / "curvature")
+
+
+def methods(options: argparse.Namespace) -> list[str]:
+    """All that are scored here."""
+    return [*METHODS, *(f"{text}curvature={options.work / 'curvature'}" for text in CURVED.values())]
+
+
+def named(options: argparse.Namespace, rows: list[dict]) -> list[dict]:
+    """Lines of a table with the names of `CURVED`."""
+    known = dict(zip(methods(options)[len(METHODS) :], CURVED, strict=True))
+    return [row | {"method": known.get(row["method"], row["method"])} for row in rows]
+
+
 def stage_replay(options: argparse.Namespace) -> None:
     """Scores of every row for every query, a few queries at a time."""
     opened, bank = open_replayable(options.work / "run"), open_bank(str(options.work / "bank"))
@@ -226,12 +253,13 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
 def stage_lds(options: argparse.Namespace) -> None:
     """The table."""
     work, bank = options.work, open_bank(str(options.work / "bank"))
-    found = evaluate_lds(bank, METHODS, **scored(options), progress=True)
+    found = evaluate_lds(bank, methods(options), **scored(options), progress=True)
     first, *others = (marks.method for marks in found.table.marks)
     differences = {name: found.table.difference(first, name)._asdict() for name in others}
     training = training_seconds(bank)
     task = json.loads((work / "mean.json").read_text())["seconds"] / training
-    keep(options, "lds", {"rows": found.rows(), "settings": dict(found.settings), "training seconds": training,
+    rows = named(options, found.rows())
+    keep(options, "lds", {"rows": rows, "settings": dict(found.settings), "training seconds": training,
                           "best": first, "less each other": differences, "replay of the mean, in trainings": task,
                           "date": today()})  # fmt: skip
     for marks in found.table.marks:
@@ -267,6 +295,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": stage_run,
     "bank": stage_bank,
     "index": stage_index,
+    "curvature": stage_curvature,
     "replay": stage_replay,
     "lds": stage_lds,
     "removal": stage_removal,

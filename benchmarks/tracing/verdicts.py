@@ -69,7 +69,11 @@ def share(pairs: list) -> dict:
     """How many pass, with an interval."""
     passed = sum(z > level for z, level in pairs)
     low, high = binomtest(passed, len(pairs)).proportion_ci(method="wilson")
-    return {"queries": len(pairs), "passed": round(passed / len(pairs), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
+    return {
+        "queries": len(pairs),
+        "passed": round(passed / len(pairs), 3),
+        "interval": [round(float(low), 3), round(float(high), 3)],
+    }
 
 
 def unrelated(index: Index, kind: str, options: argparse.Namespace, rng: random.Random) -> list[Query]:

@@ -9,6 +9,7 @@ import torch
 from graded_bank import make_bank
 
 from whence.corpus.reading import open_corpus
+from whence.curvature.pipeline import curvature
 from whence.errors import StorageError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds
 from whence.evaluation.bank_store import open_bank
@@ -116,3 +117,18 @@ def test_tables_say_what_was_kept(made):
     assert not [note for note in first.table.notes if "kept" in note] and first.rows() == again.rows()
     note = f"Scored before and kept by the bank: exact-dot, dot, bm25. To score anew: rm -r {made[0]}/{FOLDER}"
     assert note in again.table.notes
+
+
+def test_scores_by_stored_curvature_are_of_what_is_in_its_directory_and_cost_what_it_took(made, tmp_path, monkeypatch):
+    out = tmp_path / "curvature"
+    store = curvature(made[1], out, progress=False)
+    name = f"ekfac:curvature={out}"
+    first = scored(made, [name, "ekfac"])
+    assert torch.allclose(first[name].scores, first["ekfac"].scores, rtol=1e-3, atol=1e-6)
+    assert first[name].seconds >= store.description.seconds > 0
+    monkeypatch.setattr(MethodName, "scorer", lambda self, seed: refuse)
+    again = scored(made, [name])
+    assert torch.equal(again[name].scores, first[name].scores) and again[name].is_kept and again[name].is_signed
+    monkeypatch.undo()
+    curvature(made[1], out, seed=1, restart=True, progress=False)
+    assert not scored(made, [name])[name].is_kept

@@ -26,6 +26,7 @@ from whence import __version__, catalogue
 from whence.checksums import Written
 from whence.corpus.layouts import Row
 from whence.corpus.reading import row_json
+from whence.curvature.store import DOCUMENT
 from whence.errors import ChecksumError, StorageError
 from whence.indexing.ingest import fingerprint_of
 from whence.indexing.manifest import MANIFEST
@@ -98,7 +99,7 @@ class KeptScores:
 
         Args:
             method: Its name in the catalogue.
-            options: Its options; one that names a directory counts by the model there.
+            options: Its options; one that names a directory counts by the model or the curvature there.
             view: What it reads.
             seed: The seed, also of a method that draws nothing.
         """
@@ -119,6 +120,9 @@ class KeptScores:
 
 
 def _content(value: str) -> str:
+    """An option's value; of a directory, what is in it."""
+    if (document := Path(value) / DOCUMENT).is_file():
+        return hashlib.sha256(document.read_bytes()).hexdigest()
     return directory_digest(value) if Path(value).is_dir() else value
 
 

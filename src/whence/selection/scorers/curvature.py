@@ -19,7 +19,7 @@ Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 202
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from jaxtyping import Float32
@@ -30,7 +30,7 @@ from whence.curvature.directions import Directions, direction_scores, mean_gradi
 from whence.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
 from whence.curvature.factors import kfac_factors
 from whence.curvature.gauss_newton import damped_solution, gauss_newton_product
-from whence.curvature.store import Kind, open_curvature
+from whence.curvature.store import CurvatureStore, Kind, open_curvature
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
@@ -60,6 +60,8 @@ class EKFAC:
     """Read an index' vectors in place of forming the rows' gradients again."""
     curvature: str = ""
     """Directory of `whence curvature`, whose kind and answers then hold; else it is measured for this call alone."""
+    seconds_before: ClassVar[float] = 0.0
+    """What measuring that took; no option."""
 
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -111,7 +113,9 @@ class EKFAC:
         self, model: LoadedModel, layers: Layers, rows: Sequence[Encoded], tokens_per_batch: int
     ) -> Curvature:
         if self.curvature:
-            return _stored(self.curvature, model, layers, self.kind)
+            store = _stored(self.curvature, model, layers)
+            object.__setattr__(self, "seconds_before", store.description.seconds)
+            return store.curvature(self.kind, model.device)
         how: _How = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
         curvature = kfac(kfac_factors(model, layers, rows, **how))
         if self.kind == "kfac":
@@ -119,7 +123,7 @@ class EKFAC:
         return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
 
 
-def _stored(path: str, model: LoadedModel, layers: Layers, kind: Kind) -> Curvature:
+def _stored(path: str, model: LoadedModel, layers: Layers) -> CurvatureStore:
     """Curvature that was measured before.
 
     Raises:
@@ -136,7 +140,7 @@ def _stored(path: str, model: LoadedModel, layers: Layers, kind: Kind) -> Curvat
             f"{path}: curvature of the layer {others[0]}, which is not traced here. Measure it again: whence curvature "
             "INDEX -o ANOTHER"
         )
-    return store.curvature(kind, model.device)
+    return store
 
 
 class _How(TypedDict):
