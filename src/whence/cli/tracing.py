@@ -125,6 +125,7 @@ def trace(
         answers = [answer.as_json() for answer in result.answers]
         more = {"verdicts": result.verdicts, "overlaps": result.overlaps, "notes": result.notes}
         more["rerankings"] = [vars(reranking) for reranking in result.rerankings]
+        more["stabilities"] = [vars(stability) for stability in result.stabilities]
         levels = {"needed_z": result.needed_z, "levels": result.levels}
         print_json({"answers": answers, "method": result.method, **levels, **more, "rows": rows})
         return

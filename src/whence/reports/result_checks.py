@@ -70,7 +70,7 @@ _Cost = TypedDict(
 def check_trace(trace: "Trace") -> None:
     """Refuse a trace whose hits are of other answers, or whose lists are not one entry an answer."""
     count = len(trace.answers)
-    for name in ("verdicts", "levels", "overlaps", "rerankings"):
+    for name in ("verdicts", "levels", "overlaps", "rerankings", "stabilities"):
         _one_each(f"fields.{name}", getattr(trace, name), count, "answer", or_none=True)
     if trace.verdicts and not trace.levels:
         raise MisfitError("fields.levels is empty, and fields.verdicts is not")

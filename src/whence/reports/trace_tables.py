@@ -92,11 +92,29 @@ def _words(trace: Trace, query: int) -> list[RenderableType]:
         lines.append(Text(trace.verdicts[query], "yellow" if trace.verdicts[query].startswith("Nothing") else "green"))
     if trace.overlaps:
         lines.append(Text(reranking_words(trace, query), "dim"))
+    if words := stability_words(trace, query):
+        lines.append(Text(words, "dim"))
     if any(hit.null is not None and hit.null.generic for hit in trace.of(query)):
         lines.append(
             Text("* scores high for any question (generic), and says little about this one; see --specific.", "dim")
         )
     return lines
+
+
+def stability_words(trace: Trace, query: int) -> str:
+    """How many of the examples shown would be shown again, in a sentence; empty where nothing is known."""
+    if query >= len(trace.stabilities):
+        return ""
+    stability, count = trace.stabilities[query], len(trace.of(query))
+    words = []
+    if stability.exact is not None and stability.sketch is not None:
+        words.append(
+            f"Of these {count} about {count * stability.exact:.1f} are among the exact first {count}; an index of "
+            f"another seed would show {count * stability.sketch:.1f} of them."
+        )
+    if stability.checkpoints is not None:
+        words.append(f"With other checkpoints of the run about {count * stability.checkpoints:.1f} of {count} stand.")
+    return " ".join(words)
 
 
 def reranking_words(trace: Trace, query: int) -> str:
@@ -116,6 +134,8 @@ def reranking_words(trace: Trace, query: int) -> str:
     return f"{words} the exact last {last} with {percent(depth.sure_opposing)}. {overlap}"
 
 
+WITHOUT_UNIT = ("dot", "tracin", "ekfac", "datainf", "trak")
+"""Methods whose scores may be of any size."""
 NATS = tuple(name for name, method in TRACE_METHODS.items() if method.needs_run)
 """Methods whose scores are nats a token."""
 LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
@@ -221,7 +241,7 @@ def _hits_table(trace: Trace, query: int) -> Table:
         table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
     table.add_column("training example", ratio=1)
-    form = "+.4g" if trace.method in ("dot", "tracin") else "+.2e" if trace.method in NATS else "+.3f"
+    form = "+.4g" if trace.method in WITHOUT_UNIT else "+.2e" if trace.method in NATS else "+.3f"
     for hits in (helpful, opposing):
         for hit in hits:
             table.add_row(*_cells(hit, form, has_exact, has_null))

@@ -15,6 +15,7 @@ from whence import outlets
 from whence.brief import brief
 from whence.corpus.layouts import Row, shown_text
 from whence.counts import number_of
+from whence.tracing.stability import Stability
 
 SURE = 0.5
 """The model is called sure of a token from this probability on."""
@@ -215,6 +216,8 @@ class Trace:
     """How it was made, for a person: model, index, projection, objective, controls and so on."""
     rerankings: list[Reranking] = field(default_factory=list)
     """For each query, with `exact`: how deep the short lists were."""
+    stabilities: list[Stability] = field(default_factory=list)
+    """For each query, how much of its helpful side would stand. Empty: the method is not of an index."""
 
     to_arrow = outlets.to_arrow
     to_pandas = outlets.to_pandas

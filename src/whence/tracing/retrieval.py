@@ -28,6 +28,7 @@ from whence.errors import SettingError
 from whence.gradients import exact, tokenwise
 from whence.gradients.capture import OBJECTIVES
 from whence.gradients.exact import SignedSequence
+from whence.gradients.flat_width import FLAT
 from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
@@ -36,6 +37,7 @@ from whence.tracing.levels import Meaningless, Shape, answer_of, level_of, meani
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
+from whence.tracing.stability import Stability, under_checkpoints, under_noise
 from whence.turns import one_at_a_time
 
 MOST_QUERIES = 64
@@ -163,6 +165,7 @@ class _QueryResult:
     by_token: dict[int, tuple[list[float], TokenMatrix]] = field(default_factory=dict)
     overlap: float | None = None
     reranking: Reranking | None = None
+    stability: Stability = field(default_factory=Stability)
 
     @property
     def rows(self) -> list[int]:
@@ -194,7 +197,8 @@ class Retrieval:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
         vectors, controls, levels = self._vectors()
-        m = candidates(settings.top, settings.shortlist) if self.is_exact else settings.top
+        knows_noise = self.index.space.sketch in FLAT
+        m = candidates(settings.top, settings.shortlist) if self.is_exact or knows_noise else settings.top
         return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
 
     @property
@@ -212,14 +216,14 @@ class Retrieval:
     ) -> Trace:
         """A trace of the rows that were ranked."""
         settings, numbers = self.settings, range(len(self.queries))
-        noise = None
-        if self.is_exact:
-            ranked = {row for ranking in rankings for row in ranking.rows.flatten().tolist() if row >= 0}
-            noise = Noise.of(self.index, ranked, cosine=settings.cosine)
+        ranked = {row for ranking in rankings for row in ranking.rows.flatten().tolist() if row >= 0}
+        noise = Noise.of(self.index, ranked, cosine=settings.cosine)
         results = [self._result(number, rankings, vectors[:, number]) for number in numbers]
-        if self.is_exact:
-            for result in results:
+        for result in results:
+            if self.is_exact:
                 self._shorten(result, noise)
+            else:
+                self._cut(result, noise)
         for result in results:
             self._set_means(result, controls)
         self._read({row for result in results for row in result.rows})
@@ -233,6 +237,7 @@ class Retrieval:
         for number, result in enumerate(results):
             hits = self._hits(number, result, controls)
             out.hits.extend(hits)
+            out.stabilities.append(result.stability)
             if result.overlap is not None and result.reranking is not None:
                 out.overlaps.append(result.overlap)
                 out.rerankings.append(result.reranking)
@@ -347,6 +352,14 @@ class Retrieval:
         result.reranking = Reranking(helpful.rows, opposing.rows, helpful.sure, opposing.sure)
         result.sides = [side.cut(each.rows) for side, each in zip(result.sides, depths, strict=True)]
 
+    def _cut(self, result: _QueryResult, noise: Noise | None) -> None:
+        """Cut both sides to the rows that are shown, in the index' own order, and say how firm that is."""
+        helpful = result.sides[0]
+        if noise is not None:
+            deviations = noise.for_query(helpful.rows, result.norms)
+            result.stability = under_noise(torch.tensor(helpful.scores), deviations, self.settings.top)
+        result.sides = [side.cut(self.settings.top) for side in result.sides]
+
     def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
         """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""
         exact_scores = result.exact if result.reranking is not None else {}
@@ -358,7 +371,7 @@ class Retrieval:
 
     def _rerank(self, results: list[_QueryResult]) -> None:
         """Order every query's short list by exact scores."""
-        index, totals = self.index, [torch.zeros(len(result.rows)) for result in results]
+        index, by_checkpoint = self.index, [torch.zeros(len(self.index.weights), len(r.rows)) for r in results]
         lists = [result.rows for result in results]
         numbers = sorted({row for rows in lists for row in rows})
         rows = dict(zip(numbers, self._encoded(numbers), strict=True))
@@ -375,10 +388,12 @@ class Retrieval:
                 cosine=self.settings.cosine,
                 tokens_per_batch=index.tokens_per_batch,
             )
-            for total, query_scores in zip(totals, scores, strict=True):
-                total += index.weights[checkpoint] * query_scores
-        for result, total in zip(results, totals, strict=True):
-            result.exact = dict(zip(result.rows, total.tolist(), strict=True))
+            for own, query_scores in zip(by_checkpoint, scores, strict=True):
+                own[checkpoint] = index.weights[checkpoint] * query_scores
+        for result, own in zip(results, by_checkpoint, strict=True):
+            result.exact = dict(zip(result.rows, own.sum(0).tolist(), strict=True))
+            if not self.settings.specific:
+                result.stability = under_checkpoints(own, self.settings.top)
             result.reorder(self.settings.top)
 
     def _add_matrices(self, results: list[_QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:

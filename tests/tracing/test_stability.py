@@ -1,0 +1,77 @@
+"""Expected overlaps against those that happen, over many sketches of the same exact scores."""
+
+import pytest
+import torch
+
+from conftest import corpus_rows
+from whence.indexing.build import index
+from whence.tracing.pipeline import trace
+from whence.tracing.stability import moments, under_checkpoints, under_noise
+
+
+def overlap(one, other):
+    return len({*one.tolist()} & {*other.tolist()}) / len(one)
+
+
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("m", [3, 10])
+def test_what_is_expected_is_what_happens_within_a_twentieth(tails, spread, m):
+    rng, n = torch.Generator().manual_seed(1), 1500
+    found, happened = [], []
+    for _ in range(60):
+        exact = torch.randn(n, generator=rng)
+        if tails == "heavy":
+            exact = exact * torch.randn(3, n, generator=rng).square().mean(0).rsqrt()
+        exact = spread * exact
+        sketches = exact + torch.randn(8, n, generator=rng)
+        first, *others = (scores.topk(m).indices for scores in sketches)
+        candidates = sketches[0].topk(400).values
+        stability = under_noise(candidates, torch.ones(400), m)
+        found.append((stability.exact, stability.sketch))
+        again = sum(overlap(first, other) for other in others) / len(others)
+        happened.append((overlap(first, exact.topk(m).indices), again))
+    expected, real = (torch.tensor(pairs).mean(0) for pairs in (found, happened))
+    assert (expected - real).abs().max() < 0.08, (expected, real)  # 60 rankings: a real share is known to .03
+    assert abs(float((expected - real)[1])) < 0.06
+
+
+def test_moments_of_normal_scores_are_those_of_a_normal_posterior():
+    rng = torch.Generator().manual_seed(0)
+    scores = (3 * torch.randn(20_000, generator=rng) + torch.randn(20_000, generator=rng)).sort(descending=True).values
+    some = scores[::40]
+    mean, variance = moments(some, torch.ones(len(some)))
+    middle = some.abs() < 4
+    torch.testing.assert_close(mean[middle], 0.9 * some[middle], atol=0.2, rtol=0)
+    assert 0.7 < float(variance[middle].mean()) <= 1.0
+
+
+def test_scores_without_noise_stand():
+    stability = under_noise(torch.arange(50.0, 0, -1), torch.full((50,), 1e-6), 5)
+    assert (stability.exact, stability.sketch, stability.checkpoints) == (1.0, 1.0, None)
+    assert under_noise(torch.zeros(0), torch.zeros(0), 5).exact is None
+
+
+def test_checkpoints_that_agree_stand_and_those_that_do_not_fall_by_the_draw():
+    same = torch.arange(6.0).expand(3, 6)
+    assert under_checkpoints(same, 2).checkpoints == 1.0
+    apart = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    """Both draws of the first, or one of each: row 0 leads; both of the second, a quarter of the draws: row 1."""
+    assert under_checkpoints(apart, 1).checkpoints == pytest.approx(0.75, abs=0.06)
+    assert under_checkpoints(same[:1], 2).checkpoints is None
+
+
+@pytest.fixture(scope="module")
+def built(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stability") / "index"
+    return index(tiny_run, corpus_rows(60), out, width=512, checkpoints="all", progress=False)
+
+
+def test_a_trace_says_how_much_of_it_would_stand(built):
+    asked = ("5 and 3?", " yes, 12")
+    by_index = trace(built, *asked, top=5, exact=False)
+    (stability,) = by_index.stabilities
+    assert 0 < stability.sketch <= stability.exact <= 1 and stability.checkpoints is None
+    (exact,) = trace(built, *asked, top=5, exact=True).stabilities
+    assert exact.sketch is None and 0 < exact.checkpoints <= 1
+    assert trace(built, *asked, top=5, method="bm25").stabilities == []
