@@ -131,7 +131,8 @@ def sketched_cosines(
         for numbers, batch in batches(examples):
 
             def add(captured, numbers=numbers):
-                out[numbers] += made(captured.a, captured.g, layer=captured.layer)
+                columns = out[:, made.columns(captured.layer)]  # a view
+                columns[numbers] += made(captured.a, captured.g, layer=captured.layer)
 
             backward(model, layers, batch, add)
         return out
