@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from benchmarks.indexing.speed import machine
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.evaluation.bank_scores import evaluate_lds
-from whence.evaluation.bank_store import open_bank
+from whence.evaluation.bank_store import Bank, open_bank
 from whence.gradients.exact import sequences_of
 from whence.numerics import spearman
 from whence.training.repetition import read_recipe
@@ -189,12 +190,16 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> list[dict[str, float]]:
 
 def against_bank(options: argparse.Namespace, scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Both tools' LDS, over the same queries."""
-    bank, ids = open_bank(options.bank), open_replayable(options.run).ids
+    return against_scores(open_bank(options.bank), open_replayable(options.run).ids, scores, options.work)
+
+
+def against_scores(bank: Bank, ids: Sequence[str], scores: dict[str, np.ndarray], work: Path) -> list[dict[str, Any]]:
+    """The LDS of tools' scores [q n] for the first queries of a bank."""
     files = {}
     for tool, matrix in scores.items():
         columns = {"query": [name for name in bank.query_ids[: len(matrix)] for _ in ids],
                    "id": list(ids) * len(matrix), "score": matrix.ravel().tolist()}  # fmt: skip
-        files[tool] = str(options.work / f"{tool}.parquet")
+        files[tool] = str(work / f"{tool}.parquet")
         pyarrow.parquet.write_table(pyarrow.table(columns), files[tool])
     return evaluate_lds(bank, [], scores=files, progress=False).rows()
 

@@ -1,0 +1,133 @@
+"""EK-FAC by kronfluence beside `whence curvature` and `ekfac`: the same model, rows, queries and bank.
+
+    python -m benchmarks.evaluation.curvature_peers INDEX QUERIES --python PYTHON [--bank BANK] [--work DIR]
+        [--queries 20] [--batch 16]
+
+PYTHON is that of an environment with kronfluence 1.0.1, whose public functions do the work (`kronfluence_worker.py`),
+in batches of rows of like length; ours are those of the index. Both take labels drawn from the model, a damping of a
+tenth of a layer's mean eigenvalue, and the layers of INDEX. Each tool in a process of its own, on one thread. Written
+to benchmarks/evaluation/results/curvature_peers.json:
+
+    agreement   Pearson and Spearman correlation of both tools' scores over rows, by query
+    lds         both against BANK, for the same queries, with intervals
+    cost        seconds of the processor for factors and for scores, and in passes (forward and backward over all rows,
+                timed between the two); largest memory of each process
+
+A stage whose result is in DIR is not done again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.evaluation.magic import against_scores, agreement, labelled
+from benchmarks.indexing.speed import machine
+
+from whence.corpus.tokens import Encoded, encode
+from whence.curvature.pipeline import curvature
+from whence.evaluation.bank_store import open_bank
+from whence.gradients.capture import backward
+from whence.gradients.exact import batches
+from whence.indexing.memory import peak_resident
+from whence.indexing.opening import Index, open_index
+from whence.selection.protocols import QueryText, Target
+from whence.selection.scorers.curvature import EKFAC
+from whence.selection.views import IndexView
+
+RESULTS = Path(__file__).parent / "results" / "curvature_peers.json"
+
+
+def main() -> None:
+    """Score by both, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index")
+    parser.add_argument("rows_asked", metavar="queries", type=Path)
+    parser.add_argument("--python", required=True, help="of an environment with kronfluence")
+    parser.add_argument("--bank", help="a bank with these queries, of the rows of the index")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/curvature-peers"))
+    parser.add_argument("--queries", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16, help="rows of kronfluence's passes")
+    parser.add_argument("--name", default="bank", help="of the results in the file")
+    parser.add_argument("--stage", choices=["ours"], help=argparse.SUPPRESS)  # in a process of its own
+    options = parser.parse_args()
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if options.stage == "ours":
+        score(options)
+        return
+    write_order(options)
+    here = ["--python", options.python, "--work", str(options.work), "--queries", str(options.queries)]
+    ours = [sys.executable, "-m", "benchmarks.evaluation.curvature_peers", options.index, str(options.rows_asked)]
+    theirs = [options.python, str(Path(__file__).with_name("kronfluence_worker.py")), str(options.work)]
+    cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "ours"]),
+            "kronfluence": measured(options, "kronfluence", theirs)}  # fmt: skip
+    scores = {tool: np.load(options.work / f"{tool}.npy") for tool in cost}
+    found: dict[str, Any] = {
+        "machine": machine(), "date": time.strftime("%Y-%m-%d"), "queries": options.queries,
+        "rows": scores["whence"].shape[1], "cost": cost,
+        "agreement": agreement(scores["whence"], scores["kronfluence"]),
+    }  # fmt: skip
+    if options.bank:
+        bank = open_bank(options.bank)
+        found["lds"] = against_scores(bank, bank.row_ids, scores, options.work)
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(document | {options.name: found}, indent=1) + "\n")
+    print(json.dumps({name: found[name] for name in ("cost", "agreement", "lds") if name in found}, indent=1))
+
+
+def asked(options: argparse.Namespace, index: Index) -> list[Encoded]:
+    """The first queries."""
+    rows = [json.loads(line) for line in options.rows_asked.open()][: options.queries]
+    return [encode(row, index.model().tokenizer) for row in rows]
+
+
+def write_order(options: argparse.Namespace) -> None:
+    """What kronfluence reads, as token ids."""
+    index = open_index(options.index, device="cpu")
+    rows = list(IndexView(index).encoded())
+    order = {"model": str(index.model().path), "layers": list(index.layers(index.model())), "batch": options.batch,
+             "damping": None, "rows": [labelled(row) for row in rows],
+             "queries": [labelled(row) for row in asked(options, index)]}  # fmt: skip
+    (options.work / "order.json").write_text(json.dumps(order))
+
+
+def score(options: argparse.Namespace) -> None:
+    """Our factors and scores, and a plain pass over all rows to hold both tools to."""
+    index = open_index(options.index, device="cpu")
+    view, model = IndexView(index), index.model()
+    layers, rows = index.layers(model), list(view.encoded())
+    start = time.process_time()
+    for _, batch in batches(rows, index.tokens_per_batch):
+        backward(model, layers, batch, lambda captured: None, whole=True)
+    one_pass, start = time.process_time() - start, time.process_time()
+    store = curvature(index, options.work / "curvature", restart=True, progress=False)
+    factors, start = time.process_time() - start, time.process_time()
+    targets = [Target(str(n), [QueryText("", "", query)]) for n, query in enumerate(asked(options, index))]
+    found = EKFAC(curvature=store.place.root)(view, targets)
+    scores = time.process_time() - start
+    np.save(options.work / "whence.npy", found.numpy())
+    result = {"one pass": one_pass, "factors": factors, "scores": scores, "memory": peak_resident()}
+    (options.work / "whence.json").write_text(json.dumps(result))
+
+
+def measured(options: argparse.Namespace, tool: str, command: list[str]) -> dict[str, float]:
+    """Run a tool unless it is done; its own seconds, and the largest memory of its process."""
+    cost = options.work / f"{tool}.cost.json"
+    if not cost.exists():
+        start = time.perf_counter()
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+        own = json.loads((options.work / f"{tool}.json").read_text())
+        cost.write_text(json.dumps(own | {"clock": time.perf_counter() - start}))
+    return json.loads(cost.read_text())
+
+
+if __name__ == "__main__":
+    main()
