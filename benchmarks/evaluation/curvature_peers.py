@@ -31,7 +31,7 @@ from benchmarks.evaluation.magic import against_scores, agreement, labelled
 from benchmarks.indexing.speed import machine
 
 from whence.corpus.tokens import Encoded, encode
-from whence.curvature.pipeline import curvature
+from whence.second_order.pipeline import curvature
 from whence.evaluation.bank_store import open_bank
 from whence.gradients.capture import backward
 from whence.gradients.exact import batches

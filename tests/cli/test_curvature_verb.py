@@ -10,7 +10,7 @@ from whence.indexing import memory
 
 @pytest.fixture(scope="module")
 def measured(tiny_index, tmp_path_factory):
-    from whence.curvature.pipeline import curvature
+    from whence.second_order.pipeline import curvature
 
     return curvature(tiny_index, tmp_path_factory.mktemp("verb") / "curvature", progress=False).place.root
 
@@ -83,6 +83,6 @@ def test_a_directory_without_curvature_and_a_method_without_use_of_it(command, t
 
 def test_too_little_memory_names_the_layers_to_leave_out(command, tiny_index, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1)
-    monkeypatch.setattr("whence.curvature.dry_run.free_memory", lambda: 1)
+    monkeypatch.setattr("whence.second_order.dry_run.free_memory", lambda: 1)
     code, text, _ = command("curvature", tiny_index, "-o", tmp_path / "out", "--dry-run")
     assert code == 0 and "It does not fit: memory is the limit" in text and "--layers '!*" in text

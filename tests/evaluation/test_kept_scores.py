@@ -9,7 +9,6 @@ import torch
 from graded_bank import make_bank
 
 from whence.corpus.reading import open_corpus
-from whence.curvature.pipeline import curvature
 from whence.errors import StorageError
 from whence.evaluation.bank_scores import bank_scores, evaluate_lds
 from whence.evaluation.bank_store import open_bank
@@ -18,6 +17,7 @@ from whence.evaluation.method_scores import MethodName
 from whence.indexing.build import index as build_index
 from whence.indexing.directories import verified
 from whence.models.loading import load_model
+from whence.second_order.pipeline import curvature
 from whence.selection.views import CorpusView
 from whence.storage import Place
 

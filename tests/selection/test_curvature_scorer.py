@@ -1,16 +1,18 @@
 """Scores by curvature against autograd's gradients and an explicit inverse, and what holds of any of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_views import Rows, each, query
 
 from conftest import corpus_rows
-from whence.curvature.eigen import ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors
-from whence.errors import SettingError
+from whence.errors import SettingError, WhenceError
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
 from whence.models.loading import load_model
+from whence.second_order.eigen import ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors
 from whence.selection.scorers.curvature import EKFAC
 from whence.selection.views import IndexView
 
@@ -98,3 +100,24 @@ def test_vectors_that_are_no_plain_gradients_are_refused(tiny_llama, tmp_path):
     view = IndexView(open_index(tmp_path / "index"))
     with pytest.raises(SettingError, match=r"not plain gradients .*Leave sketched out"):
         EKFAC(sketched=True)(view, each([query(rows[0], view.model())]))
+
+
+def test_a_target_without_a_gradient_is_refused_by_name(view, model):
+    asked = query(view.listed[3], model)
+    nothing = replace(asked, encoded=replace(asked.encoded, supervised=[False] * len(asked.encoded.ids)))
+    with pytest.raises(SettingError, match="none of its 1 examples has a finite gradient"):
+        EKFAC()(view, each([asked, nothing]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping 0.0 of ekfac: a number above 0"),
+        ({"refine": -1}, "refine -1 of ekfac: at least 0"),
+        ({"sample": 0}, "sample 0 of ekfac: at least 1"),
+        ({"kind": "kfc"}, "there is no such kind. Known: ekfac, kfac"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(options, message):
+    with pytest.raises(WhenceError, match=message):
+        EKFAC(**options)

@@ -5,8 +5,8 @@ import torch
 from small_views import Rows, each, query
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
-from whence.curvature.eigen import LayerCurvature
 from whence.errors import SettingError
+from whence.second_order.eigen import LayerCurvature
 from whence.selection.run_view import RunView
 from whence.selection.scorers.replay import Replay
 from whence.selection.scorers.source import SOURCE, flow, segments_of

@@ -11,7 +11,7 @@ from whence.cli.plans import print_plan
 from whence.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from whence.curvature.store import CurvatureStore
+    from whence.second_order.store import CurvatureStore
 
 KINDS = ("ekfac", "kfac")
 
@@ -48,14 +48,14 @@ def curvature(
     options |= {} if rows is None else {"rows": rows}
     if dry_run:
         with waiting("Loading torch"):
-            from whence.curvature.dry_run import plan_curvature
+            from whence.second_order.dry_run import plan_curvature
         with waiting("Timing a few passes"):
             planned = plan_curvature(index, out, **options)
         if ending := print_plan(planned, as_json):
             print_ending(*ending)
         return
     with waiting("Loading torch"):
-        from whence.curvature.pipeline import curvature as measure
+        from whence.second_order.pipeline import curvature as measure
     print_curvature(measure(index, out, progress=not as_json, **options), as_json)
 
 

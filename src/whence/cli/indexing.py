@@ -113,7 +113,7 @@ def info(
         return
     if is_curvature(index):
         with waiting("Loading torch"):
-            from whence.curvature.store import open_curvature
+            from whence.second_order.store import open_curvature
         print_curvature(open_curvature(index), as_json)
         return
     check_inputs(index=index)

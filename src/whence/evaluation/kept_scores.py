@@ -26,13 +26,13 @@ from whence import __version__, catalogue
 from whence.checksums import Written
 from whence.corpus.layouts import Row
 from whence.corpus.reading import row_json
-from whence.curvature.store import DOCUMENT
 from whence.errors import ChecksumError, StorageError
 from whence.indexing.ingest import fingerprint_of
 from whence.indexing.manifest import MANIFEST
 from whence.models.loading import directory_digest
 from whence.models.weights import in_pieces
 from whence.records import Count, FastDigest, read_record
+from whence.second_order.store import DOCUMENT
 from whence.selection.views import CorpusView, IndexView
 from whence.storage import Place
 

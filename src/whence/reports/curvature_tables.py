@@ -5,10 +5,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from whence.counts import duration, number_of
-from whence.curvature.eigen import DAMPING
-from whence.curvature.store import CurvatureStore
 from whence.indexing.memory import shown_size
 from whence.reports.tables import pairs_table, plain_table
+from whence.second_order.eigen import DAMPING
+from whence.second_order.store import CurvatureStore
 
 NAMES = {"ekfac": "EK-FAC", "kfac": "K-FAC"}
 
@@ -21,8 +21,8 @@ def curvature_facts(store: CurvatureStore) -> dict[str, Any]:
     """
     measured, rows = store.measured, list[dict[str, Any]]()
     groups: dict[str, list[Any]] = {}
-    for name, layer in store.curvature().items():
-        groups.setdefault(name.rpartition(".")[2], []).append(layer.eigenvalues)
+    for name, values in store.eigenvalues().items():
+        groups.setdefault(name.rpartition(".")[2], []).append(values)
     for name, values in groups.items():
         steep = [(value > DAMPING * value.mean()).float().mean() for value in values]
         rows.append({"layers": name, "count": len(values),

@@ -18,8 +18,8 @@ from torch import Tensor
 from whence.corpus.layouts import layout
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import with_text
-from whence.curvature.fisher import TOKENS_PER_BATCH
 from whence.runner import ProgressOption, shown_as
+from whence.second_order.fisher import TOKENS_PER_BATCH
 from whence.selection.scorers.source import SOURCE
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries

@@ -19,23 +19,25 @@ Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 202
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
-from whence.curvature.directions import Directions, direction_scores, mean_gradients
-from whence.curvature.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors
-from whence.curvature.gauss_newton import damped_solution, gauss_newton_product
-from whence.curvature.store import CurvatureStore, Kind, open_curvature
 from whence.errors import ManifestMismatchError, SettingError
 from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.runner import counting
+from whence.second_order.directions import Directions, direction_scores, mean_gradients
+from whence.second_order.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors
+from whence.second_order.fisher import Drawing
+from whence.second_order.gauss_newton import damped_solution, gauss_newton_product
+from whence.second_order.store import CurvatureStore, kind_of, open_curvature
 from whence.selection.protocols import Target, View
+from whence.selection.target_vectors import no_gradient
 from whence.turns import one_at_a_time
 
 Layers = Mapping[str, nn.Module]
@@ -48,20 +50,30 @@ class EKFAC:
 
     seed: int = 0
     """Of the answers that the model draws."""
-    kind: Kind = "ekfac"
+    kind: str = ""
+    """"ekfac" or "kfac"; unless given as it was measured, or EK-FAC's where it is measured for this call."""
     damping: float = DAMPING
     empirical: bool = False
     """Take the rows' own answers in place of drawn ones."""
     refine: int = 0
     """Steps of conjugate gradients on exact Gauss-Newton products, for every target."""
     sample: int = 256
-    """Rows that each of those products is taken over, at most."""
+    """Rows that each of those products is taken over, at most; one more product is taken at the start."""
     sketched: bool = False
     """Read an index' vectors in place of forming the rows' gradients again."""
     curvature: str = ""
-    """Directory of `whence curvature`, whose kind and answers then hold; else it is measured for this call alone."""
+    """Directory of `whence curvature`; else it is measured for this call alone."""
     seconds_before: ClassVar[float] = 0.0
     """What measuring that took; no option."""
+
+    def __post_init__(self):
+        if self.kind:
+            kind_of(self.kind)
+        for name, least in (("refine", 0), ("sample", 1)):
+            if (value := getattr(self, name)) < least:
+                raise SettingError(f"{name} {value} of ekfac: at least {least} is expected")
+        if not self.damping > 0:
+            raise SettingError(f"damping {self.damping} of ekfac: a number above 0 is expected")
 
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
@@ -70,11 +82,14 @@ class EKFAC:
         index = getattr(view, "index", None)  # of an `IndexView`, whose import would bring every projection
         layers = model.layers() if index is None else index.layers(model)
         rows = list(view.encoded())
-        usable = [number for number, row in enumerate(rows) if any(row.supervised[1:])]
+        numbers = range(len(rows)) if index is None else index.store.rankable().tolist()
+        usable = [number for number in numbers if any(rows[number].supervised[1:])]
         some = [rows[number] for number in usable]
-        curvature = self._curvature(model, layers, some, view.tokens_per_batch)
+        digest = None if index is None else index.store.manifest.checkpoints[-1]["digest"]
+        curvature = self._curvature(model, layers, some, view.tokens_per_batch, digest)
         layers = {name: layers[name] for name in curvature}
         directions = mean_gradients(model, layers, [target.sequences() for target in targets])
+        _refuse_without_gradient(directions, targets)
         directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
         directions = {name: each / len(some) for name, each in directions.items()}
         out = torch.full((len(targets), len(rows)), -torch.inf)
@@ -110,27 +125,35 @@ class EKFAC:
         return {name: torch.stack([one[name] for one in solved]) for name in targets}
 
     def _curvature(
-        self, model: LoadedModel, layers: Layers, rows: Sequence[Encoded], tokens_per_batch: int
+        self, model: LoadedModel, layers: Layers, rows: Sequence[Encoded], tokens_per_batch: int, digest: str | None
     ) -> Curvature:
         if self.curvature:
-            store = _stored(self.curvature, model, layers)
+            store = _stored(self.curvature, digest or directory_digest(model.path), layers)
             object.__setattr__(self, "seconds_before", store.description.seconds)
-            return store.curvature(self.kind, model.device)
-        how: _How = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
+            return store.curvature(kind_of(self.kind) if self.kind else None, model.device)
+        how: Drawing = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
         curvature = kfac(kfac_factors(model, layers, rows, **how))
         if self.kind == "kfac":
             return curvature
         return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
 
 
-def _stored(path: str, model: LoadedModel, layers: Layers) -> CurvatureStore:
+def _refuse_without_gradient(directions: Directions, targets: Sequence[Target]) -> None:
+    """Refuse a target whose gradient is 0 or not finite: its scores would say nothing."""
+    squares = torch.stack([each.flatten(1).square().sum(1).cpu() for each in directions.values()]).sum(0)
+    for square, target in zip(squares.tolist(), targets, strict=True):
+        if not 0 < square < torch.inf:
+            raise no_gradient(target)
+
+
+def _stored(path: str, digest: str, layers: Layers) -> CurvatureStore:
     """Curvature that was measured before.
 
     Raises:
         ManifestMismatchError: It is of another model, or of layers that are not traced.
     """
     store = open_curvature(path)
-    if (digest := directory_digest(model.path)) != store.measured.model_digest:
+    if digest != store.measured.model_digest:
         raise ManifestMismatchError(
             f"{path}: curvature of another model, {store.measured.model} (digest {store.measured.model_digest[:12]}, "
             f"here {digest[:12]}). Measure this one: whence curvature INDEX -o ANOTHER"
@@ -141,14 +164,6 @@ def _stored(path: str, model: LoadedModel, layers: Layers) -> CurvatureStore:
             "INDEX -o ANOTHER"
         )
     return store
-
-
-class _How(TypedDict):
-    """Arguments of both passes."""
-
-    seed: int
-    is_empirical: bool
-    tokens_per_batch: int
 
 
 def _by_sketches(view: Any, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:

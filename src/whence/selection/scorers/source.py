@@ -30,12 +30,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from whence.curvature.directions import direction_scores, mean_gradients
-from whence.curvature.eigen import Curvature, LayerCurvature, ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors
 from whence.errors import SettingError
 from whence.gradients.exact import SignedSequence
 from whence.runner import counting
+from whence.second_order.directions import direction_scores, mean_gradients
+from whence.second_order.eigen import Curvature, LayerCurvature, ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors
 from whence.selection.protocols import Target, View
 from whence.training.replayed_run import ReplayableRun
 from whence.training.step_log import StepLog

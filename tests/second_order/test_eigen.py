@@ -7,11 +7,11 @@ import torch
 
 from conftest import random_examples, tiny_model
 from whence.corpus.tokens import collate
-from whence.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors, positions_with_slope
-from whence.curvature.fisher import DrawnLabels, uniforms_of
 from whence.gradients.capture import gradients
 from whence.models.loading import layer_shape
+from whence.second_order.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors, positions_with_slope
+from whence.second_order.fisher import DrawnLabels, uniforms_of
 
 ARCHITECTURES = ["llama", "gpt2", "lora"]
 
@@ -124,6 +124,13 @@ def test_powers_are_those_of_the_explicit_matrix():
         twice = layer.power(layer.power(query, -0.5), -0.5)
         torch.testing.assert_close(twice, layer.power(query, -1.0), rtol=1e-3, atol=1e-3 * float(twice.abs().max()))
         torch.testing.assert_close(layer.power(layer.power(query, 1.0), -1.0), query, rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_without_curvature_gives_nothing():
+    layer = LayerCurvature(torch.eye(3), torch.eye(2), torch.zeros(2, 3))
+    matrices = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+    for exponent in (-1.0, -0.5, 1.0):
+        assert torch.equal(layer.power(matrices, exponent), torch.zeros(2, 2, 3))
 
 
 def test_ekfac_is_the_fisher_where_rows_gradients_are_orthogonal_in_its_basis():

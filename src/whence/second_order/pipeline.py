@@ -6,32 +6,38 @@ same bytes. It is of the index' last checkpoint, and of the gradients as they ar
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from whence import runner
 from whence.corpus.tokens import Encoded
-from whence.curvature.eigen import ekfac_sums, kfac
-from whence.curvature.factors import Factors, kfac_factors
-from whence.curvature.store import CurvatureStore, Kind, Measured
 from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.indexing.parts import encoded_row
+from whence.models.layers import matching_layers
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel
 from whence.numerics import generator
 from whence.outputs import refuse_inputs
+from whence.second_order.eigen import ekfac_sums, kfac
+from whence.second_order.factors import Factors, kfac_factors
+from whence.second_order.fisher import Drawing
+from whence.second_order.store import CurvatureStore, Kind, Measured, kind_of
 from whence.storage import Place
 
+READING = ("tokenizer", "max_tokens", "dtype", "supervise", "date", "layout_version")
+"""Settings of an index that say what the tokens of its rows are, and how its model is loaded."""
 ROWS_AT_ONCE = 256
 """Rows whose sums are added at once."""
 EVERY = 60.0
-"""Seconds between two writings of unfinished sums."""
+"""Seconds between two writings of unfinished sums, at least."""
+PATIENCE = 10.0
+"""The same, in times of what a writing takes."""
 MOST_ROWS = 20_000
 """Rows that are measured where nobody says how many: covariances of more move little."""
 
@@ -40,7 +46,7 @@ def curvature(
     index: str | Path | Index,
     out: str | Path,
     *,
-    kind: Kind = "ekfac",
+    kind: str = "ekfac",
     rows: int = MOST_ROWS,
     layers: str | None = None,
     empirical: bool = False,
@@ -69,9 +75,10 @@ def curvature(
         ManifestMismatchError: `out` was begun with other settings, which are named.
         StorageError: A file could not be written; the same command resumes.
     """
+    chosen = kind_of(kind)
     subject = Subject.of(index, rows=rows, layers=layers, seed=seed, **loading)
     refuse_inputs(out, [subject.index.store.place.root], is_directory=True)
-    measured = subject.measured(kind, empirical=empirical, seed=seed)
+    measured = subject.measured(chosen, empirical=empirical, seed=seed)
     with Place.at(out).locked():
         store = CurvatureStore.begin(out, measured, restart=restart)
         return _Measurement(subject, store, progress).completed()
@@ -112,9 +119,9 @@ class Subject:
             drawn = rankable[order[:rows].sort().values]
         model = opened.model()
         traced = opened.layers(model)
-        chosen = traced if layers is None else {**model.layers(layers)}
-        if others := [name for name in chosen if name not in traced]:
-            raise SettingError(f"--layers {layers}: {others[0]} is not one of the layers of {root}")
+        chosen = traced if layers is None else matching_layers(traced, traced, layers)
+        if not chosen:
+            raise SettingError(f"--layers {layers}: it leaves all layers of {root} out")
         return Subject(opened, chosen, tuple(drawn.tolist()), len(rankable))
 
     @property
@@ -136,6 +143,7 @@ class Subject:
             rows=len(self.numbers),
             of_rows=self.of_rows,
             layers=tuple(self.layers),
+            reading={name: manifest.settings.get(name) for name in READING},
         )
 
     def encoded(self, numbers: Sequence[int]) -> list[Encoded]:
@@ -159,67 +167,65 @@ class _Measurement:
     store: CurvatureStore
     progress: runner.ProgressOption
     started: float = field(default_factory=time.perf_counter)
-    written: float = field(default_factory=time.perf_counter)
+    due: float = field(default_factory=lambda: time.perf_counter() + EVERY)
+    """When unfinished sums are written next."""
+    before: float = 0.0
+    """Seconds of the commands before this one."""
 
     def completed(self) -> CurvatureStore:
         """Go through them."""
         self.before = self.store.description.seconds
         if self.store.description.stage == "factors":
-            factors = self._factors()
-            self.store.save_kfac(kfac(factors), self._seconds)
+            self.store.save_kfac(kfac(self._factors()), self._seconds)
         if self.store.description.stage == "eigenvalues":
-            squares = self._squares()
-            rows = self.store.measured.rows
-            self.store.save_eigenvalues({name: total / rows for name, total in squares.items()}, self._seconds)
+            eigenvalues = {name: total.div_(self.store.measured.rows) for name, total in self._squares().items()}
+            self.store.save_eigenvalues(eigenvalues, self._seconds)
         return self.store
 
     @property
     def _seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
 
-    @property
-    def _is_due(self) -> bool:
-        """Whether it is time to write; then not again for a while."""
-        now = time.perf_counter()
-        is_due = now - self.written > EVERY
-        if is_due:
-            self.written = now
-        return is_due
+    def _save(self, write: Callable[[], None]) -> None:
+        """Write unfinished sums if it is time to: not for a minute after the last time, nor ten times what it took."""
+        start = time.perf_counter()
+        if start < self.due:
+            return
+        write()
+        end = time.perf_counter()
+        self.due = end + max(EVERY, PATIENCE * (end - start))
 
     @property
-    def _how(self) -> "_How":
+    def _how(self) -> Drawing:
         measured = self.store.measured
         return {"seed": measured.seed, "is_empirical": measured.is_empirical,
                 "tokens_per_batch": self.subject.index.tokens_per_batch}  # fmt: skip
 
     def _factors(self) -> dict[str, Factors]:
-        subject, done = self.subject, self.store.description.done
+        subject, done, layers = self.subject, self.store.description.done, self.store.measured.layers
         sums = self.store.factors(subject.model.device) if done else {}
         with runner.progress("Measuring covariances", self.store.measured.rows, done=done, shown=self.progress) as tick:
             for end, rows in subject.pieces(done):
                 some = kfac_factors(subject.model, subject.layers, rows, **self._how)
-                sums = {name: layer + sums[name] if sums else layer for name, layer in some.items()}
+                for name in layers:  # one layer's at a time: all of them twice may not fit
+                    layer = some.pop(name)
+                    sums[name] = layer if name not in sums else sums[name].grown_by(layer)
                 tick(len(rows), sum(len(row.ids) for row in rows))
-                if self._is_due and end < self.store.measured.rows:
-                    self.store.save_factors(sums, end, self._seconds)
+                if end < self.store.measured.rows:
+                    self._save(lambda end=end: self.store.save_factors(sums, end, self._seconds))
         return sums
 
     def _squares(self) -> dict[str, Tensor]:
         subject, done, device = self.subject, self.store.description.done, self.subject.model.device
+        layers = self.store.measured.layers
         bases, sums = self.store.curvature(device=device), self.store.squares(device) if done else {}
         with runner.progress("Measuring eigenvalues", self.store.measured.rows, done=done, shown=self.progress) as tick:
             for end, rows in subject.pieces(done):
                 some = ekfac_sums(subject.model, subject.layers, bases, rows, **self._how)
-                sums = {name: total + sums[name] if sums else total for name, total in some.items()}
+                for name in layers:
+                    total = some.pop(name)
+                    sums[name] = total if name not in sums else sums[name].add_(total)
                 tick(len(rows), sum(len(row.ids) for row in rows))
-                if self._is_due and end < self.store.measured.rows:
-                    self.store.save_squares(sums, end, self._seconds)
+                if end < self.store.measured.rows:
+                    self._save(lambda end=end: self.store.save_squares(sums, end, self._seconds))
         return sums
-
-
-class _How(TypedDict):
-    """Arguments of both passes."""
-
-    seed: int
-    is_empirical: bool
-    tokens_per_batch: int

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded, collate
 from whence.gradients.capture import Captured, backward, example_gradients
-from whence.gradients.exact import SignedSequence, batches
+from whence.gradients.exact import FORMED_AT_ONCE, SignedSequence, batches
 from whence.models.loading import LoadedModel, layer_shape
 
 Directions = Mapping[str, Float32[Tensor, "s o i"]]
 """Of s targets, by layer."""
-FORMED_AT_ONCE = 2**24
-"""Entries of rows' gradients that are formed at a time, at most, or one row's."""
 
 
 def mean_gradients(
@@ -31,7 +29,8 @@ def mean_gradients(
         for sequence in sequences:
 
             def add(captured: Captured, number: int = number, sign: float = sequence.sign) -> None:
-                out[captured.layer][number] += sign * example_gradients(captured.a, captured.g).sum(0)
+                formed = example_gradients(captured.a, captured.g).sum(0)
+                out[captured.layer][number] += sign * formed.to(out[captured.layer])
 
             backward(model, layers, collate([sequence.encoded]), add, whole=True)
     return out
@@ -45,7 +44,7 @@ class _Products:
     sums: Tensor
 
     def __call__(self, captured: Captured) -> None:
-        direction = self.directions[captured.layer]
+        direction = self.directions[captured.layer].to(captured.a.device)
         step = max(1, FORMED_AT_ONCE // direction[0].numel())
         parts = [example_gradients(a, g).flatten(1) @ direction.flatten(1).T
                  for a, g in zip(captured.a.split(step), captured.g.split(step), strict=True)]  # fmt: skip

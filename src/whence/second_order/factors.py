@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
-from whence.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.gradients.capture import Captured
 from whence.models.loading import LoadedModel, layer_shape
+from whence.second_order.fisher import TOKENS_PER_BATCH, fisher_passes
 
 ROUNDING = 1e-5
 """A slope's share of its row's largest below which it counts as none."""
@@ -40,6 +40,11 @@ class Factors:
     """M."""
     rows: int
     """N."""
+
+    def grown_by(self, other: "Factors") -> "Factors":
+        """The same sums with another's added to them, in place."""
+        return Factors(self.inputs.add_(other.inputs), self.slopes.add_(other.slopes),
+                       self.positions + other.positions, self.rows + other.rows)  # fmt: skip
 
     def __add__(self, other: "Factors") -> "Factors":
         """Those of two parts of a corpus together."""

@@ -27,9 +27,9 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.corpus.tokens import Batch, Encoded
-from whence.curvature.eigen import DAMPING, Curvature
 from whence.gradients.exact import batches
 from whence.models.loading import LoadedModel
+from whence.second_order.eigen import DAMPING, Curvature
 
 Direction = dict[str, Float32[Tensor, "o i"]]
 """By layer."""
@@ -84,7 +84,7 @@ def gauss_newton_product(
             slope = p * (moved - (p * moved).sum(1, keepdim=True))
             (found,) = vjp(at, weights)[1](slope.detach())
         for layer in total:
-            total[layer] += _stored(layers[layer], found[names[layer]]) / len(rows)
+            total[layer] += _stored(layers[layer], found[names[layer]]).to(total[layer]) / len(rows)
     return total
 
 
@@ -109,7 +109,7 @@ def damped_solution(
         product: Product with H.
         curvature: EK-FAC's, the preconditioner, whose damping is by layer.
         target: x.
-        steps: Products that are taken; 0 gives EK-FAC's solution.
+        steps: Steps, of a product each and one more at the start; 0 gives EK-FAC's solution.
         damping: See the module's text.
     """
     count = sum(layer.eigenvalues.numel() for layer in curvature.values())
@@ -127,7 +127,9 @@ def damped_solution(
     residual = _sum(target, damped(solution), -1.0)
     conjugate = search = inverse(residual)
     length = _dot(residual, conjugate)
-    for _ in range(steps - 1):
+    for _ in range(steps):
+        if length <= 0:  # nothing is left to solve
+            break
         image = damped(search)
         step = length / _dot(search, image)
         solution, residual = _sum(solution, search, step), _sum(residual, image, -step)

@@ -5,13 +5,14 @@ from p. Then E_y[vec(G_n) vec(G_n)^T] is the Gauss-Newton matrix of l_n, the par
 With the corpus' own labels ("empirical Fisher") it is another matrix, which is 0 where the model is sure and right.
 
 A token's draw depends on the seed, the row's tokens and its place among them alone: neither batches nor workers nor the
-order of rows change it.
+order of rows change it, but for the rounding of the model's own probabilities.
 
 Source: Martens 2020, https://arxiv.org/abs/1412.1193, sections 5 and 9; Kunstner et al. 2019,
 https://arxiv.org/abs/1905.12558 (why the empirical one is another).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,14 @@ from whence.models.loading import LoadedModel
 from whence.numerics import generator
 
 TOKENS_PER_BATCH = 2048
+
+
+class Drawing(TypedDict):
+    """How labels are drawn and passes are made: arguments of `fisher_passes`."""
+
+    seed: int
+    is_empirical: bool
+    tokens_per_batch: int
 
 
 class DrawnLabels:

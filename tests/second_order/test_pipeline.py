@@ -8,16 +8,23 @@ import torch
 from small_views import each, query
 
 from conftest import corpus_rows, save_tiny_llama
-from whence.curvature import pipeline
-from whence.curvature.eigen import ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors
-from whence.curvature.pipeline import curvature
-from whence.curvature.store import open_curvature
-from whence.errors import ChecksumError, ManifestMismatchError, MissingCurvatureError, SettingError
+from whence.errors import (
+    ChecksumError,
+    ManifestMismatchError,
+    MissingCurvatureError,
+    SettingError,
+    UnknownNameError,
+)
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
+from whence.second_order import pipeline
+from whence.second_order.eigen import ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors
+from whence.second_order.pipeline import curvature
+from whence.second_order.store import open_curvature
 from whence.selection.scorers.curvature import EKFAC
 from whence.selection.views import IndexView
+from whence.storage import Place
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,7 @@ def indexed(tiny_llama, tmp_path_factory):
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pipeline, "ROWS_AT_ONCE", 5)
     monkeypatch.setattr(pipeline, "EVERY", 0.0)
+    monkeypatch.setattr(pipeline, "PATIENCE", 0.0)
 
 
 class KilledError(Exception):
@@ -57,33 +65,34 @@ def test_in_pieces_it_is_what_one_pass_gives(kind, indexed, tmp_path, small_piec
         torch.testing.assert_close(found, right, rtol=1e-2, atol=1e-2 * float(right.abs().max()))
 
 
-@pytest.mark.parametrize("after", range(1, 6))
-def test_killed_after_any_writing_it_goes_on_to_the_same_bytes(after, indexed, tmp_path, small_pieces, monkeypatch):
-    whole = curvature(indexed, tmp_path / "whole", progress=False)
-    written = 0
-    write = type(whole)._write
+@pytest.mark.parametrize("after", range(1, 12))
+def test_killed_at_any_writing_it_goes_on_to_the_same_bytes(after, indexed, tmp_path, small_pieces, monkeypatch):
+    """A file and the document that names it are two writings; what a kill between them leaves is no part of it."""
+    curvature(indexed, tmp_path / "whole", progress=False)
+    written, write = 0, Place.write
 
-    def killing(self, *arguments, **changes):
+    def killing(self, *arguments, **more):
         nonlocal written
-        write(self, *arguments, **changes)
-        written += 1
+        result, written = write(self, *arguments, **more), written + 1
         if written == after:
             raise KilledError
+        return result
 
-    monkeypatch.setattr(type(whole), "_write", killing)
+    monkeypatch.setattr(Place, "write", killing)
     with pytest.raises(KilledError):
         curvature(indexed, tmp_path / "out", progress=False)
-    monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "ROWS_AT_ONCE", 5)
-    if after < 5:
+    monkeypatch.setattr(Place, "write", write)
+    if after < 11:
         with pytest.raises(MissingCurvatureError, match=r"stopped before it was complete. Go on: whence curvature"):
             open_curvature(tmp_path / "out")
-    seen = []
-    curvature(indexed, tmp_path / "out", progress=lambda done, total, about: seen.append((about, done)))
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    calls = []
+    curvature(indexed, tmp_path / "out", progress=lambda done, total, about: calls.append((about, done)))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert set(contents(tmp_path / "out")) == {"bases.safetensors", "eigenvalues.safetensors"}
-    if after == 2:
-        assert seen[0] == ("Measuring covariances", 10), "the first ten rows are not measured again"
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    if after == 5:
+        assert calls[0] == ("Measuring covariances", 10), "the first ten rows are not measured again"
 
 
 def test_scores_by_stored_curvature_are_those_of_curvature_measured_for_the_call(indexed, tmp_path):
@@ -119,11 +128,17 @@ def test_another_model_is_refused(indexed, tmp_path):
 
 
 def test_what_cannot_be_measured_or_gone_on_with_is_refused(indexed, tmp_path):
+    with pytest.raises(UnknownNameError, match=r"--kind fisher: there is no such kind. Known: ekfac, kfac"):
+        curvature(indexed, tmp_path / "out", kind="fisher", progress=False)
     with pytest.raises(SettingError, match=r"--rows 0: at least 1"):
         curvature(indexed, tmp_path / "out", rows=0, progress=False)
     curvature(indexed, tmp_path / "out", kind="kfac", progress=False)
     with pytest.raises(ManifestMismatchError, match=r'another kind \(there "kfac", here "ekfac"\).*--restart'):
         curvature(indexed, tmp_path / "out", progress=False)
+    view = IndexView(open_index(indexed))
+    asked = each([query(corpus_rows(12)[3], view.model())])
+    by_kind = [EKFAC(curvature=str(tmp_path / "out"), kind=kind)(view, asked) for kind in ("", "kfac")]
+    assert torch.equal(*by_kind), "it is of the kind that was measured"
     with pytest.raises(SettingError, match="K-FAC alone was measured there"):
         open_curvature(tmp_path / "out").curvature("ekfac")
     curvature(indexed, tmp_path / "out", restart=True, progress=False)
@@ -151,3 +166,11 @@ def test_a_flipped_bit_is_found(indexed, tmp_path):
     document.write_text(json.dumps(text | {"done": 3}))
     with pytest.raises(ChecksumError):
         open_curvature(tmp_path / "out")
+
+
+def test_an_index_of_other_tokens_is_not_gone_on_with(indexed, tiny_llama, tmp_path):
+    curvature(indexed, tmp_path / "out", progress=False)
+    build_index(tiny_llama, corpus_rows(12), tmp_path / "other", projection="identity", codec="float32", max_tokens=9,
+                progress=False)  # fmt: skip
+    with pytest.raises(ManifestMismatchError, match=r'another reading \(there \{"max_tokens": \d+\}, here .*9\}\)'):
+        curvature(tmp_path / "other", tmp_path / "out", progress=False)

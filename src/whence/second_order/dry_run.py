@@ -15,10 +15,6 @@ import torch
 from torch import nn
 
 from whence.counts import number_of
-from whence.curvature.eigen import LayerCurvature, ekfac_sums
-from whence.curvature.factors import kfac_factors
-from whence.curvature.pipeline import MOST_ROWS, Subject
-from whence.curvature.store import DOCUMENT, Description, Kind, check_same, read_description
 from whence.indexing.memory import forget_peak, peak_resident
 from whence.indexing.memory_bound import ROOM
 from whence.indexing.opening import Index
@@ -26,6 +22,10 @@ from whence.indexing.pilot import spread
 from whence.indexing.planning import DISK, MEMORY, Phase, Plan, free_disk, free_memory
 from whence.models.load_options import IndexLoading
 from whence.models.loading import layer_shape
+from whence.second_order.eigen import LayerCurvature, ekfac_sums
+from whence.second_order.factors import kfac_factors
+from whence.second_order.pipeline import MOST_ROWS, Subject
+from whence.second_order.store import DOCUMENT, Description, check_same, kind_of, read_description
 from whence.storage import Place
 
 SAMPLE = 64
@@ -38,7 +38,7 @@ def plan_curvature(
     index: str | Path | Index,
     out: str | Path = "CURVATURE",
     *,
-    kind: Kind = "ekfac",
+    kind: str = "ekfac",
     rows: int = MOST_ROWS,
     layers: str | None = None,
     empirical: bool = False,
@@ -53,7 +53,7 @@ def plan_curvature(
     """
     start = time.perf_counter()
     subject = Subject.of(index, rows=rows, layers=layers, seed=seed, **loading)
-    measured = subject.measured(kind, empirical=empirical, seed=seed)
+    measured = subject.measured(kind_of(kind), empirical=empirical, seed=seed)
     place = Place.at(out)
     begun = None if restart or not place.exists(DOCUMENT) else read_description(place)
     if begun is not None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from conftest import random_examples, tiny_model
-from whence.curvature.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
-from whence.curvature.factors import kfac_factors
-from whence.curvature.gauss_newton import damped_solution, gauss_newton_product
 from whence.models.loading import layer_shape
+from whence.second_order.eigen import LayerCurvature, ekfac, ekfac_sums, kfac
+from whence.second_order.factors import kfac_factors
+from whence.second_order.gauss_newton import damped_solution, gauss_newton_product
 
 
 def opened(architecture):

@@ -16,19 +16,26 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
 from whence.checksums import Written
 from whence.counts import number_of
-from whence.curvature.eigen import Curvature, LayerCurvature
-from whence.curvature.factors import Factors
-from whence.errors import FormatVersionError, ManifestMismatchError, MissingCurvatureError, SettingError
+from whence.errors import (
+    FormatVersionError,
+    ManifestMismatchError,
+    MissingCurvatureError,
+    SettingError,
+    UnknownNameError,
+)
 from whence.models.weights import in_pieces
 from whence.records import Count, read_record, unlike_written
+from whence.second_order.eigen import Curvature, LayerCurvature
+from whence.second_order.factors import Factors
 from whence.storage import TEMPORARY, FileEntry, Place
 
 DOCUMENT, BASES, EIGENVALUES = "curvature.json", "bases.safetensors", "eigenvalues.safetensors"
@@ -36,6 +43,18 @@ FORMAT_VERSION = 1
 REMEDY = "Measure it again: the same `whence curvature` command with --restart."
 Kind = Literal["ekfac", "kfac"]
 Stage = Literal["factors", "eigenvalues", "complete"]
+
+
+def kind_of(name: str) -> Kind:
+    """A kind of curvature by its name.
+
+    Raises:
+        UnknownNameError: There is none of it; the message lists those there are.
+    """
+    for kind in get_args(Kind):
+        if name == kind:
+            return kind
+    raise UnknownNameError(f"--kind {name}: there is no such kind. Known: {', '.join(get_args(Kind))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +81,8 @@ class Measured:
     """Rows of the index that can be ranked."""
     layers: tuple[str, ...]
     """Names of the layers, which are all that scores read."""
+    reading: Mapping[str, Any]
+    """Settings of the index that say what its rows' tokens are, and how its model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +192,10 @@ class CurvatureStore:
         self.place.write_document(DOCUMENT, asdict(self.description))
 
     def remove_leftovers(self) -> None:
-        """Remove files that the document does not name."""
+        """Remove files of a measurement that the document does not name; others are nobody's here."""
         named = {DOCUMENT, *(entry["file"] for entry in self.description.files)}
         for name in self.place.names():
-            if name not in named:
+            if name not in named and _is_own(name):
                 with suppress(FileNotFoundError):
                     self.place.remove(name)
 
@@ -183,9 +204,9 @@ class CurvatureStore:
     def factors(self, device: torch.device) -> dict[str, Factors]:
         """K-FAC's sums as far as they are."""
         positions = self.description.positions
-        stored = self._by_layer(_sums_file(self.description.done), device)
-        return {name: Factors(inputs, slopes, positions[name], self.description.done)
-                for name, (inputs, slopes) in stored.items()}  # fmt: skip
+        stored = self._read(_sums_file(self.description.done), device)
+        return {name: Factors(stored[f"{name}|inputs"], stored[f"{name}|slopes"], positions[name],
+                              self.description.done) for name in self.measured.layers}  # fmt: skip
 
     def squares(self, device: torch.device) -> dict[str, Tensor]:
         """EK-FAC's sums as far as they are."""
@@ -201,27 +222,37 @@ class CurvatureStore:
         kind = kind or self.measured.kind
         if kind == "ekfac" and self.measured.kind == "kfac":
             raise SettingError(
-                f"{self.place.root}: K-FAC alone was measured there. Use --set kind=kfac, or measure: whence curvature "
-                f"{shlex.quote(self.measured.index)} -o ANOTHER"
+                f"{self.place.root}: K-FAC alone was measured there. Leave kind=ekfac out, or measure: whence "
+                f"curvature {shlex.quote(self.measured.index)} -o ANOTHER"
             )
-        layers = {name: LayerCurvature(*sides) for name, sides in self._by_layer(BASES, device).items()}
-        if kind == "kfac" or self.description.stage == "eigenvalues":
-            return layers
-        values = self._read(EIGENVALUES, device)
-        return {name: LayerCurvature(layer.inputs, layer.slopes, values[name]) for name, layer in layers.items()}
+        sides = self._read(BASES, device, ("inputs", "slopes"))
+        values = self.eigenvalues(kind, device)
+        return {name: LayerCurvature(sides[f"{name}|inputs"], sides[f"{name}|slopes"], values[name])
+                for name in self.measured.layers}  # fmt: skip
 
-    def _by_layer(self, file: str, device: torch.device | str) -> dict[str, tuple[Tensor, ...]]:
-        """Tensors of each layer in the order inputs, slopes, eigenvalues."""
-        tensors = self._read(file, device)
-        parts = [part for part in ("inputs", "slopes", "eigenvalues") if f"{self.measured.layers[0]}|{part}" in tensors]
-        return {name: tuple(tensors[f"{name}|{part}"] for part in parts) for name in self.measured.layers}
+    def eigenvalues(self, kind: Kind | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Eigenvalues by layer alone; None: as it was measured. EK-FAC's are K-FAC's until they are complete."""
+        kind = kind or self.measured.kind
+        if kind == "ekfac" and self.is_complete:
+            return self._read(EIGENVALUES, device)
+        values = self._read(BASES, device, ("eigenvalues",))
+        return {name: values[f"{name}|eigenvalues"] for name in self.measured.layers}
 
-    def _read(self, file: str, device: torch.device | str) -> dict[str, Tensor]:
+    def _read(self, file: str, device: torch.device | str, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of a file, or those whose names end with one of some parts.
+
+        Raises:
+            ChecksumError: It is damaged, or not named.
+        """
         entry = next((entry for entry in self.description.files if entry["file"] == file), None)
         if entry is None:
             raise unlike_written(self.place.path(DOCUMENT), f"it does not name {file}", REMEDY)
         self.place.check(file, Written(entry["bytes"], None, entry["xxh3"]), REMEDY)
-        return {name: tensor.to(device) for name, tensor in load(self.place.read(file)).items()}
+        if not self.place.is_local:
+            read = load(self.place.read(file))
+            return {name: tensor.to(device) for name, tensor in read.items() if _is_of(name, parts)}
+        with safe_open(self.place.path(file), "pt", device=str(device)) as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys() if _is_of(name, parts)}  # noqa: SIM118
 
 
 def open_curvature(path: str | Path) -> CurvatureStore:
@@ -267,12 +298,22 @@ def check_same(begun: Measured, asked: Measured, where: str) -> None:
         ManifestMismatchError: What differs is named.
     """
     then, now = asdict(begun), asdict(asked)
-    for name in ("kind", "seed", "is_empirical", "model_digest", "corpora", "rows", "layers"):
+    for name in ("kind", "seed", "is_empirical", "model_digest", "corpora", "rows", "layers", "reading"):
         if then[name] != now[name]:
+            then[name], now[name] = _where_they_part(then[name], now[name])
             raise ManifestMismatchError(
                 f"{where}: begun with another {name.replace('_', ' ')} (there {_short(then[name])}, here "
                 f"{_short(now[name])}). Give another directory, or begin anew with --restart"
             )
+
+
+def _where_they_part(one: Any, other: Any) -> tuple[Any, Any]:
+    """The first entries of two lists or dictionaries that differ, or the two values."""
+    if isinstance(one, Mapping):
+        return next(({name: one[name]}, {name: other.get(name)}) for name in one if one[name] != other.get(name))
+    if isinstance(one, Sequence) and not isinstance(one, str) and len(one) == len(other):
+        return next((a, b) for a, b in zip(one, other, strict=True) if a != b)
+    return one, other
 
 
 def _sums_file(done: int) -> str:
@@ -280,12 +321,21 @@ def _sums_file(done: int) -> str:
 
 
 def _refuse_others(place: Place) -> None:
-    others = [name for name in place.names() if _OWN.fullmatch(name.removesuffix(TEMPORARY)) is None]
+    others = [name for name in place.names() if not _is_own(name)]
     if others:
         raise SettingError(
             f"{place.root} is not empty and not curvature's alone ({others[0]} is there). Nothing was changed; move "
             "that away, or give the curvature a directory of its own"
         )
+
+
+def _is_of(name: str, parts: Sequence[str] | None) -> bool:
+    return parts is None or name.rpartition("|")[2] in parts
+
+
+def _is_own(name: str) -> bool:
+    """Whether a measurement writes a file of this name, whole or as a draft."""
+    return _OWN.fullmatch(name.removesuffix(TEMPORARY)) is not None
 
 
 _OWN = re.compile(r"curvature\.json|(bases|eigenvalues|sums-[0-9]{8,})\.safetensors")

@@ -21,10 +21,11 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
-from whence.curvature.factors import Factors
-from whence.curvature.fisher import TOKENS_PER_BATCH, fisher_passes
 from whence.gradients.capture import Captured, example_gradients
+from whence.gradients.exact import FORMED_AT_ONCE
 from whence.models.loading import LoadedModel
+from whence.second_order.factors import Factors
+from whence.second_order.fisher import TOKENS_PER_BATCH, fisher_passes
 
 DAMPING = 0.1
 """Of the mean eigenvalue of a layer."""
@@ -54,9 +55,12 @@ class LayerCurvature:
             gradients: The matrices.
             exponent: -1 for the inverse, -0.5 for its root.
             damping: See the module's text.
+
+        Where the damped eigenvalue is 0, as in a layer that no row reaches, the product is 0.
         """
         damped = self.eigenvalues + damping * self.eigenvalues.mean()
-        return self.slopes @ (self.rotated(gradients) * damped.pow(exponent)) @ self.inputs.T
+        factors = torch.where(damped > 0, damped.clamp(min=1e-38).pow(exponent), 0.0)
+        return self.slopes @ (self.rotated(gradients) * factors) @ self.inputs.T
 
 
 Curvature = dict[str, LayerCurvature]
@@ -85,9 +89,14 @@ class _Squares:
     sums: dict[str, Tensor]
 
     def __call__(self, captured: Captured) -> None:
-        layer = self.curvature[captured.layer]
-        rotated = example_gradients(captured.a @ layer.inputs, captured.g @ layer.slopes)
-        self.sums[captured.layer] += rotated.square_().sum(0)
+        layer, sums = self.curvature[captured.layer], self.sums[captured.layer]
+        a, g = (
+            captured.a.float() @ layer.inputs.to(captured.a.device),
+            captured.g.float() @ layer.slopes.to(captured.a.device),
+        )
+        step = max(1, FORMED_AT_ONCE // sums.numel())
+        for some_a, some_g in zip(a.split(step), g.split(step), strict=True):
+            sums += example_gradients(some_a, some_g).square_().sum(0).to(sums)
 
 
 def ekfac_sums(
