@@ -31,12 +31,12 @@ from benchmarks.evaluation.magic import against_scores, agreement, labelled
 from benchmarks.indexing.speed import machine
 
 from whence.corpus.tokens import Encoded, encode
-from whence.second_order.pipeline import curvature
 from whence.evaluation.bank_store import open_bank
 from whence.gradients.capture import backward
 from whence.gradients.exact import batches
 from whence.indexing.memory import peak_resident
 from whence.indexing.opening import Index, open_index
+from whence.second_order.pipeline import curvature
 from whence.selection.protocols import QueryText, Target
 from whence.selection.scorers.curvature import EKFAC
 from whence.selection.views import IndexView

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from whence.recovery.dry_run import plan_recovery as plan_recovery
     from whence.recovery.pipeline import recover as recover
     from whence.reports.saved_results import open_result as open_result
+    from whence.second_order.dry_run import plan_curvature as plan_curvature
+    from whence.second_order.pipeline import curvature as curvature
+    from whence.second_order.store import open_curvature as open_curvature
     from whence.selection.pipeline import select as select
     from whence.tracing.pipeline import trace as trace
     from whence.tracing.queries import Query as Query
@@ -63,6 +66,7 @@ _HOMES = {
     "Bank": "evaluation.bank_store",
     "bench": "indexing.speed",
     "Corpus": "corpus.reading",
+    "curvature": "second_order.pipeline",
     "demo": "cli.demonstration",
     "evaluate_addition": "evaluation.removal",
     "evaluate_lds": "evaluation.bank_scores",
@@ -84,11 +88,13 @@ _HOMES = {
     "OnlineMixer": "training.online_mixing",
     "open_bank": "evaluation.bank_store",
     "open_corpus": "corpus.reading",
+    "open_curvature": "second_order.store",
     "open_index": "indexing.opening",
     "open_pool": "ablation.pool",
     "open_result": "reports.saved_results",
     "plan": "indexing.planning",
     "plan_bank": "evaluation.bank_plan",
+    "plan_curvature": "second_order.dry_run",
     "plan_pool": "ablation.dry_run",
     "plan_recovery": "recovery.dry_run",
     "plan_training": "training.dry_run",

@@ -25,7 +25,8 @@ def test_it_is_planned_measured_and_shown(command, tiny_index, tmp_path):
     assert code == 0, err
     assert "EK-FAC of 20 rows and" in text and f"--method ekfac --curvature {out}" in " ".join(text.split())
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    assert abs(json.loads(planned)["disk_bytes"] - size) < 0.1 * size
+    disk = json.loads(planned)["disk"]
+    assert abs(disk["eigenbases"] + disk["eigenvalues"] - size) < 0.1 * size
     code, shown, _ = command("info", out, "--json")
     facts = json.loads(shown)
     assert (facts["kind"], facts["measured_rows"], facts["bytes"]) == ("ekfac", 20, size)

@@ -78,6 +78,21 @@ def test_squared_norms_and_a_second_moment_of_nothing():
     torch.testing.assert_close(nothing.solved(asked), asked)
 
 
+def test_little_damping_and_a_direction_that_all_share_lose_no_digits():
+    """An eigenvalue of 1e6 dampings: what is left of a vector is a millionth of it."""
+    rng = torch.Generator().manual_seed(3)
+    lines = torch.randn(60, 500, generator=rng) / 500**0.5 + 30 * torch.nn.functional.normalize(torch.ones(500), dim=0)
+    moment = SecondMoment.of(lines, 1e-6)
+    explicit = lines.double().T @ lines.double() + moment.damping * torch.eye(500, dtype=torch.float64)
+    asked = lines[:3] + 0.1 * torch.randn(3, 500, generator=rng)
+    expected = torch.linalg.solve(explicit, asked.double().T).T
+    torch.testing.assert_close(
+        moment.solved(asked).double(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
+    )
+    norms = (asked.double() * expected).sum(1)
+    torch.testing.assert_close(moment.squared_norms(asked).double(), norms, rtol=1e-4, atol=0)
+
+
 def test_a_sample_of_the_rows_is_drawn_by_the_seed(view, targets):
     whole, first, other = (TRAK(sample=sample, seed=seed)(view, targets) for sample, seed in ((99, 0), (6, 0), (6, 1)))
     assert torch.equal(whole, TRAK(seed=5)(view, targets)), "all rows are no sample"

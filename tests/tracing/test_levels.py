@@ -56,6 +56,20 @@ def test_the_level_is_that_of_the_kind_that_reaches_highest():
         assert level_of(drawn, best) == 9.0
 
 
+def test_answers_that_all_examples_have_say_nothing():
+    drawn = [Meaningless([], kind) for kind in KINDS for _ in range(OF_A_KIND)]
+    best = [None if query.kind == "answers" and number % OF_A_KIND else 1.0 for number, query in enumerate(drawn)]
+    best[-OF_A_KIND] = 50.0
+    assert level_of(drawn, best) == 1.0, "one of 33 is too few"
+
+
+def test_a_corpus_of_two_answers_has_a_level(tiny_llama, tmp_path):
+    rows = [{"prompt": f"is {n} odd?", "completion": " yes" if n % 2 else " no"} for n in range(40)]
+    built = index(tiny_llama, rows, tmp_path / "index", projection="two_sided", width=4, progress=False)
+    found = trace(built, "is 3 odd?", " yes", top=3)
+    assert found.needed_z > 0
+
+
 @pytest.mark.parametrize(
     ("best", "words"),
     [

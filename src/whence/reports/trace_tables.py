@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whence.catalogue import TRACE_METHODS
 from whence.counts import number_of
 from whence.reports.text import visible
 from whence.tracing.results import SURE, Answer, Hit, TokenMatrix, Trace
@@ -134,10 +133,10 @@ def reranking_words(trace: Trace, query: int) -> str:
     return f"{words} the exact last {last} with {percent(depth.sure_opposing)}. {overlap}"
 
 
-WITHOUT_UNIT = ("dot", "tracin", "ekfac", "datainf", "trak")
+WITHOUT_UNIT = ("dot", "tracin", "ekfac", "datainf", "trak", "source")
 """Methods whose scores may be of any size."""
-NATS = tuple(name for name, method in TRACE_METHODS.items() if method.needs_run)
-"""Methods whose scores are nats a token."""
+NATS = ("replay",)
+"""Methods whose scores are nats a token, and to be believed as such."""
 LOSES = "Compression loses much here: a longer --shortlist finds more of them, a wider index loses less."
 
 

@@ -15,6 +15,7 @@ from whence.corpus.tokens import Encoded, collate
 from whence.gradients.capture import Captured, backward, example_gradients
 from whence.gradients.exact import FORMED_AT_ONCE, SignedSequence, batches
 from whence.models.loading import LoadedModel, layer_shape
+from whence.second_order.factors import device_of
 
 Directions = Mapping[str, Float32[Tensor, "s o i"]]
 """Of s targets, by layer."""
@@ -24,7 +25,8 @@ def mean_gradients(
     model: LoadedModel, layers: Mapping[str, nn.Module], targets: Sequence[Sequence[SignedSequence]]
 ) -> dict[str, Float32[Tensor, "s o i"]]:
     """Gradients of targets' losses, each the signed sum of its sequences' mean losses over tokens, by layer."""
-    out = {name: torch.zeros(len(targets), *layer_shape(layer), device=model.device) for name, layer in layers.items()}
+    out = {name: torch.zeros(len(targets), *layer_shape(layer), device=device_of(layer))
+           for name, layer in layers.items()}  # fmt: skip
     for number, sequences in enumerate(targets):
         for sequence in sequences:
 

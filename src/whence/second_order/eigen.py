@@ -24,7 +24,7 @@ from whence.corpus.tokens import Encoded
 from whence.gradients.capture import Captured, example_gradients
 from whence.gradients.exact import FORMED_AT_ONCE
 from whence.models.loading import LoadedModel
-from whence.second_order.factors import Factors
+from whence.second_order.factors import Factors, device_of
 from whence.second_order.fisher import TOKENS_PER_BATCH, fisher_passes
 
 DAMPING = 0.1
@@ -41,6 +41,10 @@ class LayerCurvature:
     """U_s."""
     eigenvalues: Float32[Tensor, "o i"]
     """Of the Fisher matrix of a row's loss, which is the sum over its tokens; nats squared over weights squared."""
+
+    def to(self, device: torch.device) -> "LayerCurvature":
+        """The same on a device."""
+        return LayerCurvature(self.inputs.to(device), self.slopes.to(device), self.eigenvalues.to(device))
 
     def rotated(self, gradients: Float[Tensor, "*b o i"]) -> Float[Tensor, "*b o i"]:
         """Matrices in the eigenbasis."""
@@ -60,7 +64,8 @@ class LayerCurvature:
         """
         damped = self.eigenvalues + damping * self.eigenvalues.mean()
         factors = torch.where(damped > 0, damped.clamp(min=1e-38).pow(exponent), 0.0)
-        return self.slopes @ (self.rotated(gradients) * factors) @ self.inputs.T
+        here = self.to(gradients.device)
+        return here.slopes @ (here.rotated(gradients) * factors.to(gradients.device)) @ here.inputs.T
 
 
 Curvature = dict[str, LayerCurvature]
@@ -113,7 +118,13 @@ def ekfac_sums(
 
     For the arguments see `fisher.fisher_passes`.
     """
-    squares = _Squares(curvature, {name: torch.zeros_like(curvature[name].eigenvalues) for name in layers})
+    squares = _Squares(
+        curvature,
+        {
+            name: torch.zeros_like(curvature[name].eigenvalues, device=device_of(layer))
+            for name, layer in layers.items()
+        },
+    )
     for _ in fisher_passes(model, layers, rows, squares, seed=seed, is_empirical=is_empirical,
                            tokens_per_batch=tokens_per_batch):  # fmt: skip
         pass

@@ -52,6 +52,11 @@ class Factors:
                        self.rows + other.rows)  # fmt: skip
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer is: a model may be spread over several devices."""
+    return next(layer.parameters()).device
+
+
 def positions_with_slope(g: Float[Tensor, "b t o"]) -> Bool[Tensor, "b t"]:
     """Where a row has a slope that is more than the rounding of its largest one.
 
@@ -71,7 +76,7 @@ class _Sums:
 
     def __call__(self, captured: Captured) -> None:
         has_slope = positions_with_slope(captured.g)
-        a, g = captured.a[has_slope], captured.g[has_slope]
+        a, g = captured.a[has_slope].float(), captured.g[has_slope].float()
         self.inputs[captured.layer] += (a.T @ a).to(self.inputs[captured.layer])
         self.slopes[captured.layer] += (g.T @ g).to(self.slopes[captured.layer])
         self.positions[captured.layer] += len(a)
@@ -89,8 +94,8 @@ def kfac_factors(
     """Factors of every layer over some rows; for the arguments see `fisher.fisher_passes`."""
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
     sums = _Sums(
-        {name: torch.zeros(inputs, inputs, device=model.device) for name, (_, inputs) in shapes.items()},
-        {name: torch.zeros(outputs, outputs, device=model.device) for name, (outputs, _) in shapes.items()},
+        {name: torch.zeros(inputs, inputs, device=device_of(layers[name])) for name, (_, inputs) in shapes.items()},
+        {name: torch.zeros(outputs, outputs, device=device_of(layers[name])) for name, (outputs, _) in shapes.items()},
         dict.fromkeys(shapes, 0),
     )
     for _ in fisher_passes(model, layers, rows, sums, seed=seed, is_empirical=is_empirical,

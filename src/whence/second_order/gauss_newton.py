@@ -27,6 +27,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.corpus.tokens import Batch, Encoded
+from whence.errors import SettingError
 from whence.gradients.exact import batches
 from whence.models.loading import LoadedModel
 from whence.second_order.eigen import DAMPING, Curvature
@@ -65,7 +66,15 @@ def gauss_newton_product(
         rows: Rows, each with a supervised token.
         direction: One matrix for each layer.
         tokens_per_batch: The most tokens of a pass, padding included.
+
+    Raises:
+        SettingError: Weights are quantised, or in float16, whose range is too small.
     """
+    if odd := [module for module in layers.values() if _kind_of(module) not in (torch.float32, torch.bfloat16)]:
+        raise SettingError(
+            f"{model.path}: exact Gauss-Newton products take weights in float32 or bfloat16, and these are "
+            f"{str(_kind_of(odd[0])).removeprefix('torch.')}. Leave refine out, or load them with --dtype float32"
+        )
     logits_of, names = _Logits(model), _parameter_names(model, layers)
     weights = {names[layer]: model.model.get_parameter(names[layer].partition(".")[2]).detach() for layer in layers}
     along = {names[layer]: _stored(module, direction[layer]).to(weights[names[layer]])
@@ -86,6 +95,10 @@ def gauss_newton_product(
         for layer in total:
             total[layer] += _stored(layers[layer], found[names[layer]]).to(total[layer]) / len(rows)
     return total
+
+
+def _kind_of(layer: nn.Module) -> torch.dtype:
+    return next(layer.parameters()).dtype
 
 
 def _stored(layer: nn.Module, matrix: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ LETTERS_A_TOKEN = 4
 """Shuffled letters that are enough for a token."""
 MOST_ANSWERS = 64
 """Answers that one text is made of, at most."""
+EQUAL_ANSWERS = 64
+"""Examples that are ranked beside those that count, for some may have the answer that a text is made of."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,19 @@ def cost(shapes: Sequence[Shape]) -> str:
     return f"{MEANINGLESS} meaningless completions of {words}{lengths[-1]} tokens"
 
 
-def level_of(drawn: Sequence[Meaningless], best: Sequence[float]) -> float:
-    """The highest of the kinds' `needed_z`, from the best z of each query."""
-    kinds = [[z for query, z in zip(drawn, best, strict=True) if query.kind == kind] for kind in KINDS]
-    return max(needed_z(found) for found in kinds if found)
+def level_of(drawn: Sequence[Meaningless], best: Sequence[float | None]) -> float:
+    """The highest of the kinds' `needed_z`, from the best z of each query.
+
+    None stands for a query that all examples ranked for it may have taught. In a corpus of a few answers, such as
+    labels, they are many: then the kind says nothing, and is left out.
+    """
+    levels = []
+    for kind in KINDS:
+        own = [z for query, z in zip(drawn, best, strict=True) if query.kind == kind]
+        known = [z for z in own if z is not None]
+        if known and 2 * len(known) >= len(own):
+            levels.append(needed_z(known))
+    return max(levels)
 
 
 def needed_z(best: Sequence[float]) -> float:

@@ -189,7 +189,7 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
     scorer = catalogue.trace_method(settings.method).scorer
     if scorer is None:
         return notes
-    if catalogue.SCORERS[scorer].needs_index:
+    if catalogue.SCORERS[scorer].is_signed or catalogue.SCORERS[scorer].needs_index:
         if any(query.contrast is not None for query in queries):
             notes.append(f"--method {settings.method} is of one completion: the contrast is left out of it.")
     elif any(query.span is not None or query.contrast is not None for query in queries):

@@ -33,7 +33,7 @@ from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
 from whence.tracing import nulls
 from whence.tracing.depth import Noise, candidates, depth
-from whence.tracing.levels import Meaningless, Shape, answer_of, level_of, meaningless, verdict
+from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, level_of, meaningless, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
@@ -302,8 +302,8 @@ class Retrieval:
         self, queries: Sequence[Meaningless], vectors: Float32[Tensor, "c q k"], controls: nulls.Controls
     ) -> float:
         """The best z that meaningless completions reach, traced as queries are."""
-        top, best = self.settings.top, []
-        rankings = self._ranked(vectors, top + max(len(query.answers) for query in queries), controls)
+        top, best = self.settings.top, list[float | None]()
+        rankings = self._ranked(vectors, top + EQUAL_ANSWERS, controls)
         for number, query in enumerate(queries):
             result = self._result(number, rankings, vectors[:, number])
             self._set_means(result, controls)
@@ -312,7 +312,8 @@ class Retrieval:
                 self._read(side.rows)
                 own = {row for row in side.rows if answer_of(self.index, self.stored_rows[row]) in query.answers}
                 side = side.without(own)
-            best.append(self._among(result, side.cut(top), controls, nulls.best_z))
+            is_left = bool(side.rows) or not query.answers
+            best.append(self._among(result, side.cut(top), controls, nulls.best_z) if is_left else None)
         return level_of(queries, best)
 
     def _ranked(

@@ -66,8 +66,8 @@ def under_noise(scores: Float32[Tensor, " n"], noise: Float32[Tensor, " n"], m: 
         m: Rows that are shown.
     """
     m = min(m, len(scores))
-    if not m:
-        return Stability()
+    if not m or not float(noise.median()) > 0:
+        return Stability() if not m else Stability(exact=1.0, sketch=1.0)
     mean, variance = moments(scores, noise)
     draws = torch.empty(DRAWS, len(scores))
     draws.normal_(generator=generator(0, "stability"))

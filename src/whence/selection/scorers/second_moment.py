@@ -32,6 +32,8 @@ from whence.selection.target_vectors import indexed_view, target_vectors
 MOST_ROWS = 4096
 """Rows by which the second moment is estimated, at most."""
 DAMPING = 0.1
+COLUMNS = 4096
+"""Columns that are multiplied in double precision at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,33 @@ class SecondMoment:
 
     @staticmethod
     def of(lines: Float32[Tensor, "m k"], damping: float) -> "SecondMoment":
-        """Of lines whose squares add up, under `damping` in means of their squared norms."""
-        gram = (lines @ lines.T).double()
+        """Of lines whose squares add up, under `damping` in means of their squared norms.
+
+        Products are taken in double precision: what is left of a vector may be a small part of it.
+        """
+        gram = _product(lines, lines)
         d = damping * float(gram.diagonal().mean()) or 1.0  # where all vectors are 0 nothing is divided
         gram.diagonal().add_(d)
         return SecondMoment(lines, d, torch.linalg.cholesky(gram))
 
     def solved(self, vectors: Float32[Tensor, "s k"]) -> Float32[Tensor, "s k"]:
         """R^-1 v of each."""
-        shares = torch.cholesky_solve((vectors @ self.lines.T).double().T, self.solver).T
-        return (vectors - shares.float() @ self.lines) / self.damping
+        shares = torch.cholesky_solve(_product(self.lines, vectors), self.solver)
+        parts = zip(vectors.split(COLUMNS, 1), self.lines.split(COLUMNS, 1), strict=True)
+        rest = [some.double() - shares.T @ lines.double() for some, lines in parts]
+        return (torch.cat(rest, 1) / self.damping).float()
 
     def squared_norms(self, vectors: Float32[Tensor, "n k"]) -> Float32[Tensor, " n"]:
         """v^T R^-1 v of each."""
-        products = (vectors @ self.lines.T).double()
+        products = _product(vectors, self.lines)
         absorbed = (products * torch.cholesky_solve(products.T, self.solver).T).sum(1)
         return ((vectors.double().square().sum(1) - absorbed) / self.damping).clamp_(min=0).float()
+
+
+def _product(one: Float32[Tensor, "a k"], other: Float32[Tensor, "b k"]) -> Float64[Tensor, "a b"]:
+    """Inner products in double precision, some columns at a time."""
+    pairs = zip(one.split(COLUMNS, 1), other.split(COLUMNS, 1), strict=True)
+    return sum((a.double() @ b.double().T for a, b in pairs), torch.zeros(len(one), len(other), dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

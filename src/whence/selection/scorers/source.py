@@ -8,9 +8,10 @@ segment, and of what came before, is then in the basis of H
     left      exp(-tau lambda) * s                         the s of the segment before
 
 with T the mean number of supervised tokens of N rows: a training's loss is the mean over a batch's tokens, so that
-lambda is EK-FAC's eigenvalue of a row's summed loss over T. The score is the sum over segments, in nats: what leaving
-the row out adds to the target's loss. Where tau lambda is small that is an inner product of gradients, where it is
-large that of an influence function: no damping is to be chosen.
+lambda is EK-FAC's eigenvalue of a row's summed loss over T. The score is the sum over segments: of gradient descent
+what leaving the row out adds to the target's loss, in nats; of AdamW, which hardly feels a gradient's size, its order
+alone means something (scores were 8 times those of a replay). Where tau lambda is small that is an inner product of
+gradients, where it is large that of an influence function: no damping is to be chosen.
 
 For AdamW p is what it multiplies a gradient by, 1 / (sqrt(second moment) + eps), as a mean over a layer's entries by
 their second moments, where gradients have their energy; for SGD it is 1. Decay is left out, and so is clipping, so that
