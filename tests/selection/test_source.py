@@ -1,5 +1,7 @@
 """SOURCE: one segment against steps of gradient descent, and a whole training against its replay."""
 
+import json
+
 import pytest
 import torch
 from small_views import Rows, each, query
@@ -69,3 +71,19 @@ def test_what_cannot_be_scored_is_refused(runs):
         SOURCE(segments=0)
     with pytest.raises(SettingError, match="--method source reads a run of `whence train --replayable`"):
         SOURCE()(Rows(corpus_rows(2), RunView.of(runs / "sgd").model()), [])
+
+
+def test_trace_asks_a_run_by_its_segments(runs, command):
+    row = corpus_rows(16)[5]
+    words = "--prompt", row["prompt"], "--completion", row["completion"], "--method", "source", "--top", "3"
+    code, out, err = command("trace", runs / "sgd", *words, "--json")
+    assert code == 0, err
+    view = RunView.of(runs / "sgd")
+    (scores,) = SOURCE()(view, each([query(row, view.model())]))
+    rows = json.loads(out)["rows"]
+    best = [hit for hit in rows if hit["rank"] > 0]
+    order = scores.argsort(descending=True)[:3].tolist()
+    assert [hit["id"] for hit in best] == [f"row-{number}" for number in order]
+    assert [hit["score"] for hit in best] == pytest.approx([float(scores[number]) for number in order], rel=1e-3)
+    code, text, _ = command("trace", runs / "sgd", *words)
+    assert code == 0 and "source over 16 examples" in text and "nats" not in text.splitlines()[-1]
