@@ -59,7 +59,7 @@ MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
 """Longest rows: a half and a sixth of those that there are."""
 SIZE = (60, 1000, 30)
 """Subsets, rows of each source, queries."""
-QUERIES_AT_ONCE = 5
+QUERIES_AT_ONCE = 10
 RECIPES = {
     "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
     "demo": RECIPE,
