@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from benchmarks.indexing.speed import machine
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.evaluation.bank_scores import evaluate_lds
-from whence.evaluation.bank_store import Bank, open_bank
+from whence.evaluation.bank_store import Bank, Member, open_bank
 from whence.gradients.exact import sequences_of
 from whence.numerics import spearman
 from whence.training.repetition import read_recipe
@@ -193,9 +194,19 @@ def against_bank(options: argparse.Namespace, scores: dict[str, np.ndarray]) -> 
     return against_scores(open_bank(options.bank), open_replayable(options.run).ids, scores, options.work)
 
 
+def of_first_queries(bank: Bank, count: int) -> Bank:
+    """A bank as if it had been asked so many of its queries alone."""
+
+    def cut(member: Member) -> Member:
+        return replace(member, losses=member.losses[:count])
+
+    members = tuple(cut(member) for member in bank.members)
+    return replace(bank, queries=bank.queries[:count], full=cut(bank.full), parent=cut(bank.parent), members=members)
+
+
 def against_scores(bank: Bank, ids: Sequence[str], scores: dict[str, np.ndarray], work: Path) -> list[dict[str, Any]]:
     """The LDS of tools' scores [q n] for the first queries of a bank."""
-    files = {}
+    bank, files = of_first_queries(bank, len(next(iter(scores.values())))), {}
     for tool, matrix in scores.items():
         columns = {"query": [name for name in bank.query_ids[: len(matrix)] for _ in ids],
                    "id": list(ids) * len(matrix), "score": matrix.ravel().tolist()}  # fmt: skip
