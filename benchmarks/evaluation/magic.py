@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from benchmarks.indexing.speed import machine
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import Encoded, encode
 from whence.evaluation.bank_scores import evaluate_lds
-from whence.evaluation.bank_store import open_bank
+from whence.evaluation.bank_store import Bank, Member, open_bank
 from whence.gradients.exact import sequences_of
 from whence.numerics import spearman
 from whence.training.repetition import read_recipe
@@ -187,9 +188,19 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> list[dict[str, float]]:
             for a, b in zip(ours, theirs, strict=True)]  # fmt: skip
 
 
+def of_first_queries(bank: Bank, count: int) -> Bank:
+    """A bank as if it had been asked so many of its queries alone."""
+
+    def cut(member: Member) -> Member:
+        return replace(member, losses=member.losses[:count])
+
+    members = tuple(cut(member) for member in bank.members)
+    return replace(bank, queries=bank.queries[:count], full=cut(bank.full), parent=cut(bank.parent), members=members)
+
+
 def against_bank(options: argparse.Namespace, scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Both tools' LDS, over the same queries."""
-    bank, ids = open_bank(options.bank), open_replayable(options.run).ids
+    bank, ids = of_first_queries(open_bank(options.bank), options.queries), open_replayable(options.run).ids
     files = {}
     for tool, matrix in scores.items():
         columns = {"query": [name for name in bank.query_ids[: len(matrix)] for _ in ids],
