@@ -7,7 +7,7 @@ the hardest case for a shared pass: they overlap no more than they must. CPU sec
 
     alone    each list by itself: what `trace --exact` did before it shared the pass
     shared   `exact.list_scores`
-    all      `exact.corpus_scores`: the exact method, every row for every query
+    all      `corpus_scores`: the exact method, every row for every query
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 from whence.corpus.reading import open_corpus
 from whence.corpus.tokens import encode
 from whence.gradients import exact
+from whence.gradients.corpus_scores import corpus_scores
 from whence.gradients.exact import SignedSequence
 from whence.gradients.space import GradientSpace
 from whence.models.loading import load_model
@@ -61,7 +62,7 @@ def main() -> None:
     numbered = dict(enumerate(rows))
     results: dict[str, Any] = {"queries": len(queries), "rows": len(rows), "lists": {}}
     whole, results["CPU seconds of all rows"] = timed(
-        lambda: exact.corpus_scores(
+        lambda: corpus_scores(
             model, layers, queries, rows, space, cosine=True, objective="loss", tokens_per_batch=BUDGET
         )
     )

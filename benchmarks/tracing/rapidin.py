@@ -37,8 +37,8 @@ from torch import Tensor
 
 from whence import catalogue
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
-from whence.gradients import exact
 from whence.gradients.capture import Captured, Sketches, backward, example_gradients
+from whence.gradients.corpus_scores import corpus_scores, query_directions
 from whence.gradients.exact import SignedSequence
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
@@ -339,9 +339,8 @@ def consumers_of(loaded: LoadedModel, queries: list[EncodedQuery]) -> dict[str, 
     layers = loaded.layers()
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
     sequences = [query.sequences[0] for query in queries]
-    held = exact.materialised_queries(
-        loaded, layers, [[sequence] for sequence in sequences], GradientSpace(), False, "loss"
-    )
+    directions = query_directions(loaded, layers, [[sequence] for sequence in sequences], GradientSpace())
+    held = {name: direction.flatten(1) for name, direction in directions.items()}
     two_sided = catalogue.projection("two_sided")(shapes, width=16)
     shuffle_sum = catalogue.projection("shuffle_sum")(shapes)
     ours = {"codec_name": "bfloat16", "cosine": True, "normalise": False}
@@ -518,9 +517,8 @@ def stage_compression(options: argparse.Namespace) -> None:
     chosen = chosen[:COMPRESSED_QUERIES] + chosen[-COMPRESSED_QUERIES:]
     sequences, layers = [query.sequences[0] for query in chosen], loaded.layers()
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
-    held = exact.materialised_queries(
-        loaded, layers, [[sequence] for sequence in sequences], GradientSpace(), False, "loss"
-    )
+    directions = query_directions(loaded, layers, [[sequence] for sequence in sequences], GradientSpace())
+    held = {name: direction.flatten(1) for name, direction in directions.items()}
     consumers: dict[str, object] = {"exact": Dots(held)}
     widths: dict[str, int] = {}
     for name, sizes in WIDTHS.items():
@@ -597,7 +595,7 @@ def stage_speed(options: argparse.Namespace) -> None:
     times = alternating(
         {
             "index": lambda: built.store.top_k(vectors, weights, m=10, cosine=True),
-            "uncompressed": lambda: exact.corpus_scores(
+            "uncompressed": lambda: corpus_scores(
                 loaded, loaded.layers(), [query.sequences], some, GradientSpace(), cosine=True, objective="loss",
                 tokens_per_batch=TOKENS_PER_BATCH,
             ),

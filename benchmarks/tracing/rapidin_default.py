@@ -41,8 +41,8 @@ from torch import Tensor
 import whence
 from whence import catalogue
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
-from whence.gradients import exact
 from whence.gradients.capture import Captured, Sketches, backward, example_gradients
+from whence.gradients.corpus_scores import query_directions
 from whence.gradients.protocols import Projection
 from whence.gradients.space import GradientSpace
 from whence.indexing.codecs import codec
@@ -202,7 +202,8 @@ def stage_pass(options: argparse.Namespace) -> None:
     loaded, rows, queries = inputs.loaded, inputs.rows, rapidin.queries_of(options, options.kind, inputs.loaded)
     layers, start, done = loaded.layers(), time.time(), 0
     sequences = [query.sequences for _, query in queries]
-    held = exact.materialised_queries(loaded, layers, sequences, GradientSpace(), True, "loss")
+    directions = query_directions(loaded, layers, sequences, GradientSpace(), cosine=True)
+    held = {name: direction.flatten(1) for name, direction in directions.items()}
     cosines, sketches = Cosines(held, len(rows)), projections(loaded, options.seed)
     held_rows = {name: torch.zeros(len(rows), projection.width) for name, projection in sketches.items()}
     print(f"{len(queries)} queries held, {time.time() - start:,.0f} s", flush=True)

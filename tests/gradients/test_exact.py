@@ -5,7 +5,7 @@ import torch
 
 from conftest import random_examples, tiny_model
 from whence.corpus.tokens import Encoded, collate
-from whence.gradients import exact, tokenwise
+from whence.gradients import corpus_scores, exact, tokenwise
 from whence.gradients.capture import OBJECTIVES, backward, gradients, squared_norms
 from whence.gradients.exact import SignedSequence, inner_products
 from whence.gradients.space import GradientSpace
@@ -134,12 +134,14 @@ def test_products_by_gram_and_by_formed_gradients_are_the_same(loaded, traced, m
 
 
 @pytest.mark.parametrize(("reduction", "objective"), [("mean", "loss"), ("sum", "margin")])
-def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduction, objective):
+@pytest.mark.parametrize("held", [2**31, 1])  # every query in a pass of its own
+def test_scores_of_a_corpus_are_the_same(loaded, traced, whole, of_query, reduction, objective, held, monkeypatch):
+    monkeypatch.setattr(corpus_scores, "HELD_BYTES", held)
     rows = [*random_examples(5, seed=6), Encoded([1, 2], [False, False])]
     queries = [query_sequences(False), query_sequences(True)]
     for normalise, cosine in SPACES:
         space = GradientSpace(reduction=reduction, normalise=normalise)
-        found = exact.corpus_scores(
+        found = corpus_scores.corpus_scores(
             loaded, traced, queries, rows, space, cosine=cosine, objective=objective, tokens_per_batch=BUDGET
         )
         assert (found[:, -1] == -torch.inf).all(), "a row that supervises nothing has no score"

@@ -8,7 +8,7 @@ traced by default, under its one checkpoint. A sketch of an index estimates them
 view of the index does not enter.
 
 Cost: a backward pass over every row, for each checkpoint. The targets' whole gradients are held, s times the weights
-that are traced.
+that are traced; those of more than 2 GiB take several passes.
 
 Source: TracInCP, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, section 3.2; the cosine as in LESS, Xia et al.
 2024, https://arxiv.org/abs/2402.04333.
@@ -22,7 +22,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from whence.errors import SettingError
-from whence.gradients.exact import corpus_scores
+from whence.gradients.corpus_scores import corpus_scores, groups_that_fit
 from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel
 from whence.runner import counting
@@ -61,7 +61,8 @@ def _exact(view: View, targets: Sequence[Target], *, cosine: bool) -> Float32[Te
     queries = [target.sequences() for target in targets]
     total = torch.zeros(len(targets), len(rows))
     for weight, model, layers, space in _checkpoints(view):
-        with counting("Exact gradients", len(rows)) as tick:
+        passes = len(groups_that_fit(layers, len(queries)))
+        with counting("Exact gradients", passes * sum(row.supervised_count > 0 for row in rows)) as tick:
             total += weight * corpus_scores(
                 model,
                 layers,

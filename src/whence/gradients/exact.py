@@ -1,4 +1,4 @@
-"""Scores of examples from unprojected gradients: of a short list, or of a whole corpus.
+"""Scores of short lists of examples from unprojected gradients; those of a whole corpus are in `corpus_scores`.
 
 A query's gradient is held as the pairs that make it up. For a layer, it is `sum over r of g_r a_r^T` over the query's
 positions r; a comparison with another completion adds positions whose slopes have a minus sign. Its score with a
@@ -14,7 +14,7 @@ Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -382,83 +382,3 @@ def _groups_that_fit(queries: Iterable[QueryGradient]) -> Iterator[list[QueryGra
         held += size
     if group:
         yield group
-
-
-# -- against a whole corpus
-
-
-@dataclass
-class _CorpusProducts:
-    """Consumes a whole backward pass over `b` examples into their scores for materialised queries."""
-
-    queries: Mapping[str, Float32[Tensor, "q d"]]
-    squares: Float32[Tensor, " b"]
-    dots: Float32[Tensor, "q b"]
-    normalise: bool
-
-    def __call__(self, captured: Captured) -> None:
-        """Add one layer."""
-        gradients = example_gradients(captured.a, captured.g).flatten(1)
-        squares = gradients.square().sum(1)
-        if self.normalise:
-            gradients, squares = gradients * inverse_or_zero(squares.sqrt())[:, None], (squares > 0).to(squares)
-        rows = torch.arange(len(self.squares)) if captured.rows is None else captured.rows.cpu()
-        self.squares.index_add_(0, rows, squares.cpu())
-        self.dots.index_add_(1, rows, (self.queries[captured.layer] @ gradients.T).cpu())
-
-
-def corpus_scores(
-    model: LoadedModel,
-    layers: Mapping[str, nn.Module],
-    queries: Sequence[Sequence[SignedSequence]],
-    rows: Sequence[Encoded],
-    space: GradientSpace,
-    *,
-    cosine: bool,
-    objective: str,
-    tokens_per_batch: int,
-    tick: Callable[[int, int], None] = lambda examples, tokens: None,
-) -> Float32[Tensor, "q n"]:
-    """Exact scores of every row for every query, without an index: one backward pass over the corpus.
-
-    The queries' whole gradients are held, q times the traced weights. Rows without a supervised token score -inf.
-    """
-    gradients = materialised_queries(model, layers, queries, space, cosine, objective)
-    out = torch.full((len(queries), len(rows)), -torch.inf)
-    usable = [number for number, row in enumerate(rows) if row.supervised_count]
-    for batch in bucketed([rows[number].positions for number in usable], tokens_per_batch):
-        numbers = [usable[place] for place in batch]
-        consume = _CorpusProducts(
-            gradients, torch.zeros(len(numbers)), torch.zeros(len(queries), len(numbers)), space.normalise == "layer"
-        )
-        examples = collate([rows[number] for number in numbers])
-        backward(model, layers, examples, consume, reduction=space.reduction, whole=True)
-        scores = consume.dots * inverse_or_zero(consume.squares.sqrt()) if cosine else consume.dots
-        out[:, numbers] = torch.where(scores.isfinite(), scores, -torch.inf)
-        tick(len(numbers), sum(rows[number].positions for number in numbers))
-    return out
-
-
-def materialised_queries(
-    model: LoadedModel,
-    layers: Mapping[str, nn.Module],
-    queries: Sequence[Sequence[SignedSequence]],
-    space: GradientSpace,
-    cosine: bool,
-    objective: str,
-) -> dict[str, Tensor]:
-    """The queries' whole gradients by layer [q d], normalised as the space says; for the cosine, of norm 1."""
-    by_layer: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for sequences in queries:
-        pairs = query_gradient(model, layers, sequences, space, objective)
-        for name, layer in layers.items():
-            flat = example_gradients(*joined(pairs[name])).flatten() if pairs[name] else None
-            weight = layer.get_parameter("weight")
-            by_layer[name].append(torch.zeros(weight.numel(), device=weight.device) if flat is None else flat)
-    stacked = {name: torch.stack(vectors) for name, vectors in by_layer.items()}
-    if space.normalise == "layer":
-        stacked = {name: x * inverse_or_zero(x.norm(dim=1))[:, None] for name, x in stacked.items()}
-    if cosine:
-        squares = torch.stack([x.square().sum(1).to(model.device) for x in stacked.values()]).sum(0)
-        stacked = {name: x * inverse_or_zero(squares.sqrt()).to(x.device)[:, None] for name, x in stacked.items()}
-    return stacked

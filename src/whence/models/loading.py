@@ -207,6 +207,11 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer is: a model may be spread over several devices."""
+    return next(layer.parameters()).device
+
+
 @one_at_a_time
 def load_model(
     path: str | Path, *, base: str | None = None, dtype: str | None = None, **loading: Unpack[Loading]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from whence.corpus.tokens import Encoded
 from whence.gradients.capture import Captured, example_gradients
 from whence.gradients.exact import FORMED_AT_ONCE
-from whence.models.loading import LoadedModel
-from whence.second_order.factors import Factors, device_of
+from whence.models.loading import LoadedModel, device_of
+from whence.second_order.factors import Factors
 from whence.second_order.fisher import TOKENS_PER_BATCH, fisher_passes
 
 DAMPING = 0.1

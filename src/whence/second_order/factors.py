@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
 from whence.gradients.capture import Captured
-from whence.models.loading import LoadedModel, layer_shape
+from whence.models.loading import LoadedModel, device_of, layer_shape
 from whence.second_order.fisher import TOKENS_PER_BATCH, fisher_passes
 
 ROUNDING = 1e-5
@@ -50,11 +50,6 @@ class Factors:
         """Those of two parts of a corpus together."""
         return Factors(self.inputs + other.inputs, self.slopes + other.slopes, self.positions + other.positions,
                        self.rows + other.rows)  # fmt: skip
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer is: a model may be spread over several devices."""
-    return next(layer.parameters()).device
 
 
 def positions_with_slope(g: Float[Tensor, "b t o"]) -> Bool[Tensor, "b t"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
-from whence.gradients import exact
+from whence.gradients.corpus_scores import corpus_scores
 from whence.indexing.opening import Index
 from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
@@ -71,7 +71,7 @@ def all_scores(
     with TURN:
         for checkpoint in reversed(range(len(index.weights))):
             model = index.model(checkpoint)
-            total += index.weights[checkpoint] * exact.corpus_scores(
+            total += index.weights[checkpoint] * corpus_scores(
                 model,
                 index.layers(model),
                 [query.sequences for query in queries],

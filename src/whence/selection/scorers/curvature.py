@@ -11,7 +11,8 @@ A plain index serves as it is: where it is `sketched`, what the inverse makes of
 compared with the vectors of the last checkpoint. One bit loses most of what curvature brings (docs/LOG.md), so that
 rows' gradients are formed again unless told otherwise.
 
-Cost: a pass over the rows, and for curvature that was not measured before one (K-FAC) or two more (EK-FAC).
+Cost: a pass over the rows for as many targets as 2 GiB hold, and for curvature that was not measured before one
+(K-FAC) or two more (EK-FAC).
 
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
 """
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
 from whence.errors import ManifestMismatchError, SettingError
+from whence.gradients.corpus_scores import Directions, direction_scores, groups_that_fit, query_directions
+from whence.gradients.space import GradientSpace
 from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.runner import counting
-from whence.second_order.directions import Directions, direction_scores, mean_gradients
 from whence.second_order.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfac
 from whence.second_order.factors import kfac_factors
 from whence.second_order.fisher import Drawing
@@ -42,6 +44,8 @@ from whence.turns import one_at_a_time
 
 Layers = Mapping[str, nn.Module]
 """Traced layers by name."""
+COPIES = 3
+"""Of a target's whole gradient that are held at once: as it is, solved, and divided by the number of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +92,20 @@ class EKFAC:
         digest = None if index is None else index.store.manifest.checkpoints[-1]["digest"]
         curvature = self._curvature(model, layers, some, view.tokens_per_batch, digest)
         layers = {name: layers[name] for name in curvature}
-        directions = mean_gradients(model, layers, [target.sequences() for target in targets])
-        _refuse_without_gradient(directions, targets)
-        directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
-        directions = {name: each / len(some) for name, each in directions.items()}
         out = torch.full((len(targets), len(rows)), -torch.inf)
-        if index is not None and self.sketched:
-            return _by_sketches(view, directions, rows)
-        with counting("Scoring by curvature", len(some)) as tick:
-            out[:, usable] = direction_scores(
-                model, layers, directions, some, tokens_per_batch=view.tokens_per_batch, tick=tick
-            )
+        for group in groups_that_fit(layers, len(targets), copies=COPIES):
+            asked = targets[group.start : group.stop]
+            directions = query_directions(model, layers, [target.sequences() for target in asked], GradientSpace())
+            _refuse_without_gradient(directions, asked)
+            directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
+            directions = {name: each / len(some) for name, each in directions.items()}
+            if index is not None and self.sketched:
+                out[group.start : group.stop] = _by_sketches(view, directions, rows)
+                continue
+            with counting("Scoring by curvature", len(some)) as tick:
+                out[group.start : group.stop, usable] = direction_scores(
+                    model, layers, directions, some, reduction="sum", tokens_per_batch=view.tokens_per_batch, tick=tick
+                )
         return torch.where(out.isfinite(), out, -torch.inf)
 
     def _solved(

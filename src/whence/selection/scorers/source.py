@@ -18,7 +18,8 @@ their second moments, where gradients have their energy; for SGD it is 1. Decay 
 scores of a training by SGD that was clipped are too large by as much. Each segment is seen at the stored state nearest
 to its middle.
 
-Cost: three passes over the rows for each segment (K-FAC, EK-FAC, scores).
+Cost: three passes over the rows for each segment (K-FAC, EK-FAC, scores). Twice the traced weights are held for every
+target, from the first segment to the last.
 
 Source: Bae et al. 2024, https://arxiv.org/abs/2405.12186, equations 12 to 14.
 """
@@ -32,9 +33,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from whence.errors import SettingError
+from whence.gradients.corpus_scores import direction_scores, query_directions
 from whence.gradients.exact import SignedSequence
+from whence.gradients.space import GradientSpace
 from whence.runner import counting
-from whence.second_order.directions import direction_scores, mean_gradients
 from whence.second_order.eigen import Curvature, LayerCurvature, ekfac, ekfac_sums, kfac
 from whence.second_order.factors import kfac_factors
 from whence.selection.protocols import Target, View
@@ -97,7 +99,7 @@ class SOURCE:
         """Scores, while the weights are moved through the segments."""
         model, rows = run.model, list(run.losses.rows)
         tokens = sum(row.supervised_count for row in rows) / len(rows)
-        asked = mean_gradients(model, layers, targets)
+        asked = query_directions(model, layers, targets, GradientSpace())
         total = torch.zeros(len(targets), len(rows))
         with counting("Segments", self.segments * len(rows)) as tick:
             for segment in reversed(segments_of(run.log, self.segments)):
@@ -109,7 +111,9 @@ class SOURCE:
                     tau = segment.rates * step_scale(run.log, state, segment.state, weights[name])
                     pushed[name], asked[name] = flow(_of_mean_loss(layer, tokens), tau, asked[name])
                     pushed[name] /= len(rows) * tokens
-                total += direction_scores(model, layers, pushed, rows, tokens_per_batch=tokens_per_batch, tick=tick)
+                total += direction_scores(
+                    model, layers, pushed, rows, reduction="sum", tokens_per_batch=tokens_per_batch, tick=tick
+                )
         return total
 
     def _curvature(self, run: ReplayableRun, layers: dict[str, nn.Module], tokens_per_batch: int) -> Curvature:
