@@ -78,8 +78,18 @@ def test_a_directory_without_curvature_and_a_method_without_use_of_it(command, t
     words = "trace", tiny_index, "--prompt", "What?"
     code, _, err = command(*words, "--method", "ekfac", "--curvature", tmp_path)
     assert code == 2 and "no curvature here (no curvature.json). Measure it: whence curvature INDEX -o" in err
-    code, _, err = command(*words, "--curvature", measured)
+    code, _, err = command(*words, "--method", "cosine", "--curvature", measured)
     assert code == 2 and "--curvature belongs to --method ekfac, not to --method cosine" in err
+    code, _, err = command(*words, "--set", "damping=1")
+    assert code == 2 and "--set damping: --method cosine has no options of its own" in err
+
+
+def test_curvature_is_asked_where_it_is_given(command, tiny_index, measured):
+    """With the method's options."""
+    words = "trace", tiny_index, "--prompt", "What?", "--completion", "yes", "--curvature", measured, "--json"
+    found = [json.loads(command(*words, *more)[1])
+             for more in ([], ["--method", "ekfac"], ["--set", "damping=100"])]  # fmt: skip
+    assert found[0]["method"] == "ekfac" and found[0]["rows"] == found[1]["rows"] != found[2]["rows"]
 
 
 def test_too_little_memory_names_the_layers_to_leave_out(command, tiny_index, tmp_path, monkeypatch):

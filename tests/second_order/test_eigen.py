@@ -82,6 +82,23 @@ def test_factors_and_eigenvalues_are_those_of_a_loop(architecture, is_empirical)
         torch.testing.assert_close(sums[name], squares, rtol=1e-3, atol=float(squares.max()) * 1e-5)
 
 
+def test_of_a_tied_head_both_uses_count():
+    """Its weight embeds, too: EK-FAC's sums are of the whole derivative by it."""
+    model, rows = tiny_model("gpt2"), random_examples(5, seed=3)
+    name, head = list(model.layers("*").items())[-1]
+    assert head.weight is model.model.get_input_embeddings().weight
+    curvature = kfac(kfac_factors(model, {name: head}, rows))
+    expected, layer = 0.0, curvature[name]
+    for row, labels in zip(rows, drawn(model, rows), strict=True):
+        with torch.enable_grad():
+            weight = head.weight.requires_grad_()
+            logits = model.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(1)
+            (slope,) = torch.autograd.grad(-sum(logits[t - 1, token] for t, token in labels.items()), weight)
+        expected = expected + (layer.slopes.T @ slope @ layer.inputs).square()
+    found = ekfac_sums(model, {name: head}, curvature, rows)[name]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=float(expected.max()) * 1e-5)
+
+
 def test_neither_batches_nor_parts_change_the_factors():
     model, layers, rows = opened("llama")
     whole = kfac_factors(model, layers, rows)

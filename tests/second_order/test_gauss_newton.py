@@ -11,9 +11,9 @@ from whence.second_order.gauss_newton import damped_solution, gauss_newton_produ
 
 
 def opened(architecture):
-    model, rows = tiny_model(architecture), random_examples(4, seed=3)
-    layers = dict(list(model.layers().items())[:2])
-    return model, layers, rows
+    model, rows = tiny_model("gpt2" if architecture == "tied" else architecture), random_examples(4, seed=3)
+    layers = list(model.layers("*").items())
+    return model, dict(layers[-1:] if architecture == "tied" else layers[:2]), rows
 
 
 def explicit(model, layers, rows):
@@ -44,7 +44,7 @@ def flat(direction):
     return torch.cat([matrix.flatten() for matrix in direction.values()]).double()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lora", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "lora", "gpt2", "tied"])  # a head whose weight embeds, too
 def test_products_are_those_of_the_explicit_matrix(architecture):
     model, layers, rows = opened(architecture)
     generator = torch.Generator().manual_seed(0)

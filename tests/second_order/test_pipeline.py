@@ -65,6 +65,29 @@ def test_in_pieces_it_is_what_one_pass_gives(kind, indexed, tmp_path, small_piec
         torch.testing.assert_close(found, right, rtol=1e-2, atol=1e-2 * float(right.abs().max()))
 
 
+def test_an_object_store_holds_it(indexed, tmp_path, small_pieces):
+    there, here = curvature(indexed, "memory://curvature/out", progress=False), curvature(indexed, tmp_path / "out")
+    assert there.measured == here.measured
+    for name, layer in open_curvature("memory://curvature/out").curvature().items():
+        other = here.curvature()[name]
+        assert layer.eigenvalues.equal(other.eigenvalues) and layer.inputs.equal(other.inputs)
+
+
+def test_two_commands_do_not_write_one_directory(indexed, tmp_path):
+    with Place.at(tmp_path / "out").locked(), pytest.raises(ManifestMismatchError, match="Another process"):
+        curvature(indexed, tmp_path / "out", progress=False)
+
+
+def test_weights_of_half_precision_have_the_same_curvature(indexed, tmp_path):
+    """Sums are in float32: what differs is the rounding of the model's own passes."""
+    whole = curvature(indexed, tmp_path / "whole", empirical=True, progress=False)
+    half = curvature(indexed, tmp_path / "half", empirical=True, progress=False, dtype="bfloat16")
+    for name, layer in whole.curvature().items():
+        found = half.curvature()[name]
+        assert found.eigenvalues.dtype == torch.float32
+        assert float(found.eigenvalues.sum()) == pytest.approx(float(layer.eigenvalues.sum()), rel=0.05)
+
+
 @pytest.mark.parametrize("after", range(1, 12))
 def test_killed_at_any_writing_it_goes_on_to_the_same_bytes(after, indexed, tmp_path, small_pieces, monkeypatch):
     """A file and the document that names it are two writings; what a kill between them leaves is no part of it."""

@@ -1,15 +1,20 @@
 """From an index' vectors to what is shown: exact scores, tokens, contrasts, and every method's ranking."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from conftest import corpus_rows
 from whence.catalogue import TRACE_METHODS
+from whence.corpus.tokens import encode_query
 from whence.errors import SettingError
 from whence.indexing.build import index
 from whence.indexing.opening import Index
+from whence.selection.protocols import QueryText, Target
+from whence.selection.scorers.second_moment import TRAK
+from whence.selection.views import IndexView
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
 
@@ -229,6 +234,10 @@ def test_a_baseline_has_no_index_to_look_closer_at(exact, method, option):
     ("option", "message"),
     [
         ({"objective": "accuracy"}, "--objective accuracy: choose one of loss, margin"),
+        ({"objective": "margin", "method": "ekfac"}, "--objective margin: --method ekfac is about the loss"),
+        ({"objective": "margin", "method": "bm25"}, "--objective margin: --method bm25 is about the loss"),
+        ({"options": {"damping": 1}}, "--set damping: --method cosine has no options of its own"),
+        ({"options": {"size": 1}, "method": "ekfac"}, "--set size: --method ekfac has no such option. It has: kind, "),
         ({"basis": "token"}, "--basis token: choose one of position, loss"),
         ({"shortlist": 0}, "--shortlist 0: a number above 0"),
         ({"span": "maybe"}, "--span 'maybe' does not occur in the completion ' yes, 12</s>'"),
@@ -259,10 +268,27 @@ def test_a_method_of_texts_says_that_it_leaves_span_and_contrast_out(made):
 
 
 def test_a_row_without_a_score_is_not_ranked(made, monkeypatch):
-    def holes(*, seed):
-        return lambda view, queries: torch.tensor([[1.0, -torch.inf, 3.0, torch.nan, -2.0, 0.0, 5.0, 4.0]])
+    @dataclass
+    class Holes:
+        seed: int
 
-    monkeypatch.setattr("whence.catalogue.scorer", lambda name: holes)
+        def __call__(self, view, targets):
+            return torch.tensor([[1.0, -torch.inf, 3.0, torch.nan, -2.0, 0.0, 5.0, 4.0]])
+
+    monkeypatch.setattr("whence.catalogue.scorer", lambda name: Holes)
     found = trace(made(**COARSE), PROMPT, COMPLETION, method="random", top=3)
     assert [hit.id for hit in found.of(0)] == ["row-6", "row-7", "row-2"]
     assert [hit.id for hit in found.of(0, opposing=True)] == ["row-4", "row-5", "row-0"]
+
+
+def test_a_method_takes_its_own_options(made):
+    """As `select` does; they are among the settings."""
+    index = made(**COARSE)
+    encoded = encode_query(PROMPT, COMPLETION, index.model().tokenizer, kind=index.layout)
+    target = Target("all", [QueryText(PROMPT, COMPLETION, encoded)])
+    for damping in (0.01, 10.0):
+        found = trace(index, PROMPT, COMPLETION, method="trak", options={"damping": str(damping)}, top=8)
+        (expected,) = TRAK(damping=damping)(IndexView(index), [target])
+        by_id = {row["id"]: score for row, score in zip(IndexView(index).examples(), expected.tolist(), strict=True)}
+        assert scores_of(found.hits) == near(by_id)
+        assert found.settings["options"] == f"damping={damping}"

@@ -7,7 +7,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
-from whence.cli.options import Force, Json, LoadingFlags, ModelPath, Preferences
+from whence.cli.options import Force, Json, LoadingFlags, ModelPath, Preferences, pairs
 from whence.errors import SettingError
 
 _CHOICE = ("--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
@@ -35,7 +35,15 @@ def trace(
     contrast: Annotated[str | None, typer.Option(help="Why the completion, and not this one?")] = None,
     preferences: Preferences = None,
     top: Annotated[int, typer.Option(help="Examples on each side.")] = 10,
-    method: Annotated[str, typer.Option(help=f"How to score: {', '.join(catalogue.TRACE_METHODS)}.")] = "cosine",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How to score: {', '.join(catalogue.TRACE_METHODS)}. Unless given cosine, or ekfac with --curvature."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method. Repeat it.")
+    ] = None,
     objective: Annotated[
         str,
         typer.Option(
@@ -75,7 +83,7 @@ def trace(
         str | None, typer.Option(help="For replay and source: what the run was trained on, if it has moved since.")
     ] = None,
     curvature: Annotated[
-        str | None, typer.Option(metavar="DIRECTORY", help="For ekfac: what whence curvature measured.")
+        str | None, typer.Option(metavar="DIRECTORY", help="Score by the curvature that whence curvature measured.")
     ] = None,
     out: Annotated[
         str | None,
@@ -88,6 +96,7 @@ def trace(
     from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
     from whence.tracing.spans import span_of
 
+    method = method or ("cosine" if curvature is None else "ekfac")
     needs_run = catalogue.trace_method(method).needs_run
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, RESULT_ENDINGS)
@@ -116,7 +125,7 @@ def trace(
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, corpus=corpus, curvature=curvature, **read_by_run,
+            seed=seed, corpus=corpus, curvature=curvature, options=pairs("--set", option), **read_by_run,
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:

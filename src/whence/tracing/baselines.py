@@ -15,6 +15,7 @@ from torch import Tensor
 from whence import catalogue
 from whence.gradients.corpus_scores import corpus_scores
 from whence.indexing.opening import Index
+from whence.selection.pipeline import build_scorer
 from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
 from whence.tracing.queries import EncodedQuery
@@ -64,7 +65,7 @@ def all_scores(
     if entry.scorer is not None:
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
-        return catalogue.scorer(entry.scorer)(seed=seed, **(options or {}))(view, targets)
+        return build_scorer(entry.scorer, seed, options or {})(view, targets)
     rows = list(view.encoded())
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")

@@ -58,6 +58,7 @@ def trace(
     model: str | None = None,
     corpus: str | Path | None = None,
     curvature: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Trace:
@@ -80,7 +81,9 @@ def trace(
         model: The model's directory, where it has moved since the index was built; for the method "replay" that of the
             model which the run was trained from.
         corpus: For the method "replay", what the run was trained on, where that is not where it was.
-        curvature: For the method "ekfac", a directory of `curvature`; without it, it is measured for this call alone.
+        curvature: A directory of `curvature`, for the method "ekfac", which is then used unless told otherwise;
+            without it that method measures curvature for this call alone.
+        options: The method's own options as in `select`, such as `{"refine": 2}` of "ekfac".
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -93,10 +96,11 @@ def trace(
         ManifestMismatchError: The model is not the one that the index was built with.
     """
     loading, settings = split_loading(settings)
+    if curvature is not None:
+        settings.setdefault("method", "ekfac")
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
-    if curvature is not None and how.method != "ekfac":
-        raise SettingError(f"--curvature belongs to --method ekfac, not to --method {how.method}")
+    own = _own_options(how.method, options, curvature)
     if catalogue.trace_method(how.method).needs_run:
         _refuse_others(how, loading, controls)
         if isinstance(index, Index):
@@ -105,7 +109,7 @@ def trace(
 
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, _plain(preferences))
         return replayed_trace(index, texts, method=how.method, top=how.top, sampling=sampling, corpus=corpus,
-                              model=model, progress=progress)  # fmt: skip
+                              model=model, options=own, progress=progress)  # fmt: skip
     if corpus is not None:
         raise SettingError("--corpus belongs to --method replay: an index has its own copy of the rows")
     with shown_as(progress, "Tracing"):
@@ -128,9 +132,9 @@ def trace(
         else:
             traced = from_scorer(
                 opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed,
-                options={} if curvature is None else {"curvature": str(curvature)},
+                options=own,
             )  # fmt: skip
-        described = _described_settings(opened, how, is_exact=bool(traced.rerankings)) | {
+        described = _described_settings(opened, how, own, is_exact=bool(traced.rerankings)) | {
             "completion": _completion_origin(traced.answers, sampling)
         }
         if catalogue.trace_method(how.method).from_index:
@@ -146,6 +150,16 @@ def trace(
                 "exact gradients, which takes about as long as indexing their rows again."
             )
         return replace(traced, rows=rankable, settings=described, notes=notes)
+
+
+def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str | Path | None) -> dict[str, Any]:
+    """Options of a method's scorer."""
+    if curvature is not None and method != "ekfac":
+        raise SettingError(f"--curvature belongs to --method ekfac, not to --method {method}")
+    entry = catalogue.trace_method(method)
+    if options and entry.scorer is None and not entry.needs_run:
+        raise SettingError(f"--set {next(iter(options))}: --method {method} has no options of its own")
+    return dict(options or {}) | ({} if curvature is None else {"curvature": str(curvature)})
 
 
 def _refuse_others(settings: TraceSettings, loading: Mapping[str, Any], controls: Any) -> None:
@@ -284,7 +298,9 @@ def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> st
     return str(controls) if isinstance(controls, str | Path) else "given"
 
 
-def _described_settings(index: Index, settings: TraceSettings, *, is_exact: bool) -> dict[str, str]:
+def _described_settings(
+    index: Index, settings: TraceSettings, options: Mapping[str, Any], *, is_exact: bool
+) -> dict[str, str]:
     """How a trace was made, for a person."""
     space, manifest = index.space, index.store.manifest
     described = {
@@ -298,6 +314,8 @@ def _described_settings(index: Index, settings: TraceSettings, *, is_exact: bool
         "method": settings.method,
         "objective": settings.objective,
     }
+    if options:
+        described["options"] = ", ".join(f"{name}={value}" for name, value in options.items())
     if index.has_contrasts:
         described["pairs of answers"] = "contrasts"
     if is_exact:

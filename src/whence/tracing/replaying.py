@@ -8,8 +8,9 @@ Sources: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430, see `
 SOURCE, https://arxiv.org/abs/2405.12186, see `selection.scorers.source`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
@@ -20,7 +21,7 @@ from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import with_text
 from whence.runner import ProgressOption, shown_as
 from whence.second_order.fisher import TOKENS_PER_BATCH
-from whence.selection.scorers.source import SOURCE
+from whence.selection.pipeline import build_scorer
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries
 from whence.tracing.results import Hit, Trace
@@ -39,6 +40,7 @@ def replayed_trace(
     sampling: Sampling,
     corpus: str | Path | Corpus | None = None,
     model: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: ProgressOption = False,
 ) -> Trace:
     """Rows of a training behind some answers.
@@ -51,29 +53,29 @@ def replayed_trace(
         sampling: How open prompts are completed.
         corpus: What the run was trained on, where that is not where it was.
         model: What it was trained from, where that is not where it was.
+        options: Of the method's scorer, by the names of its fields.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         MissingLogError: The run has no log of its steps.
-        SettingError: A query that cannot be asked.
+        SettingError: A query that cannot be asked, an option that the method does not have.
     """
+    scorer = build_scorer(method, sampling.seed, options or {})
     opened = run if isinstance(run, ReplayableRun) else open_replayable(run, corpus, model=model)
     first = next(iter(opened.corpus))
     encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
     notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)
     targets = [[query.sequences] for query in encoded]
-    described = _described(opened, method)
+    described = _described(opened, method, options or {})
     if method == METHOD:
-        replayed = replay(opened.losses, opened.log, targets, is_resumable=True, progress=progress)
+        replayed = replay(opened.losses, opened.log, targets, hessian=scorer.hessian, is_resumable=True,
+                          progress=progress)  # fmt: skip
         scores = replayed.scores
         described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in replayed.losses[:10])
     else:
         with shown_as(progress, "Tracing"):
-            scores = (
-                SOURCE(seed=sampling.seed)
-                .of_run(opened, [query.sequences for query in encoded], tokens_per_batch=TOKENS_PER_BATCH)
-                .double()
-            )
+            asked = [query.sequences for query in encoded]
+            scores = scorer.of_run(opened, asked, tokens_per_batch=TOKENS_PER_BATCH).double()
     return Trace([query.answer for query in encoded], _hits(opened, scores, top), method, len(opened.ids), notes=notes,
                  settings=described)  # fmt: skip
 
@@ -102,7 +104,7 @@ def _examples(run: ReplayableRun, numbers: Int64[Tensor, " m"]) -> dict[int, Exa
     return {places[place]: example for place, example in enumerate(run.corpus) if place in places}
 
 
-def _described(run: ReplayableRun, method: str) -> dict[str, str]:
+def _described(run: ReplayableRun, method: str, options: Mapping[str, Any]) -> dict[str, str]:
     """How a trace was made, for a person."""
     optimizer = run.log.optimizer
     return {
@@ -110,4 +112,4 @@ def _described(run: ReplayableRun, method: str) -> dict[str, str]:
         "corpus": run.corpus.name,
         "method": method,
         "steps": f"{len(run.log.steps):,} of {optimizer.name}",
-    }
+    } | ({"options": ", ".join(f"{name}={value}" for name, value in options.items())} if options else {})
