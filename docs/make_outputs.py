@@ -32,7 +32,7 @@ BASE = ROOT.parent / "shared/models/base-6m"
 ROWS, MORE = 400, 50
 COLUMNS = "100"
 """Width of what is printed."""
-CHAT = tuple(f"docs/guide/{name}.md" for name in ("your_model", "tracing", "python", "indexing"))
+CHAT = tuple(f"docs/guide/{name}.md" for name in ("your_model", "tracing", "python", "indexing", "curvature"))
 DEMO = ("docs/guide/start.md", "README.md")
 LABEL = re.compile(r"([a-z][a-z ]*?)  +\S")
 """A line of a table that begins with what its number is."""

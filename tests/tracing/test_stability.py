@@ -6,7 +6,7 @@ import torch
 from conftest import corpus_rows
 from whence.indexing.build import index
 from whence.tracing.pipeline import trace
-from whence.tracing.stability import moments, under_checkpoints, under_noise
+from whence.tracing.stability import margins, margins_of_checkpoints, moments, under_checkpoints, under_noise
 
 
 def overlap(one, other):
@@ -61,6 +61,33 @@ def test_checkpoints_that_agree_stand_and_those_that_do_not_fall_by_the_draw():
     assert under_checkpoints(same[:1], 2).checkpoints is None
 
 
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_margins_hold_the_exact_scores_of_rows_chosen_for_being_high(tails, spread):
+    rng, n, m, inside = torch.Generator().manual_seed(1), 800, 10, []
+    for _ in range(100):
+        exact = torch.randn(n, generator=rng)
+        if tails == "heavy":
+            exact = exact * torch.randn(3, n, generator=rng).square().mean(0).rsqrt()
+        exact = spread * exact
+        noise = 0.5 + torch.rand(n, generator=rng)
+        scores = exact + noise * torch.randn(n, generator=rng)
+        shown = torch.cat([scores.topk(m).indices, (-scores).topk(m).indices])
+        inside.append(((scores - exact).abs()[shown] <= margins(noise[shown], len(shown), n)).float().mean())
+    assert 0.93 < float(torch.stack(inside).mean()) <= 1
+
+
+def test_margins_of_rows_that_were_not_chosen_are_those_of_one_alone():
+    torch.testing.assert_close(margins(torch.tensor([1.0, 2.0]), 2, 2), torch.tensor([1.96, 3.92]), atol=1e-3, rtol=0)
+
+
+def test_margins_of_checkpoints_are_students():
+    """Scores 1 and 3: their sum 4, its deviation 2, and 12.7 of them for one degree of freedom."""
+    torch.testing.assert_close(
+        margins_of_checkpoints(torch.tensor([[1.0], [3.0]])), torch.tensor([25.41]), atol=0.01, rtol=0
+    )
+
+
 @pytest.fixture(scope="module")
 def built(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("stability") / "index"
@@ -75,3 +102,17 @@ def test_a_trace_says_how_much_of_it_would_stand(built):
     (exact,) = trace(built, *asked, top=5, exact=True).stabilities
     assert exact.sketch is None and 0 < exact.checkpoints <= 1
     assert trace(built, *asked, top=5, method="bm25").stabilities == []
+
+
+def test_a_trace_says_how_far_off_a_score_may_be(built, command):
+    """By the sketch's error where it ranks, by the checkpoints where exact gradients do."""
+    asked = ("5 and 3?", " yes, 12")
+    by_index, exact = (trace(built, *asked, top=60, exact=is_exact) for is_exact in (False, True))
+    true = {hit.id: hit.exact for hit in exact.hits}
+    inside = [abs(hit.score - true[hit.id]) <= hit.margin for hit in by_index.hits]
+    assert sum(inside) >= 0.9 * len(inside) and all(hit.margin > 0 for hit in [*by_index.hits, *exact.hits])
+    assert by_index.hits[0].as_row()["margin"] == by_index.hits[0].margin
+    assert trace(built, *asked, method="bm25").hits[0].margin is None
+    words = "trace", built.store.place.root, "--prompt", asked[0], "--completion", asked[1]
+    shown = " ".join(command(*words, "--no-exact")[1].split())
+    assert "\u00b1" in shown and "Score \u00b1 its column holds the exact score 19 of 20 times" in shown

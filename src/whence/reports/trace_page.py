@@ -116,6 +116,7 @@ def _hit(hit: Hit, levels: list[float]) -> dict[str, Any]:
         "exact": _number(hit.exact),
         "ranked": _number(hit.rank_score),
         "isExact": hit.exact_rank_score is not None,
+        "margin": _number(hit.margin),
         "null": None if hit.null is None else _null(hit.null, levels[hit.query] if levels else None),
         "shares": None if by_token is None else [_number(share) for share in by_token],
         "tokens": None if hit.tokens is None else _matrix(hit.tokens),

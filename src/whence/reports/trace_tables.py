@@ -106,6 +106,9 @@ def stability_words(trace: Trace, query: int) -> str:
         return ""
     stability, count = trace.stabilities[query], len(trace.of(query))
     words = []
+    if any(hit.margin is not None for hit in trace.of(query)):
+        holds = "the exact score" if stability.exact is not None else "what other checkpoints of the run give"
+        words.append(f"Score \u00b1 its column holds {holds} 19 of 20 times.")
     if stability.exact is not None and stability.sketch is not None:
         words.append(
             f"Of these {count} about {count * stability.exact:.1f} are among the exact first {count}; an index of "
@@ -234,8 +237,11 @@ def _hits_table(trace: Trace, query: int) -> Table:
     table.add_column("rank", justify="right")
     is_exact = any(hit.exact_rank_score is not None for hit in helpful)
     names = ("exact", "compressed") if is_exact else ("score", "exact")  # what ranks comes first
-    for name in names if has_exact else names[:1]:
+    has_margin = any(hit.margin is not None for hit in helpful)
+    for number, name in enumerate(names if has_exact else names[:1]):
         table.add_column(name, justify="right")
+        if number == 0 and has_margin:
+            table.add_column("\u00b1", justify="right")
     if has_null:
         table.add_column("z", justify="right")
     table.add_column("id", overflow="fold", max_width=32, style="cyan")
@@ -243,7 +249,7 @@ def _hits_table(trace: Trace, query: int) -> Table:
     form = "+.4g" if trace.method in WITHOUT_UNIT else "+.2e" if trace.method in NATS else "+.3f"
     for hits in (helpful, opposing):
         for hit in hits:
-            table.add_row(*_cells(hit, form, has_exact, has_null))
+            table.add_row(*_cells(hit, form, has_exact, has_null, has_margin))
         if hits is helpful and opposing:
             table.add_section()
     opposed = [hit.rank_score < 0 for hit in opposing]
@@ -257,10 +263,12 @@ def _hits_table(trace: Trace, query: int) -> Table:
     return table
 
 
-def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool) -> list[RenderableType]:
+def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool, has_margin: bool) -> list[RenderableType]:
     scores = [hit.score, hit.exact] if hit.exact_rank_score is None else [hit.exact, hit.score]
     cells: list[RenderableType] = [str(hit.rank)]
     cells += ["" if score is None else _signed(score, form) for score in (scores if has_exact else scores[:1])]
+    if has_margin:
+        cells.insert(2, "" if hit.margin is None else Text(f"{hit.margin:{form.lstrip('+')}}", "dim"))
     if has_null:
         null = hit.null
         cells.append("" if null is None else f"{null.z:+.1f}{'*' if null.generic else ' '}")

@@ -156,6 +156,9 @@ class Hit:
     """With `exact`, what orders the ranks: the exact score, with `specific` less the mean over the controls."""
     rejected: str | None = None
     """Of a row that is a contrast, the answer that it is held against; see `corpus.preferences`."""
+    margin: float | None = None
+    """`rank_score` plus and minus this is an interval that 95 of 100 times holds the exact score, where the index alone
+    ranks; else what other checkpoints of the run would give. None: the error is not known; see `stability`."""
 
     @property
     def rank_score(self) -> float:
@@ -167,6 +170,8 @@ class Hit:
         columns: Row = {"query": self.query, "rank": self.rank, "id": self.id, "score": self.score}
         if self.exact is not None:
             columns["exact"] = self.exact
+        if self.margin is not None:
+            columns["margin"] = self.margin
         if self.null is not None:
             columns |= {"z": self.null.z, "percentile": self.null.percentile, "generic": self.null.generic}
         columns |= {"source": self.source} | shown_text(self.row)

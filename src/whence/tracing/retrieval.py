@@ -37,7 +37,7 @@ from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, 
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
-from whence.tracing.stability import Stability, under_checkpoints, under_noise
+from whence.tracing.stability import Stability, margins, margins_of_checkpoints, under_checkpoints, under_noise
 from whence.turns import one_at_a_time
 
 MOST_QUERIES = 64
@@ -166,6 +166,8 @@ class _QueryResult:
     overlap: float | None = None
     reranking: Reranking | None = None
     stability: Stability = field(default_factory=Stability)
+    margins: dict[int, float] = field(default_factory=dict)
+    """Half-widths of the intervals around what ranks each row."""
 
     @property
     def rows(self) -> list[int]:
@@ -360,6 +362,9 @@ class Retrieval:
             deviations = noise.for_query(helpful.rows, result.norms)
             result.stability = under_noise(torch.tensor(helpful.scores), deviations, self.settings.top)
         result.sides = [side.cut(self.settings.top) for side in result.sides]
+        if noise is not None and (rows := result.rows):
+            found = margins(noise.for_query(rows, result.norms), len(rows), len(self.index.store.rankable()))
+            result.margins = dict(zip(rows, found.tolist(), strict=True))
 
     def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
         """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""
@@ -395,6 +400,8 @@ class Retrieval:
             result.exact = dict(zip(result.rows, own.sum(0).tolist(), strict=True))
             if not self.settings.specific:
                 result.stability = under_checkpoints(own, self.settings.top)
+            if len(own) > 1:
+                result.margins = dict(zip(result.rows, margins_of_checkpoints(own).tolist(), strict=True))
             result.reorder(self.settings.top)
 
     def _add_matrices(self, results: list[_QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:
@@ -451,6 +458,7 @@ class Retrieval:
                         by_token=by_token,
                         rejected=self.index.rejected_answer(stored),
                         tokens=matrix,
+                        margin=result.margins.get(row),
                     )
                 )
         return hits
