@@ -16,6 +16,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     cost        100 mixtures in memory against their evaluation alone
     memory      of a merge to disk; alone
     join        scores of an index of 256 rows a set, summed by set, against leaving a set out of the pool
+    replay      the same of 64 rows a set, cut to 128 tokens: scores of a replay of one training on all of them, beside
+                those of an index of the same rows
 
 Results go to benchmarks/ablation/results/pool.json. Losses of real runs, two hours of one core, are kept beside it as
 they come, in ablation_truth.json: on another machine, too, the stages go on from there.
@@ -40,9 +42,10 @@ from whence.ablation.mixed_model import MixedModel, mixed_model
 from whence.ablation.pipeline import Ablation, ablate
 from whence.ablation.pool import open_pool
 from whence.ablation.rank_agreement import agreement
-from whence.evaluation.joining import join
+from whence.evaluation.joining import METHODS, Join, join
 from whence.indexing.build import index
 from whence.reports.join_tables import join_plot
+from whence.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "pool.json"
 TRUTH = RESULTS.with_name("truth.json")
@@ -60,6 +63,10 @@ MEASURED = 100
 """Mixtures of `cost`."""
 READ = ("code", "stories")
 """Evaluation sets of `cost`, 46 rows: the fewer are read, the more weighs becoming a mixture."""
+REPLAYED = 64
+"""Rows of a set in the training of `replay`."""
+RECIPE = {"epochs": 3, "batch_size": 16, "max_tokens": 128, "checkpoints": 1}
+"""Of that training, at the members' rate."""
 INDEXED = 256
 """Rows of a set in the index of `join`, at most: of a longer set a random part, whose scores count for the whole."""
 
@@ -286,18 +293,41 @@ def private_bytes() -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
 
-def stage_join(options: argparse.Namespace) -> None:
-    """Summed scores against leaving out; the plot is in the work directory."""
+def some_of_each(options: argparse.Namespace, count: int) -> list[dict]:
+    """So many rows of each set at random, or all there are."""
     by_set: dict[str, list[dict]] = {}
     for line in (options.work / "train.jsonl").read_text().strip().split("\n"):
         row = json.loads(line)
         by_set.setdefault(row["source"], []).append(row)
-    rows = [row for name, own in by_set.items()
-            for row in random.Random(f"join {name} {options.seed}").sample(own, min(INDEXED, len(own)))]  # fmt: skip
+    return [row for name, own in by_set.items()
+            for row in random.Random(f"join {name} {options.seed}").sample(own, min(count, len(own)))]  # fmt: skip
+
+
+def stage_join(options: argparse.Namespace) -> None:
+    """Summed scores against leaving out; the plot is in the work directory."""
+    rows = some_of_each(options, INDEXED)
     index(options.model, rows, options.work / "index", seed=options.seed)
     found = join(options.work / "index", options.work / "pool", options.work / "held", seed=options.seed)
-    keep(options, "join", {"rows": len(rows), "correlations": found.correlations, "points": found.points})
-    (options.work / "join.svg").write_text(join_plot(found))
+    kept_join(options, "join", found, len(rows))
+
+
+def stage_replay(options: argparse.Namespace) -> None:
+    """The same with scores of a replay, and those of an index of the same rows."""
+    work, file = options.work, options.work / "replayed.jsonl"
+    rows = some_of_each(options, REPLAYED)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    train(options.model, file, work / "run", lr=options.lr, seed=options.seed, replayable=True, **RECIPE)
+    if not (work / "index-replayed").exists():
+        index(options.model, file, work / "index-replayed", seed=options.seed, max_tokens=RECIPE["max_tokens"])
+    found = join(work / "index-replayed", work / "pool", work / "held", methods=("replay", *METHODS), run=work / "run",
+                 seed=options.seed)  # fmt: skip
+    kept_join(options, "join by replay", found, len(rows))
+
+
+def kept_join(options: argparse.Namespace, name: str, found: Join, rows: int) -> None:
+    """Write a join down, and print it."""
+    keep(options, name, {"rows": rows, "correlations": found.correlations, "points": found.points})
+    (options.work / f"{name}.svg").write_text(join_plot(found))
     for method, told in found.correlations.items():
         by = {name: round(value, 2) for name, value in told["by set"].items()}
         print(f"{method} {told['spearman']:.2f} ({told['low']:.2f} to {told['high']:.2f}) {by}")
@@ -313,6 +343,7 @@ STAGES = {
     "cost": stage_cost,
     "memory": stage_memory,
     "join": stage_join,
+    "replay": stage_replay,
 }
 
 if __name__ == "__main__":
