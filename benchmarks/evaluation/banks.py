@@ -47,7 +47,7 @@ from transformers import AutoTokenizer
 
 from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, make_parent
 from whence.corpus.tokens import encode
-from whence.evaluation.bank_scores import evaluate_lds, training_seconds
+from whence.evaluation.bank_scores import evaluate_lds
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.removal import evaluate_removal
 from whence.evaluation.tail_patch import evaluate_tail_patch
@@ -256,7 +256,7 @@ def stage_lds(options: argparse.Namespace) -> None:
     found = evaluate_lds(bank, methods(options), **scored(options), progress=True)
     first, *others = (marks.method for marks in found.table.marks)
     differences = {name: found.table.difference(first, name)._asdict() for name in others}
-    training = training_seconds(bank)
+    training = bank.training_seconds
     task = json.loads((work / "mean.json").read_text())["seconds"] / training
     rows = named(options, found.rows())
     keep(options, "lds", {"rows": rows, "settings": dict(found.settings), "training seconds": training,

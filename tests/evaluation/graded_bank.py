@@ -60,4 +60,4 @@ def write_bank(path, model, included, losses, *, queries=QUERIES, max_tokens=32)
     for number, (line, values) in enumerate(zip(included, losses, strict=True)):
         left_out = tuple((~line).nonzero()[:, 0].tolist())
         write_member(place, Member(name=f"random-{number:04d}", kind="random", left_out=left_out, seed=0,
-                                   losses=tuple(values.tolist()), steps=3, seconds=1.5))  # fmt: skip
+                                   losses=tuple(values.tolist()), steps=3, seconds=1.0))  # fmt: skip

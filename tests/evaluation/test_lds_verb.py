@@ -1,6 +1,7 @@
 """`evaluate lds` on a bank that follows exact scores: the library, the command, its table, plot, files and refusals."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import whence
 from conftest import write_jsonl
 from whence.cli.grading import command_after
 from whence.errors import MissingBankError, SettingError
-from whence.evaluation.bank_scores import bank_scores, evaluate_lds, training_seconds
+from whence.evaluation.bank_scores import bank_scores, evaluate_lds
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.method_scores import MethodScores
 from whence.reports.existing_files import is_written_by_whence
@@ -59,7 +60,11 @@ def test_the_cost_of_a_training_is_that_of_one_on_all_rows(made):
     mine = MethodScores("mine", torch.randn(3, 18), 4.0)
     given = evaluate_lds(bank, given=[mine])
     assert given.costs == {"mine": 2.0} and given.table.marks[0].method == "mine"
-    assert training_seconds(bank) == bank.full.seconds == 2.0 != bank.members[0].seconds
+    assert bank.training_seconds == bank.full.seconds == 2.0 == 2 * bank.members[0].seconds
+    slow = replace(bank, full=replace(bank.full, seconds=20.0))
+    assert slow.training_seconds == 2.0, "what ran beside one training does not count"
+    few = replace(bank.members[0], left_out=tuple(range(17)), seconds=1.0)
+    assert replace(bank, members=(few,)).training_seconds == 2.0, "of few rows a training's time is mostly its start"
 
 
 def test_methods_and_files_that_make_no_sense_are_refused(made, tmp_path):

@@ -115,7 +115,7 @@ def evaluate_lds(
                 "seed": seed, "resamples": resamples}  # fmt: skip
     seconds = {method.name: method.seconds for method in scored}
     table.notes.extend(kept_note(scored, opened.place.root))
-    return LdsResult(table, seconds, training_seconds(opened), settings)
+    return LdsResult(table, seconds, opened.training_seconds, settings)
 
 
 def bank_scores(
@@ -193,12 +193,6 @@ def _replayed_run(bank: Bank, run: str | Path | None, model: str | Path | None) 
     from whence.selection.run_view import RunView
 
     return RunView.of(run_of(bank, run), bank.corpus_rows, model=model, is_sampled=True)
-
-
-def training_seconds(bank: Bank) -> float:
-    """Wall time of one training on all rows: mean over the members that left none out."""
-    seconds = [member.seconds for member in (bank.full, *bank.members) if not member.left_out]
-    return sum(seconds) / len(seconds)
 
 
 def _complete_index(path: str, bank: Bank, run: str | Path | None, model: str | Path | None) -> Index:

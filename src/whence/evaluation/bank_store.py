@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import pyarrow
@@ -151,6 +152,10 @@ class BankRow:
     """The corpus row."""
 
 
+LEAST_KEPT = 0.4
+"""Share of the tokens from which on a training's time is by the tokens that it reads, not by what all trainings do."""
+
+
 @dataclass(frozen=True)
 class Bank:
     """Retrainings of one run, of which each left other rows out. Open one with `open_bank`."""
@@ -210,6 +215,20 @@ class Bank:
     def parent_losses(self) -> Float64[Tensor, " q"]:
         """Loss of each query before training."""
         return torch.tensor(self.parent.losses, dtype=torch.float64)
+
+    @cached_property
+    def training_seconds(self) -> float:
+        """Wall time of one training on all rows, the unit of what methods cost.
+
+        The median over all members that kept two fifths of the tokens or more, each by the tokens that it kept: one
+        training beside other work says little.
+        """
+        tokens = [row.tokens for row in self.rows]
+        total = sum(tokens)
+        kept = {member.name: total - sum(tokens[row] for row in member.left_out)
+                for member in (self.full, *self.members)}  # fmt: skip
+        return median(member.seconds * total / kept[member.name] for member in (self.full, *self.members)
+                      if kept[member.name] >= LEAST_KEPT * total)  # fmt: skip
 
     def of_kind(self, kind: Kind | None = None) -> tuple[Member, ...]:
         """Members of a kind, in the order of their names; None: all."""

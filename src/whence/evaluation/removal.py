@@ -179,7 +179,7 @@ def graded_by_training(
     settings = {"bank": opened.place.root, "run": str(run or opened.protocol.run), "way": way,
                 "rows": count, "share": share, "seeds": seeds,
                 "queries": int(with_loss(opened).sum()), "each_query": each_query, "seed": seed,
-                "training_seconds": opened.full.seconds}  # fmt: skip
+                "training_seconds": opened.training_seconds}  # fmt: skip
     table = _table(effects, costs, settings, opened, seed)
     table.notes.extend(kept_note(scored, opened.place.root))
     return table
