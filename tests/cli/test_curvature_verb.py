@@ -23,7 +23,7 @@ def test_it_is_planned_measured_and_shown(command, tiny_index, tmp_path):
     code, planned, _ = command("curvature", tiny_index, "-o", out, "--dry-run", "--json")
     code, text, err = command("curvature", tiny_index, "-o", out)
     assert code == 0, err
-    assert "EK-FAC of 20 rows and" in text and f"--method ekfac --curvature {out}" in " ".join(text.split())
+    assert "EK-FAC of 20 rows and" in text and f"--prompt TEXT --curvature {out}" in " ".join(text.split())
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     disk = json.loads(planned)["disk"]
     assert abs(disk["eigenbases"] + disk["eigenvalues"] - size) < 0.1 * size

@@ -115,4 +115,4 @@ def test_a_trace_says_how_far_off_a_score_may_be(built, command):
     assert trace(built, *asked, method="bm25").hits[0].margin is None
     words = "trace", built.store.place.root, "--prompt", asked[0], "--completion", asked[1]
     shown = " ".join(command(*words, "--no-exact")[1].split())
-    assert "\u00b1" in shown and "Score \u00b1 its column holds the exact score 19 of 20 times" in shown
+    assert "\u00b1" in shown and "The exact score lies within \u00b1 of what is shown, 19 of 20 times." in shown

@@ -68,5 +68,5 @@ def print_curvature(store: "CurvatureStore", as_json: bool) -> None:
         print_json(facts)
         return
     print_part(curvature_table(facts))
-    command = ("whence", "trace", store.measured.index, "--prompt", "TEXT", "--method", "ekfac")
+    command = ("whence", "trace", store.measured.index, "--prompt", "TEXT")
     print_ending(curvature_answer(facts), *command, "--curvature", store.place.root)

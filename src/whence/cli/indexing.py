@@ -265,7 +265,7 @@ def _check_settings(settings: IndexFlags) -> None:
 _NEXT = {
     "a pool": ("whence", "ablate", "PATH", "--eval", "HELDOUT.jsonl"),
     "a bank": ("whence", "evaluate", "lds", "PATH", "--methods", "bm25,random"),
-    "curvature": ("whence", "trace", "INDEX", "--prompt", "TEXT", "--method", "ekfac", "--curvature", "PATH"),
+    "curvature": ("whence", "trace", "INDEX", "--prompt", "TEXT", "--curvature", "PATH"),
     "a run": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "a model": ("whence", "index", "PATH", "CORPUS", "-o", "INDEX"),
     "recover's work": ("whence", "recover", "BASE", "FINAL", "CORPUS", "--work", "PATH"),
