@@ -1,17 +1,18 @@
-"""EK-FAC by kronfluence beside `whence curvature` and `ekfac`: the same model, rows, queries and bank.
+"""EK-FAC by kronfluence and bergson beside `whence curvature` and `ekfac`: the same model, rows, queries and bank.
 
-    python -m benchmarks.evaluation.curvature_peers INDEX QUERIES --python PYTHON [--bank BANK] [--work DIR]
-        [--queries 20] [--batch 16]
+    python -m benchmarks.evaluation.curvature_peers INDEX QUERIES [--kronfluence PYTHON] [--bergson PYTHON]
+        [--bank BANK] [--work DIR] [--queries 20] [--batch 16]
 
-PYTHON is that of an environment with kronfluence 1.0.1, whose public functions do the work (`kronfluence_worker.py`),
-in batches of rows of like length; ours are those of the index. Both take labels drawn from the model, a damping of a
-tenth of a layer's mean eigenvalue, and the layers of INDEX. Each tool in a process of its own, on one thread. Written
-to benchmarks/evaluation/results/curvature_peers.json:
+A PYTHON is that of an environment with kronfluence 1.0.1, whose public functions do the work (`kronfluence_worker.py`),
+or with bergson 2.5.1, whose public command does (`bergson_worker.py`), in batches of rows of like length; ours are
+those of the index. All take labels drawn from the model, a damping of a tenth of a layer's mean eigenvalue, and the
+layers of INDEX. Each tool in a process of its own, on one thread. Written to
+benchmarks/evaluation/results/curvature_peers.json:
 
-    agreement   Pearson and Spearman correlation of both tools' scores over rows, by query
-    lds         both against BANK, for the same queries, with intervals
-    cost        seconds of the processor for factors and for scores, and in passes (forward and backward over all rows,
-                timed between the two); largest memory of each process
+    agreement   Pearson and Spearman correlation of each tool's scores with ours over rows, by query
+    lds         all against BANK, for the same queries, with intervals
+    cost        seconds of the processor for factors and for scores (bergson's: for all), and of one pass forward and
+                backward over all rows; largest memory of each process
 
 A stage whose result is in DIR is not done again.
 """
@@ -42,6 +43,7 @@ from whence.selection.scorers.curvature import EKFAC
 from whence.selection.views import IndexView
 
 RESULTS = Path(__file__).parent / "results" / "curvature_peers.json"
+PEERS = ("kronfluence", "bergson")
 
 
 def main() -> None:
@@ -49,7 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index")
     parser.add_argument("rows_asked", metavar="queries", type=Path)
-    parser.add_argument("--python", required=True, help="of an environment with kronfluence")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"of an environment with {peer}")
     parser.add_argument("--bank", help="a bank with these queries, of the rows of the index")
     parser.add_argument("--work", type=Path, default=Path("/tmp/curvature-peers"))
     parser.add_argument("--queries", type=int, default=20)
@@ -64,16 +67,18 @@ def main() -> None:
         score(options)
         return
     write_order(options)
-    here = ["--python", options.python, "--work", str(options.work), "--queries", str(options.queries)]
+    here = ["--work", str(options.work), "--queries", str(options.queries)]
     ours = [sys.executable, "-m", "benchmarks.evaluation.curvature_peers", options.index, str(options.rows_asked)]
-    theirs = [options.python, str(Path(__file__).with_name("kronfluence_worker.py")), str(options.work)]
-    cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "ours"]),
-            "kronfluence": measured(options, "kronfluence", theirs)}  # fmt: skip
+    cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "ours"])}
+    for peer in PEERS:
+        if python := getattr(options, peer):
+            worker = str(Path(__file__).with_name(f"{peer}_worker.py"))
+            cost[peer] = measured(options, peer, [python, worker, str(options.work)])
     scores = {tool: np.load(options.work / f"{tool}.npy") for tool in cost}
     found: dict[str, Any] = {
         "machine": machine(), "date": time.strftime("%Y-%m-%d"), "queries": options.queries,
         "rows": scores["whence"].shape[1], "cost": cost,
-        "agreement": agreement(scores["whence"], scores["kronfluence"]),
+        "agreement": {peer: agreement(scores["whence"], scores[peer]) for peer in scores if peer != "whence"},
     }  # fmt: skip
     if options.bank:
         bank = open_bank(options.bank)
@@ -90,7 +95,7 @@ def asked(options: argparse.Namespace, index: Index) -> list[Encoded]:
 
 
 def write_order(options: argparse.Namespace) -> None:
-    """What kronfluence reads, as token ids."""
+    """What the peers read, as token ids."""
     index = open_index(options.index, device="cpu")
     rows = list(IndexView(index).encoded())
     order = {"model": str(index.model().path), "layers": list(index.layers(index.model())), "batch": options.batch,
