@@ -205,7 +205,8 @@ def run_and_forget(step: Step, printed) -> None:
     names = {word for word in step.words if re.fullmatch(r"[A-Z]+", word) and not Path(word).exists()}
     run(step, printed)
     for name in names:
-        shutil.rmtree(name)
+        if Path(name).exists():  # the name of a text makes nothing
+            shutil.rmtree(name)
 
 
 def look(step: Step) -> None:

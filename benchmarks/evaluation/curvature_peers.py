@@ -39,7 +39,7 @@ from whence.indexing.memory import peak_resident
 from whence.indexing.opening import Index, open_index
 from whence.second_order.pipeline import curvature
 from whence.selection.protocols import QueryText, Target
-from whence.selection.scorers.curvature import EKFAC
+from whence.selection.scorers.ekfac import EKFAC
 from whence.selection.views import IndexView
 
 RESULTS = Path(__file__).parent / "results" / "curvature_peers.json"

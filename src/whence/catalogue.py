@@ -162,7 +162,7 @@ SCORERS: dict[str, ScorerEntry] = {
         **_TURNS,
     ),
     "ekfac": ScorerEntry(
-        "whence.selection.scorers.curvature:EKFAC",
+        "whence.selection.scorers.ekfac:EKFAC",
         "three passes over every row, with gradients",
         "arXiv 2308.03296",
         needs_model=True,

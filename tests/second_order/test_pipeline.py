@@ -22,7 +22,7 @@ from whence.second_order.eigen import ekfac, ekfac_sums, kfac
 from whence.second_order.factors import kfac_factors
 from whence.second_order.pipeline import curvature
 from whence.second_order.store import open_curvature
-from whence.selection.scorers.curvature import EKFAC
+from whence.selection.scorers.ekfac import EKFAC
 from whence.selection.views import IndexView
 from whence.storage import Place
 

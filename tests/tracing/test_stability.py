@@ -5,6 +5,7 @@ import torch
 
 from conftest import corpus_rows
 from whence.indexing.build import index
+from whence.tracing import retrieval
 from whence.tracing.pipeline import trace
 from whence.tracing.stability import margins, margins_of_checkpoints, moments, under_checkpoints, under_noise
 
@@ -104,9 +105,11 @@ def test_a_trace_says_how_much_of_it_would_stand(built):
     assert trace(built, *asked, top=5, method="bm25").stabilities == []
 
 
-def test_a_trace_says_how_far_off_a_score_may_be(built, command):
+def test_a_trace_says_how_far_off_a_score_may_be(built, command, monkeypatch):
     """By the sketch's error where it ranks, by the checkpoints where exact gradients do."""
     asked = ("5 and 3?", " yes, 12")
+    assert trace(built, *asked, exact=True).hits[0].margin is None, "of two checkpoints"
+    monkeypatch.setattr(retrieval, "FEWEST_CHECKPOINTS", 2)
     by_index, exact = (trace(built, *asked, top=60, exact=is_exact) for is_exact in (False, True))
     true = {hit.id: hit.exact for hit in exact.hits}
     inside = [abs(hit.score - true[hit.id]) <= hit.margin for hit in by_index.hits]

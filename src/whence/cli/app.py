@@ -25,13 +25,13 @@ from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.banking import bank
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
-from whence.cli.curvature import curvature
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, plan, verify
 from whence.cli.mixing import mix
 from whence.cli.options import Json
 from whence.cli.recovery import recover
 from whence.cli.removing import evaluate
+from whence.cli.second_order import curvature
 from whence.cli.selection import select
 from whence.cli.stopping import Stopped, stop_if_asked, stoppable
 from whence.cli.tracing import trace

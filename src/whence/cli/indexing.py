@@ -9,7 +9,6 @@ import typer
 from whence import catalogue
 from whence.cli.banking import print_bank
 from whence.cli.console import print_ending, print_json, print_part, quoted, waiting
-from whence.cli.curvature import print_curvature
 from whence.cli.inputs import check_inputs, is_bank, is_curvature
 from whence.cli.options import (
     CORPUS,
@@ -25,6 +24,7 @@ from whence.cli.options import (
     Preferences,
 )
 from whence.cli.plans import print_plan
+from whence.cli.second_order import print_curvature
 from whence.counts import number_of
 from whence.errors import MissingIndexError, SettingError
 

@@ -37,7 +37,14 @@ from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, 
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
-from whence.tracing.stability import Stability, margins, margins_of_checkpoints, under_checkpoints, under_noise
+from whence.tracing.stability import (
+    FEWEST_CHECKPOINTS,
+    Stability,
+    margins,
+    margins_of_checkpoints,
+    under_checkpoints,
+    under_noise,
+)
 from whence.turns import one_at_a_time
 
 MOST_QUERIES = 64
@@ -400,7 +407,7 @@ class Retrieval:
             result.exact = dict(zip(result.rows, own.sum(0).tolist(), strict=True))
             if not self.settings.specific:
                 result.stability = under_checkpoints(own, self.settings.top)
-            if len(own) > 1:
+            if len(own) >= FEWEST_CHECKPOINTS:
                 result.margins = dict(zip(result.rows, margins_of_checkpoints(own).tolist(), strict=True))
             result.reorder(self.settings.top)
 

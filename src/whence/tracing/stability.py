@@ -33,6 +33,8 @@ from torch import Tensor
 from whence.numerics import generator
 
 DRAWS = 400
+FEWEST_CHECKPOINTS = 3
+"""For margins: two say too little, 18 of their standard deviations."""
 BANDWIDTH = 0.5
 """Of the scores' density, in standard deviations of their noise."""
 MISSES = 0.05

@@ -13,7 +13,7 @@ from whence.indexing.opening import open_index
 from whence.models.loading import load_model
 from whence.second_order.eigen import ekfac, ekfac_sums, kfac
 from whence.second_order.factors import kfac_factors
-from whence.selection.scorers.curvature import EKFAC
+from whence.selection.scorers.ekfac import EKFAC
 from whence.selection.views import IndexView
 
 
