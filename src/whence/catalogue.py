@@ -163,7 +163,7 @@ SCORERS: dict[str, ScorerEntry] = {
     ),
     "ekfac": ScorerEntry(
         "whence.selection.scorers.ekfac:EKFAC",
-        "three passes over every row, with gradients",
+        "two passes over every row, and one for as many targets as 2 GiB hold three times",
         "arXiv 2308.03296",
         needs_model=True,
         takes_gradients=True,

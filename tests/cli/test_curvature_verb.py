@@ -81,7 +81,7 @@ def test_a_directory_without_curvature_and_a_method_without_use_of_it(command, t
     code, _, err = command(*words, "--method", "cosine", "--curvature", measured)
     assert code == 2 and "--curvature belongs to --method ekfac, not to --method cosine" in err
     code, _, err = command(*words, "--set", "damping=1")
-    assert code == 2 and "--set damping: --method cosine has no options of its own" in err
+    assert code == 2 and "--set damping: --method cosine has no such option. It has none." in err
 
 
 def test_curvature_is_asked_where_it_is_given(command, tiny_index, measured):

@@ -63,6 +63,8 @@ def test_the_cost_of_a_training_is_that_of_one_on_all_rows(made):
     assert bank.training_seconds == bank.full.seconds == 2.0 == 2 * bank.members[0].seconds
     slow = replace(bank, full=replace(bank.full, seconds=20.0))
     assert slow.training_seconds == 2.0, "what ran beside one training does not count"
+    at_full_length = tuple(replace(member, seconds=2.0) for member in bank.members)
+    assert replace(bank, members=at_full_length).training_seconds == 2.0, "rows that leave may keep their places"
     few = replace(bank.members[0], left_out=tuple(range(17)), seconds=1.0)
     assert replace(bank, members=(few,)).training_seconds == 2.0, "of few rows a training's time is mostly its start"
 

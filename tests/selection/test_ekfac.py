@@ -8,6 +8,7 @@ from small_views import Rows, each, query
 
 from conftest import corpus_rows
 from whence.errors import SettingError, WhenceError
+from whence.gradients import corpus_scores
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
 from whence.models.loading import load_model
@@ -63,6 +64,18 @@ def test_scores_are_inner_products_by_the_explicit_inverse(kind, view, model):
 def test_a_row_helps_its_own_answer_most_among_rows_of_its_length(view, model):
     scores = EKFAC()(view, each([query(row, model) for row in view.listed]))
     assert (scores.diagonal() > 0).all(), "a quadratic form of a positive matrix"
+
+
+def test_targets_that_do_not_fit_at_once_take_several_passes(view, model, monkeypatch):
+    asked = each([query(row, model) for row in view.listed[:3]])
+    whole = EKFAC()(view, asked)
+    monkeypatch.setattr(corpus_scores, "HELD_BYTES", 1)
+    torch.testing.assert_close(EKFAC()(view, asked), whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+    empty = query(view.listed[3], model)
+    empty = replace(empty, encoded=replace(empty.encoded, supervised=[False] * len(empty.encoded.ids)))
+    monkeypatch.setattr("whence.selection.scorers.ekfac.kfac_factors", None)
+    with pytest.raises(SettingError, match="none of its 1 examples has a finite gradient"):
+        EKFAC()(view, [*asked, *each([empty])])  # before curvature is measured
 
 
 def test_large_damping_leaves_inner_products(view, model):

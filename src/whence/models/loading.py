@@ -85,11 +85,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Device of the embedding, where token ids go."""
-        embedding = self.base.get_input_embeddings()
-        device = next(embedding.parameters()).device
-        if device.type != "meta":
-            return device
-        return torch.device(embedding._hf_hook.execution_device)  # accelerate moves its weights there when it runs
+        return device_of(self.base.get_input_embeddings())
 
     @property
     def context(self) -> int | None:
@@ -208,8 +204,12 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer is: a model may be spread over several devices."""
-    return next(layer.parameters()).device
+    """Where a layer runs: a model may be spread over several devices, and some of it lie on a disk."""
+    device = next(layer.parameters()).device
+    if device.type != "meta":
+        return device
+    hook: Any = layer._hf_hook
+    return torch.device(hook.execution_device)  # accelerate moves its weights there when it runs
 
 
 @one_at_a_time

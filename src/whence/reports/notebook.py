@@ -54,6 +54,8 @@ def _hit_cells(hit: Hit, *, has_exact: bool, has_z: bool) -> list[str]:
     shown = scores if has_exact else scores[:1]
     cells = [f"{hit.rank}"]
     cells += ["" if each is None else number(each, "+.3f" if abs(each) <= 1 else "+.4g") for each in shown]
+    if hit.margin is not None:
+        cells[1] += f" \u00b1 {number(hit.margin, '.2g')}"
     if has_z:
         cells.append("" if hit.null is None else number(hit.null.z, "+.1f"))
     rejected = "" if hit.rejected is None else f' <span class="soft">and not</span> {cut(hit.rejected, LONGEST)}'

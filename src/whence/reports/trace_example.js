@@ -157,8 +157,7 @@ class Example {
     if (hit.source !== null) facts.append(el("span", { class: "source", dir: "auto" }, hit.source));
     const fact = (name, value) => facts.append(el("span", {}, `${name} `, el("b", {}, score(value))));
     if (hit.margin != null) {
-      const what = hit.isExact ? "other checkpoints of the run would give" : "exact gradients would give";
-      const title = `19 of 20 times this far from what ${what}`;
+      const title = "19 of 20 times at most this far from what exact gradients give";
       facts.append(el("span", { title }, "\u00b1 ", el("b", {}, number(hit.margin).replace("+", ""))));
     }
     if (hit.isExact) fact("compressed", hit.score);

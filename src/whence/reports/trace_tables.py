@@ -107,8 +107,7 @@ def stability_words(trace: Trace, query: int) -> str:
     stability, count = trace.stabilities[query], len(trace.of(query))
     words = []
     if any(hit.margin is not None for hit in trace.of(query)):
-        what = "The exact score" if stability.exact is not None else "What other checkpoints of the run give"
-        words.append(f"{what} lies within \u00b1 of what is shown, 19 of 20 times.")
+        words.append("The exact score lies within \u00b1 of what is shown, 19 of 20 times.")
     if stability.exact is not None and stability.sketch is not None:
         words.append(
             f"Of these {count} about {count * stability.exact:.1f} are among the exact first {count}; an index of "

@@ -256,14 +256,19 @@ def build_scorer(method: str, seed: int, options: Mapping[str, Any]) -> Any:
         SettingError: The scorer has no such option, or it cannot have such a value.
     """
     scorer_class = catalogue.scorer(method)
-    known = {option.name: option for option in fields(scorer_class) if option.name != "seed"}
+    known = {option.name: option for option in fields(scorer_class)}
     typed = {}
     for name, value in options.items():
-        if name not in known:
-            have = ", ".join(known) or "none"
+        if name not in option_names(method):
+            have = ", ".join(option_names(method)) or "none"
             raise SettingError(f"--set {name}: --method {method} has no such option. It has: {have}.")
         typed[name] = _typed(method, name, value, known[name].type)
     return scorer_class(seed=seed, **typed)
+
+
+def option_names(method: str) -> list[str]:
+    """Names of a scorer's options."""
+    return [option.name for option in fields(catalogue.scorer(method)) if option.name != "seed"]
 
 
 def _typed(method: str, name: str, value: Any, annotation: Any) -> Any:

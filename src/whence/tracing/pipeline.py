@@ -25,6 +25,7 @@ from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import ProgressOption, shown_as
+from whence.selection.pipeline import option_names
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
 from whence.tracing.depth import DEEPEST
@@ -157,8 +158,14 @@ def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str 
     if curvature is not None and method != "ekfac":
         raise SettingError(f"--curvature belongs to --method ekfac, not to --method {method}")
     entry = catalogue.trace_method(method)
-    if options and entry.scorer is None and not entry.needs_run:
-        raise SettingError(f"--set {next(iter(options))}: --method {method} has no options of its own")
+    if options and curvature is not None and "curvature" in options:
+        raise SettingError(f"--set curvature={options['curvature']}: --curvature {curvature} is given too")
+    scorer = entry.scorer or (method if entry.needs_run else None)
+    have = option_names(scorer) if options and scorer else []
+    for name in options or ():
+        if name not in have:
+            known = f"It has: {', '.join(have)}." if have else "It has none."
+            raise SettingError(f"--set {name}: --method {method} has no such option. {known}")
     return dict(options or {}) | ({} if curvature is None else {"curvature": str(curvature)})
 
 

@@ -157,8 +157,8 @@ class Hit:
     rejected: str | None = None
     """Of a row that is a contrast, the answer that it is held against; see `corpus.preferences`."""
     margin: float | None = None
-    """`rank_score` plus and minus this is an interval that 95 of 100 times holds the exact score, where the index alone
-    ranks; else what other checkpoints of the run would give. None: the error is not known; see `stability`."""
+    """Where the index alone ranks, `score` plus and minus this holds the exact score for 95 of 100 rows shown. None:
+    exact scores rank, or the error is not known; see `stability`."""
 
     @property
     def rank_score(self) -> float:

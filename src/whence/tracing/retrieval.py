@@ -37,14 +37,7 @@ from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, 
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
 from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
-from whence.tracing.stability import (
-    FEWEST_CHECKPOINTS,
-    Stability,
-    margins,
-    margins_of_checkpoints,
-    under_checkpoints,
-    under_noise,
-)
+from whence.tracing.stability import Stability, margins, under_checkpoints, under_noise
 from whence.turns import one_at_a_time
 
 MOST_QUERIES = 64
@@ -174,7 +167,7 @@ class _QueryResult:
     reranking: Reranking | None = None
     stability: Stability = field(default_factory=Stability)
     margins: dict[int, float] = field(default_factory=dict)
-    """Half-widths of the intervals around what ranks each row."""
+    """Half-widths of the intervals around the index' scores, where these rank."""
 
     @property
     def rows(self) -> list[int]:
@@ -369,7 +362,7 @@ class Retrieval:
             deviations = noise.for_query(helpful.rows, result.norms)
             result.stability = under_noise(torch.tensor(helpful.scores), deviations, self.settings.top)
         result.sides = [side.cut(self.settings.top) for side in result.sides]
-        if noise is not None and (rows := result.rows):
+        if noise is not None and not self.settings.specific and (rows := result.rows):
             found = margins(noise.for_query(rows, result.norms), len(rows), len(self.index.store.rankable()))
             result.margins = dict(zip(rows, found.tolist(), strict=True))
 
@@ -407,8 +400,6 @@ class Retrieval:
             result.exact = dict(zip(result.rows, own.sum(0).tolist(), strict=True))
             if not self.settings.specific:
                 result.stability = under_checkpoints(own, self.settings.top)
-            if len(own) >= FEWEST_CHECKPOINTS:
-                result.margins = dict(zip(result.rows, margins_of_checkpoints(own).tolist(), strict=True))
             result.reorder(self.settings.top)
 
     def _add_matrices(self, results: list[_QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:

@@ -27,14 +27,11 @@ from statistics import NormalDist
 
 import torch
 from jaxtyping import Float32
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from whence.numerics import generator
 
 DRAWS = 400
-FEWEST_CHECKPOINTS = 3
-"""For margins: two say too little, 18 of their standard deviations."""
 BANDWIDTH = 0.5
 """Of the scores' density, in standard deviations of their noise."""
 MISSES = 0.05
@@ -117,12 +114,3 @@ def margins(noise: Float32[Tensor, " n"], shown: int, rows: int) -> Float32[Tens
         rows: Rows that they were chosen from.
     """
     return noise * NormalDist().inv_cdf(1 - MISSES * min(1.0, shown / rows) / 2)
-
-
-def margins_of_checkpoints(scores: Float32[Tensor, "c n"]) -> Float32[Tensor, " n"]:
-    """Half-widths of intervals around sums over c checkpoints, 2 at least, as if these were drawn from the run's.
-
-    By Student's t: few checkpoints say little of how much they differ.
-    """
-    count = len(scores)
-    return float(student_t.ppf(1 - MISSES / 2, count - 1)) * count**0.5 * scores.std(0)

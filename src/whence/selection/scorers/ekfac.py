@@ -11,8 +11,8 @@ A plain index serves as it is: where it is `sketched`, what the inverse makes of
 compared with the vectors of the last checkpoint. One bit loses most of what curvature brings (docs/LOG.md), so that
 rows' gradients are formed again unless told otherwise.
 
-Cost: a pass over the rows for as many targets as 2 GiB hold, and for curvature that was not measured before one
-(K-FAC) or two more (EK-FAC).
+Cost: a pass over the rows for as many targets as 2 GiB hold three times, and for curvature that was not measured before
+one (K-FAC) or two more (EK-FAC).
 
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
 """
@@ -90,23 +90,27 @@ class EKFAC:
         usable = [number for number in numbers if any(rows[number].supervised[1:])]
         some = [rows[number] for number in usable]
         digest = None if index is None else index.store.manifest.checkpoints[-1]["digest"]
+        groups = [targets[group.start : group.stop]
+                  for group in groups_that_fit(layers, len(targets), copies=COPIES)]  # fmt: skip
+        for asked in groups:  # before what takes long
+            _refuse_without_gradient(_gradients(model, layers, asked), asked)
         curvature = self._curvature(model, layers, some, view.tokens_per_batch, digest)
         layers = {name: layers[name] for name in curvature}
-        out = torch.full((len(targets), len(rows)), -torch.inf)
-        for group in groups_that_fit(layers, len(targets), copies=COPIES):
-            asked = targets[group.start : group.stop]
-            directions = query_directions(model, layers, [target.sequences() for target in asked], GradientSpace())
-            _refuse_without_gradient(directions, asked)
+        out: list[Tensor] = []
+        for asked in groups:
+            directions = _gradients(model, layers, asked)
             directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
             directions = {name: each / len(some) for name, each in directions.items()}
             if index is not None and self.sketched:
-                out[group.start : group.stop] = _by_sketches(view, directions, rows)
+                out.append(_by_sketches(view, directions, rows))
                 continue
+            out.append(torch.full((len(asked), len(rows)), -torch.inf))
             with counting("Scoring by curvature", len(some)) as tick:
-                out[group.start : group.stop, usable] = direction_scores(
+                out[-1][:, usable] = direction_scores(
                     model, layers, directions, some, reduction="sum", tokens_per_batch=view.tokens_per_batch, tick=tick
                 )
-        return torch.where(out.isfinite(), out, -torch.inf)
+        scores = torch.cat(out)
+        return torch.where(scores.isfinite(), scores, -torch.inf)
 
     def _solved(
         self,
@@ -143,6 +147,11 @@ class EKFAC:
         if self.kind == "kfac":
             return curvature
         return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
+
+
+def _gradients(model: LoadedModel, layers: Layers, targets: Sequence[Target]) -> Directions:
+    """Gradients of targets' losses."""
+    return query_directions(model, layers, [target.sequences() for target in targets], GradientSpace())
 
 
 def _refuse_without_gradient(directions: Directions, targets: Sequence[Target]) -> None:
