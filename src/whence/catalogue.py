@@ -271,6 +271,8 @@ class TraceMethod:
     """Name in `SCORERS`; None for a method that compares gradients."""
     needs_run: bool = False
     """Whether it reads a run that can be replayed, in place of an index."""
+    is_influence: bool = True
+    """Whether a score says what training on the row does to the answer; else how alike the two are."""
     reranks: bool = False
     """Whether unprojected gradients decide its order, unless told not to."""
 
@@ -281,20 +283,31 @@ TRACE_METHODS: dict[str, TraceMethod] = {
         "inner product of gradients, by the index' vectors (TracIn, compressed)", from_index=True, reranks=True
     ),
     "rapidin": TraceMethod("RapidIn: dot, on an index of --projection shuffle_sum --normalise layer", from_index=True),
-    "reach": TraceMethod("how far an example moved any of the answer's tokens, either way", scorer="reach"),
+    "reach": TraceMethod(
+        "how far an example moved any of the answer's tokens, either way", scorer="reach", is_influence=False
+    ),
     "datainf": TraceMethod("inner product under DataInf's curvature, in the index' sketches", scorer="datainf"),
     "trak": TraceMethod("inner product under the rows' own second moment, in the index' sketches", scorer="trak"),
     "trackstar": TraceMethod("cosine under the second moment of rows and questions, likewise", scorer="trackstar"),
     "ekfac": TraceMethod("inner product of gradients divided by the loss' curvature", scorer="ekfac"),
-    "replay": TraceMethod("effect through every step of a run of train --replayable, in nats", needs_run=True),
-    "source": TraceMethod("effect through a few segments of such a run, each with its curvature", needs_run=True),
+    "replay": TraceMethod(
+        "effect through every step of a run of train --replayable, in nats", scorer="replay", needs_run=True
+    ),
+    "source": TraceMethod(
+        "effect through a few segments of such a run, each with its curvature", scorer="source", needs_run=True
+    ),
     "tracin": TraceMethod("inner product of unprojected gradients, without the index' vectors"),
     "tracin_layer": TraceMethod("the same, each layer divided by its norm", normalise=True),
     "tracin_cosine": TraceMethod("cosine of unprojected gradients", cosine=True),
-    "embedding": TraceMethod("cosine of the model's own hidden states", scorer="rds+"),
-    "bm25": TraceMethod("words in common", scorer="bm25"),
-    "random": TraceMethod("chance", scorer="random"),
+    "embedding": TraceMethod("cosine of the model's own hidden states", scorer="rds+", is_influence=False),
+    "bm25": TraceMethod("words in common", scorer="bm25", is_influence=False),
+    "random": TraceMethod("chance", scorer="random", is_influence=False),
 }
+
+
+def default_trace_method(*, has_curvature: bool) -> str:
+    """Name of the method that is used where nobody says otherwise."""
+    return "ekfac" if has_curvature else "cosine"
 
 
 def trace_method(name: str) -> TraceMethod:

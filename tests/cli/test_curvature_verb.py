@@ -84,11 +84,14 @@ def test_a_directory_without_curvature_and_a_method_without_use_of_it(command, t
     assert code == 2 and "--set damping: --method cosine has no such option. It has none." in err
 
 
-def test_curvature_is_asked_where_it_is_given(command, tiny_index, measured):
+def test_curvature_is_asked_where_it_is_given(command, tiny_index, measured, tmp_path):
     """With the method's options."""
     words = "trace", tiny_index, "--prompt", "What?", "--completion", "yes", "--curvature", measured, "--json"
     found = [json.loads(command(*words, *more)[1])
              for more in ([], ["--method", "ekfac"], ["--set", "damping=100"])]  # fmt: skip
+    page = tmp_path / "page.html"
+    assert command(*words[:-1], "-o", page)[0] == 0
+    assert '"isInfluence":true' in page.read_text(), "training on a row, not likeness"
     assert found[0]["method"] == "ekfac" and found[0]["rows"] == found[1]["rows"] != found[2]["rows"]
 
 

@@ -96,7 +96,7 @@ def trace(
     from whence.reports.existing_files import RESULT_ENDINGS, Output, check_outputs
     from whence.tracing.spans import span_of
 
-    method = method or ("cosine" if curvature is None else "ekfac")
+    method = method or catalogue.default_trace_method(has_curvature=curvature is not None)
     needs_run = catalogue.trace_method(method).needs_run
     is_page = out is not None and out.endswith(".html")
     output = Output("-o", out, RESULT_ENDINGS)

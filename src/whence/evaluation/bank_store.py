@@ -219,7 +219,7 @@ class Bank:
 
     @cached_property
     def training_seconds(self) -> float:
-        """Wall time of one training on all rows, the unit of what methods cost.
+        """Wall time of one training on all rows in seconds, the unit of what methods cost.
 
         One training beside other work says little: it is the median over all members that kept two fifths of the
         tokens or more. Each counts by the tokens that it kept; or as it is, where the median is then nearer to the time

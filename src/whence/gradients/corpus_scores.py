@@ -6,6 +6,8 @@ Directions of more than `HELD_BYTES` together take several passes over the corpu
 
     score = <direction, gradient of the row's loss>, for the cosine divided by the norms of both
 
+Larger is more helpful. A direction that is a query's gradient gives nats^2 per squared unit of weight, or -1 to 1.
+
 Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484.
 """
 

@@ -68,7 +68,7 @@ def _trace(trace: Trace) -> dict[str, Any]:
         facts["z of meaningless completions"] = f"{shown}: 19 of 20 stay below"
     return {
         "isCosine": method is not None and method.cosine,
-        "isInfluence": method is None or method.scorer is None,
+        "isInfluence": method is None or method.is_influence,
         "notes": [_visible(note) for note in trace.notes],
         "settings": [[_visible(name), _visible(value)] for name, value in (facts | trace.settings).items()],
         "queries": [_query(trace, number) for number in range(len(trace.answers))],

@@ -258,17 +258,24 @@ def build_scorer(method: str, seed: int, options: Mapping[str, Any]) -> Any:
     scorer_class = catalogue.scorer(method)
     known = {option.name: option for option in fields(scorer_class)}
     typed = {}
+    check_options(options, method, method)
     for name, value in options.items():
-        if name not in option_names(method):
-            have = ", ".join(option_names(method)) or "none"
-            raise SettingError(f"--set {name}: --method {method} has no such option. It has: {have}.")
         typed[name] = _typed(method, name, value, known[name].type)
     return scorer_class(seed=seed, **typed)
 
 
-def option_names(method: str) -> list[str]:
-    """Names of a scorer's options."""
-    return [option.name for option in fields(catalogue.scorer(method)) if option.name != "seed"]
+def check_options(options: Mapping[str, Any], scorer: str | None, method: str) -> None:
+    """Refuse options that a scorer does not have; `method` is what the user calls it.
+
+    Raises:
+        SettingError: The message lists those there are.
+    """
+    known = fields(catalogue.scorer(scorer)) if options and scorer is not None else ()
+    names = [option.name for option in known if option.name != "seed"]
+    for name in options:
+        if name not in names:
+            have = f"It has: {', '.join(names)}." if names else "It has none."
+            raise SettingError(f"--set {name}: --method {method} has no such option. {have}")
 
 
 def _typed(method: str, name: str, value: Any, annotation: Any) -> Any:

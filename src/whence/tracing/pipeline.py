@@ -25,7 +25,7 @@ from whence.errors import SettingError
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import ProgressOption, shown_as
-from whence.selection.pipeline import option_names
+from whence.selection.pipeline import check_options
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
 from whence.tracing.depth import DEEPEST
@@ -97,8 +97,7 @@ def trace(
         ManifestMismatchError: The model is not the one that the index was built with.
     """
     loading, settings = split_loading(settings)
-    if curvature is not None:
-        settings.setdefault("method", "ekfac")
+    settings.setdefault("method", catalogue.default_trace_method(has_curvature=curvature is not None))
     how = TraceSettings(**settings)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=how.seed)
     own = _own_options(how.method, options, curvature)
@@ -157,15 +156,9 @@ def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str 
     """Options of a method's scorer."""
     if curvature is not None and method != "ekfac":
         raise SettingError(f"--curvature belongs to --method ekfac, not to --method {method}")
-    entry = catalogue.trace_method(method)
     if options and curvature is not None and "curvature" in options:
         raise SettingError(f"--set curvature={options['curvature']}: --curvature {curvature} is given too")
-    scorer = entry.scorer or (method if entry.needs_run else None)
-    have = option_names(scorer) if options and scorer else []
-    for name in options or ():
-        if name not in have:
-            known = f"It has: {', '.join(have)}." if have else "It has none."
-            raise SettingError(f"--set {name}: --method {method} has no such option. {known}")
+    check_options(options or {}, catalogue.trace_method(method).scorer, method)
     return dict(options or {}) | ({} if curvature is None else {"curvature": str(curvature)})
 
 

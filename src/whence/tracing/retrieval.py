@@ -87,7 +87,7 @@ class TraceSettings:
                 f"--{index_flags[0]} belongs to the methods that score from the index "
                 f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
             )
-        if (entry.scorer is not None or entry.needs_run) and self.objective != "loss":
+        if entry.scorer is not None and self.objective != "loss":
             raise SettingError(f"--objective {self.objective}: --method {self.method} is about the loss")
 
     def reranks(self, index: Index, queries: int) -> bool:

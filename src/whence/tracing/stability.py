@@ -106,7 +106,7 @@ def under_checkpoints(scores: Float32[Tensor, "c n"], m: int) -> Stability:
 
 
 def margins(noise: Float32[Tensor, " n"], shown: int, rows: int) -> Float32[Tensor, " n"]:
-    """Half-widths of intervals around the index' scores of rows that are shown, which hold exact ones; see above.
+    """Half-widths, in units of the scores, of intervals around those of rows that are shown, which hold exact ones.
 
     Args:
         noise: Standard deviation of each row's score.
