@@ -75,8 +75,8 @@ CURVED = {
     "EK-FAC, by the index": "ekfac:sketched=true,",
 }
 """Methods that read what the stage `curvature` measured, by their names in the tables."""
-REMOVED = ("cosine", "exact-cosine", "less@adam", "bm25", "loss")
-"""Methods whose top rows are left out, beside those that go through the training."""
+REMOVED = ("bm25", "EK-FAC", "cosine", "trak", "less@adam", "exact-cosine", "loss")
+"""Methods whose top rows are left out or trained on, beside those that go through the training."""
 WAYS = {"replay": True, "replay without Hessians": False}
 """Whether the Hessian's products count, by the name of the method."""
 RESULTS = Path(__file__).parent / "results" / "banks.json"
@@ -192,14 +192,19 @@ def stage_curvature(options: argparse.Namespace) -> None:
     command(options, "curvature", "curvature", options.work / "index", "-o", options.work / "curvature")
 
 
-def methods(options: argparse.Namespace) -> list[str]:
-    """All that are scored here."""
-    return [*METHODS, *(f"{text}curvature={options.work / 'curvature'}" for text in CURVED.values())]
+def curved(options: argparse.Namespace) -> dict[str, str]:
+    """What `whence` calls the methods of `CURVED`, by their names in the tables."""
+    return {name: f"{text}curvature={options.work / 'curvature'}" for name, text in CURVED.items()}
+
+
+def removed(options: argparse.Namespace) -> list[str]:
+    """Methods of `REMOVED`, as `whence` calls them."""
+    return [curved(options).get(name, name) for name in REMOVED]
 
 
 def named(options: argparse.Namespace, rows: list[dict]) -> list[dict]:
     """Lines of a table with the names of `CURVED`."""
-    known = dict(zip(methods(options)[len(METHODS) :], CURVED, strict=True))
+    known = {text: name for name, text in curved(options).items()}
     return [row | {"method": known.get(row["method"], row["method"])} for row in rows]
 
 
@@ -244,7 +249,8 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
     """What every table reads beside the bank: two indexes, and the scores of methods that go through the training."""
     work, files, costs = options.work, {}, {}
     for name in WAYS:
-        files[name], costs[name] = gathered(options, name)
+        if len([*work.glob(f"{name}-*.parquet")]) * QUERIES_AT_ONCE >= options.queries:
+            files[name], costs[name] = gathered(options, name)
     files["in-run"] = str(work / "in-run" / "in_run_scores.parquet")
     indexes = {"": str(work / "index"), "adam": str(work / "adam")}
     return {"index": indexes, "scores": files, "costs": costs, "seed": options.seed}
@@ -253,11 +259,12 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
 def stage_lds(options: argparse.Namespace) -> None:
     """The table."""
     work, bank = options.work, open_bank(str(options.work / "bank"))
-    found = evaluate_lds(bank, methods(options), **scored(options), progress=True)
+    found = evaluate_lds(bank, [*METHODS, *curved(options).values()], **scored(options), progress=True)
     first, *others = (marks.method for marks in found.table.marks)
     differences = {name: found.table.difference(first, name)._asdict() for name in others}
     training = bank.training_seconds
-    task = json.loads((work / "mean.json").read_text())["seconds"] / training
+    mean = work / "mean.json"
+    task = json.loads(mean.read_text())["seconds"] / training if mean.exists() else None
     rows = named(options, found.rows())
     keep(options, "lds", {"rows": rows, "settings": dict(found.settings), "training seconds": training,
                           "best": first, "less each other": differences, "replay of the mean, in trainings": task,
@@ -268,9 +275,9 @@ def stage_lds(options: argparse.Namespace) -> None:
 
 def stage_removal(options: argparse.Namespace) -> None:
     """Trainings without the top rows."""
-    found = evaluate_removal(str(options.work / "bank"), REMOVED, share=options.share, seeds=options.seeds,
+    found = evaluate_removal(str(options.work / "bank"), removed(options), share=options.share, seeds=options.seeds,
                              **scored(options), progress=True)  # fmt: skip
-    keep(options, "removal", {"rows": found.rows(), "settings": dict(found.settings), "date": today()})
+    keep(options, "removal", {"rows": named(options, found.rows()), "settings": dict(found.settings), "date": today()})
     for row in found.rows():
         print(row["method"], row["effect"], row["over_random"], row["over_random_low"], row["over_random_high"])
 
@@ -279,9 +286,10 @@ def stage_patch(options: argparse.Namespace) -> None:
     """Steps on the top rows."""
     work = options.work
     more = scored(options)
-    found = evaluate_tail_patch(work / "run", str(work / "queries.jsonl"), str(more["index"].pop("")), METHODS,
+    found = evaluate_tail_patch(work / "run", str(work / "queries.jsonl"), str(more["index"].pop("")), removed(options),
                                 **more, progress=True)  # fmt: skip
-    keep(options, "tail patch", {"rows": found.rows(), "settings": dict(found.settings), "date": today()})
+    rows = named(options, found.rows())
+    keep(options, "tail patch", {"rows": rows, "settings": dict(found.settings), "date": today()})
     for row in found.rows():
         print(row["method"], row["change"], row["over_random"], row["over_random_low"], row["over_random_high"])
 
