@@ -13,7 +13,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     replay      a run on the whole pool that can be replayed, by the warm-up's settings in one epoch, for the method of
                 that name
     table       every method's 5% (of the pool's tokens), trained on with equal steps, against random, everything and
-                nothing, on held-out rows; cells are kept in WORK/cells-FRACTION
+                nothing, on held-out rows; cells are kept in WORK/cells-FRACTION. `--turns less` adds what `select`
+                does unless told otherwise: examples choose in turns
     larger      the same choices train a larger model (`larger_model.py`; `--larger DIR`)
     budgets     less, random and bm25 (those that `--methods` names) at 1% and 20%
 
@@ -60,7 +61,7 @@ METHODS = (
     *("loss", "loss_drop", "replay"),
 )
 PUBLISHED = {"by": "task", "selector": "max"}
-"""LESS's own; the default of `select` is to take turns by example since 2026-11-28."""
+"""LESS's own, and the order of all methods here but of those of `--turns`."""
 RECIPE = Recipe(steps=100, batch_size=8, lr=5e-4, max_tokens=256, schedule="linear")
 WARM_UP = ["--fraction", "0.05", "--epochs", "4", "--lora-rank", "16", "--lr", "2e-3", "--max-tokens", "256"]
 ON_ALL = ["--epochs", "1", *WARM_UP[4:], "--replayable"]
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--larger", type=Path, default=Path("/tmp/larger"), help="a model of larger_model.py")
     parser.add_argument("--no-pool", action="store_true", help="no training on the whole pool")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--turns", nargs="*", default=[], help="methods that choose as `select` does unless told")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if "all" in options.stages else options.stages:
@@ -204,6 +206,8 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION, larger:
     others = [name for name in methods if name not in turns]
     run = work / "replayable" if (work / "replayable").exists() else None
     made |= selection_methods(others, index, examples, fraction=fraction, work=cells, run=run, **PUBLISHED)[0]
+    as_used = selection_methods(options.turns, index, examples, fraction=fraction, work=work / f"{cells.name}-turns")[0]
+    made |= {f"{name}, in turns": as_used[name] for name in options.turns}
     if options.no_pool:
         del made[EVERYTHING]
     if larger is not None:

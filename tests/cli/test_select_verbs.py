@@ -35,6 +35,9 @@ def test_rows_are_chosen_written_and_told(command, files, tmp_path):
     assert {*rows[0]} == {"id", "prompt", "completion", "source", "whence_score"}
     for words in ("4 of 16 rows", "by bm25", "times the pool's", "Rows in common with: random", "rows are chosen"):
         assert words in said
+    assert "--compare less" not in said
+    said = command("select", files / "pool.jsonl", "--tasks", files / "task.jsonl", "--method", "bm25", "--count", 4)[1]
+    assert "bm25 gained 0.50, -0.02 and 0.26 nats" in said and said.count("--compare less") == 1
 
 
 def test_the_report_is_one_page(command, files, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -221,6 +222,26 @@ def test_it_is_told_where_completions_come_from(exact):
         *("greedy", "temperature 0.5, seed 0"),
         *("given, or greedy where none was", "given, or temperature 0.5, seed 0 where none was"),
     ]
+
+
+def test_it_is_said_how_well_the_method_predicts_retrainings_and_what_a_better_one_costs(tiny_llama, tmp_path):
+    built = index(tiny_llama, corpus_rows(20), tmp_path / "index", progress=False)
+
+    def said(**settings):
+        traced = trace(built, PROMPT, COMPLETION, top=1, **settings)
+        with io.StringIO() as file:
+            Console(file=file, width=500).print(trace_tables(traced))
+            assert traced.settings["evidence"] in file.getvalue()
+        return traced.settings["evidence"]
+
+    root = tmp_path / "index"
+    assert re.fullmatch(
+        r"cosine predicts retrainings by 0\.36 of 1; curvature by 0\.60, for about \d\S* seconds once and \d\S* seconds "
+        rf"a trace\. For curvature: whence curvature {root} -o {root}-curvature", said()
+    )  # fmt: skip
+    assert said(exact=False).startswith("cosine predicts retrainings by 0.33 of 1; curvature by 0.60, for a few passes")
+    assert said(objective="margin").startswith("cosine asked so was not held against retrainings; curvature by 0.60")
+    assert said(method="ekfac") == "ekfac predicts retrainings by 0.60 of 1."
 
 
 # -- layouts

@@ -22,7 +22,7 @@ def curvature(
     out: Annotated[str, typer.Option("-o", "--out", help="Directory; the same command goes on from there.")],
     kind: Annotated[str, typer.Option(help="ekfac: two passes over the rows; kfac: one, and coarser.")] = "ekfac",
     rows: Annotated[
-        int | None, typer.Option(help="The most rows to measure; of more, so many are drawn.", show_default="20,000")
+        int | None, typer.Option(help="The most rows to measure; of more, so many are drawn.", show_default="4,096")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Patterns of layers' names, as of index; those of the index unless given.")

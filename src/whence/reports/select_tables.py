@@ -46,6 +46,8 @@ def select_tables(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -
     if overlaps:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in overlaps.items())
         parts.append(Text(f"Rows in common with: {listed}.", "dim"))
+    elif evidence := chosen.settings.get("evidence"):
+        parts.append(Text(visible(evidence), "dim"))
     return Group(*parts)
 
 

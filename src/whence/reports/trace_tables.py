@@ -50,6 +50,8 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
                 "dim",
             )
         )
+    if evidence := trace.settings.get("evidence"):
+        parts.append(Text(visible(evidence), "dim"))
     return Group(*parts)
 
 

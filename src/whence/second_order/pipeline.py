@@ -38,8 +38,10 @@ EVERY = 60.0
 """Seconds between two writings of unfinished sums, at least."""
 PATIENCE = 10.0
 """The same, in times of what a writing takes."""
-MOST_ROWS = 20_000
-"""Rows that are measured where nobody says how many: covariances of more move little."""
+MOST_ROWS = 4096
+"""Rows that are measured where nobody says how many. Of base-6m, 200 rows, some 12 supervised tokens for each input of
+its widest layer, served as well as 2,000 (docs/results/evaluation.md); so many rows of 50 tokens are as many for each
+of 14,336 inputs, a model of eight billion weights' widest."""
 
 
 def curvature(

@@ -7,6 +7,7 @@ from typing import Any
 from whence import catalogue
 from whence.counts import number_of
 from whence.errors import SettingError
+from whence.evidence import select_evidence
 from whence.selection import frozen_adam
 from whence.selection.budget import Amount, Budget
 from whence.selection.protocols import Target, View
@@ -59,6 +60,7 @@ def described_settings(
         "floors": ", ".join(f"{name}={value}" for name, value in settings.floors.items()),
         "duplicates": "kept" if settings.duplicates is None else f"left out from similarity {settings.duplicates:g}",
         "temperature": f"{settings.temperature:g}, seed {settings.seed}" if settings.temperature else "",
+        "evidence": select_evidence(settings.method) if catalogue.scorer_entry(settings.method).reads_tasks else "",
     }
     if isinstance(view, IndexView):
         space = view.index.space.as_json()

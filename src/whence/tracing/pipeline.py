@@ -22,9 +22,11 @@ from whence import catalogue
 from whence.corpus.unsupervised import reason
 from whence.counts import number_of
 from whence.errors import SettingError
+from whence.evidence import trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import ProgressOption, shown_as
+from whence.second_order.pipeline import MOST_ROWS
 from whence.selection.pipeline import check_options
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
@@ -34,6 +36,7 @@ from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
 from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
+from whence.training.step_log import FOLDER, RECORD
 
 
 class _Reading(TypedDict):
@@ -128,8 +131,10 @@ def trace(
             if controls is not None and (how.null or how.specific):
                 control_texts = queries_of(controls, flag="--controls", **reading)
                 control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
-            traced = Retrieval(opened, encoded, how, control_queries).trace()
+            retrieval = Retrieval(opened, encoded, how, control_queries)
+            traced, seconds_a_row = retrieval.trace(), retrieval.seconds_a_row
         else:
+            seconds_a_row = None
             traced = from_scorer(
                 opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed,
                 options=own,
@@ -140,6 +145,8 @@ def trace(
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
+        described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), rankable=rankable,
+                                          seconds_a_row=seconds_a_row)  # fmt: skip
         if traced.levels:
             context = opened.model().context
             described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
@@ -296,6 +303,30 @@ def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> st
     if controls is None:
         return f"rows of the index, drawn with seed {settings.seed}"
     return str(controls) if isinstance(controls, str | Path) else "given"
+
+
+def _evidence(
+    index: Index,
+    settings: TraceSettings,
+    options: Mapping[str, Any],
+    *,
+    is_exact: bool,
+    rankable: int,
+    seconds_a_row: float | None,
+) -> str:
+    """How well the method predicts retrainings, and what a better one costs here."""
+    directory = Path(index.store.manifest.checkpoints[-1]["path"])
+    run = next((str(path) for path in (directory, directory.parent) if (path / FOLDER / RECORD).exists()), None)
+    is_plain = index.space.view == "sgd" and settings.objective == TraceSettings.objective and not settings.specific
+    return trace_evidence(
+        settings.method,
+        index.store.place.root,
+        is_exact=is_exact or index.space.sketch == "identity",
+        is_as_measured=is_plain and not {*options} - {"curvature"},
+        passes=None if index.has_contrasts else (min(MOST_ROWS, rankable), rankable),
+        seconds_a_row=seconds_a_row,
+        run=run,
+    )
 
 
 def _described_settings(

@@ -19,6 +19,7 @@ from torch import Tensor
 from whence.corpus.layouts import layout
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import with_text
+from whence.evidence import trace_evidence
 from whence.runner import ProgressOption, shown_as
 from whence.second_order.fisher import TOKENS_PER_BATCH
 from whence.selection.pipeline import build_scorer
@@ -112,4 +113,5 @@ def _described(run: ReplayableRun, method: str, options: Mapping[str, Any]) -> d
         "corpus": run.corpus.name,
         "method": method,
         "steps": f"{len(run.log.steps):,} of {optimizer.name}",
+        "evidence": trace_evidence(method, run.model.path, is_as_measured=not options),
     } | ({"options": ", ".join(f"{name}={value}" for name, value in options.items())} if options else {})

@@ -12,6 +12,7 @@ than a pass through it.
 """
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,6 +195,8 @@ class Retrieval:
     """The user's control queries; None draws rows of the index."""
     stored_rows: dict[int, Row] = field(default_factory=dict)
     """Rows that were read from the index, by number."""
+    seconds_a_row: float | None = None
+    """What each row's exact score took, where exact scores decided the order."""
 
     def trace(self) -> Trace:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
@@ -380,7 +383,7 @@ class Retrieval:
         index, by_checkpoint = self.index, [torch.zeros(len(self.index.weights), len(r.rows)) for r in results]
         lists = [result.rows for result in results]
         numbers = sorted({row for rows in lists for row in rows})
-        rows = dict(zip(numbers, self._encoded(numbers), strict=True))
+        rows, start = dict(zip(numbers, self._encoded(numbers), strict=True)), time.perf_counter()
         for checkpoint, model in last_first(index):
             layers, space = index.layers(model), index.space
             objective = self.settings.objective
@@ -396,6 +399,7 @@ class Retrieval:
             )
             for own, query_scores in zip(by_checkpoint, scores, strict=True):
                 own[checkpoint] = index.weights[checkpoint] * query_scores
+        self.seconds_a_row = (time.perf_counter() - start) / len(numbers) / len(index.weights) if numbers else None
         for result, own in zip(results, by_checkpoint, strict=True):
             result.exact = dict(zip(result.rows, own.sum(0).tolist(), strict=True))
             if not self.settings.specific:

@@ -1,0 +1,116 @@
+"""What was measured of each method, beside what a better one would cost: the line under every answer.
+
+Two tables, of docs/results: how well a method's scores predict retrainings (`AGREEMENT`), and how much better than on
+random rows a model trains on a method's choice (`GAINS`). Both are of base-6m, a model of six million weights: they say
+which method to try, not what it will reach elsewhere.
+"""
+
+from whence.counts import duration
+
+AGREEMENT = {
+    "replay": 0.81,
+    "ekfac": 0.60,
+    "trak": 0.39,
+    "trackstar": 0.38,
+    "tracin_cosine": 0.36,
+    "cosine": 0.33,
+    "tracin": 0.30,
+    "datainf": 0.27,
+    "dot": 0.27,
+    "bm25": 0.22,
+    "embedding": 0.03,
+    "random": -0.03,
+}
+"""Rank correlation of summed scores with the losses of 60 retrainings on halves of 2,000 rows, mean over 30 questions
+(replay: over 20 of them): 1 would be perfect, 0 is chance. Source: docs/results/evaluation.md, Bank 1."""
+EXACT = {"cosine": "tracin_cosine", "dot": "tracin"}
+"""Methods of an index, and the ones whose scores decide their order where a short list is re-ranked."""
+MEASURING = 2.3
+"""What `whence curvature` takes, in passes of exact gradients over the rows (Bank 1: 165 and 73 seconds)."""
+TASKS = ("gsm8k", "BBH", "MMLU")
+GAINS = {
+    "less": (0.36, 0.98, 2.41),
+    "influence": (0.34, 1.01, 2.23),
+    "datainf": (0.34, 1.00, 2.52),
+    "bm25": (0.50, -0.02, 0.26),
+    "rds+": (0.50, 0.12, 0.26),
+    "rds": (0.45, -0.33, 1.09),
+    "density": (-0.10, 0.45, -0.14),
+    "loss_drop": (-0.58, -0.42, -0.40),
+    "loss": (-2.37, -0.08, 0.27),
+}
+"""Nats a token by which the loss on each of `TASKS` is lower than after training on random rows, 5% of 12,000 rows
+chosen. Source: docs/results/selection.md; `less`, `influence` and `datainf` by the default index."""
+
+
+NEIGHBOURS = {"bm25": "less", "rds+": "less", "rds": "less"}
+"""What to compare with a choice by a method; with one by any other, BM25's, which costs a second."""
+
+
+def trace_evidence(
+    method: str,
+    place: str,
+    *,
+    is_exact: bool = False,
+    is_as_measured: bool = True,
+    passes: tuple[int, int] | None = None,
+    seconds_a_row: float | None = None,
+    run: str | None = None,
+) -> str:
+    """How well a method predicts retrainings, and what a better one costs.
+
+    Args:
+        method: Name in `catalogue.TRACE_METHODS`.
+        place: The index, or the run of a replay.
+        is_exact: Whether exact scores decided the order.
+        is_as_measured: Whether the method is as it was held against retrainings, but for model and corpus.
+        passes: How many rows `whence curvature` would measure, and how many a trace by it reads; None where it cannot.
+        seconds_a_row: What a row's exact gradient takes here; None where it is not known.
+        run: Directory of a run that can be replayed, if the index' model is of one.
+
+    >>> trace_evidence("bm25", "my-index")
+    'bm25 predicts retrainings by 0.22 of 1.'
+    >>> words = trace_evidence("cosine", "my-index", is_exact=True, passes=(4096, 10000), seconds_a_row=0.05)
+    >>> words.partition("; ")[0]
+    'cosine predicts retrainings by 0.36 of 1'
+    >>> words.partition("; ")[2]
+    'curvature by 0.60, for about 7.9 minutes once and 8.3 minutes a trace. For curvature: whence curvature my-index \
+-o my-index-curvature'
+    """
+    own = AGREEMENT.get(EXACT.get(method, method) if is_exact else method) if is_as_measured else None
+    words = f"{method} predicts retrainings by {own:.2f} of 1" if own is not None else ""
+    words = words or f"{method}{'' if is_as_measured else ' asked so'} was not held against retrainings"
+    command = ""
+    if passes is not None and (own is None or own < AGREEMENT["ekfac"]):
+        cost = "a few passes over the rows"
+        if seconds_a_row is not None:
+            once, each = (duration(seconds_a_row * rows) for rows in (MEASURING * passes[0], passes[1]))
+            cost = f"about {once} once and {each} a trace"
+        words += f"; curvature by {AGREEMENT['ekfac']:.2f}, for {cost}"
+        command = f"curvature: whence curvature {place} -o {place}-curvature"
+    if run is not None and method != "replay":
+        words += f"; replay by {AGREEMENT['replay']:.2f}, for three trainings a question"
+        command = command or f"replay: whence trace {run} --method replay"
+    return f"{words}. For {command}" if command else f"{words}."
+
+
+def select_evidence(method: str) -> str:
+    """What training on a method's choice gained, beside another one's.
+
+    >>> select_evidence("less")
+    'less gained 0.36, 0.98 and 2.41 nats over random rows on gsm8k, BBH and MMLU; bm25 gained 0.50, -0.02 and 0.26. \
+What that would choose: --compare bm25'
+    """
+    other = NEIGHBOURS.get(method, "bm25")
+    words = (
+        f"{method} gained {_gains(method)} nats over random rows on {TASKS[0]}, {TASKS[1]} and {TASKS[2]}"
+        if method in GAINS
+        else f"On {TASKS[0]}, {TASKS[1]} and {TASKS[2]} training on the choice of {method} was not measured"
+    )
+    need = " and needs an index (--index)" if other == "less" else ""
+    return f"{words}; {other} gained {_gains(other)}{need}. What that would choose: --compare {other}"
+
+
+def _gains(method: str) -> str:
+    first, second, third = (f"{nats:.2f}" for nats in GAINS[method])
+    return f"{first}, {second} and {third}"

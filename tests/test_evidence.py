@@ -1,0 +1,71 @@
+"""The numbers under every answer are those that the benchmarks committed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from whence import catalogue
+from whence.evidence import AGREEMENT, EXACT, GAINS, TASKS, select_evidence, trace_evidence
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+NAMES = {
+    "ekfac": "EK-FAC",
+    "ekfac:curvature=curvature": "EK-FAC",
+    "tracin_cosine": "exact-cosine",
+    "tracin": "exact-dot",
+    "embedding": "rds+",
+}
+"""What the bank's tables call a method of `trace`."""
+
+
+def of_the_bank() -> dict[str, float]:
+    """Linear datamodeling score by method, as committed; replay's where it has its own table."""
+    bank = json.loads((BENCHMARKS / "evaluation" / "results" / "banks.json").read_text())["base-6m"]
+    tables = [bank[name] for name in ("lds of the first twenty queries", "lds without replay", "lds") if name in bank]
+    scores = {}
+    for table in tables:
+        scores |= {NAMES.get(row["method"], row["method"]): row["lds"] for row in table["rows"]}
+    return scores
+
+
+@pytest.mark.parametrize("method", AGREEMENT)
+def test_agreement_is_what_the_bank_measured(method):
+    assert method in catalogue.TRACE_METHODS
+    assert AGREEMENT[method] == round(of_the_bank()[NAMES.get(method, method)], 2)
+
+
+def test_exact_methods_are_measured():
+    assert {*EXACT.values()} <= {*AGREEMENT}
+
+
+def test_gains_are_those_of_the_selection_page():
+    page = (BENCHMARKS.parent / "docs" / "results" / "selection.md").read_text()
+    for method, gains in GAINS.items():
+        of_default = [line for line in page.splitlines() if line.startswith(f"| 5% | {method} | default |")]
+        of_table = page[page.index("**5% of the pool's tokens**") : page.index("**20% of the pool's tokens**")]
+        line = of_default[0] if of_default else next(
+            line for line in of_table.splitlines() if line.startswith(f"| {method} |")
+        )  # fmt: skip
+        cells = [cell.strip(" *").split(" (")[0] for cell in line.split("|")]
+        signed = [f"{nats:+.2f}" for nats in gains]
+        assert [cell for cell in cells if cell in signed] == signed, line
+    assert TASKS == ("gsm8k", "BBH", "MMLU")
+
+
+@pytest.mark.parametrize("method", catalogue.TRACE_METHODS)
+def test_every_way_to_trace_has_a_sentence(method):
+    words = trace_evidence(method, "my-index", passes=(10, 10), run="my-run")
+    assert words.startswith(method)
+    assert ("replay by" in words) == (method != "replay")
+    assert ("curvature by" in words) == (method not in ("replay", "ekfac"))
+
+
+def test_a_method_asked_in_another_way_is_not_called_measured():
+    assert "was not held against retrainings" in trace_evidence("cosine", "my-index", is_as_measured=False)
+
+
+@pytest.mark.parametrize("method", catalogue.SCORERS)
+def test_every_way_to_select_has_a_sentence(method):
+    words = select_evidence(method)
+    assert ("was not measured" in words) == (method not in GAINS)
