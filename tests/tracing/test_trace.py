@@ -236,8 +236,8 @@ def test_it_is_said_how_well_the_method_predicts_retrainings_and_what_a_better_o
 
     root = tmp_path / "index"
     assert re.fullmatch(
-        r"cosine predicts retrainings by 0\.36 of 1; curvature by 0\.60, for about \d\S* seconds once and \d\S* seconds "
-        rf"a trace\. For curvature: whence curvature {root} -o {root}-curvature", said()
+        r"cosine predicts retrainings by 0\.36 of 1; curvature by 0\.60, for about \d\S* seconds once and \d\S* "
+        rf"seconds a trace\. For curvature: whence curvature {root} -o {root}-curvature", said()
     )  # fmt: skip
     assert said(exact=False).startswith("cosine predicts retrainings by 0.33 of 1; curvature by 0.60, for a few passes")
     assert said(objective="margin").startswith("cosine asked so was not held against retrainings; curvature by 0.60")
