@@ -1,0 +1,173 @@
+"""Workers of Ray do what this process would, whatever happens to them.
+
+The cluster is started once, for it takes seconds: what is tested is the crew. That a command starts one and ends it is
+tested where commands are killed (`test_ray_commands.py`).
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from whence import runner
+from whence.errors import CorpusError, JobError, MissingExtraError, SettingError
+from whence.runner import Engine, engines, ray_engine
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """Three places for workers."""
+    with ray_engine._cluster(Engine("ray", workers=3)):
+        yield
+
+
+class Work:
+    """What jobs are done by: a folder in which they leave traces."""
+
+    def __init__(self, folder, behaviour="double"):
+        self.folder, self.behaviour = str(folder), behaviour
+
+    def __call__(self, job, tick):
+        return getattr(self, self.behaviour)(job, tick)
+
+    def attempts(self, job):
+        """How often a job was begun, this time included."""
+        file = Path(self.folder) / f"{job}-{time.time_ns()}-{os.getpid()}"
+        file.write_text("")
+        return len([*Path(self.folder).glob(f"{job}-*")])
+
+    def double(self, job, tick):
+        tick(1, 10)
+        return job * 2
+
+    def where(self, job, tick):
+        time.sleep(0.3)
+        return os.getpid()
+
+    def dies_once(self, job, tick):
+        tick(1, 10)
+        if job == 2 and self.attempts(job) == 1:
+            time.sleep(1.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        tick(1, 10)
+        return job * 2
+
+    def dies_always(self, job, tick):
+        self.attempts(job)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def stops(self, job, tick):
+        if job == 0 and self.attempts(job) == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.2)
+        return job * 2
+
+    def refuses(self, job, tick):
+        raise CorpusError(f"line {job} is bad")
+
+    def fails_twice(self, job, tick):
+        tick(3, 0)
+        if self.attempts(job) < 3:
+            raise OSError("disk")
+        return job
+
+    def is_out_of_memory(self, job, tick):
+        raise MemoryError("no more")
+
+
+def done(work, jobs, workers=2, **more):
+    return dict(runner.map(work, jobs, engine=Engine("ray", workers=workers), **more))
+
+
+def test_results_are_those_of_this_process(tmp_path):
+    ticks = []
+    found = done(Work(tmp_path), range(7), on_tick=lambda *count: ticks.append(count))
+    assert found == dict(runner.map(Work(tmp_path), range(7)))
+    assert [sum(column) for column in zip(*ticks, strict=True)] == [7, 70]
+
+
+def test_jobs_run_in_as_many_processes_as_are_asked_for(tmp_path):
+    processes = {*done(Work(tmp_path, "where"), range(9), workers=3).values()}
+    assert len(processes) == 3 and os.getpid() not in processes
+
+
+def test_no_jobs_take_no_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_Crew", None)
+    assert done(Work(tmp_path), []) == {}
+
+
+def test_a_lost_worker_costs_the_job_that_it_had(tmp_path, caplog):
+    ticks = []
+    found = done(Work(tmp_path, "dies_once"), range(5), on_tick=lambda *count: ticks.append(count))
+    assert found == {job: job * 2 for job in range(5)}
+    assert [sum(column) for column in zip(*ticks, strict=True)] == [10, 100]
+
+
+def test_a_job_that_takes_down_every_worker_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "LOSSES", 1)
+    with pytest.raises(
+        JobError, match=r"^job lost its worker 2 times, .* take fewer --workers, or give it more memory"
+    ):
+        done(Work(tmp_path, "dies_always"), ["job"])
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_stragglers_job_is_given_to_another_worker(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_engine, "LEAST_SLOW", 1.0)
+    assert done(Work(tmp_path, "stops"), range(4)) == {job: job * 2 for job in range(4)}
+    assert "0 has taken" in caplog.text and "the first result counts" in caplog.text
+
+
+def test_what_whence_refuses_is_raised_here(tmp_path):
+    with pytest.raises(CorpusError, match=r"^line 3 is bad$"):
+        done(Work(tmp_path, "refuses"), [3])
+
+
+def test_a_failed_job_is_done_again_and_what_went_wrong_is_said(tmp_path, caplog):
+    ticks = []
+    assert done(Work(tmp_path, "fails_twice"), [5], on_tick=lambda *count: ticks.append(count)) == {5: 5}
+    assert sum(examples for examples, _ in ticks) == 3
+    assert "5 failed (disk); trying again" in caplog.text
+
+
+def test_lack_of_memory_is_explained(tmp_path):
+    with pytest.raises(JobError, match=r"^1: out of memory \(no more\)\. To mend it: take less\.$"):
+        done(Work(tmp_path, "is_out_of_memory"), [1], less_memory="take less")
+
+
+def test_another_whence_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.__version__", "9.9.9")
+    with pytest.raises(SettingError, match=r"has Whence \d\S*, and this is 9\.9\.9"):
+        done(Work(tmp_path), [1])
+
+
+def test_gpus_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"^--gpus-per-worker 2: the cluster has 0"):
+        list(runner.map(Work(tmp_path), [1], engine=Engine("ray", gpus_per_worker=2)))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"name": "slurm"}, "--engine slurm: one of local, ray"),
+        ({"name": "ray", "workers": 0}, "--workers 0: 1 or more, or auto"),
+        ({"workers": 2}, "--workers 2: --engine local is this process; add --engine ray"),
+        ({"address": "auto"}, "--address auto: --engine local"),
+        ({"gpus_per_worker": 1.0}, "--gpus-per-worker 1.0: --engine local"),
+        ({"name": "ray", "gpus_per_worker": -1.0}, "--gpus-per-worker -1: 0 or more"),
+    ],
+)
+def test_what_no_engine_has_is_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        Engine(**settings)
+
+
+def test_ray_is_an_extra(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'whence\[ray\]'"):
+        Engine("ray")
