@@ -9,8 +9,6 @@ Doing a job twice must do no harm, so that a failed one is simply done again. Re
     bars        how far they are
 """
 
-from whence.runner.engines import ENGINES, Engine, EngineOption, check_engine
-from whence.runner.jobs import is_out_of_memory, map
 from whence.runner.bars import (
     ProgressOption,
     Tick,
@@ -21,6 +19,8 @@ from whence.runner.bars import (
     shown_as,
     waiting,
 )
+from whence.runner.engines import ENGINES, Engine, EngineOption, check_engine
+from whence.runner.jobs import is_out_of_memory, map
 
 __all__ = [
     "ENGINES",

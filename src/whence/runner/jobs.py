@@ -9,8 +9,8 @@ import torch
 
 from whence.counts import number_of
 from whence.errors import JobError
-from whence.runner.engines import LOCAL, EngineOption, check_engine
 from whence.runner.bars import Tick
+from whence.runner.engines import LOCAL, EngineOption, check_engine
 
 logger = logging.getLogger(__name__)
 

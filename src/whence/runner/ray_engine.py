@@ -29,9 +29,9 @@ import whence
 from whence import errors
 from whence.counts import number_of
 from whence.errors import JobError, SettingError, WhenceError
+from whence.runner.bars import Tick
 from whence.runner.engines import Engine
 from whence.runner.jobs import JobT, ResultT, Work, done
-from whence.runner.bars import Tick
 
 logger = logging.getLogger(__name__)
 
@@ -329,9 +329,9 @@ class _Crew:
             if job in self.finished:  # a straggler, which was dismissed
                 return None
             raise JobError(
-                f"{self.jobs[job]} lost its worker {number_of(LOSSES + 1, 'time')}, the last time with: "
-                f"{_line(error)}. If memory is short, take fewer --workers, or {self.less_memory}. What was finished is kept; the same "
-                "command goes on from there"
+                f"{self.jobs[job]} lost its worker {number_of(LOSSES + 1, 'time')}, the last: {_line(error)}. "
+                f"If memory is short, take fewer --workers, or {self.less_memory}. What was finished is kept; the "
+                "same command goes on from there"
             ) from error
         self.idle.append(hand)
         for words in {*outcome.warnings} - self.said:
