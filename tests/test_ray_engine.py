@@ -1,11 +1,12 @@
 """Workers of Ray do what this process would, whatever happens to them.
 
 The cluster is started once, for it takes seconds: what is tested is the crew. That a command starts one and ends it is
-tested where commands are killed (`test_ray_commands.py`).
+tested where builds are killed (`indexing/test_ray_builds.py`).
 """
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,17 +14,21 @@ import pytest
 
 from whence import runner
 from whence.errors import CorpusError, JobError, MissingExtraError, SettingError
-from whence.runner import Engine, engines, ray_engine
+from whence.runner import Engine, engines
 
-ray = pytest.importorskip("ray")
+ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
+
 pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """Three places for workers."""
-    with ray_engine._cluster(Engine("ray", workers=3)):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # workers import this file
+        with ray_engine._cluster(Engine("ray", workers=3)):
+            yield
 
 
 class Work:
@@ -148,6 +153,14 @@ def test_another_whence_is_refused(tmp_path, monkeypatch):
 def test_gpus_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(SettingError, match=r"^--gpus-per-worker 2: the cluster has 0"):
         list(runner.map(Work(tmp_path), [1], engine=Engine("ray", gpus_per_worker=2)))
+
+
+def test_a_cluster_that_is_not_there_is_told_of_at_once(monkeypatch):
+    monkeypatch.setattr(ray_engine.ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(SettingError, match=rf"^--address 127\.0\.0\.1:{port}: Ray cannot be reached .*refused"):
+        list(runner.map(Work(""), [1], engine=Engine("ray", address=f"127.0.0.1:{port}")))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,11 @@ class Place:
         """Whether files can be mapped, locked and renamed."""
         return isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def address(self) -> str:
+        """What `at` takes, in another process too."""
+        return self.root if self.is_local else self.fs.unstrip_protocol(self.root)
+
     def path(self, name: str) -> str:
         """Full path of a name, also for messages."""
         return f"{self.root}/{name}"

@@ -199,7 +199,7 @@ def test_differences_are_named(made, run, parent, copied, tmp_path):
         ({}, "nothing to leave out"),
         ({"by": "colour"}, "--by colour: no row of the training has this column. The first rows have completion, id"),
         ({"by": "shade"}, "--by shade: all 12 rows with a value have 'x'; two groups"),
-        ({"subsets": 2, "engine": "ray"}, "--engine ray"),
+        ({"subsets": 2, "engine": "slurm"}, "--engine slurm"),
         ({"subsets": 2, "queries": None}, "--queries: a file of held-out rows is expected"),
     ],
 )

@@ -146,7 +146,7 @@ def test_an_interval_of_few_trainings_has_what_is_true_in_it_as_often_as_it_says
         ({"share": 0.01}, "--share 0.01: of 10 rows that is 0"),
         ({"share": 1.0}, "--share 1.0: of 10 rows that is 0"),
         ({"share": 0.2, "seeds": 0}, "--seeds 0"),
-        ({"share": 0.2, "engine": "ray"}, "--engine ray"),
+        ({"share": 0.2, "engine": "slurm"}, "--engine slurm"),
         ({"share": 0.2, "scores": {"full": "x.jsonl"}}, "--scores full: the table has a line of that name already"),
         ({"share": 0.2, "scores": {"random": "x.jsonl"}}, "--scores random: the table has a line of that name"),
     ],

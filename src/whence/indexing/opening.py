@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import shlex
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -82,6 +82,15 @@ class Index:
         """Where it is, and how to go on."""
         more = "More: .trace(PROMPT), .select(TASKS, count=100), .store.info()"
         return f"Index({self.store.place.root}, {number_of(self.store.rows, 'row')})\n  {more}"
+
+    def __reduce__(self) -> Any:
+        """Another process opens it anew, and loads the model when it needs it."""
+        how = self.settings
+        names = ("chat_template", "date", "supervise", "preferences", "device", "device_map", "trust_remote_code")
+        tokenizer = str(Path(how.tokenizer).resolve()) if how.tokenizer and exists(how.tokenizer) else how.tokenizer
+        model = self._model_path and str(Path(self._model_path).resolve())
+        loading = {name: getattr(how, name) for name in names} | {"tokenizer": tokenizer, "model": model}
+        return partial(open_index, self.store.place.address, **loading), ()
 
     def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":
         """Training examples that made a model say something: `whence.trace` of this index, with its other arguments."""

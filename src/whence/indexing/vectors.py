@@ -94,7 +94,8 @@ class IndexSettings:
     """Recompute activations: less memory, a third more time."""
     device: str | None = None
     device_map: str | None = None
-    engine: str = "local"
+    engine: runner.EngineOption = "local"
+    """Where jobs run; see `runner`."""
 
     def __post_init__(self):
         for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):

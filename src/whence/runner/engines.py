@@ -22,8 +22,8 @@ class Engine:
     workers: int | None = None
     """Processes. None: one for each GPU of the machine or cluster; where there is none, one for each processor core."""
     address: str | None = None
-    """Of a Ray cluster, such as "auto" or "ray://head:10001". None: that of the environment variable RAY_ADDRESS, or
-    workers of this machine alone, which end with this process."""
+    """Of a Ray cluster, as HOST:PORT, or "auto" for one that this machine is of. None: that of the environment variable
+    RAY_ADDRESS, or workers of this machine alone, which end with this process."""
     gpus_per_worker: int | float | None = None
     """GPUs, or a share of one, that each worker has to itself. None: one where there are any."""
 

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-import torch
-
 from whence.counts import number_of
 from whence.errors import JobError
 from whence.runner.bars import Tick
@@ -59,6 +57,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("device"))
     (True, False)
     """
+    import torch  # which the command line waits for only where it is needed
+
     is_torch_on_a_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return is_torch_on_a_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
@@ -91,8 +91,7 @@ def _with_retries(work: Work[JobT, ResultT], job: JobT, retries: int, on_tick: T
         except (OSError, RuntimeError, MemoryError) as error:
             on_tick(-done[0], -done[1])
             if is_out_of_memory(error):
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _empty_cache()
                 raise
             reason = _first_line(error)
             if attempt == retries:
@@ -103,6 +102,13 @@ def _with_retries(work: Work[JobT, ResultT], job: JobT, retries: int, on_tick: T
             logger.warning("%s failed (%s); trying again", job, reason)
             time.sleep(2**attempt / 4)
     raise AssertionError("not reached")
+
+
+def _empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:

@@ -43,6 +43,8 @@ SLOW = 3.0
 """Times the median of finished jobs from which on a job is a straggler's."""
 LEAST_SLOW = 5.0
 """Seconds of a job below which it is never one."""
+REACHED = 5.0
+"""Seconds in which a cluster answers."""
 STORE_BYTES = 2**28
 """Ray's memory for what workers exchange, on this machine: results are small."""
 UNASKED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -82,8 +84,9 @@ def _cluster(engine: Engine) -> Iterator[None]:
         cores = max(_cores(), engine.workers or 1)
         quiet |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
+        _reach(address)
         ray.init(address=address or "local", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         where = f"--address {address}" if engine.address else f"RAY_ADDRESS {address}" if address else "--engine ray"
         raise SettingError(
             f"{where}: Ray cannot be reached or started ({_line(error)}). Start it with: ray start --head; or leave "
@@ -93,6 +96,13 @@ def _cluster(engine: Engine) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raise an OSError where nobody listens at an address HOST:PORT: Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=REACHED).close()
 
 
 def _cores() -> int:
