@@ -65,7 +65,7 @@ def test_removal_is_the_loss_without_the_top_rows_less_the_loss_with_all(files):
 def test_no_training_is_made_twice(files, monkeypatch):
     words = {"share": 0.2, "seeds": 2, "scores": {"mine": str(files / "scores.jsonl")}}
     first = evaluate_removal(files / "bank", **words)
-    monkeypatch.setattr(MemberTraining, "train", None)
+    monkeypatch.setattr(MemberTraining, "__call__", None)
     again = evaluate_removal(files / "bank", **words)
     assert [marks.effect for marks in again.marks] == [marks.effect for marks in first.marks]
     other = evaluate_removal(files / "bank", **words | {"scores": {"renamed": str(files / "scores.jsonl")}})

@@ -103,7 +103,7 @@ def train_pool(
     corpus: str | Path | Corpus | Iterable[Row],
     out: str | Path,
     *,
-    engine: str = "local",
+    engine: runner.EngineOption = "local",
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Pool:
@@ -151,14 +151,7 @@ def train_pool(
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
-
-            def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
-                place = Path(pool.place.root) / "work" / slug(partition.name)
-                rows = partition.draw(chosen.tokens, seed=chosen.seed)
-                run = train_model(start, rows, place, chosen, tokens=chosen.tokens)
-                report(1, chosen.tokens)
-                return run, last_loss(run)
-
+            work = PoolWork(Path(pool.place.root).resolve() / "work", str(start), chosen, date)
             for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
                                         rows=len(partition.pieces), size=partition.tokens,
@@ -167,6 +160,27 @@ def train_pool(
         pool.write()  # the addresses of parent and corpus, which may have moved
         _forget_work(pool)  # of a process that was killed right after its member was listed
     return pool
+
+
+@dataclass(frozen=True)
+class PoolWork:
+    """Trains members of a pool; who gives out the partitions stores what they become."""
+
+    folder: Path
+    """Where trainings are, until their members are stored."""
+    start: str
+    settings: PoolSettings
+    date: str | None
+    """Day that a chat template writes."""
+
+    def __call__(self, partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
+        """Train one member: its run, and the last loss of its training."""
+        rows = partition.draw(self.settings.tokens, seed=self.settings.seed)
+        with written_by(None, self.date):
+            run = train_model(self.start, rows, self.folder / slug(partition.name), self.settings,
+                              tokens=self.settings.tokens)  # fmt: skip
+        report(1, self.settings.tokens)
+        return run, last_loss(run)
 
 
 def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:

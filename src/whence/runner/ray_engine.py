@@ -12,6 +12,7 @@ Source: https://docs.ray.io/en/latest/ray-core/actors.html, and fault_tolerance/
 import contextlib
 import logging
 import os
+import pickle  # of what this process sends to its own workers
 import socket
 import statistics
 import time
@@ -22,7 +23,6 @@ from typing import Any
 
 import ray
 import torch
-from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 import whence
@@ -63,7 +63,7 @@ def map_on_ray(
     if not jobs:
         return
     with _cluster(engine):
-        crew = _Crew(_Kind.of(engine, len(jobs)), cloudpickle.dumps(work), jobs, on_tick, retries, less_memory)
+        crew = _Crew(_Kind.of(engine, len(jobs)), pickle.dumps(work), jobs, on_tick, retries, less_memory)
         try:
             yield from crew.results()
         finally:
@@ -167,7 +167,8 @@ class _Worker:
 
     def progress(self) -> tuple[int, int, int]:
         """Examples and tokens of the job at hand, and the process."""
-        return *self.done, os.getpid()
+        examples, tokens = self.done
+        return examples, tokens, os.getpid()
 
     def do(self, job: Any) -> _Outcome:
         """Do a job; an error that Whence raises on purpose is an outcome."""
@@ -179,7 +180,7 @@ class _Worker:
         logging.getLogger("whence").addHandler(heard)
         try:
             if self.work is None:
-                self.work = cloudpickle.loads(self.pickled)
+                self.work = pickle.loads(self.pickled)
             result = done(self.work, job, tick, retries=self.retries, less_memory=self.less_memory)
         except WhenceError as error:
             return _Outcome(None, self.done, (type(error).__name__, str(error)), tuple(heard.messages))
@@ -249,14 +250,14 @@ class _Crew:
 
     def _hire(self) -> None:
         threads = str(self.kind.cores)
-        hiring = ray.remote(
+        hiring = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=self.kind.cores,
             num_gpus=self.kind.gpus,
             max_concurrency=2,
             max_restarts=-1,
             max_task_retries=LOSSES,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **UNASKED}},
-        )(_Worker)
+        )
         for _ in range(self.kind.workers):
             hand = _Hand(hiring.remote(self.work, self.retries, self.less_memory))
             self.hands.append(hand)
