@@ -14,12 +14,13 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.indexing import memory_bound, pilot, shards
 from whence.indexing.build import index
 from whence.indexing.codecs import CODECS, codec
-from whence.indexing.memory import available_memory, forget_peak, peak_resident, resident, size_of
+from whence.indexing.memory import available_memory, forget_peak, peak_resident, resident
 from whence.indexing.memory_bound import bounded, least_tokens
 from whence.indexing.pilot import Pilot, Sample
 from whence.indexing.planning import DISK, MEMORY, TIME, Phase, Plan, plan
 from whence.indexing.vectors import IndexSettings
 from whence.reports.plan_tables import plan_answer, plan_table
+from whence.sizes import size_of
 
 SPACES = [
     {"projection": "two_sided", "width": 4, "codec": "bfloat16"},

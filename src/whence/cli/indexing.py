@@ -83,8 +83,8 @@ def _checked(
     preferences: str | None,
 ) -> dict[str, Any]:
     """The arguments of an index, of which all that can be is checked before torch is imported."""
-    from whence.indexing.memory import size_of
     from whence.outputs import refuse_inputs
+    from whence.sizes import size_of
 
     options: dict[str, Any] = vars(settings) | vars(loading) | vars(building) | {"preferences": preferences}
     if building.memory is not None:

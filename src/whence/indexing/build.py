@@ -30,7 +30,6 @@ from whence.indexing.ingest import (
     reread_part,
 )
 from whence.indexing.manifest import MANIFEST, ShardEntry
-from whence.indexing.memory import size_of
 from whence.indexing.opening import Index, index_of, open_index
 from whence.indexing.parts import encoded_row
 from whence.indexing.preparation import prepared
@@ -46,6 +45,7 @@ from whence.indexing.vectors import (
 )
 from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
+from whence.sizes import size_of
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)

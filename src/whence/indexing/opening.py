@@ -90,7 +90,7 @@ class Index:
         tokenizer = str(Path(how.tokenizer).resolve()) if how.tokenizer and exists(how.tokenizer) else how.tokenizer
         model = self._model_path and str(Path(self._model_path).resolve())
         loading = {name: getattr(how, name) for name in names} | {"tokenizer": tokenizer, "model": model}
-        return partial(open_index, self.store.place.address, **loading), ()
+        return partial(open_index, self.store.place.root, **loading), ()
 
     def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":
         """Training examples that made a model say something: `whence.trace` of this index, with its other arguments."""

@@ -25,13 +25,14 @@ from whence.indexing.manifest import (
     read_manifest,
     shard_file,
 )
-from whence.indexing.memory import available_memory, resident, size_of
+from whence.indexing.memory import available_memory, resident
 from whence.indexing.memory_bound import expected_peak, least_tokens
 from whence.indexing.pilot import Pilot, Sample, sample_of
 from whence.indexing.preparation import Prepared, prepared
 from whence.indexing.shards import COLUMN_BYTES, STATUSES
 from whence.indexing.vectors import IndexSettings, batch_tokens, with_options
 from whence.paths import free_bytes
+from whence.sizes import size_of
 from whence.storage import Place
 
 DISK, MEMORY, TIME = "disk", "memory", "time"

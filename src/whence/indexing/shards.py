@@ -125,7 +125,7 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int, recorde
     remedy = f"See what else is wrong with: whence verify {place.root}, and mend it with: whence verify {place.root} "
     remedy += "--repair"
     try:
-        data = place.mapped(name)
+        data = place.mapped(name, recorded)
         place.check(name, recorded, remedy, data=data.numpy())
         length = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8 : 8 + length].numpy()))

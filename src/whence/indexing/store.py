@@ -351,7 +351,7 @@ class Store:
     def _save(self, manifest: Manifest) -> None:
         manifest = replace(manifest, format_version=FORMAT_VERSION)  # an older one's new entries are of this version
         data = manifest.to_json()
-        self.place.write(MANIFEST, [data], total=len(data))
+        self.place.write(MANIFEST, [data], total=len(data), is_commit=True)
         self.manifest, self._unsaved = manifest, 0
 
     # -- scanning
