@@ -6,9 +6,9 @@ import socket
 import time
 
 import pytest
+from benchmarks.reliability.faulty_store import FAULTS, Faults, endpoint, faulty, s3_store, stored
 
 from conftest import contents, corpus_rows
-from faulty_store import FAULTS, Faults, endpoint, faulty, s3_store, stored
 from whence import leases, local_cache, remote_calls
 from whence.checksums import Written, digest
 from whence.errors import ManifestMismatchError, SettingError, StorageError
