@@ -24,6 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +108,24 @@ index({str(model)!r}, {str(rows)!r}, PLACE, progress=False, projection="two_side
 
 def names(prefix: str) -> list[str]:
     """Names of the objects below a prefix."""
-    import boto3
-
-    found = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
+    found = client().list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
     return [entry["Key"].removeprefix(f"{prefix}/") for entry in found]
 
 
 def holder(prefix: str) -> int | None:
     """The process that has the lease of a directory."""
+    with suppress(client().exceptions.NoSuchKey):
+        lease = client().get_object(Bucket=BUCKET, Key=f"{prefix}/whence.lease")["Body"].read()
+        return json.loads(lease)["process"]
+    return None
+
+
+@cache
+def client() -> Any:
+    """A client of the store."""
     import boto3
 
-    if "whence.lease" not in names(prefix):
-        return None
-    lease = boto3.client("s3").get_object(Bucket=BUCKET, Key=f"{prefix}/whence.lease")["Body"].read()
-    return json.loads(lease)["process"]
+    return boto3.client("s3")
 
 
 def stage_faults(options: argparse.Namespace, folder: Path, patch: Any, port: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from whence.checksums import Recorded
 from whence.errors import ChecksumError
 from whence.indexing.codecs import Codec
+from whence.indexing.readahead import advise
 from whence.storage import Place
 
 STATUSES = ("ok", "no_supervised_token", "non_finite")
@@ -126,6 +127,7 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int, recorde
     remedy += "--repair"
     try:
         data = place.mapped(name, recorded)
+        advise(data)
         place.check(name, recorded, remedy, data=data.numpy())
         length = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8 : 8 + length].numpy()))

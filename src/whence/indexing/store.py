@@ -418,9 +418,16 @@ class Store:
         if self._batch_cache[0] is not self.manifest:
             self._batch_cache = (self.manifest, {})
         batches = self._batch_cache[1]
-        if (key := scan.rows_at_once(q)) not in batches:
-            batches[key] = list(scan.batches_of(self._pieces(), q))
-        return batches[key]
+        key = scan.rows_at_once(q)
+        return batches[key] if key in batches else self._caching(batches, key, q)
+
+    def _caching(self, batches: dict[int, list[scan.Batch]], key: int, q: int) -> Iterator[scan.Batch]:
+        """Batches as they are made, kept at the end: a shard that is checked is scanned while it is in memory."""
+        made = []
+        for batch in scan.batches_of(self._pieces(), q):
+            made.append(batch)
+            yield batch
+        batches[key] = made
 
     def _pieces(self) -> Iterator[scan.Piece]:
         parts = counted(enumerate(self.manifest.parts), "Scanning the index", self.rows, lambda each: each[1].rows)
