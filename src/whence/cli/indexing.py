@@ -47,13 +47,13 @@ def index(
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
     options = _checked(model, corpus, out, settings, loading, building, preferences)
-    engine = running.chosen()
+    options["engine"] = running.chosen()
     if dry_run:
         _plan(model, corpus, out, options, as_json)
         return
     with waiting("Loading torch"):
         from whence.indexing.build import index as build
-    _print_info(build(model, corpus, out, engine=engine, **options).store, out, as_json)
+    _print_info(build(model, corpus, out, **options).store, out, as_json)
 
 
 def plan(
@@ -69,7 +69,7 @@ def plan(
 ) -> None:
     """What would an index take? Bytes a row, disk, memory and time, by a pilot. Nothing is written."""
     options = _checked(model, corpus, out, settings, loading, building, preferences)
-    running.chosen()
+    options["engine"] = running.chosen()
     _plan(model, corpus, out, options, as_json)
 
 
