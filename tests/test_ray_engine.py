@@ -36,6 +36,7 @@ class Work:
 
     def __init__(self, folder, behaviour="double"):
         self.folder, self.behaviour = str(folder), behaviour
+        self.ballast = bytes(10**6) if behaviour.startswith("heavy") else b""
 
     def __call__(self, job, tick):
         """As the behaviour says."""
@@ -82,6 +83,10 @@ class Work:
             raise OSError("disk")
         return job
 
+    def _heavy_dies_once(self, job, tick):
+        assert len(self.ballast) == 10**6
+        return self._dies_once(job, tick)
+
     def _is_out_of_memory(self, job, tick):
         raise MemoryError("no more")
 
@@ -107,9 +112,10 @@ def test_no_jobs_take_no_workers(tmp_path, monkeypatch):
     assert done(Work(tmp_path), []) == {}
 
 
-def test_a_lost_worker_costs_the_job_that_it_had(tmp_path, caplog):
+@pytest.mark.parametrize("behaviour", ["dies_once", "heavy_dies_once"])
+def test_a_lost_worker_costs_the_job_that_it_had(tmp_path, behaviour):
     ticks = []
-    found = done(Work(tmp_path, "dies_once"), range(5), on_tick=lambda *count: ticks.append(count))
+    found = done(Work(tmp_path, behaviour), range(5), on_tick=lambda *count: ticks.append(count))
     assert found == {job: job * 2 for job in range(5)}
     assert [sum(column) for column in zip(*ticks, strict=True)] == [10, 100]
 

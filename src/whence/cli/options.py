@@ -8,7 +8,7 @@ import typer
 from whence import catalogue
 from whence.corpus.preferences import checked
 from whence.errors import SettingError
-from whence.runner.engines import Engine
+from whence.runner.engines import LOCAL, Engine
 
 CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
 
@@ -166,17 +166,23 @@ class EngineFlags:
         float | None, typer.Option(help="Of each worker of Ray's; 1 where there are any.", show_default=False)
     ] = None
 
-    def chosen(self) -> Engine:
+    def chosen(self, *, is_scan: bool = True) -> Engine:
         """The engine.
 
+        Args:
+            is_scan: Whether there is anything that workers could do.
+
         Raises:
-            SettingError: No engine has what is asked.
+            SettingError: No engine has what is asked, or there is nothing to do for its workers.
             MissingExtraError: Ray is not installed.
         """
         if not (self.workers == "auto" or self.workers.isdecimal()):
             raise SettingError(f"--workers {self.workers}: a number or auto is expected")
         number = None if self.workers == "auto" else int(self.workers)
-        return Engine(self.engine, number, self.address, self.gpus_per_worker)
+        engine = Engine(self.engine, number, self.address, self.gpus_per_worker)
+        if not (is_scan or engine.name == LOCAL):
+            raise SettingError(f"--engine {self.engine}: workers scan an index, and there is none here; leave it out")
+        return engine
 
 
 @dataclass(frozen=True, kw_only=True)

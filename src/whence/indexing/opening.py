@@ -41,6 +41,7 @@ from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
 from whence.paths import exists, is_directory
+from whence.runner import LOCAL, EngineOption
 from whence.turns import one_at_a_time
 
 if TYPE_CHECKING:
@@ -277,11 +278,12 @@ class Index:
             )
 
 
-def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
+def open_index(path: str | Path, *, engine: EngineOption = LOCAL, **loading: Unpack[IndexLoading]) -> Index:
     """Open an index.
 
     Args:
         path: Directory of the index.
+        engine: Where it is scanned; see `runner`.
         **loading: See `IndexLoading`. An index alone never lets a model's repository run its code.
 
     Raises:
@@ -291,6 +293,7 @@ def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
         ChecksumError: Its manifest is damaged, or says what no index can.
     """
     store = Store.open(path)
+    store.engine = engine
     check_settings(store.place, store.manifest)
     if store.manifest.settings["trust_remote_code"] and not loading.get("trust_remote_code"):
         raise SettingError(

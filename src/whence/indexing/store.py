@@ -18,12 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import pyarrow as pa
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from whence import runner
 from whence.counts import number_of
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
@@ -41,6 +43,7 @@ from whence.indexing.manifest import (
     shard_file,
 )
 from whence.indexing.parts import part_bytes, part_rows
+from whence.indexing.scan_workers import ScanWork, Stretch, merged, stretches
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.runner import counted
 from whence.storage import TEMPORARY, Place
@@ -61,6 +64,8 @@ class Store:
         self._unsaved = 0
         """Files that were listed in memory alone, since the manifest was last written."""
         self._open_shards: dict[str, Shard] = {}
+        self.engine: runner.EngineOption = runner.LOCAL
+        """Where scans run; see `runner`."""
         self._batch_cache: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
 
     @staticmethod
@@ -373,6 +378,10 @@ class Store:
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         scan_query = self._scan_query(queries, weights, cosine, minus)
+        if not self._is_scanned_here:
+            found = [result for _, result in self._by_workers(scan_query, m)]
+            helpful, opposing = (merged([pair[end] for pair in found], m, sign) for end, sign in ((0, 1), (1, -1)))
+            return helpful, opposing
         batches = self._batches(queries.shape[1])
         steps = counted(batches, "Ranking", self.rows, lambda batch: int(batch.starts[-1]))
         return scan.top_k(scan_query, steps, min(m, max(self.rows, 1)))
@@ -393,7 +402,21 @@ class Store:
         scan_query = self._scan_query(queries, weights, cosine)
         if is_unit_mean:
             scan_query = replace(scan_query, queries=queries.cpu())
+        if not self._is_scanned_here:
+            found = sorted(self._by_workers(scan_query, None), key=lambda each: each[0].first)
+            return (block for _, blocks in found for block in blocks)
         return scan.block_scores(scan_query, self._pieces())
+
+    @property
+    def _is_scanned_here(self) -> bool:
+        return runner.check_engine(self.engine).name == runner.LOCAL
+
+    def _by_workers(self, asked: scan.ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
+        """Results of every stretch, in the order in which they are done."""
+        work = ScanWork(self.place.root, asked.queries, asked.weights, asked.cosine, m)
+        jobs = stretches([part.rows for part in self.manifest.parts])
+        with runner.counting("Ranking", self.rows) as tick:
+            yield from runner.map(work, jobs, engine=self.engine, on_tick=tick)
 
     def _scan_query(
         self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None

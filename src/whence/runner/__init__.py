@@ -19,11 +19,12 @@ from whence.runner.bars import (
     shown_as,
     waiting,
 )
-from whence.runner.engines import ENGINES, Engine, EngineOption, check_engine
+from whence.runner.engines import ENGINES, LOCAL, Engine, EngineOption, check_engine
 from whence.runner.jobs import is_out_of_memory, map
 
 __all__ = [
     "ENGINES",
+    "LOCAL",
     "Engine",
     "EngineOption",
     "ProgressOption",

@@ -156,8 +156,8 @@ class _Outcome:
 class _Worker:
     """A process that does jobs, and is asked meanwhile how far it is."""
 
-    def __init__(self, work: bytes, retries: int, less_memory: str):
-        self.pickled, self.retries, self.less_memory = work, retries, less_memory
+    def __init__(self, pickled: list[Any], retries: int, less_memory: str):
+        self.pickled, self.retries, self.less_memory = pickled, retries, less_memory
         self.work: Any = None
         self.done = (0, 0)
 
@@ -180,7 +180,7 @@ class _Worker:
         logging.getLogger("whence").addHandler(heard)
         try:
             if self.work is None:
-                self.work = pickle.loads(self.pickled)
+                self.work = pickle.loads(ray.get(self.pickled[0]))
             result = done(self.work, job, tick, retries=self.retries, less_memory=self.less_memory)
         except WhenceError as error:
             return _Outcome(None, self.done, (type(error).__name__, str(error)), tuple(heard.messages))
@@ -232,6 +232,8 @@ class _Crew:
     """Of finished jobs."""
     reported: dict[int, tuple[int, int]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    pickled: list[Any] = field(default_factory=list)
+    """A reference to `work`, which lives as long as the crew."""
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Every job with its result."""
@@ -258,8 +260,9 @@ class _Crew:
             max_task_retries=LOSSES,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **UNASKED}},
         )
+        self.pickled = [ray.put(self.work)]  # within a list: a worker that is started again finds it there
         for _ in range(self.kind.workers):
-            hand = _Hand(hiring.remote(self.work, self.retries, self.less_memory))
+            hand = _Hand(hiring.remote(self.pickled, self.retries, self.less_memory))
             self.hands.append(hand)
             self.waiting[hand.actor.hello.remote()] = hand
 
