@@ -69,7 +69,7 @@ METHODS = (
     "trackstar", "source",
 )  # fmt: skip
 CURVED = {
-    "EK-FAC + CG": "ekfac:refine=4,",
+    "EK-FAC + CG": "ekfac:refine=2,sample=128,",
     "EK-FAC": "ekfac:",
     "K-FAC": "ekfac:kind=kfac,",
     "EK-FAC, by the index": "ekfac:sketched=true,",

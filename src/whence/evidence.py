@@ -21,8 +21,8 @@ AGREEMENT = {
     "embedding": 0.03,
     "random": -0.03,
 }
-"""Rank correlation of summed scores with the losses of 60 retrainings on halves of 2,000 rows, mean over 30 questions
-(replay: over 20 of them): 1 would be perfect, 0 is chance. Source: docs/results/evaluation.md, Bank 1."""
+"""Rank correlation of summed scores with the losses of 60 retrainings on halves of 2,000 rows, mean over 30 questions:
+1 would be perfect, 0 is chance. Source: docs/results/evaluation.md, Bank 1."""
 EXACT = {"cosine": "tracin_cosine", "dot": "tracin"}
 """Methods of an index, and the ones whose scores decide their order where a short list is re-ranked."""
 MEASURING = 2.3
