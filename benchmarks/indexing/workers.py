@@ -265,6 +265,7 @@ def stage_hosts(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     environment = os.environ | {
         "AWS_ACCESS_KEY_ID": "whence", "AWS_SECRET_ACCESS_KEY": "whence", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://{HEAD}:9000", "WHENCE_CACHE": str(folder / "cache"),
+        "RAY_AUTH_MODE": "token",
     }  # fmt: skip
     servers: list[subprocess.Popen] = []
     try:

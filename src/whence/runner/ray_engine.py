@@ -88,10 +88,10 @@ def _cluster(engine: Engine) -> Iterator[None]:
         ray.init(address=address or "local", **quiet)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         where = f"--address {address}" if engine.address else f"RAY_ADDRESS {address}" if address else "--engine ray"
-        raise SettingError(
-            f"{where}: Ray cannot be reached or started ({_line(error)}). Start it with: ray start --head; or leave "
-            "the address out for workers of this machine"
-        ) from error
+        mend = "Start it with: ray start --head; or leave the address out for workers of this machine"
+        if "Authentication" in str(error):
+            mend = "It asks for its token: export RAY_AUTH_MODE=token, and let ~/.ray/auth_token be that of the head"
+        raise SettingError(f"{where}: Ray cannot be reached or started ({_line(error)}). {mend}") from error
     try:
         yield
     finally:
