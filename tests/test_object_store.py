@@ -1,5 +1,6 @@
 """An index in an object store: the local one's bytes, one writer, and nothing lost to faults of network and service."""
 
+import errno
 import json
 import os
 import socket
@@ -105,7 +106,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(place):
 
 
 def lease_of(place, **changed):
-    holder = {"token": "t", "host": "elsewhere", "process": 7, "started": "s", "expires": 60} | changed
+    holder = {"token": "t", "host": "elsewhere", "process": 7, "space": "p", "started": "s", "expires": 60} | changed
     holder["expires"] += time.time()
     place.fs.pipe_file(place.path(leases.NAME), json.dumps(holder).encode())
 
@@ -116,7 +117,8 @@ def lease_of(place, **changed):
         ({}, False),
         ({"expires": -5}, False),  # clocks may differ
         ({"expires": -3600}, True),
-        ({"host": socket.gethostname(), "process": 2**22 + 1}, True),  # a process that is gone
+        ({"host": socket.gethostname(), "process": 2**22 + 1, "space": leases._space()}, True),  # it is gone
+        ({"host": socket.gethostname(), "process": 2**22 + 1}, False),  # of a container of the same name
     ],
 )
 def test_a_lease_is_taken_over_when_it_has_run_out_or_its_process_is_gone(place, holder, is_taken):
@@ -125,7 +127,7 @@ def test_a_lease_is_taken_over_when_it_has_run_out_or_its_process_is_gone(place,
         with place.locked():
             place.write("x", [b"1"], total=1)
     else:
-        with pytest.raises(ManifestMismatchError, match=r"\(process 7 of elsewhere\)"), place.locked():
+        with pytest.raises(ManifestMismatchError, match=r"\(process \d+ of \S+\)"), place.locked():
             pass
 
 
@@ -142,7 +144,7 @@ def test_a_lease_is_renewed(place, monkeypatch):
 def test_who_has_lost_the_lease_commits_nothing(place):
     with place.locked():
         lease_of(place)
-        with pytest.raises(ManifestMismatchError, match="has lost its lease"):
+        with pytest.raises(ManifestMismatchError, match=r"has lost its lease, whence.lease \(it was cut off"):
             place.write("manifest.json", [b"{}"], total=2, is_commit=True)
         assert not place.exists("manifest.json")
     assert place.exists(leases.NAME)  # the other's
@@ -166,6 +168,32 @@ def test_a_commit_replaces_only_what_was_read(place):
     assert place.read("m") == b"4"
     place.remove("m")
     place.write("m", [b"5"], total=1, is_commit=True)
+
+
+@pytest.mark.parametrize(
+    "error, takes",
+    [(OSError(errno.EINVAL, "412"), "PreconditionFailed"), (OSError(errno.ENOSYS, "501"), "NotImplemented")],
+)
+def test_stores_refuse_conditions_in_their_own_words(place, monkeypatch, error, takes):
+    """s3fs makes an error of a number of what another store than Amazon's answers."""
+    real, code = type(place.fs).pipe_file, 412 if takes == "PreconditionFailed" else 501
+    error.__cause__ = type("Answer", (Exception,), {"response": {"ResponseMetadata": {"HTTPStatusCode": code}}})()
+
+    def pipe(self, path, data, **more):
+        if more and (code == 501 or self.exists(path)):
+            raise error
+        return real(self, path, data)
+
+    monkeypatch.setattr(type(place.fs), "pipe_file", pipe)
+    with place.locked():
+        with pytest.raises(ManifestMismatchError, match="Another process is writing"), place.locked():
+            pass
+        place.write("m", [b"1"], total=1, is_commit=True)
+        if code == 501:
+            place.write("m", [b"2"], total=1, is_commit=True)
+    lease_of(place, expires=-3600)
+    with place.locked():
+        assert place.names() == ["m"]
 
 
 def test_a_store_without_conditions_has_leases_too():
@@ -200,6 +228,36 @@ def test_a_file_that_came_short_is_fetched_again(tmp_path):
     assert file.read_bytes() == data and len(calls) == 2
     other = local_cache.cached(Written(10, None, digest([b"another"])), lambda file: file.write_bytes(data))
     assert other is None and [*(tmp_path / "cache").iterdir()] == [file]
+
+
+def test_a_damaged_copy_is_fetched_again(tmp_path, monkeypatch):
+    data = b"0123456789"
+    written = Written(10, None, digest([data]))
+    file = local_cache.cached(written, lambda file: file.write_bytes(data))
+    monkeypatch.setattr(local_cache, "_whole", set())  # another process
+    file.write_bytes(bytes(10))
+    assert local_cache.cached(written, lambda file: file.write_bytes(data)).read_bytes() == data
+
+
+def test_where_there_is_no_room_nothing_is_kept(tmp_path, place):
+    def fetch(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert local_cache.cached(Written(10, None, digest([b"x"])), fetch) is None
+    assert [*(tmp_path / "cache").iterdir()] == []
+
+
+def test_what_is_not_a_copy_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHENCE_CACHE_SIZE", "15")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.txt").write_bytes(bytes(1000))
+    left = tmp_path / "cache" / f"{local_cache.DRAFT}old"
+    left.write_bytes(b"")
+    os.utime(left, (1, 1))
+    for number in range(3):
+        data = bytes([number]) * 10
+        local_cache.cached(Written(10, None, digest([data])), lambda file, data=data: file.write_bytes(data))
+    assert len([*(tmp_path / "cache").iterdir()]) == 2 and (tmp_path / "cache" / "thesis.txt").exists()
 
 
 def test_files_used_longest_ago_make_room(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from whence import runner
-from whence.errors import CorpusError, JobError, MissingExtraError, SettingError
+from whence.errors import CorpusError, JobError, ManifestMismatchError, MissingExtraError, SettingError
 from whence.runner import Engine, engines
 
 ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
@@ -87,6 +87,14 @@ class Work:
         assert len(self.ballast) == 10**6
         return self._dies_once(job, tick)
 
+    def _is_taken(self, job, tick):
+        if job == 0 and self.attempts(job) == 1:
+            time.sleep(8.0)
+        elif job == 0:
+            raise ManifestMismatchError("busy")
+        time.sleep(0.2)
+        return job * 2
+
     def _is_out_of_memory(self, job, tick):
         raise MemoryError("no more")
 
@@ -133,6 +141,54 @@ def test_a_stragglers_job_is_given_to_another_worker(tmp_path, monkeypatch, capl
     assert "0 has taken" in caplog.text and "the first result counts" in caplog.text
 
 
+def test_a_finished_job_is_not_given_out_again(tmp_path):
+    crew = ray_engine._Crew(ray_engine._Kind(3, 1, 0.0), b"", range(3), lambda *_: None, 0, "")
+    slow, copy, other = (ray_engine._Hand(None, process=number, job=0, since=-1e6) for number in (1, 2, 3))
+    other.job, crew.hands, crew.seconds, crew.finished = 1, [slow, copy, other], [1.0], {0, 2}
+    slow.is_dismissed = copy.is_dismissed = True
+    assert crew._next() == 1  # the one that is still running, and not the one whose copies were dismissed
+
+
+def test_a_refusal_by_one_of_two_copies_is_not_the_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_engine, "LEAST_SLOW", 1.0)
+    assert done(Work(tmp_path, "is_taken"), range(4)) == {job: job * 2 for job in range(4)}
+    assert "one of two workers that do it refuses: busy" in caplog.text
+
+
+def test_the_last_job_has_no_more_threads_than_the_others(monkeypatch):
+    machine = {"Alive": True, "Resources": {"CPU": 8.0}}
+    monkeypatch.setattr(ray_engine.ray, "nodes", lambda: [machine, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    monkeypatch.setattr(ray_engine.torch, "get_num_threads", lambda: 8)
+    kinds = [ray_engine._Kind.of(Engine("ray", workers=4), jobs) for jobs in (9, 2, 1)]
+    assert [(kind.workers, kind.cores) for kind in kinds] == [(4, 2), (2, 2), (1, 2)]
+    assert ray_engine._Kind.of(Engine("ray"), 99) == ray_engine._Kind(8, 1, 0.0)
+    machine["Resources"]["GPU"] = 2.0
+    assert ray_engine._Kind.of(Engine("ray"), 99) == ray_engine._Kind(2, 4, 1.0)
+    assert ray_engine._Kind.of(Engine("ray", gpus_per_worker=0.5), 99) == ray_engine._Kind(4, 2, 0.5)
+
+
+def test_a_cluster_without_room_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_engine, "PATIENCE", 0.5)
+    monkeypatch.setattr(ray_engine, "_Kind", type("Kind", (), {"of": lambda *_: ray_engine_kind(1, 64, 0.0)}))
+    monkeypatch.setattr(ray_engine._Crew, "_look", stop_when(lambda: "no worker has come" in caplog.text))
+    with pytest.raises(KeyboardInterrupt):
+        done(Work(tmp_path), [1])
+    assert "each takes 64 cores and 0 GPUs; the cluster has" in caplog.text
+
+
+ray_engine_kind = ray_engine._Kind
+
+
+def stop_when(is_enough):
+    """A look at workers after which the user presses Ctrl-C."""
+
+    def look(self):
+        if is_enough():
+            raise KeyboardInterrupt
+
+    return look
+
+
 def test_what_whence_refuses_is_raised_here(tmp_path):
     with pytest.raises(CorpusError, match=r"^line 3 is bad$"):
         done(Work(tmp_path, "refuses"), [3])
@@ -157,7 +213,7 @@ def test_another_whence_is_refused(tmp_path, monkeypatch):
 
 
 def test_gpus_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(SettingError, match=r"^--gpus-per-worker 2: the cluster has 0"):
+    with pytest.raises(SettingError, match=r"^--gpus-per-worker 2: a machine of the cluster has 0 at most"):
         list(runner.map(Work(tmp_path), [1], engine=Engine("ray", gpus_per_worker=2)))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from whence.errors import ManifestMismatchError
-from whence.remote_calls import is_passing, persistent
+from whence.remote_calls import is_passing, is_unmet, is_unsupported, persistent
 
 NAME = "whence.lease"
 """Of the object, within the directory."""
@@ -40,27 +40,37 @@ class _Holder:
     token: str
     host: str
     process: int
+    space: str
+    """The machine since it began, and the space in which processes have their numbers: containers may share a name."""
     started: str
-    """When the process began, in ticks since this machine did: its number is used again."""
+    """When the process began, in ticks since the machine did: its number is used again."""
     expires: float
     """Seconds since 1970."""
 
     @staticmethod
     def this(token: str) -> "_Holder":
-        return _Holder(token, socket.gethostname(), os.getpid(), _started(os.getpid()), time.time() + LASTS)
+        number = os.getpid()
+        return _Holder(token, socket.gethostname(), number, _space(), _started(number), time.time() + LASTS)
 
     @property
     def is_over(self) -> bool:
         """Whether another may take the lease."""
-        is_here = self.host == socket.gethostname() and bool(self.started)
+        is_here = self.host == socket.gethostname() and self.space == _space() and bool(self.space and self.started)
         return self.expires + SKEW < time.time() or (is_here and _started(self.process) != self.started)
 
 
 def _started(process: int) -> str:
     """When a process of this machine began; empty where there is none, or where it cannot be told."""
     with suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _space() -> str:
+    """What the number of a process belongs to; empty where it cannot be told."""
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot + Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return ""
 
 
@@ -74,7 +84,10 @@ class Lease:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     _renewed: float = 0.0
     _is_lost: bool = False
+    _why: str = ""
+    """What a renewal was refused with."""
     _end: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
 
     @property
     def _path(self) -> str:
@@ -102,7 +115,8 @@ class Lease:
         if (holder := self._read()) is None or holder.token != self.token:
             raise ManifestMismatchError(self._refusal(holder))
         self._renewed = time.monotonic()
-        threading.Thread(target=self._renewing, name="whence lease", daemon=True).start()
+        self._thread = threading.Thread(target=self._renewing, name="whence lease", daemon=True)
+        self._thread.start()
 
     def require(self, *, asks: bool = False) -> None:
         """Refuse to go on where the lease is lost.
@@ -117,18 +131,20 @@ class Lease:
             holder = self._read()
             self._is_lost = holder is None or holder.token != self.token
         if self._is_lost or time.monotonic() - self._renewed > LASTS:
+            why = self._why or f"it was cut off for more than {LASTS:.0f} seconds, or another one has taken it over"
             raise ManifestMismatchError(
-                f"{self.root}: this process was cut off for more than {LASTS:.0f} seconds and has lost its lease, "
-                f"{NAME}; another one may be writing there. Nothing more was written. Run the same command again: it "
-                "goes on from what is listed"
+                f"{self.root}: this process has lost its lease, {NAME} ({why}). Another one may be writing there, so "
+                "that nothing more was written. Run the same command again: it goes on from what is listed"
             )
 
     def release(self) -> None:
         """Give the lease back."""
         self._end.set()
+        if self._thread is not None:
+            self._thread.join(LASTS)  # what it is writing would come after the removal
         with suppress(Exception):  # it runs out by itself
             if (holder := self._read()) is not None and holder.token == self.token:
-                self.fs.rm_file(self._path)
+                persistent(lambda: self.fs.rm_file(self._path), f"removing {self._path}")
 
     def _refusal(self, holder: _Holder | None) -> str:
         who = "" if holder is None else f" (process {holder.process} of {holder.host})"
@@ -140,16 +156,18 @@ class Lease:
     def _create(self) -> bool:
         """Make the lease if there is none; whether it was made, as far as this store can tell."""
         data = json.dumps(asdict(_Holder.this(self.token))).encode()
+        if self._read() is not None:  # a store may take no notice of a condition
+            return False
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
+            persistent(lambda: self.fs.makedirs(self.root, exist_ok=True), f"making {self.root}")
             persistent(lambda: self.fs.pipe_file(self._path, data, mode="create"), f"writing {self._path}")
             return True
-        except FileExistsError:
-            holder = self._read()  # a try that failed may have written it
-            return holder is not None and holder.token == self.token
-        except (NotImplementedError, TypeError, ValueError):  # this store has no such condition
-            if self.fs.exists(self._path):
-                return False
+        except Exception as error:
+            if is_unmet(error):
+                holder = self._read()  # a try that failed may have written it
+                return holder is not None and holder.token == self.token
+            if not is_unsupported(error):
+                raise
             persistent(lambda: self.fs.pipe_file(self._path, data), f"writing {self._path}")
             time.sleep(SETTLED)
             return True
@@ -162,7 +180,7 @@ class Lease:
         try:
             return _Holder(**json.loads(data))
         except (ValueError, TypeError):  # not one of ours
-            return _Holder("", "", 0, "", 0.0)
+            return _Holder("", "", 0, "", "", 0.0)
 
     def _renewing(self) -> None:
         while not self._end.wait(RENEWED):
@@ -178,5 +196,5 @@ class Lease:
                 self._renewed = time.monotonic()
             except Exception as error:
                 if not is_passing(error):
-                    self._is_lost = True
+                    self._why, self._is_lost = f"it could not be renewed: {str(error)[:200]}", True
                     return

@@ -9,8 +9,11 @@ stays readable when it is removed.
     WHENCE_CACHE_SIZE   such as 20G; else a fifth of what is free there
 """
 
+import errno
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +25,13 @@ from whence.sizes import size_of
 FETCHES = 3
 """Times that a file which comes damaged is fetched."""
 SHARE_OF_FREE = 0.2
+DRAFT, OLD = "draft-", 86_400.0
+"""Beginning of the names of files that are being fetched, and seconds after which none is any more."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME = re.compile(r"[0-9a-f]{32}-\d+")
 _PIECE = 1 << 22
+_whole: set[tuple[str, int]] = set()
+"""Copies that this process has checked."""
 
 
 def directory() -> Path:
@@ -55,13 +64,12 @@ def cached(recorded: Recorded, fetch: Callable[[Path], None]) -> Path | None:
         return None
     folder = directory()
     file = folder / f"{recorded.xxh3}-{recorded.bytes}"
-    if file.exists() and file.stat().st_size == recorded.bytes:
-        with suppress(OSError):
-            os.utime(file)
-        return file
     try:
+        if _is_whole(file, recorded):
+            os.utime(file)
+            return file
         folder.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        handle, draft = tempfile.mkstemp(dir=folder, prefix=DRAFT)
         os.close(handle)
     except OSError:
         return None
@@ -69,12 +77,33 @@ def cached(recorded: Recorded, fetch: Callable[[Path], None]) -> Path | None:
         for _ in range(FETCHES):
             fetch(Path(draft))
             if Path(draft).stat().st_size == recorded.bytes and _digest(Path(draft)) == recorded.xxh3:
+                Path(draft).chmod(0o644)
                 Path(draft).replace(file)
+                _is_whole(file, recorded)
                 _make_room(file)
                 return file
-        return None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
     finally:
         Path(draft).unlink(missing_ok=True)
+    return None
+
+
+def _is_whole(file: Path, recorded: Recorded) -> bool:
+    """Whether a copy has its bytes, which are read once in a process; a damaged one is removed."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return False
+    known = (str(file), stat.st_ino)
+    if known in _whole:
+        return True
+    if stat.st_size == recorded.bytes and _digest(file) == recorded.xxh3:
+        _whole.add(known)
+        return True
+    file.unlink(missing_ok=True)
+    return False
 
 
 def _digest(file: Path) -> str:
@@ -83,18 +112,21 @@ def _digest(file: Path) -> str:
 
 
 def _listed() -> list[tuple[float, int, Path]]:
-    """Time of last use, size and path of each file."""
+    """Time of last use, size and path of each copy; what else is in the directory is left alone."""
     found = []
     with suppress(OSError):
         for file in directory().iterdir():
             with suppress(OSError):  # another process removed it
                 stat = file.stat()
-                found.append((stat.st_mtime, stat.st_size, file))
+                if _NAME.fullmatch(file.name):
+                    found.append((stat.st_mtime, stat.st_size, file))
+                elif file.name.startswith(DRAFT) and time.time() - stat.st_mtime > OLD:
+                    file.unlink()  # of a process that was killed
     return sorted(found)
 
 
 def _make_room(newest: Path) -> None:
-    """Remove files that were used longest ago, until all are within the limit."""
+    """Remove copies that were used longest ago, until all are within the limit."""
     files = _listed()
     excess = sum(size for _, size, _ in files) - most_bytes()
     for _, size, file in files:

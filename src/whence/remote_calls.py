@@ -5,6 +5,7 @@ is what this client lacks, such as credentials. Everything else is tried `TRIES`
 another and twice as long each time.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ FINAL = (
 )
 CLIENTS = ("aiohttp", "aiobotocore", "asyncio", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
 """Packages whose errors are of the network, or of the service's answer."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What the disk here refuses."""
 LACKING = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
 
 
@@ -54,7 +57,8 @@ def is_passing(error: BaseException) -> bool:
     >>> is_passing(OSError("503 Slow Down")), is_passing(FileNotFoundError()), is_passing(KeyError("x"))
     (True, False, False)
     """
-    if isinstance(error, FINAL) or type(error).__name__ in LACKING or is_unmet(error):
+    is_final = isinstance(error, FINAL) or getattr(error, "errno", None) in DISK
+    if is_final or type(error).__name__ in LACKING or is_unmet(error) or is_unsupported(error):
         return False
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError | EOFError | TimeoutError) or package in CLIENTS
@@ -62,5 +66,17 @@ def is_passing(error: BaseException) -> bool:
 
 def is_unmet(error: BaseException) -> bool:
     """Whether a store says that the condition of a put does not hold."""
+    return isinstance(error, FileExistsError) or _answer(error) in (412, "PreconditionFailed")
+
+
+def is_unsupported(error: BaseException) -> bool:
+    """Whether a store, or its client, has no puts on a condition."""
+    is_said = isinstance(error, NotImplementedError | TypeError) or getattr(error, "errno", None) == errno.ENOSYS
+    return is_said or _answer(error) in (501, "NotImplemented")
+
+
+def _answer(error: BaseException) -> int | str | None:
+    """Status of the answer that an error was made of, or the code in it."""
     answer = getattr(error.__cause__, "response", None) or {}
-    return isinstance(error, FileExistsError) or answer.get("Error", {}).get("Code") == "PreconditionFailed"
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if status in (412, 501) else answer.get("Error", {}).get("Code")

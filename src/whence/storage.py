@@ -49,7 +49,7 @@ from whence.leases import Lease
 from whence.local_cache import cached
 from whence.paths import exists, free_bytes, reason, refuse_impossible
 from whence.records import Count, FastDigest, read_record
-from whence.remote_calls import is_unmet, persistent
+from whence.remote_calls import is_unmet, is_unsupported, persistent
 
 TEMPORARY = ".tmp"
 AGAIN = "Remove it, and run the same command again: it makes the file anew."
@@ -262,7 +262,7 @@ class Place:
         with self._refusals_as_errors("read", name):
             if not self.is_local:
                 copy = None if recorded is None else cached(recorded, lambda file: self._fetch(name, file))
-                if copy is None:
+                if copy is None or not copy.exists():  # it is no longer there where there is little room
                     return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
                 path = str(copy)
             # np.memmap holds a handle as long as it lives, torch.from_file none: an index may have thousands of files
@@ -389,7 +389,7 @@ class Place:
     def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], is_commit: bool) -> Written:
         if (lease := _leases.get(self.root)) is not None:
             lease.require(asks=is_commit)
-        self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
+        self._persistent(lambda: self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True))
         buffer, path = io.BytesIO(), self.path(name)
         written = _copied(pieces, buffer)
         data = buffer.getvalue()
@@ -406,7 +406,10 @@ class Place:
         condition = {"mode": "create"} if known is None else {"IfMatch": known}
         try:
             self._persistent(lambda: self.fs.pipe_file(path, data, **condition))
-        except OSError as error:
+        except Exception as error:
+            if is_unsupported(error):  # the lease alone keeps others away
+                self._persistent(lambda: self.fs.pipe_file(path, data))
+                return
             if not is_unmet(error):
                 raise
             if self.read(name) != data:  # a try that failed may have written it
@@ -415,6 +418,9 @@ class Place:
                     "that process, then run the same command again: it goes on from what is listed"
                 ) from error
         self._see(name)
+        tag = hashlib.md5(data, usedforsecurity=False).hexdigest()  # of an object in one piece
+        if _versions[path].strip('"') != tag and self.read(name) != data:
+            _versions.pop(path)  # another process was quick: the next commit is refused
 
     def _see(self, name: str) -> None:
         """Remember the version of a file that this process knows."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import corpus_rows
 from whence.indexing.build import index
 from whence.indexing.scan import Ranking
-from whence.indexing.scan_workers import MOST_JOBS, ScanWork, merged, stretches
+from whence.indexing.scan_workers import MOST_JOBS, ScanWork, digest_of, merged, stretches
 from whence.runner import Engine
 from whence.selection.pipeline import select
 from whence.tracing.pipeline import trace
@@ -59,13 +59,13 @@ def test_the_work_of_all_stretches_is_the_scan(built, cosine):
     here = store.top_k(queries, weights, m=7, cosine=cosine)
     asked = store._scan_query(queries, weights, cosine)
     jobs = stretches([part.rows for part in store.manifest.parts])
-    work = pickle.loads(pickle.dumps(ScanWork(store.place.root, asked.queries, weights, cosine, 7)))
+    work = pickle.loads(pickle.dumps(ScanWork(store.place.root, digest_of(store), asked.queries, weights, cosine, 7)))
     found = [work(job, lambda *_: None) for job in jobs]
     for end, sign in ((0, 1), (1, -1)):
         there = merged([pair[end] for pair in found], 7, sign)
         assert torch.equal(there.rows, here[end].rows)
         torch.testing.assert_close(there.scores, here[end].scores)
-    scores = ScanWork(store.place.root, asked.queries, weights, cosine, None)
+    scores = ScanWork(store.place.root, digest_of(store), asked.queries, weights, cosine, None)
     blocks = [block for job in jobs for block in scores(job, lambda *_: None)]
     for (first, block), (other, expected) in zip(blocks, store.scores(queries, weights, cosine=cosine), strict=True):
         assert first == other

@@ -14,8 +14,10 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from whence.models.runs import open_run
 from whence.models.saved_files import check_file
 from whence.models.training_state import date_of_training, warn_of_run
 from whence.outputs import refuse_inputs
-from whence.paths import exists, writing_to
+from whence.paths import absolute, exists, writing_to
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.recipe import check_amount, check_seed
@@ -151,7 +153,8 @@ def train_pool(
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
-            work = PoolWork(Path(pool.place.root).resolve() / "work", str(start), chosen, date)
+            is_here = runner.check_engine(engine).name == runner.LOCAL
+            work = PoolWork(Path(pool.place.root).resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
             for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
                                         rows=len(partition.pieces), size=partition.tokens,
@@ -172,12 +175,15 @@ class PoolWork:
     settings: PoolSettings
     date: str | None
     """Day that a chat template writes."""
+    is_here: bool
+    """Whether one process does all jobs: then a training that was stopped goes on where it was."""
 
     def __call__(self, partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
         """Train one member: its run, and the last loss of its training."""
         rows = partition.draw(self.settings.tokens, seed=self.settings.seed)
         with written_by(None, self.date):
-            run = train_model(self.start, rows, self.folder / slug(partition.name), self.settings,
+            name = slug(partition.name) + ("" if self.is_here else f".{socket.gethostname()}-{os.getpid()}")
+            run = train_model(self.start, rows, self.folder / name, self.settings,
                               tokens=self.settings.tokens)  # fmt: skip
         report(1, self.settings.tokens)
         return run, last_loss(run)
@@ -203,7 +209,8 @@ def _forget_work(pool: Pool) -> None:
     """Remove trainings whose members are there."""
     work = Path(pool.place.root) / "work"
     for name in pool.members:
-        shutil.rmtree(work / slug(name), ignore_errors=True)
+        for folder in (work / slug(name), *work.glob(f"{slug(name)}.*-*")):
+            shutil.rmtree(folder, ignore_errors=True)
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()
 

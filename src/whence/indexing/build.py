@@ -278,6 +278,8 @@ def _fill(built: Index, engine: runner.EngineOption, progress: runner.ProgressOp
                 store.add_shard(entry)
         finally:
             store.flush()
+    if runner.check_engine(engine).name != runner.LOCAL:
+        store.remove_leftovers()  # of workers that were lost in the middle of a file
 
 
 def _refuse_unshared(store: Store, entry: ShardEntry) -> None:

@@ -40,7 +40,7 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
-from whence.paths import exists, is_directory
+from whence.paths import absolute, exists, is_directory
 from whence.runner import LOCAL, EngineOption
 from whence.turns import one_at_a_time
 
@@ -88,9 +88,10 @@ class Index:
         """Another process opens it anew, and loads the model when it needs it."""
         how = self.settings
         names = ("chat_template", "date", "supervise", "preferences", "device", "device_map", "trust_remote_code")
-        tokenizer = str(Path(how.tokenizer).resolve()) if how.tokenizer and exists(how.tokenizer) else how.tokenizer
-        model = self._model_path and str(Path(self._model_path).resolve())
-        loading = {name: getattr(how, name) for name in names} | {"tokenizer": tokenizer, "model": model}
+        loading = {name: getattr(how, name) for name in names}
+        loading |= {"tokenizer": absolute(how.tokenizer), "model": absolute(self._model_path)}
+        if how.chat_template is not None:  # a file, or a template's text
+            loading["chat_template"] = absolute(str(how.chat_template))
         return partial(open_index, self.store.place.root, **loading), ()
 
     def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":

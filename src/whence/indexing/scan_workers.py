@@ -13,6 +13,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import runner
+from whence.checksums import digest
+from whence.errors import ManifestMismatchError
 from whence.indexing import scan
 from whence.indexing.scan import Ranking, ScanQuery
 
@@ -54,6 +56,8 @@ class ScanWork:
 
     place: str
     """The index."""
+    digest: str
+    """Of its manifest: what was made there since is another index."""
     queries: Float32[Tensor, "c q k"]
     weights: Float32[Tensor, " c"]
     cosine: bool
@@ -85,8 +89,19 @@ class ScanWork:
         from whence.indexing.store import Store
 
         if not self._opened:
-            self._opened.append(Store.open(self.place))
+            store = Store.open(self.place)
+            if digest_of(store) != self.digest:
+                raise ManifestMismatchError(
+                    f"{self.place} is another index for a worker, or has changed since it was opened. Every machine "
+                    "must find the same one at this address; then run the command again"
+                )
+            self._opened.append(store)
         return self._opened[0]
+
+
+def digest_of(store: "Store") -> str:
+    """Digest of an index' manifest."""
+    return digest([store.manifest.to_json()])
 
 
 def merged(rankings: Sequence[Ranking], m: int, sign: int) -> Ranking:

@@ -43,7 +43,7 @@ from whence.indexing.manifest import (
     shard_file,
 )
 from whence.indexing.parts import part_bytes, part_rows
-from whence.indexing.scan_workers import ScanWork, Stretch, merged, stretches
+from whence.indexing.scan_workers import ScanWork, Stretch, digest_of, merged, stretches
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.runner import counted
 from whence.storage import TEMPORARY, Place
@@ -403,17 +403,26 @@ class Store:
         if is_unit_mean:
             scan_query = replace(scan_query, queries=queries.cpu())
         if not self._is_scanned_here:
-            found = sorted(self._by_workers(scan_query, None), key=lambda each: each[0].first)
-            return (block for _, blocks in found for block in blocks)
+            return self._in_order(scan_query)
         return scan.block_scores(scan_query, self._pieces())
 
     @property
     def _is_scanned_here(self) -> bool:
         return runner.check_engine(self.engine).name == runner.LOCAL
 
+    def _in_order(self, asked: scan.ScanQuery) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
+        """Scores by workers, each as soon as those of all parts before it were given."""
+        early, first = dict[int, tuple[Stretch, Any]](), 0
+        for stretch, blocks in self._by_workers(asked, None):
+            early[stretch.first] = stretch, blocks
+            while first in early:
+                following, scores = early.pop(first)
+                yield from scores
+                first = following.end
+
     def _by_workers(self, asked: scan.ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
         """Results of every stretch, in the order in which they are done."""
-        work = ScanWork(self.place.root, asked.queries, asked.weights, asked.cosine, m)
+        work = ScanWork(self.place.root, digest_of(self), asked.queries, asked.weights, asked.cosine, m)
         jobs = stretches([part.rows for part in self.manifest.parts])
         with runner.counting("Ranking", self.rows) as tick:
             yield from runner.map(work, jobs, engine=self.engine, on_tick=tick)

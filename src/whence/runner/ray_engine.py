@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LOSSES = 5
 """Times that a job may lose its worker: what takes a worker down each time would do so for ever."""
+PATIENCE = 60.0
+"""Seconds without any worker after which that is said."""
 LOOK = 0.5
 """Seconds between two looks at the workers."""
 SLOW = 3.0
@@ -125,20 +127,22 @@ class _Kind:
     @staticmethod
     def of(engine: Engine, jobs: int) -> "_Kind":
         """As the engine says, or as suits the cluster; never more than there are jobs."""
-        there = ray.cluster_resources()
+        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+        most = max((machine.get("GPU", 0) for machine in machines), default=0)
         gpus = engine.gpus_per_worker
         if gpus is None:
-            gpus = 1.0 if there.get("GPU", 0) else 0.0
-        if gpus > there.get("GPU", 0):
+            gpus = 1.0 if most else 0.0
+        if gpus > most:
             raise SettingError(
-                f"--gpus-per-worker {gpus:g}: the cluster has {there.get('GPU', 0):g}. Lower it, or let machines with "
-                "GPUs join"
+                f"--gpus-per-worker {gpus:g}: a machine of the cluster has {most:g} at most. Lower it, or let machines "
+                "with GPUs join"
             )
-        fitting = int(there["GPU"] // gpus) if gpus else int(there.get("CPU", 1))
-        workers = max(1, min(engine.workers or fitting, jobs))
-        is_here = len(ray.nodes()) == 1
-        share = max(1, _cores() // workers) if is_here else 1
-        return _Kind(workers, min(torch.get_num_threads(), share) if is_here else share, gpus)
+        of_gpus = sum(int(machine.get("GPU", 0) // gpus) for machine in machines) if gpus else 0
+        cores = [int(machine.get("CPU", 0)) for machine in machines]
+        fitting = engine.workers or of_gpus or max(1, sum(cores))
+        # whatever the number of jobs: a job that is left over must be done as all others were, to the last bit
+        share = max(1, max(cores, default=1) // fitting) if len(machines) == 1 else 1
+        return _Kind(max(1, min(fitting, jobs)), min(torch.get_num_threads(), share), gpus)
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,8 @@ class _Outcome:
 class _Worker:
     """A process that does jobs, and is asked meanwhile how far it is."""
 
-    def __init__(self, pickled: list[Any], retries: int, less_memory: str):
-        self.pickled, self.retries, self.less_memory = pickled, retries, less_memory
+    def __init__(self, retries: int, less_memory: str):
+        self.retries, self.less_memory = retries, less_memory
         self.work: Any = None
         self.done = (0, 0)
 
@@ -170,8 +174,8 @@ class _Worker:
         examples, tokens = self.done
         return examples, tokens, os.getpid()
 
-    def do(self, job: Any) -> _Outcome:
-        """Do a job; an error that Whence raises on purpose is an outcome."""
+    def do(self, job: Any, pickled: list[Any]) -> _Outcome:
+        """Do a job by the work that a reference is of; an error that Whence raises on purpose is an outcome."""
         self.done, heard = (0, 0), _Heard()
 
         def tick(examples: int, tokens: int) -> None:
@@ -180,7 +184,7 @@ class _Worker:
         logging.getLogger("whence").addHandler(heard)
         try:
             if self.work is None:
-                self.work = pickle.loads(ray.get(self.pickled[0]))
+                self.work = pickle.loads(ray.get(pickled[0]))
             result = done(self.work, job, tick, retries=self.retries, less_memory=self.less_memory)
         except WhenceError as error:
             return _Outcome(None, self.done, (type(error).__name__, str(error)), tuple(heard.messages))
@@ -210,6 +214,7 @@ class _Hand:
     since: float = 0.0
     asked: Any = None
     """A question how far it is, that has no answer yet."""
+    is_dismissed: bool = False
 
 
 @dataclass
@@ -222,6 +227,9 @@ class _Crew:
     on_tick: Tick
     retries: int
     less_memory: str
+    begun: float = field(default_factory=time.monotonic)
+    is_told: bool = False
+    """Whether it was said that no worker has come."""
     todo: deque[int] = field(default_factory=deque)
     hands: list[_Hand] = field(default_factory=list)
     waiting: dict[Any, _Hand] = field(default_factory=dict)
@@ -243,26 +251,40 @@ class _Crew:
             self._assign()
             ready, _ = ray.wait([*self.waiting], num_returns=1, timeout=LOOK)
             self._look()
+            self._tell_of_waiting()
             for answer in ready:
                 hand = self.waiting.pop(answer)
+                if hand.is_dismissed:
+                    continue
                 if hand.job is None:
                     self._greet(hand, answer)
                 elif (found := self._outcome(hand, answer)) is not None:
                     yield found
 
+    def _tell_of_waiting(self) -> None:
+        """Say that no worker has come for long: the cluster may have no room."""
+        if self.is_told or self.finished or any(hand.process for hand in self.hands):
+            return
+        if time.monotonic() - self.begun > PATIENCE:
+            self.is_told, free = True, ray.available_resources()
+            logger.warning(
+                "no worker has come in %.0f seconds: each takes %d cores and %g GPUs; the cluster has %g and %g free",
+                *(PATIENCE, self.kind.cores, self.kind.gpus, free.get("CPU", 0), free.get("GPU", 0)),
+            )
+
     def _hire(self) -> None:
-        threads = str(self.kind.cores)
+        threads, hidden = str(self.kind.cores), {} if self.kind.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         hiring = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=self.kind.cores,
             num_gpus=self.kind.gpus,
             max_concurrency=2,
             max_restarts=-1,
             max_task_retries=LOSSES,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **UNASKED}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **UNASKED, **hidden}},
         )
-        self.pickled = [ray.put(self.work)]  # within a list: a worker that is started again finds it there
+        self.pickled = [ray.put(self.work)]  # within a list: it is fetched once by each worker, not with each job
         for _ in range(self.kind.workers):
-            hand = _Hand(hiring.remote(self.pickled, self.retries, self.less_memory))
+            hand = _Hand(hiring.remote(self.retries, self.less_memory))
             self.hands.append(hand)
             self.waiting[hand.actor.hello.remote()] = hand
 
@@ -283,7 +305,7 @@ class _Crew:
         while self.idle and (job := self._next()) is not None:
             hand = self.idle.pop()
             hand.job, hand.since = job, time.monotonic()
-            self.waiting[hand.actor.do.remote(self.jobs[job])] = hand
+            self.waiting[hand.actor.do.remote(self.jobs[job], self.pickled)] = hand
 
     def _next(self) -> int | None:
         """The next job, or a straggler's."""
@@ -292,7 +314,7 @@ class _Crew:
         if not self.seconds:
             return None
         now, slow = time.monotonic(), max(LEAST_SLOW, SLOW * statistics.median(self.seconds))
-        busy = [hand for hand in self.hands if hand.job is not None]
+        busy = [hand for hand in self.hands if hand.job is not None and not hand.is_dismissed]
         late = [hand for hand in busy if now - hand.since > slow and sum(hand.job == other.job for other in busy) == 1]
         if not late:
             return None
@@ -307,7 +329,7 @@ class _Crew:
     def _look(self) -> None:
         """Ask the workers how far they are, and move the bar by what they answer."""
         for hand in self.hands:
-            if hand.job is None:
+            if hand.job is None or hand.is_dismissed:
                 continue
             if hand.asked is None:
                 hand.asked = hand.actor.progress.options(max_task_retries=0).remote()
@@ -333,15 +355,13 @@ class _Crew:
             self.on_tick(now[0] - before[0], now[1] - before[1])
 
     def _outcome(self, hand: _Hand, answer: Any) -> tuple[Any, Any] | None:
-        """A job with its result, unless another worker had it before."""
+        """A job with its result; None where a worker gives up what another one is still doing."""
         job = hand.job
         assert job is not None
         hand.job, hand.asked = None, None
         try:
             outcome: _Outcome = ray.get(answer)
         except RayActorError as error:
-            if job in self.finished:  # a straggler, which was dismissed
-                return None
             raise JobError(
                 f"{self.jobs[job]} lost its worker {number_of(LOSSES + 1, 'time')}, the last: {_line(error)}. "
                 f"If memory is short, take fewer --workers, or {self.less_memory}. What was finished is kept; the "
@@ -353,9 +373,10 @@ class _Crew:
         self.said.update(outcome.warnings)
         if outcome.refusal is not None:
             name, message = outcome.refusal
+            if any(other.job == job and not other.is_dismissed for other in self.hands):
+                logger.warning("%s: one of two workers that do it refuses: %s", self.jobs[job], message)
+                return None
             raise getattr(errors, name, JobError)(message)
-        if job in self.finished:
-            return None
         self._report(job, outcome.done)
         self.finished.add(job)
         self.seconds.append(time.monotonic() - hand.since)
@@ -365,7 +386,8 @@ class _Crew:
     def _dismiss_others(self, job: int) -> None:
         """End workers that are still at a job which is done."""
         for hand in self.hands:
-            if hand.job == job:
+            if hand.job == job and not hand.is_dismissed:
+                hand.is_dismissed = True
                 ray.kill(hand.actor)
 
     def dismiss(self) -> None:

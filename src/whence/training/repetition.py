@@ -31,7 +31,7 @@ from whence.counts import number_of
 from whence.errors import ManifestMismatchError, ModelError, SettingError
 from whence.models.loading import LoadedModel, directory_digest
 from whence.models.training_state import IS_COMPLETE, RECORD
-from whence.paths import exists
+from whence.paths import absolute, exists
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.recipe import IN_RUN, LeaveOut, TrainSettings
@@ -57,7 +57,11 @@ class Repeatable:
 
     def __reduce__(self) -> Any:
         """Another process opens it anew, from the same files."""
-        return partial(repeatable, self.run, self.corpus, model=self.model, is_sampled=self.is_sampled), ()
+        corpus = copy.copy(self.corpus)
+        if not isinstance(corpus.origin, list):
+            corpus.origin = str(absolute(str(corpus.origin)))
+        run, model = self.run.resolve(), absolute(self.model)
+        return partial(repeatable, run, corpus, model=model, is_sampled=self.is_sampled), ()
 
 
 @dataclass(frozen=True)
