@@ -5,6 +5,8 @@ random rows a model trains on a method's choice (`GAINS`). Both are of base-6m, 
 which method to try, not what it will reach elsewhere.
 """
 
+import re
+
 from whence.counts import duration
 
 AGREEMENT = {
@@ -27,6 +29,8 @@ EXACT = {"cosine": "tracin_cosine", "dot": "tracin"}
 """Methods of an index, and the ones whose scores decide their order where a short list is re-ranked."""
 MEASURING = 2.3
 """What `whence curvature` takes, in passes of exact gradients over the rows (Bank 1: 165 and 73 seconds)."""
+UNIT = " exact gradients "
+"""Of its cost: `timed` says how long they take here."""
 TASKS = ("gsm8k", "BBH", "MMLU")
 GAINS = {
     "less": (0.36, 0.98, 2.41),
@@ -54,7 +58,6 @@ def trace_evidence(
     is_exact: bool = False,
     is_as_measured: bool = True,
     passes: tuple[int, int] | None = None,
-    seconds_a_row: float | None = None,
     run: str | None = None,
 ) -> str:
     """How well a method predicts retrainings, and what a better one costs.
@@ -65,16 +68,15 @@ def trace_evidence(
         is_exact: Whether exact scores decided the order.
         is_as_measured: Whether the method is as it was held against retrainings, but for model and corpus.
         passes: How many rows `whence curvature` would measure, and how many a trace by it reads; None where it cannot.
-        seconds_a_row: What a row's exact gradient takes here; None where it is not known.
         run: Directory of a run that can be replayed, if the index' model is of one.
 
     >>> trace_evidence("bm25", "my-index")
     'bm25 predicts retrainings by 0.22 of 1.'
-    >>> words = trace_evidence("cosine", "my-index", is_exact=True, passes=(4096, 10000), seconds_a_row=0.05)
+    >>> words = trace_evidence("cosine", "my-index", is_exact=True, passes=(4096, 10000))
     >>> words.partition("; ")[0]
     'cosine predicts retrainings by 0.36 of 1'
     >>> words.partition("; ")[2]
-    'curvature by 0.60, for about 7.9 minutes once and 8.3 minutes a trace. For curvature: whence curvature my-index \
+    'curvature by 0.60, for 9,421 exact gradients once and 10,000 a trace. For curvature: whence curvature my-index \
 -o my-index-curvature'
     """
     own = AGREEMENT.get(EXACT.get(method, method) if is_exact else method) if is_as_measured else None
@@ -82,16 +84,31 @@ def trace_evidence(
     words = words or f"{method}{'' if is_as_measured else ' asked so'} was not held against retrainings"
     command = ""
     if passes is not None and (own is None or own < AGREEMENT["ekfac"]):
-        cost = "a few passes over the rows"
-        if seconds_a_row is not None:
-            once, each = (duration(seconds_a_row * rows) for rows in (MEASURING * passes[0], passes[1]))
-            cost = f"about {once} once and {each} a trace"
-        words += f"; curvature by {AGREEMENT['ekfac']:.2f}, for {cost}"
+        once, each = round(MEASURING * passes[0]), passes[1]
+        words += f"; curvature by {AGREEMENT['ekfac']:.2f}, for {once:,}{UNIT}once and {each:,} a trace"
         command = f"curvature: whence curvature {place} -o {place}-curvature"
     if run is not None and method != "replay":
         words += f"; replay by {AGREEMENT['replay']:.2f}, for three trainings a question"
         command = command or f"replay: whence trace {run} --method replay"
     return f"{words}. For {command}" if command else f"{words}."
+
+
+def timed(words: str, seconds_a_row: float | None) -> str:
+    """The words of `trace_evidence` with the time that exact gradients take, where it is known.
+
+    >>> timed("by 0.60, for 9,421 exact gradients once and 10,000 a trace.", 0.05)
+    'by 0.60, for 9,421 exact gradients once and 10,000 a trace (here about 7.9 and 8.3 minutes).'
+    """
+    found = _COUNTS.search(words)
+    if seconds_a_row is None or found is None:
+        return words
+    once, each = (duration(seconds_a_row * int(count.replace(",", ""))) for count in found.groups())
+    unit = each.partition(" ")[2]
+    once = once.removesuffix(f" {unit}") if once.endswith(unit) else once
+    return f"{words[: found.end()]} (here about {once} and {each}){words[found.end() :]}"
+
+
+_COUNTS = re.compile(rf"([\d,]+){UNIT}once and ([\d,]+) a trace")
 
 
 def select_evidence(method: str) -> str:

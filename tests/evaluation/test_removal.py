@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import t
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
 from whence.errors import ManifestMismatchError, SettingError
@@ -129,6 +130,37 @@ def test_intervals():
     assert estimate.value == 2.5 and estimate.interval == pytest.approx((2.5 - half, 2.5 + half))
     assert estimate_of(values[:1], 0).interval == (1.0, 3.0)
     assert estimate_of(values[:, :1], 0).interval is None and math.isnan(estimate_of(values[:, :0], 0).value)
+
+
+def test_degrees_of_freedom_are_weighed():
+    values = torch.tensor([[0.0, 1.0, 2.0, 5.0], [0.3, 1.3, 2.3, 5.3], [0.6, 1.6, 2.6, 5.6]])  # no interaction
+    seeds, queries = 0.09 / 3, (14 / 3) / 4
+    freedom = (seeds + queries) ** 2 / (seeds**2 / 2 + queries**2 / 3)
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(seeds + queries)
+    assert 3 < freedom < 3.2
+    assert estimate_of(values, 0).interval == pytest.approx((2.3 - half, 2.3 + half))
+    assert estimate_of(torch.ones(3, 4), 0).interval == (1.0, 1.0)
+
+
+def test_every_method_is_held_against_the_best_one(files):
+    table = evaluate_removal(files / "bank", ["bm25"], share=0.2, seeds=2, scores={"mine": str(files / "scores.jsonl")})
+    best, *others = table.marks
+    assert best.below_best == (0.0, None)
+    for marks in others:
+        assert marks.below_best.value == pytest.approx(best.effect.value - marks.effect.value)
+        low, high = marks.below_best.interval
+        assert low < marks.below_best.value < high
+    assert {"below_best", "below_best_low", "below_best_high"} <= {*table.rows()[0]}
+
+
+@pytest.mark.parametrize("way", [(1.0, 0.1), (0.3, 1.0), (0.1, 1.0)])
+def test_an_interval_of_three_trainings_holds_whatever_varies_more(way):
+    rng = generator(3, "few trainings")
+    tables = [
+        way[0] * torch.randn(3, 1, generator=rng) + way[1] * torch.randn(1, 20, generator=rng) for _ in range(300)
+    ]
+    covered = sum(low <= 0 <= high for low, high in (estimate_of(table, 0).interval for table in tables)) / len(tables)
+    assert 0.91 < covered < 0.98, covered
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])

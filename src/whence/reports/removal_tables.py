@@ -22,7 +22,9 @@ def removal_tables(table: RemovalTable) -> RenderableType:
     """Methods side by side, best first."""
     how = table.settings
     seeds = [f"seed {seed}" for seed in range(1, how["seeds"] + 1)] if how["seeds"] > 1 else []
-    drawn = WideTable(TITLES[how["way"]], "method", ["effect", "95%", "over random", "95% ", *seeds, "seconds"])
+    drawn = WideTable(
+        TITLES[how["way"]], "method", ["effect", "95%", "over random", "95% ", "below best", "95%  ", *seeds, "seconds"]
+    )
     for marks in table.marks:
         is_random = marks.method == RANDOM
         colour = "green" if marks.over_random.is_above_zero else ""
@@ -31,6 +33,8 @@ def removal_tables(table: RemovalTable) -> RenderableType:
             interval_text(marks.effect, "+.4f"),
             "" if is_random else Text(number(marks.over_random.value, "+.4f"), colour),
             "" if is_random else interval_text(marks.over_random, "+.4f"),
+            "" if marks is table.marks[0] else number(marks.below_best.value, ".4f"),
+            "" if marks is table.marks[0] else interval_text(marks.below_best, ".4f"),
             *(number(value, "+.4f") for value in (marks.by_seed if seeds else ())),
             number(marks.seconds, ".3g"),
         ]

@@ -105,7 +105,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value)[6:]}
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.compare}
     if hasattr(value, "_asdict"):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, Mapping):

@@ -147,8 +147,7 @@ def trace(
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
-        described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), rankable=rankable,
-                                          seconds_a_row=seconds_a_row)  # fmt: skip
+        described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), rankable=rankable)
         if traced.levels:
             context = opened.model().context
             described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
@@ -158,7 +157,7 @@ def trace(
                 f"{len(texts):,} queries: their examples are ranked by the index alone. --exact ranks short lists by "
                 "exact gradients, which takes about as long as indexing their rows again."
             )
-        return replace(traced, rows=rankable, settings=described, notes=notes)
+        return replace(traced, rows=rankable, settings=described, notes=notes, seconds_a_row=seconds_a_row)
 
 
 def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str | Path | None) -> dict[str, Any]:
@@ -314,7 +313,6 @@ def _evidence(
     *,
     is_exact: bool,
     rankable: int,
-    seconds_a_row: float | None,
 ) -> str:
     """How well the method predicts retrainings, and what a better one costs here."""
     directory = Path(index.store.manifest.checkpoints[-1]["path"])
@@ -326,7 +324,6 @@ def _evidence(
         is_exact=is_exact or index.space.sketch == "identity",
         is_as_measured=is_plain and not {*options} - {"curvature"},
         passes=None if index.has_contrasts else (min(MOST_ROWS, rankable), rankable),
-        seconds_a_row=seconds_a_row,
         run=run,
     )
 
