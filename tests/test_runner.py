@@ -12,12 +12,13 @@ from whence import runner
 from whence.corpus.tokens import Encoded
 from whence.errors import CorpusError, JobError, SettingError
 from whence.gradients.forward_passes import batches
+from whence.runner import bars, jobs
 
 
 @pytest.fixture
 def pauses(monkeypatch):
     slept = []
-    monkeypatch.setattr(runner.time, "sleep", slept.append)
+    monkeypatch.setattr(jobs.time, "sleep", slept.append)
     return slept
 
 
@@ -123,10 +124,10 @@ def test_a_failed_try_takes_back_its_ticks(pauses):
 
 def test_unknown_engine_is_refused_before_any_work():
     begun = []
-    with pytest.raises(SettingError, match="--engine ray"):
-        list(runner.map(lambda job, tick: begun.append(job), [1], engine="ray"))
+    with pytest.raises(SettingError, match="--engine slurm: one of local, ray is expected"):
+        list(runner.map(lambda job, tick: begun.append(job), [1], engine="slurm"))
     with pytest.raises(SettingError, match="local"):
-        runner.check_engine("ray")
+        runner.check_engine("slurm")
     assert begun == []
 
 
@@ -151,7 +152,7 @@ def test_without_a_terminal_the_end_is_one_line_on_stderr(capsys):
 
 def test_a_function_is_called_at_both_ends_and_ten_times_a_second_between(monkeypatch, capsys):
     calls, now = [], itertools.count(0.0, 0.03)
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(now))
     with runner.progress("Indexing", 20, done=4, shown=lambda *call: calls.append(call)) as tick:
         for _ in range(16):
             tick(1, 9)
@@ -172,7 +173,7 @@ def test_rows_without_tokens_count_in_a_forward_pass():
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr))
+    monkeypatch.setattr(bars, "Console", lambda stderr: _Terminal(stderr=stderr))
     with runner.progress("rows", 4) as tick:
         tick(4, 20)
     out, err = capsys.readouterr()
@@ -189,9 +190,9 @@ def test_things_are_called_what_they_are_and_tokens_only_where_they_are_counted(
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_bar_is_one_line_of_the_terminal(monkeypatch, capsys, width):
-    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr, width=width))
+    monkeypatch.setattr(bars, "Console", lambda stderr: _Terminal(stderr=stderr, width=width))
     clock = itertools.count(step=0.7)
-    monkeypatch.setattr(runner, "Progress", partial(runner.Progress, get_time=lambda: next(clock)))
+    monkeypatch.setattr(bars, "Progress", partial(bars.Progress, get_time=lambda: next(clock)))
     with runner.progress("Training a model on each source", 2_000_000, unit="examples") as tick:
         tick(1_234_567, 987_654_321)
     lines = re.split(r"[\r\n]+|\x1b\[[0-9;?]*[A-Za-z]", capsys.readouterr().err)
@@ -202,8 +203,8 @@ def test_a_bar_is_one_line_of_the_terminal(monkeypatch, capsys, width):
 
 
 def test_what_is_counted_shows_a_bar_where_a_command_waits_long(monkeypatch, capsys):
-    monkeypatch.setattr(runner, "Console", lambda stderr: _Terminal(stderr=stderr, width=80))
-    monkeypatch.setattr(runner, "PATIENCE", 0.0)
+    monkeypatch.setattr(bars, "Console", lambda stderr: _Terminal(stderr=stderr, width=80))
+    monkeypatch.setattr(bars, "PATIENCE", 0.0)
     assert list(runner.counted([1, 2, 3], "Scanning", 3, lambda each: 1)) == [1, 2, 3]
     assert capsys.readouterr() == ("", ""), "a library call shows nothing"
     with runner.waiting("Tracing"):
@@ -215,6 +216,6 @@ def test_what_is_counted_shows_a_bar_where_a_command_waits_long(monkeypatch, cap
     assert capsys.readouterr() == ("", ""), "nothing of a short wait goes into a pipe"
 
 
-class _Terminal(runner.Console):
+class _Terminal(bars.Console):
     def __init__(self, *, stderr, width=100):
         super().__init__(stderr=stderr, force_terminal=True, width=width)

@@ -135,3 +135,8 @@ def refuse_impossible(path: str) -> None:
     if "\0" in path or len(os.fsencode(longest)) > LONGEST_NAME:
         what = "it holds a null character" if "\0" in path else f"it has a name of {len(longest):,} characters"
         raise SettingError(f"{path[:80]}: no file can be called so: {what}. Name another place.")
+
+
+def absolute(path: str | None) -> str | None:
+    """An existing path made absolute, so that it holds in any directory; anything else as it is."""
+    return str(Path(path).resolve()) if path is not None and exists(path) else path

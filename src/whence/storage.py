@@ -5,6 +5,11 @@ a power cut a name either holds all of its bytes or does not exist. What a kill 
 the next writer; two at a time wait for each other. An object store shows a file only once it is whole,
 so there the bytes go straight to the name. A file that cannot be written whole is removed.
 
+A local directory is locked by the system, one of an object store by a lease (`leases`). What makes other files count,
+such as a manifest, is a commit: it is written last, and in a store that has puts on a condition (S3) only where it is
+still what this process read or wrote. Calls to a store are made again where they fail for a while (`remote_calls`), and
+files that are mapped are kept on this machine's disk (`local_cache`).
+
 Whatever an operating system or a store refuses becomes a `StorageError`, except that a file does not exist, which the
 callers expect.
 
@@ -39,13 +44,21 @@ from whence.errors import (
     StorageError,
     WhenceError,
 )
+from whence.leases import NAME as LEASE
+from whence.leases import Lease
+from whence.local_cache import cached
 from whence.paths import exists, free_bytes, reason, refuse_impossible
 from whence.records import Count, FastDigest, read_record
+from whence.remote_calls import is_unmet, is_unsupported, persistent
 
 TEMPORARY = ".tmp"
 AGAIN = "Remove it, and run the same command again: it makes the file anew."
 """Remedy for a damaged file that the command at hand can make again."""
 _READ_BYTES = 1 << 22
+_leases: dict[str, Lease] = {}
+"""Those that this process holds, by directory."""
+_versions: dict[str, str] = {}
+"""Tags of files that commits replace, as this process last read or wrote them."""
 _intact: set[tuple[Any, ...]] = set()
 """Files that this process has checked, as they were then: see `Place.check`."""
 
@@ -64,6 +77,7 @@ class Place:
 
     fs: Any
     root: str
+    """A path, or an address with its protocol."""
 
     @staticmethod
     def at(path: str | os.PathLike) -> "Place":
@@ -74,7 +88,7 @@ class Place:
             MissingExtraError: The address needs a package that is not installed.
         """
         try:
-            fs, root = fsspec.core.url_to_fs(os.fspath(path))
+            fs, root = fsspec.core.url_to_fs(os.fspath(path), use_listings_cache=False)
         except ImportError as error:
             raise MissingExtraError(f"{path}: {_missing_package(os.fspath(path), error)}") from None
         except (ValueError, OSError) as error:
@@ -84,7 +98,8 @@ class Place:
             ) from None
         if isinstance(fs, LocalFileSystem):
             refuse_impossible(root)
-        return Place(fs, root.rstrip("/") or "/")
+            return Place(fs, root.rstrip("/") or "/")
+        return Place(fs, fs.unstrip_protocol(root.rstrip("/")))
 
     @property
     def is_local(self) -> bool:
@@ -99,25 +114,33 @@ class Place:
         """Every file below the directory, sorted."""
         with self._refusals_as_errors("read", ""):
             self.fs.invalidate_cache()
-            if not self.fs.exists(self.root):
-                return []
-            paths = self.fs.find(self.root, withdirs=False)
-        return sorted(str(path).removeprefix(self.root).lstrip("/") for path in paths)
+            paths = self._persistent(lambda: self.fs.find(self.root, withdirs=False) if self._is_there() else [])
+        inside = self.root if self.is_local else self.fs._strip_protocol(self.root)
+        names = sorted(str(path).removeprefix(inside).lstrip("/") for path in paths)
+        return names if self.is_local else [name for name in names if name != LEASE]
+
+    def _is_there(self) -> bool:
+        return self.fs.exists(self.root)
+
+    def _persistent(self, call: Callable[[], Any]) -> Any:
+        """A call to the store, made again where it fails for a while; on a disk just the call."""
+        return call() if self.is_local else persistent(call, f"a call to {self.root}")
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
         with self._refusals_as_errors("read", name):  # fsspec says of a file that may not be looked at: there is none
-            return self.fs.exists(self.path(name)) or (self.is_local and exists(self.path(name)))
+            found = self._persistent(lambda: self.fs.exists(self.path(name)))
+            return found or (self.is_local and exists(self.path(name)))
 
     def size(self, name: str) -> int:
         """Size of a file in bytes."""
         with self._refusals_as_errors("read", name):
-            return self.fs.info(self.path(name))["size"]
+            return self._persistent(lambda: self.fs.info(self.path(name)))["size"]
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
         with self._refusals_as_errors("read", name):
-            return self.fs.cat_file(self.path(name))
+            return self._persistent(lambda: self.fs.cat_file(self.path(name)))
 
     def defect(self, name: str, recorded: Recorded, *, data: Any = None, fast: bool = False) -> str | None:
         """The defect of a file, such as "wrong checksum"; None where it is as it was written. Every byte is read.
@@ -222,31 +245,52 @@ class Place:
             raise ChecksumError(f"{self.path(record)} is the record of {entry['file']}. {AGAIN}")
         self.check(name, Written(entry["bytes"], None, entry["xxh3"]), AGAIN)
 
-    def mapped(self, name: str) -> Any:
-        """The bytes of a file as a tensor [bytes], uint8: memory-mapped where local (changes stay private), else read.
+    def mapped(self, name: str, recorded: Recorded | None = None) -> Any:
+        """The bytes of a file as a tensor [bytes], uint8, memory-mapped: changes stay private.
+
+        Of a store its copy on this machine's disk is mapped, or the bytes are read where it cannot be kept there.
 
         A mapping holds no file handle. Linux allows a process 65,530 mappings (`vm.max_map_count`).
+
+        Args:
+            name: The file.
+            recorded: Of a store's file its size and checksum when it was written, by which its copy is known.
         """
         import torch  # which no other method needs: the command line opens places before it
 
-        if not self.is_local:
-            return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
-        # np.memmap holds a handle as long as it lives, torch.from_file none: an index may have thousands of files
+        path = self.path(name)
         with self._refusals_as_errors("read", name):
-            with self.fs.open(self.path(name), "rb") as file:
+            if not self.is_local:
+                copy = None if recorded is None else cached(recorded, lambda file: self._fetch(name, file))
+                if copy is None or not copy.exists():  # it is no longer there where there is little room
+                    return torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
+                path = str(copy)
+            # np.memmap holds a handle as long as it lives, torch.from_file none: an index may have thousands of files
+            with self.fs.open(path, "rb") if self.is_local else Path(path).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
             if not size:
                 return torch.zeros(0, dtype=torch.uint8)
-            return torch.from_file(self.path(name), shared=False, size=size, dtype=torch.uint8)
+            return torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
 
-    def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int) -> Written:
+    def _fetch(self, name: str, file: Path) -> None:
+        self._persistent(lambda: self.fs.get_file(self.path(name), str(file)))
+
+    def write(self, name: str, pieces: Iterable[bytes | memoryview], *, total: int, is_commit: bool = False) -> Written:
         """Write a file whole or not at all.
+
+        Args:
+            name: The file.
+            pieces: Its bytes.
+            total: How many they are, for a message.
+            is_commit: Whether other files count by this one: it is not written where another process wrote it since
+                this one read or wrote it, as far as the store can tell.
 
         Raises:
             StorageError: Disk full, quota or permission; the message says how much was needed and how much is free.
+            ManifestMismatchError: Another process writes here.
         """
         try:
-            return self._write_local(name, pieces) if self.is_local else self._write_remote(name, pieces)
+            return self._write_local(name, pieces) if self.is_local else self._write_remote(name, pieces, is_commit)
         except WhenceError:  # raised by whatever makes the pieces
             raise
         except self._refusals as error:
@@ -255,7 +299,8 @@ class Place:
     def remove(self, name: str) -> None:
         """Remove a file, and its directory if that leaves it empty."""
         with self._refusals_as_errors("remove", name):
-            self.fs.rm_file(self.path(name))
+            _versions.pop(self.path(name), None)
+            self._persistent(lambda: self.fs.rm_file(self.path(name)))
             folder = Path(self.path(name)).parent
             if self.is_local and folder != Path(self.root) and not any(folder.iterdir()):
                 folder.rmdir()
@@ -276,12 +321,16 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for writing; the lock ends with the process. Only a local directory is locked.
+        """Hold the directory for writing; the lock ends with the process, or a minute later in an object store.
 
-        The directory is made if it does not exist, and removed again if nothing was written to it.
+        A local directory is made if it does not exist, and removed again if nothing was written to it.
+
+        Raises:
+            ManifestMismatchError: Another process holds it.
         """
         if not self.is_local:
-            yield
+            with self._leased():
+                yield
             return
         is_new = not exists(self.root)
         try:
@@ -299,6 +348,19 @@ class Place:
                         Path(self.root).rmdir()
         finally:
             os.close(handle)
+
+    @contextmanager
+    def _leased(self) -> Iterator[None]:
+        """Hold the lease of a directory of a store."""
+        lease = Lease(self.fs, self.root)
+        with self._refusals_as_errors("write", LEASE):
+            lease.take()
+        _leases[self.root] = lease
+        try:
+            yield
+        finally:
+            del _leases[self.root]
+            lease.release()
 
     def _lock(self, handle: int) -> None:
         try:
@@ -324,19 +386,61 @@ class Place:
         _sync_directory(final.parent)
         return written
 
-    def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview]) -> Written:
-        self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
-        buffer = io.BytesIO()
+    def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], is_commit: bool) -> Written:
+        if (lease := _leases.get(self.root)) is not None:
+            lease.require(asks=is_commit)
+        self._persistent(lambda: self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True))
+        buffer, path = io.BytesIO(), self.path(name)
         written = _copied(pieces, buffer)
-        self.fs.pipe_file(self.path(name), buffer.getvalue())  # one request: the whole file or nothing
+        data = buffer.getvalue()
+        if is_commit and _has_conditions(self.fs):
+            self._commit(name, data)
+        else:  # one request: the whole file or nothing
+            self._persistent(lambda: self.fs.pipe_file(path, data))
         return written
+
+    def _commit(self, name: str, data: bytes) -> None:
+        """Write a file of S3 where it is what this process last saw."""
+        path = self.path(name)
+        known = _versions.get(path)
+        condition = {"mode": "create"} if known is None else {"IfMatch": known}
+        try:
+            self._persistent(lambda: self.fs.pipe_file(path, data, **condition))
+        except Exception as error:
+            if is_unsupported(error):  # the lease alone keeps others away
+                self._persistent(lambda: self.fs.pipe_file(path, data))
+                return
+            if not is_unmet(error):
+                raise
+            if self.read(name) != data:  # a try that failed may have written it
+                raise ManifestMismatchError(
+                    f"{path}: another process has written it meanwhile, so that nothing more was written. Wait for "
+                    "that process, then run the same command again: it goes on from what is listed"
+                ) from error
+        self._see(name)
+        tag = hashlib.md5(data, usedforsecurity=False).hexdigest()  # of an object in one piece
+        if _versions[path].strip('"') != tag and self.read(name) != data:
+            _versions.pop(path)  # another process was quick: the next commit is refused
+
+    def _see(self, name: str) -> None:
+        """Remember the version of a file that this process knows."""
+        _versions[self.path(name)] = self._persistent(lambda: self.fs.info(self.path(name)))["ETag"]
+
+    def read_committed(self, name: str) -> bytes:
+        """All bytes of a file that a commit may replace."""
+        if self.is_local or not _has_conditions(self.fs):
+            return self.read(name)
+        _versions.pop(self.path(name), None)
+        with self._refusals_as_errors("read", name):
+            self._see(name)  # before: what is written between the two is not taken for what was read
+        return self.read(name)
 
     @contextmanager
     def _refusals_as_errors(self, verb: str, name: str) -> Iterator[None]:
         """Turn a refusal to `verb` (read, remove) a file into a `StorageError`."""
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, WhenceError):
             raise
         except self._refusals as error:
             raise StorageError(
@@ -378,6 +482,12 @@ def claim_directory(
     for name in {**settings, **stored}:
         if stored.get(name) != settings.get(name):
             raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")
+
+
+def _has_conditions(fs: Any) -> bool:
+    """Whether a store writes an object on the condition that it is still a certain version."""
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "s3" in protocols
 
 
 def _record_name(name: str) -> str:

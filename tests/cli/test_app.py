@@ -162,10 +162,10 @@ def test_no_index_there_is_told_with_the_command_that_makes_one(whence, tmp_path
     [
         (["--projection", "two_side"], "--projection two_side: no such method. Did you mean two_sided? There are two_"),
         (["--codec", "bfloat"], "--codec bfloat: no such codec. Did you mean bfloat16? There are float32, "),
-        (["--engine", "ray"], "--engine ray: this version has local"),
+        (["--engine", "slurm"], "--engine slurm: one of local, ray is expected"),
         (["--reduction", "median"], "--reduction median: choose mean or sum"),
         (["--batch-tokens", "1"], "--batch-tokens 1: at least 2"),
-        (["--workers", "2"], "--workers 2: --engine local is one process"),
+        (["--workers", "2"], "--workers 2: --engine local is this process; add --engine ray"),
         (["--layers", "nothing*"], "--layers nothing*: no linear layer has such a name"),
         (["--tokenizer", "/no/such/place"], "/no/such/place"),
     ],

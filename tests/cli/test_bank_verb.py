@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_it_takes(run, files, bank):
     (["MODEL", "ROWS", "-o", "NEW", "--queries", "HELD", "--subsets", "2"], "no whence_train.json, which says how"),
     (["RUN", "ROWS", "-o", "RUN", "--queries", "HELD", "--subsets", "2"], "it is the input"),
     (["RUN", "ROWS", "-o", "NEW", "--queries", "nowhere.jsonl", "--subsets", "2"], "nowhere.jsonl"),
-    (["RUN", "ROWS", "-o", "NEW", "--queries", "HELD", "--subsets", "2", "--engine", "ray"], "--engine ray: this"),
+    (["RUN", "ROWS", "-o", "NEW", "--queries", "HELD", "--subsets", "2", "--engine", "slurm"], "--engine slurm: one"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(run, files, bank, words, said):
     names = {"RUN": files / "run", "ROWS": files / "rows.jsonl", "SHORT": files / "short.jsonl", "BANK": bank,

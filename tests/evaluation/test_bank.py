@@ -11,7 +11,7 @@ import torch
 from conftest import contents, corpus_rows, save_tiny_llama, write_jsonl
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, CorpusError, ManifestMismatchError, SettingError
-from whence.evaluation import bank_pipeline
+from whence.evaluation import member_training
 from whence.evaluation.bank_pipeline import bank, make_bank
 from whence.evaluation.bank_spread import fall_of_loss, spreads, without_loss
 from whence.evaluation.bank_store import open_bank, write_member
@@ -109,7 +109,7 @@ def test_a_bank_grows_and_keeps_its_members(made, run, copied, tmp_path):
 
 
 def test_a_killed_bank_loses_one_training(made, run, tmp_path, monkeypatch):
-    real, calls = MemberTraining.train, []
+    real, calls = MemberTraining.__call__, []
 
     def stop(self, plan, tick):
         calls.append(plan.name)
@@ -118,10 +118,10 @@ def test_a_killed_bank_loses_one_training(made, run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, plan, tick)
 
-    monkeypatch.setattr(MemberTraining, "train", stop)
+    monkeypatch.setattr(MemberTraining, "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
         bank(run, ROWS, tmp_path / "bank", queries=QUERIES, subsets=3, progress=False)
-    monkeypatch.setattr(MemberTraining, "train", real)
+    monkeypatch.setattr(MemberTraining, "__call__", real)
     assert open_bank(tmp_path / "bank").of_kind("random")[0].name == "random-0000"
     after = make_bank(run, ROWS, tmp_path / "bank", subsets=3, progress=False)
     assert after.trained == ("random-0001", "random-0002")
@@ -199,7 +199,7 @@ def test_differences_are_named(made, run, parent, copied, tmp_path):
         ({}, "nothing to leave out"),
         ({"by": "colour"}, "--by colour: no row of the training has this column. The first rows have completion, id"),
         ({"by": "shade"}, "--by shade: all 12 rows with a value have 'x'; two groups"),
-        ({"subsets": 2, "engine": "ray"}, "--engine ray"),
+        ({"subsets": 2, "engine": "slurm"}, "--engine slurm"),
         ({"subsets": 2, "queries": None}, "--queries: a file of held-out rows is expected"),
     ],
 )
@@ -268,7 +268,7 @@ def test_subsets_are_the_same_whatever_their_number(made):
 def test_another_end_than_the_runs_is_a_note(run, tmp_path, caplog, monkeypatch):
     from whence.evaluation.bank_store import Repetition
 
-    monkeypatch.setattr(bank_pipeline, "repetition_of", lambda *_: Repetition(largest=0.4, cosine=0.91))
+    monkeypatch.setattr(member_training, "repetition_of", lambda *_: Repetition(largest=0.4, cosine=0.91))
     found = bank(run, ROWS, tmp_path / "bank", queries=QUERIES, subsets=2, progress=False)
     assert found.description.notes[0].startswith("The training on all rows did not end as the run did: the cosine of")
     assert "0.9100" in caplog.text and json.loads((tmp_path / "bank/bank.json").read_text())["notes"]

@@ -66,7 +66,7 @@ def test_removal_is_the_loss_without_the_top_rows_less_the_loss_with_all(files):
 def test_no_training_is_made_twice(files, monkeypatch):
     words = {"share": 0.2, "seeds": 2, "scores": {"mine": str(files / "scores.jsonl")}}
     first = evaluate_removal(files / "bank", **words)
-    monkeypatch.setattr(MemberTraining, "train", None)
+    monkeypatch.setattr(MemberTraining, "__call__", None)
     again = evaluate_removal(files / "bank", **words)
     assert [marks.effect for marks in again.marks] == [marks.effect for marks in first.marks]
     other = evaluate_removal(files / "bank", **words | {"scores": {"renamed": str(files / "scores.jsonl")}})
@@ -178,7 +178,7 @@ def test_an_interval_of_few_trainings_has_what_is_true_in_it_as_often_as_it_says
         ({"share": 0.01}, "--share 0.01: of 10 rows that is 0"),
         ({"share": 1.0}, "--share 1.0: of 10 rows that is 0"),
         ({"share": 0.2, "seeds": 0}, "--seeds 0"),
-        ({"share": 0.2, "engine": "ray"}, "--engine ray"),
+        ({"share": 0.2, "engine": "slurm"}, "--engine slurm"),
         ({"share": 0.2, "scores": {"full": "x.jsonl"}}, "--scores full: the table has a line of that name already"),
         ({"share": 0.2, "scores": {"random": "x.jsonl"}}, "--scores random: the table has a line of that name"),
     ],

@@ -63,7 +63,7 @@ def flip(file, where=-1):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "ray"}, "--engine ray: this version has local"),
+        ({"engine": "slurm"}, "--engine slurm: one of local, ray is expected"),
         ({"max_tokens": 1}, "--max-tokens 1: at least 2"),
         ({"max_tokens": 97}, "--max-tokens 97: the model's context is 96 tokens"),
         ({"tokens_per_batch": 1}, "--batch-tokens 1: at least 2"),

@@ -14,12 +14,13 @@ from whence.errors import ManifestMismatchError, SettingError
 from whence.indexing import memory_bound, pilot, shards
 from whence.indexing.build import index
 from whence.indexing.codecs import CODECS, codec
-from whence.indexing.memory import available_memory, forget_peak, peak_resident, resident, size_of
+from whence.indexing.memory import available_memory, forget_peak, peak_resident, resident
 from whence.indexing.memory_bound import bounded, least_tokens
 from whence.indexing.pilot import Pilot, Sample
 from whence.indexing.planning import DISK, MEMORY, TIME, Phase, Plan, plan
 from whence.indexing.vectors import IndexSettings
 from whence.reports.plan_tables import plan_answer, plan_table
+from whence.sizes import size_of
 
 SPACES = [
     {"projection": "two_sided", "width": 4, "codec": "bfloat16"},
@@ -283,3 +284,11 @@ def test_a_bound_that_is_no_size_is_refused_before_torch(command, tiny_llama, ti
     code, out, err = command("plan", tiny_llama, tiny_corpus, "--memory", "much")
     assert (code, out) == (2, "") and "--memory much: a size is expected" in err
     assert memory_bound.ROOM > 0
+
+
+def test_a_plan_of_workers_says_what_is_of_one(tiny_llama, tiny_corpus, command):
+    words = ["plan", tiny_llama, tiny_corpus, "--projection", "two_sided", "--width", 8]
+    pytest.importorskip("ray")
+    code, said, _ = command(*words, "--engine", "ray", "--workers", 4)
+    assert code == 0 and "Of 4 workers each takes that memory" in said and "--engine ray --workers 4 -o INDEX" in said
+    assert "workers" not in command(*words)[1]

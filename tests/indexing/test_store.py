@@ -334,6 +334,11 @@ def test_shards_that_have_changed_places_are_refused(tmp_path):
         Store.open(tmp_path / "index").shard(0, 0)
 
 
+def rewritten(store):
+    """What writes shards again."""
+    return lambda wrong: [store.write_shard_file(*place, arrays(*place)) for place in wrong]
+
+
 def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
     store = build(tmp_path / "index")
     before = contents(tmp_path / "index")
@@ -344,9 +349,9 @@ def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
     (tmp_path / "index" / "notes.txt").write_text("mine")
     recomputed = []
 
-    def recompute(checkpoint: int, part: int) -> ShardArrays:
-        recomputed.append((checkpoint, part))
-        return arrays(checkpoint, part)
+    def recompute(wrong):
+        recomputed.extend(wrong)
+        return rewritten(store)(wrong)
 
     notes = repair(store, recompute)
     assert recomputed == [(0, 1)]  # the other shard's rows are in the bad part
@@ -363,7 +368,7 @@ def test_repair_mends_shards_and_parts_and_nothing_else(tmp_path):
 def test_repair_says_when_the_bytes_differ(tmp_path):
     store = build(tmp_path / "index")
     flip(tmp_path / "index" / "checkpoint-000" / "shard-00000.safetensors", 900)
-    (note,) = repair(store, lambda checkpoint, part: arrays(1, part))
+    (note,) = repair(store, lambda wrong: [store.write_shard_file(0, 0, arrays(1, 0))])
     assert "its bytes differ" in note
     assert problems_at(tmp_path / "index") == []
 
@@ -442,7 +447,9 @@ def test_a_file_that_may_not_be_read_is_not_written_anew(tmp_path, monkeypatch):
     (problem,) = problems_at(tmp_path / "index")
     assert problem.is_forbidden and remedy("place", problem).startswith(f"chmod u+r place/{bad}, ")
     before = contents(tmp_path / "index")
-    assert repair(store, arrays) == [f"{bad}: left alone, for it may not be read; allow that, and verify again"]
+    assert repair(store, rewritten(store)) == [
+        f"{bad}: left alone, for it may not be read; allow that, and verify again"
+    ]
     assert contents(tmp_path / "index") == before
 
 
@@ -462,7 +469,7 @@ def test_verify_tells_of_a_file_that_cannot_be_read_and_goes_on(tmp_path, monkey
     shards = [store.manifest.shards[n].file for n in (0, -1)]
     assert found == {bad: "cannot be read: Input/output error", **dict.fromkeys(shards, "wrong checksum")}
     assert not any(problem.is_forbidden for problem in problems_at(tmp_path / "index"))
-    notes = repair(store, arrays)
+    notes = repair(store, rewritten(store))
     assert sum(f"its rows are in {bad}, which is wrong" in note for note in notes) == 1
     assert sum("recomputed, the same bytes" in note for note in notes) == 1
 

@@ -14,8 +14,10 @@ Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from whence.models.runs import open_run
 from whence.models.saved_files import check_file
 from whence.models.training_state import date_of_training, warn_of_run
 from whence.outputs import refuse_inputs
-from whence.paths import exists, writing_to
+from whence.paths import absolute, exists, writing_to
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.recipe import check_amount, check_seed
@@ -103,7 +105,7 @@ def train_pool(
     corpus: str | Path | Corpus | Iterable[Row],
     out: str | Path,
     *,
-    engine: str = "local",
+    engine: runner.EngineOption = "local",
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Pool:
@@ -151,14 +153,8 @@ def train_pool(
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
         done = len(partitions) - len(todo)
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
-
-            def work(partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
-                place = Path(pool.place.root) / "work" / slug(partition.name)
-                rows = partition.draw(chosen.tokens, seed=chosen.seed)
-                run = train_model(start, rows, place, chosen, tokens=chosen.tokens)
-                report(1, chosen.tokens)
-                return run, last_loss(run)
-
+            is_here = runner.check_engine(engine).name == runner.LOCAL
+            work = PoolWork(Path(pool.place.root).resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
             for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
                                         rows=len(partition.pieces), size=partition.tokens,
@@ -167,6 +163,30 @@ def train_pool(
         pool.write()  # the addresses of parent and corpus, which may have moved
         _forget_work(pool)  # of a process that was killed right after its member was listed
     return pool
+
+
+@dataclass(frozen=True)
+class PoolWork:
+    """Trains members of a pool; who gives out the partitions stores what they become."""
+
+    folder: Path
+    """Where trainings are, until their members are stored."""
+    start: str
+    settings: PoolSettings
+    date: str | None
+    """Day that a chat template writes."""
+    is_here: bool
+    """Whether one process does all jobs: then a training that was stopped goes on where it was."""
+
+    def __call__(self, partition: Partition, report: runner.Tick) -> tuple[Path, float | None]:
+        """Train one member: its run, and the last loss of its training."""
+        rows = partition.draw(self.settings.tokens, seed=self.settings.seed)
+        with written_by(None, self.date):
+            name = slug(partition.name) + ("" if self.is_here else f".{socket.gethostname()}-{os.getpid()}")
+            run = train_model(self.start, rows, self.folder / name, self.settings,
+                              tokens=self.settings.tokens)  # fmt: skip
+        report(1, self.settings.tokens)
+        return run, last_loss(run)
 
 
 def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
@@ -189,7 +209,8 @@ def _forget_work(pool: Pool) -> None:
     """Remove trainings whose members are there."""
     work = Path(pool.place.root) / "work"
     for name in pool.members:
-        shutil.rmtree(work / slug(name), ignore_errors=True)
+        for folder in (work / slug(name), *work.glob(f"{slug(name)}.*-*")):
+            shutil.rmtree(folder, ignore_errors=True)
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from whence.cli.console import print_ending, print_json, print_part, waiting
-from whence.cli.groups import reads_rows
+from whence.cli.groups import flattened, reads_rows
 from whence.cli.inputs import check_inputs
-from whence.cli.options import DryRun, EvalFiles, Force, Json, PoolCorpus, PoolPath, WholeReport
+from whence.cli.options import DryRun, EngineFlags, EvalFiles, Force, Json, PoolCorpus, PoolPath, WholeReport
 from whence.cli.plans import print_plan
 from whence.counts import number_of
 from whence.errors import SettingError
@@ -29,10 +29,12 @@ Alpha = Annotated[float, typer.Option(help="RegMean's alpha, from 0 (by single f
 
 @pool.command()
 @reads_rows
+@flattened
 def train(
     parent: Annotated[str, typer.Argument(metavar="PARENT", help="theta_0: a directory or a Hub name.")],
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Rows with the column to partition by.")],
     out: Annotated[str, typer.Option("-o", "--out", help="The pool's directory; the same command goes on from there.")],
+    running: EngineFlags,
     by: Annotated[str, typer.Option(help="Column that partitions the corpus; file: its files.")] = "source",
     unit_tokens: Annotated[int | None, typer.Option(help="Cut partitions into members of so many tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="Token budget of a member; small partitions are read again.")] = 100_000,
@@ -43,7 +45,6 @@ def train(
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the stored delta: bfloat16, or float32, exact.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of rows, order and adapters.")] = 0,
-    engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -56,6 +57,7 @@ def train(
         "by": by, "unit_tokens": unit_tokens, "tokens": tokens, "steps": steps, "lr": lr, "warmup_steps": warmup_steps,
         "max_tokens": max_tokens, "lora_rank": lora_rank, "dtype": dtype, "seed": seed,
     }  # fmt: skip
+    engine = running.chosen()
     if dry_run:
         with waiting("Loading torch"):
             from whence.ablation.dry_run import plan_pool

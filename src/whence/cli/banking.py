@@ -8,7 +8,7 @@ import typer
 
 from whence.cli.console import print_ending, print_json, print_part, waiting
 from whence.cli.inputs import check_inputs
-from whence.cli.options import CorpusPath, DryRun, Json
+from whence.cli.options import CorpusPath, DryRun, EngineFlags, Json
 from whence.cli.plans import print_plan
 from whence.counts import duration, number_of
 
@@ -54,13 +54,13 @@ def bank(
     corpus: CorpusPath,
     out: Annotated[str, typer.Option("-o", "--out", help="The bank's directory; the same command goes on from there.")],
     settings: BankFlags,
+    running: EngineFlags,
     queries: Annotated[
         str | None, typer.Option(metavar="FILE", help="Held-out rows whose losses are kept; required at first.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The model that the run was trained from, if it has moved since.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -70,6 +70,7 @@ def bank(
     options: dict[str, Any] = vars(settings) | {"rows": settings.rows or []}
     refuse_inputs(out, [run, corpus, queries, model, *options["rows"]], is_directory=True)
     check_inputs(models=[run, model], corpora=[corpus, queries])
+    engine = running.chosen()
     if dry_run:
         with waiting("Loading torch"):
             from whence.evaluation.bank_plan import plan_bank

@@ -15,6 +15,7 @@ from whence.cli.options import (
     BuildFlags,
     CorpusPath,
     DryRun,
+    EngineFlags,
     IndexFlags,
     IndexPath,
     Json,
@@ -26,7 +27,7 @@ from whence.cli.options import (
 from whence.cli.plans import print_plan
 from whence.cli.second_order import print_curvature
 from whence.counts import number_of
-from whence.errors import MissingIndexError, SettingError
+from whence.errors import MissingIndexError
 
 if TYPE_CHECKING:
     from whence.indexing.store import Store
@@ -39,12 +40,14 @@ def index(
     settings: IndexFlags,
     loading: LoadingFlags,
     building: BuildFlags,
+    running: EngineFlags,
     preferences: Preferences = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Turn a corpus' gradients into an index. Run again after a stop, it resumes."""
     options = _checked(model, corpus, out, settings, loading, building, preferences)
+    options["engine"] = running.chosen()
     if dry_run:
         _plan(model, corpus, out, options, as_json)
         return
@@ -59,12 +62,14 @@ def plan(
     settings: IndexFlags,
     loading: LoadingFlags,
     building: BuildFlags,
+    running: EngineFlags,
     out: Annotated[str, typer.Option("-o", "--out", help="Directory of the index, for the disk it is on.")] = "INDEX",
     preferences: Preferences = None,
     as_json: Json = False,
 ) -> None:
     """What would an index take? Bytes a row, disk, memory and time, by a pilot. Nothing is written."""
     options = _checked(model, corpus, out, settings, loading, building, preferences)
+    options["engine"] = running.chosen()
     _plan(model, corpus, out, options, as_json)
 
 
@@ -78,12 +83,10 @@ def _checked(
     preferences: str | None,
 ) -> dict[str, Any]:
     """The arguments of an index, of which all that can be is checked before torch is imported."""
-    from whence.indexing.memory import size_of
     from whence.outputs import refuse_inputs
+    from whence.sizes import size_of
 
     options: dict[str, Any] = vars(settings) | vars(loading) | vars(building) | {"preferences": preferences}
-    if (workers := options.pop("workers")) != 1:
-        raise SettingError(f"--workers {workers}: --engine {building.engine} is one process; leave it out")
     if building.memory is not None:
         size_of(building.memory)
     _check_settings(settings)
@@ -125,6 +128,7 @@ def info(
 def verify(
     index: Annotated[str, typer.Argument(metavar="PATH", help="An index, pool, run, or work directory of Whence's.")],
     loading: LoadingFlags,
+    running: EngineFlags,
     repair: Annotated[bool, typer.Option("--repair", help="Recompute what is wrong, and only that.")] = False,
     model: ModelPath = None,
     as_json: Json = False,
@@ -132,6 +136,7 @@ def verify(
     """Check every file of an index, pool, run or work directory against its checksum."""
     from whence.storage import Place
 
+    engine = running.chosen()
     if not Place.at(index).names():
         raise MissingIndexError.at(Place.at(index).root)
     with waiting("Reading every file"):
@@ -141,7 +146,7 @@ def verify(
         if not Place.at(index).exists(MANIFEST):
             _print_verified(index, as_json)
             return
-        problems, repairs = check(index, repair=repair, model=model, **vars(loading))
+        problems, repairs = check(index, repair=repair, model=model, engine=engine, **vars(loading))
         remaining = check(index)[0] if repairs else problems
     if as_json:
         rows = [{"file": problem.file, "what": problem.what} for problem in problems]
@@ -206,6 +211,7 @@ def _print_verified(path: str, as_json: bool) -> None:
 def append(
     index: IndexPath,
     loading: LoadingFlags,
+    running: EngineFlags,
     corpus: Annotated[str | None, typer.Argument(metavar="CORPUS", help=CORPUS)] = None,
     undo: Annotated[
         bool, typer.Option("--undo", help="In place of a corpus: drop the rows of an append that was not finished.")
@@ -216,11 +222,10 @@ def append(
 ) -> None:
     """Let more rows join a complete index."""
     check_inputs(index=index, corpora=[corpus])
+    options: dict[str, Any] = {"undo": undo, "model": model, "preferences": preferences, "engine": running.chosen()}
     with waiting("Loading torch"):
         from whence.indexing.build import append as run
-    _print_info(
-        run(index, corpus, undo=undo, model=model, preferences=preferences, **vars(loading)).store, index, as_json
-    )
+    _print_info(run(index, corpus, **options, **vars(loading)).store, index, as_json)
 
 
 def bench(

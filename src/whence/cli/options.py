@@ -8,6 +8,7 @@ import typer
 from whence import catalogue
 from whence.corpus.preferences import checked
 from whence.errors import SettingError
+from whence.runner.engines import LOCAL, Engine
 
 CORPUS = "jsonl, csv or Parquet, a directory of them, or a Hub data set."
 
@@ -150,14 +151,47 @@ class IndexFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Where jobs run."""
+
+    engine: Annotated[str, typer.Option(help="local: in this process. ray: on workers.")] = "local"
+    workers: Annotated[
+        str, typer.Option(metavar="NUMBER", help="Of Ray's; auto: one a GPU, or one a core where there is none.")
+    ] = "auto"
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of a Ray cluster; else RAY_ADDRESS, or workers of this machine."),
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="Of each worker of Ray's; 1 where there are any.", show_default=False)
+    ] = None
+
+    def chosen(self, *, is_scan: bool = True) -> Engine:
+        """The engine.
+
+        Args:
+            is_scan: Whether there is anything that workers could do.
+
+        Raises:
+            SettingError: No engine has what is asked, or there is nothing to do for its workers.
+            MissingExtraError: Ray is not installed.
+        """
+        if not (self.workers == "auto" or self.workers.isdecimal()):
+            raise SettingError(f"--workers {self.workers}: a number or auto is expected")
+        number = None if self.workers == "auto" else int(self.workers)
+        engine = Engine(self.engine, number, self.address, self.gpus_per_worker)
+        if not (is_scan or engine.name == LOCAL):
+            raise SettingError(f"--engine {self.engine}: workers scan an index, and there is none here; leave it out")
+        return engine
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildFlags:
     """How an index is built: what `index` and `plan` take beside the settings of its vectors."""
 
     checkpoints: Annotated[
         str, typer.Option(help="Checkpoints to take from a Trainer's directory: all, or the last.")
     ] = "last"
-    engine: Annotated[str, typer.Option(help="Where jobs run: local.")] = "local"
-    workers: Annotated[int, typer.Option(help="Processes of the engine; local is one.")] = 1
     restart: Annotated[bool, typer.Option("--restart", help="Remove the index that is there and start over.")] = False
     memory: Annotated[
         str | None,

@@ -10,7 +10,7 @@ from whence.cli.evaluation import TABLE_OR_PLOT
 from whence.cli.grading import GRADED_FILE, GradedMethods, command_after, evaluate
 from whence.cli.groups import flattened
 from whence.cli.inputs import check_inputs
-from whence.cli.options import Force, Json
+from whence.cli.options import EngineFlags, Force, Json
 from whence.errors import SettingError
 
 BankPath = Annotated[
@@ -28,7 +28,6 @@ class TrainingFlags:
         bool, typer.Option("--each-query", help="Rank rows for each query and train for each: that many times more.")
     ] = False
     run: Annotated[str | None, typer.Option("--run", help="The bank's run, if it has moved.")] = None
-    engine: Annotated[str, typer.Option(help="Where members are trained.")] = "local"
 
 
 @evaluate.command("removal")
@@ -37,6 +36,7 @@ def remove_rows(
     bank: BankPath,
     graded: GradedMethods,
     settings: TrainingFlags,
+    running: EngineFlags,
     model: Annotated[
         str | None, typer.Option(help="The model that the run was trained from, or another index', if it has moved.")
     ] = None,
@@ -46,7 +46,7 @@ def remove_rows(
     as_json: Json = False,
 ) -> None:
     """What does leaving out the rows that a method ranks highest do? Trainings tell."""
-    _grade("removal", bank, graded, settings, model, seed, out, force=force, as_json=as_json)
+    _grade("removal", bank, graded, settings, running, model, seed, out, force=force, as_json=as_json)
 
 
 @evaluate.command("addition")
@@ -55,6 +55,7 @@ def add_rows(
     bank: BankPath,
     graded: GradedMethods,
     settings: TrainingFlags,
+    running: EngineFlags,
     model: Annotated[
         str | None, typer.Option(help="The model that the run was trained from, or another index', if it has moved.")
     ] = None,
@@ -64,12 +65,12 @@ def add_rows(
     as_json: Json = False,
 ) -> None:
     """What does training on nothing but the rows that a method ranks highest do? Trainings tell."""
-    _grade("addition", bank, graded, settings, model, seed, out, force=force, as_json=as_json)
+    _grade("addition", bank, graded, settings, running, model, seed, out, force=force, as_json=as_json)
 
 
 def _grade(
-    way: Any, bank: str, graded: GradedMethods, flags: TrainingFlags, model: str | None, seed: int, out: str | None,
-    *, force: bool, as_json: bool,
+    way: Any, bank: str, graded: GradedMethods, flags: TrainingFlags, running: EngineFlags, model: str | None,
+    seed: int, out: str | None, *, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from whence.reports.existing_files import Output, check_outputs
     from whence.reports.files import write_page, write_rows
@@ -82,12 +83,13 @@ def _grade(
         check_inputs(index=path)
     if not 0 < flags.share < 1:
         raise SettingError(f"--share {flags.share}: a share above 0 and below 1 is expected")
+    engine = running.chosen()
     with waiting("Loading torch"):
         from whence.evaluation.removal import graded_by_training
         from whence.reports.removal_tables import removal_answer, removal_plot, removal_tables
     table = graded_by_training(
         bank, names, way, **vars(flags), index=indexes, scores=files, costs=costs, index_seconds=graded.index_seconds,
-        model=model, seed=seed, progress=not as_json,
+        model=model, seed=seed, engine=engine, progress=not as_json,
     )  # fmt: skip
     if out is not None:
         write_page(removal_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)

@@ -7,7 +7,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs, is_index
-from whence.cli.options import Force, Json, LoadingFlags, Preferences, RowsFile, amounts, listed, pairs
+from whence.cli.options import EngineFlags, Force, Json, LoadingFlags, Preferences, RowsFile, amounts, listed, pairs
 
 _METHODS = ", ".join(catalogue.SCORERS)
 Tasks = Annotated[
@@ -38,6 +38,7 @@ def select(
         ),
     ],
     loading: LoadingFlags,
+    running: EngineFlags,
     tasks: Tasks = None,
     preferences: Preferences = None,
     method: Annotated[str, typer.Option(help=f"How to score: {_METHODS}.")] = "less",
@@ -97,6 +98,7 @@ def select(
     models = [model, loading.tokenizer, *options["options"].values()]
     outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[source, tasks, corpus], others=models, force=force)
+    engine = running.chosen(is_scan=is_index(source) and not entry.needs_run)
     is_corpus = not (entry.needs_run or is_index(source))
     check_inputs(
         run=source if entry.needs_run else None, models=[model], corpora=[tasks, corpus, source if is_corpus else None]
@@ -120,6 +122,7 @@ def select(
             brings_model="model" in options["options"],
             view=gradients,
             adam_mode=adam_mode,
+            engine=engine,
         )
         chosen = run(view, tasks, method=method, corpus=corpus, **shared, **options)
         overlaps = {} if compare is None else method_overlaps(chosen, view, tasks, listed(compare), seed=seed, **shared)

@@ -7,7 +7,7 @@ import typer
 from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.inputs import check_inputs
-from whence.cli.options import Force, Json, LoadingFlags, ModelPath, Preferences, pairs
+from whence.cli.options import EngineFlags, Force, Json, LoadingFlags, ModelPath, Preferences, pairs
 from whence.errors import SettingError
 
 _CHOICE = ("--tasks", "EXAMPLES.jsonl", "--count", "100", "-o", "chosen.jsonl")
@@ -22,6 +22,7 @@ def trace(
         ),
     ],
     loading: LoadingFlags,
+    running: EngineFlags,
     prompt: Annotated[str | None, typer.Option(help="What the model was asked.")] = None,
     completion: Annotated[str | None, typer.Option(help="What it said; without it, the model says it now.")] = None,
     system: Annotated[str | None, typer.Option(help="What the system said before the prompt.")] = None,
@@ -99,14 +100,14 @@ def trace(
     method = method or catalogue.default_trace_method(has_curvature=curvature is not None)
     needs_run = catalogue.trace_method(method).needs_run
     is_page = out is not None and out.endswith(".html")
-    output = Output("-o", out, RESULT_ENDINGS)
     check_outputs(
-        [output],
+        [Output("-o", out, RESULT_ENDINGS)],
         rows=[queries, controls, messages],
         others=[index, model, loading.tokenizer, corpus, curvature],
         force=force,
     )
     conversation = _conversation(messages, queries)
+    engine = running.chosen(is_scan=not needs_run)
     place = span_of(span, span_tokens, "--span-tokens")
     check_inputs(**{"run" if needs_run else "index": index}, corpora=[queries, controls, corpus], curvature=curvature)
     with waiting("Loading torch"):
@@ -115,9 +116,9 @@ def trace(
         from whence.tracing.depth import DEEPEST
         from whence.tracing.pipeline import trace as run
         from whence.tracing.retrieval import can_rerank
-    read_by_run: dict[str, Any] = {"model": model, **vars(loading)} if needs_run else {}
+    opening: dict[str, Any] = {"model": model, **vars(loading)}
     with working("Tracing"):
-        opened: Any = index if needs_run else open_index(index, model=model, **vars(loading))
+        opened: Any = index if needs_run else open_index(index, engine=engine, **opening)
         if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
             tokens |= opened.space.view == "sgd"
         result = run(
@@ -125,7 +126,8 @@ def trace(
             preferences=preferences,
             top=top, method=method, objective=objective, exact=exact, shortlist=shortlist, tokens=tokens, basis=basis,
             controls=controls, specific=specific, null=null, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, corpus=corpus, curvature=curvature, options=pairs("--set", option), **read_by_run,
+            seed=seed, corpus=corpus, curvature=curvature, options=pairs("--set", option),
+            **(opening if needs_run else {}),
         )  # fmt: skip
     rows = [hit.as_row() for hit in result.hits]
     if out is not None:

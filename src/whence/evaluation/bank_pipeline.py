@@ -22,7 +22,6 @@ from whence.errors import SettingError
 from whence.evaluation.bank_protocol import BankSettings, claimed, require_work
 from whence.evaluation.bank_spread import without_loss
 from whence.evaluation.bank_store import (
-    FULL,
     PARENT,
     Bank,
     Description,
@@ -42,7 +41,6 @@ from whence.evaluation.member_training import (
     forget_work,
     losses_of_weights,
     query_losses,
-    repetition_of,
 )
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
@@ -75,7 +73,7 @@ def bank(
     *,
     queries: str | Path | Corpus | Iterable[Row] | None = None,
     model: str | Path | None = None,
-    engine: str = "local",
+    engine: runner.EngineOption = "local",
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Bank:
@@ -107,7 +105,7 @@ def make_bank(
     *,
     queries: str | Path | Corpus | Iterable[Row] | None = None,
     model: str | Path | None = None,
-    engine: str = "local",
+    engine: runner.EngineOption = "local",
     progress: runner.ProgressOption = True,
     **settings: Any,
 ) -> Made:
@@ -179,7 +177,7 @@ def train_members(
     training: MemberTraining,
     description: Description,
     todo: Sequence[MemberPlan],
-    engine: str,
+    engine: runner.EngineOption,
     progress: runner.ProgressOption,
 ) -> None:
     """Train members and write each when it is measured."""
@@ -190,16 +188,12 @@ def train_members(
     if not todo:
         return
     with runner.progress(label, steps, unit="steps", shown=progress) as tick:
-
-        def work(plan: MemberPlan, report: runner.Tick) -> None:
-            member, trained = training.train(plan, report)
-            if plan.name == FULL:
-                compared = repetition_of(training.training, trained)
+        advice = "train with a smaller --micro-batch"
+        for _, (member, compared) in runner.map(training, todo, engine=engine, on_tick=tick, less_memory=advice):
+            if compared is not None:
                 write_description(training.place, replace(description, repetition=compared, notes=_notes(compared)))
             write_member(training.place, member)
-
-        for _ in runner.map(work, todo, engine=engine, on_tick=tick, less_memory="train with a smaller --micro-batch"):
-            pass
+    forget_work(training.place)  # of workers that were lost
 
 
 def _notes(repetition: Repetition) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, encode
 from whence.counts import number_of
 from whence.errors import CorpusError
-from whence.evaluation.bank_store import MEMBERS, Member, Repetition
+from whence.evaluation.bank_store import FULL, MEMBERS, Member, Repetition
 from whence.evaluation.left_out import MemberPlan
 from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel, load_model
@@ -46,8 +46,12 @@ class MemberTraining:
     keep_weights: bool
     queries: Sequence[Encoded]
 
-    def train(self, plan: MemberPlan, tick: runner.Tick) -> tuple[Member, Trained]:
-        """Train a member and measure the queries on it; its weights are stored where they are kept."""
+    def __call__(self, plan: MemberPlan, tick: runner.Tick) -> tuple[Member, Repetition | None]:
+        """Train a member and measure the queries on it; its weights are stored where they are kept.
+
+        Returns:
+            The member; of the training on all rows also how far it ended from the run.
+        """
         with temporary_directory(self.place.root, WORK) as folder:
             trained = train_again(
                 self.training,
@@ -63,7 +67,7 @@ class MemberTraining:
             losses=query_losses(trained.model, self.queries), steps=trained.steps, seconds=trained.seconds,
             weights=weights,
         )  # fmt: skip
-        return member, trained
+        return member, repetition_of(self.training, trained) if plan.name == FULL else None
 
     def _stored_weights(self, name: str, model: LoadedModel, folder: Path) -> str:
         """Store a model as a directory of the bank, by a rename."""

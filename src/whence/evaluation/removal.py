@@ -44,7 +44,7 @@ from whence.evaluation.member_training import MemberTraining, encoded_queries, f
 from whence.evaluation.method_scores import RANDOM, MethodScores, check_methods, kept_note
 from whence.numerics import crossed_bootstrap_interval, generator
 from whence.paths import writing_to
-from whence.runner import ProgressOption, check_engine, shown_as
+from whence.runner import EngineOption, ProgressOption, check_engine, shown_as
 from whence.training.recipe import LARGEST_SEED
 from whence.training.repetition import Repeatable, repeatable
 
@@ -133,7 +133,7 @@ def graded_by_training(
     each_query: bool = False,
     run: str | Path | None = None,
     model: str | Path | None = None,
-    engine: str = "local",
+    engine: EngineOption = "local",
     seed: int = 0,
     progress: ProgressOption = False,
     **scoring: Any,
@@ -252,7 +252,7 @@ def _plan(way: Way, method: str, rows: Sequence[int], n: int, seed: int) -> Memb
 
 
 def _trained(
-    bank: Bank, training: Repeatable, plans: Sequence[MemberPlan], engine: str, progress: ProgressOption
+    bank: Bank, training: Repeatable, plans: Sequence[MemberPlan], engine: EngineOption, progress: ProgressOption
 ) -> dict[str, Member]:
     """Make the trainings that the bank lacks; all its members."""
     member_training = MemberTraining(

@@ -9,6 +9,7 @@ own optimizer file. Queries are plain gradients, so asking needs no such file.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,7 +19,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.plain_text import LINE
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.unsupervised import refuse_unsupervised
-from whence.errors import ChecksumError, ManifestMismatchError, ModelError, SettingError
+from whence.errors import ChecksumError, ManifestMismatchError, ModelError, SettingError, StorageError
 from whence.indexing.directories import verified
 from whence.indexing.ingest import (
     check_conversations,
@@ -29,7 +30,6 @@ from whence.indexing.ingest import (
     reread_part,
 )
 from whence.indexing.manifest import MANIFEST, ShardEntry
-from whence.indexing.memory import size_of
 from whence.indexing.opening import Index, index_of, open_index
 from whence.indexing.parts import encoded_row
 from whence.indexing.preparation import prepared
@@ -45,6 +45,7 @@ from whence.indexing.vectors import (
 )
 from whence.indexing.verification import Problem, problems_at
 from whence.models.load_options import IndexLoading
+from whence.sizes import size_of
 from whence.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def index(
         built.adopt(made.loaded, made.transform)
         built.check_layout(made.loaded)
         copy_rows(store, made.texts, after=0)
-        _fill(built, progress)
+        _fill(built, built.settings.engine, progress)
     return built
 
 
@@ -123,6 +124,7 @@ def append(
     corpus: str | Path | Corpus | list[Row] | None = None,
     *,
     undo: bool = False,
+    engine: runner.EngineOption = "local",
     progress: runner.ProgressOption = True,
     **loading: Unpack[IndexLoading],
 ) -> Index:
@@ -133,6 +135,7 @@ def append(
         corpus: Whatever `corpus.open_corpus` takes.
         undo: In place of a corpus: drop the rows of an unfinished append, whose corpus has changed or is gone. The
             index is then what it was before.
+        engine: Where jobs run; see `runner`.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         **loading: How the model is loaded: see `models.load_options.IndexLoading`.
 
@@ -153,7 +156,7 @@ def append(
         opened.store.remove_leftovers()
         reading = reading_of(opened.store.manifest, opened.store.manifest.corpora[-1])
         copy_rows(opened.store, open_corpus(corpus, first_number=first, **reading), after=first)
-        _fill(opened, progress)
+        _fill(opened, engine, progress)
     return opened
 
 
@@ -180,7 +183,11 @@ def _begin_joining(opened: Index, corpus: str | Path | Corpus | list[Row]) -> in
 
 
 def verify(
-    path: str | Path, *, repair: bool = False, **loading: Unpack[IndexLoading]
+    path: str | Path,
+    *,
+    repair: bool = False,
+    engine: runner.EngineOption = "local",
+    **loading: Unpack[IndexLoading],
 ) -> tuple[list[Problem], list[str]]:
     """Check every file of an index against its checksum, and repair those that can be.
 
@@ -190,6 +197,7 @@ def verify(
         path: Directory of the index, or of a pool, a run, the work of `recover` or `evaluate`, or a merged model.
         repair: Recompute damaged shards from the model and the index's own copy of the rows, and read damaged parts
             again from the corpus, if it still exists.
+        engine: Where shards are recomputed; see `runner`.
         **loading: How the model is loaded, to repair: see `models.load_options.IndexLoading`.
 
     Returns:
@@ -204,7 +212,7 @@ def verify(
         opened = open_index(path, **loading)
         notes = repair_store(
             opened.store,
-            lambda checkpoint, part: _recompute(opened, checkpoint, part),
+            lambda wrong: _recomputed(opened, wrong, engine),
             lambda part: reread_part(opened.store, part),
         )
     return problems, notes
@@ -219,19 +227,33 @@ def _setting_problems(path: str | Path) -> list[Problem]:
     return []
 
 
-def _recompute(opened: Index, checkpoint: int, part: int) -> ShardArrays:
-    """The arrays of a shard, computed again by a job like a build's, which retries and explains a lack of memory."""
-    opened.model(checkpoint)
-    if opened.layout_notes:
-        raise ManifestMismatchError(f"shard {part} cannot be computed as it was. {opened.layout_notes[0]}")
-    job = Job(checkpoint, part, opened.store.manifest.parts[part].rows)
+def _recomputed(opened: Index, wrong: Sequence[tuple[int, int]], engine: runner.EngineOption) -> Iterator[ShardEntry]:
+    """Shards of (checkpoint, part), computed and written again by jobs like a build's."""
+    jobs = [Job(checkpoint, part, opened.store.manifest.parts[part].rows) for checkpoint, part in wrong]
     advice = f"the index was built with passes of {opened.tokens_per_batch:,} tokens; repair it on a larger device"
+    for _, entry in runner.map(ShardWork(opened, is_repair=True), jobs, engine=engine, less_memory=advice):
+        yield entry
 
-    def work(job: Job, tick: runner.Tick) -> ShardArrays:
-        return _shard_arrays(opened, job.checkpoint, job.part, tick)
 
-    ((_, arrays),) = runner.map(work, [job], engine=opened.settings.engine, less_memory=advice)
-    return arrays
+@dataclass(frozen=True)
+class ShardWork:
+    """Computes and writes shards of an index; who gives out the jobs lists them.
+
+    A worker in another process opens the index there, whose place it must reach by the same address.
+    """
+
+    built: Index
+    is_repair: bool = False
+    """Whether rows must be laid out as they were when the index was built."""
+
+    def __call__(self, job: Job, tick: runner.Tick) -> ShardEntry:
+        """Write one shard."""
+        built = self.built
+        built.model(job.checkpoint)
+        if self.is_repair and built.layout_notes:
+            raise ManifestMismatchError(f"shard {job.part} cannot be computed as it was. {built.layout_notes[0]}")
+        arrays = _shard_arrays(built, job.checkpoint, job.part, tick)
+        return built.store.write_shard_file(job.checkpoint, job.part, arrays)
 
 
 def _refuse_joining(store: Store) -> None:
@@ -240,7 +262,7 @@ def _refuse_joining(store: Store) -> None:
         store.require_complete()
 
 
-def _fill(built: Index, progress: runner.ProgressOption) -> None:
+def _fill(built: Index, engine: runner.EngineOption, progress: runner.ProgressOption) -> None:
     """Compute every shard that is missing, checkpoint by checkpoint."""
     store = built.store
     parts = store.manifest.parts
@@ -248,19 +270,29 @@ def _fill(built: Index, progress: runner.ProgressOption) -> None:
     total = store.rows * len(built.weights)
     done = total - sum(job.rows for job in jobs)
     with runner.progress("Indexing", total, done=done, shown=progress if jobs else False) as on_tick:
-
-        def work(job: Job, tick: runner.Tick) -> Any:
-            return store.write_shard_file(
-                job.checkpoint, job.part, _shard_arrays(built, job.checkpoint, job.part, tick)
-            )
-
         advice = _memory_advice(built)
         try:
-            for _, entry in runner.map(work, jobs, engine=built.settings.engine, on_tick=on_tick, less_memory=advice):
+            for _, entry in runner.map(ShardWork(built), jobs, engine=engine, on_tick=on_tick, less_memory=advice):
+                _refuse_unshared(store, entry)
                 _refuse_zeros(store, entry)
                 store.add_shard(entry)
         finally:
             store.flush()
+    if runner.check_engine(engine).name != runner.LOCAL:
+        store.remove_leftovers()  # of workers that were lost in the middle of a file
+
+
+def _refuse_unshared(store: Store, entry: ShardEntry) -> None:
+    """Refuse a shard that a worker wrote to a disk of its own.
+
+    Raises:
+        StorageError: It is not here.
+    """
+    if not store.place.exists(entry.file):
+        raise StorageError(
+            f"{store.place.path(entry.file)}: a worker wrote it, and it is not here: the two do not share this disk. "
+            "Give a directory that all machines share, or an address such as s3://bucket/name."
+        )
 
 
 def _refuse_zeros(store: Store, last: ShardEntry) -> None:

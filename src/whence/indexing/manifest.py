@@ -158,7 +158,7 @@ def read_manifest(place: Place) -> Manifest:
         FormatVersionError: A newer Whence wrote it.
     """
     try:
-        data = place.read(MANIFEST)
+        data = place.read_committed(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingIndexError.at(place.root) from error
     try:

@@ -10,9 +10,9 @@ import math
 
 from whence.corpus.tokens import Encoded
 from whence.errors import SettingError
-from whence.indexing.memory import shown_size
 from whence.indexing.pilot import Pilot, Sample
 from whence.indexing.vectors import batch_tokens
+from whence.sizes import shown_size
 
 GROWTH = 1.1
 """Growth of a long build's memory over that of the first passes, at most: allocators keep pieces of many sizes."""

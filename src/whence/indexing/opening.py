@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import shlex
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -40,7 +40,8 @@ from whence.indexing.vectors import (
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel, directory_digest, tokenizer_digest
 from whence.models.moments import moments_digest
-from whence.paths import exists, is_directory
+from whence.paths import absolute, exists, is_directory
+from whence.runner import LOCAL, EngineOption
 from whence.turns import one_at_a_time
 
 if TYPE_CHECKING:
@@ -82,6 +83,16 @@ class Index:
         """Where it is, and how to go on."""
         more = "More: .trace(PROMPT), .select(TASKS, count=100), .store.info()"
         return f"Index({self.store.place.root}, {number_of(self.store.rows, 'row')})\n  {more}"
+
+    def __reduce__(self) -> Any:
+        """Another process opens it anew, and loads the model when it needs it."""
+        how = self.settings
+        names = ("chat_template", "date", "supervise", "preferences", "device", "device_map", "trust_remote_code")
+        loading = {name: getattr(how, name) for name in names}
+        loading |= {"tokenizer": absolute(how.tokenizer), "model": absolute(self._model_path)}
+        if how.chat_template is not None:  # a file, or a template's text
+            loading["chat_template"] = absolute(str(how.chat_template))
+        return partial(open_index, self.store.place.root, **loading), ()
 
     def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":
         """Training examples that made a model say something: `whence.trace` of this index, with its other arguments."""
@@ -268,11 +279,12 @@ class Index:
             )
 
 
-def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
+def open_index(path: str | Path, *, engine: EngineOption = LOCAL, **loading: Unpack[IndexLoading]) -> Index:
     """Open an index.
 
     Args:
         path: Directory of the index.
+        engine: Where it is scanned; see `runner`.
         **loading: See `IndexLoading`. An index alone never lets a model's repository run its code.
 
     Raises:
@@ -282,6 +294,7 @@ def open_index(path: str | Path, **loading: Unpack[IndexLoading]) -> Index:
         ChecksumError: Its manifest is damaged, or says what no index can.
     """
     store = Store.open(path)
+    store.engine = engine
     check_settings(store.place, store.manifest)
     if store.manifest.settings["trust_remote_code"] and not loading.get("trust_remote_code"):
         raise SettingError(

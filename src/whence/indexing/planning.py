@@ -25,13 +25,15 @@ from whence.indexing.manifest import (
     read_manifest,
     shard_file,
 )
-from whence.indexing.memory import available_memory, resident, size_of
+from whence.indexing.memory import available_memory, resident
 from whence.indexing.memory_bound import expected_peak, least_tokens
 from whence.indexing.pilot import Pilot, Sample, sample_of
 from whence.indexing.preparation import Prepared, prepared
 from whence.indexing.shards import COLUMN_BYTES, STATUSES
 from whence.indexing.vectors import IndexSettings, batch_tokens, with_options
 from whence.paths import free_bytes
+from whence.runner.engines import LOCAL, EngineOption, check_engine
+from whence.sizes import size_of
 from whence.storage import Place
 
 DISK, MEMORY, TIME = "disk", "memory", "time"
@@ -185,7 +187,19 @@ def plan(
         on_gpu=pilot.on_gpu,
         bytes_per_row=checkpoints * _row_bytes(made),
         remedies=_remedies(made, can_shrink=tokens > least_tokens(widest, tokens), free=_free_memory(pilot)),
-        notes=left.notes,
+        notes=(*left.notes, *_of_workers(chosen.engine)),
+    )
+
+
+def _of_workers(engine: EngineOption) -> tuple[str, ...]:
+    """What a plan of one process says of several."""
+    chosen = check_engine(engine)
+    if chosen.name == LOCAL or chosen.workers == 1:
+        return ()
+    count = "n" if chosen.workers is None else str(chosen.workers)
+    return (
+        f"Memory and time are of one process. Of {count} workers each takes that memory; gradients and encoding take "
+        f"1/{count} of the time where every worker has a core or a GPU to itself.",
     )
 
 

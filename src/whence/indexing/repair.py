@@ -4,30 +4,28 @@ A shard can be recomputed as long as its part and the model exist; a part can be
 was copied from. Each file is written whole and listed before the next is looked at, so that a kill loses nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from whence.counts import number_of
 from whence.errors import CorpusError
 from whence.indexing.manifest import PartEntry, ShardEntry
-from whence.indexing.shards import ShardArrays
 from whence.indexing.store import Store, is_index_file
 from whence.indexing.verification import problems_of
 
-Recompute = Callable[[int, int], ShardArrays]
-"""The arrays of (checkpoint, part)."""
+Recompute = Callable[[Sequence[tuple[int, int]]], Iterable[ShardEntry]]
+"""Writes the shards of (checkpoint, part) again, in whatever order."""
 Reread = Callable[[int], Sequence[dict]]
 """The corpus rows of a part, from the original corpus."""
 
 
 def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> list[str]:
     """Repair what `verification` finds and return a note on each. Without `reread`, damaged parts are only reported."""
-    notes = []
-    # parts first: recomputing a shard reads its part
-    for problem in sorted(problems_of(store), key=lambda problem: isinstance(problem.entry, ShardEntry)):
+    notes, shards = [], list[ShardEntry]()
+    for problem in problems_of(store):
         if problem.is_forbidden:
             notes.append(f"{problem.file}: left alone, for it may not be read; allow that, and verify again")
         elif isinstance(problem.entry, ShardEntry):
-            notes.append(_repair_shard(store, problem.entry, recompute))
+            shards.append(problem.entry)
         elif isinstance(problem.entry, PartEntry):
             notes.append(_repair_part(store, problem.entry, reread))
         elif is_index_file(problem.file):
@@ -35,18 +33,25 @@ def repair(store: Store, recompute: Recompute, reread: Reread | None = None) -> 
             notes.append(f"{problem.file}: removed, it was not part of the index")
         else:
             notes.append(f"{problem.file}: left alone, it is not a file of Whence's")
+    return notes + _repair_shards(store, shards, recompute)  # last: recomputing a shard reads its part
+
+
+def _repair_shards(store: Store, wrong: Sequence[ShardEntry], recompute: Recompute) -> list[str]:
+    notes, able = [], dict[tuple[int, int], ShardEntry]()
+    for old in wrong:
+        part = store.manifest.parts[old.part]
+        if store.place.defect(part.file, part) is not None:
+            notes.append(f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong")
+        else:
+            able[old.checkpoint, old.part] = old
+    for new in recompute([*able]):
+        store.add_shard(new)
+        if new.sha256 == able[new.checkpoint, new.part].sha256:
+            notes.append(f"{new.file}: recomputed, the same bytes as before")
+        else:
+            why = "another machine or library version?"
+            notes.append(f"{new.file}: recomputed and listed anew; its bytes differ ({why})")
     return notes
-
-
-def _repair_shard(store: Store, old: ShardEntry, recompute: Recompute) -> str:
-    part = store.manifest.parts[old.part]
-    if store.place.defect(part.file, part) is not None:
-        return f"{old.file}: not recomputed, for its rows are in {part.file}, which is wrong"
-    new = store.write_shard_file(old.checkpoint, old.part, recompute(old.checkpoint, old.part))
-    store.add_shard(new)
-    if new.sha256 == old.sha256:
-        return f"{old.file}: recomputed, the same bytes as before"
-    return f"{old.file}: recomputed and listed anew; its bytes differ (another machine or library version?)"
 
 
 def _repair_part(store: Store, old: PartEntry, reread: Reread | None) -> str:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from whence.indexing.codecs import Codec
 from whence.indexing.kernels import Kernel, Stored
+from whence.indexing.readahead import ahead
 from whence.indexing.shards import Shard
 from whence.numerics import inverse_or_zero
 
 _BLOCK_BYTES = 1 << 27  # of stored rows: large enough to hide the cost of a call
 _BLOCK_SCORES = 1 << 18  # of one batch: more would fall out of the cache before they are ranked
+_BATCH_BYTES = 1 << 27  # of stored rows: so many are read ahead while as many are ranked
 _WAITING_BYTES = 1 << 30  # of stored rows that a remote index holds in memory until they are ranked
 _WAITING_PAIRS = 16  # for each query and place: more wait only where scores are too close to tell apart, such as ties
 _GROUP = 64  # rows that are represented by their best
@@ -87,7 +89,7 @@ def top_k(scan_query: ScanQuery, batches: Iterable["Batch"], m: int) -> tuple[Ra
     kernels = [scan_query.codec.prepare(queries) for queries in scan_query.queries]
     ends = [_End(sign, q, m) for sign in (1, -1)]
     waiting: list[Batch] = []
-    for batch in batches:
+    for batch in ahead(batches, lambda batch: batch.mapped):
         _rank(ends, scan_query, kernels, batch)
         waiting.append(batch)
         is_full = sum(batch.bytes for batch in waiting) >= _WAITING_BYTES
@@ -111,6 +113,11 @@ class Batch:
     def starts(self) -> np.ndarray:
         """Start of each block within the batch, and the end of the last."""
         return np.cumsum([0, *(block[0].norm.shape[0] for block in self.blocks)])
+
+    @property
+    def mapped(self) -> Iterator[Tensor]:
+        """The stored rows, which may be on a disk still."""
+        return (shard.vectors for block in self.blocks for shard in block)
 
     @cached_property
     def bytes(self) -> int:
@@ -165,7 +172,7 @@ def batches_of(pieces: Iterable[Piece], q: int) -> Iterator[Batch]:
             firsts.append(first + block_rows.start)
             rows += blocks[-1][0].norm.shape[0]
             stored_bytes += sum(shard.vectors.numel() * shard.vectors.itemsize for shard in blocks[-1])
-            if rows >= rows_at_once(q) or stored_bytes >= _WAITING_BYTES:
+            if rows >= rows_at_once(q) or stored_bytes >= _BATCH_BYTES:
                 yield Batch(firsts, blocks)
                 firsts, blocks, rows, stored_bytes = [], [], 0, 0
     if rows:

@@ -20,6 +20,7 @@ from torch import Tensor
 from whence.checksums import Recorded
 from whence.errors import ChecksumError
 from whence.indexing.codecs import Codec
+from whence.indexing.readahead import advise
 from whence.storage import Place
 
 STATUSES = ("ok", "no_supervised_token", "non_finite")
@@ -125,7 +126,8 @@ def read_shard(place: Place, name: str, codec: Codec, k: int, rows: int, recorde
     remedy = f"See what else is wrong with: whence verify {place.root}, and mend it with: whence verify {place.root} "
     remedy += "--repair"
     try:
-        data = place.mapped(name)
+        data = place.mapped(name, recorded)
+        advise(data)
         place.check(name, recorded, remedy, data=data.numpy())
         length = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8 : 8 + length].numpy()))

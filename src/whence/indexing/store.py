@@ -18,12 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import pyarrow as pa
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from whence import runner
 from whence.counts import number_of
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
@@ -41,6 +43,7 @@ from whence.indexing.manifest import (
     shard_file,
 )
 from whence.indexing.parts import part_bytes, part_rows
+from whence.indexing.scan_workers import ScanWork, Stretch, digest_of, merged, stretches
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
 from whence.runner import counted
 from whence.storage import TEMPORARY, Place
@@ -61,6 +64,8 @@ class Store:
         self._unsaved = 0
         """Files that were listed in memory alone, since the manifest was last written."""
         self._open_shards: dict[str, Shard] = {}
+        self.engine: runner.EngineOption = runner.LOCAL
+        """Where scans run; see `runner`."""
         self._batch_cache: tuple[Manifest | None, dict[int, list[scan.Batch]]] = (None, {})
 
     @staticmethod
@@ -351,7 +356,7 @@ class Store:
     def _save(self, manifest: Manifest) -> None:
         manifest = replace(manifest, format_version=FORMAT_VERSION)  # an older one's new entries are of this version
         data = manifest.to_json()
-        self.place.write(MANIFEST, [data], total=len(data))
+        self.place.write(MANIFEST, [data], total=len(data), is_commit=True)
         self.manifest, self._unsaved = manifest, 0
 
     # -- scanning
@@ -373,6 +378,10 @@ class Store:
         if m < 1:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         scan_query = self._scan_query(queries, weights, cosine, minus)
+        if not self._is_scanned_here:
+            found = [result for _, result in self._by_workers(scan_query, m)]
+            helpful, opposing = (merged([pair[end] for pair in found], m, sign) for end, sign in ((0, 1), (1, -1)))
+            return helpful, opposing
         batches = self._batches(queries.shape[1])
         steps = counted(batches, "Ranking", self.rows, lambda batch: int(batch.starts[-1]))
         return scan.top_k(scan_query, steps, min(m, max(self.rows, 1)))
@@ -393,7 +402,30 @@ class Store:
         scan_query = self._scan_query(queries, weights, cosine)
         if is_unit_mean:
             scan_query = replace(scan_query, queries=queries.cpu())
+        if not self._is_scanned_here:
+            return self._in_order(scan_query)
         return scan.block_scores(scan_query, self._pieces())
+
+    @property
+    def _is_scanned_here(self) -> bool:
+        return runner.check_engine(self.engine).name == runner.LOCAL
+
+    def _in_order(self, asked: scan.ScanQuery) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
+        """Scores by workers, each as soon as those of all parts before it were given."""
+        early, first = dict[int, tuple[Stretch, Any]](), 0
+        for stretch, blocks in self._by_workers(asked, None):
+            early[stretch.first] = stretch, blocks
+            while first in early:
+                following, scores = early.pop(first)
+                yield from scores
+                first = following.end
+
+    def _by_workers(self, asked: scan.ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
+        """Results of every stretch, in the order in which they are done."""
+        work = ScanWork(self.place.root, digest_of(self), asked.queries, asked.weights, asked.cosine, m)
+        jobs = stretches([part.rows for part in self.manifest.parts])
+        with runner.counting("Ranking", self.rows) as tick:
+            yield from runner.map(work, jobs, engine=self.engine, on_tick=tick)
 
     def _scan_query(
         self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None
@@ -418,9 +450,16 @@ class Store:
         if self._batch_cache[0] is not self.manifest:
             self._batch_cache = (self.manifest, {})
         batches = self._batch_cache[1]
-        if (key := scan.rows_at_once(q)) not in batches:
-            batches[key] = list(scan.batches_of(self._pieces(), q))
-        return batches[key]
+        key = scan.rows_at_once(q)
+        return batches[key] if key in batches else self._caching(batches, key, q)
+
+    def _caching(self, batches: dict[int, list[scan.Batch]], key: int, q: int) -> Iterator[scan.Batch]:
+        """Batches as they are made, kept at the end: a shard that is checked is scanned while it is in memory."""
+        made = []
+        for batch in scan.batches_of(self._pieces(), q):
+            made.append(batch)
+            yield batch
+        batches[key] = made
 
     def _pieces(self) -> Iterator[scan.Piece]:
         parts = counted(enumerate(self.manifest.parts), "Scanning the index", self.rows, lambda each: each[1].rows)

@@ -45,7 +45,7 @@ from whence.models.loading import (
 )
 from whence.models.moments import moments_digest, read_moments
 from whence.models.runs import Checkpoint
-from whence.paths import exists
+from whence.paths import absolute
 
 DEFAULT_CONTEXT = 2048
 """Longest row in tokens, where neither the caller nor the model's configuration says."""
@@ -94,7 +94,8 @@ class IndexSettings:
     """Recompute activations: less memory, a third more time."""
     device: str | None = None
     device_map: str | None = None
-    engine: str = "local"
+    engine: runner.EngineOption = "local"
+    """Where jobs run; see `runner`."""
 
     def __post_init__(self):
         for flag, value in (("--max-tokens", self.max_tokens), ("--batch-tokens", self.tokens_per_batch)):
@@ -251,11 +252,6 @@ def _checkpoint_entry(checkpoint: Checkpoint, view: str) -> dict[str, Any]:
     if config := adapter_config(local_directory(checkpoint.path)):
         entry["base"] = absolute(base_of(config))
     return entry if view == "sgd" else entry | {"moments": moments_digest(checkpoint.path)}
-
-
-def absolute(path: str | None) -> str | None:
-    """An existing path made absolute, so that it holds in any directory; anything else as it is."""
-    return str(Path(path).resolve()) if path is not None and exists(path) else path
 
 
 def example_vectors(

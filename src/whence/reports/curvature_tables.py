@@ -5,10 +5,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from whence.counts import duration, number_of
-from whence.indexing.memory import shown_size
 from whence.reports.tables import pairs_table, plain_table
 from whence.second_order.eigen import DAMPING
 from whence.second_order.store import CurvatureStore
+from whence.sizes import shown_size
 
 NAMES = {"ekfac": "EK-FAC", "kfac": "K-FAC"}
 

@@ -3,9 +3,9 @@
 from rich.table import Table
 
 from whence.counts import duration
-from whence.indexing.memory import shown_size
 from whence.indexing.planning import DISK, TIME, Plan
 from whence.reports.tables import pairs_table
+from whence.sizes import shown_size
 
 
 def plan_table(plan: Plan) -> Table:

@@ -30,7 +30,7 @@ from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.training_state import warn_of_run
-from whence.runner import ProgressOption, shown_as
+from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
@@ -93,6 +93,7 @@ def select(
     view: str | None = None,
     adam_mode: str = "torch",
     preferences: str | None = None,
+    engine: EngineOption = LOCAL,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Chosen:
@@ -111,6 +112,7 @@ def select(
         adam_mode: How that view treats the moments: "torch" or "less".
         preferences: What a task's row with a preferred and a rejected answer is: the one ("chosen"), or the two
             compared ("contrast"); None: as the index' rows are read.
+        engine: Where an index is scanned; see `runner`. One that is open already is scanned as it was opened.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `SelectSettings` by name, such as `method="bm25", caps={"p3": 0.3}`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -134,6 +136,7 @@ def select(
             brings_model="model" in how.options,
             view=view,
             adam_mode=adam_mode,
+            engine=engine,
             **loading,
         )
         copy = None if corpus is None else open_corpus(corpus)
@@ -211,12 +214,13 @@ def open_view(
     brings_model: bool = False,
     view: str | None = None,
     adam_mode: str = "torch",
+    engine: EngineOption = LOCAL,
     **loading: Unpack[Loading],
 ) -> IndexView | CorpusView:
     """An index or a corpus as scorers read it. A model is loaded only if the method needs one, or one is named.
 
     With `brings_model` the method's own options name the model that it runs. `select` says what `view` is. `corpus` is
-    that of a run, where it is not where it was.
+    that of a run, where it is not where it was. `engine` says where an index is scanned.
     """
     entry = catalogue.scorer_entry(method)
     if view not in (None, frozen.NAME):
@@ -232,7 +236,7 @@ def open_view(
 
         return RunView.of(source, corpus, model=model)
     if isinstance(source, str | Path) and Place.at(source).exists(MANIFEST):
-        source = open_index(source, model=model, **loading)
+        source = open_index(source, engine=engine, model=model, **loading)
         source.store.require_complete()
     if isinstance(source, Index):
         return IndexView(source) if view is None else frozen.FrozenView(source, adam_mode=adam_mode)

@@ -25,7 +25,7 @@ from whence.errors import SettingError
 from whence.evidence import trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
-from whence.runner import ProgressOption, shown_as
+from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as
 from whence.second_order.pipeline import MOST_ROWS
 from whence.selection.pipeline import check_options
 from whence.tracing import nulls
@@ -63,6 +63,7 @@ def trace(
     corpus: str | Path | None = None,
     curvature: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    engine: EngineOption = LOCAL,
     progress: ProgressOption = False,
     **settings: Any,
 ) -> Trace:
@@ -88,6 +89,7 @@ def trace(
         curvature: A directory of `curvature`, for the method "ekfac", which is then used unless told otherwise;
             without it that method measures curvature for this call alone.
         options: The method's own options as in `select`, such as `{"refine": 2}` of "ekfac".
+        engine: Where the index is scanned; see `runner`. An index that is open already is scanned as it was opened.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `TraceSettings` by name, such as `top=20, method="dot", exact=True, tokens=True`; and of
             `models.load_options.Loading`, such as `device="cuda"`.
@@ -116,7 +118,7 @@ def trace(
     if corpus is not None:
         raise SettingError("--corpus belongs to --method replay: an index has its own copy of the rows")
     with shown_as(progress, "Tracing"):
-        opened = index if isinstance(index, Index) else open_index(index, model=model, **loading)
+        opened = index if isinstance(index, Index) else open_index(index, engine=engine, model=model, **loading)
         reading: _Reading = {"columns": opened.columns, "preferences": preferences or opened.settings.preferences}
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, reading)
         opened.store.require_complete()

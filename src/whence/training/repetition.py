@@ -18,6 +18,7 @@ import gc
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from whence import runner
 from whence.corpus.layouts import Row
-from whence.corpus.reading import Corpus
+from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
 from whence.errors import ManifestMismatchError, ModelError, SettingError
 from whence.models.loading import LoadedModel, directory_digest
 from whence.models.training_state import IS_COMPLETE, RECORD
-from whence.paths import exists
+from whence.paths import absolute, exists
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.recipe import IN_RUN, LeaveOut, TrainSettings
@@ -48,6 +49,19 @@ class Repeatable:
     """What it started from."""
     record: dict[str, Any]
     """The record of the run."""
+    corpus: Corpus
+    model: str | None = None
+    """Where the model is that it was trained from, if that has moved."""
+    is_sampled: bool = False
+    """Whether the corpus is just the rows of the training."""
+
+    def __reduce__(self) -> Any:
+        """Another process opens it anew, from the same files."""
+        corpus = copy.copy(self.corpus)
+        if not isinstance(corpus.origin, list):
+            corpus.origin = str(absolute(str(corpus.origin)))
+        run, model = self.run.resolve(), absolute(self.model)
+        return partial(repeatable, run, corpus, model=model, is_sampled=self.is_sampled), ()
 
 
 @dataclass(frozen=True)
@@ -90,14 +104,16 @@ def repeatable(
         raise ModelError(f"{run}: the model that it was trained from is not at {source} any more. Name it by --model.")
     settings = settings_in(directory, record)
     settings = replace(settings, fraction=1.0) if is_sampled else settings
-    opened = open_training(source, corpus, directory, settings)
+    texts = open_corpus(corpus)
+    opened = open_training(source, texts, directory, settings)
     if "weights" in record and directory_digest(opened.source) != record["weights"]:
         raise ManifestMismatchError(
             f"{run}: it was trained from other weights than those at {source}. Name the model it was trained from by "
             "--model."
         )
     _refuse_other_rows(run, opened, record)
-    return Repeatable(run=directory, opened=opened, record=record)
+    moved = None if model is None else str(model)
+    return Repeatable(run=directory, opened=opened, record=record, corpus=texts, model=moved, is_sampled=is_sampled)
 
 
 def read_recipe(run: Path) -> dict[str, Any]:

@@ -1,35 +1,23 @@
-"""Run idempotent jobs, with retries and a progress bar. Jobs run in this process; callers do not depend on an engine.
-
-A job is a value; `work(job, tick)` does it and returns a result, calling `tick(examples, tokens)` as it makes progress.
-Doing a job twice must do no harm, so that a failed one is simply done again. Results come back as they are finished.
-"""
+"""How far a job is: bars on stderr, a line a minute where that is no terminal, or a function of the caller's."""
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 
-from whence.counts import number_of
-from whence.errors import JobError, SettingError
+from whence.errors import SettingError
 
-logger = logging.getLogger(__name__)
-
-JobT = TypeVar("JobT")
-ResultT = TypeVar("ResultT")
 Tick = Callable[[int, int], None]
 """Called with how many things, and how many tokens, were done since the last call."""
 ItemT = TypeVar("ItemT")
-ENGINES = ("local",)
 ProgressOption = bool | Callable[[int, int, str], Any]
 """How progress is shown: True for bars on stderr, False for none, or a function that is called with how many things are
 done, how many there are, and what is being done; at the beginning of each phase, at its end, and up to ten times a
@@ -40,88 +28,6 @@ WIDE = 100
 """Columns of a terminal from which a bar has room for tokens/s too."""
 PATIENCE = 1.0
 """Seconds after which a bar is worth while."""
-
-
-def map(
-    work: Callable[[JobT, Tick], ResultT],
-    jobs: Iterable[JobT],
-    *,
-    engine: str = "local",
-    retries: int = 2,
-    on_tick: Tick | None = None,
-    less_memory: str = "give it more memory",
-) -> Iterator[tuple[JobT, ResultT]]:
-    """Do every job and yield it with its result as soon as it is finished.
-
-    Args:
-        work: Called with a job and a function to report progress to.
-        jobs: Idempotent jobs, in the order in which to do them.
-        engine: Where jobs run: "local" is this process, one job after another.
-        retries: Further tries after an operating system's or a device's error. Whence's own errors are final.
-        on_tick: Called with the progress; a failed try takes back what it had reported.
-        less_memory: Advice for the message if memory runs out, which another try would not change.
-
-    Raises:
-        JobError: A job failed at every try.
-        SettingError: No such engine.
-    """
-    check_engine(engine)
-    for job in jobs:
-        try:
-            result = _with_retries(work, job, retries, on_tick or (lambda examples, tokens: None))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise JobError(f"{job}: out of memory ({_first_line(error)}). To mend it: {less_memory}.") from error
-        yield job, result
-
-
-def check_engine(name: str) -> None:
-    """Refuse an unknown engine before any work is done."""
-    if name not in ENGINES:
-        raise SettingError(f"--engine {name}: this version has {', '.join(ENGINES)}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: a GPU's, for which torch has its own error, or this machine's, for which there are two.
-
-    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("device"))
-    (True, False)
-    """
-    is_torch_on_a_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return is_torch_on_a_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _with_retries(work: Callable[[JobT, Tick], ResultT], job: JobT, retries: int, on_tick: Tick) -> ResultT:
-    for attempt in range(retries + 1):
-        done = [0, 0]
-
-        def tick(examples: int, tokens: int, done: list[int] = done) -> None:
-            done[0] += examples
-            done[1] += tokens
-            on_tick(examples, tokens)
-
-        try:
-            return work(job, tick)
-        except (OSError, RuntimeError, MemoryError) as error:
-            on_tick(-done[0], -done[1])
-            if is_out_of_memory(error):
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                raise
-            reason = _first_line(error)
-            if attempt == retries:
-                raise JobError(
-                    f"{job} failed {number_of(retries + 1, 'time')}, the last time with: {reason}. What was "
-                    "finished is kept; the same command goes on from there."
-                ) from error
-            logger.warning("%s failed (%s); trying again", job, reason)
-            time.sleep(2**attempt / 4)
-    raise AssertionError("not reached")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _Rate(ProgressColumn):
