@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from whence import catalogue
-from whence.evidence import AGREEMENT, EXACT, GAINS, TASKS, select_evidence, trace_evidence
+from whence.evidence import AGREEMENT, EXACT, GAINS, REFINED, REFINING, TASKS, select_evidence, trace_evidence
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = {
@@ -28,6 +28,11 @@ def of_the_bank() -> dict[str, float]:
 def test_agreement_is_what_the_bank_measured(method):
     assert method in catalogue.TRACE_METHODS
     assert AGREEMENT[method] == round(of_the_bank()[NAMES.get(method, method)], 2)
+
+
+def test_refined_curvature_is_what_the_bank_measured():
+    assert REFINED == round(of_the_bank()["EK-FAC + CG"], 2)
+    assert REFINING.split()[1::2] == ["refine=2", "sample=128"]
 
 
 def test_exact_methods_are_measured():

@@ -12,6 +12,7 @@ from whence.counts import duration
 AGREEMENT = {
     "replay": 0.81,
     "ekfac": 0.60,
+    "source": 0.45,
     "trak": 0.39,
     "trackstar": 0.38,
     "tracin_cosine": 0.36,
@@ -25,6 +26,8 @@ AGREEMENT = {
 }
 """Rank correlation of summed scores with the losses of 60 retrainings on halves of 2,000 rows, mean over 30 questions:
 1 would be perfect, 0 is chance. Source: docs/results/evaluation.md, Bank 1."""
+REFINED, REFINING = 0.66, "--set refine=2 --set sample=128"
+"""The same of `ekfac` refined by conjugate gradients, and how."""
 EXACT = {"cosine": "tracin_cosine", "dot": "tracin"}
 """Methods of an index, and the ones whose scores decide their order where a short list is re-ranked."""
 MEASURING = 2.3
@@ -82,6 +85,8 @@ def trace_evidence(
     own = AGREEMENT.get(EXACT.get(method, method) if is_exact else method) if is_as_measured else None
     words = f"{method} predicts retrainings by {own:.2f} of 1" if own is not None else ""
     words = words or f"{method}{'' if is_as_measured else ' asked so'} was not held against retrainings"
+    if method == "ekfac" and own is not None:
+        words += f", refined by {REFINED:.2f} ({REFINING})"
     command = ""
     if passes is not None and (own is None or own < AGREEMENT["ekfac"]):
         once, each = round(MEASURING * passes[0]), passes[1]

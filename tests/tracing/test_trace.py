@@ -242,7 +242,8 @@ def test_it_is_said_how_well_the_method_predicts_retrainings_and_what_a_better_o
     assert said(exact=False) == f"cosine predicts retrainings by 0.33 of 1; {cost}. {command}"
     assert f"{cost}. For" in shown[-1]
     assert said(objective="margin").startswith("cosine asked so was not held against retrainings; curvature by 0.60")
-    assert said(method="ekfac") == "ekfac predicts retrainings by 0.60 of 1."
+    refined = "refined by 0.66 (--set refine=2 --set sample=128)"
+    assert said(method="ekfac") == f"ekfac predicts retrainings by 0.60 of 1, {refined}."
 
 
 # -- layouts
