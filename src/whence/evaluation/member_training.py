@@ -24,7 +24,7 @@ from whence.gradients.forward_passes import losses
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.saved_files import list_files
-from whence.storage import Place, remove_directory, temporary_directory
+from whence.storage import Place, temporary_directory
 from whence.training.recipe import LeaveOut
 from whence.training.repetition import Repeatable, Trained, train_again
 from whence.training.trainer import quiet_saving
@@ -77,7 +77,8 @@ class MemberTraining:
         model.tokenizer.save_pretrained(draft)
         list_files(draft)
         target = Path(self.place.path(kept))
-        remove_directory(target)  # of a process that was killed before it wrote the member
+        if target.exists():  # of a process that was killed before it wrote the member, or of another worker
+            target.rename(folder / "before")
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.rename(target)
         return kept
