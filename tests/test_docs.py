@@ -37,7 +37,8 @@ def test_flags_that_messages_name_are_those_of_the_command_line():
         *re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/reference/cli.md").read_text()),
         "--optim",
         "--safe",
-    }  # of a Trainer, zero_to_fp32
+        "--head",
+    }  # of a Trainer, zero_to_fp32, ray start
     for file in (ROOT / "src").rglob("*.py"):
         unknown = {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", file.read_text())} - flags
         assert not unknown, f"{file.name}: {unknown}"

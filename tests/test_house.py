@@ -110,7 +110,7 @@ def load():
 def test_every_package_that_is_imported_is_a_requirement():
     """The wheel is tested beside packages that are there already: one that nobody requires would not be missed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [text for name in ("fast", "laws") for text in project["optional-dependencies"][name]]
+    extras = [text for name in ("fast", "laws", "ray", "s3") for text in project["optional-dependencies"][name]]
     required = {canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *extras)}
     imported = set()
     for file in (ROOT / "src").rglob("*.py"):
@@ -122,6 +122,4 @@ def test_every_package_that_is_imported_is_a_requirement():
     homes = packages_distributions()
     others = imported - sys.stdlib_module_names - {"whence"}
     missing = {name for name in others if required.isdisjoint(map(canonicalize_name, homes.get(name, [name])))}
-    assert missing <= {"huggingface_hub", "llvmlite", "s3fs"}, (
-        "these come with datasets, with numba, or with an address"
-    )
+    assert missing <= {"huggingface_hub", "llvmlite"}, "these come with datasets, with numba, or with an address"

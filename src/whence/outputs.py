@@ -50,7 +50,7 @@ class Address:
     def of(path: str | os.PathLike) -> "Address":
         """The address of a path; it need not exist."""
         place = Place.at(path)
-        fs, root = place.fs, place.root
+        fs, root = place.fs, place.root if place.is_local else str(place.fs._strip_protocol(place.root))
         while not isinstance(fs, LocalFileSystem) and hasattr(fs, "fs"):  # a cache of another file system
             fs = fs.fs
         return Address(str(path), fs, os.path.realpath(root) if isinstance(fs, LocalFileSystem) else root)

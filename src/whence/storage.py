@@ -99,7 +99,9 @@ class Place:
         if isinstance(fs, LocalFileSystem):
             refuse_impossible(root)
             return Place(fs, root.rstrip("/") or "/")
-        return Place(fs, fs.unstrip_protocol(root.rstrip("/")))
+        address = fs.unstrip_protocol(root.rstrip("/"))
+        # a cache of another store has addresses of its own
+        return Place(fs, address if str(fs._strip_protocol(address)) == root.rstrip("/") else root.rstrip("/"))
 
     @property
     def is_local(self) -> bool:
