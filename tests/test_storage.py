@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from whence.storage import Place, remove_directory
+from whence.local_files import remove_directory
+from whence.storage import Place
 
 
 def test_two_writers_of_one_file_wait_for_each_other(tmp_path):

@@ -5,8 +5,6 @@ random rows a model trains on a method's choice (`GAINS`). Both are of base-6m, 
 which method to try, not what it will reach elsewhere.
 """
 
-import re
-
 from whence.counts import duration
 
 AGREEMENT = {
@@ -32,8 +30,6 @@ EXACT = {"cosine": "tracin_cosine", "dot": "tracin"}
 """Methods of an index, and the ones whose scores decide their order where a short list is re-ranked."""
 MEASURING = 2.3
 """What `whence curvature` takes, in passes of exact gradients over the rows (Bank 1: 165 and 73 seconds)."""
-UNIT = " exact gradients "
-"""Of its cost: `timed` says how long they take here."""
 TASKS = ("gsm8k", "BBH", "MMLU")
 GAINS = {
     "less": (0.36, 0.98, 2.41),
@@ -90,7 +86,7 @@ def trace_evidence(
     command = ""
     if passes is not None and (own is None or own < AGREEMENT["ekfac"]):
         once, each = round(MEASURING * passes[0]), passes[1]
-        words += f"; curvature by {AGREEMENT['ekfac']:.2f}, for {once:,}{UNIT}once and {each:,} a trace"
+        words += f"; curvature by {AGREEMENT['ekfac']:.2f}, for {once:,} exact gradients once and {each:,} a trace"
         command = f"curvature: whence curvature {place} -o {place}-curvature"
     if run is not None and method != "replay":
         words += f"; replay by {AGREEMENT['replay']:.2f}, for three trainings a question"
@@ -98,22 +94,14 @@ def trace_evidence(
     return f"{words}. For {command}" if command else f"{words}."
 
 
-def timed(words: str, seconds_a_row: float | None) -> str:
-    """The words of `trace_evidence` with the time that exact gradients take, where it is known.
+def curvature_time(passes: tuple[int, int], seconds_a_row: float) -> str:
+    """What curvature takes here, as far as this trace's exact gradients can tell.
 
-    >>> timed("by 0.60, for 9,421 exact gradients once and 10,000 a trace.", 0.05)
-    'by 0.60, for 9,421 exact gradients once and 10,000 a trace (here about 7.9 and 8.3 minutes).'
+    >>> curvature_time((4096, 10000), 0.05)
+    'Here curvature would take about 7.9 minutes once and 8.3 minutes a trace.'
     """
-    found = _COUNTS.search(words)
-    if seconds_a_row is None or found is None:
-        return words
-    once, each = (duration(seconds_a_row * int(count.replace(",", ""))) for count in found.groups())
-    unit = each.partition(" ")[2]
-    once = once.removesuffix(f" {unit}") if once.endswith(unit) else once
-    return f"{words[: found.end()]} (here about {once} and {each}){words[found.end() :]}"
-
-
-_COUNTS = re.compile(rf"([\d,]+){UNIT}once and ([\d,]+) a trace")
+    once, each = (duration(seconds_a_row * rows) for rows in (MEASURING * passes[0], passes[1]))
+    return f"Here curvature would take about {once} once and {each} a trace."
 
 
 def select_evidence(method: str) -> str:
@@ -129,8 +117,8 @@ What that would choose: --compare bm25'
         if method in GAINS
         else f"On {TASKS[0]}, {TASKS[1]} and {TASKS[2]} training on the choice of {method} was not measured"
     )
-    need = " and needs an index (--index)" if other == "less" else ""
-    return f"{words}; {other} gained {_gains(other)}{need}. What that would choose: --compare {other}"
+    where = " (of an index)" if other == "less" else ""
+    return f"{words}; {other} gained {_gains(other)}. What that would choose{where}: --compare {other}"
 
 
 def _gains(method: str) -> str:

@@ -60,7 +60,7 @@ def cached(recorded: Recorded, fetch: Callable[[Path], None]) -> Path | None:
         recorded: Its size and checksum; without XXH3 it is not kept.
         fetch: Writes it to a path; called up to `FETCHES` times.
     """
-    if recorded.xxh3 is None or recorded.bytes > most_bytes():
+    if recorded.xxh3 is None:
         return None
     folder = directory()
     file = folder / f"{recorded.xxh3}-{recorded.bytes}"
@@ -68,6 +68,8 @@ def cached(recorded: Recorded, fetch: Callable[[Path], None]) -> Path | None:
         if _is_whole(file, recorded):
             os.utime(file)
             return file
+        if recorded.bytes > (most := most_bytes()):
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=folder, prefix=DRAFT)
         os.close(handle)
@@ -79,8 +81,8 @@ def cached(recorded: Recorded, fetch: Callable[[Path], None]) -> Path | None:
             if Path(draft).stat().st_size == recorded.bytes and _digest(Path(draft)) == recorded.xxh3:
                 Path(draft).chmod(0o644)
                 Path(draft).replace(file)
-                _is_whole(file, recorded)
-                _make_room(file)
+                _whole.add((str(file), file.stat().st_ino))
+                _make_room(file, most)
                 return file
     except OSError as error:
         if error.errno not in FULL:
@@ -125,10 +127,10 @@ def _listed() -> list[tuple[float, int, Path]]:
     return sorted(found)
 
 
-def _make_room(newest: Path) -> None:
+def _make_room(newest: Path, most: int) -> None:
     """Remove copies that were used longest ago, until all are within the limit."""
     files = _listed()
-    excess = sum(size for _, size, _ in files) - most_bytes()
+    excess = sum(size for _, size, _ in files) - most
     for _, size, file in files:
         if excess <= 0:
             return

@@ -17,9 +17,10 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from whence.errors import SettingError, WhenceError
+from whence.local_files import TEMPORARY
 from whence.paths import exists
 from whence.paths import is_directory as folder_exists
-from whence.storage import TEMPORARY, Place
+from whence.storage import Place
 
 DESCRIPTIONS = ("manifest.json", "pool.json", "bank.json", "curvature.json", "whence_train.json", "adapter_config.json")
 """Files of a directory that name others."""

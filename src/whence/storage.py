@@ -18,23 +18,19 @@ checksum, another file is recorded in one.
 """
 
 import fcntl
-import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 import fsspec.core
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from whence import commits
 from whence.checksums import Recorded, Written, digest, sealed
 from whence.errors import (
     ChecksumError,
@@ -47,18 +43,16 @@ from whence.errors import (
 from whence.leases import NAME as LEASE
 from whence.leases import Lease
 from whence.local_cache import cached
+from whence.local_files import copied, write_whole
 from whence.paths import exists, free_bytes, reason, refuse_impossible
 from whence.records import Count, FastDigest, read_record
-from whence.remote_calls import is_unmet, is_unsupported, persistent
+from whence.remote_calls import persistent
 
-TEMPORARY = ".tmp"
 AGAIN = "Remove it, and run the same command again: it makes the file anew."
 """Remedy for a damaged file that the command at hand can make again."""
 _READ_BYTES = 1 << 22
 _leases: dict[str, Lease] = {}
 """Those that this process holds, by directory."""
-_versions: dict[str, str] = {}
-"""Tags of files that commits replace, as this process last read or wrote them."""
 _intact: set[tuple[Any, ...]] = set()
 """Files that this process has checked, as they were then: see `Place.check`."""
 
@@ -292,7 +286,9 @@ class Place:
             ManifestMismatchError: Another process writes here.
         """
         try:
-            return self._write_local(name, pieces) if self.is_local else self._write_remote(name, pieces, is_commit)
+            if self.is_local:
+                return write_whole(Path(self.path(name)), pieces)
+            return self._write_remote(name, pieces, is_commit)
         except WhenceError:  # raised by whatever makes the pieces
             raise
         except self._refusals as error:
@@ -301,7 +297,7 @@ class Place:
     def remove(self, name: str) -> None:
         """Remove a file, and its directory if that leaves it empty."""
         with self._refusals_as_errors("remove", name):
-            _versions.pop(self.path(name), None)
+            commits.forget(self.path(name))
             self._persistent(lambda: self.fs.rm_file(self.path(name)))
             folder = Path(self.path(name)).parent
             if self.is_local and folder != Path(self.root) and not any(folder.iterdir()):
@@ -376,65 +372,24 @@ class Place:
                 f"Cannot lock {self.root}: {error.strerror}. Give a directory on another disk"
             ) from error
 
-    def _write_local(self, name: str, pieces: Iterable[bytes | memoryview]) -> Written:
-        final = Path(self.path(name))
-        temporary = final.with_name(final.name + TEMPORARY)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with _draft(temporary) as file:
-            written = _copied(pieces, file)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(final)
-        _sync_directory(final.parent)
-        return written
-
     def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], is_commit: bool) -> Written:
         if (lease := _leases.get(self.root)) is not None:
             lease.require(asks=is_commit)
         self._persistent(lambda: self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True))
         buffer, path = io.BytesIO(), self.path(name)
-        written = _copied(pieces, buffer)
+        written = copied(pieces, buffer)
         data = buffer.getvalue()
-        if is_commit and _has_conditions(self.fs):
-            self._commit(name, data)
+        if is_commit and commits.has_conditions(self.fs):
+            commits.commit(self.fs, path, data)
         else:  # one request: the whole file or nothing
             self._persistent(lambda: self.fs.pipe_file(path, data))
         return written
 
-    def _commit(self, name: str, data: bytes) -> None:
-        """Write a file of S3 where it is what this process last saw."""
-        path = self.path(name)
-        known = _versions.get(path)
-        condition = {"mode": "create"} if known is None else {"IfMatch": known}
-        try:
-            self._persistent(lambda: self.fs.pipe_file(path, data, **condition))
-        except Exception as error:
-            if is_unsupported(error):  # the lease alone keeps others away
-                self._persistent(lambda: self.fs.pipe_file(path, data))
-                return
-            if not is_unmet(error):
-                raise
-            if self.read(name) != data:  # a try that failed may have written it
-                raise ManifestMismatchError(
-                    f"{path}: another process has written it meanwhile, so that nothing more was written. Wait for "
-                    "that process, then run the same command again: it goes on from what is listed"
-                ) from error
-        self._see(name)
-        tag = hashlib.md5(data, usedforsecurity=False).hexdigest()  # of an object in one piece
-        if _versions[path].strip('"') != tag and self.read(name) != data:
-            _versions.pop(path)  # another process was quick: the next commit is refused
-
-    def _see(self, name: str) -> None:
-        """Remember the version of a file that this process knows."""
-        _versions[self.path(name)] = self._persistent(lambda: self.fs.info(self.path(name)))["ETag"]
-
     def read_committed(self, name: str) -> bytes:
         """All bytes of a file that a commit may replace."""
-        if self.is_local or not _has_conditions(self.fs):
-            return self.read(name)
-        _versions.pop(self.path(name), None)
-        with self._refusals_as_errors("read", name):
-            self._see(name)  # before: what is written between the two is not taken for what was read
+        if not self.is_local and commits.has_conditions(self.fs):
+            with self._refusals_as_errors("read", name):
+                commits.see(self.fs, self.path(name))  # first: what comes between the two was not read
         return self.read(name)
 
     @contextmanager
@@ -486,12 +441,6 @@ def claim_directory(
             raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")
 
 
-def _has_conditions(fs: Any) -> bool:
-    """Whether a store writes an object on the condition that it is still a certain version."""
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    return "s3" in protocols
-
-
 def _record_name(name: str) -> str:
     """Name of the document that records a file: it stands at the top of the directory, whatever the file's folder."""
     return f"{PurePosixPath(name).stem}.json"
@@ -509,78 +458,3 @@ def _missing_package(path: str, error: ImportError) -> str:
     if package is None:
         return f"addresses {kind}:// need a package that is not installed ({error})"
     return f"addresses {kind}:// need a package that is not installed: pip install {package}"
-
-
-def _copied(pieces: Iterable[bytes | memoryview], file: Any) -> Written:
-    sha, xxh3, count = hashlib.sha256(), xxhash.xxh3_128(), 0
-    for piece in pieces:
-        file.write(piece)
-        sha.update(piece)
-        xxh3.update(piece)
-        count += len(piece)
-    return Written(count, sha.hexdigest(), xxh3.hexdigest())
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[BufferedWriter]:
-    """An empty file that no other process or thread writes, to be renamed; removed where that does not come about.
-
-    What a killed process left is written over. A second writer waits for the first, so that both files are whole.
-    """
-    file = None
-    try:
-        file = _opened_alone(path)
-        yield file
-    except BaseException:
-        if file is not None and _is_at(file, path):
-            path.unlink()
-        raise
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _opened_alone(path: Path) -> BufferedWriter:
-    """A file to write, emptied once no other has it open for that."""
-    while True:
-        file = path.open("ab")  # as it is: another may be writing it
-        with suppress(OSError):  # a network disk without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, path):
-            file.truncate(0)
-            return file
-        file.close()  # the other has renamed it meanwhile
-
-
-def _is_at(file: BufferedWriter, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:  # asked for once: another writer may rename it at any moment
-        return False
-
-
-def remove_directory(path: str | os.PathLike) -> None:
-    """Remove a directory with all that is in it, also where the process is stopped meanwhile; none is no error."""
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def temporary_directory(folder: str | os.PathLike, prefix: str) -> Iterator[str]:
-    """A directory of its own name in a folder, for as long as it is used; a killed process leaves it."""
-    path = tempfile.mkdtemp(dir=folder, prefix=prefix)
-    try:
-        yield path
-    finally:
-        remove_directory(path)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

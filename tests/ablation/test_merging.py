@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_within_a_file_leaves_the_model_that_was_there(tmp_
     pool = pooled(tmp_path / "pool", parent, runs)
     out = write_merged(pool, {"a": 1.0}, tmp_path / "out")
     before = contents(out)
-    from whence import storage
+    from whence import local_files
 
     def cut(pieces, file):
         for number, piece in enumerate(pieces):
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_within_a_file_leaves_the_model_that_was_there(tmp_
                 raise OSError(28, "No space left on device")
             file.write(piece)
 
-    monkeypatch.setattr(storage, "_copied", cut)
+    monkeypatch.setattr(local_files, "copied", cut)
     with pytest.raises(StorageError, match=r"No space left on device\. It takes"):
         write_merged(pool, {"b": 1.0}, out)
     assert contents(out) == before and sorted(place.name for place in tmp_path.iterdir()) == ["out", "pool"]

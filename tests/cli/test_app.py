@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whence as whence_package
-from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
+from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, without_s3fs, write_jsonl
 from whence import __version__, catalogue
 from whence.cli.app import main
 from whence.indexing.codecs import CODECS
@@ -176,7 +176,7 @@ def test_a_flag_that_cannot_work_is_told_and_nothing_is_written(whence, tiny_lla
 
 
 def test_an_address_that_needs_a_package_is_told_before_the_model_is_loaded(whence, tiny_corpus, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+    without_s3fs(monkeypatch)
     told = complaint(whence("index", tmp_path / "no model", tiny_corpus, "-o", "s3://bucket/index"))
     assert told == "s3://bucket/index: addresses s3:// need a package that is not installed: pip install s3fs"
 

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 import whence
+from conftest import without_s3fs
 from whence.errors import (
     ChecksumError,
     FormatVersionError,
@@ -518,8 +519,8 @@ def test_what_a_store_elsewhere_refuses_is_a_storage_error(monkeypatch):
     ],
 )
 def test_an_address_that_cannot_be_opened_is_told(address, told, monkeypatch):
-    for package in ("s3fs", "gdrivefs"):
-        monkeypatch.setitem(sys.modules, package, None)
+    without_s3fs(monkeypatch)
+    monkeypatch.setitem(sys.modules, "gdrivefs", None)
     for use in (Place.at, Store.open, problems_at):
         with pytest.raises((SettingError, MissingExtraError), match=told):
             use(address)

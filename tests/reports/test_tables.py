@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import sys
 from dataclasses import replace
 
 import fsspec
@@ -13,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from conftest import without_s3fs
 from whence.cli.console import print_json
 from whence.errors import MissingExtraError, SettingError, StorageError
 from whence.indexing.store import Store
@@ -284,7 +284,7 @@ def test_rows_and_pages_go_to_addresses_too(tmp_path, ending, monkeypatch):
             assert file.read() == (tmp_path / f"plain.{ending}").read_bytes()
     write_page("<p>", f"memory://{tmp_path.name}.html")
     assert fsspec.filesystem("memory").cat_file(f"/{tmp_path.name}.html") == b"<p>"
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+    without_s3fs(monkeypatch)
     with pytest.raises(MissingExtraError, match="pip install s3fs"):
         check_ending(f"s3://bucket/rows.{ending}")
     with pytest.raises(SettingError, match="there is no directory /no/such"):

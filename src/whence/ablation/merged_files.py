@@ -17,10 +17,11 @@ from whence.ablation.merging import MergedModel, check_scale
 from whence.ablation.mixtures import Mixture, checked_mixture
 from whence.ablation.pool import Pool
 from whence.errors import ChecksumError, SettingError, StorageError
+from whence.local_files import remove_directory
 from whence.models.saved_files import LIST, list_files, listed_files
 from whence.models.weights import Described, in_pieces
 from whence.outputs import refuse_inputs
-from whence.storage import Place, remove_directory
+from whence.storage import Place
 
 MIXTURE = "whence_mixture.json"
 """A file that only merged models have."""

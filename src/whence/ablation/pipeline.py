@@ -49,10 +49,10 @@ from whence.corpus.partitions import Partition
 from whence.corpus.reading import Corpus, open_corpus
 from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
+from whence.local_files import remove_directory
 from whence.models.loading import load_model
 from whence.paths import exists
 from whence.selection.scorers.lexical import gram_divergence, mixture_divergence
-from whence.storage import remove_directory
 
 PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
 

@@ -33,9 +33,10 @@ from whence.evaluation.bank_store import (
 )
 from whence.evaluation.left_out import MemberPlan, full_plan, group_plans, listed_plan, random_plans
 from whence.evaluation.member_training import encoded_queries, require_measurable
+from whence.local_files import TEMPORARY
 from whence.models.loading import directory_digest
 from whence.models.runs import open_run
-from whence.storage import TEMPORARY, Place
+from whence.storage import Place
 from whence.training.recipe import check_seed
 from whence.training.repetition import Repeatable
 

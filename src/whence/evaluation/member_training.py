@@ -21,10 +21,11 @@ from whence.errors import CorpusError
 from whence.evaluation.bank_store import FULL, MEMBERS, Member, Repetition
 from whence.evaluation.left_out import MemberPlan
 from whence.gradients.forward_passes import losses
+from whence.local_files import temporary_directory
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.saved_files import list_files
-from whence.storage import Place, temporary_directory
+from whence.storage import Place
 from whence.training.recipe import LeaveOut
 from whence.training.repetition import Repeatable, Trained, train_again
 from whence.training.trainer import quiet_saving

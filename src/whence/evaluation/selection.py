@@ -33,13 +33,14 @@ from whence.errors import CorpusError, SettingError
 from whence.evaluation.cells import Cell, Costs, Seconds, store_cells, stored_cells
 from whence.evaluation.choices import RANDOM, Method
 from whence.gradients.capture import token_losses
+from whence.local_files import remove_directory, temporary_directory
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.models.runs import open_run
 from whence.models.training_state import warn_of_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
-from whence.storage import Place, claim_directory, remove_directory, temporary_directory
+from whence.storage import Place, claim_directory
 from whence.training.trainer import train
 from whence.turns import one_at_a_time
 

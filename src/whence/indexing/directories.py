@@ -17,9 +17,10 @@ from whence.checksums import Written, document_of, is_sealed
 from whence.errors import MissingIndexError
 from whence.indexing.manifest import MANIFEST
 from whence.indexing.verification import Problem
+from whence.local_files import TEMPORARY
 from whence.models.saved_files import LIST
 from whence.models.training_state import RECORD
-from whence.storage import TEMPORARY, Place
+from whence.storage import Place
 
 KINDS = {
     MANIFEST: "an index",

@@ -87,11 +87,10 @@ class Index:
     def __reduce__(self) -> Any:
         """Another process opens it anew, and loads the model when it needs it."""
         how = self.settings
-        names = ("chat_template", "date", "supervise", "preferences", "device", "device_map", "trust_remote_code")
+        names = ("date", "supervise", "preferences", "device", "device_map", "trust_remote_code")
         loading = {name: getattr(how, name) for name in names}
         loading |= {"tokenizer": absolute(how.tokenizer), "model": absolute(self._model_path)}
-        if how.chat_template is not None:  # a file, or a template's text
-            loading["chat_template"] = absolute(str(how.chat_template))
+        loading["chat_template"] = None if how.chat_template is None else absolute(str(how.chat_template))
         return partial(open_index, self.store.place.root, **loading), ()
 
     def trace(self, prompt: str | None = None, completion: str | None = None, **arguments: Any) -> "Trace":

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from whence.counts import number_of
 from whence.errors import CorpusError
+from whence.indexing.index_files import is_index_file
 from whence.indexing.manifest import PartEntry, ShardEntry
-from whence.indexing.store import Store, is_index_file
+from whence.indexing.store import Store
 from whence.indexing.verification import problems_of
 
 Recompute = Callable[[Sequence[tuple[int, int]]], Iterable[ShardEntry]]

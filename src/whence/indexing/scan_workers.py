@@ -104,6 +104,32 @@ def digest_of(store: "Store") -> str:
     return digest([store.manifest.to_json()])
 
 
+def ranked_by_workers(store: "Store", asked: ScanQuery, m: int) -> tuple[Ranking, Ranking]:
+    """`scan.top_k` of an index, on the engine that it is scanned on."""
+    found = [result for _, result in _results(store, asked, m)]
+    helpful, opposing = (merged([pair[end] for pair in found], m, sign) for end, sign in ((0, 1), (1, -1)))
+    return helpful, opposing
+
+
+def scored_by_workers(store: "Store", asked: ScanQuery) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
+    """`scan.block_scores` of an index, likewise: each part's as soon as those of all parts before it were given."""
+    early, first = dict[int, tuple[Stretch, Any]](), 0
+    for stretch, blocks in _results(store, asked, None):
+        early[stretch.first] = stretch, blocks
+        while first in early:
+            following, scores = early.pop(first)
+            yield from scores
+            first = following.end
+
+
+def _results(store: "Store", asked: ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
+    """Results of every stretch, in the order in which they are done."""
+    work = ScanWork(store.place.root, digest_of(store), asked.queries, asked.weights, asked.cosine, m)
+    jobs = stretches([part.rows for part in store.manifest.parts])
+    with runner.counting("Ranking", store.rows) as tick:
+        yield from runner.map(work, jobs, engine=store.engine, on_tick=tick)
+
+
 def merged(rankings: Sequence[Ranking], m: int, sign: int) -> Ranking:
     """The best m of several rankings: the highest scores, or with sign -1 the lowest; equal ones by the lower row."""
     if not rankings:

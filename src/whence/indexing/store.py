@@ -10,15 +10,12 @@ under its name, so that a kill at any moment loses at most the files being writt
 The store does not interpret the settings. Its files are checked by `verification` and mended by `repair`.
 """
 
-import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -30,6 +27,7 @@ from whence.counts import number_of
 from whence.errors import ChecksumError, MissingIndexError, SettingError
 from whence.indexing import scan
 from whence.indexing.codecs import Codec, codec
+from whence.indexing.index_files import is_index_file, refuse_other_files, refuse_other_manifest, refuse_stray_files
 from whence.indexing.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -43,14 +41,12 @@ from whence.indexing.manifest import (
     shard_file,
 )
 from whence.indexing.parts import part_bytes, part_rows
-from whence.indexing.scan_workers import ScanWork, Stretch, digest_of, merged, stretches
+from whence.indexing.scan_workers import ranked_by_workers, scored_by_workers
 from whence.indexing.shards import STATUSES, Shard, ShardArrays, encoded, read_shard, shard_pieces
+from whence.local_files import TEMPORARY
 from whence.runner import counted
-from whence.storage import TEMPORARY, Place
+from whence.storage import Place
 
-_INDEX_FILE = re.compile(
-    re.escape(MANIFEST) + r"|corpus/part-[0-9]{5,}\.parquet|checkpoint-[0-9]{3,}/shard-[0-9]{5,}\.safetensors"
-)
 FILES_PER_WRITE = 250
 """A manifest of more files than this is written once for several new ones, at most one for so many listed."""
 
@@ -72,10 +68,10 @@ class Store:
     def create(path: str | PathLike, manifest: Manifest) -> "Store":
         """Start an index in a new or empty directory."""
         place = Place.at(path)
-        _refuse_other_files(place)
+        refuse_other_files(place)
         if place.exists(MANIFEST):
             raise SettingError(f"{place.root} holds an index; start it over with --restart")
-        _refuse_stray_files(place)
+        refuse_stray_files(place)
         store = Store(place, manifest)
         store._save(manifest)
         return store
@@ -118,8 +114,8 @@ class Store:
         """
         place = Place.at(path)
         names = place.names()
-        _refuse_other_files(place)
-        _refuse_other_manifest(place)
+        refuse_other_files(place)
+        refuse_other_manifest(place)
         place.require_removable(names)
         # the manifest last: a restart that is killed can be restarted
         for name in sorted((name for name in names if is_index_file(name)), key=lambda name: name == MANIFEST):
@@ -379,9 +375,7 @@ class Store:
             raise SettingError(f"There is no top {m}: ask for 1 or more")
         scan_query = self._scan_query(queries, weights, cosine, minus)
         if not self._is_scanned_here:
-            found = [result for _, result in self._by_workers(scan_query, m)]
-            helpful, opposing = (merged([pair[end] for pair in found], m, sign) for end, sign in ((0, 1), (1, -1)))
-            return helpful, opposing
+            return ranked_by_workers(self, scan_query, m)
         batches = self._batches(queries.shape[1])
         steps = counted(batches, "Ranking", self.rows, lambda batch: int(batch.starts[-1]))
         return scan.top_k(scan_query, steps, min(m, max(self.rows, 1)))
@@ -403,29 +397,12 @@ class Store:
         if is_unit_mean:
             scan_query = replace(scan_query, queries=queries.cpu())
         if not self._is_scanned_here:
-            return self._in_order(scan_query)
+            return scored_by_workers(self, scan_query)
         return scan.block_scores(scan_query, self._pieces())
 
     @property
     def _is_scanned_here(self) -> bool:
         return runner.check_engine(self.engine).name == runner.LOCAL
-
-    def _in_order(self, asked: scan.ScanQuery) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
-        """Scores by workers, each as soon as those of all parts before it were given."""
-        early, first = dict[int, tuple[Stretch, Any]](), 0
-        for stretch, blocks in self._by_workers(asked, None):
-            early[stretch.first] = stretch, blocks
-            while first in early:
-                following, scores = early.pop(first)
-                yield from scores
-                first = following.end
-
-    def _by_workers(self, asked: scan.ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
-        """Results of every stretch, in the order in which they are done."""
-        work = ScanWork(self.place.root, digest_of(self), asked.queries, asked.weights, asked.cosine, m)
-        jobs = stretches([part.rows for part in self.manifest.parts])
-        with runner.counting("Ranking", self.rows) as tick:
-            yield from runner.map(work, jobs, engine=self.engine, on_tick=tick)
 
     def _scan_query(
         self, queries: Tensor, weights: Tensor, cosine: bool, minus: Tensor | None = None
@@ -494,43 +471,3 @@ class Store:
 def info(path: str | PathLike) -> dict:
     """Rows, counts by status, sizes and settings of an index."""
     return Store.open(path).info()
-
-
-def _refuse_other_files(place: Place) -> None:
-    """Refuse a directory that holds files of other kinds than an index's, before anything in it is touched."""
-    others = [name for name in place.names() if not is_index_file(name)]
-    if others:
-        raise SettingError(
-            f"{place.root} is not empty and not an index's alone ({others[0]} is there). Nothing was changed; "
-            "move that away, or give the index a directory of its own"
-        )
-
-
-def _refuse_other_manifest(place: Place) -> None:
-    """Refuse a `manifest.json` of another tool. A damaged one may be an index'."""
-    if not place.exists(MANIFEST):
-        return
-    try:
-        content = json.loads(place.read(MANIFEST))
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(content, dict) or not content.keys() & {"whence_version", "format_version"}:
-        raise SettingError(
-            f"{place.path(MANIFEST)} is not an index's. Nothing was changed; move it away, or give the index a "
-            "directory of its own"
-        )
-
-
-def _refuse_stray_files(place: Place) -> None:
-    """Refuse complete files with an index's names where there is no index: no kill leaves such files."""
-    strays = [name for name in place.names() if not name.endswith(TEMPORARY)]
-    if strays:
-        raise SettingError(
-            f"{place.root} has files with an index's names, such as {strays[0]}, and no {MANIFEST}. Nothing was "
-            "changed. Give the index a directory of its own, or, if they are what is left of one, add --restart"
-        )
-
-
-def is_index_file(name: str) -> bool:
-    """Whether an index writes a file of this name, complete or half-written; such a file may be removed."""
-    return _INDEX_FILE.fullmatch(name.removesuffix(TEMPORARY)) is not None

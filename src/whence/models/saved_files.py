@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from whence.checksums import Written, digest
+from whence.local_files import TEMPORARY
 from whence.records import read_record
-from whence.storage import TEMPORARY, FileEntry, Place
+from whence.storage import FileEntry, Place
 
 LIST = "whence_checksums.json"
 OF_TRAINING = ("optimizer.", "scheduler.", "rng_state", "training_args.", "trainer_state.", "in_run.", "online_mixing.",

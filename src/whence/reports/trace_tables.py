@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.counts import number_of
-from whence.evidence import timed
 from whence.reports.text import visible
 from whence.tracing.results import SURE, Answer, Hit, TokenMatrix, Trace
 
@@ -52,7 +51,9 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
             )
         )
     if evidence := trace.settings.get("evidence"):
-        parts.append(Text(visible(timed(evidence, trace.seconds_a_row)), "dim"))
+        parts.append(Text(visible(evidence), "dim"))
+    if trace.curvature_time:
+        parts.append(Text(trace.curvature_time, "dim"))
     return Group(*parts)
 
 

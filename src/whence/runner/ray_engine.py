@@ -236,6 +236,8 @@ class _Crew:
     """By what they are to answer: a greeting, or the outcome of a job."""
     idle: list[_Hand] = field(default_factory=list)
     finished: set[int] = field(default_factory=set)
+    single: set[int] = field(default_factory=set)
+    """Jobs of which a copy was refused: they are not given out twice again."""
     seconds: list[float] = field(default_factory=list)
     """Of finished jobs."""
     reported: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -315,7 +317,8 @@ class _Crew:
             return None
         now, slow = time.monotonic(), max(LEAST_SLOW, SLOW * statistics.median(self.seconds))
         busy = [hand for hand in self.hands if hand.job is not None and not hand.is_dismissed]
-        late = [hand for hand in busy if now - hand.since > slow and sum(hand.job == other.job for other in busy) == 1]
+        alone = [hand for hand in busy if sum(hand.job == other.job for other in busy) == 1]
+        late = [hand for hand in alone if now - hand.since > slow and hand.job not in self.single]
         if not late:
             return None
         oldest = min(late, key=lambda hand: hand.since)
@@ -374,6 +377,7 @@ class _Crew:
         if outcome.refusal is not None:
             name, message = outcome.refusal
             if any(other.job == job and not other.is_dismissed for other in self.hands):
+                self.single.add(job)
                 logger.warning("%s: one of two workers that do it refuses: %s", self.jobs[job], message)
                 return None
             raise getattr(errors, name, JobError)(message)

@@ -32,11 +32,12 @@ from whence.errors import (
     SettingError,
     UnknownNameError,
 )
+from whence.local_files import TEMPORARY
 from whence.models.weights import in_pieces
 from whence.records import Count, read_record, unlike_written
 from whence.second_order.eigen import Curvature, LayerCurvature
 from whence.second_order.factors import Factors
-from whence.storage import TEMPORARY, FileEntry, Place
+from whence.storage import FileEntry, Place
 
 DOCUMENT, BASES, EIGENVALUES = "curvature.json", "bases.safetensors", "eigenvalues.safetensors"
 FORMAT_VERSION = 1

@@ -22,7 +22,7 @@ from whence import catalogue
 from whence.corpus.unsupervised import reason
 from whence.counts import number_of
 from whence.errors import SettingError
-from whence.evidence import trace_evidence
+from whence.evidence import curvature_time, trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as
@@ -147,7 +147,9 @@ def trace(
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
-        described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), rankable=rankable)
+        passes = None if opened.has_contrasts else (min(MOST_ROWS, rankable), rankable)
+        described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), passes=passes)
+        time_words = "" if passes is None or seconds_a_row is None else curvature_time(passes, seconds_a_row)
         if traced.levels:
             context = opened.model().context
             described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
@@ -157,7 +159,7 @@ def trace(
                 f"{len(texts):,} queries: their examples are ranked by the index alone. --exact ranks short lists by "
                 "exact gradients, which takes about as long as indexing their rows again."
             )
-        return replace(traced, rows=rankable, settings=described, notes=notes, seconds_a_row=seconds_a_row)
+        return replace(traced, rows=rankable, settings=described, notes=notes, curvature_time=time_words)
 
 
 def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str | Path | None) -> dict[str, Any]:
@@ -312,7 +314,7 @@ def _evidence(
     options: Mapping[str, Any],
     *,
     is_exact: bool,
-    rankable: int,
+    passes: tuple[int, int] | None,
 ) -> str:
     """How well the method predicts retrainings, and what a better one costs here."""
     directory = Path(index.store.manifest.checkpoints[-1]["path"])
@@ -323,7 +325,7 @@ def _evidence(
         index.store.place.root,
         is_exact=is_exact or index.space.sketch == "identity",
         is_as_measured=is_plain and not {*options} - {"curvature"},
-        passes=None if index.has_contrasts else (min(MOST_ROWS, rankable), rankable),
+        passes=passes,
         run=run,
     )
 

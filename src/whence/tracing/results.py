@@ -223,8 +223,8 @@ class Trace:
     """For each query, with `exact`: how deep the short lists were."""
     stabilities: list[Stability] = field(default_factory=list)
     """For each query, how much of its helpful side would stand. Empty: the method is not of an index."""
-    seconds_a_row: float | None = field(default=None, compare=False)
-    """What an example's exact gradient took, where exact scores decided the order. It is in no file: it varies."""
+    curvature_time: str = field(default="", compare=False)
+    """What curvature would take here, in words, where exact gradients were timed. It is in no file: it varies."""
 
     to_arrow = outlets.to_arrow
     to_pandas = outlets.to_pandas
