@@ -23,7 +23,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_rows_are_chosen_written_and_told(command, files, tmp_path):
+def test_rows_are_chosen_written_and_told(command, files, tmp_path, monkeypatch):
     out = tmp_path / "chosen.jsonl"
     code, said, _ = command(
         "select", files / "pool.jsonl", "--tasks", files / "task.jsonl", "--method", "bm25", "--count", 4, "-o", out,
@@ -36,6 +36,7 @@ def test_rows_are_chosen_written_and_told(command, files, tmp_path):
     for words in ("4 of 16 rows", "by bm25", "times the pool's", "Rows in common with: random", "rows are chosen"):
         assert words in said
     assert "--compare less" not in said
+    monkeypatch.setenv("COLUMNS", "40")  # no width breaks the line that holds a command
     said = command("select", files / "pool.jsonl", "--tasks", files / "task.jsonl", "--method", "bm25", "--count", 4)[1]
     assert "bm25 gained 0.50, -0.02 and 0.26 nats" in said and said.count("--compare less") == 1
 

@@ -26,7 +26,7 @@ from whence.storage import Place
 MODULE = sys.modules["whence.indexing.build"]
 QUIET = {"width": 4, "progress": False}
 KILLS, KILLED_COPYING = 20, 6
-STORAGE = "storage.py"
+WRITING = "local_files.py"
 
 
 # -- killed builds
@@ -45,7 +45,7 @@ def drive(model, corpus, home):
     calls = forked(_counted_build, *arguments, home / "whole")
     seen, built = [], [home / "build-0"]
     while len(seen) < KILLS:
-        kind = STORAGE if len(seen) % 3 == 2 else ""
+        kind = WRITING if len(seen) % 3 == 2 else ""
         limit = calls["copying" + kind] if len(seen) < KILLED_COPYING else calls[kind] // 3
         if forked(_counted_build, *arguments, built[-1], dice.randrange(1, limit), kind) is None:
             seen.append(_progress(built[-1]))
@@ -58,7 +58,7 @@ def drive(model, corpus, home):
 def _counted_build(model, corpus, out, kill_after=None, kind=""):
     """Build, and be killed before call number `kill_after` from the moment that anything may be written.
 
-    Counted are calls into and out of Whence's functions ("") or of those that write (`STORAGE`). Returns the counts
+    Counted are calls into and out of Whence's functions ("") or of those that write (`WRITING`). Returns the counts
     at the end, and under "copying..." those when all rows were copied.
     """
     package, made, real = str(Path(MODULE.__file__).parents[1]), Counter(), Store.resume
@@ -66,12 +66,12 @@ def _counted_build(model, corpus, out, kill_after=None, kind=""):
     def count(frame, event, argument):
         if not event.endswith("call") or not (file := frame.f_code.co_filename).startswith(package):
             return
-        for each in ("", STORAGE):
+        for each in ("", WRITING):
             made[each] += file.endswith(each)
         if made[kind] == kill_after and file.endswith(kind):
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "call" and frame.f_code.co_name == "finish_parts":
-            made.update({"copying" + each: made[each] for each in ("", STORAGE)})
+            made.update({"copying" + each: made[each] for each in ("", WRITING)})
 
     def resume(*arguments):
         sys.setprofile(count)
@@ -103,7 +103,7 @@ def test_builds_killed_at_20_random_points_resume_to_the_same_bytes(tiny_run, tm
     The points: an uninterrupted build's calls into and out of Whence's functions are counted, from the first moment
     that anything is written; a `write`, `fsync` or `rename` that Whence asks for is such a call. Each child is killed
     before a call whose number is drawn (seed 0): for the first six kills from as many as copying the rows takes, for
-    the others from a third of the whole; for every third, only the calls of `storage` count, so that files are left
+    the others from a third of the whole; for every third, only the calls of `local_files` count, so that files are left
     half written. The next child resumes where it was killed, so that the points wander over the whole build; a child
     that completes one early is followed by a build elsewhere, until 20 were killed.
     """

@@ -46,7 +46,7 @@ def json_without_controls(text: str) -> str:
 def print_part(part: Any, *, err: bool = False) -> None:
     """Print a table, or a line as it stands, for its paths and commands are copied."""
     shown = visible(part) if isinstance(part, str) else _Visible(part)
-    Console(stderr=err).print(shown, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    Console(stderr=err).print(shown, markup=False, highlight=False, crop=False, soft_wrap=isinstance(part, str))
 
 
 def print_marked(part: Any, *, err: bool = False) -> None:

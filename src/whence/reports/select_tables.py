@@ -8,7 +8,7 @@ from rich.text import Text
 
 from whence.corpus.layouts import shown_text
 from whence.counts import number_of
-from whence.reports.tables import plain_table
+from whence.reports.tables import plain_table, unbroken
 from whence.reports.text import visible
 from whence.selection.description import composition, lengths, nearness
 from whence.selection.pipeline import Chosen
@@ -47,7 +47,7 @@ def select_tables(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -
         listed = ", ".join(f"{name} {share:.0%}" for name, share in overlaps.items())
         parts.append(Text(f"Rows in common with: {listed}.", "dim"))
     elif evidence := chosen.settings.get("evidence"):
-        parts.append(Text(visible(evidence), "dim"))
+        parts.append(unbroken(evidence, "dim"))
     return Group(*parts)
 
 

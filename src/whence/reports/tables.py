@@ -7,6 +7,8 @@ visible.
 from rich.table import Table
 from rich.text import Text
 
+from whence.reports.text import visible
+
 
 def pairs_table(lines: dict[str, str]) -> Table:
     """Names and values, one a line."""
@@ -21,3 +23,8 @@ def pairs_table(lines: dict[str, str]) -> Table:
 def plain_table(title: str | None = None) -> Table:
     """A table without lines, its title and head at the left."""
     return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold dim")
+
+
+def unbroken(line: str, style: str) -> Text:
+    """A line that holds a command: it is copied, so that the terminal may wrap it but no line break is put into it."""
+    return Text(visible(line), style, no_wrap=True, overflow="ignore")

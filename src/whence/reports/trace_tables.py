@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whence.counts import number_of
+from whence.reports.tables import unbroken
 from whence.reports.text import visible
 from whence.tracing.results import SURE, Answer, Hit, TokenMatrix, Trace
 
@@ -51,7 +52,7 @@ def trace_tables(trace: Trace, *, most: int = 20) -> RenderableType:
             )
         )
     if evidence := trace.settings.get("evidence"):
-        parts.append(Text(visible(evidence), "dim"))
+        parts.append(unbroken(evidence, "dim"))
     if trace.curvature_time:
         parts.append(Text(trace.curvature_time, "dim"))
     return Group(*parts)
