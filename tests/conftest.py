@@ -251,13 +251,6 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(importlib.import_module("whence.indexing.ingest"), "ROWS_PER_SHARD", 16)
 
 
-def without_s3fs(monkeypatch):
-    """As if s3fs were not installed, though a test before may have used it."""
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    for protocol in ("s3", "s3a"):
-        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-
-
 def cut_short(monkeypatch, name, calls):
     """Let a method of the store raise KeyboardInterrupt after so many calls."""
     from whence.indexing.store import Store

@@ -4,10 +4,12 @@ The cluster is started once, for it takes seconds: what is tested is the crew. T
 tested where builds are killed (`indexing/test_ray_builds.py`).
 """
 
+import gc
 import os
 import signal
 import socket
 import time
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -17,17 +19,20 @@ from whence.errors import CorpusError, JobError, ManifestMismatchError, MissingE
 from whence.runner import Engine, engines
 
 ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
+ray_worker = pytest.importorskip("whence.runner.ray_worker", exc_type=ImportError)
+ray_cluster = pytest.importorskip("whence.runner.ray_cluster", exc_type=ImportError)
 
 pytestmark = pytest.mark.timeout(240)
+ROOM = Engine("ray", workers=12)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Three places for workers."""
+    """Workers that are hired by one test serve the next; there is room for as many again."""
     with pytest.MonkeyPatch.context() as patch:
         paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # workers import this file
-        with ray_engine._cluster(Engine("ray", workers=3)):
+        with runner.workers_kept(ROOM), ray_cluster.workers_of(ROOM):
             yield
 
 
@@ -55,6 +60,13 @@ class Work:
     def _where(self, job, tick):
         time.sleep(0.3)
         return os.getpid()
+
+    def _is_slow_at_first(self, job, tick):
+        time.sleep(0 if job else 1.0)
+        return job * 2
+
+    def _counts(self, job, tick):
+        return sum(isinstance(each, Work) for each in gc.get_objects())
 
     def _dies_once(self, job, tick):
         tick(1, 10)
@@ -89,7 +101,10 @@ class Work:
 
     def _is_taken(self, job, tick):
         if job == 0 and self.attempts(job) == 1:
-            time.sleep(8.0)
+            end = time.monotonic() + 60.0
+            while len([*Path(self.folder).glob("0-*")]) == 1 and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(2.0)  # in which the other one refuses
         elif job == 0:
             raise ManifestMismatchError("busy")
         time.sleep(0.2)
@@ -110,9 +125,23 @@ def test_results_are_those_of_this_process(tmp_path):
     assert [sum(column) for column in zip(*ticks, strict=True)] == [7, 70]
 
 
+def test_results_can_be_held_back_until_it_is_their_turn(tmp_path):
+    found = [*runner.map_in_order(Work(tmp_path, "is_slow_at_first"), range(5), engine=Engine("ray", workers=2))]
+    assert found == [(job, job * 2) for job in range(5)]
+
+
 def test_jobs_run_in_as_many_processes_as_are_asked_for(tmp_path):
-    processes = {*done(Work(tmp_path, "where"), range(9), workers=3).values()}
+    processes = {*Context().run(done, Work(tmp_path, "where"), range(9), workers=3).values()}
     assert len(processes) == 3 and os.getpid() not in processes
+
+
+def test_workers_stay_for_the_next_work_and_hold_nothing_of_the_last(tmp_path):
+    """Within a block; outside of it each map has its own."""
+    first, second = ({*done(Work(tmp_path, "where"), range(6)).values()} for _ in range(2))
+    assert first == second and len(first) == 2
+    assert {*done(Work(tmp_path, "counts"), range(6)).values()} == {1}
+    alone = {*Context().run(done, Work(tmp_path, "where"), range(6)).values()}
+    assert not alone & first
 
 
 def test_no_jobs_take_no_workers(tmp_path, monkeypatch):
@@ -131,7 +160,7 @@ def test_a_lost_worker_costs_the_job_that_it_had(tmp_path, behaviour):
 def test_a_job_that_takes_down_every_worker_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_engine, "LOSSES", 1)
     with pytest.raises(JobError, match=r"^job lost its worker 2 times, .* take fewer --workers, or give"):
-        done(Work(tmp_path, "dies_always"), ["job"])
+        Context().run(done, Work(tmp_path, "dies_always"), ["job"])  # by workers of its own
     assert len([*tmp_path.iterdir()]) == 2
 
 
@@ -142,8 +171,15 @@ def test_a_stragglers_job_is_given_to_another_worker(tmp_path, monkeypatch, capl
 
 
 def test_a_finished_job_is_not_given_out_again(tmp_path):
-    crew = ray_engine._Crew(ray_engine._Kind(3, 1, 0.0), b"", range(3), lambda *_: None, 0, "")
-    slow, copy, other = (ray_engine._Hand(None, process=number, job=0, since=-1e6) for number in (1, 2, 3))
+    crew = ray_engine._Crew(
+        ray_cluster.Kind(3, 1, 0.0),
+        ray_cluster.Kept(),
+        b"",
+        range(3),
+        lambda *_: None,
+        ray_worker.How(0, "", str(tmp_path)),
+    )
+    slow, copy, other = (ray_cluster.Hand(None, process=number, job=0, since=-1e6) for number in (1, 2, 3))
     other.job, crew.hands, crew.seconds, crew.finished = 1, [slow, copy, other], [1.0], {0, 2}
     slow.is_dismissed = copy.is_dismissed = True
     assert crew._next() == 1  # the one that is still running, and not the one whose copies were dismissed
@@ -157,26 +193,26 @@ def test_a_refusal_by_one_of_two_copies_is_not_the_end(tmp_path, monkeypatch, ca
 
 def test_the_last_job_has_no_more_threads_than_the_others(monkeypatch):
     machine = {"Alive": True, "Resources": {"CPU": 8.0}}
-    monkeypatch.setattr(ray_engine.ray, "nodes", lambda: [machine, {"Alive": False, "Resources": {"CPU": 64.0}}])
-    monkeypatch.setattr(ray_engine.torch, "get_num_threads", lambda: 8)
-    kinds = [ray_engine._Kind.of(Engine("ray", workers=4), jobs) for jobs in (9, 2, 1)]
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [machine, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    monkeypatch.setattr(ray_cluster.torch, "get_num_threads", lambda: 8)
+    kinds = [ray_cluster.Kind.of(Engine("ray", workers=4), jobs) for jobs in (9, 2, 1)]
     assert [(kind.workers, kind.cores) for kind in kinds] == [(4, 2), (2, 2), (1, 2)]
-    assert ray_engine._Kind.of(Engine("ray"), 99) == ray_engine._Kind(8, 1, 0.0)
+    assert ray_cluster.Kind.of(Engine("ray"), 99) == ray_cluster.Kind(8, 1, 0.0)
     machine["Resources"]["GPU"] = 2.0
-    assert ray_engine._Kind.of(Engine("ray"), 99) == ray_engine._Kind(2, 4, 1.0)
-    assert ray_engine._Kind.of(Engine("ray", gpus_per_worker=0.5), 99) == ray_engine._Kind(4, 2, 0.5)
+    assert ray_cluster.Kind.of(Engine("ray"), 99) == ray_cluster.Kind(2, 4, 1.0)
+    assert ray_cluster.Kind.of(Engine("ray", gpus_per_worker=0.5), 99) == ray_cluster.Kind(4, 2, 0.5)
 
 
 def test_a_cluster_without_room_is_told_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ray_engine, "PATIENCE", 0.5)
-    monkeypatch.setattr(ray_engine, "_Kind", type("Kind", (), {"of": lambda *_: ray_engine_kind(1, 64, 0.0)}))
+    monkeypatch.setattr(ray_engine, "Kind", type("Kind", (), {"of": lambda *_: kind_of_worker(1, 64, 0.0)}))
     monkeypatch.setattr(ray_engine._Crew, "_look", stop_when(lambda: "no worker has come" in caplog.text))
     with pytest.raises(KeyboardInterrupt):
         done(Work(tmp_path), [1])
     assert "each takes 64 cores and 0 GPUs; the cluster has" in caplog.text
 
 
-ray_engine_kind = ray_engine._Kind
+kind_of_worker = ray_cluster.Kind
 
 
 def stop_when(is_enough):
@@ -209,7 +245,7 @@ def test_lack_of_memory_is_explained(tmp_path):
 def test_another_whence_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("whence.__version__", "9.9.9")
     with pytest.raises(SettingError, match=r"has Whence \d\S*, and this is 9\.9\.9"):
-        done(Work(tmp_path), [1])
+        Context().run(done, Work(tmp_path), [1])  # a worker of its own, that is greeted
 
 
 def test_gpus_that_are_not_there_are_refused(tmp_path):
@@ -218,7 +254,7 @@ def test_gpus_that_are_not_there_are_refused(tmp_path):
 
 
 def test_a_cluster_that_is_not_there_is_told_of_at_once(monkeypatch):
-    monkeypatch.setattr(ray_engine.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(SettingError, match=rf"^--address 127\.0\.0\.1:{port}: Ray cannot be reached .*refused"):

@@ -15,20 +15,20 @@ from whence.ablation.member_training import train_pool
 from whence.evaluation.bank_pipeline import bank
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.removal import evaluate_removal
-from whence.runner import Engine
+from whence.runner import Engine, workers_kept
 from whence.training.trainer import train
 
-ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
+pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
 pytestmark = pytest.mark.timeout(300)
 TWO = Engine("ray", workers=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_and_a_cluster():
-    """Threads change the order of sums; the cluster is started once."""
+    """Threads change the order of sums; workers are started once."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ray_engine._cluster(TWO):
+    with workers_kept(TWO):
         yield
     torch.set_num_threads(threads)
 
@@ -59,7 +59,9 @@ def test_a_pool_has_the_same_members(tmp_path):
         train_pool(model, rows, tmp_path / name, engine=engine, **settings)
     assert close(tmp_path / "here", tmp_path / "there") == 2
     pools = [json.loads((tmp_path / name / "pool.json").read_text()) for name in ("here", "there")]
-    facts = [[(each["partition"], each["rows"], each["digest"]) for each in pool["members"]] for pool in pools]
+    facts = [
+        [(each["partition"], each["file"], each["rows"], each["digest"]) for each in pool["members"]] for pool in pools
+    ]
     assert facts[0] == facts[1] and pools[0]["recipe"] == pools[1]["recipe"]
     assert not (tmp_path / "there" / "work").exists()
 

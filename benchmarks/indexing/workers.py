@@ -135,7 +135,7 @@ def workers_of(mark: str) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            at_work = (process / "cmdline").read_bytes().startswith(b"ray::_Worker.do")
+            at_work = (process / "cmdline").read_bytes().startswith(b"ray::Worker.do")
             if at_work and mark.encode() in (process / "environ").read_bytes():
                 found.append(int(process.name))
     return found
@@ -261,7 +261,7 @@ def workers_at_work(namespace: str) -> int | None:
     listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()
     for process in map(int, listed):
         with suppress(OSError):
-            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::_Worker.do"):
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::Worker.do"):
                 return process
     return None
 

@@ -109,11 +109,13 @@ def at_base(options: argparse.Namespace, corpus: Corpus, cells: list[Cell]) -> P
                 assert start is not None
                 starts[name] = start
         base = load_model(cells[0].case.base, dtype="float32")
-        return gather_adapters(base, corpus, starts, work=work, settings=settings, provenance={})
+        return gather_adapters(base, corpus, starts, rows=options.rows, work=work, settings=settings, provenance={})
     with at_point(cells[0].case, 0.0) as model:
         layers = model.layers(None)
         targets = {name: case.direction(model, layers) for name, case in names.items()}
-        return gather_point(model, corpus, targets, work=work, settings=settings, provenance={}, sketched=False)
+        return gather_point(
+            model, corpus, targets, rows=options.rows, work=work, settings=settings, provenance={}, sketched=False
+        )
 
 
 def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: PointEvidence | None) -> dict[str, object]:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whence as whence_package
-from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, without_s3fs, write_jsonl
+from conftest import ENDING, byte_tokenizer, contents, corpus_rows, save_tiny_llama, write_jsonl
+from missing_packages import without_s3fs
 from whence import __version__, catalogue
 from whence.cli.app import main
 from whence.indexing.codecs import CODECS

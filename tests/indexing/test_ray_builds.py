@@ -15,9 +15,9 @@ from conftest import contents, corpus_rows, write_jsonl
 from whence.errors import StorageError
 from whence.indexing import build as building
 from whence.indexing.build import ShardWork, append, index, verify
-from whence.runner import Engine
+from whence.runner import Engine, workers_kept
 
-ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
+pytest.importorskip("whence.runner.ray_cluster", exc_type=ImportError)
 pytestmark = pytest.mark.timeout(300)
 BUILT = {"projection": "two_sided", "width": 8, "progress": False}
 TWO = Engine("ray", workers=2)
@@ -25,13 +25,13 @@ TWO = Engine("ray", workers=2)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_and_a_cluster():
-    """Threads change the order of sums; the cluster is started once."""
+    """Threads change the order of sums; workers are started once."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         paths = *map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # workers import this file
-        with ray_engine._cluster(TWO):
+        with workers_kept(TWO):
             yield
     torch.set_num_threads(threads)
 

@@ -11,7 +11,7 @@ from conftest import corpus_rows
 from whence.indexing.build import index
 from whence.indexing.scan import Ranking
 from whence.indexing.scan_workers import MOST_JOBS, ScanWork, digest_of, merged, stretches
-from whence.runner import Engine
+from whence.runner import Engine, workers_kept
 from whence.selection.pipeline import select
 from whence.tracing.pipeline import trace
 
@@ -74,9 +74,9 @@ def test_the_work_of_all_stretches_is_the_scan(built, cosine):
 
 @pytest.mark.timeout(240)
 def test_workers_of_ray_give_the_same_answers(built):
-    ray_engine = pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
+    pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
     place, two = built.store.place.root, Engine("ray", workers=2)
-    with ray_engine._cluster(two):
+    with workers_kept(two):
         traced = [trace(place, "5 and 3?", " yes, 12", top=3, engine=engine) for engine in ("local", two)]
         chosen = [select(place, corpus_rows(2, first=100), count=5, engine=engine) for engine in ("local", two)]
     hits, others = (each.hits for each in traced)

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 import whence
-from conftest import without_s3fs
+from missing_packages import without_s3fs
 from whence.errors import (
     ChecksumError,
     FormatVersionError,

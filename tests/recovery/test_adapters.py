@@ -74,5 +74,11 @@ def test_adapters_of_other_layers_are_refused(base, adapters, tmp_path):
             starts[name] = adapter_start(model, case.direction(model, model.layers(case.settings.space.layers)))
     with pytest.raises(SettingError, match="the adapter two is of other layers than one"):
         gather_adapters(
-            load_model(base), open_corpus(ROWS), starts, work=Place.at(tmp_path), settings=case.settings, provenance={}
+            load_model(base),
+            open_corpus(ROWS),
+            starts,
+            rows=len(ROWS),
+            work=Place.at(tmp_path),
+            settings=case.settings,
+            provenance={},
         )

@@ -40,7 +40,13 @@ def gathered(model, place, rows=None, settings=SETTINGS, seeds=(0, 1)):
     layers = model.layers(settings.space.layers)
     targets = {f"t{seed}": direction_by_layer(model, layers, drawn(model, seed)) for seed in seeds}
     return gather_point(
-        model, open_corpus(rows or ROWS), targets, work=Place.at(place), settings=settings, provenance={"point": 1}
+        model,
+        open_corpus(rows or ROWS),
+        targets,
+        rows=len(rows or ROWS),
+        work=Place.at(place),
+        settings=settings,
+        provenance={"point": 1},
     )
 
 
@@ -140,7 +146,15 @@ def test_a_directory_of_other_evidence_is_refused(tmp_path):
 def test_a_target_needs_every_layer(tmp_path):
     model = worded("llama")
     with pytest.raises(SettingError, match="has no matrix for the layer"):
-        gather_point(model, open_corpus(ROWS), {"t": {}}, work=Place.at(tmp_path), settings=SETTINGS, provenance={})
+        gather_point(
+            model,
+            open_corpus(ROWS),
+            {"t": {}},
+            rows=len(ROWS),
+            work=Place.at(tmp_path),
+            settings=SETTINGS,
+            provenance={},
+        )
     assert ROWS_PER_PART == 512
 
 

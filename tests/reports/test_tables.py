@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import without_s3fs
+from missing_packages import without_s3fs
 from whence.cli.console import print_json
 from whence.errors import MissingExtraError, SettingError, StorageError
 from whence.indexing.store import Store

@@ -155,7 +155,7 @@ def train_pool(
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
             is_here = runner.check_engine(engine).name == runner.LOCAL
             work = PoolWork(Path(pool.place.root).resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
-            for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
+            for partition, (run, loss) in runner.map_in_order(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
                                         rows=len(partition.pieces), size=partition.tokens,
                                         digest=partition.digest)  # fmt: skip

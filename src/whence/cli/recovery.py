@@ -13,6 +13,7 @@ from whence.cli.options import (
     ChatTemplate,
     Date,
     DryRun,
+    EngineFlags,
     Force,
     Json,
     NoPreferences,
@@ -99,6 +100,8 @@ def recover(
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    *,
+    running: EngineFlags,
 ) -> None:
     """Which rows was this model trained on? From its weights and those it began with."""
     from whence.corpus.columns import current, original
@@ -120,6 +123,7 @@ def recover(
         "supervise": supervise,
     }  # fmt: skip
     check_count(count, RecoverSettings(**settings))
+    engine = running.chosen()
     outputs = [Output("-o", out), Output("--report", report, REPORT_ENDINGS)]
     check_outputs(outputs, rows=[corpus], others=[base, final, tokenizer], force=force)
     if not work:
@@ -139,7 +143,7 @@ def recover(
         from whence.reports.recover_page import recover_page
         from whence.reports.recover_tables import recover_answer, recover_tables
         from whence.reports.saved_results import write_report
-    result = run(base, final, corpus, count=count, work=work, progress=not as_json, **settings)
+    result = run(base, final, corpus, count=count, work=work, engine=engine, progress=not as_json, **settings)
     if out is not None:
         write_rows([original(row, current()) for row in result.rows], out)
     if report is not None:

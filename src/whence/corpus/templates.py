@@ -58,6 +58,11 @@ def written_by(template: str | Path | None, date: str | None, supervised: str | 
         _defaults.reset(token)
 
 
+def writing_defaults() -> tuple[str | Path | None, str | None, str | None]:
+    """What `written_by` has set, for another process to set it too."""
+    return _defaults.get()
+
+
 def today() -> str:
     """The current day as YYYY-MM-DD."""
     return datetime.date.today().isoformat()

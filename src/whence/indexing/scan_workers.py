@@ -113,21 +113,16 @@ def ranked_by_workers(store: "Store", asked: ScanQuery, m: int) -> tuple[Ranking
 
 def scored_by_workers(store: "Store", asked: ScanQuery) -> Iterator[tuple[int, Float32[Tensor, "q n"]]]:
     """`scan.block_scores` of an index, likewise: each part's as soon as those of all parts before it were given."""
-    early, first = dict[int, tuple[Stretch, Any]](), 0
-    for stretch, blocks in _results(store, asked, None):
-        early[stretch.first] = stretch, blocks
-        while first in early:
-            following, scores = early.pop(first)
-            yield from scores
-            first = following.end
+    for _, blocks in _results(store, asked, None):
+        yield from blocks
 
 
 def _results(store: "Store", asked: ScanQuery, m: int | None) -> Iterator[tuple[Stretch, Any]]:
-    """Results of every stretch, in the order in which they are done."""
+    """Results of every stretch, in order."""
     work = ScanWork(store.place.root, digest_of(store), asked.queries, asked.weights, asked.cosine, m)
     jobs = stretches([part.rows for part in store.manifest.parts])
     with runner.counting("Ranking", store.rows) as tick:
-        yield from runner.map(work, jobs, engine=store.engine, on_tick=tick)
+        yield from runner.map_in_order(work, jobs, engine=store.engine, on_tick=tick)
 
 
 def merged(rankings: Sequence[Ranking], m: int, sign: int) -> Ranking:

@@ -23,7 +23,7 @@ from whence.errors import SettingError
 from whence.gradients.capture import Captured, example_gradients
 from whence.indexing.vectors import IndexSettings
 from whence.models.loading import LoadedModel
-from whence.recovery.evidence import LayerDirection, Pass, PointEvidence, claim, length_of, streamed
+from whence.recovery.evidence import LayerDirection, Pass, PointEvidence, Workers, claim, length_of, streamed
 from whence.runner import Tick
 from whence.storage import Place
 
@@ -65,9 +65,11 @@ def gather_adapters(
     corpus: Corpus,
     starts: Mapping[str, AdapterStart],
     *,
+    rows: int,
     work: Place,
     settings: IndexSettings,
     provenance: Mapping[str, Any],
+    workers: Workers | None = None,
     tick: Tick = lambda examples, tokens: None,
 ) -> PointEvidence:
     """Gather a corpus' evidence at theta_0 for several adapters, or go on doing so; see `evidence.gather_point`.
@@ -76,9 +78,11 @@ def gather_adapters(
         base: The model at theta_0, without an adapter.
         corpus: Its rows, in order.
         starts: Adapters by name, all of the same layers.
+        rows: How many rows there are.
         work: Directory of the parts.
         settings: Reduction, longest row and batches.
         provenance: What else decides the evidence.
+        workers: Processes that gather parts, and how they open the point; None: this process does.
         tick: Called with the rows and tokens that are done.
 
     Returns:
@@ -101,7 +105,8 @@ def gather_adapters(
         "inputs": {name: round(length_of(start.inputs, start.inputs), 6) for name, start in starts.items()},
     }
     claim(work, manifest)
-    _, columns = streamed(_AdapterPass.of(base, starts, settings), corpus, work, tick)
+    point_pass = AdapterPass.of(base, starts, settings)
+    _, columns = streamed(point_pass, corpus, work, rows=rows, workers=workers, tick=tick)
     norms = {name: columns[f"norm {name}"] for name in starts}
     return PointEvidence(
         place=work,
@@ -117,13 +122,13 @@ def gather_adapters(
 
 
 @dataclass
-class _AdapterPass(Pass):
+class AdapterPass(Pass):
     """A pass over the base that forms the gradients of every adapter's B."""
 
     starts: Mapping[str, AdapterStart]
 
     @classmethod
-    def of(cls, base: LoadedModel, starts: Mapping[str, AdapterStart], settings: IndexSettings) -> "_AdapterPass":
+    def of(cls, base: LoadedModel, starts: Mapping[str, AdapterStart], settings: IndexSettings) -> "AdapterPass":
         """A pass over the layers that are adapted."""
         layers = {
             layer: base.base.get_submodule(layer.partition(ADAPTER_INFIX)[0])

@@ -21,7 +21,8 @@ supervised tokens.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +31,11 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor, nn
 
+from whence import runner
 from whence.corpus.reading import Corpus, Example
+from whence.corpus.templates import writing_defaults, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
-from whence.errors import ManifestMismatchError, ModelError, SettingError
+from whence.errors import ManifestMismatchError, ModelError, SettingError, StorageError
 from whence.gradients.capture import FORMED_ENTRIES, Captured, backward, example_gradients
 from whence.gradients.protocols import Projection
 from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
@@ -44,6 +47,8 @@ from whence.storage import Place, claim_directory
 ROWS_PER_PART = 512
 """Rows of a file: a stop loses at most so many."""
 MANIFEST = "evidence.json"
+LESS_MEMORY = "lower --max-tokens, and name another --work directory"
+"""Advice where a pass does not fit."""
 
 LayerDirection = Mapping[str, Float32[Tensor, "o i"]]
 """A direction in weight space by traced layer, laid out as the layer's gradient."""
@@ -127,10 +132,12 @@ def gather_point(
     corpus: Corpus,
     directions: Mapping[str, LayerDirection],
     *,
+    rows: int,
     work: Place,
     settings: IndexSettings,
     provenance: Mapping[str, Any],
     sketched: bool = True,
+    workers: "Workers | None" = None,
     tick: Tick = lambda examples, tokens: None,
 ) -> PointEvidence:
     """Gather a corpus' evidence at one point, or go on doing so.
@@ -139,10 +146,12 @@ def gather_point(
         model: The model at theta, frozen.
         corpus: Its rows, in order.
         directions: T by name; each covers every traced layer.
+        rows: Number of rows.
         work: Directory of this point's parts.
         settings: Layers, reduction, sketch, longest row and batches, as of an index.
         provenance: What else decides the evidence, such as digests of the models: a directory of another is refused.
         sketched: Whether to make vectors.
+        workers: Processes that gather parts, and how they open the point; None: this process does.
         tick: Called with the rows and tokens that are done.
 
     Raises:
@@ -163,13 +172,13 @@ def gather_point(
         "sketched": sketched,
     }
     claim(work, manifest)
-    projection = projection_for(model, settings) if sketched else None
-    parts, columns = streamed(Pass(model, layers, directions, projection, settings), corpus, work, tick)
+    point_pass = pass_at(model, layers, directions, settings, sketched=sketched)
+    parts, columns = streamed(point_pass, corpus, work, rows=rows, workers=workers, tick=tick)
     return PointEvidence(
         place=work,
         parts=parts,
         layers=tuple(layers),
-        width=projection.width if projection else 0,
+        width=point_pass.projection.width if point_pass.projection else 0,
         loss=columns["loss"],
         norms=columns["norm"],
         tokens=columns["tokens"].long(),
@@ -177,21 +186,25 @@ def gather_point(
     )
 
 
-def streamed(pass_over: "Pass", corpus: Corpus, work: Place, tick: Tick) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+def streamed(
+    point_pass: "Pass", corpus: Corpus, work: Place, *, rows: int, workers: "Workers | None", tick: Tick
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Make the parts that are not on the disk yet; all parts' names, and their arrays joined, vectors excepted."""
-    names = []
-    for number, rows in enumerate(parts_of(corpus)):
-        name = f"part-{number:05d}.safetensors"
-        names.append(name)
-        if not work.exists(name):
-            arrays = pass_over.rows(
-                [encode(row.row, pass_over.model.tokenizer, pass_over.longest) for row in rows], tick
+    starts = range(0, rows, ROWS_PER_PART)
+    parts = [Part(number, first, min(ROWS_PER_PART, rows - first)) for number, first in enumerate(starts)]
+    missing = [part for part in parts if not work.exists(part.file)]
+    tick(sum(part.rows for part in parts) - sum(part.rows for part in missing), 0)
+    part_work = PartWork(corpus, work, None if workers is None else workers.opening, point_pass)
+    engine = "local" if workers is None else workers.engine
+    for part, _ in runner.map(part_work, missing, engine=engine, on_tick=tick, less_memory=LESS_MEMORY):
+        if not work.exists(part.file):
+            raise StorageError(
+                f"{work.path(part.file)}: a worker wrote it, and it is not here: the two do not share this disk. Let "
+                "--work be a directory that all machines share"
             )
-            work.write_recorded(name, safetensors.torch.save(arrays))
-        else:
-            tick(len(rows), 0)
-    parts = [_read(work, name, but="vectors") for name in names]
-    return tuple(names), {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]} if parts else {}
+    arrays = [_read(work, part.file, but="vectors") for part in parts]
+    joined = {name: torch.cat([part[name] for part in arrays], -1) for name in arrays[0]} if arrays else {}
+    return tuple(part.file for part in parts), joined
 
 
 def claim(work: Place, kept: Mapping[str, Any]) -> None:
@@ -324,6 +337,88 @@ class Pass:
                     self.projection.flat(formed, layer=captured.layer),
                 )
                 self.arrays["vectors"][:, columns].index_add_(0, chunk, block.cpu())
+
+
+def pass_at(
+    model: LoadedModel,
+    layers: Mapping[str, nn.Module],
+    directions: Mapping[str, LayerDirection],
+    settings: IndexSettings,
+    *,
+    sketched: bool,
+) -> Pass:
+    """The pass over rows at a point, with vectors or without."""
+    return Pass(model, layers, directions, projection_for(model, settings) if sketched else None, settings)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that gather evidence."""
+
+    engine: runner.EngineOption
+    opening: Callable[[], AbstractContextManager[Pass]]
+    """How one of them opens the point; it is sent there."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The work of one file."""
+
+    number: int
+    first: int
+    """Number of its first row."""
+    rows: int
+
+    def __str__(self):
+        return f"part {self.number} of the evidence"
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"part-{self.number:05d}.safetensors"
+
+
+@dataclass
+class PartWork:
+    """Gathers evidence of a part's rows, and writes it.
+
+    A worker opens the point and reads the corpus itself, from the same places.
+    """
+
+    corpus: Corpus
+    work: Place
+    opening: Callable[[], AbstractContextManager[Pass]] | None
+    point_pass: Pass | None
+    """None where it is yet to be opened."""
+    written_as: tuple[Any, ...] = field(default_factory=writing_defaults)
+    """How rows are written, for a tokenizer that is loaded elsewhere."""
+    _open: ExitStack = field(default_factory=ExitStack)
+    _rows: Iterator[Example] | None = None
+    _next: int = 0
+    """Number of the row at which `_rows` is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"point_pass": None, "_open": ExitStack(), "_rows": None, "_next": 0}
+
+    def __call__(self, part: Part, tick: Tick) -> None:
+        """Write one part."""
+        if self.point_pass is None:
+            assert self.opening is not None
+            with written_by(*self.written_as):
+                self.point_pass = self._open.enter_context(self.opening())
+        tokenizer, longest = self.point_pass.model.tokenizer, self.point_pass.longest
+        encoded = [encode(example.row, tokenizer, longest) for example in self._examples(part)]
+        self.work.write_recorded(part.file, safetensors.torch.save(self.point_pass.rows(encoded, tick)))
+
+    def _examples(self, part: Part) -> list[Example]:
+        """Rows of a part: the corpus is read onwards, and anew for a part that lies behind."""
+        if self._rows is None or part.first < self._next:
+            self._rows, self._next = iter(self.corpus), 0
+        rows, self._rows = self._rows, None  # a reading that fails is not gone on with
+        skipped = part.first - self._next
+        examples = list(itertools.islice(rows, skipped, skipped + part.rows))
+        self._rows, self._next = rows, part.first + part.rows
+        return examples
 
 
 def parts_of(corpus: Corpus) -> Iterator[list[Example]]:

@@ -58,7 +58,7 @@ from whence.recovery.shadow_calibration import (
     recipe_of,
 )
 from whence.recovery.shares import rows_of, shares_of_sources
-from whence.runner import ProgressOption
+from whence.runner import LOCAL, EngineOption, ProgressOption, check_engine, workers_kept
 from whence.storage import Place
 
 
@@ -118,6 +118,7 @@ def recover(
     *,
     count: int | None = None,
     work: str | Path = "whence-recover.work",
+    engine: EngineOption = LOCAL,
     progress: ProgressOption = True,
     **settings: Any,
 ) -> Recovered:
@@ -130,6 +131,7 @@ def recover(
         count: Rows to choose, and about the number that the model was trained on. None: the rows more likely members
             than not; the shadow is trained on a tenth of the corpus.
         work: Directory of the evidence and the shadow; the same call goes on from there.
+        engine: Where rows are read; see `runner`. Models are trained in this process.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
         settings: Fields of `RecoverSettings` by name, such as `method="nnls"`.
 
@@ -143,6 +145,7 @@ def recover(
     """
     chosen = RecoverSettings(**settings)
     check_count(count, chosen)
+    check_engine(engine)
     refuse_inputs(work, [base, final, corpus, chosen.tokenizer], flag="--work", is_directory=True)
     case, place = open_case(str(base), str(final), chosen), Path(work)
     tokenizer = load_tokenizer(case.tokenizer or case.final, case.base, False)
@@ -150,12 +153,20 @@ def recover(
     date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
     supervised = chosen.supervise or supervision_of_training(case.final)
-    with written_by(chosen.chat_template, date, supervised), writing_to(work):
-        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, progress=progress)
+    with written_by(chosen.chat_template, date, supervised), writing_to(work), workers_kept(engine):
+        return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, engine=engine,
+                          progress=progress)  # fmt: skip
 
 
 def _recovered(
-    case: Case, opened: Corpus, chosen: RecoverSettings, *, count: int | None, place: Path, progress: ProgressOption
+    case: Case,
+    opened: Corpus,
+    chosen: RecoverSettings,
+    *,
+    count: int | None,
+    place: Path,
+    engine: EngineOption,
+    progress: ProgressOption,
 ) -> Recovered:
     """As `recover`, of two models that have been compared."""
     fingerprint = fingerprint_of(opened)
@@ -173,12 +184,12 @@ def _recovered(
             others = {SHADOW_DIFFERENCE: known.case}
             case = with_points_of(case, known.case)
         evidence = gather_evidence(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points,
-                                   others=others, progress=progress)  # fmt: skip
+                                   others=others, engine=engine, progress=progress)  # fmt: skip
         if not evidence.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
         if known is not None:
             learned = calibrate_on_shadow(
-                known, chosen, place, base=_shadow_at_base(evidence, known), progress=progress
+                known, chosen, place, base=_shadow_at_base(evidence, known), engine=engine, progress=progress
             )
         sources, labels = _columns(opened)
         recipe = learned.shadow.recipe if learned is not None else None

@@ -5,8 +5,10 @@ costs one forward and backward pass over the corpus, in a directory of its own. 
 other models with this base, such as a shadow: inner products with their differences cost next to nothing there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +16,10 @@ from torch import Tensor
 from whence import runner
 from whence.corpus.reading import Corpus
 from whence.indexing.ingest import Fingerprint
-from whence.models.loading import directory_digest, load_model, tokenizer_digest
-from whence.recovery.adapters import AdapterStart, adapter_start, gather_adapters
+from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
+from whence.recovery.adapters import AdapterPass, AdapterStart, adapter_start, gather_adapters
 from whence.recovery.case import Case, at_point, refuse_unmoved
-from whence.recovery.evidence import PointEvidence, gather_point, length_of, sketch_of
+from whence.recovery.evidence import Pass, PointEvidence, Workers, gather_point, length_of, pass_at, sketch_of
 from whence.recovery.membership import CorpusEvidence, with_short_list
 from whence.storage import Place
 
@@ -49,6 +51,7 @@ def gather_evidence(
     points: int = 0,
     others: Mapping[str, Case] | None = None,
     base: PointEvidence | None = None,
+    engine: runner.EngineOption = "local",
     label: str = "Reading",
     progress: runner.ProgressOption = True,
 ) -> CorpusEvidence:
@@ -63,6 +66,7 @@ def gather_evidence(
         others: Other models with the same base, by name: inner products with their differences are taken too at
             theta_0, unless one is an adapter that is more than B A; see `adapters`.
         base: Evidence at theta_0, if it is known; None: it is gathered.
+        engine: Where rows are read; see `runner`.
         label: Text of the bar.
         progress: Show the bar.
     """
@@ -91,33 +95,56 @@ def gather_evidence(
                 starts = adapter_starts(case, others or {}) if name == "base" and others and case.lora else {}
                 if starts:
                     evidence[name] = gather_adapters(
-                        load_model(case.base, tokenizer=case.tokenizer or case.final, dtype="float32"),
+                        _plain_base(case),
                         corpus,
                         starts,
+                        rows=fingerprint.rows,
                         work=Place(work.fs, f"{work.root}/base-and-{'-'.join(others or {})}"),
                         settings=case.settings,
                         provenance=provenance,
+                        workers=Workers(engine, partial(_opened_adapters, case, starts)),
                         tick=tick,
                     )
                     continue
-                directions, place = {DIFFERENCE: direction}, name
+                compared, place = {DIFFERENCE: case}, name
                 if name == "base" and others and not case.lora:
-                    directions |= {other: other_case.direction(model, layers) for other, other_case in others.items()}
-                    place = f"base-and-{'-'.join(others)}"
+                    compared, place = compared | {**others}, f"base-and-{'-'.join(others)}"
                 evidence[name] = gather_point(
                     model,
                     corpus,
-                    directions,
+                    {other: each.direction(model, layers) for other, each in compared.items()},
+                    rows=fingerprint.rows,
                     work=Place(work.fs, f"{work.root}/{place.replace(' ', '-')}"),
                     settings=case.settings,
                     provenance=provenance | ({"checkpoint": directory_digest(at)} if isinstance(at, str) else {}),
                     sketched=name == "final",
+                    workers=Workers(engine, partial(_opened_point, case, at, compared, sketched=name == "final")),
                     tick=tick,
                 )
     assert sketch is not None
     whole = CorpusEvidence(evidence, DIFFERENCE, lengths, sketch, torch.zeros(0, dtype=torch.int64))
     groups = [str(example.row.get("source")) for example in corpus] if fingerprint.rows > case.short_list else None
     return with_short_list(whole, case.short_list, groups=groups)
+
+
+@contextmanager
+def _opened_point(case: Case, at: float | str, compared: Mapping[str, Case], *, sketched: bool) -> Iterator[Pass]:
+    """The pass over rows at a point, for a worker."""
+    with at_point(case, at) as model:
+        layers = model.layers(case.settings.space.layers)
+        directions = {name: each.direction(model, layers) for name, each in compared.items()}
+        yield pass_at(model, layers, directions, case.settings, sketched=sketched)
+
+
+@contextmanager
+def _opened_adapters(case: Case, starts: Mapping[str, AdapterStart]) -> Iterator[Pass]:
+    """The pass over rows at theta_0 for several adapters, for a worker."""
+    yield AdapterPass.of(_plain_base(case), starts, case.settings)
+
+
+def _plain_base(case: Case) -> LoadedModel:
+    """Theta_0 without an adapter."""
+    return load_model(case.base, tokenizer=case.tokenizer or case.final, dtype="float32")
 
 
 def adapter_starts(case: Case, others: Mapping[str, Case]) -> dict[str, AdapterStart]:

@@ -27,7 +27,7 @@ from whence.recovery.membership import FOLDS, Calibration, calibrate, features
 from whence.recovery.points import gather_evidence
 from whence.recovery.settings import RecoverSettings
 from whence.recovery.shadow_model import BATCH_SIZES, EPOCHS, Recipe, Shadow, trained_shadow
-from whence.runner import ProgressOption
+from whence.runner import EngineOption, ProgressOption
 from whence.storage import Place
 
 SHADOW_DIFFERENCE = "shadow"
@@ -146,6 +146,7 @@ def calibrate_on_shadow(
     work: Path,
     *,
     base: PointEvidence | None = None,
+    engine: EngineOption = "local",
     progress: ProgressOption = True,
 ) -> Learned:
     """Gather the evidence of rows whose membership is known, and fit membership to it.
@@ -155,11 +156,12 @@ def calibrate_on_shadow(
         settings: Points and seed.
         work: Directory of the evidence.
         base: Evidence of these rows at theta_0 against the shadow's difference, if it is known.
+        engine: Where rows are read; see `runner`.
         progress: Show a bar.
     """
     fingerprint, place = fingerprint_of(known.rows), Place.at(work / "shadow" / "evidence")
     evidence = gather_evidence(known.case, known.rows, place, fingerprint, points=settings.points, base=base,
-               label="Reading for the shadow", progress=progress)  # fmt: skip
+               engine=engine, label="Reading for the shadow", progress=progress)  # fmt: skip
     calibration = calibrate(features(evidence), known.is_member, seed=settings.seed)
     is_listed = torch.zeros(fingerprint.rows, dtype=torch.bool).index_fill_(0, evidence.short_list, True)
     listed_share = float(is_listed[known.is_member].float().mean())

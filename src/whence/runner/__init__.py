@@ -5,7 +5,8 @@ Doing a job twice must do no harm, so that a failed one is simply done again. Re
 
     engines     where jobs run: this process, or workers of Ray
     jobs        `map`: every job once, with retries
-    ray_engine  the same by actors of Ray
+    ray_engine  the same by actors of Ray; `ray_cluster`, `ray_worker`: where those are, and what each does
+    keeping     `workers_kept`: the same workers for several maps
     bars        how far they are
 """
 
@@ -20,7 +21,8 @@ from whence.runner.bars import (
     waiting,
 )
 from whence.runner.engines import ENGINES, LOCAL, Engine, EngineOption, check_engine
-from whence.runner.jobs import is_out_of_memory, map
+from whence.runner.jobs import is_out_of_memory, map, map_in_order
+from whence.runner.keeping import workers_kept
 
 __all__ = [
     "ENGINES",
@@ -35,7 +37,9 @@ __all__ = [
     "counting",
     "is_out_of_memory",
     "map",
+    "map_in_order",
     "progress",
     "shown_as",
     "waiting",
+    "workers_kept",
 ]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from whence.counts import number_of
 from whence.errors import JobError
@@ -49,6 +49,23 @@ def map(
     from whence.runner.ray_engine import map_on_ray  # an extra
 
     yield from map_on_ray(work, list(jobs), where, on_tick=tick, retries=retries, less_memory=less_memory)
+
+
+def map_in_order(work: Work[JobT, ResultT], jobs: Iterable[JobT], **how: Any) -> Iterator[tuple[JobT, ResultT]]:
+    """As `map`, in the order of the jobs: a result that comes early is held back until those before it have come.
+
+    Args:
+        work: See `map`.
+        jobs: See `map`.
+        how: Its other arguments.
+    """
+    ordered = list(jobs)
+    places, early, due = {id(job): place for place, job in enumerate(ordered)}, dict[int, ResultT](), 0
+    for job, result in map(work, ordered, **how):
+        early[places[id(job)]] = result
+        while due in early:
+            yield ordered[due], early.pop(due)
+            due += 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

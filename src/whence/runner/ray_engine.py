@@ -4,34 +4,31 @@ Ray starts workers, restarts those that are lost with the job that they had (`LO
 is ours: one bar for all workers, which are asked how far they are; and stragglers. A job that runs for `SLOW` times
 the median while a worker has nothing to do is given to it too, and the first result counts: jobs may be done twice.
 
-Workers are processes of this user and import this Whence: what they are sent is pickled, and they send results alone.
-
 Source: https://docs.ray.io/en/latest/ray-core/actors.html, and fault_tolerance/actors.html there.
 """
 
-import contextlib
 import logging
-import os
 import pickle  # of what this process sends to its own workers
-import socket
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 import whence
 from whence import errors
 from whence.counts import number_of
-from whence.errors import JobError, SettingError, WhenceError
+from whence.errors import JobError, SettingError
 from whence.runner.bars import Tick
 from whence.runner.engines import Engine
-from whence.runner.jobs import JobT, ResultT, Work, done
+from whence.runner.jobs import JobT, ResultT, Work
+from whence.runner.ray_cluster import REACHED, UNASKED, Hand, Kept, Kind, last_line, workers_of
+from whence.runner.ray_worker import How, Outcome, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +42,6 @@ SLOW = 3.0
 """Times the median of finished jobs from which on a job is a straggler's."""
 LEAST_SLOW = 5.0
 """Seconds of a job below which it is never one."""
-REACHED = 5.0
-"""Seconds in which a cluster answers."""
-STORE_BYTES = 2**28
-"""Ray's memory for what workers exchange, on this machine: results are small."""
-UNASKED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Ray would report its use to its makers; and warn of a setting to come."""
 
 
 def map_on_ray(
@@ -64,177 +55,33 @@ def map_on_ray(
     """
     if not jobs:
         return
-    with _cluster(engine):
-        crew = _Crew(_Kind.of(engine, len(jobs)), pickle.dumps(work), jobs, on_tick, retries, less_memory)
+    with workers_of(engine) as kept:
+        kind, how = Kind.of(engine, len(jobs)), How(retries, less_memory, str(Path.cwd()))
+        crew = _Crew(kind, kept, pickle.dumps(work), jobs, on_tick, how)
         try:
             yield from crew.results()
         finally:
             crew.dismiss()
 
 
-@contextlib.contextmanager
-def _cluster(engine: Engine) -> Iterator[None]:
-    """A connection to the cluster that is asked for, or to workers of this machine that end with it."""
-    if ray.is_initialized():  # by the caller, as in a job of `ray job submit`
-        yield
-        return
-    for name, value in UNASKED.items():
-        os.environ.setdefault(name, value)
-    address = engine.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "whence"}
-    if address is None:
-        cores = max(_cores(), engine.workers or 1)
-        quiet |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    try:
-        _reach(address)
-        ray.init(address=address or "local", **quiet)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        where = f"--address {address}" if engine.address else f"RAY_ADDRESS {address}" if address else "--engine ray"
-        mend = "Start it with: ray start --head; or leave the address out for workers of this machine"
-        if "Authentication" in str(error):
-            mend = "It asks for its token: export RAY_AUTH_MODE=token, and let ~/.ray/auth_token be that of the head"
-        raise SettingError(f"{where}: Ray cannot be reached or started ({_line(error)}). {mend}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _reach(address: str | None) -> None:
-    """Raise an OSError where nobody listens at an address HOST:PORT: Ray would try for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=REACHED).close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How many workers there are, and what each has to itself."""
-
-    workers: int
-    cores: int
-    gpus: int | float
-
-    @staticmethod
-    def of(engine: Engine, jobs: int) -> "_Kind":
-        """As the engine says, or as suits the cluster; never more than there are jobs."""
-        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
-        most = max((machine.get("GPU", 0) for machine in machines), default=0)
-        gpus = engine.gpus_per_worker
-        if gpus is None:
-            gpus = 1.0 if most else 0.0
-        if gpus > most:
-            raise SettingError(
-                f"--gpus-per-worker {gpus:g}: a machine of the cluster has {most:g} at most. Lower it, or let machines "
-                "with GPUs join"
-            )
-        of_gpus = sum(int(machine.get("GPU", 0) // gpus) for machine in machines) if gpus else 0
-        cores = [int(machine.get("CPU", 0)) for machine in machines]
-        fitting = engine.workers or of_gpus or max(1, sum(cores))
-        # whatever the number of jobs: a job that is left over must be done as all others were, to the last bit
-        share = max(1, max(cores, default=1) // fitting) if len(machines) == 1 else 1
-        return _Kind(max(1, min(fitting, jobs)), min(torch.get_num_threads(), share), gpus)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of a job."""
-
-    result: Any
-    done: tuple[int, int]
-    """Examples and tokens, of the job alone."""
-    refusal: tuple[str, str] | None = None
-    """Name and message of an error that Whence raised on purpose."""
-    warnings: tuple[str, ...] = ()
-
-
-class _Worker:
-    """A process that does jobs, and is asked meanwhile how far it is."""
-
-    def __init__(self, retries: int, less_memory: str):
-        self.retries, self.less_memory = retries, less_memory
-        self.work: Any = None
-        self.done = (0, 0)
-
-    def hello(self) -> tuple[str, str, int]:
-        """Version of Whence, host, process."""
-        return whence.__version__, socket.gethostname(), os.getpid()
-
-    def progress(self) -> tuple[int, int, int]:
-        """Examples and tokens of the job at hand, and the process."""
-        examples, tokens = self.done
-        return examples, tokens, os.getpid()
-
-    def do(self, job: Any, pickled: list[Any]) -> _Outcome:
-        """Do a job by the work that a reference is of; an error that Whence raises on purpose is an outcome."""
-        self.done, heard = (0, 0), _Heard()
-
-        def tick(examples: int, tokens: int) -> None:
-            self.done = self.done[0] + examples, self.done[1] + tokens
-
-        logging.getLogger("whence").addHandler(heard)
-        try:
-            if self.work is None:
-                self.work = pickle.loads(ray.get(pickled[0]))
-            result = done(self.work, job, tick, retries=self.retries, less_memory=self.less_memory)
-        except WhenceError as error:
-            return _Outcome(None, self.done, (type(error).__name__, str(error)), tuple(heard.messages))
-        finally:
-            logging.getLogger("whence").removeHandler(heard)
-        return _Outcome(result, self.done, warnings=tuple(heard.messages))
-
-
-class _Heard(logging.Handler):
-    """Warnings of a job."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@dataclass
-class _Hand:
-    """A worker as the driver knows it."""
-
-    actor: Any
-    process: int = 0
-    job: int | None = None
-    since: float = 0.0
-    asked: Any = None
-    """A question how far it is, that has no answer yet."""
-    is_dismissed: bool = False
-
-
 @dataclass
 class _Crew:
     """Workers, and what each is doing."""
 
-    kind: _Kind
+    kind: Kind
+    kept: Kept
     work: bytes
     jobs: Sequence[Any]
     on_tick: Tick
-    retries: int
-    less_memory: str
+    how: How
     begun: float = field(default_factory=time.monotonic)
     is_told: bool = False
     """Whether it was said that no worker has come."""
     todo: deque[int] = field(default_factory=deque)
-    hands: list[_Hand] = field(default_factory=list)
-    waiting: dict[Any, _Hand] = field(default_factory=dict)
+    hands: list[Hand] = field(default_factory=list)
+    waiting: dict[Any, Hand] = field(default_factory=dict)
     """By what they are to answer: a greeting, or the outcome of a job."""
-    idle: list[_Hand] = field(default_factory=list)
+    idle: list[Hand] = field(default_factory=list)
     finished: set[int] = field(default_factory=set)
     single: set[int] = field(default_factory=set)
     """Jobs of which a copy was refused: they are not given out twice again."""
@@ -276,7 +123,7 @@ class _Crew:
 
     def _hire(self) -> None:
         threads, hidden = str(self.kind.cores), {} if self.kind.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        hiring = ray.remote(_Worker).options(  # type: ignore[attr-defined]
+        hiring = ray.remote(Worker).options(  # type: ignore[attr-defined]
             num_cpus=self.kind.cores,
             num_gpus=self.kind.gpus,
             max_concurrency=2,
@@ -285,17 +132,19 @@ class _Crew:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **UNASKED, **hidden}},
         )
         self.pickled = [ray.put(self.work)]  # within a list: it is fetched once by each worker, not with each job
-        for _ in range(self.kind.workers):
-            hand = _Hand(hiring.remote(self.retries, self.less_memory))
+        self.hands = self.kept.taken(self.kind.share, self.kind.workers)
+        self.idle = [*self.hands]
+        for _ in range(self.kind.workers - len(self.hands)):
+            hand = Hand(hiring.remote())
             self.hands.append(hand)
             self.waiting[hand.actor.hello.remote()] = hand
 
-    def _greet(self, hand: _Hand, answer: Any) -> None:
+    def _greet(self, hand: Hand, answer: Any) -> None:
         try:
             version, host, hand.process = ray.get(answer)
         except RayActorError as error:
             raise JobError(
-                f"A worker of Ray could not start: {_line(error)}. Whence must be installed there"
+                f"A worker of Ray could not start: {last_line(error)}. Whence must be installed there"
             ) from error
         if version != whence.__version__:
             raise SettingError(
@@ -307,7 +156,7 @@ class _Crew:
         while self.idle and (job := self._next()) is not None:
             hand = self.idle.pop()
             hand.job, hand.since = job, time.monotonic()
-            self.waiting[hand.actor.do.remote(self.jobs[job], self.pickled)] = hand
+            self.waiting[hand.actor.do.remote(self.jobs[job], self.pickled, self.how)] = hand
 
     def _next(self) -> int | None:
         """The next job, or a straggler's."""
@@ -357,17 +206,17 @@ class _Crew:
             self.reported[job] = now
             self.on_tick(now[0] - before[0], now[1] - before[1])
 
-    def _outcome(self, hand: _Hand, answer: Any) -> tuple[Any, Any] | None:
+    def _outcome(self, hand: Hand, answer: Any) -> tuple[Any, Any] | None:
         """A job with its result; None where a worker gives up what another one is still doing."""
         job = hand.job
         assert job is not None
         hand.job, hand.asked = None, None
         try:
-            outcome: _Outcome = ray.get(answer)
+            outcome: Outcome = ray.get(answer)
         except RayActorError as error:
             raise JobError(
-                f"{self.jobs[job]} lost its worker {number_of(LOSSES + 1, 'time')}, the last: {_line(error)}. "
-                f"If memory is short, take fewer --workers, or {self.less_memory}. What was finished is kept; the "
+                f"{self.jobs[job]} lost its worker {number_of(LOSSES + 1, 'time')}, the last: {last_line(error)}. "
+                f"If memory is short, take fewer --workers, or {self.how.less_memory}. What was finished is kept; the "
                 "same command goes on from there"
             ) from error
         self.idle.append(hand)
@@ -392,10 +241,15 @@ class _Crew:
         for hand in self.hands:
             if hand.job == job and not hand.is_dismissed:
                 hand.is_dismissed = True
-                ray.kill(hand.actor)
+                hand.end()
 
     def dismiss(self) -> None:
-        """End all workers, whatever they are doing."""
+        """Keep workers that have nothing to do, without their work; end the others."""
+        try:
+            ray.get([hand.actor.release.remote() for hand in self.idle], timeout=REACHED)
+        except Exception:  # whatever Ray has to say of them, they are ended
+            self.idle = []
+        self.kept.idle.setdefault(self.kind.share, []).extend(self.idle)
         for hand in self.hands:
-            with contextlib.suppress(Exception):  # it, or the cluster, is gone already
-                ray.kill(hand.actor)
+            if hand not in self.idle:
+                hand.end()

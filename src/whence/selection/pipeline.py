@@ -30,7 +30,7 @@ from whence.models.load_options import Loading, split_loading
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
 from whence.models.training_state import warn_of_run
-from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as
+from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as, workers_kept
 from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
@@ -127,7 +127,7 @@ def select(
     loading, settings = split_loading(settings)
     how, budget = SelectSettings(**settings), Budget(fraction=fraction, count=count, tokens=tokens_budget)
     scorer = build_scorer(how.method, how.seed, how.options)
-    with shown_as(progress, "Scoring"):
+    with shown_as(progress, "Scoring"), workers_kept(engine):
         opened_view = open_view(
             source,
             how.method,

@@ -25,7 +25,7 @@ from whence.errors import SettingError
 from whence.evidence import curvature_time, trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
-from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as
+from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as, workers_kept
 from whence.second_order.pipeline import MOST_ROWS
 from whence.selection.pipeline import check_options
 from whence.tracing import nulls
@@ -117,7 +117,7 @@ def trace(
                               model=model, options=own, progress=progress)  # fmt: skip
     if corpus is not None:
         raise SettingError("--corpus belongs to --method replay: an index has its own copy of the rows")
-    with shown_as(progress, "Tracing"):
+    with shown_as(progress, "Tracing"), workers_kept(engine):
         opened = index if isinstance(index, Index) else open_index(index, engine=engine, model=model, **loading)
         reading: _Reading = {"columns": opened.columns, "preferences": preferences or opened.settings.preferences}
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, reading)
