@@ -7,15 +7,24 @@ import socket
 import time
 
 import pytest
+import torch
 from benchmarks.reliability.faulty_store import FAULTS, Faults, endpoint, faulty, s3_store, stored
 
-from conftest import contents, corpus_rows
+from conftest import contents, corpus_rows, write_jsonl
 from whence import leases, local_cache, remote_calls
+from whence.ablation.member_training import train_pool
+from whence.ablation.pipeline import ablate
+from whence.ablation.pool import open_pool
 from whence.checksums import Written, digest
-from whence.errors import ManifestMismatchError, SettingError, StorageError
+from whence.errors import ChecksumError, ManifestMismatchError, SettingError, StorageError
+from whence.evaluation.bank_pipeline import bank
+from whence.evaluation.bank_store import open_bank
+from whence.evaluation.removal import evaluate_removal
 from whence.indexing.build import append, index, verify
+from whence.recovery.pipeline import recover
 from whence.storage import Place
 from whence.tracing.pipeline import trace
+from whence.training.trainer import train
 
 S3FileSystem = pytest.importorskip("s3fs").S3FileSystem
 pytest.importorskip("moto.server")
@@ -89,6 +98,70 @@ def test_messages_name_an_address_that_can_be_typed(place):
     assert place.root.startswith("s3://bucket/") and place.path("x") == f"{place.root}/x"
     with pytest.raises(FileNotFoundError):
         place.read("x")
+
+
+# -- pools, banks, evidence
+
+
+def test_a_pool_there_is_the_one_here(store, tiny_llama, tmp_path, monkeypatch):
+    """Members, matrices of inputs and losses; trainings are made on this machine's disk, which is left clean."""
+    rows = [row | {"source": f"s{number % 2}"} for number, row in enumerate(corpus_rows(12))]
+    corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", corpus_rows(3, first=50))
+    settings = {"tokens": 200, "steps": 4, "warmup_steps": 1, "max_tokens": 32, "lr": 5e-3, "progress": False}
+    there, here = f"s3://bucket/{tmp_path.name}", tmp_path / "here"
+    tables = []
+    for out in (there, here):
+        train_pool(tiny_llama, corpus, out, **settings)
+        found = ablate(out, held_out, method="regmean", truth=True, progress=False)
+        tables.append(list(found.rows()))
+    assert tables[0] == tables[1]
+    mine, theirs = contents(here), stored(tmp_path.name)
+    assert {*mine} == {*theirs} and all(mine[name] == theirs[name] for name in mine if "safetensors" in name)
+    assert not [*(tmp_path / "cache" / "work").glob("*/work/*")]
+    Place.at(there).write("members/000.safetensors", [b"damaged"], total=7)
+    with pytest.raises(ChecksumError, match=r"members/000\.safetensors is not what was written .*Remove the file"):
+        open_pool(there).verify()
+    open_pool(there).member("s0")  # of its copy here, which is whole
+    monkeypatch.setenv("WHENCE_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ChecksumError, match="members/000"):
+        open_pool(there).member("s0")
+
+
+def test_a_bank_there_has_the_losses_of_the_one_here(store, tiny_llama, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", corpus_rows(12))
+    recipe = {"batch_size": 4, "epochs": 1, "lr": 5e-3, "max_tokens": 32, "checkpoints": 1, "progress": False}
+    run = train(tiny_llama, rows, tmp_path / "run", **recipe)
+    there, here, made = f"s3://bucket/{tmp_path.name}", tmp_path / "here", []
+    for out in (there, here):
+        bank(run, rows, out, queries=corpus_rows(3, first=50), subsets=2, keep_weights=True, progress=False)
+        bank(run, rows, out, queries=corpus_rows(2, first=60), progress=False)  # measured on the weights that were kept
+        removed = evaluate_removal(str(out), ["bm25"], share=0.2, seeds=1)
+        made.append((open_bank(out), [(row["method"], row["effect"]) for row in removed.rows()]))
+    (first, first_removed), (second, second_removed) = made
+    assert torch.equal(first.losses(), second.losses()) and first_removed == second_removed
+    assert first.losses().shape[1] == 5 and {*contents(here)} == {*stored(tmp_path.name)}
+    weights = first.weights(first.members[0])
+    assert (
+        weights.is_relative_to(tmp_path / "cache")
+        and (weights / "model.safetensors").read_bytes()
+        == (second.weights(second.members[0]) / "model.safetensors").read_bytes()
+    )
+    assert not [*(tmp_path / "cache" / "work").glob("*/training-*")]
+
+
+def test_evidence_there_is_the_one_here(store, tiny_llama, tmp_path):
+    rows = corpus_rows(40)
+    final = train(tiny_llama, rows[:20], tmp_path / "final", optimizer="sgd", lr=0.05, batch_size=4, epochs=1,
+                  max_tokens=32, checkpoints=1, progress=False)  # fmt: skip
+    how = {"count": 20, "epochs": 1.0, "batch_size": 4, "optimizer": "sgd", "lr": 0.05, "max_tokens": 32}
+    there, here = f"s3://bucket/{tmp_path.name}", tmp_path / "here"
+    scores = [recover(tiny_llama, final, rows, work=out, mixture="none", progress=False, **how).scores
+              for out in (there, here, there)]  # fmt: skip
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[2], scores[0])
+    names = {name for name in contents(here) if name.startswith("evidence/") or "/evidence/" in name}
+    assert set(stored(tmp_path.name)) - {"template_date.json"} == names and len(names) > 6
+    assert not [*tmp_path.glob("s3:*")]
 
 
 # -- one writer

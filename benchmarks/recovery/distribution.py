@@ -107,7 +107,7 @@ class Prepared:
         if self._calibrated is None:
             known = build_calibration_set(self.case, self.corpus, self.settings, self.work, count=CHOSEN,
                                           rows=len(self.rows))  # fmt: skip
-            learned = calibrate_on_shadow(known, self.settings, self.work, progress=False)
+            learned = calibrate_on_shadow(known, self.settings, Place.at(self.work), progress=False)
             self._calibrated = learned.calibration.log_odds(features(self.seen)).float()
         return self._calibrated
 

@@ -131,7 +131,9 @@ def measured(options: argparse.Namespace, corpus: Corpus, cell: Cell, bases: Poi
     found = {name: marks(method_scores(seen, name, count=options.planted, seed=cell.settings.seed), cell.is_member)
              for name in SCORES}  # fmt: skip
     start = time.perf_counter()
-    learned = calibrate_on_shadow(cell.calibration_set, cell.settings, cell.work, base=known("shadow"), progress=False)
+    learned = calibrate_on_shadow(
+        cell.calibration_set, cell.settings, Place.at(cell.work), base=known("shadow"), progress=False
+    )
     table = features(seen)
     odds = learned.calibration.log_odds(table, share=options.planted / options.rows)
     p_values = p_values_of(learned.calibration.log_odds(table).float(), learned.others)

@@ -10,6 +10,7 @@ stays readable when it is removed.
 """
 
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -38,6 +39,11 @@ def directory() -> Path:
     """Where files are kept."""
     given = os.environ.get("WHENCE_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "whence"
+
+
+def work_directory(address: str) -> Path:
+    """A directory here for what is made on the way to an address of a store, such as trainings."""
+    return directory() / "work" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def most_bytes() -> int:

@@ -42,7 +42,7 @@ from whence.errors import (
 )
 from whence.leases import NAME as LEASE
 from whence.leases import Lease
-from whence.local_cache import cached
+from whence.local_cache import cached, work_directory
 from whence.local_files import copied, write_whole
 from whence.paths import exists, free_bytes, reason, refuse_impossible
 from whence.records import Count, FastDigest, read_record
@@ -105,6 +105,15 @@ class Place:
     def path(self, name: str) -> str:
         """Full path of a name, also for messages."""
         return f"{self.root}/{name}"
+
+    @property
+    def scratch(self) -> Path:
+        """A directory of this machine's disk for what is made on the way: the place itself, or for a store another."""
+        return Path(self.root) if self.is_local else work_directory(self.root)
+
+    def below(self, *names: str) -> "Place":
+        """A directory inside this one."""
+        return Place(self.fs, "/".join([self.root, *names]))
 
     def names(self) -> list[str]:
         """Every file below the directory, sorted."""
@@ -185,6 +194,9 @@ class Place:
         """
         known = self._state(name, recorded)
         if known is not None and known in _intact:
+            return
+        if not self.is_local and data is None and recorded.xxh3 is not None:
+            also(self.here(name, recorded, remedy))
             return
         if (what := self.defect(name, recorded, data=data, fast=True)) is not None:
             raise ChecksumError(f"{self.path(name)} is not what was written ({what}). {remedy}")
@@ -267,6 +279,25 @@ class Place:
             if not size:
                 return torch.zeros(0, dtype=torch.uint8)
             return torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+
+    def here(self, name: str, recorded: Recorded, remedy: str) -> Path:
+        """Where a file is on this machine's disk; that of a store is copied, and checked as it comes.
+
+        Raises:
+            ChecksumError: It is missing in the store, or has other bytes.
+            StorageError: There is no room for a copy.
+        """
+        if self.is_local:
+            return Path(self.path(name))
+        with self._refusals_as_errors("read", name), suppress(FileNotFoundError):
+            if (copy := cached(recorded, lambda file: self._fetch(name, file))) is not None:
+                return copy
+        if (what := self.defect(name, recorded, fast=True)) is not None:
+            raise ChecksumError(f"{self.path(name)} is not what was written ({what}). {remedy}")
+        raise StorageError(
+            f"{self.path(name)}: no room for a copy of its {recorded.bytes:,} bytes on this machine. Let "
+            "WHENCE_CACHE_SIZE be larger, or WHENCE_CACHE name a directory of a larger disk"
+        )
 
     def _fetch(self, name: str, file: Path) -> None:
         self._persistent(lambda: self.fs.get_file(self.path(name), str(file)))

@@ -61,7 +61,7 @@ def plan_pool(
     start, rows = time.perf_counter(), (todo or list(partitions.values()))[0].draw(chosen.tokens, seed=chosen.seed)
     with written_by(None, date):
         training = settings_of(None, training_of(len(rows), chosen, tokens=chosen.tokens))
-        member = open_training(source, with_own_ids(rows), Path(out) / "work" / "pilot", training)
+        member = open_training(source, with_own_ids(rows), place.scratch / "work" / "pilot", training)
     loading = time.perf_counter() - start
     found = pilot_steps(member)
     member_bytes = _member_bytes(member.loaded.model.parameters(), found.trained, chosen)

@@ -18,7 +18,7 @@ Source: Jin et al. 2023, https://arxiv.org/abs/2212.09849; its released code cou
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -82,11 +82,12 @@ class Record:
 class StoredGrams(Mapping[str, Tensor]):
     """A member's matrices by parameter, each read when it is used."""
 
-    file: Path
+    locate: Callable[[], Path]
+    """Where their file is on this machine's disk."""
     inputs: Mapping[str, str]
 
     def __getitem__(self, parameter: str) -> Float32[Tensor, "i i"]:
-        with safetensors.safe_open(self.file, framework="pt") as opened:
+        with safetensors.safe_open(self.locate(), framework="pt") as opened:
             return opened.get_tensor(self.inputs[parameter])
 
     def __contains__(self, parameter: object) -> bool:
@@ -152,7 +153,9 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
     if len(lengths := {record.tokens for record in records.values()}) > 1:
         listed = ", ".join(map(str, sorted(lengths)))
         raise ManifestMismatchError(f"{pool.place.root}: matrices of {listed} tokens, which do not compare. {remedy}")
-    files = {partition: Path(pool.place.path(_file(pool.members[partition]))) for partition in records}
+    remedy = _COLLECT.format(pool=pool.place.root)
+    files = {partition: partial(pool.place.here, _file(pool.members[partition]), record, remedy)
+             for partition, record in records.items()}  # fmt: skip
     return RegMean(
         grams={partition: StoredGrams(files[partition], record.inputs) for partition, record in records.items()},
         transposed=frozenset(name for record in records.values() for name in record.transposed),

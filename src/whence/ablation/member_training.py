@@ -138,7 +138,7 @@ def train_pool(
     tokenizer = load_tokenizer(start, start, False)
     date = stored_date(Place.at(out)) or date_of_training(start) or today()
     partitions = read_partitions(start, opened, chosen, date=date)
-    address = str(Path(opened.origin).resolve()) if isinstance(opened.origin, str | Path) else None
+    address = absolute(str(opened.origin)) if isinstance(opened.origin, str | Path) else None
     words = tokenizer_digest(tokenizer)
     pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)
     if len({*partitions, *pool.members}) < 2:
@@ -146,7 +146,7 @@ def train_pool(
             f"--by {chosen.by}: {len(partitions)} partition in the corpus; two or more are expected, to be mixed"
         )
     date = date_of(pool.place, tokenizer, date)
-    with pool.place.locked(), written_by(None, date), writing_to(out):
+    with pool.place.locked(), written_by(None, date), writing_to(pool.place.scratch):
         pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # read again, under the lock
         for partition in partitions.values():
             refuse_other_rows(pool, partition, opened.name)
@@ -154,7 +154,7 @@ def train_pool(
         done = len(partitions) - len(todo)
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
             is_here = runner.check_engine(engine).name == runner.LOCAL
-            work = PoolWork(Path(pool.place.root).resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
+            work = PoolWork(pool.place.scratch.resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
             for partition, (run, loss) in runner.map_in_order(work, todo, engine=engine, on_tick=tick):
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
                                         rows=len(partition.pieces), size=partition.tokens,
@@ -207,7 +207,7 @@ def refuse_other_rows(pool: Pool, partition: Partition, corpus: str) -> None:
 
 def _forget_work(pool: Pool) -> None:
     """Remove trainings whose members are there."""
-    work = Path(pool.place.root) / "work"
+    work = pool.place.scratch / "work"
     for name in pool.members:
         for folder in (work / slug(name), *work.glob(f"{slug(name)}.*-*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -321,4 +321,4 @@ def slug(name: str) -> str:
 
 def pool_place(pool: Pool, *names: str) -> Place:
     """A directory inside a pool."""
-    return Place(pool.place.fs, "/".join([pool.place.root, *names]))
+    return pool.place.below(*names)

@@ -312,7 +312,7 @@ class _TrueModel:
     @property
     def directory(self) -> Path:
         """Directory of its training, inside the pool."""
-        return Path(self.pool.place.root) / "truth" / f"{slug(self.candidate.name)}-{self.content[:12]}"
+        return self.pool.place.scratch / "truth" / f"{slug(self.candidate.name)}-{self.content[:12]}"
 
     def path(self) -> Path:
         """Directory of the model, which is trained if it is not there."""

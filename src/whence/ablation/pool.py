@@ -34,7 +34,6 @@ from whence.errors import (
     ManifestMismatchError,
     MissingPoolError,
     ModelError,
-    SettingError,
 )
 from whence.models.loaded_weights import loaded_weights
 from whence.models.loading import adapter_config, directory_digest, load_tokenizer
@@ -133,7 +132,7 @@ class Pool:
         if partition not in self.members:
             raise ModelError(f"{self.place.root}: no partition {partition!r}; it has {', '.join(self.members)}")
         self.check([partition])
-        return MemberWeights(self.members[partition], Path(self.place.path(self.members[partition].file)), self.start())
+        return MemberWeights(self.members[partition], self.place, self.start())
 
     def check(self, partitions: Iterable[str] | None = None) -> None:
         """Refuse members, all or some, whose files are damaged or not finite; each is read once in a process.
@@ -216,7 +215,8 @@ class MemberWeights:
     """A member's tensors, each read when it is used."""
 
     member: Member
-    file: Path
+    place: Place
+    """The pool's directory."""
     start: Weights
 
     def read(self, name: str, parent: Float32[Tensor, "..."]) -> Float32[Tensor, "..."] | None:
@@ -233,11 +233,12 @@ class MemberWeights:
         return stored if self.member.kind == "weights" else parent + stored.float()
 
     def _opened(self) -> Any:
+        remedy = _RETRAIN.format(partition=self.member.partition).removeprefix("Remove the file; ")
         try:
-            return safetensors.safe_open(self.file, framework="pt")
+            return safetensors.safe_open(self.place.here(self.member.file, self.member, remedy), framework="pt")
         except FileNotFoundError:
-            remedy = _RETRAIN.format(partition=self.member.partition).removeprefix("Remove the file; ")
-            raise ChecksumError(f"{self.file} was there, and was removed meanwhile: {remedy}") from None
+            file = self.place.path(self.member.file)
+            raise ChecksumError(f"{file} was there, and was removed meanwhile: {remedy}") from None
 
 
 def open_pool(path: str | Path) -> Pool:
@@ -245,14 +246,11 @@ def open_pool(path: str | Path) -> Pool:
 
     Raises:
         MissingIndexError: There is no pool.
-        SettingError: It is not in a local directory.
         FormatVersionError: The pool has another format.
         ChecksumError: Its manifest says what no pool can.
         ModelError: Its parent is not where it was.
         ManifestMismatchError: The parent has other weights now.
     """
-    if not Place.at(path).is_local:
-        raise SettingError(f"{path}: members of a pool are read from a local directory alone. Copy it to one.")
     pool = _read(path)
     remedy = (
         f"Say where it is: whence pool train PARENT {pool.corpus or 'CORPUS'} -o {path}, no member is trained again."

@@ -42,6 +42,7 @@ from whence.evaluation.member_training import (
     losses_of_weights,
     query_losses,
 )
+from whence.models.saved_files import directory_here
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
 from whence.storage import Place
@@ -124,7 +125,7 @@ def make_bank(
     rows = open_corpus(corpus)
     asked = None if queries is None else open_corpus(queries)
     training = repeatable(run, rows, model=model)
-    with place.locked(), writing_to(out):
+    with place.locked(), writing_to(place.scratch):
         forget_work(place)
         description, plans = claimed(place, training, rows, chosen, asked)
         member_training = MemberTraining(
@@ -162,7 +163,7 @@ def _measure_added(training: MemberTraining, description: Description, progress:
             if member.kind == PARENT:
                 losses = query_losses(training.training.opened.loaded, added)
             elif member.weights is not None:
-                losses = losses_of_weights(training.training, Path(place.path(member.weights)), added)
+                losses = losses_of_weights(training.training, directory_here(place, member.weights), added)
             else:
                 raise SettingError(
                     f"{place.root}: the weights of {member.name} are not kept, and queries were added since. "

@@ -87,10 +87,8 @@ def require_work(place: Place, chosen: BankSettings, *, has_queries: bool) -> No
     """Refuse a call by which a bank could not be begun, or would not change.
 
     Raises:
-        SettingError: The directory is not a local one, there is nothing to leave out, or there are no queries.
+        SettingError: There is nothing to leave out, or there are no queries.
     """
-    if not place.is_local:
-        raise SettingError(f"-o {place.root}: trainings write to a local directory alone. Name one.")
     is_begun = place.exists(BANK)
     if not is_begun and not has_queries:
         raise SettingError("--queries: a file of held-out rows is expected, whose losses the bank keeps")

@@ -37,6 +37,7 @@ from whence.corpus.reading import row_json
 from whence.corpus.row_files import parquet_file
 from whence.counts import number_of
 from whence.errors import FormatVersionError, ManifestMismatchError, MissingBankError
+from whence.models.saved_files import directory_here
 from whence.records import Count, FastDigest, read_record, unlike_written
 from whence.storage import FileEntry, Place
 from whence.training.recipe import LeaveOut
@@ -253,7 +254,7 @@ class Bank:
 
     def weights(self, member: Member) -> Path | None:
         """Directory of a member's final model; None where it was not kept."""
-        return None if member.weights is None else Path(self.place.path(member.weights))
+        return None if member.weights is None else directory_here(self.place, member.weights)
 
 
 def open_bank(path: str | Path) -> Bank:

@@ -24,7 +24,7 @@ from whence.gradients.forward_passes import losses
 from whence.local_files import temporary_directory
 from whence.models.loading import LoadedModel, load_model
 from whence.models.runs import open_run
-from whence.models.saved_files import list_files
+from whence.models.saved_files import list_files, store_directory
 from whence.storage import Place
 from whence.training.recipe import LeaveOut
 from whence.training.repetition import Repeatable, Trained, train_again
@@ -53,7 +53,8 @@ class MemberTraining:
         Returns:
             The member; of the training on all rows also how far it ended from the run.
         """
-        with temporary_directory(self.place.root, WORK) as folder:
+        self.place.scratch.mkdir(parents=True, exist_ok=True)
+        with temporary_directory(self.place.scratch, WORK) as folder:
             trained = train_again(
                 self.training,
                 Path(folder),
@@ -71,12 +72,15 @@ class MemberTraining:
         return member, repetition_of(self.training, trained) if plan.name == FULL else None
 
     def _stored_weights(self, name: str, model: LoadedModel, folder: Path) -> str:
-        """Store a model as a directory of the bank, by a rename."""
+        """Store a model as a directory of the bank: by a rename, or in a store file by file."""
         draft, kept = folder / "weights", f"{MEMBERS}/{name}/weights"
         with quiet_saving():
             model.model.save_pretrained(draft)  # type: ignore[operator]
         model.tokenizer.save_pretrained(draft)
         list_files(draft)
+        if not self.place.is_local:
+            store_directory(draft, self.place, kept)
+            return kept
         target = Path(self.place.path(kept))
         if target.exists():  # of a process that was killed before it wrote the member, or of another worker
             target.rename(folder / "before")
@@ -162,5 +166,5 @@ def _loaded_like(training: Repeatable, directory: Path) -> LoadedModel:
 
 def forget_work(place: Place) -> None:
     """Remove what trainings of killed processes have left."""
-    for leftover in Path(place.root).glob(f"{WORK}*"):
+    for leftover in place.scratch.glob(f"{WORK}*"):
         shutil.rmtree(leftover, ignore_errors=True)

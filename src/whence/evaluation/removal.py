@@ -262,7 +262,7 @@ def _trained(
         keep_weights=bank.protocol.keep_weights,
         queries=encoded_queries(training, bank.queries),
     )
-    with bank.place.locked(), writing_to(bank.place.root):
+    with bank.place.locked(), writing_to(bank.place.scratch):
         forget_work(bank.place)
         there = read_members(bank.place, bank.description)
         todo = [plan for plan in {plan.name: plan for plan in plans}.values() if plan.name not in there]

@@ -5,12 +5,14 @@ done. Whoever reads a listed file checks it first, once in a process. A director
 or an older Whence's, is read as it stands.
 """
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from whence.checksums import Written, digest
-from whence.local_files import TEMPORARY
+from whence.local_files import TEMPORARY, write_whole
 from whence.records import read_record
 from whence.storage import FileEntry, Place
 
@@ -71,6 +73,37 @@ def listed_files(directory: str | Path) -> list[str]:
     names: list[str] = []
     check_listed(directory, which=lambda name: not names.append(name))
     return names
+
+
+def store_directory(directory: Path, place: Place, name: str) -> None:
+    """Copy the listed files of a directory into a directory of a store, the list last."""
+    for file in (*listed_files(directory), LIST):
+        path = directory / file
+        with path.open("rb") as opened:
+            pieces = iter(partial(opened.read, _READ_BYTES), b"")
+            place.write(f"{name}/{file}", pieces, total=path.stat().st_size)
+
+
+def directory_here(place: Place, name: str) -> Path:
+    """Where a directory of a place is on this machine's disk; one of a store has a list, and its files are copied.
+
+    Raises:
+        ChecksumError: A file is missing in the store, or has other bytes.
+        StorageError: There is no room for a copy.
+    """
+    if place.is_local:
+        return Path(place.path(name))
+    remote, target = place.below(name), place.scratch / name
+    advice, data = f"Remove {place.path(name)}, and run the same command again.", remote.read(LIST)
+    if (target / LIST).is_file() and (target / LIST).read_bytes() == data:
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    forget_files(target)
+    for entry in read_record(_Listed, data, remote.path(LIST), advice)["files"]:
+        copy = remote.here(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), advice)
+        shutil.copyfile(copy, target / entry["file"])
+    write_whole(target / LIST, [data])
+    return target
 
 
 def check_model_files(directory: str | Path) -> None:

@@ -147,13 +147,13 @@ def recover(
     check_count(count, chosen)
     check_engine(engine)
     refuse_inputs(work, [base, final, corpus, chosen.tokenizer], flag="--work", is_directory=True)
-    case, place = open_case(str(base), str(final), chosen), Path(work)
+    case, place = open_case(str(base), str(final), chosen), Place.at(work)
     tokenizer = load_tokenizer(case.tokenizer or case.final, case.base, False)
     prepare(tokenizer, chosen.chat_template)
-    date = date_of(Place.at(place), tokenizer, chosen.date, date_of_training(case.final))
+    date = date_of(place, tokenizer, chosen.date, date_of_training(case.final))
     warn_of_another_day(case.final, date)
     supervised = chosen.supervise or supervision_of_training(case.final)
-    with written_by(chosen.chat_template, date, supervised), writing_to(work), workers_kept(engine):
+    with written_by(chosen.chat_template, date, supervised), writing_to(place.scratch), workers_kept(engine):
         return _recovered(case, open_corpus(corpus), chosen, count=count, place=place, engine=engine,
                           progress=progress)  # fmt: skip
 
@@ -164,7 +164,7 @@ def _recovered(
     chosen: RecoverSettings,
     *,
     count: int | None,
-    place: Path,
+    place: Place,
     engine: EngineOption,
     progress: ProgressOption,
 ) -> Recovered:
@@ -172,18 +172,18 @@ def _recovered(
     fingerprint = fingerprint_of(opened)
     refuse_uninformative(case, opened)
     case, unmoved_note = only_moved(case)
-    with Place.at(place).locked():
+    with place.locked():
         if chosen.choices:
-            opened = labelled(case, opened, Place.at(place / "labels"), fingerprint, chosen, progress=progress)
+            opened = labelled(case, opened, place.below("labels"), fingerprint, chosen, progress=progress)
             fingerprint = fingerprint_of(opened)
         case = with_scale(case, chosen.undo, opened, fingerprint.rows)
         trained_on = min(count or max(1, fingerprint.rows // 10), max(1, fingerprint.rows // 2))
         known, others, learned = None, {}, None
         if chosen.method == "calibrated":
-            known = build_calibration_set(case, opened, chosen, place, count=trained_on, rows=fingerprint.rows)
+            known = build_calibration_set(case, opened, chosen, place.scratch, count=trained_on, rows=fingerprint.rows)
             others = {SHADOW_DIFFERENCE: known.case}
             case = with_points_of(case, known.case)
-        evidence = gather_evidence(case, opened, Place.at(place / "evidence"), fingerprint, points=chosen.points,
+        evidence = gather_evidence(case, opened, place.below("evidence"), fingerprint, points=chosen.points,
                                    others=others, engine=engine, progress=progress)  # fmt: skip
         if not evidence.usable.any():
             raise SettingError(f"{opened.name}: none of its {fingerprint.rows:,} rows has evidence to score")
@@ -193,13 +193,14 @@ def _recovered(
             )
         sources, labels = _columns(opened)
         recipe = learned.shadow.recipe if learned is not None else None
-        mixture = shares_of_sources(case, opened, evidence, sources, recipe, place / "mixture", how=chosen.mixture,
-                                    count=trained_on, seed=chosen.seed, progress=progress)  # fmt: skip
+        mixture = shares_of_sources(case, opened, evidence, sources, recipe, place.scratch / "mixture",
+                                    how=chosen.mixture, count=trained_on, seed=chosen.seed,
+                                    progress=progress)  # fmt: skip
         rounds: list[Round] = []
         if chosen.rounds:
             listed = rows_of(opened, evidence.short_list.tolist())
             recipe = recipe_of(case, chosen, trained_on)
-            evidence, rounds = relinearised(case, evidence, listed, recipe, place, rounds=chosen.rounds,
+            evidence, rounds = relinearised(case, evidence, listed, recipe, place.scratch, rounds=chosen.rounds,
                                             seed=chosen.seed)  # fmt: skip
     scores, p_values, weights, membership = _scores(
         evidence, chosen, learned, trained_on, is_count_known=count is not None

@@ -143,7 +143,7 @@ def build_calibration_set(
 def calibrate_on_shadow(
     known: CalibrationSet,
     settings: RecoverSettings,
-    work: Path,
+    work: Place,
     *,
     base: PointEvidence | None = None,
     engine: EngineOption = "local",
@@ -159,7 +159,7 @@ def calibrate_on_shadow(
         engine: Where rows are read; see `runner`.
         progress: Show a bar.
     """
-    fingerprint, place = fingerprint_of(known.rows), Place.at(work / "shadow" / "evidence")
+    fingerprint, place = fingerprint_of(known.rows), work.below("shadow", "evidence")
     evidence = gather_evidence(known.case, known.rows, place, fingerprint, points=settings.points, base=base,
                engine=engine, label="Reading for the shadow", progress=progress)  # fmt: skip
     calibration = calibrate(features(evidence), known.is_member, seed=settings.seed)
