@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from benchmarks.reliability.faulty_store import FAULTS, Faults, endpoint, faulty, s3_store, stored
+from safetensors.torch import save
 
 from conftest import contents, corpus_rows, write_jsonl
 from whence import leases, local_cache, remote_calls
@@ -21,6 +22,8 @@ from whence.evaluation.bank_pipeline import bank
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.removal import evaluate_removal
 from whence.indexing.build import append, index, verify
+from whence.models.saved_files import directory_here
+from whence.opened_tensors import opened_tensors
 from whence.recovery.pipeline import recover
 from whence.storage import Place
 from whence.tracing.pipeline import trace
@@ -103,7 +106,7 @@ def test_messages_name_an_address_that_can_be_typed(place):
 # -- pools, banks, evidence
 
 
-def test_a_pool_there_is_the_one_here(store, tiny_llama, tmp_path, monkeypatch):
+def test_a_pool_there_is_the_one_here(store, tiny_llama, tmp_path):
     """Members, matrices of inputs and losses; trainings are made on this machine's disk, which is left clean."""
     rows = [row | {"source": f"s{number % 2}"} for number, row in enumerate(corpus_rows(12))]
     corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -123,9 +126,6 @@ def test_a_pool_there_is_the_one_here(store, tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(ChecksumError, match=r"members/000\.safetensors is not what was written .*Remove the file"):
         open_pool(there).verify()
     open_pool(there).member("s0")  # of its copy here, which is whole
-    monkeypatch.setenv("WHENCE_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(ChecksumError, match="members/000"):
-        open_pool(there).member("s0")
 
 
 def test_a_bank_there_has_the_losses_of_the_one_here(store, tiny_llama, tmp_path):
@@ -162,6 +162,59 @@ def test_evidence_there_is_the_one_here(store, tiny_llama, tmp_path):
     names = {name for name in contents(here) if name.startswith("evidence/") or "/evidence/" in name}
     assert set(stored(tmp_path.name)) - {"template_date.json"} == names and len(names) > 6
     assert not [*tmp_path.glob("s3:*")]
+
+
+def test_what_is_used_of_a_store_is_what_was_checked(place, monkeypatch, tmp_path):
+    """Not a copy that was checked, and then the store's own bytes; without room for a copy a file is checked too."""
+    place.write_recorded("rows.bin", b"whole")
+    recorded = Written(5, None, digest([b"whole"], fast=True))
+    place.check("rows.bin", recorded, "Mend it.", also=lambda file: file.read_bytes())  # there is a copy now
+    place.write("rows.bin", [b"wrong"], total=5)
+    for read in (lambda: place.read_recorded("rows.bin"), lambda: place.read_checked("rows.bin", recorded, "Mend it."),
+                 lambda: place.check("rows.bin", recorded, "Mend it.")):  # fmt: skip
+        with pytest.raises(ChecksumError, match=r"rows\.bin is not what was written \(wrong checksum\)"):
+            read()
+    place.write("rows.bin", [b"whole"], total=5)
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    monkeypatch.setenv("WHENCE_CACHE", str(blocked / "cache"))
+    place.check("rows.bin", recorded, "Mend it.")
+    assert place.read_recorded("rows.bin") == b"whole"
+    with pytest.raises(StorageError, match=r"no room for a copy of its 5 bytes .*WHENCE_CACHE_SIZE"):
+        place.here("rows.bin", recorded, "Mend it.")
+
+
+def test_tensors_of_a_store_are_fetched_once_however_little_room_there_is(place, monkeypatch):
+    data = save({"a": torch.ones(1000), "b": torch.zeros(1000)})
+    names = ("x.safetensors", "y.safetensors", "z.safetensors")
+    files = {name: place.write(name, [save({"a": torch.full((1000,), float(n)), "b": torch.zeros(1000)})], total=0)
+             for n, name in enumerate(names)}  # fmt: skip
+    monkeypatch.setenv("WHENCE_CACHE_SIZE", str(2 * len(data)))
+    fetched, fetch = [], Place._fetch
+    monkeypatch.setattr(Place, "_fetch", lambda self, name, file: (fetched.append(name), fetch(self, name, file)))
+    for tensor in ("a", "b") * 3:
+        for n, (name, recorded) in enumerate(files.items()):
+            with opened_tensors(place, name, recorded, "Mend it.") as opened:
+                assert float(opened.get_tensor(tensor)[0]) == (n if tensor == "a" else 0)
+    assert sorted(fetched) == sorted(files)
+
+
+def test_a_directory_that_lacks_its_list_is_told_of(place):
+    with pytest.raises(ChecksumError, match=r"whence_checksums\.json is not what was written \(missing\)\. Mend it\."):
+        directory_here(place, "members/x/weights", "Mend it.")
+
+
+def test_what_is_made_in_place_is_made_on_a_disk(place, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=r"^-o s3://bucket/\S+: this writes to a disk alone"):
+        train(tiny_llama, corpus_rows(8), place.root, progress=False)
+    assert not [*tmp_path.glob("s3*")]
+
+
+def test_a_lease_holds_for_what_is_below(place):
+    with place.locked():
+        assert place.below("evidence", "base")._lease() is place._lease() is not None
+        assert Place.at(f"{place.root}-other")._lease() is None
 
 
 # -- one writer

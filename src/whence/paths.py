@@ -114,6 +114,11 @@ def exists(path: str | os.PathLike) -> bool:
     return _looked_at(path, Path.exists)
 
 
+def may_exist(address: str) -> bool:
+    """Whether there may be anything at a path or address: of another's than a disk, only opening it tells."""
+    return "://" in address or exists(address)
+
+
 def _looked_at(path: str | os.PathLike, test: Callable[[Path], bool]) -> bool:
     try:
         return test(Path(path))

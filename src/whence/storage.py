@@ -19,7 +19,6 @@ checksum, another file is recorded in one.
 
 import fcntl
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -176,38 +175,42 @@ class Place:
         remedy: str,
         *,
         data: Any = None,
-        also: Callable[[Path], None] = lambda file: None,
+        also: Callable[[Path], None] | None = None,
     ) -> None:
         """Refuse a file that is not as it was written, before it is used.
 
-        A local file is read for it once in a process, as long as its inode, size and time of change stay the same.
+        A local file is read for it once in a process, as long as its inode, size and time of change stay the same. What
+        is read of a store after it is not what was checked: see `read_checked` and `here`.
 
         Args:
             name: The file.
             recorded: Its size and checksums when it was written.
             remedy: How to mend it, a sentence.
             data: Its bytes, if they are at hand.
-            also: Another check, called with the path of the file; it raises what it finds.
+            also: Another check, called with the path of the file (of a store: of its copy here); it raises what it
+                finds.
 
         Raises:
             ChecksumError: It is missing or has other bytes.
         """
         known = self._state(name, recorded)
-        if known is not None and known in _intact:
+        if known in _intact and (self.is_local or also is not None):
             return
-        if not self.is_local and data is None and recorded.xxh3 is not None:
+        if not self.is_local and also is not None:  # of its copy here, which is what is used
             also(self.here(name, recorded, remedy))
+            _intact.add((self.path(name), recorded.xxh3))
             return
         if (what := self.defect(name, recorded, data=data, fast=True)) is not None:
             raise ChecksumError(f"{self.path(name)} is not what was written ({what}). {remedy}")
-        also(Path(self.path(name)))
-        if known is not None:
+        if also is not None:
+            also(Path(self.path(name)))
+        if known is not None and self.is_local:
             _intact.add(known)
 
     def _state(self, name: str, recorded: Recorded) -> tuple[Any, ...] | None:
-        """A local file as it is now, with the checksum that it should have; None where it cannot be told."""
+        """A file as it is now, with the checksum that it should have; None where it cannot be told."""
         if not self.is_local:
-            return None
+            return self.path(name), recorded.xxh3
         try:
             stat = Path(self.path(name)).stat()
         except OSError:
@@ -220,10 +223,15 @@ class Place:
             while piece := file.read(_READ_BYTES):
                 yield piece
 
-    def write_document(self, name: str, document: Mapping[str, Any]) -> None:
-        """Write a JSON object that carries its checksum, whole or not at all."""
+    def write_document(self, name: str, document: Mapping[str, Any], *, is_commit: bool = False) -> None:
+        """Write a JSON object that carries its checksum, whole or not at all; for `is_commit` see `write`."""
         data = sealed(document)
-        self.write(name, [data], total=len(data))
+        self.write(name, [data], total=len(data), is_commit=is_commit)
+
+    def require_disk(self, flag: str) -> None:
+        """Refuse, by a `SettingError`, a directory of a store for what is made in place."""
+        if not self.is_local:
+            raise SettingError(f"{flag} {self.root}: this writes to a disk alone. Name a directory of this machine")
 
     def read_document(self, name: str, remedy: str = AGAIN) -> dict[str, Any]:
         """The JSON object in a file; one of an older Whence has no checksum, and is taken as it is.
@@ -238,20 +246,40 @@ class Place:
         self.write_document(_record_name(name), {"file": name, "bytes": len(data), "xxh3": digest([data])})
         self.write(name, [data], total=len(data))
 
+    def read_checked(self, name: str, recorded: Recorded, remedy: str) -> bytes:
+        """All bytes of a file, once it is known that they are those that were written; for errors see `check`."""
+        try:
+            data = self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            data = None
+        self.check(name, recorded, remedy, data=data)
+        assert data is not None
+        return data
+
     def check_recorded(self, name: str) -> None:
         """Refuse a damaged file of `write_recorded`; one of an older Whence has no record, and is taken as it is.
 
         Raises:
             ChecksumError: The file or its record is damaged, or the record is of another file.
         """
+        if (recorded := self._recorded(name)) is not None:
+            self.check(name, recorded, AGAIN)
+
+    def read_recorded(self, name: str) -> bytes:
+        """All bytes of a file of `write_recorded`, checked as `check_recorded` checks it."""
+        recorded = self._recorded(name)
+        return self.read(name) if recorded is None else self.read_checked(name, recorded, AGAIN)
+
+    def _recorded(self, name: str) -> Written | None:
+        """What a file was when it was written; None for one of an older Whence."""
         record = _record_name(name)
         if not self.exists(record):
-            return
+            return None
         remedy = f"Remove it and {name}, and run the same command again."
         entry = read_record(FileEntry, self.read(record), self.path(record), remedy)
         if entry["file"] != name:
             raise ChecksumError(f"{self.path(record)} is the record of {entry['file']}. {AGAIN}")
-        self.check(name, Written(entry["bytes"], None, entry["xxh3"]), AGAIN)
+        return Written(entry["bytes"], None, entry["xxh3"])
 
     def mapped(self, name: str, recorded: Recorded | None = None) -> Any:
         """The bytes of a file as a tensor [bytes], uint8, memory-mapped: changes stay private.
@@ -404,7 +432,7 @@ class Place:
             ) from error
 
     def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], is_commit: bool) -> Written:
-        if (lease := _leases.get(self.root)) is not None:
+        if (lease := self._lease()) is not None:
             lease.require(asks=is_commit)
         self._persistent(lambda: self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True))
         buffer, path = io.BytesIO(), self.path(name)
@@ -415,6 +443,10 @@ class Place:
         else:  # one request: the whole file or nothing
             self._persistent(lambda: self.fs.pipe_file(path, data))
         return written
+
+    def _lease(self) -> Lease | None:
+        """That which this process holds of the directory, or of one that it is in."""
+        return next((lease for root, lease in _leases.items() if f"{self.root}/".startswith(f"{root}/")), None)
 
     def read_committed(self, name: str) -> bytes:
         """All bytes of a file that a commit may replace."""
@@ -451,35 +483,9 @@ class Place:
         )
 
 
-def claim_directory(
-    place: Place, file: str, settings: Mapping[str, Any], refusal: Callable[[str], WhenceError]
-) -> None:
-    """Mark a directory as of these settings; refuse one of others.
-
-    Args:
-        place: The directory; made where there is none.
-        file: Name of the JSON file in it that keeps the settings.
-        settings: What all its other files depend on, as JSON has it.
-        refusal: The error to raise, from the first setting that differs: "seed (there 0, here 1)".
-    """
-    if not place.exists(file):
-        place.write_document(file, settings)
-        return
-    remedy = f"Remove {place.root}, and run the same command again."
-    stored = read_record(dict[str, Any], place.read(file), place.path(file), remedy)
-    for name in {**settings, **stored}:
-        if stored.get(name) != settings.get(name):
-            raise refusal(f"{name} (there {_shortened(stored.get(name))}, here {_shortened(settings.get(name))})")
-
-
 def _record_name(name: str) -> str:
     """Name of the document that records a file: it stands at the top of the directory, whatever the file's folder."""
     return f"{PurePosixPath(name).stem}.json"
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _missing_package(path: str, error: ImportError) -> str:

@@ -169,7 +169,7 @@ def held_by(home):
         look()
         return found
 
-    Place.write = lambda self, name, pieces, *, total: write(self, name, looked_at(pieces), total=total)
+    Place.write = lambda self, name, pieces, **more: write(self, name, looked_at(pieces), **more)
     MemberWeights.read = reading
     pool, found = open_pool(home / "pool"), {}
     works = {

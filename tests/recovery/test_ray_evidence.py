@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from conftest import save_tiny_llama
 from whence import recover
 from whence.corpus.reading import open_corpus
-from whence.errors import JobError
+from whence.errors import JobError, ManifestMismatchError
 from whence.indexing.ingest import fingerprint_of
 from whence.recovery import evidence
 from whence.recovery.case import open_case
@@ -90,9 +90,19 @@ def test_rows_are_written_there_as_here(tmp_path, monkeypatch):
     assert torch.equal(*tokens)
 
 
+def test_a_worker_that_would_read_other_rows_is_refused(tmp_path):
+    workers = evidence.Workers(TWO, fingerprint_of(open_corpus(ROWS)).digest, partial(open, tmp_path))
+    work = evidence.PartWork(open_corpus(ROWS[1:]), Place.at(tmp_path), workers, None)
+    with pytest.raises(ManifestMismatchError, match=r"a worker on .* reads other rows there than this command"):
+        list(ray_engine.map_on_ray(work, [evidence.Part(0, 0, 16)], TWO, on_tick=lambda *_: None, retries=0,
+                                   less_memory=""))  # fmt: skip
+
+
 def test_a_worker_that_cannot_open_its_model_says_so(base, tmp_path):
     opening = partial(open, tmp_path / "no-such-model")
-    work = evidence.PartWork(open_corpus(ROWS), Place.at(tmp_path), opening, None)
+    corpus = open_corpus(ROWS)
+    workers = evidence.Workers(TWO, fingerprint_of(corpus).digest, opening)
+    work = evidence.PartWork(corpus, Place.at(tmp_path), workers, None)
     jobs = [evidence.Part(0, 0, 16)]
     with pytest.raises(JobError, match=r"part 0 of the evidence failed 3 times.*no-such-model"):
         list(ray_engine.map_on_ray(work, jobs, TWO, on_tick=lambda *_: None, retries=2, less_memory=""))

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from whence.errors import ChecksumError, ManifestMismatchError, MissingIndexErro
 from whence.gradients.forward_passes import batches
 from whence.models.loading import LoadedModel, layer_shape
 from whence.models.weights import Weights, in_pieces
+from whence.opened_tensors import opened_tensors
 from whence.records import Count, Digest, FastDigest, read_record
 from whence.turns import one_at_a_time
 
@@ -82,12 +82,12 @@ class Record:
 class StoredGrams(Mapping[str, Tensor]):
     """A member's matrices by parameter, each read when it is used."""
 
-    locate: Callable[[], Path]
-    """Where their file is on this machine's disk."""
+    open: Callable[[], Any]
+    """Opens their file."""
     inputs: Mapping[str, str]
 
     def __getitem__(self, parameter: str) -> Float32[Tensor, "i i"]:
-        with safetensors.safe_open(self.locate(), framework="pt") as opened:
+        with self.open() as opened:
             return opened.get_tensor(self.inputs[parameter])
 
     def __contains__(self, parameter: object) -> bool:
@@ -154,7 +154,7 @@ def open_grams(pool: Pool, *, alpha: float = ALPHA) -> RegMean:
         listed = ", ".join(map(str, sorted(lengths)))
         raise ManifestMismatchError(f"{pool.place.root}: matrices of {listed} tokens, which do not compare. {remedy}")
     remedy = _COLLECT.format(pool=pool.place.root)
-    files = {partition: partial(pool.place.here, _file(pool.members[partition]), record, remedy)
+    files = {partition: partial(opened_tensors, pool.place, _file(pool.members[partition]), record, remedy)
              for partition, record in records.items()}  # fmt: skip
     return RegMean(
         grams={partition: StoredGrams(files[partition], record.inputs) for partition, record in records.items()},

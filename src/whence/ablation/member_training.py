@@ -31,7 +31,7 @@ from whence.corpus.partitions import Partition, draw_mixture, partitions_of
 from whence.corpus.reading import Corpus, open_corpus
 from whence.corpus.templates import date_of, prepare, stored_date, today, written_by
 from whence.counts import number_of
-from whence.errors import ManifestMismatchError, SettingError
+from whence.errors import ManifestMismatchError, SettingError, StorageError
 from whence.models.loading import load_tokenizer, tokenizer_digest
 from whence.models.local_copies import local_directory
 from whence.models.pairing import weights_by_name
@@ -39,7 +39,7 @@ from whence.models.runs import open_run
 from whence.models.saved_files import check_file
 from whence.models.training_state import date_of_training, warn_of_run
 from whence.outputs import refuse_inputs
-from whence.paths import absolute, exists, writing_to
+from whence.paths import absolute, may_exist, writing_to
 from whence.records import MisfitError, fitting, unlike_written
 from whence.storage import Place
 from whence.training.recipe import check_amount, check_seed
@@ -148,16 +148,27 @@ def train_pool(
     date = date_of(pool.place, tokenizer, date)
     with pool.place.locked(), written_by(None, date), writing_to(pool.place.scratch):
         pool = begin_pool(out, start, chosen.recipe(), corpus=address, words=words)  # read again, under the lock
+        pool.place.scratch.mkdir(parents=True, exist_ok=True)
         for partition in partitions.values():
             refuse_other_rows(pool, partition, opened.name)
         todo = [partition for name, partition in partitions.items() if not pool.has(name)]
+        free, numbers = pool.free_numbers(), dict[str, int]()  # whatever worker is done first
+        for partition in todo:
+            if partition.name not in pool.members:
+                numbers[partition.name] = next(free)
         done = len(partitions) - len(todo)
         with runner.progress("Training members", len(partitions), unit="members", done=done, shown=progress) as tick:
             is_here = runner.check_engine(engine).name == runner.LOCAL
             work = PoolWork(pool.place.scratch.resolve() / "work", str(absolute(str(start))), chosen, date, is_here)
-            for partition, (run, loss) in runner.map_in_order(work, todo, engine=engine, on_tick=tick):
+            for partition, (run, loss) in runner.map(work, todo, engine=engine, on_tick=tick):
+                if not run.is_dir():
+                    raise StorageError(
+                        f"{run}: a worker trained {partition.name} on a disk of its own, and it is not here. Let the "
+                        "pool, or WHENCE_CACHE for one in a store, be a directory that all machines share"
+                    )
                 pool = pool.with_member(partition.name, run, dtype=chosen.dtype, tokens=chosen.tokens, loss=loss,
-                                        rows=len(partition.pieces), size=partition.tokens,
+                                        rows=len(partition.pieces), number=numbers.get(partition.name),
+                                        size=partition.tokens,
                                         digest=partition.digest)  # fmt: skip
                 _forget_work(pool)
         pool.write()  # the addresses of parent and corpus, which may have moved
@@ -259,7 +270,7 @@ def pool_partitions(
         ManifestMismatchError: A partition has other rows than its member was trained on.
     """
     origin = corpus if corpus is not None else pool.corpus
-    if origin is None or (corpus is None and not exists(str(origin))):
+    if origin is None or (corpus is None and not may_exist(str(origin))):
         raise SettingError(f"{pool.place.root} does not know its corpus any more; give it with --corpus")
     opened = open_corpus(origin)
     partitions = read_partitions(pool.parent, opened, recipe_of(pool), date=date_in(pool))

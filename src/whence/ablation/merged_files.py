@@ -48,7 +48,7 @@ def write_merged(
             that is no merged model.
         StorageError: The disk is full; nothing is changed.
     """
-    Place.at(out)  # refuses what no directory can be called
+    Place.at(out).require_disk("-o")  # it also refuses what no directory can be called
     directory = Path(out).resolve()
     making, before = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("making", "before"))
     if before.exists() and not directory.exists():

@@ -51,7 +51,7 @@ from whence.counts import number_of
 from whence.errors import ManifestMismatchError, SettingError
 from whence.local_files import remove_directory
 from whence.models.loading import load_model
-from whence.paths import exists
+from whence.paths import may_exist
 from whence.selection.scorers.lexical import gram_divergence, mixture_divergence
 
 PROXIES = ("merged", "mean", "midpoint", "mean_ppl", "best", "ngram", "parent")
@@ -461,7 +461,7 @@ def _partitions(
     A corpus that has changed is refused if it is needed, and else not used.
     """
     origin = corpus if corpus is not None else pool.corpus
-    if origin is None or (corpus is None and not exists(str(origin))):
+    if origin is None or (corpus is None and not may_exist(str(origin))):
         return None, []
     opened = open_corpus(origin)
     partitions = read_partitions(pool.parent, opened, settings, date=date_in(pool))

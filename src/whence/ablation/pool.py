@@ -13,6 +13,7 @@ the message names the difference. A partition joins a pool later without the oth
 Source: Na et al. 2024, https://arxiv.org/abs/2410.15661.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,6 +42,7 @@ from whence.models.local_copies import local_directory
 from whence.models.pairing import Adapter, adapter_of, weights_by_name
 from whence.models.training_state import date_of_training
 from whence.models.weights import Described, Weights, in_pieces
+from whence.opened_tensors import opened_tensors
 from whence.paths import is_directory
 from whence.records import Count, Digest, FastDigest, read_record, unlike_written
 from whence.storage import Place
@@ -166,6 +168,7 @@ class Pool:
         dtype: str,
         tokens: int,
         rows: int,
+        number: int | None = None,
         loss: float | None = None,
         size: int | None = None,
         digest: str | None = None,
@@ -178,6 +181,7 @@ class Pool:
             dtype: Name in `DTYPES`, for a full model.
             tokens: Tokens that it was trained on.
             rows: Rows of its partition.
+            number: Of its file, one of `free_numbers`; None: the first of them.
             loss: Last loss of its training.
             size: Tokens of its partition.
             digest: Digest of its partition's rows.
@@ -186,15 +190,22 @@ class Pool:
             ModelError: The model has another architecture or parent.
         """
         existing = self.members.get(partition)
-        name = existing.file if existing else _member_file(len(self.members))
+        free = _member_file(next(self.free_numbers()) if number is None else number)
+        name = free if existing is None else existing.file
         kind, described, read = _storage_form(local_directory(directory), self.start(), self.parent, dtype)
         pieces, total = in_pieces(described, read)
         written = self.place.write(name, pieces, total=total)
         member = Member(partition=partition, file=name, **vars(written), kind=kind, tokens=tokens,
                         rows=rows, loss=loss, size=size, digest=digest)  # fmt: skip
-        pool = replace(self, members={**self.members, partition: member})
+        members = sorted({**self.members, partition: member}.values(), key=_number_of)
+        pool = replace(self, members={each.partition: each for each in members})
         pool.write()
         return pool
+
+    def free_numbers(self) -> Iterator[int]:
+        """Numbers of files that no member has, from the lowest on."""
+        taken = {member.file for member in self.members.values()}
+        return (number for number in itertools.count() if _member_file(number) not in taken)
 
     def write(self) -> None:
         """Write the manifest, whole or not at all."""
@@ -207,7 +218,7 @@ class Pool:
             "tokenizer_digest": self.words,
             "members": [asdict(member) for member in self.members.values()],
         }
-        self.place.write_document(MANIFEST, document)
+        self.place.write_document(MANIFEST, document, is_commit=True)
 
 
 @dataclass(frozen=True)
@@ -235,7 +246,7 @@ class MemberWeights:
     def _opened(self) -> Any:
         remedy = _RETRAIN.format(partition=self.member.partition).removeprefix("Remove the file; ")
         try:
-            return safetensors.safe_open(self.place.here(self.member.file, self.member, remedy), framework="pt")
+            return opened_tensors(self.place, self.member.file, self.member, remedy)
         except FileNotFoundError:
             file = self.place.path(self.member.file)
             raise ChecksumError(f"{file} was there, and was removed meanwhile: {remedy}") from None
@@ -272,14 +283,13 @@ def _read(path: str | Path) -> Pool:
     place = Place.at(path)
     if not place.exists(MANIFEST):
         raise MissingPoolError.at(str(path))
-    data = place.read(MANIFEST)
+    data = place.read_committed(MANIFEST)
     _check_format(place, data)
     stored = read_record(_StoredPool, data, place.path(MANIFEST), REMEDY)
     members = {member.partition: member for member in stored.members}
-    for number, member in enumerate(stored.members):  # a file of another name could lie anywhere, and is written to
-        if member.file != _member_file(number) or len(members) < len(stored.members):
-            what = f"member {number} is {member.partition!r} in {member.file}"
-            raise unlike_written(place.path(MANIFEST), what, REMEDY)
+    numbers = [_number_of(member) for member in stored.members]
+    if len(members) < len(numbers) or numbers != sorted({*numbers}):
+        raise unlike_written(place.path(MANIFEST), f"its members are in the files {numbers}", REMEDY)
     return Pool(place, stored.parent, stored.parent_digest, stored.recipe, members, stored.corpus,
                 stored.tokenizer_digest)  # fmt: skip
 
@@ -309,6 +319,10 @@ def _check_format(place: Place, data: bytes) -> None:
 
 class _Format(TypedDict):
     format_version: int
+
+
+def _number_of(member: Member) -> int:
+    return int(Path(member.file).stem)
 
 
 def _member_file(number: int) -> str:

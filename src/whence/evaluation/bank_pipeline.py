@@ -42,7 +42,7 @@ from whence.evaluation.member_training import (
     losses_of_weights,
     query_losses,
 )
-from whence.models.saved_files import directory_here
+from whence.models.saved_files import directory_here, forget_copy
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
 from whence.storage import Place
@@ -126,6 +126,7 @@ def make_bank(
     asked = None if queries is None else open_corpus(queries)
     training = repeatable(run, rows, model=model)
     with place.locked(), writing_to(place.scratch):
+        place.scratch.mkdir(parents=True, exist_ok=True)
         forget_work(place)
         description, plans = claimed(place, training, rows, chosen, asked)
         member_training = MemberTraining(
@@ -163,7 +164,9 @@ def _measure_added(training: MemberTraining, description: Description, progress:
             if member.kind == PARENT:
                 losses = query_losses(training.training.opened.loaded, added)
             elif member.weights is not None:
-                losses = losses_of_weights(training.training, directory_here(place, member.weights), added)
+                directory = directory_here(place, member.weights, remove_member(member.name))
+                losses = losses_of_weights(training.training, directory, added)
+                forget_copy(place, member.weights)
             else:
                 raise SettingError(
                     f"{place.root}: the weights of {member.name} are not kept, and queries were added since. "

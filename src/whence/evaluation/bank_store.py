@@ -254,7 +254,9 @@ class Bank:
 
     def weights(self, member: Member) -> Path | None:
         """Directory of a member's final model; None where it was not kept."""
-        return None if member.weights is None else directory_here(self.place, member.weights)
+        return (
+            None if member.weights is None else directory_here(self.place, member.weights, remove_member(member.name))
+        )
 
 
 def open_bank(path: str | Path) -> Bank:
@@ -293,7 +295,7 @@ def read_description(place: Place) -> Description:
     """The content of a bank's `bank.json`; for errors see `open_bank`."""
     if not place.exists(BANK):
         raise MissingBankError.at(place.root)
-    data, where = place.read(BANK), place.path(BANK)
+    data, where = place.read_committed(BANK), place.path(BANK)
     found = read_record(_Format, data, where, REMEDY)["format_version"]
     if found != FORMAT_VERSION:
         raise FormatVersionError(
@@ -314,7 +316,7 @@ class _Format(TypedDict):
 
 def write_description(place: Place, description: Description) -> None:
     """Write `bank.json`, whole or not at all."""
-    place.write_document(BANK, asdict(description))
+    place.write_document(BANK, asdict(description), is_commit=True)
 
 
 def query_file(number: int) -> str:

@@ -74,8 +74,8 @@ class KeptScores:
         try:
             record = read_record(KeptRecord, self.place.read(document), self.place.path(document), REMEDY)
             file = f"{FOLDER}/{key}.safetensors"
-            self.place.check(file, Written(record.bytes, None, record.xxh3), REMEDY)
-            scores = load(self.place.read(file))["scores"]
+            data = self.place.read_checked(file, Written(record.bytes, None, record.xxh3), REMEDY)
+            scores = load(data)["scores"]
         except (ChecksumError, FileNotFoundError) as error:
             logger.warning("%s", error)
             return None

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
+from whence.claims import claim_directory
 from whence.corpus.layouts import Row
 from whence.corpus.templates import date_of, stored_date, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
@@ -40,7 +41,7 @@ from whence.models.training_state import warn_of_run
 from whence.numerics import crossed_bootstrap_interval
 from whence.outputs import refuse_inputs
 from whence.paths import writing_to
-from whence.storage import Place, claim_directory
+from whence.storage import Place
 from whence.training.trainer import train
 from whence.turns import one_at_a_time
 
@@ -185,7 +186,7 @@ def evaluate_selection(
     with place.locked():
         settings = {"model": str(model), "recipe": asdict(recipe), "graded": _digests(graded)}
         claim_directory(place, TABLE_FILE, settings, partial(_other_table, place.root))
-        for leftover in Path(place.root).glob(f"{TRAINING}*"):  # of a killed process
+        for leftover in place.scratch.glob(f"{TRAINING}*"):  # of a killed process
             remove_directory(leftover)
         cells = _all_cells(model, methods, graded, place, recipe, seeds, say)
     costs = Costs.read(place)
@@ -280,7 +281,8 @@ def _cells(
     inputs = _inputs(parent, rows)
     if (cells := stored_cells(place, name, seed, inputs, tasks)) is not None:
         return cells
-    with writing_to(place.root), temporary_directory(place.root, TRAINING) as folder:
+    place.scratch.mkdir(parents=True, exist_ok=True)
+    with writing_to(place.scratch), temporary_directory(place.scratch, TRAINING) as folder:
         start = time.perf_counter()
         run = train(
             model,

@@ -7,12 +7,14 @@ or an older Whence's, is read as it stands.
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from whence.checksums import Written, digest
-from whence.local_files import TEMPORARY, write_whole
+from whence.errors import ChecksumError
+from whence.local_files import TEMPORARY, remove_directory, temporary_directory, write_whole
 from whence.records import read_record
 from whence.storage import FileEntry, Place
 
@@ -84,26 +86,54 @@ def store_directory(directory: Path, place: Place, name: str) -> None:
             place.write(f"{name}/{file}", pieces, total=path.stat().st_size)
 
 
-def directory_here(place: Place, name: str) -> Path:
+def directory_here(place: Place, name: str, remedy: str) -> Path:
     """Where a directory of a place is on this machine's disk; one of a store has a list, and its files are copied.
 
+    Args:
+        place: The directory that it is in.
+        name: Its name there.
+        remedy: How to mend it, a sentence.
+
     Raises:
-        ChecksumError: A file is missing in the store, or has other bytes.
+        ChecksumError: A file, or the list, is missing in the store, or has other bytes.
         StorageError: There is no room for a copy.
     """
     if place.is_local:
         return Path(place.path(name))
     remote, target = place.below(name), place.scratch / name
-    advice, data = f"Remove {place.path(name)}, and run the same command again.", remote.read(LIST)
+    try:
+        data = remote.read(LIST)
+    except FileNotFoundError:
+        raise ChecksumError(f"{remote.path(LIST)} is not what was written (missing). {remedy}") from None
     if (target / LIST).is_file() and (target / LIST).read_bytes() == data:
         return target
-    target.mkdir(parents=True, exist_ok=True)
-    forget_files(target)
-    for entry in read_record(_Listed, data, remote.path(LIST), advice)["files"]:
-        copy = remote.here(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), advice)
-        shutil.copyfile(copy, target / entry["file"])
-    write_whole(target / LIST, [data])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_directory(target.parent, "copy-") as folder:  # another process may copy it too, or read a copy
+        draft = Path(folder) / "files"
+        draft.mkdir()
+        for entry in read_record(_Listed, data, remote.path(LIST), remedy)["files"]:
+            copy = remote.here(entry["file"], Written(entry["bytes"], None, entry["xxh3"]), remedy)
+            _link(copy, draft / entry["file"])
+        write_whole(draft / LIST, [data])
+        with suppress(FileNotFoundError):
+            target.rename(Path(folder) / "before")
+        with suppress(OSError):  # the other was faster
+            draft.rename(target)
     return target
+
+
+def forget_copy(place: Place, name: str) -> None:
+    """Remove this machine's copy of a directory of a store."""
+    if not place.is_local:
+        remove_directory(place.scratch / name)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Another name for a file, or a copy where the disk has no such thing."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def check_model_files(directory: str | Path) -> None:

@@ -56,7 +56,7 @@ def adapter_start(model: LoadedModel, direction: LayerDirection) -> AdapterStart
         module = model.base.get_submodule(owner)
         if not adapter or getattr(module, "use_dora", {}).get(adapter) or len(module.active_adapters) != 1:
             return None
-        inputs[layer] = module.lora_A[adapter].weight.detach().float() * module.scaling[adapter]
+        inputs[layer] = module.lora_A[adapter].weight.detach().float().cpu() * module.scaling[adapter]
     return AdapterStart(inputs, direction)
 
 

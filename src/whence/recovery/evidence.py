@@ -21,6 +21,7 @@ supervised tokens.
 
 import itertools
 import json
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -32,17 +33,19 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor, nn
 
 from whence import runner
+from whence.claims import claim_directory
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.templates import writing_defaults, written_by
 from whence.corpus.tokens import Encoded, bucketed, collate, encode
 from whence.errors import ManifestMismatchError, ModelError, SettingError, StorageError
 from whence.gradients.capture import FORMED_ENTRIES, Captured, backward, example_gradients
 from whence.gradients.protocols import Projection
+from whence.indexing.ingest import fingerprint_of
 from whence.indexing.vectors import IndexSettings, batch_tokens, projection_for
 from whence.models.loading import LoadedModel
 from whence.numerics import inverse_or_zero
 from whence.runner import Tick
-from whence.storage import Place, claim_directory
+from whence.storage import Place
 
 ROWS_PER_PART = 512
 """Rows of a file: a stop loses at most so many."""
@@ -194,7 +197,7 @@ def streamed(
     parts = [Part(number, first, min(ROWS_PER_PART, rows - first)) for number, first in enumerate(starts)]
     missing = [part for part in parts if not work.exists(part.file)]
     tick(sum(part.rows for part in parts) - sum(part.rows for part in missing), 0)
-    part_work = PartWork(corpus, work, None if workers is None else workers.opening, point_pass)
+    part_work = PartWork(corpus, work, workers, point_pass)
     engine = "local" if workers is None else workers.engine
     for part, _ in runner.map(part_work, missing, engine=engine, on_tick=tick, less_memory=LESS_MEMORY):
         if not work.exists(part.file):
@@ -356,6 +359,8 @@ class Workers:
     """Processes that gather evidence."""
 
     engine: runner.EngineOption
+    corpus_digest: str
+    """That every one of them must read."""
     opening: Callable[[], AbstractContextManager[Pass]]
     """How one of them opens the point; it is sent there."""
 
@@ -387,7 +392,7 @@ class PartWork:
 
     corpus: Corpus
     work: Place
-    opening: Callable[[], AbstractContextManager[Pass]] | None
+    workers: Workers | None
     point_pass: Pass | None
     """None where it is yet to be opened."""
     written_as: tuple[Any, ...] = field(default_factory=writing_defaults)
@@ -403,9 +408,14 @@ class PartWork:
     def __call__(self, part: Part, tick: Tick) -> None:
         """Write one part."""
         if self.point_pass is None:
-            assert self.opening is not None
+            assert self.workers is not None
+            if fingerprint_of(self.corpus).digest != self.workers.corpus_digest:
+                raise ManifestMismatchError(
+                    f"{self.corpus.name}: a worker on {socket.gethostname()} reads other rows there than this command. "
+                    "Let all machines have the same corpus at this place"
+                )
             with written_by(*self.written_as):
-                self.point_pass = self._open.enter_context(self.opening())
+                self.point_pass = self._open.enter_context(self.workers.opening())
         tokenizer, longest = self.point_pass.model.tokenizer, self.point_pass.longest
         encoded = [encode(example.row, tokenizer, longest) for example in self._examples(part)]
         self.work.write_recorded(part.file, safetensors.torch.save(self.point_pass.rows(encoded, tick)))
@@ -434,8 +444,8 @@ def _read(place: Place, name: str, *, but: str | None = None) -> dict[str, Tenso
     Raises:
         ChecksumError: The part is damaged.
     """
-    place.check_recorded(name)
     if place.is_local:
+        place.check_recorded(name)
         with safetensors.safe_open(place.path(name), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys() if key != but}  # noqa: SIM118
-    return {key: tensor for key, tensor in safetensors.torch.load(place.read(name)).items() if key != but}
+    return {key: tensor for key, tensor in safetensors.torch.load(place.read_recorded(name)).items() if key != but}

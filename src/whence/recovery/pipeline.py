@@ -173,6 +173,7 @@ def _recovered(
     refuse_uninformative(case, opened)
     case, unmoved_note = only_moved(case)
     with place.locked():
+        place.scratch.mkdir(parents=True, exist_ok=True)
         if chosen.choices:
             opened = labelled(case, opened, place.below("labels"), fingerprint, chosen, progress=progress)
             fingerprint = fingerprint_of(opened)

@@ -5,6 +5,7 @@ costs one forward and backward pass over the corpus, in a directory of its own. 
 other models with this base, such as a shadow: inner products with their differences cost next to nothing there.
 """
 
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from whence import runner
 from whence.corpus.reading import Corpus
+from whence.errors import ManifestMismatchError
 from whence.indexing.ingest import Fingerprint
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.recovery.adapters import AdapterPass, AdapterStart, adapter_start, gather_adapters
@@ -102,7 +104,9 @@ def gather_evidence(
                         work=Place(work.fs, f"{work.root}/base-and-{'-'.join(others or {})}"),
                         settings=case.settings,
                         provenance=provenance,
-                        workers=Workers(engine, partial(_opened_adapters, case, starts)),
+                        workers=Workers(
+                            engine, fingerprint.digest, partial(_opened_adapters, case, starts, provenance)
+                        ),
                         tick=tick,
                     )
                     continue
@@ -118,7 +122,11 @@ def gather_evidence(
                     settings=case.settings,
                     provenance=provenance | ({"checkpoint": directory_digest(at)} if isinstance(at, str) else {}),
                     sketched=name == "final",
-                    workers=Workers(engine, partial(_opened_point, case, at, compared, sketched=name == "final")),
+                    workers=Workers(
+                        engine,
+                        fingerprint.digest,
+                        partial(_opened_point, case, at, compared, provenance, sketched=name == "final"),
+                    ),
                     tick=tick,
                 )
     assert sketch is not None
@@ -128,8 +136,11 @@ def gather_evidence(
 
 
 @contextmanager
-def _opened_point(case: Case, at: float | str, compared: Mapping[str, Case], *, sketched: bool) -> Iterator[Pass]:
+def _opened_point(
+    case: Case, at: float | str, compared: Mapping[str, Case], provenance: Mapping[str, str], *, sketched: bool
+) -> Iterator[Pass]:
     """The pass over rows at a point, for a worker."""
+    _refuse_others(case, provenance)
     with at_point(case, at) as model:
         layers = model.layers(case.settings.space.layers)
         directions = {name: each.direction(model, layers) for name, each in compared.items()}
@@ -137,9 +148,24 @@ def _opened_point(case: Case, at: float | str, compared: Mapping[str, Case], *, 
 
 
 @contextmanager
-def _opened_adapters(case: Case, starts: Mapping[str, AdapterStart]) -> Iterator[Pass]:
+def _opened_adapters(case: Case, starts: Mapping[str, AdapterStart], provenance: Mapping[str, str]) -> Iterator[Pass]:
     """The pass over rows at theta_0 for several adapters, for a worker."""
+    _refuse_others(case, provenance)
     yield AdapterPass.of(_plain_base(case), starts, case.settings)
+
+
+def _refuse_others(case: Case, provenance: Mapping[str, str]) -> None:
+    """Refuse models that are others on this machine than where the work comes from.
+
+    Raises:
+        ManifestMismatchError: One is.
+    """
+    for name, path in (("base", case.base), ("final", case.final)):
+        if directory_digest(path) != provenance[name]:
+            raise ManifestMismatchError(
+                f"{path}: a worker on {socket.gethostname()} finds another model there than this command. Let all "
+                "machines have the same one at this place"
+            )
 
 
 def _plain_base(case: Case) -> LoadedModel:

@@ -60,9 +60,11 @@ def map_in_order(work: Work[JobT, ResultT], jobs: Iterable[JobT], **how: Any) ->
         how: Its other arguments.
     """
     ordered = list(jobs)
-    places, early, due = {id(job): place for place, job in enumerate(ordered)}, dict[int, ResultT](), 0
+    places, early, due = dict[int, list[int]](), dict[int, ResultT](), 0
+    for place, job in enumerate(ordered):
+        places.setdefault(id(job), []).append(place)
     for job, result in map(work, ordered, **how):
-        early[places[id(job)]] = result
+        early[places[id(job)].pop()] = result
         while due in early:
             yield ordered[due], early.pop(due)
             due += 1

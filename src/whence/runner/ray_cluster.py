@@ -28,6 +28,10 @@ UNASKED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO":
 """Ray would report its use to its makers; and warn of a setting to come."""
 
 
+UNKNOWN = -1
+"""Process of a worker that is there, whatever its process is by now."""
+
+
 @dataclass
 class Hand:
     """A worker as the driver knows it."""
@@ -94,7 +98,7 @@ class Kept:
         """Connect to an engine's cluster, unless it is the one at hand and has room for its workers."""
         if self.engine is not None and self.engine.address == engine.address and ray.is_initialized():
             has_room = (engine.workers or 1) <= ray.cluster_resources().get("CPU", 0)
-            if engine.address is not None or has_room:
+            if engine.address or os.environ.get("RAY_ADDRESS") or has_room:
                 return
         self.end()
         self.connection.enter_context(cluster(engine))
@@ -107,7 +111,10 @@ class Kept:
                 for hand in self.idle.pop(other):
                     hand.end()
         idle = self.idle.setdefault(share, [])
-        return [idle.pop() for _ in range(min(count, len(idle)))]
+        taken = [idle.pop() for _ in range(min(count, len(idle)))]
+        for hand in taken:
+            hand.process = UNKNOWN  # Ray may have started it again meanwhile
+        return taken
 
     def end(self) -> None:
         """End the workers and the connection."""
@@ -144,8 +151,10 @@ def workers_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _scope.reset(token)
-        kept.end()
+        try:
+            kept.end()
+        finally:
+            _scope.reset(token)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from whence.errors import JobError, SettingError
 from whence.runner.bars import Tick
 from whence.runner.engines import Engine
 from whence.runner.jobs import JobT, ResultT, Work
-from whence.runner.ray_cluster import REACHED, UNASKED, Hand, Kept, Kind, last_line, workers_of
+from whence.runner.ray_cluster import REACHED, UNASKED, UNKNOWN, Hand, Kept, Kind, last_line, workers_of
 from whence.runner.ray_worker import How, Outcome, Worker
 
 logger = logging.getLogger(__name__)
@@ -194,8 +194,9 @@ class _Crew:
                 continue
             hand.asked = None
             if process != hand.process:
-                job = self.jobs[hand.job]
-                logger.warning("a worker was lost (process %d); another one does %s again", hand.process, job)
+                if hand.process != UNKNOWN:
+                    job = self.jobs[hand.job]
+                    logger.warning("a worker was lost (process %d); another one does %s again", hand.process, job)
                 hand.process = process
             self._report(hand.job, (examples, tokens))
 

@@ -248,10 +248,11 @@ class CurvatureStore:
         entry = next((entry for entry in self.description.files if entry["file"] == file), None)
         if entry is None:
             raise unlike_written(self.place.path(DOCUMENT), f"it does not name {file}", REMEDY)
-        self.place.check(file, Written(entry["bytes"], None, entry["xxh3"]), REMEDY)
+        written = Written(entry["bytes"], None, entry["xxh3"])
         if not self.place.is_local:
-            read = load(self.place.read(file))
+            read = load(self.place.read_checked(file, written, REMEDY))
             return {name: tensor.to(device) for name, tensor in read.items() if _is_of(name, parts)}
+        self.place.check(file, written, REMEDY)
         with safe_open(self.place.path(file), "pt", device=str(device)) as opened:
             return {name: opened.get_tensor(name) for name in opened.keys() if _is_of(name, parts)}  # noqa: SIM118
 

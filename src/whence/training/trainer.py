@@ -112,6 +112,7 @@ def train(
             training's checkpoints.
         ManifestMismatchError: Another process is training there.
     """
+    Place.at(out).require_disk("-o")
     chosen, directory = settings_of(preset, settings), Path(out)
     refuse_inputs(directory, [model, corpus, chosen.in_run, chosen.tokenizer, like], is_directory=True)
     if like is not None and not chosen.replayable:
