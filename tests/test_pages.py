@@ -41,6 +41,7 @@ NOT_RUN = {
     "whence * run --method source *": "the same, by tests/selection",
     "* --device cuda": "its message is that of a torch without CUDA",
     "whence * --engine ray*": "workers, of scaling.md; run by tests/test_ray_*.py",
+    "*workers_kept(engine)*": "the same",
     "whence * s3://*": "a store, of scaling.md; run by tests/test_object_store.py",
 }
 """Commands that no test runs, by pattern, and why."""

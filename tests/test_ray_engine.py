@@ -65,6 +65,14 @@ class Work:
         time.sleep(0 if job else 1.0)
         return job * 2
 
+    def _meets(self, job, tick):
+        (Path(self.folder) / f"process-{os.getpid()}").touch()
+        end = time.monotonic() + 60.0
+        while len([*Path(self.folder).glob("process-*")]) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(0.3)  # so that both have some
+        return os.getpid()
+
     def _counts(self, job, tick):
         return sum(isinstance(each, Work) for each in gc.get_objects())
 
@@ -137,7 +145,7 @@ def test_jobs_run_in_as_many_processes_as_are_asked_for(tmp_path):
 
 def test_workers_stay_for_the_next_work_and_hold_nothing_of_the_last(tmp_path):
     """Within a block; outside of it each map has its own."""
-    first, second = ({*done(Work(tmp_path, "where"), range(6)).values()} for _ in range(2))
+    first, second = ({*done(Work(tmp_path, "meets"), range(6)).values()} for _ in range(2))
     assert first == second and len(first) == 2
     assert {*done(Work(tmp_path, "counts"), range(6)).values()} == {1}
     alone = {*Context().run(done, Work(tmp_path, "where"), range(6)).values()}

@@ -52,8 +52,20 @@ def test_a_partition_has_one_member(home):
     document = content(home)
     document["members"][1]["partition"] = "s0"
     write(home, document)
-    with pytest.raises(ChecksumError, match="member 0 is 's0'"):
+    with pytest.raises(ChecksumError, match=r"member 1 is 's0' in members/001"):
         open_pool(home / "pool")
+
+
+def test_members_are_in_the_order_of_their_files(home):
+    """Numbers may be missing, of members that are yet to be trained; none stands twice, or before a lower one."""
+    document = content(home)
+    document["members"].reverse()
+    write(home, document)
+    with pytest.raises(ChecksumError, match=r"member 1 is 's0' in members/000"):
+        open_pool(home / "pool")
+    document["members"] = document["members"][:1]
+    write(home, document)
+    assert next(open_pool(home / "pool").free_numbers()) == 0
 
 
 def test_another_format_is_told_before_its_entries(home):

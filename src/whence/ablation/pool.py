@@ -287,9 +287,13 @@ def _read(path: str | Path) -> Pool:
     _check_format(place, data)
     stored = read_record(_StoredPool, data, place.path(MANIFEST), REMEDY)
     members = {member.partition: member for member in stored.members}
-    numbers = [_number_of(member) for member in stored.members]
-    if len(members) < len(numbers) or numbers != sorted({*numbers}):
-        raise unlike_written(place.path(MANIFEST), f"its members are in the files {numbers}", REMEDY)
+    last, seen = -1, set[str]()
+    for number, member in enumerate(stored.members):
+        if _number_of(member) <= last or member.partition in seen:
+            what = f"member {number} is {member.partition!r} in {member.file}"
+            raise unlike_written(place.path(MANIFEST), what, REMEDY)
+        last = _number_of(member)
+        seen.add(member.partition)
     return Pool(place, stored.parent, stored.parent_digest, stored.recipe, members, stored.corpus,
                 stored.tokenizer_digest)  # fmt: skip
 
