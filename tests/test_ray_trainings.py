@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import corpus_rows, save_tiny_llama, write_jsonl
+from ray_workers import one_thread_and_workers
 from whence.ablation.member_training import train_pool
 from whence.evaluation.bank_pipeline import bank
 from whence.evaluation.bank_store import open_bank
 from whence.evaluation.removal import evaluate_removal
-from whence.runner import Engine, workers_kept
+from whence.runner import Engine
 from whence.training.trainer import train
 
 pytest.importorskip("whence.runner.ray_engine", exc_type=ImportError)
@@ -24,13 +25,9 @@ TWO = Engine("ray", workers=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_cluster():
-    """Threads change the order of sums; workers are started once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with workers_kept(TWO):
+def workers():
+    with one_thread_and_workers(TWO):
         yield
-    torch.set_num_threads(threads)
 
 
 def test_a_bank_and_what_is_trained_in_it_later(tmp_path):

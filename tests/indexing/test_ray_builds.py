@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 from conftest import contents, corpus_rows, write_jsonl
+from ray_workers import one_thread_and_workers
 from whence.errors import StorageError
 from whence.indexing import build as building
 from whence.indexing.build import ShardWork, append, index, verify
-from whence.runner import Engine, workers_kept
+from whence.runner import Engine
 
 pytest.importorskip("whence.runner.ray_cluster", exc_type=ImportError)
 pytestmark = pytest.mark.timeout(300)
@@ -24,16 +24,9 @@ TWO = Engine("ray", workers=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_cluster():
-    """Threads change the order of sums; workers are started once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        paths = *map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # workers import this file
-        with workers_kept(TWO):
-            yield
-    torch.set_num_threads(threads)
+def workers():
+    with one_thread_and_workers(TWO, Path(__file__).parent):  # they import this file
+        yield
 
 
 class Fatal(ShardWork):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import save_tiny_llama
+from ray_workers import one_thread_and_workers
 from whence import recover
 from whence.corpus.reading import open_corpus
 from whence.errors import JobError, ManifestMismatchError
@@ -15,7 +16,7 @@ from whence.recovery import evidence
 from whence.recovery.case import open_case
 from whence.recovery.points import gather_evidence
 from whence.recovery.settings import RecoverSettings
-from whence.runner import Engine, workers_kept
+from whence.runner import Engine
 from whence.storage import Place
 from whence.training.trainer import train
 
@@ -27,13 +28,9 @@ QUICK = {"batch_size": 4, "epochs": 1, "max_tokens": 32, "progress": False, "che
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_cluster():
-    """Threads change the order of sums; workers are started once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with workers_kept(TWO):
+def workers():
+    with one_thread_and_workers(TWO):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

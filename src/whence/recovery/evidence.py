@@ -354,6 +354,9 @@ def pass_at(
     return Pass(model, layers, directions, projection_for(model, settings) if sketched else None, settings)
 
 
+Opening = Callable[[], AbstractContextManager[Pass]]
+
+
 @dataclass(frozen=True)
 class Workers:
     """Processes that gather evidence."""
@@ -361,7 +364,7 @@ class Workers:
     engine: runner.EngineOption
     corpus_digest: str
     """That every one of them must read."""
-    opening: Callable[[], AbstractContextManager[Pass]]
+    opening: Opening
     """How one of them opens the point; it is sent there."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from whence.indexing.ingest import Fingerprint
 from whence.models.loading import LoadedModel, directory_digest, load_model, tokenizer_digest
 from whence.recovery.adapters import AdapterPass, AdapterStart, adapter_start, gather_adapters
 from whence.recovery.case import Case, at_point, refuse_unmoved
-from whence.recovery.evidence import Pass, PointEvidence, Workers, gather_point, length_of, pass_at, sketch_of
+from whence.recovery.evidence import Opening, Pass, PointEvidence, Workers, gather_point, length_of, pass_at, sketch_of
 from whence.recovery.membership import CorpusEvidence, with_short_list
 from whence.storage import Place
 
@@ -80,6 +81,8 @@ def gather_evidence(
         "base": directory_digest(case.base),
         "final": directory_digest(case.final),
     }
+    reading: dict[str, Any] = {"rows": fingerprint.rows, "settings": case.settings}
+    readers = partial(Workers, engine, fingerprint.digest)
     names, known = points_of(case, points), {} if base is None else {"base": base}
     with runner.progress(label, fingerprint.rows * (len(names) - len(known)), shown=progress) as tick:
         for name, at in names.items():
@@ -96,39 +99,24 @@ def gather_evidence(
                 refuse_unmoved(direction, case)
                 starts = adapter_starts(case, others or {}) if name == "base" and others and case.lora else {}
                 if starts:
+                    opening: Opening = partial(_opened_adapters, case, starts, provenance)
                     evidence[name] = gather_adapters(
-                        _plain_base(case),
-                        corpus,
-                        starts,
-                        rows=fingerprint.rows,
-                        work=Place(work.fs, f"{work.root}/base-and-{'-'.join(others or {})}"),
-                        settings=case.settings,
-                        provenance=provenance,
-                        workers=Workers(
-                            engine, fingerprint.digest, partial(_opened_adapters, case, starts, provenance)
-                        ),
-                        tick=tick,
-                    )
+                        _plain_base(case), corpus, starts, work=work.below(f"base-and-{'-'.join(others or {})}"),
+                        provenance=provenance, workers=readers(opening), **reading, tick=tick,
+                    )  # fmt: skip
                     continue
                 compared, place = {DIFFERENCE: case}, name
                 if name == "base" and others and not case.lora:
                     compared, place = compared | {**others}, f"base-and-{'-'.join(others)}"
+                is_last = name == "final"
+                opening = partial(_opened_point, case, at, compared, provenance, sketched=is_last)
+                directions = {other: direction if each is case else each.direction(model, layers)
+                              for other, each in compared.items()}  # fmt: skip
                 evidence[name] = gather_point(
-                    model,
-                    corpus,
-                    {other: each.direction(model, layers) for other, each in compared.items()},
-                    rows=fingerprint.rows,
-                    work=Place(work.fs, f"{work.root}/{place.replace(' ', '-')}"),
-                    settings=case.settings,
+                    model, corpus, directions, work=work.below(place.replace(" ", "-")),
                     provenance=provenance | ({"checkpoint": directory_digest(at)} if isinstance(at, str) else {}),
-                    sketched=name == "final",
-                    workers=Workers(
-                        engine,
-                        fingerprint.digest,
-                        partial(_opened_point, case, at, compared, provenance, sketched=name == "final"),
-                    ),
-                    tick=tick,
-                )
+                    sketched=is_last, workers=readers(opening), **reading, tick=tick,
+                )  # fmt: skip
     assert sketch is not None
     whole = CorpusEvidence(evidence, DIFFERENCE, lengths, sketch, torch.zeros(0, dtype=torch.int64))
     groups = [str(example.row.get("source")) for example in corpus] if fingerprint.rows > case.short_list else None

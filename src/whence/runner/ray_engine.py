@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 import whence
 from whence import errors
@@ -248,7 +248,7 @@ class _Crew:
         """Keep workers that have nothing to do, without their work; end the others."""
         try:
             ray.get([hand.actor.release.remote() for hand in self.idle], timeout=REACHED)
-        except Exception:  # whatever Ray has to say of them, they are ended
+        except RayError:  # one is gone, or does not answer in time
             self.idle = []
         self.kept.idle.setdefault(self.kind.share, []).extend(self.idle)
         for hand in self.hands:
