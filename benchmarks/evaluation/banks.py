@@ -6,7 +6,9 @@
 Stages, in order (`all` runs them all); each goes on where it was stopped, and skips what is in WORK:
 
     run      the training: `whence train --replayable`; and once more with `--in-run`, which changes no weight
-    bank     `whence bank`: it on random halves of its rows, rows leaving by adding nothing
+    bank     `whence bank`: it on random halves of its rows, rows leaving by adding nothing. Losses of a bank of the
+             page's size are in benchmarks/evaluation/results/BANK_losses.json: where two halves trained here end as
+             they did there, the others are taken from that file, and the bank takes minutes in place of hours
     index    the default index at the end of the training, and one as Adam would use gradients
     replay   scores of every row for every query through the whole training, with the Hessian's products and without;
              QUERIES_AT_ONCE queries a time, each part kept
@@ -48,7 +50,8 @@ from transformers import AutoTokenizer
 from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, make_parent
 from whence.corpus.tokens import encode
 from whence.evaluation.bank_scores import evaluate_lds
-from whence.evaluation.bank_store import open_bank
+from whence.evaluation.bank_store import Member, open_bank, write_member
+from whence.evaluation.left_out import random_plans
 from whence.evaluation.removal import evaluate_removal
 from whence.evaluation.tail_patch import evaluate_tail_patch
 from whence.gradients.exact import sequences_of
@@ -59,6 +62,10 @@ MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
 """Longest rows: a half and a sixth of those that there are."""
 SIZE = (60, 1000, 30)
 """Subsets, rows of each source, queries."""
+COMPARED = 2
+"""Halves that are trained before kept losses are believed."""
+SAME_LOSS = 1e-4
+"""Nats a token between two losses that are the same but for rounding; subsets differ by .18."""
 QUERIES_AT_ONCE = 10
 RECIPES = {
     "base-6m": {"epochs": 3, "batch_size": 32, "lr": 3e-4, "max_tokens": 128, "checkpoints": 1},
@@ -175,9 +182,42 @@ def stage_run(options: argparse.Namespace) -> None:
 
 def stage_bank(options: argparse.Namespace) -> None:
     """Random halves."""
-    work = options.work
-    command(options, "bank", "bank", work / "run", work / "rows.jsonl", "--queries", work / "queries.jsonl",
-            "--subsets", options.subsets, "--fraction", 0.5, "-o", work / "bank")  # fmt: skip
+    work, kept = options.work, results(options).with_name(f"{options.bank}_losses.json")
+    words = ("bank", work / "run", work / "rows.jsonl", "--queries", work / "queries.jsonl", "--fraction", 0.5,
+             "-o", work / "bank")  # fmt: skip
+    if kept.exists():
+        command(options, "two halves", *words, "--subsets", COMPARED)
+        add_members(work / "bank", json.loads(kept.read_text()), options.subsets)
+    command(options, "bank", *words, "--subsets", options.subsets)
+    if not kept.exists():
+        bank = open_bank(str(work / "bank"))
+        members = {
+            member.name: {"losses": member.losses, "steps": member.steps, "seconds": round(member.seconds, 1)}
+            for member in (bank.parent, bank.full, *bank.of_kind("random"))
+        }
+        queries = ", ".join(json.dumps(query) for query in bank.query_ids)
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(member)}" for name, member in members.items())
+        kept.write_text(f'{{"date": "{today()}", "queries": [{queries}], "members": {{\n{lines}\n}}}}\n')
+
+
+def add_members(directory: Path, kept: dict[str, Any], subsets: int) -> None:
+    """Put kept members into a bank that has some of its own, if those ended as the kept ones of their names."""
+    bank = open_bank(str(directory))
+    own = (bank.parent, bank.full, *bank.of_kind("random"))
+    apart = max(abs(here - there) for member in own
+                for here, there in zip(member.losses, kept["members"][member.name]["losses"], strict=True))  # fmt: skip
+    if list(bank.query_ids) != kept["queries"] or apart > SAME_LOSS:
+        print(f"trainings end otherwise here (losses are up to {apart:.1e} nats apart): all are made", flush=True)
+        return
+    plans = random_plans(len(bank.rows), subsets, bank.description.subsets, bank.full.seed)
+    for plan in plans[len(bank.of_kind("random")) :]:
+        member = kept["members"][plan.name]
+        write_member(bank.place, Member(name=plan.name, kind=plan.kind, label=plan.label, left_out=plan.left_out,
+                                        seed=plan.seed, losses=tuple(member["losses"]), steps=member["steps"],
+                                        seconds=member["seconds"]))  # fmt: skip
+    print(
+        f"losses of {len(own)} members are up to {apart:.1e} nats from the kept ones: the others are these", flush=True
+    )
 
 
 def stage_index(options: argparse.Namespace) -> None:
