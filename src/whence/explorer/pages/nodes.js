@@ -59,6 +59,12 @@ export function choice(name, options, chosen, act, attributes = {}) {
   return select;
 }
 
+// A field of text as high as what is typed in it.
+export function fit(field) {
+  field.style.height = "auto";
+  if (field.scrollHeight) field.style.height = `${field.scrollHeight + 2}px`;
+}
+
 // Said once by screen readers; `words` are whole sentences.
 export function announce(words) {
   byId("announcer").textContent = words;

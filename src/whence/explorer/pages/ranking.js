@@ -1,0 +1,91 @@
+// Which examples belong to the tokens chosen: one request under way, the latest wish wins, the old list stays until
+// the new one is there. Then what chance reaches, where the server has not measured it yet.
+
+import { isAbort } from "./api.js";
+import { postOfAnswer, streamOfAnswer } from "./answering.js";
+import { askedTokens, isInfluence, isReady, on, state, tell } from "./state.js";
+
+const PATIENCE = 400; // ms after which a request is given up for a newer one
+
+let flight = null; // {controller, since}
+let isWaiting = false;
+let measuring = null; // AbortController of the level under way
+
+export function wish() {
+  const { method, filters, isFolding, top } = state;
+  return { tokens: askedTokens(), method, top, fold: isFolding, filters };
+}
+
+// Called at every change of what is asked; `isNew`: an older answer is of no use.
+export function rank({ isNew = false } = {}) {
+  if (!isReady()) return;
+  measuring?.abort();
+  if (flight && (isNew || performance.now() - flight.since > PATIENCE)) {
+    flight.controller.abort();
+    flight = null;
+  }
+  if (flight) isWaiting = true;
+  else run();
+}
+
+async function run() {
+  isWaiting = false;
+  const own = (flight = { controller: new AbortController(), since: performance.now() });
+  const late = setTimeout(() => tell("ranking-late"), 250);
+  try {
+    const ranking = await postOfAnswer("/api/rankings", wish(), own.controller.signal);
+    if (flight !== own) return;
+    state.ranking = ranking;
+    tell("ranking");
+  } catch (problem) {
+    if (flight === own && !isAbort(problem)) tell("ranking-failed", problem);
+  } finally {
+    clearTimeout(late);
+    if (flight === own) {
+      flight = null;
+      if (isWaiting) run();
+      else settle();
+    }
+  }
+}
+
+// After the last request: the level of chance, unless the reader is still choosing.
+async function settle() {
+  const { ranking } = state;
+  if (state.isDragging || !ranking || ranking.level || !isInfluence(ranking.method)) return;
+  const controller = (measuring = new AbortController());
+  try {
+    for await (const event of streamOfAnswer("/api/levels", { tokens: askedTokens() }, controller.signal)) {
+      if (measuring !== controller || controller.signal.aborted) return;
+      if (event.type === "level") return takeLevel(ranking, event.level);
+      tell("level-progress", event);
+    }
+  } catch (problem) {
+    if (!isAbort(problem) && measuring === controller) tell("level-failed", problem);
+  }
+}
+
+// The server words the verdict: it is asked again, now that it knows the level.
+async function takeLevel(ranking, level) {
+  if (state.ranking !== ranking) return;
+  ranking.level = level;
+  tell("level");
+  try {
+    const again = await postOfAnswer("/api/rankings", wish());
+    if (state.ranking !== ranking) return;
+    Object.assign(ranking, { verdict: again.verdict, stands_out: again.stands_out, level: again.level ?? level });
+    tell("level");
+  } catch {
+    // The level itself is shown; the sentence about it comes with the next ranking.
+  }
+}
+
+on("ready", () => rank({ isNew: true }));
+on("stretches", () => rank());
+on("settled", () => flight || settle());
+on("method filters folding top", () => rank({ isNew: true }));
+on("asked", () => {
+  measuring?.abort();
+  flight?.controller.abort();
+  flight = null;
+});
