@@ -5,11 +5,12 @@ tokens' own. With v_u the vector of token u under a checkpoint c, r_n the stored
 tokens of a stretch S, else 0 (and -1 for the whole of a contrast):
 
     dot       score[n] = sum over c of weight_c * sum_u a_u <v_u, r_n>
-    cosine    score[n] = sum over c of weight_c * (sum_u a_u <v_u, r_n> / |r_n|) / sqrt(a^T G_c a),   G_c[u, w] = <v_u, v_w>
+    cosine    score[n] = sum over c of weight_c * sum_u a_u <v_u, r_n> / (|r_n| sqrt(a^T G_c a))
+    G_c[u, w] = <v_u, v_w>
 
 which is the score of a trace of that stretch. The products take one scan for all tokens; a stretch then takes u n
 multiplications. Where layers are divided by their norms (`normalise` "layer") a stretch is not the sum of its tokens:
-then each stretch is a pass of its own (`Pieces.of_stretch`).
+then each stretch is a pass of its own (`stretch_scores`).
 
 Larger is more helpful. Source: TracIn, Pruthi et al. 2020, https://arxiv.org/abs/2002.08484, equation 1.
 """
@@ -34,15 +35,15 @@ class AnswerTokens:
     """Products of an answer's tokens with every row of an index."""
 
     products: Float32[Tensor, "c u n"]
-    """By checkpoint, token (the contrast after them) and row; for the cosine divided by rows' norms. 0 where a row
-    cannot be ranked."""
+    """With rows divided by their norms, by checkpoint, token (the contrast after them) and row. 0 where a row cannot be
+    ranked."""
+    row_norms: Float32[Tensor, "c n"]
     grams: Float32[Tensor, "c u u"]
     """Inner products of the tokens' vectors."""
     weights: Float32[Tensor, " c"]
     tokens: int
     """Tokens of the answer."""
     is_rankable: Bool[Tensor, " n"]
-    cosine: bool
     reduction: str
     """Of a stretch's tokens: "mean" or "sum"."""
 
@@ -71,11 +72,11 @@ class AnswerTokens:
         a = self.coefficients(asked)
         return torch.einsum("u,cuw,w->c", a, self.grams, a).clamp_(min=0).sqrt()
 
-    def scores(self, asked: Sequence[bool]) -> Float32[Tensor, " n"]:
+    def scores(self, asked: Sequence[bool], *, cosine: bool) -> Float32[Tensor, " n"]:
         """Scores of every row for a stretch; -inf where a row cannot be ranked."""
         by_checkpoint = torch.einsum("u,cun->cn", self.coefficients(asked), self.products)
-        if self.cosine:
-            by_checkpoint = by_checkpoint * inverse_or_zero(self.norms(asked))[:, None]
+        scale = inverse_or_zero(self.norms(asked))[:, None] if cosine else self.row_norms
+        by_checkpoint = by_checkpoint * scale
         return (self.weights @ by_checkpoint).masked_fill_(~self.is_rankable, -torch.inf)
 
 
@@ -84,13 +85,12 @@ def is_linear(index: Index) -> bool:
     return index.space.normalise == "none"
 
 
-def answer_tokens(index: Index, query: EncodedQuery, *, cosine: bool, objective: str = "loss") -> AnswerTokens:
+def answer_tokens(index: Index, query: EncodedQuery, *, objective: str = "loss") -> AnswerTokens:
     """Products of every token of an answer with every row: a pass over the answer a token, and one scan.
 
     Args:
         index: A complete index.
         query: About the whole of its answer.
-        cosine: Whether vectors are divided by their norms.
         objective: Name in `capture.OBJECTIVES`.
 
     Raises:
@@ -104,15 +104,15 @@ def answer_tokens(index: Index, query: EncodedQuery, *, cosine: bool, objective:
     answer = query.sequences[0].encoded
     places = range(len(query.answer.tokens))
     pieces = [[SignedSequence(asked_about(answer, [place == one for place in places]))] for one in places]
-    return _scored(index, [*pieces, *([replace(other, sign=1.0)] for other in query.sequences[1:])], len(places),
-                   cosine=cosine, objective=objective)  # fmt: skip
+    others = [[replace(other, sign=1.0)] for other in query.sequences[1:]]
+    return _scored(index, [*pieces, *others], len(places), objective)
 
 
 def stretch_scores(
-    index: Index, query: EncodedQuery, asked: Sequence[bool], *, cosine: bool, objective: str = "loss"
+    index: Index, query: EncodedQuery, asked: Sequence[bool], *, objective: str = "loss"
 ) -> AnswerTokens:
     """The same for one stretch as a whole, in any index: `AnswerTokens` of one token, which is the stretch."""
-    return _scored(index, [about(query, asked).sequences], 1, cosine=cosine, objective=objective)
+    return _scored(index, [about(query, asked).sequences], 1, objective)
 
 
 def about(query: EncodedQuery, asked: Sequence[bool]) -> EncodedQuery:
@@ -135,21 +135,19 @@ def asked_about(answer: Encoded, asked: Sequence[bool]) -> Encoded:
     return replace(answer, supervised=[is_target and next(is_asked) for is_target in answer.supervised])
 
 
-def _scored(
-    index: Index, pieces: list[list[SignedSequence]], tokens: int, *, cosine: bool, objective: str
-) -> AnswerTokens:
-    vectors = query_vectors(index, pieces, objective=objective)
+def _scored(index: Index, pieces: list[list[SignedSequence]], tokens: int, objective: str) -> AnswerTokens:
+    """Products of some vectors with every row: a scan a checkpoint."""
+    store, vectors = index.store, query_vectors(index, pieces, objective=objective)
     weights = torch.tensor(index.weights, dtype=torch.float32)
-    count = len(weights)
-    products = torch.zeros(count, len(pieces), index.store.rows)
-    is_rankable = torch.zeros(index.store.rows, dtype=torch.bool)
-    for checkpoint in range(count):
-        alone = torch.zeros(count)
+    products = torch.zeros(len(weights), len(pieces), store.rows)
+    is_rankable = torch.zeros(store.rows, dtype=torch.bool)
+    for checkpoint in range(len(weights)):
+        alone = torch.zeros(len(weights))
         alone[checkpoint] = 1.0
-        for first, scores in index.store.scores(vectors, alone, cosine=cosine, is_unit_mean=cosine):
+        for first, scores in store.scores(vectors, alone, cosine=True, is_unit_mean=True):
             end = first + scores.shape[1]
             products[checkpoint, :, first:end] = scores
             is_rankable[first:end] = scores.isfinite().all(0)
     products[:, :, ~is_rankable] = 0.0
     grams = torch.einsum("cuk,cwk->cuw", vectors, vectors)
-    return AnswerTokens(products, grams, weights, tokens, is_rankable, cosine, index.space.reduction)
+    return AnswerTokens(products, store.norms(), grams, weights, tokens, is_rankable, index.space.reduction)

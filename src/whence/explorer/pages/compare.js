@@ -107,8 +107,10 @@ function sharing(methods) {
 function overlapWords(methods) {
   if (methods.length < 2) return "Choose two or more methods.";
   if (!overlaps.length) return wait || "";
-  const words = overlaps.map(({ a, b, shared, of }) => `${labelOf(a)} and ${labelOf(b)} share ${shared || "none"} of their top ${of}`);
-  return `${listed(words)}.`;
+  const pair = ({ a, b, shared }, verb = "") => `${labelOf(a)} and ${labelOf(b)} ${verb}${shared || "none"}`;
+  const [first, ...others] = overlaps;
+  if (!others.length) return `${pair(first, "share ")} of their top ${first.of}.`;
+  return `Of their top ${first.of}, ${listed([pair(first, "share "), ...others.map((each) => pair(each))])}.`;
 }
 
 function columnView(name, counts) {

@@ -4,7 +4,7 @@
 import { announce, byId, button, el } from "./nodes.js";
 import { isReady, on, state, tell } from "./state.js";
 import { listenToStretches, choose, step } from "./stretch.js";
-import { largestOf, tint } from "./tints.js";
+import { isStrong, largestOf, tint } from "./tints.js";
 import { counted, marked, parted, quoted } from "./words.js";
 
 let line = null;
@@ -57,11 +57,14 @@ function draw() {
   const scrolled = line?.scrollTop ?? 0;
   begin();
   answer.tokens.forEach(append);
-  const parts = [el("h2", {}, isGenerated ? "The model said" : "Completion"), line];
-  if (answer.ending) parts.push(el("p", { class: "certainty" }, `The answer was ${answer.ending}.`));
-  if (answer.certainty) parts.push(el("p", { class: "certainty" }, answer.certainty));
-  parts.push(el("div", { id: "contrast" }), statusView());
-  byId("answer").replaceChildren(...parts);
+  const ending = answer.ending ? ` The answer was ${answer.ending}.` : "";
+  byId("answer").replaceChildren(
+    el("h2", {}, isGenerated ? "The model said" : "Completion"),
+    line,
+    statusView(),
+    el("p", { class: "certainty" }, `${(answer.certainty ?? "").replace(/\.?$/, ".").replace(/^\.$/, "")}${ending}`),
+    el("div", { id: "contrast" }),
+  );
   byId("answer").hidden = false;
   line.scrollTop = scrolled;
   makeChoosable();
@@ -123,9 +126,9 @@ const range = (from, to) => Array.from({ length: to - from }, (_, place) => from
 
 function statusWords(size) {
   const all = chips.length;
-  if (!size) return isReady() ? `All ${counted(all, "token")} are asked about. Click or drag over some to ask about them alone.` : `${counted(all, "token")}.`;
+  if (!size) return isReady() ? `All ${counted(all, "token")} together. Click or drag over some.` : `${counted(all, "token")}.`;
   const texts = state.stretches.map(([from, to]) => quoted(chips.slice(from, to).map(({ words }) => words.text).join(""), 48));
-  return `${texts.join(", ")}: ${counted(size, "token")} of ${all}.`;
+  return `${texts.join(", ")}: ${size} of ${counted(all, "token")}.`;
 }
 
 // -- colours
@@ -139,6 +142,7 @@ export function light(values) {
   chips.forEach((chip, place) => {
     const value = values && (isPart ? values[chosen.indexOf(place)] : values[place]);
     chip.style.backgroundColor = value ? tint(value, largest) : "";
+    chip.classList.toggle("strong", Boolean(value) && isStrong(value, largest));
   });
 }
 

@@ -8,6 +8,7 @@ import { on, state, tell } from "./state.js";
 import { chance, marked, parted } from "./words.js";
 
 function draw() {
+  byId("answer").classList.remove("is-editing");
   const place = byId("contrast");
   const { contrast } = state.answer;
   if (!contrast) {
@@ -84,6 +85,7 @@ function edit() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !use.disabled) contrastWith(text.value);
   });
   byId("contrast").replaceChildren(form);
+  byId("answer").classList.add("is-editing");
   update();
   fit(text);
   text.focus();

@@ -36,7 +36,7 @@ function flipColumn(name, value) {
 
 // -- the panel
 
-export function filterPanel() {
+export function filterPanel({ hasWords = true } = {}) {
   const { index, filters } = state;
   const words = el("input", { type: "search", id: "must-occur", dir: "auto", autocomplete: "off" });
   words.value = filters.text;
@@ -60,8 +60,8 @@ export function filterPanel() {
   drawGroups();
   const panel = el(
     "div",
-    { class: "panel", role: "region", "aria-label": "Filters" },
-    el("div", { class: "field" }, el("label", { for: "must-occur" }, "Words that must all occur"), words),
+    { class: "panel filters", role: "region", "aria-label": "Filters" },
+    hasWords && el("div", { class: "field" }, el("label", { for: "must-occur" }, "Words that must all occur"), words),
     groups,
   );
   panel.redraw = drawGroups;
@@ -114,5 +114,5 @@ function drawChips() {
 
 on("filters ready", () => {
   drawChips();
-  byId("panel").querySelector(".panel")?.redraw?.();
+  for (const panel of document.querySelectorAll(".panel.filters")) panel.redraw();
 });

@@ -148,3 +148,4 @@ function drawSubmit() {
 
 byId("question").addEventListener("submit", send);
 on("asked token answer ready ended", () => submit && drawSubmit());
+on("asked", () => requestAnimationFrame(() => fit(prompt)));

@@ -69,15 +69,14 @@ async function settle() {
 async function takeLevel(ranking, level) {
   if (state.ranking !== ranking) return;
   ranking.level = level;
-  tell("level");
   try {
     const again = await postOfAnswer("/api/rankings", wish());
     if (state.ranking !== ranking) return;
     Object.assign(ranking, { verdict: again.verdict, stands_out: again.stands_out, level: again.level ?? level });
-    tell("level");
   } catch {
     // The level itself is shown; the sentence about it comes with the next ranking.
   }
+  tell("level");
 }
 
 on("ready", () => rank({ isNew: true }));

@@ -1,7 +1,7 @@
 // The text of a row, part by part. Its tokens get their colours later, in the same place: nothing moves.
 
 import { el } from "./nodes.js";
-import { STRONG, tint } from "./tints.js";
+import { isStrong, tint } from "./tints.js";
 import { marked, visible } from "./words.js";
 
 const UNLABELLED = ["text", "prompt", "completion"]; // told apart by their colour, as in the report
@@ -106,6 +106,6 @@ export function colour(spans, train, largest) {
   for (const span of spans) {
     const { share } = train[span.token];
     span.style.backgroundColor = tint(share, largest);
-    span.classList.toggle("strong", largest > 0 && Math.abs(share) / largest > STRONG);
+    span.classList.toggle("strong", isStrong(share, largest));
   }
 }

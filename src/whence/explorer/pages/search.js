@@ -2,9 +2,10 @@
 
 import { isAbort, post } from "./api.js";
 import { factsOf } from "./card.js";
+import { filterPanel } from "./filters.js";
 import { announce, byId, button, el, problemLine } from "./nodes.js";
 import { partsView } from "./row_text.js";
-import { on, state, tell } from "./state.js";
+import { hasFilters, on, state, tell } from "./state.js";
 import { brief, counted } from "./words.js";
 
 const PAGE = 20;
@@ -29,7 +30,12 @@ function build() {
   more.hidden = true;
   const form = el("form", { role: "search" }, el("label", { for: "words" }, `Search the corpus of ${state.index.name}`), field);
   form.addEventListener("submit", (event) => event.preventDefault());
-  byId("searching").replaceChildren(form, status, trouble, list, more);
+  byId("searching").replaceChildren(form, filtersView(), status, trouble, list, more);
+}
+
+function filtersView() {
+  const hasAny = state.index.sources.length > 1 || state.index.columns.length > 0;
+  return hasAny ? el("details", { open: hasFilters({ ...state.filters, text: "" }) }, el("summary", {}, "Filters"), filterPanel({ hasWords: false })) : "";
 }
 
 function draw() {
@@ -46,7 +52,7 @@ async function search(offset) {
   const controller = (flight = new AbortController());
   trouble.replaceChildren();
   if (!state.words.trim()) return empty("Type a word or several. Rows in which all of them occur are listed.");
-  const body = { index: state.index.id, text: state.words, filters: null, limit: PAGE, offset };
+  const body = { index: state.index.id, text: state.words, filters: { ...state.filters, text: "" }, limit: PAGE, offset };
   try {
     const { matching, rows } = await post("/api/search", body, controller.signal);
     if (flight !== controller) return;
@@ -55,7 +61,7 @@ async function search(offset) {
     else list.replaceChildren(...cards);
     shown = offset + rows.length;
     more.hidden = shown >= matching || !rows.length;
-    status.textContent = matching ? `${counted(matching, "row has", "rows have")} all of these words.` : "No row has all of these words. Try fewer of them.";
+    status.textContent = matching ? `${counted(matching, "row has", "rows have")} all of these words.` : "No row has all of these words. Try fewer words, or remove a filter.";
     if (offset) announce(`${counted(rows.length, "more row is", "more rows are")} listed.`);
   } catch (problem) {
     if (!isAbort(problem) && flight === controller) trouble.replaceChildren(problemLine(problem, () => search(offset)));
@@ -70,6 +76,7 @@ function empty(words) {
 
 function rowView(hit) {
   const parts = partsView(hit.parts);
+  for (const { body } of parts.parts) mark(body);
   const length = hit.parts.reduce((sum, { text }) => sum + text.length, 0);
   const node = el("article", { class: "hit", "aria-label": `Row ${brief(hit.id)}` }, el("div", { class: "facts" }, ...factsOf(hit)), parts);
   if (length > LONG) {
@@ -84,7 +91,14 @@ function rowView(hit) {
   return node;
 }
 
-on("view words", draw);
+// The words that were looked for, marked where they stand.
+function mark(body) {
+  const words = state.words.trim().split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  const pieces = body.textContent.split(new RegExp(`(${words.join("|")})`, "giu"));
+  body.replaceChildren(...pieces.map((piece, place) => (place % 2 ? el("mark", {}, piece) : piece)));
+}
+
+on("view words filters", draw);
 on("index", () => {
   field = null;
   if (state.view === "search") draw();

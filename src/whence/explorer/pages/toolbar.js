@@ -12,7 +12,7 @@ let open = null;
 function draw() {
   byId("results").hidden = !isReady();
   if (!isReady()) return;
-  const { view, isFolding } = state;
+  const { view } = state;
   const views = el(
     "div",
     { class: "segments", role: "group", "aria-label": "View of the examples" },
@@ -20,18 +20,16 @@ function draw() {
       toggle(label, view === name, () => show(name), { "data-key": `view-${name}` }),
     ),
   );
-  const fold = toggle("Fold copies", isFolding, () => {
-    state.isFolding = !state.isFolding;
-    tell("folding");
-  }, { "data-key": "fold", title: "Rows with the same text become one." });
   redraw(
     byId("toolbar"),
     views,
-    view === "examples" && methodChoice(),
-    fold,
-    panelButton("filters", filterCount() ? `Filters (${filterCount()})` : "Filters"),
-    panelButton("export", "Export"),
-    el("span", { class: "says", id: "ranking-words" }, view === "examples" ? rankingWords() : ""),
+    el(
+      "div",
+      { class: "panels" },
+      panelButton("filters", filterCount() ? `Filters (${filterCount()})` : "Filters"),
+      panelButton("export", "Export"),
+    ),
+    el("div", { class: "how" }, view === "examples" && methodChoice(), foldChoice(), el("span", { class: "says", id: "ranking-words" }, words())),
   );
   byId("examples").hidden = view !== "examples";
   byId("comparison").hidden = view !== "methods";
@@ -43,12 +41,19 @@ function show(view) {
   tell("view");
 }
 
+const words = () => (state.view === "examples" ? rankingWords() : "");
+
+function foldChoice() {
+  const box = el("input", { type: "checkbox", checked: state.isFolding, "data-key": "fold" });
+  box.addEventListener("change", () => {
+    state.isFolding = box.checked;
+    tell("folding");
+  });
+  return el("label", { class: "check", title: "Rows with the same text become one." }, box, "Fold copies");
+}
+
 function methodChoice() {
-  const options = state.index.methods.map(({ name, label, is_ready: isReadyMethod, note }) => [
-    name,
-    isReadyMethod ? label : `${label} (${note})`,
-    !isReadyMethod,
-  ]);
+  const options = state.index.methods.map(({ name, label, is_ready: isOn }) => [name, isOn ? label : `${label} (not ready)`, !isOn]);
   const act = (name) => {
     state.method = name;
     tell("method");
@@ -78,7 +83,7 @@ byId("panel").addEventListener("keydown", (event) => {
 });
 
 on("ready asked view filters folding method", draw);
-on("ranking", () => byId("ranking-words") && (byId("ranking-words").textContent = state.view === "examples" ? rankingWords() : ""));
+on("ranking", () => byId("ranking-words")?.replaceChildren(words()));
 on("settled view top method folding filters", () => open === "export" && byId("panel").replaceChildren(exportPanel()));
 on("asked cleared", () => openPanel(null));
 on("cleared", draw);
