@@ -102,7 +102,7 @@ export function factsOf(hit) {
   const open = button(el("span", { dir: "auto" }, brief(hit.id, 48)), () => openRow(hit.row), {
     class: "id",
     title: "Open the row",
-    "aria-label": `Open row ${brief(hit.id, 80)}`,
+    "aria-label": `Open row ${brief(hit.id, 48)}`,
   });
   const facts = [open];
   if (hit.source !== null) facts.push(el("span", { class: "source", dir: "auto" }, valueName(hit.source)));

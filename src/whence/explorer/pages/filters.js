@@ -3,7 +3,7 @@
 
 import { byId, button, el, redraw, toggle } from "./nodes.js";
 import { emptyFilters, on, state, tell } from "./state.js";
-import { brief, count, counted, valueName } from "./words.js";
+import { brief, count, valueName } from "./words.js";
 
 const FEW = 12; // values shown before "Show all"
 const PAUSE = 300; // ms after the last letter
@@ -78,8 +78,7 @@ function groupView(title, key, values, chosen, flip) {
     });
   const buttons = values.map((entry) => {
     const node = chip(entry);
-    node.append(el("small", {}, count(entry.rows)));
-    node.setAttribute("aria-label", `${valueName(entry.value)}, ${counted(entry.rows, "row")}`);
+    node.append(el("small", {}, count(entry.rows), el("span", { class: "unseen" }, " rows")));
     return node;
   });
   const group = el("div", { class: "group", role: "group", "aria-label": title }, el("span", { class: "name" }, title));

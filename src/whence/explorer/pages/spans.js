@@ -57,7 +57,7 @@ function pieceView(span) {
 
 function placesView({ rows, count: times, tokens }) {
   const links = rows.map(({ row, id }) =>
-    button(el("span", { dir: "auto" }, brief(id, 40)), () => openRow(row), { class: "id", "aria-label": `Open row ${brief(id, 60)}` }),
+    button(el("span", { dir: "auto" }, brief(id, 40)), () => openRow(row), { class: "id", "aria-label": `Open row ${brief(id, 40)}` }),
   );
   const more = times > rows.length ? el("span", {}, `and ${count(times - rows.length)} more`) : "";
   return [...links, more, button("Ask about these tokens", () => choose([tokens]), { class: "quiet" })];
