@@ -23,6 +23,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BYTES = 2**20
+TOO_LARGE = f"a request has {MOST_BYTES:,} bytes at most"
 COOKIE = "whence-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = (
@@ -38,10 +39,6 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-
-
-class _TooLargeError(Exception):
-    """A body is longer than allowed."""
 
 
 class Guard:
@@ -73,7 +70,7 @@ class Guard:
         elif self.token is not None and not self._shows_token(headers):
             await self._admit(scope, guarded)
         else:
-            await self._within_limits(scope, receive, guarded, headers)
+            await self._within_limits(scope, receive, guarded)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Why a request is not of this server's own page."""
@@ -87,7 +84,7 @@ class Guard:
             return 403, "requests from pages of other sites are refused"
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MOST_BYTES:
-            return 413, f"a request has {MOST_BYTES:,} bytes at most"
+            return 413, TOO_LARGE
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         if scope["method"] == "POST" and not is_json:
             return 415, "application/json is expected"
@@ -113,28 +110,24 @@ class Guard:
                     "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode("latin-1"))]})  # fmt: skip
         await send({"type": "http.response.body", "body": b""})
 
-    async def _within_limits(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]) -> None:
-        """Pass a request on whose body may have no stated length."""
-        size, has_begun = 0, False
-
-        async def limited() -> Message:
-            nonlocal size
+    async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its whole body, which may have had no stated length."""
+        body, has_more = b"", True
+        while has_more:
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > MOST_BYTES:
-                raise _TooLargeError
-            return message
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            has_more = message.get("more_body", False)
+            if len(body) > MOST_BYTES:
+                await _refuse(send, 413, TOO_LARGE)
+                return
+        pieces = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def noting(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+        async def replayed() -> Message:
+            return next(pieces, None) or await receive()
 
-        try:
-            await self.app(scope, limited, noting)
-        except _TooLargeError:
-            if not has_begun:
-                await _refuse(send, 413, f"a request has {MOST_BYTES:,} bytes at most")
+        await self.app(scope, replayed, send)
 
 
 def _host(header: str) -> str:
