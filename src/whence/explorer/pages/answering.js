@@ -1,7 +1,7 @@
 // One question at a time: its place in the queue, the tokens as the model writes them, the pass over the corpus.
 // An answer that the server forgot is asked for again, with the completion that is known.
 
-import { isAbort, post, stream } from "./api.js";
+import { Problem, isAbort, post, stream } from "./api.js";
 import { isReady, state, tell } from "./state.js";
 
 let current = null; // AbortController of the question under way
@@ -14,8 +14,8 @@ function requestOf({ prompt, system, history, completion, contrast, length, temp
     prompt,
     system: isChat && system.trim() ? system : null,
     history: isChat ? history : [],
-    completion,
-    contrast,
+    completion: completion || null,
+    contrast: contrast || null,
     max_new_tokens: length,
     temperature,
     seed,
@@ -29,7 +29,7 @@ export async function ask() {
   tell("asked");
   try {
     for await (const event of stream("/api/answers", requestOf(state.question), controller.signal)) take(event);
-    if (!isReady()) throw new Error("The answer ended before it was complete.");
+    if (!isReady()) throw new Problem("The answer ended before it was complete. Ask again.", 500);
   } catch (problem) {
     if (current !== controller) return;
     state.phase = isAbort(problem) ? "stopped" : "failed";
@@ -77,15 +77,17 @@ function takeAnswer(answer) {
 
 // -- requests about the answer
 
-export async function postOfAnswer(path, body, signal) {
+export async function ofAnswer(send) {
   try {
-    return await post(path, { answer: state.answer.id, ...body }, signal);
+    return await send(state.answer.id);
   } catch (problem) {
     if (!problem.isForgotten) throw problem;
     await renew();
-    return post(path, { answer: state.answer.id, ...body }, signal);
+    return send(state.answer.id);
   }
 }
+
+export const postOfAnswer = (path, body, signal) => ofAnswer((answer) => post(path, { answer, ...body }, signal));
 
 export async function* streamOfAnswer(path, body, signal) {
   try {
@@ -97,7 +99,7 @@ export async function* streamOfAnswer(path, body, signal) {
   }
 }
 
-export const renew = () => (renewal ??= askAgain().finally(() => (renewal = null)));
+const renew = () => (renewal ??= askAgain().finally(() => (renewal = null)));
 
 async function askAgain() {
   const { answer, question } = state;

@@ -6,6 +6,10 @@ export class Problem extends Error {
     this.status = status;
   }
 
+  get isAway() {
+    return this.status === 0;
+  }
+
   get isForgotten() {
     return this.status === 410;
   }
@@ -47,7 +51,7 @@ async function read(response, signal) {
   try {
     return await response.json();
   } catch (error) {
-    throw isAbort(error) || signal?.aborted ? error : new Problem("The server's answer ended too early.");
+    throw isAbort(error) || signal?.aborted ? error : new Problem(AWAY);
   }
 }
 
@@ -76,7 +80,7 @@ export async function* stream(path, body, signal) {
 
 function eventOf(line) {
   const event = JSON.parse(line);
-  if (event.type === "error") throw new Problem(event.error);
+  if (event.type === "error") throw new Problem(event.error, 500);
   return event;
 }
 

@@ -26,9 +26,9 @@ export class Card {
 
   update(hit, { largest, isSmall, level, hasNull }) {
     this.hit = hit;
-    this.rank.textContent = hit.rank;
-    this.rank.setAttribute("aria-label", `Rank ${hit.rank}`);
-    this.node.setAttribute("aria-label", `Rank ${hit.rank}, row ${brief(hit.id)}`);
+    const rank = Math.abs(hit.rank);
+    this.rank.textContent = rank;
+    this.node.setAttribute("aria-label", `Rank ${rank}, row ${brief(hit.id)}`);
     const isNegative = hit.score < 0;
     this.fill.className = isNegative ? "opposes" : "helps";
     this.fill.style.width = `${100 * (largest ? Math.abs(hit.score) / largest : 0)}%`;

@@ -6,7 +6,7 @@ import { streamOfAnswer } from "./answering.js";
 import { byId, copyText, button, el, problemLine, redraw, toggle } from "./nodes.js";
 import { openRow } from "./row_dialog.js";
 import { askedTokens, isReady, labelOf, on, state, tell } from "./state.js";
-import { brief, listed, score } from "./words.js";
+import { brief, counted, listed, score, steps } from "./words.js";
 
 const TOP = 10;
 
@@ -44,7 +44,7 @@ async function compare() {
     for await (const event of streamOfAnswer("/api/comparisons", body, controller.signal)) {
       if (event.type === "method") columns.set(event.method, event) && fresh.set(event.method, event);
       if (event.type === "done") overlaps = event.overlaps;
-      wait = event.type === "progress" ? `${event.what}: ${event.done} of ${event.total}.` : event.position ? `${event.position} before yours.` : "";
+      wait = waitWords(event);
       draw();
     }
   } catch (problem) {
@@ -52,6 +52,11 @@ async function compare() {
     asked = "";
     draw(problem);
   }
+}
+
+function waitWords({ type, what, done, total, position }) {
+  if (type === "progress") return steps(what, done, total);
+  return position ? `${counted(position, "question is", "questions are")} before this one.` : "";
 }
 
 // -- drawing
@@ -84,10 +89,13 @@ function choosers() {
 
 // A method that is not ready says what makes it ready.
 function absentView({ label, note }) {
-  const command = /^run:\s*(.+)$/s.exec(note)?.[1];
-  if (!command) return el("li", {}, `${label} is not ready: ${note}`);
-  const copy = button("Copy", () => copyText(command, copy), { class: "quiet", "aria-label": `Copy the command for ${label}` });
-  return el("li", { class: "copy" }, `${label} is not ready. Run `, el("code", {}, command), copy);
+  const pieces = note.replace(/^run:/, "Run:").split(/(whence .+?)(?=\.\s|\.?$)/);
+  const shown = pieces.flatMap((piece, place) => {
+    if (place % 2 === 0) return piece.trim() ? [el("span", {}, piece.trim())] : [];
+    const copy = button("Copy", () => copyText(piece, copy), { class: "quiet", "aria-label": `Copy ${brief(piece, 80)}` });
+    return [el("code", {}, piece), copy];
+  });
+  return el("li", {}, el("span", {}, `${label} is not ready.`), ...shown);
 }
 
 function flip(name) {

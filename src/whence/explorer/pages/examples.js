@@ -3,8 +3,8 @@
 import { Card } from "./card.js";
 import { arrange, button, byId, el, problemLine, toggle } from "./nodes.js";
 import { rank } from "./ranking.js";
-import { askedTokens, isInfluence, methodOf, on, state, tell } from "./state.js";
-import { counted } from "./words.js";
+import { isInfluence, isLikeness, on, state, tell } from "./state.js";
+import { counted, steps } from "./words.js";
 
 const SIDES = ["helpful", "opposing"];
 const WORDS = {
@@ -14,6 +14,8 @@ const WORDS = {
   lowest: ["Lowest", "None of these opposes the answer."],
   alike: ["Most alike", "By likeness of texts, which is not influence."],
   unlike: ["Least alike", "By likeness of texts, which is not influence."],
+  first: ["First", "By chance, to compare with."],
+  last: ["Last", "By chance, to compare with."],
 };
 
 const sides = {}; // of each side: its nodes, and its cards by row
@@ -73,7 +75,8 @@ function drawSide(side, hits, scale) {
 
 function headingOf(side, hits) {
   const isHigh = side === "helpful";
-  if (!isInfluence(state.ranking.method)) return isHigh ? "alike" : "unlike";
+  if (isLikeness(state.ranking.method)) return isHigh ? "alike" : "unlike";
+  if (!isInfluence(state.ranking.method)) return isHigh ? "first" : "last";
   const agrees = hits.some(({ score }) => (isHigh ? score > 0 : score < 0));
   return agrees || !hits.length ? side : isHigh ? "highest" : "lowest";
 }
@@ -97,14 +100,13 @@ function drawTabs() {
   for (const side of SIDES) sides[side].node.classList.toggle("is-shown", side === shownSide);
 }
 
-// A line above the lists: how many rows there are, and what the method leaves out of account.
-export function rankingWords() {
-  const { ranking } = state;
-  if (!ranking) return "";
-  const parts = [`${counted(ranking.matching, "row")} ranked.`];
-  if (askedTokens() && methodOf(ranking.method)?.of_tokens === false)
-    parts.push("This method ranks for the whole answer, not for the tokens chosen.");
-  return parts.join(" ");
+// A line above the lists: how many rows there are.
+export const rankingWords = () => (state.ranking ? `${counted(state.ranking.matching, "row")} ranked.` : "");
+
+function progress({ type, what, done, total, position }) {
+  if (type === "method" || (type === "queue" && !position)) return;
+  const words = type === "queue" ? `${counted(position, "question is", "questions are")} before this one.` : steps(what, done, total);
+  byId("results-trouble").replaceChildren(el("p", { class: "wait" }, words));
 }
 
 function fail(problem) {
@@ -121,5 +123,6 @@ function clear() {
 
 on("ranking level", draw);
 on("ranking-failed", fail);
+on("ranking-progress", progress);
 on("ranking-late", () => byId("examples").setAttribute("aria-busy", "true"));
 on("asked cleared", clear);

@@ -2,7 +2,7 @@
 // command line and the Python lines.
 
 import { download, isAbort } from "./api.js";
-import { postOfAnswer } from "./answering.js";
+import { ofAnswer, postOfAnswer } from "./answering.js";
 import { addressOf } from "./address.js";
 import { announce, button, copyText, el, problemLine } from "./nodes.js";
 import { wish } from "./ranking.js";
@@ -40,8 +40,7 @@ async function save(what, node, trouble) {
   trouble.replaceChildren();
   node.disabled = true;
   try {
-    await postOfAnswer("/api/commands", wish()); // an answer that was forgotten is asked for again before the download
-    await download("/api/exports", { answer: state.answer.id, ...wish(), what });
+    await ofAnswer((answer) => download("/api/exports", { answer, ...wish(), what }));
     announce("The file is downloaded.");
   } catch (problem) {
     trouble.replaceChildren(problemLine(problem, () => save(what, node, trouble)));

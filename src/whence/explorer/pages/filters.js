@@ -8,8 +8,6 @@ import { brief, count, valueName } from "./words.js";
 const FEW = 12; // values shown before "Show all"
 const PAUSE = 300; // ms after the last letter
 
-const same = (a, b) => a === b;
-
 export function filterCount() {
   const { sources, columns, text } = state.filters;
   return (sources?.length ?? 0) + Object.values(columns).flat().length + (text.trim() ? 1 : 0);
@@ -21,7 +19,7 @@ function change(filters) {
 }
 
 const flipped = (values, value) =>
-  values.some((each) => same(each, value)) ? values.filter((each) => !same(each, value)) : [...values, value];
+  values.includes(value) ? values.filter((each) => each !== value) : [...values, value];
 
 function flipSource(value) {
   const sources = flipped(state.filters.sources ?? [], value);
@@ -53,7 +51,7 @@ export function filterPanel({ hasWords = true } = {}) {
       groups,
       groupView("Source", "source", index.sources, state.filters.sources ?? [], flipSource),
       ...index.columns.map(({ name, values }) =>
-        groupView(brief(name, 30), `column-${name}`, values, chosen(name), (value) => flipColumn(name, value)),
+        groupView(brief(name, 30), `column-${name}`, values.filter(({ value }) => value !== null), chosen(name), (value) => flipColumn(name, value)),
       ),
     );
   };
@@ -70,9 +68,8 @@ export function filterPanel({ hasWords = true } = {}) {
 
 function groupView(title, key, values, chosen, flip) {
   if (!values.length || (values.length === 1 && !chosen.length)) return null;
-  const isOn = (value) => chosen.some((each) => same(each, value));
   const chip = ({ value, rows }) =>
-    toggle(el("span", { dir: "auto" }, valueName(value)), isOn(value), () => flip(value), {
+    toggle(el("span", { dir: "auto" }, valueName(value)), chosen.includes(value), () => flip(value), {
       class: "chip-button",
       "data-key": `${key}-${value}`,
     });

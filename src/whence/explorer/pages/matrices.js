@@ -12,6 +12,7 @@ const AHEAD = 800; // px beyond the window in which examples are coloured alread
 
 let flight = null; // AbortController of the batch under way
 let failed = new Set(); // rows that the server could not split
+const refusing = new Set(); // indexes that said why they cannot: they are not asked again by themselves
 let question = ""; // the colours are of
 
 function near(node) {
@@ -22,12 +23,12 @@ function near(node) {
 // Rows in sight that have no colours yet; the best of both sides first.
 function wanted() {
   const cards = cardsShown().filter(({ matrix, node, hit }) => !matrix && !failed.has(hit.row) && near(node));
-  return cards.sort((a, b) => a.hit.rank - b.hit.rank).slice(0, BATCH);
+  return cards.sort((a, b) => Math.abs(a.hit.rank) - Math.abs(b.hit.rank)).slice(0, BATCH);
 }
 
 async function next() {
   if (flight || state.isDragging || state.view !== "examples" || !state.ranking) return;
-  if (!isInfluence(state.ranking.method)) return;
+  if (!isInfluence(state.ranking.method) || refusing.has(state.index.id)) return;
   const cards = wanted();
   if (!cards.length) return;
   const controller = (flight = new AbortController());
@@ -41,6 +42,7 @@ async function next() {
   } catch (problem) {
     if (flight !== controller || isAbort(problem)) return;
     for (const row of rows) failed.add(row);
+    if (!problem.isAway) refusing.add(state.index.id);
     byId("results-trouble").replaceChildren(problemLine(problem, retry));
   } finally {
     if (flight === controller) flight = null;
@@ -64,6 +66,7 @@ function paint() {
 function retry() {
   byId("results-trouble").replaceChildren();
   failed = new Set();
+  refusing.delete(state.index.id);
   next();
 }
 

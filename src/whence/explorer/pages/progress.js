@@ -3,10 +3,10 @@
 import { ask } from "./answering.js";
 import { announce, byId, button, el, problemLine } from "./nodes.js";
 import { on, state, tell } from "./state.js";
-import { counted } from "./words.js";
+import { counted, steps } from "./words.js";
 
 function say(words, event = null) {
-  const bar = event?.total ? el("progress", { max: event.total, value: event.done, "aria-label": words }) : null;
+  const bar = event?.total > 1 ? el("progress", { max: event.total, value: event.done, "aria-label": words }) : null;
   byId("progress").replaceChildren(el("p", { class: "wait" }, words), ...(bar ? [bar] : []));
 }
 
@@ -39,7 +39,7 @@ on("asked", () => {
 on("waiting", waiting);
 on("token", () => state.tokens.length === 1 && say("The model is writing."));
 on("answer", () => say("The examples are being scored."));
-on("progress", (event) => say(`${event.what}: ${event.done} of ${event.total}.`, event));
+on("progress", (event) => say(steps(event.what, event.done, event.total), event));
 on("ready", () => byId("progress").replaceChildren());
 on("ended", ended);
 on("cleared", () => byId("progress").replaceChildren());

@@ -21,7 +21,7 @@ export function drawQuestion() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(event);
   });
   submit = el("button", { type: "submit", class: "main", id: "ask" }, "Ask");
-  hint = el("span", { class: "hint" }, "Ctrl + Enter");
+  hint = el("span", { class: "hint" }, navigator.platform.startsWith("Mac") ? "⌘ Enter" : "Ctrl + Enter");
   byId("question").replaceChildren(
     el("label", { for: "prompt" }, "Prompt"),
     prompt,

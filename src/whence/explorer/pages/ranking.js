@@ -1,15 +1,16 @@
 // Which examples belong to the tokens chosen: one request under way, the latest wish wins, the old list stays until
 // the new one is there. Then what chance reaches, where the server has not measured it yet.
 
-import { isAbort } from "./api.js";
+import { Problem, isAbort } from "./api.js";
 import { postOfAnswer, streamOfAnswer } from "./answering.js";
-import { askedTokens, isInfluence, isReady, on, state, tell } from "./state.js";
+import { askedTokens, isInstant, isReady, methodOf, on, state, tell } from "./state.js";
 
 const PATIENCE = 400; // ms after which a request is given up for a newer one
 
 let flight = null; // {controller, since}
 let isWaiting = false;
 let measuring = null; // AbortController of the level under way
+const passed = new Set(); // answers, methods and tokens whose pass over the corpus is done
 
 export function wish() {
   const { method, filters, isFolding, top } = state;
@@ -33,7 +34,7 @@ async function run() {
   const own = (flight = { controller: new AbortController(), since: performance.now() });
   const late = setTimeout(() => tell("ranking-late"), 250);
   try {
-    const ranking = await postOfAnswer("/api/rankings", wish(), own.controller.signal);
+    const ranking = await ranked(wish(), own.controller.signal);
     if (flight !== own) return;
     state.ranking = ranking;
     tell("ranking");
@@ -49,13 +50,38 @@ async function run() {
   }
 }
 
+// Methods that read the corpus make a pass over it first, in the line; then their ranking is in memory.
+async function ranked(asked, signal) {
+  if (!isInstant(asked.method)) await pass(asked, signal);
+  try {
+    return await postOfAnswer("/api/rankings", asked, signal);
+  } catch (problem) {
+    if (problem.status !== 422 || passed.has(passOf(asked))) throw problem;
+    if (methodOf(asked.method).of_tokens) state.index.isSlow = true; // this index cannot split scores over tokens
+    await pass(asked, signal);
+    return postOfAnswer("/api/rankings", asked, signal);
+  }
+}
+
+const passOf = ({ method, tokens }) => JSON.stringify([state.answer.id, method, tokens]);
+
+async function pass({ tokens, method, fold, filters }, signal) {
+  if (passed.has(passOf({ method, tokens }))) return;
+  const body = { tokens, methods: [method], top: 1, fold, filters };
+  for await (const event of streamOfAnswer("/api/comparisons", body, signal)) {
+    if (event.error) throw new Problem(event.error, 500);
+    tell("ranking-progress", event);
+  }
+  passed.add(passOf({ method, tokens }));
+}
+
 // After the last request: the level of chance, unless the reader is still choosing.
 async function settle() {
   const { ranking } = state;
-  if (state.isDragging || !ranking || ranking.level || !isInfluence(ranking.method)) return;
+  if (state.isDragging || !ranking || ranking.level || !methodOf(ranking.method)?.of_tokens) return;
   const controller = (measuring = new AbortController());
   try {
-    for await (const event of streamOfAnswer("/api/levels", { tokens: askedTokens() }, controller.signal)) {
+    for await (const event of streamOfAnswer("/api/levels", { tokens: askedTokens(), method: ranking.method }, controller.signal)) {
       if (measuring !== controller || controller.signal.aborted) return;
       if (event.type === "level") return takeLevel(ranking, event.level);
       tell("level-progress", event);
@@ -69,6 +95,8 @@ async function settle() {
 async function takeLevel(ranking, level) {
   if (state.ranking !== ranking) return;
   ranking.level = level;
+  ranking.isLevelUnknown = !level;
+  if (!level) return tell("level");
   try {
     const again = await postOfAnswer("/api/rankings", wish());
     if (state.ranking !== ranking) return;
@@ -80,8 +108,11 @@ async function takeLevel(ranking, level) {
 }
 
 on("ready", () => rank({ isNew: true }));
-on("stretches", () => rank());
-on("settled", () => flight || settle());
+on("stretches", () => isInstant(state.method) && rank());
+on("settled", () => {
+  if (!isInstant(state.method)) rank({ isNew: true });
+  else if (!flight) settle();
+});
 on("method filters folding top", () => rank({ isNew: true }));
 on("asked", () => {
   measuring?.abort();

@@ -23,12 +23,13 @@ async function find() {
 }
 
 function draw({ spans, words }) {
-  cover(spans.map(({ tokens }) => tokens));
-  const none = "No piece of the completion stands word for word in the corpus.";
+  cover(spans.map(({ tokens }) => tokens).filter(Boolean)); // pieces that no tokens hold are only listed
+  const pieces = el("details", { open: matchMedia("(min-width: 60.01rem)").matches });
+  pieces.append(el("summary", {}, counted(spans.length, "piece")), el("ul", { class: "pieces" }, ...spans.map(pieceView)));
   byId("copied").replaceChildren(
     el("h2", {}, "Copied, or learned?"),
-    el("p", { class: "certainty" }, spans.length ? `${words.replace(/\.?$/, ".")} The dotted line marks them.` : none),
-    el("ul", { class: "pieces" }, ...spans.map(pieceView)),
+    el("p", { class: "certainty" }, `${words.replace(/\.?$/, ".")}${spans.length ? " The dotted line marks them." : ""}`),
+    ...(spans.length ? [pieces] : []),
   );
   byId("copied").hidden = false;
 }
@@ -48,9 +49,9 @@ function pieceView(span) {
   );
   piece.append(el("small", {}, counted(times, "place")));
   const item = el("li", {}, piece, places);
-  item.addEventListener("pointerenter", () => preview(tokens));
+  item.addEventListener("pointerenter", () => tokens && preview(tokens));
   item.addEventListener("pointerleave", () => preview(null));
-  item.addEventListener("focusin", () => preview(tokens));
+  item.addEventListener("focusin", () => tokens && preview(tokens));
   item.addEventListener("focusout", () => preview(null));
   return item;
 }
@@ -60,7 +61,7 @@ function placesView({ rows, count: times, tokens }) {
     button(el("span", { dir: "auto" }, brief(id, 40)), () => openRow(row), { class: "id", "aria-label": `Open row ${brief(id, 40)}` }),
   );
   const more = times > rows.length ? el("span", {}, `and ${count(times - rows.length)} more`) : "";
-  return [...links, more, button("Ask about these tokens", () => choose([tokens]), { class: "quiet" })];
+  return [...links, more, tokens ? button("Ask about these tokens", () => choose([tokens]), { class: "quiet" }) : ""];
 }
 
 on("ready", find);

@@ -46,7 +46,11 @@ export const askedTokens = () => (state.stretches.length ? state.stretches : nul
 
 // Methods that compare texts have no opposite: their last rows are only the least alike.
 const LIKENESS = ["bm25", "rds", "embedding", "dsir", "tfidf"];
-export const isInfluence = (name) => methodOf(name)?.is_influence ?? !LIKENESS.includes(name);
+export const isLikeness = (name) => LIKENESS.includes(name);
+export const isInfluence = (name) => !isLikeness(name) && name !== "random";
+
+// Whether any tokens are ranked from memory, at once; otherwise each choice is a pass over the corpus.
+export const isInstant = (name) => Boolean(methodOf(name)?.of_tokens) && !state.index.isSlow;
 
 export function hasFilters({ sources, columns, text } = state.filters) {
   return sources !== null || Object.keys(columns).length > 0 || text.trim() !== "";

@@ -2,14 +2,17 @@
 
 import { byId, button, el } from "./nodes.js";
 import { rank } from "./ranking.js";
-import { isInfluence, labelOf, on, state } from "./state.js";
-import { plain } from "./words.js";
+import { isInfluence, labelOf, methodOf, on, state } from "./state.js";
+import { counted, plain, steps } from "./words.js";
 
 function draw(note = null) {
   const { ranking } = state;
   if (!ranking) return byId("verdict").replaceChildren();
   const { verdict, level, stands_out: standsOut, method } = ranking;
-  if (!isInfluence(method)) return show(`${labelOf(method)} compares texts. It does not measure what training on an example does to the answer.`, "", false);
+  if (!isInfluence(method))
+    return show(`${labelOf(method)} does not measure what training on an example does to the answer.`, "", false);
+  if (!methodOf(method).of_tokens || ranking.isLevelUnknown)
+    return show("", "What chance reaches is not known here: an order alone does not say that the first examples matter.", false);
   const reaches = level ? levelWords(level) : (note ?? "What chance reaches is being measured.");
   if (verdict) return show(verdict, reaches, standsOut);
   show(bestWords(ranking), reaches, false);
@@ -38,7 +41,7 @@ function show(verdict, level, standsOut) {
 
 function progress({ type, position, done, total, what }) {
   if (type === "queue" && !position) return;
-  const words = type === "queue" ? `${position} before yours.` : `${what}: ${done} of ${total}.`;
+  const words = type === "queue" ? `${counted(position, "question is", "questions are")} before it.` : steps(what, done, total);
   if (byId("verdict").querySelector(".level"))
     byId("verdict").querySelector(".level").textContent = `What chance reaches is being measured. ${words}`;
 }

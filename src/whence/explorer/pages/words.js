@@ -75,6 +75,9 @@ export const count = (value) => value.toLocaleString("en");
 
 export const counted = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
+// How far something is, in a sentence.
+export const steps = (what, done, total) => (total > 1 ? `${what}: ${count(done)} of ${count(total)}.` : `${what}.`);
+
 export const listed = (words) =>
   words.length < 2 ? (words[0] ?? "") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 
