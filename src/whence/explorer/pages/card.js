@@ -20,7 +20,16 @@ export class Card {
     this.null = el("div", { class: "null-place" });
     this.isOpen = false;
     this.matrix = null;
-    this.node = el("article", { class: "example" }, this.rank, this.bar, this.figure, this.facts, this.null, this.text(hit));
+    this.node = el(
+      "article",
+      { class: "example" },
+      this.rank,
+      this.bar,
+      this.figure,
+      this.facts,
+      this.null,
+      this.text(hit),
+    );
     this.node.card = this;
   }
 
@@ -45,7 +54,14 @@ export class Card {
     const box = el("div", { class: "box" }, this.parts);
     const whole = hit.parts.map(({ text }) => text).join("\n");
     if (whole.length > LONG.chars || whole.split("\n").length > LONG.lines) box.append(this.unfoldButton(whole.length));
-    if (hit.cut) box.append(el("p", { class: "cut" }, `The text goes on after ${count(whole.length)} characters. Open the row to see all of it.`));
+    if (hit.cut)
+      box.append(
+        el(
+          "p",
+          { class: "cut" },
+          `The text goes on after ${count(whole.length)} characters. Open the row to see all of it.`,
+        ),
+      );
     return box;
   }
 
@@ -82,11 +98,13 @@ export class Card {
   seek() {
     if (!this.matrix || !this.parts.classList.contains("folded") || this.node.matches(":hover")) return;
     const strongest = this.spans.reduce(
-      (most, span) => (Math.abs(this.matrix.train[span.token].share) > Math.abs(this.matrix.train[most.token].share) ? span : most),
+      (most, span) =>
+        Math.abs(this.matrix.train[span.token].share) > Math.abs(this.matrix.train[most.token].share) ? span : most,
       this.spans[0],
     );
     if (!strongest) return;
-    const offset = strongest.getBoundingClientRect().top - this.parts.getBoundingClientRect().top + this.parts.scrollTop;
+    const offset =
+      strongest.getBoundingClientRect().top - this.parts.getBoundingClientRect().top + this.parts.scrollTop;
     const top = offset < 0.7 * this.parts.clientHeight ? 0 : offset - 0.4 * this.parts.clientHeight;
     this.parts.scrollTop = top;
     this.parts.classList.toggle("is-inside", top > 0);
@@ -112,7 +130,11 @@ export function factsOf(hit) {
     facts.push(el("span", { title: "Rows with the same text are one here." }, counted(hit.copies, "copy", "copies")));
   if (hit.generic)
     facts.push(
-      el("span", { class: "badge", title: "A generic example: it scores high whatever is asked." }, "high for any question"),
+      el(
+        "span",
+        { class: "badge", title: "A generic example: it scores high whatever is asked." },
+        "high for any question",
+      ),
     );
   return facts;
 }

@@ -75,9 +75,15 @@ function draw(problem = null) {
 
 function choosers() {
   const { methods } = state.index;
-  const chips = methods.filter(({ is_ready: isOn }) => isOn).map(({ name, label, note }) =>
-    toggle(label, chosen().includes(name), () => flip(name), { class: "chip-button", "data-key": `method-${name}`, title: note }),
-  );
+  const chips = methods
+    .filter(({ is_ready: isOn }) => isOn)
+    .map(({ name, label, note }) =>
+      toggle(label, chosen().includes(name), () => flip(name), {
+        class: "chip-button",
+        "data-key": `method-${name}`,
+        title: note,
+      }),
+    );
   const others = methods.filter(({ is_ready: isOn }) => !isOn).map(absentView);
   return el(
     "div",
@@ -92,7 +98,10 @@ function absentView({ label, note }) {
   const pieces = note.replace(/^run:/, "Run:").split(/(whence .+?)(?=\.\s|\.?$)/);
   const shown = pieces.flatMap((piece, place) => {
     if (place % 2 === 0) return piece.trim() ? [el("span", {}, piece.trim())] : [];
-    const copy = button("Copy", () => copyText(piece, copy), { class: "quiet", "aria-label": `Copy ${brief(piece, 80)}` });
+    const copy = button("Copy", () => copyText(piece, copy), {
+      class: "quiet",
+      "aria-label": `Copy ${brief(piece, 80)}`,
+    });
     return [el("code", {}, piece), copy];
   });
   return el("li", {}, el("span", {}, `${label} is not ready.`), ...shown);
@@ -108,7 +117,8 @@ function flip(name) {
 function sharing(methods) {
   const ranks = new Map();
   for (const name of methods)
-    for (const { row, rank } of columns.get(name)?.helpful ?? []) ranks.set(row, [...(ranks.get(row) ?? []), [name, rank]]);
+    for (const { row, rank } of columns.get(name)?.helpful ?? [])
+      ranks.set(row, [...(ranks.get(row) ?? []), [name, rank]]);
   return ranks;
 }
 
@@ -127,7 +137,8 @@ function columnView(name, counts) {
   const section = el("section", { "aria-label": labelOf(name) }, head);
   if (!found) section.append(el("p", { class: "wait" }, "This method is ranking."));
   else if (found.error) section.append(el("p", { class: "problem" }, found.error));
-  else if (!found.helpful.length) section.append(el("p", { class: "note" }, "No row passes these filters. Remove one of them."));
+  else if (!found.helpful.length)
+    section.append(el("p", { class: "note" }, "No row passes these filters. Remove one of them."));
   else {
     const largest = found.helpful.reduce((most, hit) => Math.max(most, Math.abs(hit.score)), 0);
     section.append(el("ol", {}, ...found.helpful.map((hit) => rowView(name, hit, counts.get(hit.row) ?? [], largest))));
@@ -138,8 +149,15 @@ function columnView(name, counts) {
 function rowView(name, hit, ranks, largest) {
   const others = ranks.filter(([method]) => method !== name);
   const where = others.map(([method, rank]) => `${labelOf(method)} ${rank}`).join(", ");
-  const text = hit.parts.map((part) => part.text.trim()).filter(Boolean).join(" ¶ ");
-  const open = button("", () => openRow(hit.row), { class: others.length ? "row shared" : "row", "data-row": hit.row, "data-key": `${name}-${hit.row}` });
+  const text = hit.parts
+    .map((part) => part.text.trim())
+    .filter(Boolean)
+    .join(" ¶ ");
+  const open = button("", () => openRow(hit.row), {
+    class: others.length ? "row shared" : "row",
+    "data-row": hit.row,
+    "data-key": `${name}-${hit.row}`,
+  });
   open.append(
     el("span", { class: "rank" }, String(hit.rank)),
     el("span", { class: "id", dir: "auto" }, brief(hit.id, 30)),
@@ -152,7 +170,8 @@ function rowView(name, hit, ranks, largest) {
 
 function link(event) {
   const row = event.target.closest?.("[data-row]")?.dataset.row ?? null;
-  for (const node of byId("comparison").querySelectorAll("[data-row]")) node.classList.toggle("is-linked", node.dataset.row === row);
+  for (const node of byId("comparison").querySelectorAll("[data-row]"))
+    node.classList.toggle("is-linked", node.dataset.row === row);
 }
 
 for (const name of ["pointerover", "focusin"]) byId("comparison").addEventListener(name, link);

@@ -126,8 +126,17 @@ const range = (from, to) => Array.from({ length: to - from }, (_, place) => from
 
 function statusWords(size) {
   const all = chips.length;
-  if (!size) return isReady() ? `All ${counted(all, "token")} together. Click or drag over some.` : `${counted(all, "token")}.`;
-  const texts = state.stretches.map(([from, to]) => quoted(chips.slice(from, to).map(({ words }) => words.text).join(""), 48));
+  if (!size)
+    return isReady() ? `All ${counted(all, "token")} together. Click or drag over some.` : `${counted(all, "token")}.`;
+  const texts = state.stretches.map(([from, to]) =>
+    quoted(
+      chips
+        .slice(from, to)
+        .map(({ words }) => words.text)
+        .join(""),
+      48,
+    ),
+  );
   return `${texts.join(", ")}: ${size} of ${counted(all, "token")}.`;
 }
 
@@ -157,7 +166,9 @@ export function cover(stretches) {
 }
 
 export function preview(stretch) {
-  chips.forEach((chip, place) => chip.classList.toggle("previewed", stretch !== null && place >= stretch[0] && place < stretch[1]));
+  chips.forEach((chip, place) =>
+    chip.classList.toggle("previewed", stretch !== null && place >= stretch[0] && place < stretch[1]),
+  );
   if (stretch) chips[stretch[0]]?.scrollIntoView({ block: "nearest" });
 }
 

@@ -32,12 +32,23 @@ function build() {
     const words = el("small");
     const list = el("div", { class: "cards" });
     const heading = el("h2", {}, title, words);
-    sides[side] = { title, words, list, node: el("section", { class: "side", "data-side": side }, heading, list), cards: new Map(), shown: [] };
+    sides[side] = {
+      title,
+      words,
+      list,
+      node: el("section", { class: "side", "data-side": side }, heading, list),
+      cards: new Map(),
+      shown: [],
+    };
   }
-  more = button("", () => {
-    state.top = Math.min(state.session.limits.top, state.top + 10);
-    tell("top");
-  }, { class: "more" });
+  more = button(
+    "",
+    () => {
+      state.top = Math.min(state.session.limits.top, state.top + 10);
+      tell("top");
+    },
+    { class: "more" },
+  );
   byId("examples").replaceChildren(tabs, el("div", { class: "sides" }, ...SIDES.map((side) => sides[side].node)), more);
 }
 
@@ -48,7 +59,12 @@ function draw() {
   byId("examples").removeAttribute("aria-busy");
   const hits = SIDES.flatMap((side) => ranking[side]);
   const largest = hits.reduce((most, hit) => Math.max(most, Math.abs(hit.score)), 0);
-  const scale = { largest, isSmall: largest <= 1 && largest >= 0.01, level: ranking.level, hasNull: hits.some((hit) => hit.null) };
+  const scale = {
+    largest,
+    isSmall: largest <= 1 && largest >= 0.01,
+    level: ranking.level,
+    hasNull: hits.some((hit) => hit.null),
+  };
   for (const side of SIDES) drawSide(side, ranking[side], scale);
   drawTabs();
   const isFull = ranking.helpful.length >= ranking.matching || state.top >= state.session.limits.top;
@@ -82,7 +98,9 @@ function headingOf(side, hits) {
 }
 
 function emptyView() {
-  const words = state.ranking.matching ? "No example is on this side." : "No row passes these filters. Remove one of them.";
+  const words = state.ranking.matching
+    ? "No example is on this side."
+    : "No row passes these filters. Remove one of them.";
   return el("p", { class: "note" }, words);
 }
 
@@ -105,7 +123,10 @@ export const rankingWords = () => (state.ranking ? `${counted(state.ranking.matc
 
 function progress({ type, what, done, total, position }) {
   if (type === "method" || (type === "queue" && !position)) return;
-  const words = type === "queue" ? `${counted(position, "question is", "questions are")} before this one.` : steps(what, done, total);
+  const words =
+    type === "queue"
+      ? `${counted(position, "question is", "questions are")} before this one.`
+      : steps(what, done, total);
   byId("results-trouble").replaceChildren(el("p", { class: "wait" }, words));
 }
 

@@ -53,7 +53,12 @@ async function save(what, node, trouble) {
 function linkView() {
   const address = `${location.origin}${location.pathname}${addressOf()}`;
   const field = el("input", { readonly: true, value: address, "aria-label": "Link to this view" });
-  return el("div", { class: "copy line" }, field, copyButton(() => address, "Copy the link"));
+  return el(
+    "div",
+    { class: "copy line" },
+    field,
+    copyButton(() => address, "Copy the link"),
+  );
 }
 
 const copyButton = (text, label) => {
@@ -72,5 +77,11 @@ async function fillCommands(place) {
 
 function codeView(title, text) {
   const shown = el("pre", { tabindex: 0, "aria-label": title }, text);
-  return el("div", { class: "copy" }, el("h3", {}, title), shown, copyButton(() => text, `Copy: ${title}`));
+  return el(
+    "div",
+    { class: "copy" },
+    el("h3", {}, title),
+    shown,
+    copyButton(() => text, `Copy: ${title}`),
+  );
 }

@@ -51,7 +51,13 @@ export function filterPanel({ hasWords = true } = {}) {
       groups,
       groupView("Source", "source", index.sources, state.filters.sources ?? [], flipSource),
       ...index.columns.map(({ name, values }) =>
-        groupView(brief(name, 30), `column-${name}`, values.filter(({ value }) => value !== null), chosen(name), (value) => flipColumn(name, value)),
+        groupView(
+          brief(name, 30),
+          `column-${name}`,
+          values.filter(({ value }) => value !== null),
+          chosen(name),
+          (value) => flipColumn(name, value),
+        ),
       ),
     );
   };
@@ -81,7 +87,9 @@ function groupView(title, key, values, chosen, flip) {
   const group = el("div", { class: "group", role: "group", "aria-label": title }, el("span", { class: "name" }, title));
   const list = el("div", { class: "values" }, ...buttons.slice(0, FEW));
   if (buttons.length > FEW) {
-    const rest = button(`Show all ${buttons.length}`, () => rest.replaceWith(...buttons.slice(FEW)), { class: "quiet" });
+    const rest = button(`Show all ${buttons.length}`, () => rest.replaceWith(...buttons.slice(FEW)), {
+      class: "quiet",
+    });
     list.append(rest);
   }
   group.append(list);
@@ -95,7 +103,12 @@ function drawChips() {
   const chips = [];
   const add = (name, value, remove) => {
     const words = `${name}: ${value}`;
-    chips.push(button(el("span", { dir: "auto" }, words), remove, { class: "removable", "aria-label": `Remove the filter ${words}` }));
+    chips.push(
+      button(el("span", { dir: "auto" }, words), remove, {
+        class: "removable",
+        "aria-label": `Remove the filter ${words}`,
+      }),
+    );
   };
   for (const value of sources ?? []) add("source", valueName(value), () => flipSource(value));
   for (const [name, values] of Object.entries(columns))

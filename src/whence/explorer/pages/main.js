@@ -31,7 +31,9 @@ async function begin() {
   }
   byId("trouble").replaceChildren();
   if (!state.session.indexes.length)
-    return byId("trouble").replaceChildren(problemLine({ message: "No index is open. Start the page with whence explore INDEX." }));
+    return byId("trouble").replaceChildren(
+      problemLine({ message: "No index is open. Start the page with whence explore INDEX." }),
+    );
   recall();
   document.documentElement.dataset.ready = "yes";
 }
@@ -39,7 +41,10 @@ async function begin() {
 // -- the address
 
 const sameQuestion = (a, b) => JSON.stringify(keyOf(a)) === JSON.stringify(keyOf(b));
-const keyOf = ({ index, question }) => [index?.id, { ...question, completion: question.completion ?? state.answer?.completion ?? null }];
+const keyOf = ({ index, question }) => [
+  index?.id,
+  { ...question, completion: question.completion ?? state.answer?.completion ?? null },
+];
 
 // What the address asks for becomes the view. The same question is not asked again.
 function recall() {
@@ -98,7 +103,9 @@ function drawHead() {
   byId("picker").hidden = false;
   const options = indexes.map(({ id, name }) => [String(id), name]);
   byId("picker").replaceChildren(
-    indexes.length > 1 ? choice("Index", options, String(state.index.id), chooseIndex) : el("span", { dir: "auto" }, indexes[0].name),
+    indexes.length > 1
+      ? choice("Index", options, String(state.index.id), chooseIndex)
+      : el("span", { dir: "auto" }, indexes[0].name),
   );
   document.title = state.question.prompt.trim() ? `${state.question.prompt.trim().slice(0, 60)} · Whence` : "Whence";
 }

@@ -16,7 +16,9 @@ export function nullView({ null: found, score, z }, level) {
 function share({ edges, counts }, score) {
   const all = counts.reduce((a, b) => a + b, 0);
   if (!all) return "";
-  const whole = counts.map((count, bin) => count * Math.max(0, Math.min(1, (score - edges[bin]) / (edges[bin + 1] - edges[bin] || 1))));
+  const whole = counts.map(
+    (count, bin) => count * Math.max(0, Math.min(1, (score - edges[bin]) / (edges[bin + 1] - edges[bin] || 1))),
+  );
   const below = Math.round(whole.reduce((a, b) => a + b, 0));
   const words = below >= all ? `above all ${all}` : below <= 0 ? `below all ${all}` : `above ${below} of ${all}`;
   return el("span", { title: "of unrelated questions" }, words);

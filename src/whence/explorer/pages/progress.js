@@ -28,7 +28,12 @@ function ended(problem) {
   });
   byId("progress").replaceChildren(
     el("p", { class: "wait" }, "The question was stopped. "),
-    el("p", { class: "actions" }, written.trim() && !state.answer ? about : "", button("Ask again", ask, { class: "quiet" })),
+    el(
+      "p",
+      { class: "actions" },
+      written.trim() && !state.answer ? about : "",
+      button("Ask again", ask, { class: "quiet" }),
+    ),
   );
 }
 

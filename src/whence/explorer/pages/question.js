@@ -62,12 +62,21 @@ function chatDrawer() {
 
 function turnView({ role, content }) {
   const who = el("select", { "aria-label": "Who said it" });
-  for (const [value, label] of [["user", "User"], ["assistant", "Assistant"]])
+  for (const [value, label] of [
+    ["user", "User"],
+    ["assistant", "Assistant"],
+  ])
     who.append(el("option", { value, selected: value === role }, label));
   const text = el("textarea", { rows: 2, dir: "auto", "aria-label": "What was said" });
   text.value = content;
   text.addEventListener("input", () => fit(text));
-  const turn = el("li", {}, who, button("Remove", () => turn.remove(), { class: "quiet" }), text);
+  const turn = el(
+    "li",
+    {},
+    who,
+    button("Remove", () => turn.remove(), { class: "quiet" }),
+    text,
+  );
   return turn;
 }
 

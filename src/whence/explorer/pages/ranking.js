@@ -81,7 +81,11 @@ async function settle() {
   if (state.isDragging || !ranking || ranking.level || !methodOf(ranking.method)?.of_tokens) return;
   const controller = (measuring = new AbortController());
   try {
-    for await (const event of streamOfAnswer("/api/levels", { tokens: askedTokens(), method: ranking.method }, controller.signal)) {
+    for await (const event of streamOfAnswer(
+      "/api/levels",
+      { tokens: askedTokens(), method: ranking.method },
+      controller.signal,
+    )) {
       if (measuring !== controller || controller.signal.aborted) return;
       if (event.type === "level") return takeLevel(ranking, event.level);
       tell("level-progress", event);

@@ -16,9 +16,21 @@ export async function openRow(row) {
   if (!dialog.open) dialog.showModal();
   try {
     const found = await get(`/api/rows/${state.index.id}/${row}`, controller.signal);
-    fill(brief(found.id, 80), factsView(found), el("div", { class: "whole", tabindex: 0, role: "group", "aria-label": "Text of the row" }, partsView(found.parts)));
+    fill(
+      brief(found.id, 80),
+      factsView(found),
+      el(
+        "div",
+        { class: "whole", tabindex: 0, role: "group", "aria-label": "Text of the row" },
+        partsView(found.parts),
+      ),
+    );
   } catch (problem) {
-    if (!isAbort(problem)) fill(`Row ${count(row)}`, problemLine(problem, () => openRow(row)));
+    if (!isAbort(problem))
+      fill(
+        `Row ${count(row)}`,
+        problemLine(problem, () => openRow(row)),
+      );
   }
 }
 
@@ -35,11 +47,19 @@ function fill(title, ...parts) {
 }
 
 // As it stands in the corpus, control characters included.
-const textOf = (dialog) => dialog.querySelector(".parts").parts.map(({ text }) => text).join("\n\n");
+const textOf = (dialog) =>
+  dialog
+    .querySelector(".parts")
+    .parts.map(({ text }) => text)
+    .join("\n\n");
 
 function factsView({ row, source, columns }) {
-  const pairs = [["Row", count(row)], ["Source", source === null ? null : valueName(source)]];
-  for (const [name, value] of Object.entries(columns ?? {})) pairs.push([brief(name, 30), value === null ? null : valueName(value)]);
+  const pairs = [
+    ["Row", count(row)],
+    ["Source", source === null ? null : valueName(source)],
+  ];
+  for (const [name, value] of Object.entries(columns ?? {}))
+    pairs.push([brief(name, 30), value === null ? null : valueName(value)]);
   const shown = pairs.filter(([, value]) => value !== null);
   return el("dl", {}, ...shown.flatMap(([name, value]) => [el("dt", {}, name), el("dd", { dir: "auto" }, value)]));
 }

@@ -67,14 +67,17 @@ export function placeTokens(view, train) {
     const content = document.createDocumentFragment();
     content.append(visible(text.slice(0, skipped)));
     while (token < train.length && start + train[token].text.length <= at) start += train[token++].text.length;
-    for (let place = at; place < end; ) {
+    for (let place = at; place < end;) {
       const stop = Math.min(end, start + train[token].text.length);
       appendToken(content, text.slice(skipped + place - at, skipped + stop - at), token, train[token], spans);
       if (stop === start + train[token].text.length) start += train[token++].text.length;
       place = stop;
     }
     const rest = text.slice(skipped + length);
-    if (rest) content.append(el("span", { class: "beyond", title: "The model did not read this: its context ends before." }, visible(rest)));
+    if (rest)
+      content.append(
+        el("span", { class: "beyond", title: "The model did not read this: its context ends before." }, visible(rest)),
+      );
     body.replaceChildren(content);
   });
   return spans;

@@ -18,7 +18,13 @@ let field, status, list, more, trouble;
 let shown = 0;
 
 function build() {
-  field = el("input", { type: "search", id: "words", dir: "auto", autocomplete: "off", placeholder: "Words of the rows you look for" });
+  field = el("input", {
+    type: "search",
+    id: "words",
+    dir: "auto",
+    autocomplete: "off",
+    placeholder: "Words of the rows you look for",
+  });
   field.addEventListener("input", () => {
     clearTimeout(pause);
     pause = setTimeout(() => ((state.words = field.value), tell("words")), PAUSE);
@@ -28,14 +34,26 @@ function build() {
   trouble = el("div");
   more = button(`Show ${PAGE} more`, () => search(shown), { class: "more" });
   more.hidden = true;
-  const form = el("form", { role: "search" }, el("label", { for: "words" }, `Search the corpus of ${state.index.name}`), field);
+  const form = el(
+    "form",
+    { role: "search" },
+    el("label", { for: "words" }, `Search the corpus of ${state.index.name}`),
+    field,
+  );
   form.addEventListener("submit", (event) => event.preventDefault());
   byId("searching").replaceChildren(form, filtersView(), status, trouble, list, more);
 }
 
 function filtersView() {
   const hasAny = state.index.sources.length > 1 || state.index.columns.length > 0;
-  return hasAny ? el("details", { open: hasFilters({ ...state.filters, text: "" }) }, el("summary", {}, "Filters"), filterPanel({ hasWords: false })) : "";
+  return hasAny
+    ? el(
+        "details",
+        { open: hasFilters({ ...state.filters, text: "" }) },
+        el("summary", {}, "Filters"),
+        filterPanel({ hasWords: false }),
+      )
+    : "";
 }
 
 function draw() {
@@ -52,7 +70,13 @@ async function search(offset) {
   const controller = (flight = new AbortController());
   trouble.replaceChildren();
   if (!state.words.trim()) return empty("Type a word or several. Rows in which all of them occur are listed.");
-  const body = { index: state.index.id, text: state.words, filters: { ...state.filters, text: "" }, limit: PAGE, offset };
+  const body = {
+    index: state.index.id,
+    text: state.words,
+    filters: { ...state.filters, text: "" },
+    limit: PAGE,
+    offset,
+  };
   try {
     const { matching, rows } = await post("/api/search", body, controller.signal);
     if (flight !== controller) return;
@@ -61,7 +85,9 @@ async function search(offset) {
     else list.replaceChildren(...cards);
     shown = offset + rows.length;
     more.hidden = shown >= matching || !rows.length;
-    status.textContent = matching ? `${counted(matching, "row has", "rows have")} all of these words.` : "No row has all of these words. Try fewer words, or remove a filter.";
+    status.textContent = matching
+      ? `${counted(matching, "row has", "rows have")} all of these words.`
+      : "No row has all of these words. Try fewer words, or remove a filter.";
     if (offset) announce(`${counted(rows.length, "more row is", "more rows are")} listed.`);
   } catch (problem) {
     if (!isAbort(problem) && flight === controller) trouble.replaceChildren(problemLine(problem, () => search(offset)));
@@ -78,14 +104,23 @@ function rowView(hit) {
   const parts = partsView(hit.parts);
   for (const { body } of parts.parts) mark(body);
   const length = hit.parts.reduce((sum, { text }) => sum + text.length, 0);
-  const node = el("article", { class: "hit", "aria-label": `Row ${brief(hit.id)}` }, el("div", { class: "facts" }, ...factsOf(hit)), parts);
+  const node = el(
+    "article",
+    { class: "hit", "aria-label": `Row ${brief(hit.id)}` },
+    el("div", { class: "facts" }, ...factsOf(hit)),
+    parts,
+  );
   if (length > LONG) {
     parts.classList.add("folded");
-    const unfold = button("Show all of it", () => {
-      const isOpen = !parts.classList.toggle("folded");
-      unfold.textContent = isOpen ? "Show less" : "Show all of it";
-      unfold.setAttribute("aria-expanded", String(isOpen));
-    }, { class: "quiet", "aria-expanded": "false" });
+    const unfold = button(
+      "Show all of it",
+      () => {
+        const isOpen = !parts.classList.toggle("folded");
+        unfold.textContent = isOpen ? "Show less" : "Show all of it";
+        unfold.setAttribute("aria-expanded", String(isOpen));
+      },
+      { class: "quiet", "aria-expanded": "false" },
+    );
     node.append(unfold);
   }
   return node;
@@ -93,7 +128,10 @@ function rowView(hit) {
 
 // The words that were looked for, marked where they stand.
 function mark(body) {
-  const words = state.words.trim().split(/\s+/).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  const words = state.words
+    .trim()
+    .split(/\s+/)
+    .map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
   const pieces = body.textContent.split(new RegExp(`(${words.join("|")})`, "giu"));
   body.replaceChildren(...pieces.map((piece, place) => (place % 2 ? el("mark", {}, piece) : piece)));
 }

@@ -25,10 +25,17 @@ async function find() {
 function draw({ spans, words }) {
   cover(spans.map(({ tokens }) => tokens).filter(Boolean)); // pieces that no tokens hold are only listed
   const pieces = el("details", { open: matchMedia("(min-width: 60.01rem)").matches });
-  pieces.append(el("summary", {}, counted(spans.length, "piece")), el("ul", { class: "pieces" }, ...spans.map(pieceView)));
+  pieces.append(
+    el("summary", {}, counted(spans.length, "piece")),
+    el("ul", { class: "pieces" }, ...spans.map(pieceView)),
+  );
   byId("copied").replaceChildren(
     el("h2", {}, "Copied, or learned?"),
-    el("p", { class: "certainty" }, `${words.replace(/\.?$/, ".")}${spans.length ? " The dotted line marks them." : ""}`),
+    el(
+      "p",
+      { class: "certainty" },
+      `${words.replace(/\.?$/, ".")}${spans.length ? " The dotted line marks them." : ""}`,
+    ),
     ...(spans.length ? [pieces] : []),
   );
   byId("copied").hidden = false;
@@ -58,7 +65,10 @@ function pieceView(span) {
 
 function placesView({ rows, count: times, tokens }) {
   const links = rows.map(({ row, id }) =>
-    button(el("span", { dir: "auto" }, brief(id, 40)), () => openRow(row), { class: "id", "aria-label": `Open row ${brief(id, 40)}` }),
+    button(el("span", { dir: "auto" }, brief(id, 40)), () => openRow(row), {
+      class: "id",
+      "aria-label": `Open row ${brief(id, 40)}`,
+    }),
   );
   const more = times > rows.length ? el("span", {}, `and ${count(times - rows.length)} more`) : "";
   return [...links, more, tokens ? button("Ask about these tokens", () => choose([tokens]), { class: "quiet" }) : ""];

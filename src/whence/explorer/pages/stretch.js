@@ -21,7 +21,12 @@ export function merged(stretches) {
 }
 
 const without = (stretches, place) =>
-  merged(stretches.flatMap(([from, to]) => [[from, Math.min(to, place)], [Math.max(from, place + 1), to]]));
+  merged(
+    stretches.flatMap(([from, to]) => [
+      [from, Math.min(to, place)],
+      [Math.max(from, place + 1), to],
+    ]),
+  );
 
 const holds = (stretches, place) => stretches.some(([from, to]) => from <= place && place < to);
 const between = (a, b) => [Math.min(a, b), Math.max(a, b) + 1];

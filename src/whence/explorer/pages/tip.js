@@ -29,7 +29,11 @@ function tokenLines({ matrix }, place) {
   const { text, share, supervised } = matrix.train[place];
   const of = matrix.exact ? `, ${Math.round((100 * share) / matrix.exact)}% of ${number(matrix.exact)}` : "";
   const about = state.stretches.length ? "the tokens chosen" : "the answer";
-  return [titled(text), `${number(share)} on ${about}${of}`, `token ${place + 1}${supervised ? "" : ", not trained on"}`];
+  return [
+    titled(text),
+    `${number(share)} on ${about}${of}`,
+    `token ${place + 1}${supervised ? "" : ", not trained on"}`,
+  ];
 }
 
 function point(target, x, y) {
@@ -43,7 +47,8 @@ function point(target, x, y) {
 }
 
 document.addEventListener("pointerover", (event) => {
-  if (event.pointerType !== "touch" || event.target.closest?.(".token")) point(event.target, event.clientX, event.clientY);
+  if (event.pointerType !== "touch" || event.target.closest?.(".token"))
+    point(event.target, event.clientX, event.clientY);
   else hush();
 });
 document.documentElement.addEventListener("pointerleave", () => (light(null), hush()));

@@ -16,9 +16,10 @@ function draw() {
   const views = el(
     "div",
     { class: "segments", role: "group", "aria-label": "View of the examples" },
-    ...[["examples", "Examples"], ["methods", "Methods side by side"]].map(([name, label]) =>
-      toggle(label, view === name, () => show(name), { "data-key": `view-${name}` }),
-    ),
+    ...[
+      ["examples", "Examples"],
+      ["methods", "Methods side by side"],
+    ].map(([name, label]) => toggle(label, view === name, () => show(name), { "data-key": `view-${name}` })),
   );
   redraw(
     byId("toolbar"),
@@ -29,7 +30,13 @@ function draw() {
       panelButton("filters", filterCount() ? `Filters (${filterCount()})` : "Filters"),
       panelButton("export", "Export"),
     ),
-    el("div", { class: "how" }, view === "examples" && methodChoice(), foldChoice(), el("span", { class: "says", id: "ranking-words" }, words())),
+    el(
+      "div",
+      { class: "how" },
+      view === "examples" && methodChoice(),
+      foldChoice(),
+      el("span", { class: "says", id: "ranking-words" }, words()),
+    ),
   );
   byId("examples").hidden = view !== "examples";
   byId("comparison").hidden = view !== "methods";
@@ -53,12 +60,21 @@ function foldChoice() {
 }
 
 function methodChoice() {
-  const options = state.index.methods.map(({ name, label, is_ready: isOn }) => [name, isOn ? label : `${label} (not ready)`, !isOn]);
+  const options = state.index.methods.map(({ name, label, is_ready: isOn }) => [
+    name,
+    isOn ? label : `${label} (not ready)`,
+    !isOn,
+  ]);
   const act = (name) => {
     state.method = name;
     tell("method");
   };
-  return el("label", { class: "by" }, "Ranked by ", choice("Ranked by", options, state.method, act, { "data-key": "method" }));
+  return el(
+    "label",
+    { class: "by" },
+    "Ranked by ",
+    choice("Ranked by", options, state.method, act, { "data-key": "method" }),
+  );
 }
 
 function panelButton(name, label) {

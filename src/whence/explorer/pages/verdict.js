@@ -12,7 +12,11 @@ function draw(note = null) {
   if (!isInfluence(method))
     return show(`${labelOf(method)} does not measure what training on an example does to the answer.`, "", false);
   if (!methodOf(method).of_tokens || ranking.isLevelUnknown)
-    return show("", "What chance reaches is not known here: an order alone does not say that the first examples matter.", false);
+    return show(
+      "",
+      "What chance reaches is not known here: an order alone does not say that the first examples matter.",
+      false,
+    );
   const reaches = level ? levelWords(level) : (note ?? "What chance reaches is being measured.");
   if (verdict) return show(verdict, reaches, standsOut);
   show(bestWords(ranking), reaches, false);
@@ -41,7 +45,8 @@ function show(verdict, level, standsOut) {
 
 function progress({ type, position, done, total, what }) {
   if (type === "queue" && !position) return;
-  const words = type === "queue" ? `${counted(position, "question is", "questions are")} before it.` : steps(what, done, total);
+  const words =
+    type === "queue" ? `${counted(position, "question is", "questions are")} before it.` : steps(what, done, total);
   if (byId("verdict").querySelector(".level"))
     byId("verdict").querySelector(".level").textContent = `What chance reaches is being measured. ${words}`;
 }

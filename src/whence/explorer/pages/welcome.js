@@ -21,7 +21,11 @@ function drawAbout() {
   const { index } = state;
   const prompts = (index.examples ?? []).filter((text) => text.trim());
   const examples = prompts.map((text) =>
-    el("li", {}, button(el("span", { dir: "auto" }, brief(text, 110)), () => sendPrompt(text), { class: "prompt" })),
+    el(
+      "li",
+      {},
+      button(el("span", { dir: "auto" }, brief(text, 110)), () => sendPrompt(text), { class: "prompt" }),
+    ),
   );
   byId("about").replaceChildren(
     ...(examples.length ? [el("h2", {}, "Prompts to begin with"), el("ul", { class: "prompts" }, ...examples)] : []),
@@ -39,7 +43,9 @@ const LAYOUTS = {
 
 function facts(index) {
   const rows = `${counted(index.rows, "row")} of ${LAYOUTS[index.layout] ?? index.layout}`;
-  const sources = index.sources.slice(0, 4).map(({ value, rows: of }) => `${valueName(value, "no source")} ${count(of)}`);
+  const sources = index.sources
+    .slice(0, 4)
+    .map(({ value, rows: of }) => `${valueName(value, "no source")} ${count(of)}`);
   if (index.sources.length > 4) sources.push(`${index.sources.length - 4} more`);
   const pairs = [
     ["Index", index.name],

@@ -18,7 +18,9 @@ export function visible(text) {
 
 // One line that stands for a text: a title, a chip, a name in a sentence.
 export function brief(text, most = 60) {
-  const line = visible(text.slice(0, 4 * most)).replace(/\s+/g, " ").trim();
+  const line = visible(text.slice(0, 4 * most))
+    .replace(/\s+/g, " ")
+    .trim();
   return line.length > most ? `${line.slice(0, most - 1)}…` : line;
 }
 
@@ -42,7 +44,10 @@ export function parted(text) {
   return bare && /^ +$/.test(gap) ? [gap, bare] : ["", text];
 }
 
-const named = (text) => visible(text).replace(/^ +/, (gap) => "␣".repeat(gap.length)).replaceAll("\n", "↵") || "∅";
+const named = (text) =>
+  visible(text)
+    .replace(/^ +/, (gap) => "␣".repeat(gap.length))
+    .replaceAll("\n", "↵") || "∅";
 
 // Between isolates, so that right-to-left text leaves the order of the sentence around it alone.
 export const quoted = (text, most = 40) => {
@@ -82,4 +87,5 @@ export const listed = (words) =>
   words.length < 2 ? (words[0] ?? "") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 
 // A value of a column or a source, which may be missing.
-export const valueName = (value, missing = "none") => (value === null || value === "" ? missing : brief(String(value), 40));
+export const valueName = (value, missing = "none") =>
+  value === null || value === "" ? missing : brief(String(value), 40);
