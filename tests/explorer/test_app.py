@@ -182,7 +182,9 @@ def test_a_matrix_sums_to_the_exact_score(page, place, answer):
 
 
 def test_methods_stand_side_by_side(page, place, answer):
-    told = events(page, "/api/comparisons", answer=answer, methods=["cosine", "bm25", "ekfac", "tracin"], top=4, fold=False)
+    told = events(
+        page, "/api/comparisons", answer=answer, methods=["cosine", "bm25", "ekfac", "tracin"], top=4, fold=False
+    )
     found = {event["method"]: event for event in told if event["type"] == "method"}
     assert [*found] == ["cosine", "bm25", "ekfac", "tracin"]
     for method in ("bm25", "tracin"):
@@ -222,7 +224,9 @@ def test_exports_are_rows_to_train_on(page, answer, place):
     shown = ranking(page, answer, top=5)["helpful"]
     rows = [json.loads(line) for line in chosen.text.splitlines()]
     assert [row["id"] for row in rows] == ids(shown)
-    others = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "without"}).text.splitlines()]
+    others = [
+        json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "without"}).text.splitlines()
+    ]
     assert len(others) == 46 - sum(row["copies"] for row in shown)
     assert not {row["id"] for row in others} & {*ids(shown)}
     ranked = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "rows"}).text.splitlines()]

@@ -240,7 +240,11 @@ class _Entered:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._line = line
-        self._request = line.enter(work, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event))
+
+        def emit(event: Event | None) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._request = line.enter(work, emit)
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The events, one a line."""

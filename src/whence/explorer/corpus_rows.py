@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow
-import pyarrow.compute
 import torch
 from jaxtyping import Bool, Int64
+from pyarrow.compute import MatchSubstringOptions, call_function
 from torch import Tensor
 
 from whence.corpus.layouts import columns_read, shown_text
@@ -105,7 +105,7 @@ class CorpusRows:
 
     @cached_property
     def _folded(self) -> Any:
-        return pyarrow.compute.utf8_lower(self._texts)
+        return call_function("utf8_lower", [self._texts])
 
     def source_counts(self) -> list[tuple[str | None, int]]:
         """Sources with their numbers of rows, most rows first."""
@@ -134,7 +134,7 @@ class CorpusRows:
                 raise SettingError(f"no column {name!r:.60} to choose rows by; there are {known}")
             out &= torch.tensor([_is_among(value, allowed) for value in self.columns[name]], dtype=torch.bool)
         for word in dict.fromkeys(filters.text.lower().split()):
-            found = pyarrow.compute.match_substring(self._folded, word)
+            found = call_function("match_substring", [self._folded], MatchSubstringOptions(word))
             out &= torch.from_numpy(found.to_numpy(zero_copy_only=False).copy())
         return out
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from whence.corpus.closings import closing_of

@@ -33,13 +33,12 @@ export class Card {
     this.node.card = this;
   }
 
-  update(hit, { largest, isSmall, level, hasNull }) {
+  update(hit, { largest, isSmall, isEffect, level, hasNull }) {
     this.hit = hit;
     const rank = Math.abs(hit.rank);
     this.rank.textContent = rank;
     this.node.setAttribute("aria-label", `Rank ${rank}, row ${brief(hit.id)}`);
-    const isNegative = hit.score < 0;
-    this.fill.className = isNegative ? "opposes" : "helps";
+    this.fill.className = !isEffect ? "alike" : hit.score < 0 ? "opposes" : "helps";
     this.fill.style.width = `${100 * (largest ? Math.abs(hit.score) / largest : 0)}%`;
     this.figure.replaceChildren(el("b", {}, score(hit.score, isSmall)));
     this.node.classList.toggle("without-null", !hasNull);

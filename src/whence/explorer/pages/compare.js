@@ -95,7 +95,7 @@ function choosers() {
 
 // A method that is not ready says what makes it ready.
 function absentView({ label, note }) {
-  const pieces = note.replace(/^run:/, "Run:").split(/(whence .+?)(?=\.\s|\.?$)/);
+  const pieces = note.replace(/^run:/, "Run:").split(/(whence .+?)(?:\.\s|\.?$)/);
   const shown = pieces.flatMap((piece, place) => {
     if (place % 2 === 0) return piece.trim() ? [el("span", {}, piece.trim())] : [];
     const copy = button("Copy", () => copyText(piece, copy), {

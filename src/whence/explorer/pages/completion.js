@@ -1,7 +1,7 @@
 // The completion as a line of tokens, each over the bar of its probability. They come one by one while the model
 // writes; afterwards they can be chosen, and what an example does to each of them shows as its colour.
 
-import { announce, byId, button, el } from "./nodes.js";
+import { announce, byId, button, el, reveal } from "./nodes.js";
 import { isReady, on, state, tell } from "./state.js";
 import { listenToStretches, choose, step } from "./stretch.js";
 import { isStrong, largestOf, tint } from "./tints.js";
@@ -166,10 +166,12 @@ export function cover(stretches) {
 }
 
 export function preview(stretch) {
-  chips.forEach((chip, place) =>
-    chip.classList.toggle("previewed", stretch !== null && place >= stretch[0] && place < stretch[1]),
-  );
-  if (stretch) chips[stretch[0]]?.scrollIntoView({ block: "nearest" });
+  const [from, to] = stretch ?? [0, 0];
+  chips.forEach((chip, place) => {
+    chip.classList.toggle("previewed", place >= from && place < to);
+    gaps[place]?.classList.toggle("previewed", place > from && place < to);
+  });
+  if (stretch && chips[from]) reveal(chips[from]);
 }
 
 on("asked", drawWriting);

@@ -57,11 +57,13 @@ function draw() {
   const { ranking } = state;
   byId("results-trouble").replaceChildren();
   byId("examples").removeAttribute("aria-busy");
+  byId("examples").classList.remove("is-old");
   const hits = SIDES.flatMap((side) => ranking[side]);
   const largest = hits.reduce((most, hit) => Math.max(most, Math.abs(hit.score)), 0);
   const scale = {
     largest,
     isSmall: largest <= 1 && largest >= 0.01,
+    isEffect: isInfluence(ranking.method),
     level: ranking.level,
     hasNull: hits.some((hit) => hit.null),
   };
@@ -130,8 +132,10 @@ function progress({ type, what, done, total, position }) {
   byId("results-trouble").replaceChildren(el("p", { class: "wait" }, words));
 }
 
+// The old lists stay, paler: they are not of what is asked now.
 function fail(problem) {
   byId("examples").removeAttribute("aria-busy");
+  byId("examples").classList.add("is-old");
   byId("results-trouble").replaceChildren(problemLine(problem, () => rank({ isNew: true })));
 }
 

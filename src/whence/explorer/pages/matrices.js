@@ -28,6 +28,7 @@ function wanted() {
 
 async function next() {
   if (flight || state.isDragging || state.view !== "examples" || !state.ranking) return;
+  if (JSON.stringify(state.ranking.tokens) !== JSON.stringify(askedTokens())) return; // the ranking is on its way
   if (!isInfluence(state.ranking.method) || refusing.has(state.index.id)) return;
   const cards = wanted();
   if (!cards.length) return;

@@ -65,6 +65,13 @@ export function fit(field) {
   if (field.scrollHeight) field.style.height = `${field.scrollHeight + 2}px`;
 }
 
+// Scrolls the parent alone, never the page, until the node is seen.
+export function reveal(node) {
+  const [inner, outer] = [node.getBoundingClientRect(), node.parentNode.getBoundingClientRect()];
+  if (inner.top < outer.top) node.parentNode.scrollTop += inner.top - outer.top;
+  if (inner.bottom > outer.bottom) node.parentNode.scrollTop += inner.bottom - outer.bottom;
+}
+
 // Said once by screen readers; `words` are whole sentences.
 export function announce(words) {
   byId("announcer").textContent = words;

@@ -1,6 +1,7 @@
 // Choosing tokens: click, drag, shift and Ctrl with the mouse; drag with a finger; arrows, Shift, Enter and Escape
 // with the keyboard. Several stretches are chosen with Ctrl or Cmd.
 
+import { reveal } from "./nodes.js";
 import { state, tell } from "./state.js";
 
 let chips = [];
@@ -51,7 +52,7 @@ export function step(way) {
   const place = from === undefined ? (way > 0 ? 0 : last) : way > 0 ? to : from - 1;
   anchor = (place + chips.length) % chips.length;
   choose([[anchor, anchor + 1]]);
-  chips[anchor].scrollIntoView({ block: "nearest" });
+  reveal(chips[anchor]);
   roam(anchor, false);
 }
 

@@ -4,13 +4,14 @@ import { exportPanel } from "./exports.js";
 import { filterCount, filterPanel } from "./filters.js";
 import { rankingWords } from "./examples.js";
 import { byId, choice, el, redraw, toggle } from "./nodes.js";
-import { isReady, on, state, tell } from "./state.js";
+import { isBusy, isReady, on, state, tell } from "./state.js";
 
 const PANELS = { filters: filterPanel, export: exportPanel };
 let open = null;
 
 function draw() {
   byId("results").hidden = !isReady();
+  byId("soon").hidden = !isBusy();
   if (!isReady()) return;
   const { view } = state;
   const views = el(
@@ -21,22 +22,18 @@ function draw() {
       ["methods", "Methods side by side"],
     ].map(([name, label]) => toggle(label, view === name, () => show(name), { "data-key": `view-${name}` })),
   );
+  const panels = el(
+    "div",
+    { class: "panels" },
+    panelButton("filters", filterCount() ? `Filters (${filterCount()})` : "Filters"),
+    panelButton("export", "Export"),
+  );
+  const says = el("span", { class: "says", id: "ranking-words" }, words());
+  const how = el("div", { class: "how" }, view === "examples" && methodChoice(), foldChoice(), says);
   redraw(
     byId("toolbar"),
     views,
-    el(
-      "div",
-      { class: "panels" },
-      panelButton("filters", filterCount() ? `Filters (${filterCount()})` : "Filters"),
-      panelButton("export", "Export"),
-    ),
-    el(
-      "div",
-      { class: "how" },
-      view === "examples" && methodChoice(),
-      foldChoice(),
-      el("span", { class: "says", id: "ranking-words" }, words()),
-    ),
+    ...(view === "examples" ? [panels, how] : [how, panels]), // in the order in which they are seen
   );
   byId("examples").hidden = view !== "examples";
   byId("comparison").hidden = view !== "methods";
@@ -98,7 +95,7 @@ byId("panel").addEventListener("keydown", (event) => {
   byId("toolbar").querySelector(`[data-key="${name}"]`).focus();
 });
 
-on("ready asked view filters folding method", draw);
+on("ready asked ended view filters folding method", draw);
 on("ranking", () => byId("ranking-words")?.replaceChildren(words()));
 on("settled view top method folding filters", () => open === "export" && byId("panel").replaceChildren(exportPanel()));
 on("asked cleared", () => openPanel(null));

@@ -11,8 +11,8 @@ function drawWelcome() {
     el(
       "p",
       {},
-      "Ask the model something. You see which training examples made its answer more likely, which made it less " +
-        "likely, and which of their tokens did it.",
+      "Ask the model something. You see which training examples made its answer more or less likely, and which of " +
+        "their tokens did it.",
     ),
   );
 }
