@@ -1,10 +1,11 @@
 """The verb `explore`: parse, serve, say where."""
 
+import sys
 from typing import Annotated
 
 import typer
 
-from whence.cli.console import print_marked, working
+from whence.cli.console import print_ending, working
 from whence.cli.inputs import check_inputs
 from whence.cli.options import LoadingFlags, ModelPath
 
@@ -30,5 +31,7 @@ def explore(
 
         explored = opened(indexes, curvature=curvature, model=model, **vars(loading))
     with serving(explored, host=host, port=port, token=token) as server:
-        print_marked(f"Open {server.address} in a browser. Ctrl-C stops the server.")
+        answer = f"The page is at {server.address} until Ctrl-C stops it."
+        print_ending(answer, "whence", "trace", indexes[0], "--prompt", "TEXT", "-o", "trace.html")
+        sys.stdout.flush()
         server.run()

@@ -133,7 +133,7 @@ class _Telling(LogitsProcessor, BaseStreamer):
         self.on_token = on_token
         self.logits: Tensor | None = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Keep the logits of the next token, and change none."""
         self.logits = scores[0]
         return scores

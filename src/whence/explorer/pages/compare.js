@@ -5,7 +5,7 @@ import { isAbort } from "./api.js";
 import { streamOfAnswer } from "./answering.js";
 import { byId, copyText, button, el, problemLine, redraw, toggle } from "./nodes.js";
 import { openRow } from "./row_dialog.js";
-import { askedTokens, isReady, labelOf, on, state, tell } from "./state.js";
+import { askedTokens, isReady, labelOf, methodOf, on, state, tell } from "./state.js";
 import { brief, counted, listed, score, steps } from "./words.js";
 
 const TOP = 10;
@@ -134,7 +134,8 @@ function overlapWords(methods) {
 function columnView(name, counts) {
   const found = columns.get(name);
   const head = el("h3", {}, labelOf(name));
-  const section = el("section", { "aria-label": labelOf(name) }, head);
+  const says = el("p", { class: "says" }, methodOf(name).note);
+  const section = el("section", { "aria-label": labelOf(name) }, head, says);
   if (!found) section.append(el("p", { class: "wait" }, "This method is ranking."));
   else if (found.error) section.append(el("p", { class: "problem" }, found.error));
   else if (!found.helpful.length)

@@ -62,7 +62,7 @@ function draw() {
   const largest = hits.reduce((most, hit) => Math.max(most, Math.abs(hit.score)), 0);
   const scale = {
     largest,
-    isSmall: largest <= 1 && largest >= 0.01,
+    isSmall: largest < 1.01 && largest >= 0.01,
     isEffect: isInfluence(ranking.method),
     level: ranking.level,
     hasNull: hits.some((hit) => hit.null),
@@ -121,7 +121,11 @@ function drawTabs() {
 }
 
 // A line above the lists: how many rows there are.
-export const rankingWords = () => (state.ranking ? `${counted(state.ranking.matching, "row")} ranked.` : "");
+export function rankingWords() {
+  if (!state.ranking) return "";
+  const late = el("span", { class: "late" }, state.isColouring ? " Their tokens are being coloured." : "");
+  return el("span", {}, `${counted(state.ranking.matching, "row")} ranked.`, late);
+}
 
 function progress({ type, what, done, total, position }) {
   if (type === "method" || (type === "queue" && !position)) return;

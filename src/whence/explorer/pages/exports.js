@@ -6,14 +6,14 @@ import { ofAnswer, postOfAnswer } from "./answering.js";
 import { addressOf } from "./address.js";
 import { announce, button, copyText, el, problemLine } from "./nodes.js";
 import { wish } from "./ranking.js";
-import { state } from "./state.js";
+import { labelOf, state } from "./state.js";
 import { counted } from "./words.js";
 
 function files() {
-  const shown = counted(state.ranking?.helpful.length ?? state.top, "helpful row");
+  const rows = `the first ${counted(state.ranking?.helpful.length ?? state.top, "row")} by ${labelOf(state.method)}`;
   return [
-    ["with", "These rows", `The ${shown} shown, ready to train on.`],
-    ["without", "All rows without these", `The corpus without the ${shown} shown.`],
+    ["with", "These rows", `${rows[0].toUpperCase()}${rows.slice(1)}, ready to train on.`],
+    ["without", "All rows without these", `The corpus without ${rows}.`],
     ["rows", "The ranking", "Rows with their scores, as whence trace writes them."],
     ["report", "The report", "One HTML page that needs no server."],
   ];

@@ -5,7 +5,7 @@ import { remember, viewOf } from "./address.js";
 import { ask, leave } from "./answering.js";
 import { byId, choice, el, problemLine, toggle } from "./nodes.js";
 import { drawQuestion } from "./question.js";
-import { emptyFilters, isReady, on, state, tell } from "./state.js";
+import { emptyFilters, isReady, nameOf, on, state, tell } from "./state.js";
 import "./progress.js";
 import "./welcome.js";
 import "./completion.js";
@@ -101,11 +101,11 @@ function drawHead() {
   );
   if (focused) byId("views").querySelector(`[data-key="${focused}"]`).focus();
   byId("picker").hidden = false;
-  const options = indexes.map(({ id, name }) => [String(id), name]);
+  const options = indexes.map((index) => [String(index.id), nameOf(index)]);
   byId("picker").replaceChildren(
     indexes.length > 1
       ? choice("Index", options, String(state.index.id), chooseIndex)
-      : el("span", { dir: "auto" }, indexes[0].name),
+      : el("span", { dir: "auto", title: indexes[0].name }, nameOf(indexes[0])),
   );
   document.title = state.question.prompt.trim() ? `${state.question.prompt.trim().slice(0, 60)} · Whence` : "Whence";
 }

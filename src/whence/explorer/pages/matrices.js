@@ -5,7 +5,7 @@ import { isAbort } from "./api.js";
 import { streamOfAnswer } from "./answering.js";
 import { cardsShown } from "./examples.js";
 import { byId, problemLine } from "./nodes.js";
-import { askedTokens, isInfluence, on, state } from "./state.js";
+import { askedTokens, isInfluence, on, state, tell } from "./state.js";
 
 const BATCH = 6;
 const AHEAD = 800; // px beyond the window in which examples are coloured already
@@ -13,6 +13,7 @@ const AHEAD = 800; // px beyond the window in which examples are coloured alread
 let flight = null; // AbortController of the batch under way
 let failed = new Set(); // rows that the server could not split
 const refusing = new Set(); // indexes that said why they cannot: they are not asked again by themselves
+let isEach = false; // each example has a scale of its own
 let question = ""; // the colours are of
 
 function near(node) {
@@ -29,8 +30,8 @@ function wanted() {
 async function next() {
   if (flight || state.isDragging || state.view !== "examples" || !state.ranking) return;
   if (JSON.stringify(state.ranking.tokens) !== JSON.stringify(askedTokens())) return; // the ranking is on its way
-  if (!isInfluence(state.ranking.method) || refusing.has(state.index.id)) return;
-  const cards = wanted();
+  const cards = isInfluence(state.ranking.method) && !refusing.has(state.index.id) ? wanted() : [];
+  say(cards.length > 0);
   if (!cards.length) return;
   const controller = (flight = new AbortController());
   const rows = cards.map(({ hit }) => hit.row);
@@ -44,6 +45,7 @@ async function next() {
     if (flight !== controller || isAbort(problem)) return;
     for (const row of rows) failed.add(row);
     if (!problem.isAway) refusing.add(state.index.id);
+    say(false);
     byId("results-trouble").replaceChildren(problemLine(problem, retry));
   } finally {
     if (flight === controller) flight = null;
@@ -51,16 +53,22 @@ async function next() {
   next();
 }
 
+function say(isColouring) {
+  if (state.isColouring === isColouring) return;
+  state.isColouring = isColouring;
+  tell(isColouring ? "colouring" : "coloured");
+}
+
 function take(matrix) {
   for (const card of cardsShown()) if (card.hit.row === matrix.row) card.take(matrix);
   paint();
 }
 
-// One scale for all examples, so that a pale one says that it matters less.
+// One scale for all examples, so that a pale one says that it matters less; or a scale for each.
 function paint() {
   const cards = cardsShown().filter(({ matrix }) => matrix);
   const largest = cards.reduce((most, card) => Math.max(most, card.largest), 0);
-  for (const card of cards) card.paint(largest);
+  for (const card of cards) card.paint(isEach ? card.largest : largest);
   byId("legend").hidden = !cards.length;
 }
 
@@ -83,6 +91,12 @@ function renew() {
   next();
 }
 
+byId("scale").addEventListener("click", () => {
+  isEach = !isEach;
+  byId("scale").setAttribute("aria-pressed", String(isEach));
+  paint();
+});
+
 let isWaiting = false;
 function later() {
   if (isWaiting) return;
@@ -99,6 +113,7 @@ on("asked cleared", () => {
   flight?.abort();
   flight = null;
   byId("legend").hidden = true;
+  say(false);
 });
 addEventListener("scroll", later, { passive: true });
 addEventListener("resize", later, { passive: true });

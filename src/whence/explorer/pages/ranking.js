@@ -5,10 +5,12 @@ import { Problem, isAbort } from "./api.js";
 import { postOfAnswer, streamOfAnswer } from "./answering.js";
 import { askedTokens, isInstant, isReady, methodOf, on, state, tell } from "./state.js";
 
+const PAUSE = 600; // ms without a change before the level is measured
 const PATIENCE = 400; // ms after which a request is given up for a newer one
 
 let flight = null; // {controller, since}
 let isWaiting = false;
+let pause = null;
 let measuring = null; // AbortController of the level under way
 const passed = new Set(); // answers, methods and tokens whose pass over the corpus is done
 
@@ -21,6 +23,7 @@ export function wish() {
 export function rank({ isNew = false } = {}) {
   if (!isReady()) return;
   measuring?.abort();
+  clearTimeout(pause);
   if (flight && (isNew || performance.now() - flight.since > PATIENCE)) {
     flight.controller.abort();
     flight = null;
@@ -75,10 +78,16 @@ async function pass({ tokens, method, fold, filters }, signal) {
   passed.add(passOf({ method, tokens }));
 }
 
-// After the last request: the level of chance, unless the reader is still choosing.
-async function settle() {
-  const { ranking } = state;
-  if (state.isDragging || !ranking || ranking.level || !methodOf(ranking.method)?.of_tokens) return;
+// After the last request: the level of chance, which takes long. It comes when the reader pauses, after the colours.
+function settle() {
+  clearTimeout(pause);
+  pause = setTimeout(measure, PAUSE);
+}
+
+async function measure() {
+  const { ranking, view, isDragging, isColouring } = state;
+  if (view !== "examples" || isDragging || isColouring || flight) return;
+  if (!ranking || ranking.level || ranking.isLevelUnknown || !methodOf(ranking.method)?.of_tokens) return;
   const controller = (measuring = new AbortController());
   try {
     for await (const event of streamOfAnswer(
@@ -111,6 +120,7 @@ async function takeLevel(ranking, level) {
   tell("level");
 }
 
+on("view coloured", settle);
 on("ready", () => rank({ isNew: true }));
 on("stretches", () => isInstant(state.method) && rank());
 on("settled", () => {
@@ -120,6 +130,7 @@ on("settled", () => {
 on("method filters folding top", () => rank({ isNew: true }));
 on("asked", () => {
   measuring?.abort();
+  clearTimeout(pause);
   flight?.controller.abort();
   flight = null;
 });

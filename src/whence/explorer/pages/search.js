@@ -5,7 +5,7 @@ import { factsOf } from "./card.js";
 import { filterPanel } from "./filters.js";
 import { announce, byId, button, el, problemLine } from "./nodes.js";
 import { partsView } from "./row_text.js";
-import { hasFilters, on, state, tell } from "./state.js";
+import { hasFilters, nameOf, on, state, tell } from "./state.js";
 import { brief, counted } from "./words.js";
 
 const PAGE = 20;
@@ -37,7 +37,7 @@ function build() {
   const form = el(
     "form",
     { role: "search" },
-    el("label", { for: "words" }, `Search the corpus of ${state.index.name}`),
+    el("label", { for: "words" }, `Search the corpus of ${nameOf(state.index)}`),
     field,
   );
   form.addEventListener("submit", (event) => event.preventDefault());

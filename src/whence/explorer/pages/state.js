@@ -16,6 +16,7 @@ export const state = {
   isFolding: true, // rows with the same text are one
   top: 10,
   ranking: null,
+  isColouring: false, // the shares of the examples' tokens are on their way
   methods: [], // side by side
   words: "", // of the full-text search
 };
@@ -36,6 +37,13 @@ export function on(names, listener) {
 
 export function tell(name, detail) {
   for (const listener of listeners.get(name) ?? []) listener(detail);
+}
+
+// The end of an index's path says enough, unless another ends in the same way.
+export function nameOf(index) {
+  const end = (name) => name.split("/").filter(Boolean).slice(-2).join("/");
+  const isAlone = state.session.indexes.filter(({ name }) => end(name) === end(index.name)).length === 1;
+  return isAlone ? end(index.name) : index.name;
 }
 
 export const isReady = () => state.phase === "ready";

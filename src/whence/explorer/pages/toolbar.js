@@ -96,7 +96,7 @@ byId("panel").addEventListener("keydown", (event) => {
 });
 
 on("ready asked ended view filters folding method", draw);
-on("ranking", () => byId("ranking-words")?.replaceChildren(words()));
+on("ranking colouring coloured", () => byId("ranking-words")?.replaceChildren(words()));
 on("settled view top method folding filters", () => open === "export" && byId("panel").replaceChildren(exportPanel()));
 on("asked cleared", () => openPanel(null));
 on("cleared", draw);

@@ -45,6 +45,7 @@ function show(verdict, level, standsOut) {
 
 function progress({ type, position, done, total, what }) {
   if (type === "queue" && !position) return;
+  if (type === "progress" && total < 2) return;
   const words =
     type === "queue" ? `${counted(position, "question is", "questions are")} before it.` : steps(what, done, total);
   if (byId("verdict").querySelector(".level"))
