@@ -263,7 +263,7 @@ def test_a_command_asks_the_same(page, answer, place):
     ("rankings", {"tokens": [[5, 2]]}, 422, "none of the answer's"),
     ("rankings", {"tokens": [[0]]}, 422, "tokens"),
     ("rankings", {"method": "nope"}, 422, "no method 'nope'"),
-    ("rankings", {"method": "tracin_cosine"}, 422, "ask for a comparison first"),
+    ("rankings", {"method": "tracin_cosine"}, 409, "ask for a comparison first"),
     ("rankings", {"top": 0}, 422, "top"),
     ("rankings", {"filters": {"columns": {"nope": ["a"]}}}, 422, "no column 'nope'"),
     ("exports", {"what": "all"}, 422, "what"),

@@ -97,3 +97,36 @@ def test_a_full_line_refuses(line):
     gate.set()
     for told in tolds:
         events(told)
+
+
+def test_one_that_gives_way_begins_anew_after_another(line):
+    told, other, started, order = queue.Queue(), queue.Queue(), threading.Event(), []
+
+    def slow(request):
+        order.append("begun")
+        started.set()
+        for number in range(10_000):
+            if order.count("begun") > 1:
+                break
+            request.progress(number, 10_000, "waiting")
+            gate.wait(0.01)
+        order.append("done")
+
+    gate = threading.Event()
+    line.enter(slow, told.put, gives_way=True)
+    assert started.wait(PATIENCE)
+    line.enter(lambda request: order.append("other"), other.put)
+    events(other)
+    events(told)
+    assert order == ["begun", "other", "begun", "done"]
+
+
+def test_those_that_give_way_wait_behind_the_others(line):
+    _, _, gate = held(line)
+    order, tolds = [], [queue.Queue() for _ in range(3)]
+    for name, told in zip(("low", "first", "second"), tolds, strict=True):
+        line.enter(lambda request, name=name: order.append(name), told.put, gives_way=name == "low")
+    gate.set()
+    for told in tolds:
+        events(told)
+    assert order == ["first", "second", "low"]

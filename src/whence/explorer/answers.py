@@ -47,6 +47,10 @@ class AnswerGoneError(WhenceError):
     """An answer is not in memory any more, or never was."""
 
 
+class NotScoredError(WhenceError):
+    """Scores are asked for at once that take a pass of the model."""
+
+
 @dataclass
 class ExploredIndex:
     """An index that pages ask about, with what is computed once."""

@@ -5,6 +5,7 @@ is answered at once, beside the line. No part of a request is ever a path of a f
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
@@ -17,10 +18,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from whence import __version__, catalogue
+from whence import __version__, catalogue, runner
 from whence.errors import SettingError, WhenceError
 from whence.explorer import exports, views
-from whence.explorer.answers import Answered, AnswerGoneError, Answers, ExploredIndex, Stretch
+from whence.explorer.answers import Answered, AnswerGoneError, Answers, ExploredIndex, NotScoredError, Stretch
 from whence.explorer.requests import (
     AnswerRequest,
     ComparisonRequest,
@@ -35,7 +36,9 @@ from whence.explorer.waiting_line import Event, Line, LineFullError, Request
 
 EVENTS = "application/x-ndjson"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-STATUS = {AnswerGoneError: 410, LineFullError: 429}
+PALETTE = "palette.css"
+"""The colours of the reports."""
+STATUS = {AnswerGoneError: 410, LineFullError: 429, NotScoredError: 409}
 
 
 def make_app(explored: Sequence[ExploredIndex]) -> FastAPI:
@@ -76,9 +79,8 @@ def _add_errors(app: FastAPI) -> None:
 
 def _add_pages(app: FastAPI) -> None:
     """Add the page and its parts, which are read once: a name of a request is looked up, and never opened."""
-    found = {
-        file.name: file.read_bytes() for file in files("whence.explorer").joinpath("pages").iterdir() if file.is_file()
-    }
+    own = files("whence.explorer").joinpath("pages").iterdir()
+    found = {file.name: file.read_bytes() for file in (*own, files("whence.reports") / PALETTE) if file.is_file()}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -153,7 +155,7 @@ def _ranking(answers: Answers, asked: RankingRequest) -> dict[str, Any]:
     answered, stretch = _asked(answers, asked)
     scores = answered.known(asked.method, stretch)
     if scores is None:
-        raise SettingError(
+        raise NotScoredError(
             f"the scores of this stretch by {views.LABELS[asked.method]} are not in memory: ask for a comparison first"
         )
     return _ranked(answered, stretch, scores, asked, asked.method)
@@ -182,12 +184,12 @@ def _add_what_needs_the_model(app: FastAPI, answers: Answers, line: Line) -> Non
         answered, stretch = _asked(answers, asked)
 
         def measure(request: Request) -> None:
-            request.tell("progress", done=0, total=1, what="Asking what chance reaches")
-            level = answered.level(asked.method, stretch, measures=True)
+            with runner.shown_as(request.progress, "Asking what chance reaches"):
+                level = answered.level(asked.method, stretch, measures=True)
             found = None if level is None else views.level_json(answered, stretch, level)
             request.tell("level", level=found)
 
-        return _events(line, measure)
+        return _events(line, measure, gives_way=True)
 
     @app.post("/api/matrices")
     async def matrices(asked: MatrixRequest) -> Response:
@@ -223,28 +225,29 @@ def _compare(request: Request, answered: Answered, stretch: Stretch, asked: Comp
     request.tell("done", overlaps=views.overlaps(tops))
 
 
-def _events(line: Line, work: Callable[[Request], None]) -> StreamingResponse:
+def _events(line: Line, work: Callable[[Request], None], *, gives_way: bool = False) -> StreamingResponse:
     """What a request in the line tells, as it tells it; whoever goes away leaves the line.
 
     Raises:
         LineFullError: It is full.
     """
-    entered = _Entered(line, work)
+    entered = _Entered(line, work, gives_way=gives_way)
     return StreamingResponse(entered.lines(), media_type=EVENTS)
 
 
 class _Entered:
     """A request in the line, and its events."""
 
-    def __init__(self, line: Line, work: Callable[[Request], None]):
+    def __init__(self, line: Line, work: Callable[[Request], None], *, gives_way: bool = False):
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._line = line
 
         def emit(event: Event | None) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # the server has stopped: nobody listens any more
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._request = line.enter(work, emit)
+        self._request = line.enter(work, emit, gives_way=gives_way)
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The events, one a line."""

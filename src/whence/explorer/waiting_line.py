@@ -2,7 +2,7 @@
 
 Requests run one after another in a thread of their own, in the order in which they came. Each tells events while it
 waits (its place) and while it runs; the last event is None. One that has left is skipped, or stopped at the next event
-that it tells.
+that it tells. One that gives way is served when no other waits, and begins anew after one that came meanwhile.
 """
 
 import logging
@@ -31,12 +31,19 @@ class LeftError(Exception):
     """Nobody waits for the request's result any more."""
 
 
+class GivesWayError(Exception):
+    """Another request is to be served first."""
+
+
 @dataclass(eq=False)
 class Request:
     """One request in the line."""
 
     work: Callable[["Request"], None]
     emit: Callable[[Event | None], None]
+    gives_way: bool = False
+    others_wait: Callable[[], bool] = lambda: False
+    """Whether there is one that does not give way."""
     has_left: threading.Event = field(default_factory=threading.Event)
     place: int | None = None
     """How many are served before it, as it was told last."""
@@ -61,9 +68,12 @@ class Request:
 
         Raises:
             LeftError: The request is to stop.
+            GivesWayError: It is to begin anew later.
         """
         if self.has_left.is_set():
             raise LeftError
+        if self.gives_way and self.others_wait():
+            raise GivesWayError
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Tell how far a job is: a `runner.ProgressOption`."""
@@ -82,17 +92,19 @@ class Line:
         self._thread = threading.Thread(target=self._serve, name="whence-explorer", daemon=True)
         self._thread.start()
 
-    def enter(self, work: Callable[[Request], None], emit: Callable[[Event | None], None]) -> Request:
+    def enter(
+        self, work: Callable[[Request], None], emit: Callable[[Event | None], None], *, gives_way: bool = False
+    ) -> Request:
         """Join the line; `emit` is called from its thread.
 
         Raises:
             LineFullError: It is full.
         """
-        request = Request(work, emit)
+        request = Request(work, emit, gives_way, self._others_wait)
         with self._changed:
             if len(self._waiting) >= self.most or not self._is_open:
                 raise LineFullError(f"{len(self._waiting)} questions wait already: ask again in a while")
-            self._waiting.append(request)
+            self._join(request)
             self._tell_places()
             self._changed.notify_all()
         return request
@@ -115,6 +127,14 @@ class Line:
             self._changed.notify_all()
         self._thread.join()
 
+    def _join(self, request: Request) -> None:
+        """Put a request at its place: one that gives way behind all others, and those before such."""
+        first = next((place for place, other in enumerate(self._waiting) if other.gives_way), len(self._waiting))
+        self._waiting.insert(len(self._waiting) if request.gives_way else first, request)
+
+    def _others_wait(self) -> bool:
+        return any(not request.gives_way for request in tuple(self._waiting))
+
     def _tell_places(self) -> None:
         for place, request in enumerate(self._waiting, start=1 if self._running else 0):
             request.tell_place(place)
@@ -124,6 +144,10 @@ class Line:
             try:
                 request.check()
                 request.work(request)
+            except GivesWayError:
+                with self._changed:
+                    self._join(request)
+                continue
             except LeftError:
                 pass
             except WhenceError as error:

@@ -59,7 +59,7 @@ async function ranked(asked, signal) {
   try {
     return await postOfAnswer("/api/rankings", asked, signal);
   } catch (problem) {
-    if (problem.status !== 422 || passed.has(passOf(asked))) throw problem;
+    if (problem.status !== 409 || passed.has(passOf(asked))) throw problem;
     if (methodOf(asked.method).of_tokens) state.index.isSlow = true; // this index cannot split scores over tokens
     await pass(asked, signal);
     return postOfAnswer("/api/rankings", asked, signal);
