@@ -110,7 +110,7 @@ def load():
 def test_every_package_that_is_imported_is_a_requirement():
     """The wheel is tested beside packages that are there already: one that nobody requires would not be missed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [text for name in ("fast", "laws", "ray", "s3") for text in project["optional-dependencies"][name]]
+    extras = [text for name in ("fast", "laws", "ray", "s3", "web") for text in project["optional-dependencies"][name]]
     required = {canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *extras)}
     imported = set()
     for file in (ROOT / "src").rglob("*.py"):

@@ -42,6 +42,7 @@ NOT_RUN = {
     "* --device cuda": "its message is that of a torch without CUDA",
     "whence * --engine ray*": "workers, of scaling.md; run by tests/test_ray_*.py",
     "*workers_kept(engine)*": "the same",
+    "whence explore *": "it serves until it is stopped; run by tests/explorer and tests/cli",
     "whence * s3://*": "a store, of scaling.md; run by tests/test_object_store.py",
 }
 """Commands that no test runs, by pattern, and why."""

@@ -25,6 +25,7 @@ from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.banking import bank
 from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
+from whence.cli.exploring import explore
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, plan, verify
 from whence.cli.mixing import mix
@@ -188,3 +189,4 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(mix, name="mix")
 app.add_typer(pool, name="pool")
 app.command()(reads_rows(ablate))
+app.command()(flattened(explore))

@@ -199,6 +199,11 @@ class Store:
                 norms[c, places] = shard.norm[rows]
         return vectors, norms
 
+    def norms(self) -> Float32[Tensor, "c n"]:
+        """Norms of all rows' vectors before they were stored, under every checkpoint."""
+        pieces = [torch.stack([shard.norm for shard in shards]) for _, shards in self._pieces()]
+        return torch.cat(pieces, 1) if pieces else torch.zeros(len(self.manifest.checkpoints), 0)
+
     def rankable(self) -> Int64[Tensor, " m"]:
         """Numbers of the rows whose status is ok under every checkpoint, ascending."""
         numbers = []

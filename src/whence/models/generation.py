@@ -6,13 +6,15 @@ template closes a turn. Chat models differ in which of these places has it. The 
 aside, since with beams, penalties or suppressed tokens an answer would not be what the model finds likeliest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from whence.corpus.closings import closing_of
 from whence.errors import SettingError
@@ -27,13 +29,22 @@ KEPT = ("eos_token_id", "stop_strings", "bos_token_id", "pad_token_id", "decoder
         "output_scores", "return_dict_in_generate", "cache_implementation")  # fmt: skip
 """Settings of a generation_config.json that are followed, or do not decide which token is taken."""
 
+OnToken = Callable[[int, float], None]
+"""Called with each token of an answer and its probability, as soon as it is chosen."""
+
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings that decide nothing in a greedy answer."""
 
 
 @one_at_a_time
 def generate(
-    loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continuations of many prompts, greedy unless there is a temperature.
 
@@ -46,15 +57,18 @@ def generate(
         max_new_tokens: Longest answer.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn from the softmax of logits / temperature.
         seed: Seed of the drawn tokens; each prompt has its own random numbers, which depend on its token ids.
+        on_token: Of one prompt, called with each token as it is chosen; what it raises ends the answer.
 
     Returns:
         The new tokens of each prompt, with the token that ended it where one did.
 
     Raises:
-        SettingError: A prompt has no token.
+        SettingError: A prompt has no token, or tokens of several prompts are to be told as they are chosen.
     """
     if not all(prompts):
         raise SettingError("a prompt has no token: there is nothing for the model to go on from")
+    if on_token is not None and len(prompts) > 1:
+        raise SettingError(f"{len(prompts)} prompts: tokens are told as they are chosen of one prompt alone")
     answers: list[list[int]] = [[] for _ in prompts]
     if temperature > 0:
         for number, prompt in enumerate(prompts):
@@ -62,11 +76,11 @@ def generate(
                 torch.manual_seed(mixed_seed(seed, "generate", *map(str, prompt)))
                 ids = torch.tensor([prompt], device=loaded.device)
                 sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                answers[number] = _continuations(loaded, ids, max_new_tokens, **sampling)[0]
+                answers[number] = _continuations(loaded, ids, max_new_tokens, on_token, **sampling)[0]
         return answers
     for numbers in _equal_lengths(prompts, 1 if _stop_strings(loaded) else PROMPTS_PER_BATCH):
         ids = torch.tensor([prompts[number] for number in numbers], device=loaded.device)
-        for number, answer in zip(numbers, _continuations(loaded, ids, max_new_tokens), strict=True):
+        for number, answer in zip(numbers, _continuations(loaded, ids, max_new_tokens, on_token), strict=True):
             answers[number] = answer
     return answers
 
@@ -112,11 +126,40 @@ def _equal_lengths(prompts: list[list[int]], most: int) -> Iterator[list[int]]:
             yield numbers[start : start + most]
 
 
+class _Telling(LogitsProcessor, BaseStreamer):
+    """Tells each token of an answer with its probability: before it is chosen it has the logits, then the token."""
+
+    def __init__(self, on_token: OnToken):
+        self.on_token = on_token
+        self.logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Keep the logits of the next token, and change none."""
+        self.logits = scores[0]
+        return scores
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each token that was chosen."""
+        if self.logits is not None:
+            token = int(value.flatten()[-1])
+            self.on_token(token, float(self.logits.float().softmax(0)[token]))
+
+    def end(self) -> None:
+        """Do nothing: the answer is returned too."""
+
+
 def _continuations(
-    loaded: LoadedModel, ids: Int64[Tensor, "b t"], max_new_tokens: int, **sampling: Any
+    loaded: LoadedModel,
+    ids: Int64[Tensor, "b t"],
+    max_new_tokens: int,
+    on_token: OnToken | None = None,
+    **sampling: Any,
 ) -> list[list[int]]:
     ends, stops = ends_of(loaded), _stop_strings(loaded)
     stopping = {"stop_strings": stops, "tokenizer": loaded.tokenizer} if stops else {}
+    if on_token is not None:
+        telling = _Telling(on_token)
+        stopping |= {"logits_processor": LogitsProcessorList([telling]), "streamer": telling}
     with torch.inference_mode(), _without_generation_config(loaded.base):
         out = loaded.base.generate(
             ids,

@@ -28,9 +28,9 @@ def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
         about: What such pages tell, beside the project's name at the top; not escaped yet.
         title: The same.
         body: Sections; empty ones are left out.
-        styles: Files of the package beside base.css and report.css.
+        styles: Files of the package beside palette.css, base.css and report.css.
     """
-    style = "".join(packaged(file) for file in ("base.css", "report.css", *styles))
+    style = "".join(packaged(file) for file in ("palette.css", "base.css", "report.css", *styles))
     return Template(packaged("report.html")).substitute(
         policy=content_policy(style),
         about=escaped(about),

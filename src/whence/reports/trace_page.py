@@ -41,7 +41,8 @@ def trace_page(trace: Trace) -> str:
     Args:
         trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
     """
-    style, script = packaged("base.css"), packaged("trace_example.js") + packaged("trace_page.js")
+    style = packaged("palette.css") + packaged("base.css")
+    script = packaged("trace_example.js") + packaged("trace_page.js")
     prompt = trace.answers[0].prompt if trace.answers else ""
     return Template(packaged("trace_page.html")).substitute(
         policy=content_policy(style, script),

@@ -15,7 +15,7 @@ from whence.corpus.layouts import Row
 from whence.corpus.tokens import Encoded, Tokenizer, encode_query
 from whence.counts import number_of
 from whence.errors import CorpusError, SettingError
-from whence.models.generation import ends_of, generate, set_aside
+from whence.models.generation import OnToken, ends_of, generate, set_aside
 from whence.models.loading import LoadedModel
 from whence.tracing.results import Answer
 
@@ -59,6 +59,7 @@ def own_answers(
     sampling: Sampling,
     *,
     contexts: Sequence[Row | None],
+    on_token: OnToken | None = None,
 ) -> list[OwnAnswer]:
     """The model's answers to prompts, each at most `max_new_tokens` long and within the model's context.
 
@@ -69,12 +70,13 @@ def own_answers(
         kind: Layout of the corpus, which an answer's supervision follows.
         sampling: How tokens are chosen, and how many at most.
         contexts: What comes before each prompt; see `encode_prompt`.
+        on_token: Of one prompt; see `generate`.
     """
     if not prompts:
         return []
     closing, ends = closing_of(model.tokenizer, kind), ends_of(model)
     out = []
-    generated = _generated(model, encoded, sampling)
+    generated = _generated(model, encoded, sampling, on_token)
     for prompt, before, new, context in zip(prompts, encoded, generated, contexts, strict=True):
         is_ended = bool(new) and new[-1] in ends
         body = new[:-1] if is_ended else new
@@ -104,13 +106,20 @@ def notes_on(answers: Sequence[Answer], model: LoadedModel, *, greedy: bool) -> 
     return out
 
 
-def _generated(model: LoadedModel, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+def _generated(
+    model: LoadedModel, prompts: list[list[int]], sampling: Sampling, on_token: OnToken | None
+) -> list[list[int]]:
     room = [min(sampling.max_new_tokens, (model.context or 10**9) - len(prompt)) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     for limit in set(room):
         numbers = [number for number in range(len(prompts)) if room[number] == limit]
         batch = generate(
-            model, [prompts[n] for n in numbers], limit, temperature=sampling.temperature, seed=sampling.seed
+            model,
+            [prompts[n] for n in numbers],
+            limit,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            on_token=on_token,
         )
         for number, new in zip(numbers, batch, strict=True):
             answers[number] = new

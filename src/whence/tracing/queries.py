@@ -30,7 +30,7 @@ from whence.errors import CorpusError, ManifestMismatchError, SettingError
 from whence.gradients.capture import sketch, token_losses
 from whence.gradients.exact import SignedSequence, query_gradient, query_sketch
 from whence.indexing.opening import Index
-from whence.models.generation import ends_of
+from whence.models.generation import OnToken, ends_of
 from whence.models.loading import LoadedModel
 from whence.runner import counted
 from whence.tracing.own_answers import OwnAnswer, Sampling, own_answers
@@ -209,7 +209,12 @@ def _shown_prompt(query: Query) -> str:
 
 @one_at_a_time
 def encode_queries(
-    queries: Sequence[Query], model: LoadedModel, *, kind: str, sampling: Sampling | None = None
+    queries: Sequence[Query],
+    model: LoadedModel,
+    *,
+    kind: str,
+    sampling: Sampling | None = None,
+    on_token: OnToken | None = None,
 ) -> list[EncodedQuery]:
     """Encode queries, complete those without a completion, and take the model's probability of each token.
 
@@ -218,16 +223,17 @@ def encode_queries(
         model: The model that completes open prompts, and whose probabilities are taken.
         kind: Layout of the corpus, which the query follows; see `corpus.layouts`.
         sampling: How open prompts are completed.
+        on_token: Called with each token of the one open prompt's answer, and its probability, as it is chosen.
 
     Raises:
         SettingError: A query is longer than the model's context or has no supervised token, or its span does not occur.
     """
-    completed = _completed(queries, model, kind, sampling or Sampling())
+    completed = _completed(queries, model, kind, sampling or Sampling(), on_token)
     return [_encoded_query(query, *completed[number], model, kind) for number, query in enumerate(queries)]
 
 
 def _completed(
-    queries: Sequence[Query], model: LoadedModel, kind: str, sampling: Sampling
+    queries: Sequence[Query], model: LoadedModel, kind: str, sampling: Sampling, on_token: OnToken | None
 ) -> list[tuple[Encoded, OwnAnswer | None]]:
     """Token ids of each query, and the answers of those that the model completed."""
     tokenizer = model.tokenizer
@@ -237,7 +243,7 @@ def _completed(
     before = [encode_prompt(query.prompt, tokenizer, chat=chat, context=query.context) for query in open_ended]
     for ids in before:
         _check_length(model, len(ids) + 1)
-    answers = iter(own_answers(prompts, before, model, kind, sampling, contexts=contexts))
+    answers = iter(own_answers(prompts, before, model, kind, sampling, contexts=contexts, on_token=on_token))
     out: list[tuple[Encoded, OwnAnswer | None]] = []
     for query in queries:
         if query.completion is None:

@@ -1,0 +1,239 @@
+"""A prompt becomes an answer, token by token, and the answer's tokens scores of every row.
+
+Answers stay in memory, so that any stretch is ranked at once; the oldest make room for new ones. A page that asks about
+an answer that is gone asks the question again.
+"""
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from whence import runner
+from whence.corpus.tokens import Encoded, encode
+from whence.errors import SettingError, WhenceError
+from whence.explorer.corpus_rows import CorpusRows
+from whence.explorer.requests import AnswerRequest
+from whence.explorer.verbatim import VerbatimIndex
+from whence.explorer.waiting_line import Request
+from whence.indexing.opening import Index
+from whence.tracing import nulls
+from whence.tracing.answer_tokens import AnswerTokens, about, answer_tokens, is_linear, stretch_scores
+from whence.tracing.baselines import all_scores
+from whence.tracing.levels import Shape
+from whence.tracing.own_answers import Sampling
+from whence.tracing.queries import EncodedQuery, Query, encode_queries, token_texts
+from whence.tracing.retrieval import Retrieval, TraceSettings
+
+MOST_BYTES = 2**29
+"""Memory of all answers' scores; the last one stays whatever its size."""
+MOST_ANSWERS = 200
+MOST_STRETCHES = 32
+"""Scores of other methods that an answer keeps."""
+LEVEL_TOP = 10
+"""Examples of which the best is held against chance."""
+
+Stretch = tuple[bool, ...]
+"""For each token of an answer, whether it is asked about."""
+
+
+class AnswerGoneError(WhenceError):
+    """An answer is not in memory any more, or never was."""
+
+
+class NotScoredError(WhenceError):
+    """Scores are asked for at once that take a pass of the model."""
+
+
+@dataclass
+class ExploredIndex:
+    """An index that pages ask about, with what is computed once."""
+
+    number: int
+    index: Index
+    rows: CorpusRows
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of methods, such as the directory of curvature."""
+    levels: dict[tuple[str, Shape], float] = field(default_factory=dict)
+    _controls: dict[bool, nulls.Controls | None] = field(default_factory=dict)
+    _verbatim: VerbatimIndex | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def name(self) -> str:
+        """Its directory, as it was given."""
+        return self.index.store.place.root
+
+    def encoded(self, numbers: Sequence[int]) -> dict[int, Encoded]:
+        """Rows as token ids, by number, as the index was made of them."""
+        tokenizer, longest = self.index.model().tokenizer, self.index.store.manifest.settings["max_tokens"]
+        return {number: encode(self.rows.row(number), tokenizer, longest) for number in numbers}
+
+    def controls(self, *, cosine: bool) -> nulls.Controls | None:
+        """The null's controls; None where the index has too few rows, or its vectors are no queries."""
+        with self._lock:
+            if cosine not in self._controls:
+                has_queries = self.index.space.view == "sgd"
+                self._controls[cosine] = nulls.row_controls(self.index, cosine=cosine) if has_queries else None
+            return self._controls[cosine]
+
+    def verbatim(self) -> VerbatimIndex:
+        """The suffix array of all rows."""
+        with self._lock:
+            if self._verbatim is None:
+                self._verbatim = VerbatimIndex(self.rows.text(number) for number in range(len(self.rows)))
+            return self._verbatim
+
+
+@dataclass
+class Answered:
+    """An answer in memory."""
+
+    id: str
+    explored: ExploredIndex
+    request: AnswerRequest
+    query: EncodedQuery
+    """About the whole of the answer."""
+    tokens: AnswerTokens | None = None
+    """None where tokens do not add up in this index."""
+    scores: "OrderedDict[tuple[str, Stretch], Float32[Tensor, ' n']]" = field(default_factory=OrderedDict)
+    """Of stretches that were a pass of their own, and of methods that read the corpus."""
+    norms: dict[Stretch, Float32[Tensor, " c"]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that its scores take."""
+        kept = sum(scores.numel() * scores.itemsize for scores in self.scores.values())
+        return kept + (0 if self.tokens is None else self.tokens.bytes)
+
+    def stretch(self, tokens: Sequence[Sequence[int]] | None) -> Stretch:
+        """The tokens that some stretches [from, to) hold; all where there are none."""
+        count = len(self.query.answer.tokens)
+        asked = [any(first <= place < end for first, end in tokens or [(0, count)]) for place in range(count)]
+        if not any(asked):
+            raise SettingError(f"tokens {tokens}: none of the answer's is between these; it has {count}")
+        return tuple(asked)
+
+    def known(self, method: str, stretch: Stretch) -> Float32[Tensor, " n"] | None:
+        """Scores by a method that take no model; None: they have to be computed (`computed`)."""
+        if method in ("cosine", "dot") and self.tokens is not None:
+            return self.tokens.scores(stretch, cosine=method == "cosine")
+        return self.scores.get((method, stretch))
+
+    def query_norms(self, stretch: Stretch) -> Float32[Tensor, " c"]:
+        """Norms of a stretch's vector, to which controls are scaled."""
+        return self.norms[stretch] if self.tokens is None else self.tokens.norms(stretch)
+
+    def computed(self, method: str, stretch: Stretch) -> Float32[Tensor, " n"]:
+        """Scores by a method, from memory or by the model; -inf where a row cannot be ranked."""
+        if (scores := self.known(method, stretch)) is not None:
+            return scores
+        index, query = self.explored.index, about(self.query, stretch)
+        if method in ("cosine", "dot"):
+            whole = stretch_scores(index, self.query, stretch)
+            self.norms[stretch] = whole.norms([True])
+            scores = whole.scores([True], cosine=method == "cosine")
+        else:
+            options = self.explored.options.get(method)
+            scores = all_scores(index, [query], method=method, objective="loss", seed=0, options=options)[0]
+            rankable = torch.zeros(len(scores), dtype=torch.bool)
+            rankable[index.store.rankable()] = True
+            scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
+        self.scores[method, stretch] = scores
+        while len(self.scores) > MOST_STRETCHES:
+            self.scores.popitem(last=False)
+        return scores
+
+    def level(self, method: str, stretch: Stretch, *, measures: bool) -> float | None:
+        """The z that chance reaches for such a stretch; None: it is not known, and is not to be measured now."""
+        if method not in ("cosine", "dot"):
+            return None
+        index, query = self.explored.index, about(self.query, stretch)
+        key = (method, Shape.of(query, index.model().context))
+        if key not in self.explored.levels and measures:
+            settings = TraceSettings(method=method, exact=False, top=LEVEL_TOP)
+            if traced := Retrieval(index, [query], settings).trace().levels:
+                self.explored.levels[key] = traced[0]
+        return self.explored.levels.get(key)
+
+
+class Answers:
+    """Answers in memory, by their ids."""
+
+    def __init__(self, explored: Sequence[ExploredIndex]):
+        self.explored = list(explored)
+        self._answers: OrderedDict[str, Answered] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, id: str) -> Answered:
+        """An answer, which is then the newest.
+
+        Raises:
+            AnswerGoneError: It is gone.
+        """
+        with self._lock:
+            if id not in self._answers:
+                raise AnswerGoneError("this answer is not in memory any more: ask the question again")
+            self._answers.move_to_end(id)
+            return self._answers[id]
+
+    def answer(self, request: Request, asked: AnswerRequest) -> None:
+        """Answer a question, telling each token, and keep what was said with its scores."""
+        explored = self.explored[asked.index]
+        index = explored.index
+        model = index.model()
+        said: list[int] = []
+
+        def on_token(token: int, probability: float) -> None:
+            said.append(token)
+            (text,) = token_texts(model, said, [len(said) - 1])
+            request.tell("token", text=text, p=probability)
+
+        sampling = Sampling(max_new_tokens=asked.max_new_tokens, temperature=asked.temperature, seed=asked.seed)
+        query = Query(asked.prompt, asked.completion, contrast=asked.contrast, context=asked.context())
+        with runner.shown_as(request.progress, "Answering"):
+            (encoded,) = encode_queries([query], model, kind=index.layout, sampling=sampling, on_token=on_token)
+            answered = Answered(secrets.token_hex(8), explored, asked, encoded)
+            request.tell("answer", answer=answer_json(answered))
+            if is_linear(index):
+                answered.tokens = answer_tokens(index, encoded)
+            else:
+                answered.computed("cosine", answered.stretch(None))
+            explored.controls(cosine=True)
+        self._keep(answered)
+        request.tell("ready", answer=answered.id)
+
+    def _keep(self, answered: Answered) -> None:
+        with self._lock:
+            self._answers[answered.id] = answered
+            while len(self._answers) > 1 and (
+                len(self._answers) > MOST_ANSWERS or sum(each.bytes for each in self._answers.values()) > MOST_BYTES
+            ):
+                self._answers.popitem(last=False)
+
+
+def answer_json(answered: Answered) -> dict[str, Any]:
+    """An answer as a page shows it."""
+    answer = answered.query.answer
+    contrast = None
+    if answer.contrast is not None:
+        pairs = zip(answer.contrast_tokens, answer.contrast_probabilities, strict=True)
+        contrast = {"completion": answer.contrast, "tokens": [{"text": text, "p": p} for text, p in pairs]}
+    return {
+        "id": answered.id,
+        "index": answered.explored.number,
+        "prompt": answer.prompt,
+        "completion": answer.completion,
+        "is_generated": answer.is_generated,
+        "is_repeatable": answer.is_repeatable,
+        "tokens": [{"text": text, "p": p} for text, p in zip(answer.tokens, answer.probabilities, strict=True)],
+        "ending": answer.ending,
+        "certainty": answer.certainty,
+        "contrast": contrast,
+    }

@@ -1,0 +1,304 @@
+"""The explorer's addresses: what a page asks is answered as the command line would, and nothing else is."""
+
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from conftest import corpus_rows
+from whence import __version__
+from whence.explorer.app import make_app
+from whence.explorer.requests import MOST_CHARACTERS
+from whence.explorer.serving import opened
+from whence.explorer.views import MOST_SHOWN
+from whence.indexing.build import index
+from whence.tracing.pipeline import trace
+
+HOSTILE = "<script>alert(1)</script> \x1b[31mred \u202egnirts javascript:alert(2)"
+SAME = {"prompt": "7 and 7?", "completion": " yes, 14"}
+ASKED = {"prompt": "5 and 3?", "completion": " yes, 12"}
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama, tmp_path_factory):
+    """An index of rows of two sources and two levels, some alike, one hostile, one long, one that cannot be ranked."""
+    rows = [row | {"source": "sums" if n % 3 else None, "level": "easy" if n % 2 else "hard"}
+            for n, row in enumerate(corpus_rows(40))]  # fmt: skip
+    rows += [SAME | {"id": f"same-{n}", "source": "same"} for n in range(3)]
+    rows += [{"id": "hostile", "prompt": HOSTILE, "completion": " no", "source": HOSTILE},
+             {"id": "long", "prompt": "x" * 50_000, "completion": " no", "source": "long"},
+             {"id": "bad", "prompt": "a", "completion": "b", "label": False}]  # fmt: skip
+    out = tmp_path_factory.mktemp("explorer") / "index"
+    index(tiny_llama, rows, out, max_tokens=64, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def app(place):
+    app = make_app(opened([place]))
+    yield app
+    app.state.line.close()
+
+
+@pytest.fixture(scope="module")
+def page(app):
+    with TestClient(app) as client:
+        yield client
+
+
+def events(page, path, **body):
+    answer = page.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def answer(page):
+    return events(page, "/api/answers", **ASKED)[-1]["answer"]
+
+
+def ranking(page, answer, **body):
+    found = page.post("/api/rankings", json={"answer": answer} | body)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def ids(rows):
+    return [row["id"] for row in rows]
+
+
+# -- answers
+
+
+def test_a_session_says_what_there_is(page, place):
+    session = page.get("/api/session").json()
+    (own,) = session["indexes"]
+    assert (session["version"], own["name"], own["rows"], own["rankable"]) == (__version__, str(place), 46, 45)
+    assert {"value": None, "rows": 15} in own["sources"]
+    assert own["columns"] == [
+        {"name": "level", "values": [{"value": "hard", "rows": 20}, {"value": "easy", "rows": 20}]}
+    ]
+    methods = {method["name"]: method for method in own["methods"]}
+    assert methods["cosine"]["of_tokens"] and methods["bm25"]["is_ready"]
+    assert not methods["ekfac"]["is_ready"] and "whence curvature" in methods["ekfac"]["note"]
+
+
+def test_an_answer_comes_token_by_token(page):
+    told = events(page, "/api/answers", prompt="5 and 3?", max_new_tokens=5)
+    kinds = [event["type"] for event in told]
+    assert kinds[0] == "queue" and kinds[-1] == "ready"
+    said = [event for event in told if event["type"] == "token"]
+    final = next(event["answer"] for event in told if event["type"] == "answer")
+    assert [token["text"] for token in said][: len(final["tokens"])] == [token["text"] for token in final["tokens"]]
+    assert [token["p"] for token in said][: len(final["tokens"])] == pytest.approx(
+        [token["p"] for token in final["tokens"]], rel=1e-3
+    )
+    assert final["is_generated"] and final["id"] == told[-1]["answer"]
+
+
+def test_a_given_completion_is_not_made(page):
+    told = events(page, "/api/answers", **ASKED, contrast=" no, 7")
+    assert "token" not in [event["type"] for event in told]
+    final = next(event["answer"] for event in told if event["type"] == "answer")
+    assert (final["completion"], final["contrast"]["completion"]) == (" yes, 12", " no, 7")
+
+
+# -- rankings
+
+
+@pytest.mark.parametrize("method", ["cosine", "dot"])
+@pytest.mark.parametrize("tokens", [None, [[1, 3]]])
+def test_a_stretch_is_ranked_as_a_trace_ranks_it(page, place, answer, method, tokens):
+    span = None if tokens is None else tuple(tokens[0])
+    traced = trace(place, *ASKED.values(), span=span, method=method, exact=False, top=5)
+    found = ranking(page, answer, method=method, tokens=tokens, top=5, fold=False)
+    for side, is_opposing in (("helpful", False), ("opposing", True)):
+        hits = traced.of(0, opposing=is_opposing)
+        assert ids(found[side]) == [hit.id for hit in hits]
+        assert [row["score"] for row in found[side]] == pytest.approx([hit.score for hit in hits], rel=1e-3)
+        assert [row["z"] for row in found[side]] == pytest.approx([hit.null.z for hit in hits], rel=1e-2)
+        assert [row["rank"] for row in found[side]] == [hit.rank for hit in hits]
+    assert found["helpful"][0]["null"]["counts"] and len(found["helpful"][0]["null"]["edges"]) == 11
+
+
+def test_chance_is_measured_once_asked_for(page, place, answer):
+    assert ranking(page, answer, tokens=[[0, 1]])["level"] is None
+    level = events(page, "/api/levels", answer=answer, tokens=[[0, 1]])[-1]["level"]
+    traced = trace(place, *ASKED.values(), span=(0, 1), exact=False, top=10)
+    assert level["z"] == pytest.approx(traced.levels[0], rel=1e-3)
+    found = ranking(page, answer, tokens=[[0, 1]], fold=False, top=10)
+    assert found["level"] == level and found["verdict"] == traced.verdicts[0]
+
+
+def test_duplicates_are_folded_and_counted(page, answer):
+    folded = ranking(page, answer, filters={"sources": ["same"]})
+    assert (ids(folded["helpful"]), folded["helpful"][0]["copies"], folded["matching"]) == (["same-0"], 3, 3)
+    assert len(ranking(page, answer, filters={"sources": ["same"]}, fold=False)["helpful"]) == 3
+
+
+@pytest.mark.parametrize(("filters", "matching"), [
+    ({}, 45),
+    ({"sources": [None]}, 14),
+    ({"sources": []}, 0),
+    ({"columns": {"level": ["easy"]}}, 20),
+    ({"columns": {"level": ["easy", "hard"]}}, 40),
+    ({"text": "7 YES"}, None),
+    ({"text": "nobody wrote this"}, 0),
+    ({"sources": ["same"], "text": "14"}, 3),
+])  # fmt: skip
+def test_filters_choose_rows(page, answer, filters, matching):
+    found = ranking(page, answer, filters=filters, fold=False, top=50)
+    if matching is None:
+        texts = [" ".join(part["text"] for part in row["parts"]).lower() for row in found["helpful"]]
+        assert texts and all("7" in text and "yes" in text for text in texts)
+    else:
+        assert found["matching"] == matching
+        assert len(found["helpful"]) == min(50, matching)
+
+
+def test_hostile_and_long_rows_are_text(page, answer):
+    (row,) = ranking(page, answer, filters={"sources": [HOSTILE]})["helpful"]
+    assert row["parts"][0] == {"role": "prompt", "text": HOSTILE}
+    (row,) = ranking(page, answer, filters={"sources": ["long"]})["helpful"]
+    assert row["cut"] and sum(len(part["text"]) for part in row["parts"]) == MOST_SHOWN
+    whole = page.get(f"/api/rows/0/{row['row']}").json()
+    assert not whole["cut"] and whole["parts"][0]["text"] == "x" * 50_000
+
+
+# -- more of an answer
+
+
+def test_a_matrix_sums_to_the_exact_score(page, place, answer):
+    rows = [row["row"] for row in ranking(page, answer, tokens=[[1, 3]], top=3)["helpful"]]
+    found = [event for event in events(page, "/api/matrices", answer=answer, tokens=[[1, 3]], rows=rows)
+             if event["type"] == "matrix"]  # fmt: skip
+    assert [event["row"] for event in found] == rows
+    exact = {hit.id: hit.exact for hit in trace(place, *ASKED.values(), span=(1, 3), exact=True, top=45).hits}
+    for event in found:
+        assert sum(token["share"] for token in event["train"]) == pytest.approx(event["exact"], abs=1e-5)
+        assert sum(event["query"]) == pytest.approx(event["exact"], abs=1e-5)
+        row = page.get(f"/api/rows/0/{event['row']}").json()
+        assert event["exact"] == pytest.approx(exact[row["id"]], rel=1e-3)
+
+
+def test_methods_stand_side_by_side(page, place, answer):
+    told = events(
+        page, "/api/comparisons", answer=answer, methods=["cosine", "bm25", "ekfac", "tracin"], top=4, fold=False
+    )
+    found = {event["method"]: event for event in told if event["type"] == "method"}
+    assert [*found] == ["cosine", "bm25", "ekfac", "tracin"]
+    for method in ("bm25", "tracin"):
+        hits = trace(place, *ASKED.values(), method=method, top=4).of(0)
+        assert ids(found[method]["helpful"]) == [hit.id for hit in hits]
+    shared = {(each["a"], each["b"]): each for each in told[-1]["overlaps"]}
+    both = {*ids(found["cosine"]["helpful"])} & {*ids(found["bm25"]["helpful"])}
+    assert shared["cosine", "bm25"] == {"a": "cosine", "b": "bm25", "shared": len(both), "of": 4}
+    assert ids(ranking(page, answer, method="bm25", top=4, fold=False)["helpful"]) == ids(found["bm25"]["helpful"])
+
+
+def test_verbatim_pieces_stand_in_their_rows(page):
+    told = events(page, "/api/answers", prompt="Which?", completion=" 7 and 7? yes")
+    found = page.post("/api/spans", json={"answer": told[-1]["answer"]}).json()
+    assert "No piece" in found["words"]
+    text = "x" * 30
+    told = events(page, "/api/answers", prompt="Which?", completion=f"a {text} b")
+    (span,) = page.post("/api/spans", json={"answer": told[-1]["answer"]}).json()["spans"]
+    assert (span["text"], [row["id"] for row in span["rows"]]) == (text, ["long"])
+    answer = next(event["answer"] for event in told if event["type"] == "answer")
+    first, end = span["tokens"]
+    assert text in "".join(token["text"] for token in answer["tokens"][first:end])
+
+
+def test_the_corpus_is_searched(page):
+    found = page.post("/api/search", json={"text": "7 and 7", "limit": 2, "offset": 1}).json()
+    assert found["matching"] >= 3 and [row["rank"] for row in found["rows"]] == [2, 3]
+
+
+# -- out of the page
+
+
+def test_exports_are_rows_to_train_on(page, answer, place):
+    asked = {"answer": answer, "top": 5}
+    chosen = page.post("/api/exports", json=asked | {"what": "with"})
+    assert "attachment" in chosen.headers["content-disposition"]
+    shown = ranking(page, answer, top=5)["helpful"]
+    rows = [json.loads(line) for line in chosen.text.splitlines()]
+    assert [row["id"] for row in rows] == ids(shown)
+    others = [
+        json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "without"}).text.splitlines()
+    ]
+    assert len(others) == 46 - sum(row["copies"] for row in shown)
+    assert not {row["id"] for row in others} & {*ids(shown)}
+    ranked = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "rows"}).text.splitlines()]
+    assert [row["rank"] for row in ranked] == [1, 2, 3, 4, 5, -1, -2, -3, -4, -5]
+    report = page.post("/api/exports", json=asked | {"what": "report"})
+    assert report.status_code == 200 and report.text.startswith("<!doctype html>")
+
+
+def test_a_command_asks_the_same(page, answer, place):
+    found = page.post("/api/commands", json={"answer": answer, "tokens": [[1, 3]], "top": 3}).json()
+    assert found["command"].startswith(f"whence trace {place} --prompt '5 and 3?' --completion ' yes, 12'")
+    assert "--span-tokens 1:3" in found["command"]
+    names = {}
+    exec(found["python"], names)
+    assert len(names["found"].of(0)) == 3
+    gaps = page.post("/api/commands", json={"answer": answer, "tokens": [[0, 1], [2, 3]]})
+    assert gaps.status_code == 422 and "one stretch" in gaps.json()["error"]
+
+
+# -- wrong use
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), [
+    ("answers", {"prompt": ""}, 422, "prompt"),
+    ("answers", {"prompt": "a", "completion": ""}, 422, "leave it out"),
+    ("answers", {"prompt": "a" * (MOST_CHARACTERS + 1)}, 422, "prompt"),
+    ("answers", {"prompt": "a", "index": 7}, 422, "no index 7"),
+    ("answers", {"prompt": "a", "index": -1}, 422, "index"),
+    ("answers", {"prompt": "a", "temperature": "hot"}, 422, "temperature"),
+    ("answers", {"prompt": "a", "max_new_tokens": 10**9}, 422, "max_new_tokens"),
+    ("answers", {"prompt": "a", "system": "b"}, 422, "conversations"),
+    ("answers", {"prompt": "a", "path": "/etc/passwd"}, 422, "path"),
+    ("rankings", {"answer": "../../etc/passwd"}, 410, "ask the question again"),
+    ("rankings", {"tokens": [[5, 2]]}, 422, "none of the answer's"),
+    ("rankings", {"tokens": [[0]]}, 422, "tokens"),
+    ("rankings", {"method": "nope"}, 422, "no method 'nope'"),
+    ("rankings", {"method": "tracin_cosine"}, 409, "ask for a comparison first"),
+    ("rankings", {"top": 0}, 422, "top"),
+    ("rankings", {"filters": {"columns": {"nope": ["a"]}}}, 422, "no column 'nope'"),
+    ("exports", {"what": "all"}, 422, "what"),
+    ("search", {"index": 3}, 422, "no index 3"),
+    ("spans", {"answer": "none"}, 410, "ask the question again"),
+])  # fmt: skip
+def test_wrong_use_is_one_clear_line(page, answer, path, body, status, words):
+    if path in ("rankings", "exports") and "answer" not in body:
+        body = {"answer": answer} | body
+    found = page.post(f"/api/{path}", json=body)
+    assert found.status_code == status
+    assert words in found.json()["error"] and "\n" not in found.json()["error"]
+
+
+@pytest.mark.parametrize("path", [
+    "/assets/../app.py", "/assets/..%2f..%2fapp.py", "/assets/%2e%2e%2fsecurity.py", "/assets//etc/passwd",
+    "/assets/nothing.js", "/etc/passwd", "/api/rows/0/-1", "/api/rows/0/999", "/api/rows/9/0", "/api/rows/0/a",
+    "/api/nothing", "/docs", "/openapi.json",
+])  # fmt: skip
+def test_no_path_of_a_request_is_opened(page, path):
+    found = page.get(path)
+    assert found.status_code in (404, 422) and "error" in found.json()
+
+
+def test_a_query_that_the_model_cannot_take_says_why(page):
+    told = events(page, "/api/answers", prompt="word " * 3000, completion=" no")
+    assert told[-1]["type"] == "error" and "context" in told[-1]["error"]
+    told = events(page, "/api/matrices", answer=events(page, "/api/answers", **ASKED)[-1]["answer"], rows=[99])
+    assert told[-1] == {"type": "error", "error": "no row 99; the index has rows 0 to 45"}
+
+
+def test_old_answers_make_room(page, app, monkeypatch):
+    monkeypatch.setattr("whence.explorer.answers.MOST_ANSWERS", 2)
+    first = events(page, "/api/answers", **ASKED)[-1]["answer"]
+    for _ in range(2):
+        last = events(page, "/api/answers", **ASKED)[-1]["answer"]
+    assert page.post("/api/rankings", json={"answer": first}).status_code == 410
+    assert page.post("/api/rankings", json={"answer": last}).status_code == 200

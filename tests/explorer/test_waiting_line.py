@@ -1,0 +1,132 @@
+"""Who asks waits in line: places are told, anybody may leave, one failure is nobody else's."""
+
+import logging
+import queue
+import threading
+
+import pytest
+
+from whence.errors import SettingError
+from whence.explorer.waiting_line import FAILED, Line, LineFullError
+
+PATIENCE = 20
+
+
+@pytest.fixture
+def line():
+    line = Line(most=3)
+    yield line
+    line.close()
+
+
+def events(told):
+    """All events of a request, which has to end."""
+    out = []
+    while (event := told.get(timeout=PATIENCE)) is not None:
+        out.append(event)
+    return out
+
+
+def held(line):
+    """Keep the line busy; the event lets it go on."""
+    told, started, gate = queue.Queue(), threading.Event(), threading.Event()
+
+    def work(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        request.tell("done")
+
+    request = line.enter(work, told.put)
+    assert started.wait(PATIENCE)
+    return request, told, gate
+
+
+def test_requests_run_in_their_order_and_see_their_places(line):
+    _, first, gate = held(line)
+    order, tolds = [], [queue.Queue(), queue.Queue()]
+    for number, told in enumerate(tolds):
+        line.enter(lambda request, number=number: order.append(number), told.put)
+    gate.set()
+    assert [event["type"] for event in events(first)] == ["queue", "done"]
+    assert [event["position"] for event in events(tolds[0])] == [1, 0]
+    assert [event["position"] for event in events(tolds[1])] == [2, 1, 0]
+    assert order == [0, 1]
+
+
+def test_one_that_leaves_is_skipped_and_others_move_up(line):
+    _, _, gate = held(line)
+    ran, leaving, staying = [], queue.Queue(), queue.Queue()
+    gone = line.enter(lambda request: ran.append("gone"), leaving.put)
+    line.enter(lambda request: ran.append("stayed"), staying.put)
+    line.leave(gone)
+    assert staying.get(timeout=PATIENCE)["position"] == 2
+    assert staying.get(timeout=PATIENCE)["position"] == 1
+    gate.set()
+    events(staying)
+    assert ran == ["stayed"]
+
+
+def test_what_runs_stops_at_its_next_event(line):
+    request, told, gate = held(line)
+    line.leave(request)
+    gate.set()
+    assert "done" not in [event["type"] for event in events(told)]
+
+
+def test_an_error_is_told_and_the_next_is_served(line, caplog):
+    def refuse(request):
+        raise SettingError("no such thing")
+
+    def fail(request):
+        raise ZeroDivisionError("secret")
+
+    for work, message in ((refuse, "no such thing"), (fail, FAILED)):
+        told = queue.Queue()
+        with caplog.at_level(logging.CRITICAL):
+            line.enter(work, told.put)
+            assert events(told)[-1] == {"type": "error", "error": message}
+
+
+def test_a_full_line_refuses(line):
+    _, _, gate = held(line)
+    tolds = [queue.Queue() for _ in range(3)]
+    for told in tolds:
+        line.enter(lambda request: None, told.put)
+    with pytest.raises(LineFullError, match="3 questions wait already"):
+        line.enter(lambda request: None, queue.Queue().put)
+    gate.set()
+    for told in tolds:
+        events(told)
+
+
+def test_one_that_gives_way_begins_anew_after_another(line):
+    told, other, started, order = queue.Queue(), queue.Queue(), threading.Event(), []
+
+    def slow(request):
+        order.append("begun")
+        started.set()
+        for number in range(10_000):
+            if order.count("begun") > 1:
+                break
+            request.progress(number, 10_000, "waiting")
+            gate.wait(0.01)
+        order.append("done")
+
+    gate = threading.Event()
+    line.enter(slow, told.put, gives_way=True)
+    assert started.wait(PATIENCE)
+    line.enter(lambda request: order.append("other"), other.put)
+    events(other)
+    events(told)
+    assert order == ["begun", "other", "begun", "done"]
+
+
+def test_those_that_give_way_wait_behind_the_others(line):
+    _, _, gate = held(line)
+    order, tolds = [], [queue.Queue() for _ in range(3)]
+    for name, told in zip(("low", "first", "second"), tolds, strict=True):
+        line.enter(lambda request, name=name: order.append(name), told.put, gives_way=name == "low")
+    gate.set()
+    for told in tolds:
+        events(told)
+    assert order == ["first", "second", "low"]
