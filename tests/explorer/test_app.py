@@ -13,6 +13,7 @@ from whence.explorer.serving import opened
 from whence.explorer.views import MOST_SHOWN
 from whence.indexing.build import index
 from whence.tracing.pipeline import trace
+from whence.turns import TURN
 
 HOSTILE = "<script>alert(1)</script> \x1b[31mred \u202egnirts javascript:alert(2)"
 SAME = {"prompt": "7 and 7?", "completion": " yes, 14"}
@@ -302,3 +303,11 @@ def test_old_answers_make_room(page, app, monkeypatch):
         last = events(page, "/api/answers", **ASKED)[-1]["answer"]
     assert page.post("/api/rankings", json={"answer": first}).status_code == 410
     assert page.post("/api/rankings", json={"answer": last}).status_code == 200
+
+
+def test_rankings_do_not_wait_for_the_model(page):
+    answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+    with TURN:  # as while it answers another question
+        assert ranking(page, answer)["helpful"]
+        assert page.post("/api/search", json={"text": "7"}).json()["rows"]
+        assert page.get("/api/rows/0/0").json()["parts"]

@@ -24,7 +24,7 @@ from typer.main import get_command
 from whence import __version__
 from whence.cli.ablation import ablate, pool
 from whence.cli.banking import bank
-from whence.cli.console import complain, print_ending, print_json, print_marked, waiting
+from whence.cli.console import complain, print_ending, print_json, print_marked, print_part, quoted, waiting
 from whence.cli.exploring import explore
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.indexing import append, bench, index, info, plan, verify
@@ -179,6 +179,8 @@ def demo(
     if as_json:
         print_json(result)
         return
+    look = " ".join(map(quoted, ("whence", "explore", f"{out}/index")))
+    print_part(f"To point at an answer in a browser: {look} (after pip install 'whence[web]')")
     question = "What does json.dumps do?"
     print_ending(grade_answer(result), "whence", "trace", f"{out}/index", "--prompt", question, "--tokens")
 

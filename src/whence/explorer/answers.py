@@ -58,6 +58,8 @@ class ExploredIndex:
     number: int
     index: Index
     rows: CorpusRows
+    context: int | None = None
+    """Tokens that its model takes. It is kept here since a model that is at work answers nothing else."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of methods, such as the directory of curvature."""
     levels: dict[tuple[str, Shape], float] = field(default_factory=dict)
@@ -154,11 +156,11 @@ class Answered:
         """The z that chance reaches for such a stretch; None: it is not known, and is not to be measured now."""
         if method not in ("cosine", "dot"):
             return None
-        index, query = self.explored.index, about(self.query, stretch)
-        key = (method, Shape.of(query, index.model().context))
+        query = about(self.query, stretch)
+        key = (method, Shape.of(query, self.explored.context))
         if key not in self.explored.levels and measures:
             settings = TraceSettings(method=method, exact=False, top=LEVEL_TOP)
-            if traced := Retrieval(index, [query], settings).trace().levels:
+            if traced := Retrieval(self.explored.index, [query], settings).trace().levels:
                 self.explored.levels[key] = traced[0]
         return self.explored.levels.get(key)
 

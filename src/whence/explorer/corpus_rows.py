@@ -17,8 +17,9 @@ from jaxtyping import Bool, Int64
 from pyarrow.compute import MatchSubstringOptions, call_function
 from torch import Tensor
 
-from whence.corpus.layouts import columns_read, shown_text
+from whence.corpus.layouts import columns_read, layout, shown_text
 from whence.corpus.shapes import Row
+from whence.corpus.tokens import with_text
 from whence.errors import SettingError
 from whence.indexing.opening import Index
 from whence.runner import counted
@@ -51,7 +52,7 @@ class CorpusRows:
     """The rows of an index, in its order."""
 
     def __init__(self, index: Index):
-        self.index = index
+        self._tokenizer = index.model().tokenizer
         ids: list[str] = []
         self.sources: list[str | None] = []
         rows: list[str] = []
@@ -62,7 +63,7 @@ class CorpusRows:
         parts = counted(range(count), "Reading rows", count, lambda part: 1, "files")
         for part in parts:
             for stored in index.store.read_part(part):
-                shown = index.shown_row(stored)
+                shown = self._readable(stored["row"])
                 read = columns_read(shown, preferences=preferences) | {"id", "source"}
                 ids.append(stored["id"])
                 self.sources.append(stored["source"])
@@ -87,7 +88,12 @@ class CorpusRows:
 
     def shown(self, number: int) -> Row:
         """A row as a person reads it."""
-        return self.index.shown_row(self.stored(number))
+        return self._readable(self._rows[number].as_py())
+
+    def _readable(self, stored: str) -> Row:
+        """A row of token ids has their text beside them."""
+        row = json.loads(stored)
+        return with_text(row, self._tokenizer) if layout(row) == "tokens" else row
 
     def text(self, number: int) -> str:
         """All that is shown of a row's text."""

@@ -56,8 +56,8 @@ def opened(
         for number, path in enumerate(indexes):
             index = open_index(path, **loading)
             index.store.require_complete()
-            index.model()
-            out.append(ExploredIndex(number, index, CorpusRows(index), options))
+            context = index.model().context
+            out.append(ExploredIndex(number, index, CorpusRows(index), context, options))
     return out
 
 

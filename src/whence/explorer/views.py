@@ -70,7 +70,7 @@ def _index(explored: ExploredIndex) -> dict[str, Any]:
         "layout": index.layout,
         "is_chat": index.layout in ("instruction", "messages"),
         "projection": f"{space.sketch}, {manifest.width:,} numbers in {manifest.codec}",
-        "context": index.model().context,
+        "context": explored.context,
         "sources": [{"value": value, "rows": count} for value, count in rows.source_counts()],
         "columns": [
             {"name": name, "values": [{"value": value, "rows": count} for value, count in counts]}
@@ -184,7 +184,7 @@ def ranking(
 
 def level_json(answered: Answered, stretch: Stretch, level: float) -> dict[str, Any]:
     """What chance reaches, in words."""
-    shape = Shape.of(about(answered.query, stretch), answered.explored.index.model().context)
+    shape = Shape.of(about(answered.query, stretch), answered.explored.context)
     return {"z": level, "words": f"19 in 20 of {cost([shape])} stay below z {level:.1f}"}
 
 
