@@ -15,6 +15,7 @@ from whence.indexing.build import index
 from whence.tracing.pipeline import trace
 from whence.turns import TURN
 
+HALF = "half a pair \ud800"
 HOSTILE = "<script>alert(1)</script> \x1b[31mred \u202egnirts javascript:alert(2)"
 SAME = {"prompt": "7 and 7?", "completion": " yes, 14"}
 ASKED = {"prompt": "5 and 3?", "completion": " yes, 12"}
@@ -28,6 +29,7 @@ def place(tiny_llama, tmp_path_factory):
     rows += [SAME | {"id": f"same-{n}", "source": "same"} for n in range(3)]
     rows += [{"id": "hostile", "prompt": HOSTILE, "completion": " no", "source": HOSTILE},
              {"id": "long", "prompt": "x" * 50_000, "completion": " no", "source": "long"},
+             {"id": "half", "prompt": HALF, "completion": " no", "source": "half", "level": HALF},
              {"id": "bad", "prompt": "a", "completion": "b", "label": False}]  # fmt: skip
     out = tmp_path_factory.mktemp("explorer") / "index"
     index(tiny_llama, rows, out, max_tokens=64, progress=False)
@@ -74,10 +76,13 @@ def ids(rows):
 def test_a_session_says_what_there_is(page, place):
     session = page.get("/api/session").json()
     (own,) = session["indexes"]
-    assert (session["version"], own["name"], own["rows"], own["rankable"]) == (__version__, str(place), 46, 45)
+    assert (session["version"], own["name"], own["rows"], own["rankable"]) == (__version__, str(place), 47, 46)
     assert {"value": None, "rows": 15} in own["sources"]
     assert own["columns"] == [
-        {"name": "level", "values": [{"value": "hard", "rows": 20}, {"value": "easy", "rows": 20}]}
+        {
+            "name": "level",
+            "values": [{"value": value, "rows": n} for value, n in (("hard", 20), ("easy", 20), (HALF, 1))],
+        }
     ]
     methods = {method["name"]: method for method in own["methods"]}
     assert methods["cosine"]["of_tokens"] and methods["bm25"]["is_ready"]
@@ -138,7 +143,7 @@ def test_duplicates_are_folded_and_counted(page, answer):
 
 
 @pytest.mark.parametrize(("filters", "matching"), [
-    ({}, 45),
+    ({}, 46),
     ({"sources": [None]}, 14),
     ({"sources": []}, 0),
     ({"columns": {"level": ["easy"]}}, 20),
@@ -228,7 +233,7 @@ def test_exports_are_rows_to_train_on(page, answer, place):
     others = [
         json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "without"}).text.splitlines()
     ]
-    assert len(others) == 46 - sum(row["copies"] for row in shown)
+    assert len(others) == 47 - sum(row["copies"] for row in shown)
     assert not {row["id"] for row in others} & {*ids(shown)}
     ranked = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "rows"}).text.splitlines()]
     assert [row["rank"] for row in ranked] == [1, 2, 3, 4, 5, -1, -2, -3, -4, -5]
@@ -242,7 +247,10 @@ def test_a_command_asks_the_same(page, answer, place):
     assert "--span-tokens 1:3" in found["command"]
     names = {}
     exec(found["python"], names)
-    assert len(names["found"].of(0)) == 3
+    shown = ranking(page, answer, tokens=[[1, 3]], top=3, fold=False)
+    assert [hit.id for hit in names["found"].of(0)] == ids(shown["helpful"])
+    chosen = page.post("/api/commands", json={"answer": answer, "filters": {"sources": ["same"]}})
+    assert chosen.status_code == 422 and "clear the filters" in chosen.json()["error"]
     gaps = page.post("/api/commands", json={"answer": answer, "tokens": [[0, 1], [2, 3]]})
     assert gaps.status_code == 422 and "one stretch" in gaps.json()["error"]
 
@@ -293,7 +301,7 @@ def test_a_query_that_the_model_cannot_take_says_why(page):
     told = events(page, "/api/answers", prompt="word " * 3000, completion=" no")
     assert told[-1]["type"] == "error" and "context" in told[-1]["error"]
     told = events(page, "/api/matrices", answer=events(page, "/api/answers", **ASKED)[-1]["answer"], rows=[99])
-    assert told[-1] == {"type": "error", "error": "no row 99; the index has rows 0 to 45"}
+    assert told[-1] == {"type": "error", "error": "no row 99; the index has rows 0 to 46"}
 
 
 def test_old_answers_make_room(page, app, monkeypatch):
@@ -311,3 +319,29 @@ def test_rankings_do_not_wait_for_the_model(page):
         assert ranking(page, answer)["helpful"]
         assert page.post("/api/search", json={"text": "7"}).json()["rows"]
         assert page.get("/api/rows/0/0").json()["parts"]
+
+
+def test_an_answer_that_was_cut_is_the_same_when_it_is_given_back(page):
+    told = events(page, "/api/answers", prompt="5 and 3?", max_new_tokens=3)
+    own = next(event["answer"] for event in told if event["type"] == "answer")
+    assert own["is_cut"] and len(own["tokens"]) == 3
+    given = {"prompt": "5 and 3?", "completion": own["completion"]}
+    for is_cut in (True, False):
+        told = events(page, "/api/answers", **given, is_cut=is_cut)
+        again = next(event["answer"] for event in told if event["type"] == "answer")
+        assert len(again["tokens"]) == (3 if is_cut else 4)
+        if is_cut:
+            assert [token["text"] for token in again["tokens"]] == [token["text"] for token in own["tokens"]]
+            same, first = ranking(page, again["id"]), ranking(page, own["id"])
+            assert ids(same["helpful"]) == ids(first["helpful"])
+            assert same["helpful"][0]["score"] == pytest.approx(first["helpful"][0]["score"], rel=1e-4)
+
+
+def test_a_stretch_with_gaps_has_no_level(page):
+    answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+    assert events(page, "/api/levels", answer=answer, tokens=[[0, 1], [2, 3]])[-1] == {"type": "level", "level": None}
+
+
+def test_words_are_few(page):
+    found = page.post("/api/search", json={"text": " ".join(map(str, range(30)))})
+    assert found.status_code == 422 and "20 at most" in found.json()["error"]

@@ -31,6 +31,8 @@ def test_its_own_page_is_answered():
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert client(base="http://localhost:1").get("/").status_code == 200
     assert client(base="http://[::1]:8765").get("/").status_code == 200
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert client().get("/", headers=link).status_code == 200, "somebody was sent a link"
 
 
 @pytest.mark.parametrize(("headers", "status"), [
@@ -41,7 +43,9 @@ def test_its_own_page_is_answered():
     ({"origin": "http://evil.example"}, 403),
     ({"origin": "http://127.0.0.1:9999"}, 403),
     ({"origin": "null"}, 403),
+    ({"origin": "http://["}, 403),
     ({"sec-fetch-site": "cross-site"}, 403),
+    ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "cors"}, 403),
     ({"sec-fetch-site": "same-site"}, 403),
 ])  # fmt: skip
 def test_pages_of_others_are_refused(headers, status):
@@ -76,8 +80,9 @@ def test_a_token_is_shown_once_and_then_by_a_cookie():
     admitted = visitor.get("/?token=s3cret")
     assert (admitted.status_code, admitted.headers["location"]) == (303, "/")
     cookie = admitted.headers["set-cookie"]
-    assert cookie.startswith(f"{COOKIE}=s3cret") and "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert cookie.startswith(f"{COOKIE}=s3cret") and "HttpOnly" in cookie and "SameSite=Lax" in cookie
     assert visitor.get("/").json() == {"page": True}
+    assert client(token="s3cret", base="http://192.0.2.7:8765").get("/?token=s3cret").status_code == 303, "any name"
     bearer = {"authorization": "Bearer s3cret"}
     assert client(token="s3cret").get("/", headers=bearer).status_code == 200
     assert client(token="s3cret").get("/", headers={"cookie": f"{COOKIE}=\x01; {COOKIE}="}).status_code == 401

@@ -72,6 +72,12 @@ def test_a_given_token_is_asked_for_on_loopback_too(running):
     assert status(server.address.partition("?")[0]) == 401
 
 
+@pytest.mark.parametrize("token", ["", "a b", "a&b", "a+b", "é"])
+def test_a_token_stands_in_an_address(explored, token):
+    with pytest.raises(SettingError, match="--token: letters, digits"), serving(explored, port=0, token=token):
+        pass
+
+
 def test_a_port_that_is_taken_says_so(explored):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

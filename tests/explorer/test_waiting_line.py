@@ -111,13 +111,14 @@ def test_one_that_gives_way_begins_anew_after_another(line):
             request.progress(number, 10_000, "waiting")
             gate.wait(0.01)
         order.append("done")
+        request.tell("level")
 
     gate = threading.Event()
     line.enter(slow, told.put, gives_way=True)
     assert started.wait(PATIENCE)
     line.enter(lambda request: order.append("other"), other.put)
     events(other)
-    events(told)
+    assert events(told)[-1] == {"type": "level"}, "what it tells goes on"
     assert order == ["begun", "other", "begun", "done"]
 
 

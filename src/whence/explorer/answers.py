@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from whence.explorer.requests import AnswerRequest
 from whence.explorer.verbatim import VerbatimIndex
 from whence.explorer.waiting_line import Request
 from whence.indexing.opening import Index
+from whence.models.generation import ends_of
+from whence.models.loading import LoadedModel
 from whence.tracing import nulls
-from whence.tracing.answer_tokens import AnswerTokens, about, answer_tokens, is_linear, stretch_scores
+from whence.tracing.answer_tokens import AnswerTokens, about, answer_tokens, is_linear, product_bytes, stretch_scores
 from whence.tracing.baselines import all_scores
 from whence.tracing.levels import Shape
 from whence.tracing.own_answers import Sampling
@@ -66,6 +68,7 @@ class ExploredIndex:
     _controls: dict[bool, nulls.Controls | None] = field(default_factory=dict)
     _verbatim: VerbatimIndex | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _verbatim_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ class ExploredIndex:
 
     def verbatim(self) -> VerbatimIndex:
         """The suffix array of all rows."""
-        with self._lock:
+        with self._verbatim_lock:
             if self._verbatim is None:
                 self._verbatim = VerbatimIndex(self.rows.text(number) for number in range(len(self.rows)))
             return self._verbatim
@@ -107,6 +110,13 @@ class Answered:
     scores: "OrderedDict[tuple[str, Stretch], Float32[Tensor, ' n']]" = field(default_factory=OrderedDict)
     """Of stretches that were a pass of their own, and of methods that read the corpus."""
     norms: dict[Stretch, Float32[Tensor, " c"]] = field(default_factory=dict)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether no token that ends an answer belongs to it."""
+        if self.request.completion is not None:
+            return self.request.is_cut
+        return not (self.query.answer.ending or "").startswith("ended by")
 
     @property
     def bytes(self) -> int:
@@ -148,13 +158,15 @@ class Answered:
             rankable[index.store.rankable()] = True
             scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
         self.scores[method, stretch] = scores
+        self.scores.move_to_end((method, stretch))
         while len(self.scores) > MOST_STRETCHES:
             self.scores.popitem(last=False)
         return scores
 
     def level(self, method: str, stretch: Stretch, *, measures: bool) -> float | None:
         """The z that chance reaches for such a stretch; None: it is not known, and is not to be measured now."""
-        if method not in ("cosine", "dot"):
+        first, end = stretch.index(True), len(stretch) - stretch[::-1].index(True)
+        if method not in ("cosine", "dot") or not all(stretch[first:end]):  # no level is known of a stretch with gaps
             return None
         query = about(self.query, stretch)
         key = (method, Shape.of(query, self.explored.context))
@@ -201,9 +213,11 @@ class Answers:
         query = Query(asked.prompt, asked.completion, contrast=asked.contrast, context=asked.context())
         with runner.shown_as(request.progress, "Answering"):
             (encoded,) = encode_queries([query], model, kind=index.layout, sampling=sampling, on_token=on_token)
+            if asked.is_cut and asked.completion is not None:
+                encoded = without_end(encoded, model)
             answered = Answered(secrets.token_hex(8), explored, asked, encoded)
             request.tell("answer", answer=answer_json(answered))
-            if is_linear(index):
+            if is_linear(index) and product_bytes(index, encoded) <= MOST_BYTES:
                 answered.tokens = answer_tokens(index, encoded)
             else:
                 answered.computed("cosine", answered.stretch(None))
@@ -220,6 +234,20 @@ class Answers:
                 self._answers.popitem(last=False)
 
 
+def without_end(query: EncodedQuery, model: LoadedModel) -> EncodedQuery:
+    """A query whose answer was cut, about what was said alone: a completion that is given is closed otherwise."""
+    first, *others = query.sequences
+    encoded, answer = first.encoded, query.answer
+    place = max(place for place, is_target in enumerate(encoded.supervised) if is_target)
+    if encoded.ids[place] not in ends_of(model) or len(answer.tokens) == 1:
+        return query
+    supervised = [is_target and number != place for number, is_target in enumerate(encoded.supervised)]
+    said = replace(answer, tokens=answer.tokens[:-1], probabilities=answer.probabilities[:-1], asked=answer.asked[:-1])
+    return replace(
+        query, sequences=[replace(first, encoded=replace(encoded, supervised=supervised)), *others], answer=said
+    )
+
+
 def answer_json(answered: Answered) -> dict[str, Any]:
     """An answer as a page shows it."""
     answer = answered.query.answer
@@ -234,6 +262,7 @@ def answer_json(answered: Answered) -> dict[str, Any]:
         "completion": answer.completion,
         "is_generated": answer.is_generated,
         "is_repeatable": answer.is_repeatable,
+        "is_cut": answered.is_cut,
         "tokens": [{"text": text, "p": p} for text, p in zip(answer.tokens, answer.probabilities, strict=True)],
         "ending": answer.ending,
         "certainty": answer.certainty,

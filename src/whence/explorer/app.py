@@ -7,7 +7,7 @@ is answered at once, beside the line. No part of a request is ever a path of a f
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -36,14 +36,25 @@ from whence.explorer.waiting_line import Event, Line, LineFullError, Request
 
 EVENTS = "application/x-ndjson"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+PATIENCE = 1.0
+"""Seconds after which it is looked whether whoever asked is still there."""
 PALETTE = "palette.css"
 """The colours of the reports."""
 STATUS = {AnswerGoneError: 410, LineFullError: 429, NotScoredError: 409}
 
 
+class PlainJSON(JSONResponse):
+    """JSON in ASCII: rows may hold half a surrogate pair, which UTF-8 has no bytes for."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of an answer."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 def make_app(explored: Sequence[ExploredIndex]) -> FastAPI:
     """The explorer of some open indexes, without its guard (`security.Guard`)."""
-    app = FastAPI(title="Whence", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Whence", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+                  default_response_class=PlainJSON)  # fmt: skip
     answers, line = Answers(explored), Line()
     app.state.answers, app.state.line = answers, line
     _add_errors(app)
@@ -61,17 +72,17 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(WhenceError)
     async def refused(request: HTTPRequest, error: WhenceError) -> JSONResponse:
         status = STATUS.get(type(error), 422 if error.exit_code == 2 else 500)
-        return JSONResponse({"error": str(error)}, status)
+        return PlainJSON({"error": str(error)}, status)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse({"error": f"{where}: {first['msg']}" if where else str(first["msg"])}, 422)
+        return PlainJSON({"error": f"{where}: {first['msg']}" if where else str(first["msg"])}, 422)
 
     @app.exception_handler(StarletteHTTPException)
     async def failed(request: HTTPRequest, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
+        return PlainJSON({"error": str(error.detail)}, error.status_code)
 
 
 # -- pages
@@ -132,7 +143,14 @@ def _add_what_is_in_memory(app: FastAPI, answers: Answers) -> None:
     @app.post("/api/commands")
     async def commands(asked: RankingRequest) -> Any:
         answered, stretch = _asked(answers, asked)
+        _refuse_filters(asked)
         return exports.commands(answered, stretch, method=asked.method, top=asked.top)
+
+
+def _refuse_filters(asked: RankingRequest) -> None:
+    """Refuse what a trace cannot ask."""
+    if not asked.filters.filters().is_empty:
+        raise SettingError("a trace ranks all rows: clear the filters, or take the ranking as a file")
 
 
 def _explored(answers: Answers, number: int) -> ExploredIndex:
@@ -196,7 +214,8 @@ def _add_what_needs_the_model(app: FastAPI, answers: Answers, line: Line) -> Non
         answered, stretch = _asked(answers, asked)
 
         def split(request: Request) -> None:
-            for number, matrix in enumerate(views.matrices(answered, stretch, asked.rows), start=1):
+            found = views.matrices(answered, stretch, asked.rows, cosine=asked.method != "dot")
+            for number, matrix in enumerate(found, start=1):
                 request.tell("matrix", **matrix)
                 request.progress(number, len(asked.rows), "Splitting scores over tokens")
             request.tell("done")
@@ -257,12 +276,16 @@ class _Entered:
         finally:
             self._line.leave(self._request)
 
-    async def result(self) -> Event:
-        """The last event but None."""
+    async def result(self, is_away: Callable[[], Awaitable[bool]]) -> Event:
+        """The last event but None; none where whoever asked goes away."""
         last: Event = {}
         try:
-            while (event := await self._events.get()) is not None:
-                last = event
+            while not await is_away():
+                with contextlib.suppress(TimeoutError):
+                    event = await asyncio.wait_for(self._events.get(), PATIENCE)
+                    if event is None:
+                        break
+                    last = event
         finally:
             self._line.leave(self._request)
         return last
@@ -273,16 +296,17 @@ class _Entered:
 
 def _add_exports(app: FastAPI, answers: Answers, line: Line) -> None:
     @app.post("/api/exports")
-    async def export(asked: ExportRequest) -> Response:
+    async def export(asked: ExportRequest, http: HTTPRequest) -> Response:
         answered, stretch = _asked(answers, asked)
         name = exports.NAMES[asked.what]
         if asked.what == "report":
+            _refuse_filters(asked)
 
             def make(request: Request) -> None:
                 page = exports.report(request, answered, stretch, method=asked.method, top=asked.top)
                 request.tell("report", page=page)
 
-            made = await _Entered(line, make).result()
+            made = await _Entered(line, make).result(http.is_disconnected)
             if "page" not in made:
                 raise HTTPException(422, str(made.get("error", "the report was not made")))
             return _file(iter([made["page"].encode("utf-8", "surrogatepass")]), name, "text/html")

@@ -22,11 +22,14 @@ from whence.corpus.shapes import Row
 from whence.corpus.tokens import with_text
 from whence.errors import SettingError
 from whence.indexing.opening import Index
+from whence.reports.text import encodable
 from whence.runner import counted
 
 MOST_VALUES = 50
 """Values of a column that a page offers as a filter; a column of more is none."""
 MOST_SOURCES = 200
+MOST_WORDS = 20
+"""Words that rows are searched for at once."""
 LONGEST_VALUE = 100
 """Characters of such a value."""
 
@@ -68,9 +71,9 @@ class CorpusRows:
                 ids.append(stored["id"])
                 self.sources.append(stored["source"])
                 rows.append(stored["row"])
-                texts.append("\n".join(map(str, shown_text(shown).values())))
+                texts.append(encodable("\n".join(map(str, shown_text(shown).values()))))
                 values.append({name: value for name, value in shown.items() if name not in read and _is_value(value)})
-        self.ids = pyarrow.array(ids, pyarrow.large_string())
+        self.ids = ids
         self._rows = pyarrow.array(rows, pyarrow.large_string())
         self._texts = pyarrow.array(texts, pyarrow.large_string())
         self.columns = _columns(values)
@@ -80,7 +83,7 @@ class CorpusRows:
 
     def stored(self, number: int) -> dict[str, Any]:
         """A row as the index stores it."""
-        return {"id": self.ids[number].as_py(), "source": self.sources[number], "row": self._rows[number].as_py()}
+        return {"id": self.ids[number], "source": self.sources[number], "row": self._rows[number].as_py()}
 
     def row(self, number: int) -> Row:
         """A row of the corpus, as it was given."""
@@ -139,7 +142,12 @@ class CorpusRows:
                 known = ", ".join(self.columns) or "none"
                 raise SettingError(f"no column {name!r:.60} to choose rows by; there are {known}")
             out &= torch.tensor([_is_among(value, allowed) for value in self.columns[name]], dtype=torch.bool)
-        for word in dict.fromkeys(filters.text.lower().split()):
+        words = call_function("utf8_lower", [pyarrow.array([encodable(filters.text)])])[0].as_py().split()
+        if len(words) > MOST_WORDS:
+            raise SettingError(f"{len(words)} words to look for; {MOST_WORDS} at most are expected")
+        for word in dict.fromkeys(words):
+            if not out.any():
+                break
             found = call_function("match_substring", [self._folded], MatchSubstringOptions(word))
             out &= torch.from_numpy(found.to_numpy(zero_copy_only=False).copy())
         return out

@@ -51,12 +51,12 @@ def ranking_rows(ranking: dict[str, Any], answered: Answered) -> Iterator[bytes]
 
 def report(request: Request, answered: Answered, stretch: Stretch, *, method: str, top: int) -> str:
     """The report page of `trace` for what is asked."""
-    query = replace(answered.query.query, completion=answered.query.answer.completion, span=_one_stretch(stretch))
+    query = replace(answered.query.query, completion=answered.query.answer.completion, span=_span(answered, stretch))
     with runner.shown_as(request.progress, "Making the report"), tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "trace.html"
         traced = trace(
             answered.explored.index, queries=[query], top=top, method=method, tokens=method in OF_TOKENS,
-            options=answered.explored.options.get(method),
+            options=answered.explored.options.get(method), exact=False if method in OF_TOKENS else None,
         )  # fmt: skip
         traced.save(str(file))
         return file.read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
         SettingError: It has parts that a command has no words for.
     """
     place, asked, answer = answered.explored.name, answered.request, answered.query.answer
-    span = _one_stretch(stretch)
+    span = _span(answered, stretch)
     if asked.history:
         raise SettingError(
             "a command asks without earlier turns: write the conversation to a file, for --messages FILE"
@@ -87,6 +87,9 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
         arguments["contrast"] = answer.contrast
     words += ["--method", method, "--top", str(top)]
     arguments |= {"method": method, "top": top}
+    if method in OF_TOKENS:
+        words += ["--no-exact"]
+        arguments["exact"] = False
     options = answered.explored.options.get(method, {})
     if "curvature" in options:
         words += ["--curvature", options["curvature"]]
@@ -96,14 +99,14 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
     return {"command": shlex.join(words), "python": python}
 
 
-def _one_stretch(stretch: Stretch) -> tuple[int, int] | None:
-    """A stretch as tokens from, to; None for the whole answer.
+def _span(answered: Answered, stretch: Stretch) -> tuple[int, int] | None:
+    """A stretch as tokens from, to; None for a whole answer, unless that was cut: given back as text it is closed.
 
     Raises:
         SettingError: It has gaps, which a trace has no words for.
     """
     if all(stretch):
-        return None
+        return (0, len(stretch)) if answered.is_cut else None
     first, end = stretch.index(True), len(stretch) - stretch[::-1].index(True)
     if not all(stretch[first:end]):
         raise SettingError("a command asks about one stretch of an answer: choose one")

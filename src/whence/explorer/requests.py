@@ -43,6 +43,8 @@ class AnswerRequest(_Body):
     history: Annotated[list[Turn], Field(max_length=MOST_TURNS)] = []
     completion: Text | None = None
     contrast: Text | None = None
+    is_cut: bool = False
+    """The completion was cut: no token that ends an answer belongs to it."""
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     seed: Place = 0
@@ -101,6 +103,8 @@ class MatrixRequest(_OfAnswer):
     """Rows token by token."""
 
     rows: Annotated[list[Place], Field(max_length=2 * MOST_TOP)]
+    method: Id = "cosine"
+    """By which the rows are ranked: of any but the inner product the colours are the cosine's."""
 
 
 class ComparisonRequest(_OfAnswer):

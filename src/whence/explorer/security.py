@@ -4,7 +4,8 @@ A page of another site must not read the model through a visitor's browser. So a
 own names (against DNS rebinding), its Origin and Sec-Fetch-Site say the same site where a browser sends them, and
 every answer forbids frames, inline scripts and whatever else is not of this server. Bodies end at `MOST_BYTES`.
 
-With a token, `/?token=TOKEN` sets a cookie that no script reads and no other site sends, and leads to `/`.
+With a token the server may have any name, and `/?token=TOKEN` sets a cookie that no script reads and that other sites'
+pages send with no more than a link to the page, and leads to `/`.
 
 Sources: https://www.w3.org/TR/CSP3/; https://www.w3.org/TR/fetch-metadata/.
 """
@@ -23,6 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BYTES = 2**20
+FOREIGN = "requests from pages of other sites are refused"
 TOO_LARGE = f"a request has {MOST_BYTES:,} bytes at most"
 COOKIE = "whence-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -75,15 +77,16 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Why a request is not of this server's own page."""
         host = _host(headers.get("host", ""))
-        if host not in self.hosts:
-            return 421, "this server is not called by that name"
+        if self.token is None and host not in self.hosts:  # a token is what another site's page cannot know
+            return 421, f"this server is not called by that name, but by {', '.join(sorted(self.hosts))}"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower():
-            return 403, "requests from pages of other sites are refused"
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            return 403, "requests from pages of other sites are refused"
+        if origin is not None and _origin(origin) != headers.get("host", "").lower():
+            return 403, FOREIGN
+        is_link = (scope["method"], scope["path"], headers.get("sec-fetch-mode")) == ("GET", "/", "navigate")
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") and not is_link:
+            return 403, FOREIGN
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MOST_BYTES:
+        if not (length.isascii() and length.isdigit()) or int(length[:20]) > MOST_BYTES:
             return 413, TOO_LARGE
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         if scope["method"] == "POST" and not is_json:
@@ -105,7 +108,7 @@ class Guard:
         if scope["path"] != "/" or not _is_same(query.get("token", [""])[0], self.token or ""):
             await _refuse(send, 401, "open the address that whence explore printed: it has a token")
             return
-        cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+        cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Lax; Path=/"
         await send({"type": "http.response.start", "status": 303,
                     "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode("latin-1"))]})  # fmt: skip
         await send({"type": "http.response.body", "body": b""})
@@ -138,6 +141,14 @@ def _host(header: str) -> str:
     """
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _origin(header: str) -> str:
+    """Host and port of an Origin header; what is none has none."""
+    try:
+        return urlsplit(header).netloc.lower()
     except ValueError:
         return ""
 

@@ -1,6 +1,7 @@
 """The server: it opens indexes, reads their rows, and answers on loopback until it is stopped."""
 
 import contextlib
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -88,11 +89,14 @@ def serving(
         raise MissingExtraError(EXTRA) from error
     if host not in NAMES and token is None:
         token = secrets.token_urlsafe(16)
+    if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
+        raise SettingError(
+            "--token: letters, digits and . _ ~ - are expected, one or more, for it stands in an address"
+        )
     listening = _listening(host, port)
     port = listening.getsockname()[1]
     app = make_app(explored)
-    hosts = {*NAMES} if host in NAMES else {host, socket.gethostname(), *NAMES}
-    config = uvicorn.Config(Guard(app, hosts=hosts, token=token), log_level="warning", server_header=False,
+    config = uvicorn.Config(Guard(app, hosts=NAMES, token=token), log_level="warning", server_header=False,
                             ws="none", access_log=False, timeout_graceful_shutdown=1)  # fmt: skip
     server = uvicorn.Server(config)
 

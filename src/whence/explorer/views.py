@@ -121,7 +121,7 @@ def row_json(explored: ExploredIndex, number: int, most: int = MOST_SHOWN) -> di
     """A row, without what a ranking says of it."""
     rows = explored.rows
     shown, is_cut = parts(explored, number, most)
-    return {"row": number, "id": rows.ids[number].as_py(), "source": rows.sources[number],
+    return {"row": number, "id": rows.ids[number], "source": rows.sources[number],
             "columns": rows.values(number), "parts": shown, "cut": is_cut}  # fmt: skip
 
 
@@ -226,7 +226,9 @@ def _null_json(null: Null) -> dict[str, Any]:
 # -- tokens and methods
 
 
-def matrices(answered: Answered, stretch: Stretch, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+def matrices(
+    answered: Answered, stretch: Stretch, rows: Sequence[int], *, cosine: bool = True
+) -> Iterator[dict[str, Any]]:
     """Exact scores of rows, split over their tokens and over the answer's, a few rows at a time.
 
     Raises:
@@ -244,7 +246,7 @@ def matrices(answered: Answered, stretch: Stretch, rows: Sequence[int]) -> Itera
     vectors = query_vectors(index, [query.sequences])[:, 0]
     for first in range(0, len(rows), AT_ONCE):
         encoded = answered.explored.encoded(rows[first : first + AT_ONCE])
-        shares = TokenShares(index, query, vectors, encoded, objective="loss", cosine=True, basis="position")
+        shares = TokenShares(index, query, vectors, encoded, objective="loss", cosine=cosine, basis="position")
         (by_row,) = shares_by_row(index, [shares])
         for row, (_, matrix) in by_row.items():
             columns = zip(matrix.train, matrix.matrix.sum(0).tolist(), matrix.supervised, strict=True)
@@ -290,7 +292,7 @@ def pieces(answered: Answered) -> dict[str, Any]:
         spans.append({
             "from": piece.start, "to": piece.end, "text": answer.completion[piece.start : piece.end],
             "tokens": [held[0], held[-1] + 1] if held else None, "count": piece.count,
-            "rows": [{"row": row, "id": explored.rows.ids[row].as_py()} for row in piece.rows],
+            "rows": [{"row": row, "id": explored.rows.ids[row]} for row in piece.rows],
         })  # fmt: skip
     words = (
         f"{int(covered.sum())} of {len(covered)} characters stand word for word in the corpus, in pieces of 12 "

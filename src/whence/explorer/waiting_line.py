@@ -144,10 +144,11 @@ class Line:
             try:
                 request.check()
                 request.work(request)
-            except GivesWayError:
+            except GivesWayError:  # it is not over
                 with self._changed:
-                    self._join(request)
-                continue
+                    if self._is_open:
+                        self._join(request)
+                        continue
             except LeftError:
                 pass
             except WhenceError as error:
@@ -157,8 +158,7 @@ class Line:
                 request.emit(
                     {"type": "error", "error": "This question could not be answered; the server's log says why."}
                 )
-            finally:
-                request.emit(None)
+            request.emit(None)
 
     def _next(self) -> Request | None:
         with self._changed:

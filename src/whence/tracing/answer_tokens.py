@@ -85,6 +85,11 @@ def is_linear(index: Index) -> bool:
     return index.space.normalise == "none"
 
 
+def product_bytes(index: Index, query: EncodedQuery) -> int:
+    """Memory that `AnswerTokens` of an answer would take."""
+    return 4 * len(index.weights) * (len(query.answer.tokens) + 1) * index.store.rows
+
+
 def answer_tokens(index: Index, query: EncodedQuery, *, objective: str = "loss") -> AnswerTokens:
     """Products of every token of an answer with every row: a pass over the answer a token, and one scan.
 

@@ -5,7 +5,8 @@ import { emptyFilters, emptyQuestion, state } from "./state.js";
 export function addressOf({ question, index, answer, stretches, filters, view } = state) {
   const fields = new URLSearchParams();
   const put = (name, value, usual = "") => {
-    if (value !== null && value !== undefined && String(value) !== String(usual)) fields.set(name, value);
+    const isUsual = value === null || value === undefined || (usual !== null && String(value) === String(usual));
+    if (!isUsual) fields.set(name, value);
   };
   put("index", index.id, 0);
   put("view", view, "examples");
@@ -14,6 +15,7 @@ export function addressOf({ question, index, answer, stretches, filters, view } 
   if (question.history.length) put("turns", JSON.stringify(question.history));
   put("completion", answer?.completion ?? question.completion, null);
   if (answer && state.isGenerated) put("generated", 1);
+  if (answer ? answer.is_cut : question.isCut) put("cut", 1);
   put("contrast", question.contrast, null);
   put("length", question.length, 64);
   put("temperature", question.temperature, 0);
@@ -56,6 +58,7 @@ export function viewOf(hash, session) {
       history: turnsOf(jsonOf(fields.get("turns"))),
       completion: fields.get("completion"),
       contrast: fields.get("contrast"),
+      isCut: fields.get("cut") === "1",
       length: whole("length", 64, session.limits.max_new_tokens) || 64,
       temperature: temperature >= 0 && temperature <= 5 ? temperature : 0,
       seed: whole("seed", 0, 2 ** 31),

@@ -7,7 +7,7 @@ import { isReady, state, tell } from "./state.js";
 let current = null; // AbortController of the question under way
 let renewal = null; // promise of a forgotten answer that is asked for again
 
-function requestOf({ prompt, system, history, completion, contrast, length, temperature, seed }) {
+function requestOf({ prompt, system, history, completion, contrast, isCut, length, temperature, seed }) {
   const { is_chat: isChat, id } = state.index;
   return {
     index: id,
@@ -16,6 +16,7 @@ function requestOf({ prompt, system, history, completion, contrast, length, temp
     history: isChat ? history : [],
     completion: completion || null,
     contrast: contrast || null,
+    is_cut: Boolean(completion) && isCut,
     max_new_tokens: length,
     temperature,
     seed,
@@ -103,7 +104,7 @@ const renew = () => (renewal ??= askAgain().finally(() => (renewal = null)));
 
 async function askAgain() {
   const { answer, question } = state;
-  const known = requestOf({ ...question, completion: answer.completion });
+  const known = requestOf({ ...question, completion: answer.completion, isCut: answer.is_cut });
   for await (const event of stream("/api/answers", known, current?.signal)) {
     if (event.type === "ready" && state.answer === answer) answer.id = event.answer;
   }

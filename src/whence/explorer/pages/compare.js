@@ -36,13 +36,13 @@ async function compare() {
   asked = wanted;
   if (methods.length < 2) return draw();
   const controller = (flight = new AbortController());
-  const fresh = new Map();
   const body = { tokens: askedTokens(), methods, top: TOP, filters: state.filters, fold: state.isFolding };
   overlaps = [];
+  columns.clear(); // those of other tokens or rows
   draw();
   try {
     for await (const event of streamOfAnswer("/api/comparisons", body, controller.signal)) {
-      if (event.type === "method") columns.set(event.method, event) && fresh.set(event.method, event);
+      if (event.type === "method") columns.set(event.method, event);
       if (event.type === "done") overlaps = event.overlaps;
       wait = waitWords(event);
       draw();

@@ -50,14 +50,14 @@ function contrastLine(tokens) {
 
 // The model writes anew: with a temperature, another answer comes.
 function again() {
-  state.question = { ...state.question, completion: null, contrast: null, seed: state.question.seed + 1 };
+  state.question = { ...state.question, completion: null, isCut: false, contrast: null, seed: state.question.seed + 1 };
   Object.assign(state, { stretches: [], isGenerated: false });
   ask();
   tell("question");
 }
 
 function clear() {
-  state.question = { ...state.question, completion: state.answer.completion, contrast: null };
+  state.question = { ...state.question, completion: state.answer.completion, isCut: state.answer.is_cut, contrast: null };
   ask();
   tell("question");
 }
@@ -97,13 +97,13 @@ function close() {
 }
 
 function contrastWith(typed) {
-  state.question = { ...state.question, completion: state.answer.completion, contrast: typed };
+  state.question = { ...state.question, completion: state.answer.completion, isCut: state.answer.is_cut, contrast: typed };
   ask();
   tell("question");
 }
 
 function replaceBy(typed) {
-  state.question = { ...state.question, completion: typed, contrast: null };
+  state.question = { ...state.question, completion: typed, isCut: false, contrast: null };
   Object.assign(state, { stretches: [], isGenerated: false });
   ask();
   tell("question");

@@ -43,7 +43,11 @@ async function begin() {
 const sameQuestion = (a, b) => JSON.stringify(keyOf(a)) === JSON.stringify(keyOf(b));
 const keyOf = ({ index, question }) => [
   index?.id,
-  { ...question, completion: question.completion ?? state.answer?.completion ?? null },
+  {
+    ...question,
+    completion: question.completion ?? state.answer?.completion ?? null,
+    isCut: question.completion ? question.isCut : (state.answer?.is_cut ?? false),
+  },
 ];
 
 // What the address asks for becomes the view. The same question is not asked again.
@@ -54,7 +58,7 @@ function recall() {
   const isOtherIndex = state.index !== view.index;
   if (isSame) delete view.question;
   Object.assign(state, view);
-  if (isSame) for (const what of ["stretches", "settled", "method", "view"]) tell(what, "recalled");
+  if (isSame) for (const what of ["stretches", "settled", "method", "filters", "folding", "view"]) tell(what, "recalled");
   else start(isOtherIndex);
   drawHead();
 }

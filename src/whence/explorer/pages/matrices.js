@@ -36,7 +36,7 @@ async function next() {
   const controller = (flight = new AbortController());
   const rows = cards.map(({ hit }) => hit.row);
   try {
-    for await (const event of streamOfAnswer("/api/matrices", { tokens: askedTokens(), rows }, controller.signal)) {
+    for await (const event of streamOfAnswer("/api/matrices", { tokens: askedTokens(), rows, method: state.ranking.method }, controller.signal)) {
       if (flight !== controller) return;
       if (event.type === "matrix") take(event);
     }

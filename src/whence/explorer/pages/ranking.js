@@ -59,7 +59,8 @@ async function ranked(asked, signal) {
   try {
     return await postOfAnswer("/api/rankings", asked, signal);
   } catch (problem) {
-    if (problem.status !== 409 || passed.has(passOf(asked))) throw problem;
+    if (problem.status !== 409) throw problem;
+    passed.delete(passOf(asked)); // the server has forgotten the pass since
     if (methodOf(asked.method).of_tokens) state.index.isSlow = true; // this index cannot split scores over tokens
     await pass(asked, signal);
     return postOfAnswer("/api/rankings", asked, signal);
@@ -99,6 +100,7 @@ async function measure() {
       if (event.type === "level") return takeLevel(ranking, event.level);
       tell("level-progress", event);
     }
+    throw new Problem("What chance reaches was not measured to the end.", 500);
   } catch (problem) {
     if (!isAbort(problem) && measuring === controller) tell("level-failed", problem);
   }

@@ -21,8 +21,10 @@ export const state = {
   words: "", // of the full-text search
 };
 
+// isCut: the completion was cut, so that no token that ends an answer belongs to it.
 export function emptyQuestion() {
-  return { prompt: "", system: "", history: [], completion: null, contrast: null, length: 64, temperature: 0, seed: 0 };
+  const sampling = { length: 64, temperature: 0, seed: 0 };
+  return { prompt: "", system: "", history: [], completion: null, contrast: null, isCut: false, ...sampling };
 }
 
 export function emptyFilters() {
