@@ -189,35 +189,53 @@ def stage_bank(options: argparse.Namespace) -> None:
         command(options, "two halves", *words, "--subsets", COMPARED)
         add_members(work / "bank", json.loads(kept.read_text()), options.subsets)
     command(options, "bank", *words, "--subsets", options.subsets)
-    if not kept.exists():
-        bank = open_bank(str(work / "bank"))
-        members = {
-            member.name: {"losses": member.losses, "steps": member.steps, "seconds": round(member.seconds, 1)}
-            for member in (bank.parent, bank.full, *bank.of_kind("random"))
-        }
-        queries = ", ".join(json.dumps(query) for query in bank.query_ids)
-        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(member)}" for name, member in members.items())
-        kept.write_text(f'{{"date": "{today()}", "queries": [{queries}], "members": {{\n{lines}\n}}}}\n')
+    keep_losses(work / "bank", kept)
+
+
+def keep_losses(directory: Path, kept: Path) -> None:
+    """Write the losses of a bank's members beside the results, if there are more than were kept."""
+    bank = open_bank(str(directory))
+    members = {
+        member.name: {"losses": member.losses, "steps": member.steps, "seconds": round(member.seconds, 1)}
+        for member in (bank.parent, bank.full, *bank.of_kind("random"))
+    }
+    if kept.exists() and len(json.loads(kept.read_text())["members"]) >= len(members):
+        return
+    queries = ", ".join(json.dumps(query) for query in bank.query_ids)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(member)}" for name, member in members.items())
+    kept.write_text(f'{{"date": "{today()}", "queries": [{queries}], "members": {{\n{lines}\n}}}}\n')
 
 
 def add_members(directory: Path, kept: dict[str, Any], subsets: int) -> None:
     """Put kept members into a bank that has some of its own, if those ended as the kept ones of their names."""
-    bank = open_bank(str(directory))
-    own = (bank.parent, bank.full, *bank.of_kind("random"))
-    apart = max(abs(here - there) for member in own
-                for here, there in zip(member.losses, kept["members"][member.name]["losses"], strict=True))  # fmt: skip
-    if list(bank.query_ids) != kept["queries"] or apart > SAME_LOSS:
+    bank, members = open_bank(str(directory)), kept["members"]
+    if list(bank.query_ids) != kept["queries"]:
+        print("the kept losses are of other queries: all members are trained", flush=True)
+        return
+    own = [member for member in (bank.parent, bank.full, *bank.of_kind("random")) if member.name in members]
+    pairs = [pair for member in own for pair in zip(member.losses, members[member.name]["losses"], strict=True)]
+    apart = max(abs(here - there) for here, there in pairs)
+    if apart > SAME_LOSS:
         print(f"trainings end otherwise here (losses are up to {apart:.1e} nats apart): all are made", flush=True)
         return
-    plans = random_plans(len(bank.rows), subsets, bank.description.subsets, bank.full.seed)
-    for plan in plans[len(bank.of_kind("random")) :]:
-        member = kept["members"][plan.name]
-        write_member(bank.place, Member(name=plan.name, kind=plan.kind, label=plan.label, left_out=plan.left_out,
-                                        seed=plan.seed, losses=tuple(member["losses"]), steps=member["steps"],
-                                        seconds=member["seconds"]))  # fmt: skip
-    print(
-        f"losses of {len(own)} members are up to {apart:.1e} nats from the kept ones: the others are these", flush=True
-    )
+    there = {member.name for member in own}
+    for plan in random_plans(len(bank.rows), subsets, bank.description.subsets, bank.full.seed):
+        if plan.name in members and plan.name not in there:
+            member = members[plan.name]
+            write_member(
+                bank.place,
+                Member(
+                    name=plan.name,
+                    kind=plan.kind,
+                    label=plan.label,
+                    left_out=plan.left_out,
+                    seed=plan.seed,
+                    losses=tuple(member["losses"]),
+                    steps=member["steps"],
+                    seconds=member["seconds"],
+                ),
+            )
+    print(f"losses of {len(own)} members are up to {apart:.1e} nats from the kept ones, which are the rest", flush=True)
 
 
 def stage_index(options: argparse.Namespace) -> None:
