@@ -1,5 +1,6 @@
 """The verb `explore`: parse, serve, say where."""
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from whence.cli.console import print_ending, working
 from whence.cli.inputs import check_inputs
 from whence.cli.options import LoadingFlags, ModelPath
+from whence.cli.stopping import Stopped
 
 
 def explore(
@@ -34,4 +36,5 @@ def explore(
         answer = f"The page is at {server.address} until Ctrl-C stops it."
         print_ending(answer, "whence", "trace", indexes[0], "--prompt", "TEXT", "-o", "trace.html")
         sys.stdout.flush()
-        server.run()
+        with contextlib.suppress(Stopped):  # which is how it ends
+            server.run()
