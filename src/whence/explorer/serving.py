@@ -1,6 +1,7 @@
 """The server: it opens indexes, reads their rows, and answers on loopback until it is stopped."""
 
 import contextlib
+import errno
 import re
 import secrets
 import socket
@@ -127,6 +128,8 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.listen(128)
     except OSError as error:
         listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise SettingError(f"--host {host}: an address of this machine is expected, such as 127.0.0.1") from None
         other = port + 1 if 0 < port < 65535 else 0
         raise StorageError(
             f"{host}:{port} cannot be listened at ({error.strerror}). Give another port: --port {other}"
