@@ -5,7 +5,7 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
-from conftest import corpus_rows
+from conftest import corpus_rows, plain_trainer_run
 from whence import __version__
 from whence.explorer.app import make_app
 from whence.explorer.requests import MOST_CHARACTERS
@@ -345,3 +345,18 @@ def test_a_stretch_with_gaps_has_no_level(page):
 def test_words_are_few(page):
     found = page.post("/api/search", json={"text": " ".join(map(str, range(30)))})
     assert found.status_code == 422 and "20 at most" in found.json()["error"]
+
+
+def test_an_index_without_controls_has_no_verdict(tmp_path):
+    """Adam's view holds no gradients that could be queries: a row has no z, and so the answer no level."""
+    plain_trainer_run(tmp_path / "run")
+    index(tmp_path / "run", corpus_rows(40), tmp_path / "index", view="adam", progress=False)
+    app = make_app(opened([tmp_path / "index"]))
+    with TestClient(app) as page:
+        answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+        assert events(page, "/api/levels", answer=answer)[-1] == {"type": "level", "level": None}
+        found = ranking(page, answer)
+        assert found["helpful"][0]["z"] is None and found["verdict"] is None
+        refused = events(page, "/api/matrices", answer=answer, rows=[0])[-1]
+        assert "what an optimizer makes of them" in refused["error"]
+    app.state.line.close()

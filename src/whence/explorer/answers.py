@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -41,6 +40,8 @@ MOST_STRETCHES = 32
 LEVEL_TOP = 10
 """Examples of which the best is held against chance."""
 
+OF_TOKENS = ("cosine", "dot")
+"""Methods whose scores of tokens add up to those of any stretch."""
 Stretch = tuple[bool, ...]
 """For each token of an answer, whether it is asked about."""
 
@@ -105,18 +106,13 @@ class Answered:
     request: AnswerRequest
     query: EncodedQuery
     """About the whole of the answer."""
+    is_cut: bool
+    """Whether no token that ends an answer belongs to it."""
     tokens: AnswerTokens | None = None
     """None where tokens do not add up in this index."""
     scores: "OrderedDict[tuple[str, Stretch], Float32[Tensor, ' n']]" = field(default_factory=OrderedDict)
     """Of stretches that were a pass of their own, and of methods that read the corpus."""
     norms: dict[Stretch, Float32[Tensor, " c"]] = field(default_factory=dict)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether no token that ends an answer belongs to it."""
-        if self.request.completion is not None:
-            return self.request.is_cut
-        return not (self.query.answer.ending or "").startswith("ended by")
 
     @property
     def bytes(self) -> int:
@@ -133,8 +129,11 @@ class Answered:
         return tuple(asked)
 
     def known(self, method: str, stretch: Stretch) -> Float32[Tensor, " n"] | None:
-        """Scores by a method that take no model; None: they have to be computed (`computed`)."""
-        if method in ("cosine", "dot") and self.tokens is not None:
+        """Scores by a method that take no model; None: they have to be computed (`computed`).
+
+        Larger is more helpful, in the method's own unit; -inf where a row cannot be ranked.
+        """
+        if method in OF_TOKENS and self.tokens is not None:
             return self.tokens.scores(stretch, cosine=method == "cosine")
         return self.scores.get((method, stretch))
 
@@ -147,16 +146,13 @@ class Answered:
         if (scores := self.known(method, stretch)) is not None:
             return scores
         index, query = self.explored.index, about(self.query, stretch)
-        if method in ("cosine", "dot"):
+        if method in OF_TOKENS:
             whole = stretch_scores(index, self.query, stretch)
             self.norms[stretch] = whole.norms([True])
             scores = whole.scores([True], cosine=method == "cosine")
         else:
             options = self.explored.options.get(method)
             scores = all_scores(index, [query], method=method, objective="loss", seed=0, options=options)[0]
-            rankable = torch.zeros(len(scores), dtype=torch.bool)
-            rankable[index.store.rankable()] = True
-            scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
         self.scores[method, stretch] = scores
         self.scores.move_to_end((method, stretch))
         while len(self.scores) > MOST_STRETCHES:
@@ -166,7 +162,8 @@ class Answered:
     def level(self, method: str, stretch: Stretch, *, measures: bool) -> float | None:
         """The z that chance reaches for such a stretch; None: it is not known, and is not to be measured now."""
         first, end = stretch.index(True), len(stretch) - stretch[::-1].index(True)
-        if method not in ("cosine", "dot") or not all(stretch[first:end]):  # no level is known of a stretch with gaps
+        has_gaps = not all(stretch[first:end])  # no level is known of such a stretch
+        if method not in OF_TOKENS or has_gaps or self.explored.controls(cosine=method == "cosine") is None:
             return None
         query = about(self.query, stretch)
         key = (method, Shape.of(query, self.explored.context))
@@ -215,7 +212,8 @@ class Answers:
             (encoded,) = encode_queries([query], model, kind=index.layout, sampling=sampling, on_token=on_token)
             if asked.is_cut and asked.completion is not None:
                 encoded = without_end(encoded, model)
-            answered = Answered(secrets.token_hex(8), explored, asked, encoded)
+            is_cut = asked.is_cut if asked.completion is not None else _last(encoded)[1] not in ends_of(model)
+            answered = Answered(secrets.token_hex(8), explored, asked, encoded, is_cut)
             request.tell("answer", answer=answer_json(answered))
             if is_linear(index) and product_bytes(index, encoded) <= MOST_BYTES:
                 answered.tokens = answer_tokens(index, encoded)
@@ -238,14 +236,21 @@ def without_end(query: EncodedQuery, model: LoadedModel) -> EncodedQuery:
     """A query whose answer was cut, about what was said alone: a completion that is given is closed otherwise."""
     first, *others = query.sequences
     encoded, answer = first.encoded, query.answer
-    place = max(place for place, is_target in enumerate(encoded.supervised) if is_target)
-    if encoded.ids[place] not in ends_of(model) or len(answer.tokens) == 1:
+    place, token = _last(query)
+    if token not in ends_of(model) or len(answer.tokens) == 1:
         return query
     supervised = [is_target and number != place for number, is_target in enumerate(encoded.supervised)]
     said = replace(answer, tokens=answer.tokens[:-1], probabilities=answer.probabilities[:-1], asked=answer.asked[:-1])
     return replace(
         query, sequences=[replace(first, encoded=replace(encoded, supervised=supervised)), *others], answer=said
     )
+
+
+def _last(query: EncodedQuery) -> tuple[int, int]:
+    """Place and id of an answer's last token."""
+    encoded = query.sequences[0].encoded
+    place = max(place for place, is_target in enumerate(encoded.supervised) if is_target)
+    return place, encoded.ids[place]
 
 
 def answer_json(answered: Answered) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from whence import __version__, catalogue, runner
+from whence import __version__, runner
 from whence.errors import SettingError, WhenceError
 from whence.explorer import exports, views
 from whence.explorer.answers import Answered, AnswerGoneError, Answers, ExploredIndex, NotScoredError, Stretch
@@ -33,13 +33,12 @@ from whence.explorer.requests import (
     SpanRequest,
 )
 from whence.explorer.waiting_line import Event, Line, LineFullError, Request
+from whence.reports.page import SHARED
 
 EVENTS = "application/x-ndjson"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 PATIENCE = 1.0
 """Seconds after which it is looked whether whoever asked is still there."""
-PALETTE = "palette.css"
-"""The colours of the reports."""
 STATUS = {AnswerGoneError: 410, LineFullError: 429, NotScoredError: 409}
 
 
@@ -90,8 +89,9 @@ def _add_errors(app: FastAPI) -> None:
 
 def _add_pages(app: FastAPI) -> None:
     """Add the page and its parts, which are read once: a name of a request is looked up, and never opened."""
-    own = files("whence.explorer").joinpath("pages").iterdir()
-    found = {file.name: file.read_bytes() for file in (*own, files("whence.reports") / PALETTE) if file.is_file()}
+    own, reports = files("whence.explorer") / "pages", files("whence.reports")
+    parts = (*own.iterdir(), *(reports / name for name in SHARED))
+    found = {file.name: file.read_bytes() for file in parts if file.is_file()}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -165,7 +165,6 @@ def _asked(answers: Answers, asked: Any) -> tuple[Answered, Stretch]:
     for method in (*([asked.method] if hasattr(asked, "method") else []), *getattr(asked, "methods", [])):
         if method not in views.LABELS:
             raise SettingError(f"no method {method!r:.60} here; there are {', '.join(views.LABELS)}")
-        catalogue.trace_method(method)
     return answered, answered.stretch(asked.tokens)
 
 

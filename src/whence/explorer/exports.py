@@ -12,8 +12,7 @@ from whence import runner
 from whence.corpus.layouts import shown_text
 from whence.corpus.reading import row_json
 from whence.errors import SettingError
-from whence.explorer.answers import Answered, Stretch
-from whence.explorer.views import OF_TOKENS
+from whence.explorer.answers import OF_TOKENS, Answered, Stretch
 from whence.explorer.waiting_line import Request
 from whence.tracing.pipeline import trace
 

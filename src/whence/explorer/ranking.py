@@ -17,6 +17,7 @@ class Ranked:
 
     rows: list[int]
     scores: list[float]
+    """In the unit of what was ranked; larger is more helpful, at either end."""
     copies: list[int]
     """How many rows stand for each: itself, and those of the same text."""
 

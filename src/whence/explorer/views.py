@@ -15,7 +15,7 @@ from torch import Tensor
 from whence import catalogue
 from whence.corpus.layouts import shown_text
 from whence.errors import SettingError
-from whence.explorer.answers import LEVEL_TOP, Answered, ExploredIndex, Stretch
+from whence.explorer.answers import LEVEL_TOP, OF_TOKENS, Answered, ExploredIndex, Stretch
 from whence.explorer.corpus_rows import Filters
 from whence.explorer.ranking import Ranked, ranked
 from whence.explorer.requests import MOST_CHARACTERS, MOST_NEW_TOKENS, MOST_TOP
@@ -44,7 +44,6 @@ LABELS = {
     "random": "Random",
 }
 """Methods that a page offers, by their names in `catalogue.TRACE_METHODS`."""
-OF_TOKENS = ("cosine", "dot")
 SLOW = "a pass over all rows, as long as indexing them"
 EXAMPLES = 4
 

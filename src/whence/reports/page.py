@@ -15,6 +15,8 @@ from string import Template
 from whence.corpus.layouts import Row, shown_text
 from whence.reports.svg import escaped
 
+SHARED = ("palette.css", "parts.css")
+"""Styles that all reports have, and the explorer's pages too."""
 LONGEST = 600
 """Characters of a row that are shown."""
 BESIDE, IN_LINE, FEWER = 3, 5, 4
@@ -28,9 +30,9 @@ def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
         about: What such pages tell, beside the project's name at the top; not escaped yet.
         title: The same.
         body: Sections; empty ones are left out.
-        styles: Files of the package beside palette.css, base.css and report.css.
+        styles: Files of the package beside those that all reports have.
     """
-    style = "".join(packaged(file) for file in ("palette.css", "base.css", "report.css", *styles))
+    style = "".join(packaged(file) for file in (*SHARED, "base.css", "report.css", *styles))
     return Template(packaged("report.html")).substitute(
         policy=content_policy(style),
         about=escaped(about),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
-from whence.reports.page import content_policy, packaged
+from whence.reports.page import SHARED, content_policy, packaged
 from whence.reports.text import encodable, visible
 from whence.reports.trace_tables import reranking_words
 from whence.tracing.results import AND_NOT, Hit, Null, TokenMatrix, Trace
@@ -41,7 +41,7 @@ def trace_page(trace: Trace) -> str:
     Args:
         trace: What to show. Text in it is shown as text, whatever it holds; lone surrogates become U+FFFD.
     """
-    style = packaged("palette.css") + packaged("base.css")
+    style = "".join(map(packaged, (*SHARED, "base.css")))
     script = packaged("trace_example.js") + packaged("trace_page.js")
     prompt = trace.answers[0].prompt if trace.answers else ""
     return Template(packaged("trace_page.html")).substitute(

@@ -73,7 +73,10 @@ class AnswerTokens:
         return torch.einsum("u,cuw,w->c", a, self.grams, a).clamp_(min=0).sqrt()
 
     def scores(self, asked: Sequence[bool], *, cosine: bool) -> Float32[Tensor, " n"]:
-        """Scores of every row for a stretch; -inf where a row cannot be ranked."""
+        """Scores of every row for a stretch, the mean (or sum) over its tokens; -inf where a row cannot be ranked.
+
+        In nats^2 per squared unit of weight, or from -1 to 1 for the cosine. Larger is more helpful.
+        """
         by_checkpoint = torch.einsum("u,cun->cn", self.coefficients(asked), self.products)
         scale = inverse_or_zero(self.norms(asked))[:, None] if cosine else self.row_norms
         by_checkpoint = by_checkpoint * scale

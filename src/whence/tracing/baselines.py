@@ -29,10 +29,7 @@ def from_scorer(
 ) -> Trace:  # fmt: skip
     """A trace by a method that reads the corpus itself; for `options` see `all_scores`."""
     scores = all_scores(index, queries, method=method, objective=objective, seed=seed, options=options)
-    rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
-    rankable[index.store.rankable()] = True
-    scores = scores.masked_fill(~rankable | scores.isnan(), -torch.inf)
-    top = min(top, int(rankable.sum()))
+    top = min(top, len(index.store.rankable()))
     out = Trace([query.answer for query in queries], [], method, 0)
     for query, row_scores in enumerate(scores):
         order = row_scores.argsort(descending=True, stable=True)
@@ -60,12 +57,24 @@ def all_scores(
     index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int,
     options: Mapping[str, Any] | None = None
 ) -> Float32[Tensor, "q n"]:  # fmt: skip
-    """Every row's score for every query, by a method that reads the corpus itself; options are its scorer's."""
+    """Every row's score for every query, by a method that reads the corpus itself; options are its scorer's.
+
+    Larger is more helpful, in the method's own unit. A row that cannot be ranked, or whose score is NaN, has -inf.
+    """
+    scores = _scores(index, queries, method=method, objective=objective, seed=seed, options=options or {})
+    is_rankable = torch.zeros(scores.shape[1], dtype=torch.bool)
+    is_rankable[index.store.rankable()] = True
+    return scores.masked_fill(~is_rankable | scores.isnan(), -torch.inf)
+
+
+def _scores(
+    index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int, options: Mapping[str, Any]
+) -> Float32[Tensor, "q n"]:
     entry, view = catalogue.trace_method(method), IndexView(index)
     if entry.scorer is not None:
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
-        return build_scorer(entry.scorer, seed, options or {})(view, targets)
+        return build_scorer(entry.scorer, seed, options)(view, targets)
     rows = list(view.encoded())
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")
