@@ -64,8 +64,10 @@ function roam(place, isFocused = true) {
 
 // -- pointer
 
+// A space belongs to the token after it, as it does in the model's own.
 function pointed(event) {
-  const chip = document.elementFromPoint(event.clientX, event.clientY)?.closest(".chip[role]");
+  const node = document.elementFromPoint(event.clientX, event.clientY);
+  const chip = node?.matches(".gap") ? node.nextElementSibling : node?.closest(".chip[role]");
   return chip && chips[chip.place] === chip ? chip.place : null;
 }
 
