@@ -27,6 +27,8 @@ HOSTILE = [
 WIDTHS = (390, 1280, 1920)
 ASKED = "#prompt=5+and+3%3F&completion=+yes%2C+12+and+more"
 PATIENCE = 30_000
+LONGEST_ROW = int(os.environ.get("WHENCE_LONGEST_ROW", "60_000"))
+"""Characters; with 10_000_000 the index takes minutes, and the pages are the same."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def server(tiny_llama, tmp_path_factory):
     rows += [{"id": f"same-{n}", "prompt": "7 and 7?", "completion": " yes, 14", "source": "same"} for n in range(3)]
     rows += [{"id": f"<b>{n}</b>", "prompt": text, "completion": f" yes {text}", "source": text[:60]}
              for n, text in enumerate(HOSTILE)]  # fmt: skip
-    rows += [{"id": "long", "prompt": "word " * 12_000, "completion": " no", "source": "long"}]
+    rows += [{"id": "long", "prompt": "word " * (LONGEST_ROW // 5), "completion": " no", "source": "long"}]
     out = tmp_path_factory.mktemp("page") / "index"
     index(tiny_llama, rows, out, max_tokens=64, progress=False)
     with serving(opened([out]), port=0) as served:

@@ -86,8 +86,14 @@ class VerbatimIndex:
         return found
 
     def _longest(self, text: str, start: int, end: int) -> int:
-        """End of the longest piece from `start` that occurs; `end`: of one that is known to."""
-        low, high = end, len(text)
+        """End of the longest piece from `start` that occurs; `end`: of one that is known to.
+
+        Most pieces end where the one before did, so that the search doubles its steps from there.
+        """
+        low, step = end, 1
+        while low + step <= len(text) and self._occurs(text[start : low + step]):
+            low, step = low + step, 2 * step
+        high = min(len(text), low + step - 1)
         while low < high:
             middle = (low + high + 1) // 2
             if self._occurs(text[start:middle]):
