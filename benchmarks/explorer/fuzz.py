@@ -29,6 +29,8 @@ from whence.explorer.waiting_line import FAILED
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 HOST = {"host": "localhost"}
+PATIENCE = 300
+"""Seconds for one request: some make a pass over the corpus."""
 TAKES_NOTHING = ("/api/session",)
 """Addresses that take nothing that could be wrong."""
 
@@ -105,7 +107,7 @@ def send(
         def send_one(case: schemathesis.Case) -> None:
             if mode is GenerationMode.POSITIVE and isinstance(case.body, dict) and "answer" in case.body:
                 case.body["answer"] = answer
-            take(case, case.call(headers=HOST))
+            take(case, case.call(headers=HOST, timeout=PATIENCE))
 
         send_one()
 

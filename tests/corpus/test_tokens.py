@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tiny_tokenizers import Slow, byte_level, marked, trained
 from whence.corpus.conversations import ALPACA_PREAMBLE
+from whence.corpus.long_texts import kept_part
+from whence.corpus.preferences import CONTRAST
 from whence.corpus.tokens import (
     Encoded,
     bucketed,
@@ -419,30 +421,40 @@ def test_long_text_is_cut_from_the_right(bos, longest, expected, cut):
     assert (marked(encoded, tokenizer), encoded.cut, encoded.completion_cut) == (expected, cut, 0)
 
 
+@pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("opening", ["", "x" * 900])
-def test_the_beginning_of_a_text_that_is_much_too_long_has_the_tokens_of_the_whole(opening, monkeypatch):
+def test_parts_of_a_text_that_is_much_too_long_have_the_tokens_of_the_whole(opening, bos, monkeypatch):
     """Words, spaces, digits and lines that a cut may part, and merges that reach over a word's whole length."""
     words, rng = ["the", "then", "\n", "\n\n", " ", "12345", "é字", "...", "</s>", "it's", "\t"], random.Random(0)
-    tokenizer = byte_level()
+    tokenizer = byte_level(bos=bos)
     backend = tokenizer.backend_tokenizer
     vocabulary = backend.get_vocab() | {"th": 500, "the": 501, "then": 502, "Ġthe": 503, "12": 504, "Ċth": 505}
     merges = [("t", "h"), ("th", "e"), ("the", "n"), ("Ġ", "the"), ("1", "2"), ("Ċ", "th")]
     backend.model = type(backend.model)(vocabulary, merges)
     backend.pre_tokenizer = type(backend.pre_tokenizer)(add_prefix_space=False, use_regex=True)
-    monkeypatch.setattr("whence.corpus.tokens.MARGIN", 3)
+    monkeypatch.setattr("whence.corpus.long_texts.MARGIN", 3)
+    parts = []
+    monkeypatch.setattr("whence.corpus.tokens.kept_part",
+                        lambda *args, **more: parts.append(kept_part(*args, **more)) or parts[-1])  # fmt: skip
     for longest in (5, 40, 90):
         text = opening + " ".join(rng.choice(words) for _ in range(400))
-        rows = ({"text": text}, prompt_row("Say it: ", text), prompt_row(text, "it"))
-        monkeypatch.setattr("whence.corpus.tokens.LONG", 10**9)
-        whole = [encode(row, tokenizer, longest) for row in rows]
-        monkeypatch.setattr("whence.corpus.tokens.LONG", 64)
+        rows = (
+            {"text": text}, prompt_row("Say it: ", text), prompt_row(text, "it"), prompt_row(text, "it " * 60),
+            prompt_row(text + opening + " so ", "it"), {"prompt": text, "chosen": "it is", "rejected": "is"},
+        )  # fmt: skip
+        monkeypatch.setattr("whence.corpus.long_texts.LONG", 10**9)
+        whole = [encode(row, tokenizer, longest, preferences=CONTRAST) for row in rows]
+        monkeypatch.setattr("whence.corpus.long_texts.LONG", 64)
         for row, expected in zip(rows, whole, strict=True):
-            found = encode(row, tokenizer, longest)
+            parts.clear()
+            found = encode(row, tokenizer, longest, preferences=CONTRAST)
             assert (found.ids, found.supervised) == (expected.ids, expected.supervised)
+            assert (found.rejected and found.rejected.ids) == (expected.rejected and expected.rejected.ids)
             assert (found.cut > 0, found.completion_cut > 0) == (expected.cut > 0, expected.completion_cut > 0)
-            was_read = found.cut == expected.cut
-            assert was_read or row is not rows[2], "the end of a prompt is kept"
-            assert not was_read or row is rows[2] or opening or longest > 5
+            assert found.cut <= expected.cut
+            if longest == 5 and not opening:
+                is_whole = None in parts
+                assert is_whole == ("rejected" in row), "of two answers, each loses as much of the prompt as the other"
 
 
 @given(TEXTS, TEXTS, st.integers(2, 20), st.booleans())

@@ -7,9 +7,7 @@ import pytest
 
 from conftest import contents, save_tiny_llama
 from whence.corpus import templates
-from whence.corpus.tokens import encode
 from whence.errors import ManifestMismatchError, SettingError
-from whence.indexing import layout_check
 from whence.indexing.build import append, index, verify
 from whence.indexing.opening import open_index
 from whence.indexing.store import Store
@@ -121,20 +119,6 @@ def test_index_of_older_rules_says_so_only_if_its_rows_would_change(tmp_path, ca
     (message,) = caplog.messages
     assert "20 of the first 20 rows would be other tokens now" in message
     assert f"whence index MODEL CORPUS -o {tmp_path}/other --restart" in message
-
-
-def test_a_very_long_row_is_not_laid_out_again(tmp_path, caplog, monkeypatch):
-    """Opening an index would wait for it: one of 10 MB takes a minute."""
-    model = save_tiny_llama(tmp_path / "model", chat=True)
-    index(model, [ROWS[0], {"prompt": "word " * 1000, "completion": " no", "system": "Be brief."}], tmp_path / "index",
-          **QUIET)  # fmt: skip
-    made_by_older_rules(tmp_path / "index")
-    laid_out = []
-    monkeypatch.setattr(layout_check, "encode", lambda row, *rest: laid_out.append(row) or encode(row, *rest))
-    monkeypatch.setattr(layout_check, "LONGEST", 1000)
-    open_index(tmp_path / "index").model()
-    assert laid_out == [ROWS[0]]
-    assert "other tokens now" not in caplog.text
 
 
 TURNS = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]

@@ -44,6 +44,25 @@ def _with_computed_offsets(rendered: Rendered, tokenizer: Tokenizer) -> tuple[li
     return ids, offsets + [(0, 0)] * (len(ids) - len(offsets))
 
 
+def tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of a text, and which are supervised; closed where its last turn is."""
+    ids, offsets = with_offsets(rendered, tokenizer)
+    return closed(ids, in_spans(offsets, rendered.spans), rendered, tokenizer)
+
+
+def closed(
+    ids: list[int], supervised: list[bool], rendered: Rendered, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """With the end of its last turn, where that is supervised; the first token never is."""
+    if rendered.closed and tokenizer.eos_token_id is not None:
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
+        supervised[-1] = True
+    if supervised:
+        supervised[0] = False
+    return ids, supervised
+
+
 @functools.cache  # once per process and model, not once per row
 def _warn_of_two_beginnings(model: str, begin: str) -> None:
     logger.warning(

@@ -16,10 +16,7 @@ Boundaries are found in characters, from the tokenizer's offsets over the whole 
 as it was in training. (Tokenising prompt and completion separately gives other tokens where they meet.)
 """
 
-import bisect
 import itertools
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,22 +35,15 @@ from whence.corpus.conversations import (
     said,
 )
 from whence.corpus.layouts import in_layout, is_rejected, segments_of, tools_of, turns_before
+from whence.corpus.long_texts import kept_part
 from whence.corpus.missing import without_missing
-from whence.corpus.offsets import in_spans, with_offsets
+from whence.corpus.offsets import tokenised, with_offsets
 from whence.corpus.preferences import CONTRAST, preferences_of
 from whence.corpus.shapes import IGNORED, LAYOUTS, Row, rejected_side, shape_of
 from whence.corpus.templates import ASSISTANT, LAST, Tokenizer, supervision
 from whence.errors import CorpusError
 from whence.turns import one_at_a_time
 
-LONG = 2**17
-"""Characters of a text whose beginning is tokenised by itself where the rest is cut off."""
-MARGIN = 16
-"""Words between the end of such a beginning and the last token that is taken from it."""
-NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer"))
-"""Normalizers that change no character by those far from it."""
-SPLIT_TEXTS = ("aa bb", "1 2", "! ?", "é ü", "字 字", "a 1", "? a")
-"""Texts that a pre-tokenizer must split, which then splits all texts at spaces at least."""
 LAYOUT_VERSION = 4
 """Version of the rules by which rows become tokens. Version 1, which no index names, closed only the last turn under
 some chat templates, knew no role `gpt`, read no `tools`, `system`, `history` and `weight`, took NaN for a word, and
@@ -74,7 +64,7 @@ class Encoded:
     cut: int = 0
     """Tokens left out because the row is too long: from the left of a prompt, from the right of a text.
 
-    Of a text that is much too long, at least so many: its end is not tokenised.
+    Of a text or a prompt that is much too long, at least so many: what is left out is not tokenised (`long_texts`).
     """
     completion_cut: int = 0
     """Supervised tokens among them, of an answer that is too long by itself; likewise."""
@@ -115,7 +105,8 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int | None = None, *, pre
     Raises:
         CorpusError: The row has none of the layouts, or the chat template refuses its messages.
     """
-    sides = [_encoded(side, tokenizer, max_tokens) for side in sides_of(without_missing(row), tokenizer, preferences)]
+    rows = sides_of(without_missing(row), tokenizer, preferences)
+    sides = [_encoded(side, tokenizer, max_tokens, is_side=len(rows) > 1) for side in rows]
     if len(sides) == 1:
         return sides[0]
     most = max(side.prompt_cut for side in sides)
@@ -135,7 +126,7 @@ def sides_of(row: Row, tokenizer: Tokenizer, preferences: str | None = None) -> 
     return [row] if other is None else [shape.read(row), other]
 
 
-def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None) -> Encoded:
+def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None, *, is_side: bool = False) -> Encoded:
     kind, columns = in_layout(row)
     if kind == "tokens":
         return _truncated(*token_ids_of(columns, tokenizer), max_tokens, keep_left=True, tokenizer=tokenizer)
@@ -146,51 +137,10 @@ def _encoded(row: Row, tokenizer: Tokenizer, max_tokens: int | None) -> Encoded:
         ids, supervised = _segment_ids(segments_of(columns) or [], tokenizer)
         return _truncated(ids, supervised, max_tokens, keep_left=True, tokenizer=tokenizer)
     keep_left = kind == "text"
-    if max_tokens is not None and len(rendered.text) > LONG:
-        begun = _from_beginning(rendered, tokenizer, max_tokens, keep_left=keep_left)
-        if begun is not None:
-            return begun
-    ids, supervised = _tokenised(rendered, tokenizer)
+    part = None if max_tokens is None else kept_part(rendered, tokenizer, max_tokens, keep_left=keep_left,
+                                                     is_side=is_side)  # fmt: skip
+    ids, supervised = tokenised(rendered, tokenizer) if part is None else part
     return _truncated(ids, supervised, max_tokens, keep_left=keep_left, tokenizer=tokenizer)
-
-
-def _from_beginning(rendered: Rendered, tokenizer: Tokenizer, max_tokens: int, *, keep_left: bool) -> Encoded | None:
-    """As `encode`, from the beginning of a long text, where that is all that is kept; else None.
-
-    A tokenizer that splits texts into words reads each by itself, and no expression that splits looks further than some
-    words ahead. So ids that lie `MARGIN` words before the end of a beginning are those of the whole text.
-    """
-    if not _splits_into_words(tokenizer):
-        return None
-    size = LONG // 2
-    while (size := 2 * size) < len(rendered.text) // 2:
-        beginning = replace(rendered, text=rendered.text[:size])
-        ids, offsets = with_offsets(beginning, tokenizer)
-        words = re.findall(r"\s*\S+", beginning.text[-LONG // 2 :])
-        if len(words) <= MARGIN:
-            continue
-        safe = size - len("".join(words[-MARGIN:]))
-        count = bisect.bisect_right(offsets, safe, key=lambda offset: offset[1])
-        ids, supervised = ids[:count], [False, *in_spans(offsets[1:count], rendered.spans)]
-        if keep_left and count > max_tokens:
-            return _truncated(ids, supervised, max_tokens, keep_left=True, tokenizer=tokenizer)
-        if not keep_left and True in supervised and count - max_tokens >= supervised.index(True):
-            encoded = _truncated(ids, supervised, max_tokens, keep_left=False, tokenizer=tokenizer)
-            if encoded.completion_cut:
-                return encoded
-    return None
-
-
-def _splits_into_words(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer splits texts at spaces at least, and changes no character by those far from it."""
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
-    if backend is None or backend.pre_tokenizer is None:
-        return False
-    if backend.normalizer is not None:
-        normalizer = json.loads(backend.normalizer.__getstate__())
-        if not {member["type"] for member in normalizer.get("normalizers", [normalizer])} <= NORMALIZERS:
-            return False
-    return all(len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1 for text in SPLIT_TEXTS)
 
 
 def render(row: Row, tokenizer: Tokenizer) -> Rendered | None:
@@ -340,7 +290,7 @@ def encode_query(
     """
     chat = kind in ("instruction", "messages")
     rendered = _request(as_text(prompt), as_text(completion), tokenizer, chat=chat, context=context)
-    return Encoded(*_tokenised(replace(rendered, closed=rendered.closed and kind != "text"), tokenizer))
+    return Encoded(*tokenised(replace(rendered, closed=rendered.closed and kind != "text"), tokenizer))
 
 
 def _request(prompt: str, completion: str | None, tokenizer: Tokenizer, *, chat: bool, context: Row | None) -> Rendered:
@@ -372,18 +322,6 @@ def _answer(completion: str | None, context: Row) -> dict[str, object] | None:
     own: dict[str, object] = context.get("answer") or {}
     is_own = bool(own) and as_text(said(own)) == completion
     return own | {"weight": 1} if is_own else {"role": "assistant", "content": completion}
-
-
-def _tokenised(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    ids, offsets = with_offsets(rendered, tokenizer)
-    supervised = in_spans(offsets, rendered.spans)
-    if rendered.closed and tokenizer.eos_token_id is not None:
-        if not ids or ids[-1] != tokenizer.eos_token_id:
-            ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
-        supervised[-1] = True
-    if supervised:
-        supervised[0] = False
-    return ids, supervised
 
 
 def _truncated(

@@ -18,8 +18,6 @@ from whence.indexing.store import Store
 
 ROWS = 64
 """Rows that are laid out again."""
-LONGEST = 2**18
-"""Characters of a row, as JSON, that is laid out again: one of 10 MB takes a minute, and opening waits for it."""
 READ_LATER = {
     1: {"messages": ("tools", "system"), "instruction": ("system", "history")},
     2: {"messages": ("system",)},
@@ -80,17 +78,17 @@ def _changed_rows(store: Store, tokenizer: Tokenizer) -> tuple[int, int]:
     if place is None:
         return 0, 0
     try:
-        stored = zip(store.read_part(place[1])[:ROWS], store.shard(*place).tokens.tolist(), strict=False)
+        rows, tokens = store.read_part(place[1])[:ROWS], store.shard(*place).tokens.tolist()
     except ChecksumError:
         return 0, 0  # whoever reads the damaged file says so
     version = settings.get("layout_version")
-    rows = [(json.loads(row["row"]), count) for row, count in stored if len(row["row"]) <= LONGEST]
+    first = [json.loads(row["row"]) for row in rows]
     is_old = version is not None or bool(tokenizer.chat_template)
-    is_old |= bool(rows) and _layout_now(rows[0][0], settings.get("preferences")) != settings["layout"]
+    is_old |= bool(rows) and _layout_now(first[0], settings.get("preferences")) != settings["layout"]
     versions = range(version or 1, (max(READ_LATER) if version else 1) + 1)
     changed = (
         _is_changed(row, count, tokenizer, settings["max_tokens"], versions) or (is_old and _is_other_pair(row))
-        for row, count in rows
+        for row, count in zip(first, tokens, strict=False)
     )
     return sum(changed), len(rows)
 
