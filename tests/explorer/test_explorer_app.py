@@ -86,6 +86,8 @@ def test_a_session_says_what_there_is(page, place):
     ]
     methods = {method["name"]: method for method in own["methods"]}
     assert methods["cosine"]["of_tokens"] and methods["bm25"]["is_ready"]
+    ignored = {name: method["ignores"] for name, method in methods.items()}
+    assert (ignored["cosine"], ignored["bm25"], ignored["ekfac"]) == ([], ["span", "contrast"], ["contrast"])
     assert not methods["ekfac"]["is_ready"] and "whence curvature" in methods["ekfac"]["note"]
 
 

@@ -222,6 +222,15 @@ def test_methods_stand_side_by_side(visit):
     assert page.locator("text=EK-FAC is not ready").count()
 
 
+def test_a_method_that_takes_no_notice_of_the_tokens_chosen_says_so(visit):
+    page = visit(f"{ASKED}&method=bm25&tokens=1-3&contrast=+no")
+    page.wait_for_selector(
+        "#verdict:has-text('Left out: the tokens chosen and the contrast. BM25 compares whole texts.')"
+    )
+    page.click("#all-tokens")
+    page.wait_for_selector("#verdict:has-text('Left out: the contrast. BM25')")
+
+
 def test_the_corpus_is_searched(visit):
     page = visit()
     page.click('#views [data-key="search"]')

@@ -23,6 +23,7 @@ from whence.tracing.answer_tokens import about
 from whence.tracing.levels import Shape, cost, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.nulls import nulls
+from whence.tracing.pipeline import ignored_parts
 from whence.tracing.queries import query_vectors
 from whence.tracing.results import Null
 
@@ -88,7 +89,14 @@ def _method(explored: ExploredIndex, name: str, label: str) -> dict[str, Any]:
         note = f"Measure it once: whence curvature {explored.name} -o DIR. Then: whence explore --curvature DIR"
     elif name in ("ekfac", "tracin", "tracin_cosine", "embedding"):
         note = f"{note}: {SLOW}"
-    return {"name": name, "label": label, "of_tokens": name in OF_TOKENS, "is_ready": is_ready, "note": note}
+    return {
+        "name": name,
+        "label": label,
+        "of_tokens": name in OF_TOKENS,
+        "ignores": ignored_parts(name),
+        "is_ready": is_ready,
+        "note": note,
+    }
 
 
 def _examples(explored: ExploredIndex) -> list[str]:

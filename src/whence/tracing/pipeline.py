@@ -38,6 +38,9 @@ from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
 from whence.training.step_log import FOLDER, RECORD
 
+PARTS = ("span", "contrast")
+"""What a question may have beside its completion."""
+
 
 class _Reading(TypedDict):
     """How rows become queries: arguments of `queries_of`."""
@@ -210,15 +213,22 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
     notes = []
     if settings.top > rankable:
         notes.append(f"--top {settings.top}: only {number_of(rankable, 'row')} can be ranked; all are shown.")
-    scorer = catalogue.trace_method(settings.method).scorer
-    if scorer is None:
-        return notes
-    if catalogue.SCORERS[scorer].is_signed or catalogue.SCORERS[scorer].needs_index:
-        if any(query.contrast is not None for query in queries):
-            notes.append(f"--method {settings.method} is of one completion: the contrast is left out of it.")
-    elif any(query.span is not None or query.contrast is not None for query in queries):
+    left_out = ignored_parts(settings.method)
+    has_span, has_contrast = (any(getattr(query, part) is not None for query in queries) for part in PARTS)
+    if "span" in left_out and (has_span or has_contrast):
         notes.append(f"--method {settings.method} compares whole texts: the span and the contrast are left out of it.")
+    elif "contrast" in left_out and has_contrast:
+        notes.append(f"--method {settings.method} is of one completion: the contrast is left out of it.")
     return notes
+
+
+def ignored_parts(method: str) -> tuple[str, ...]:
+    """Which `PARTS` of a question a method leaves out."""
+    scorer = catalogue.trace_method(method).scorer
+    if scorer is None:
+        return ()
+    reads_tokens = catalogue.SCORERS[scorer].is_signed or catalogue.SCORERS[scorer].needs_index
+    return ("contrast",) if reads_tokens else PARTS
 
 
 def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[str]:

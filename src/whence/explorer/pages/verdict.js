@@ -9,17 +9,26 @@ function draw(note = null) {
   const { ranking } = state;
   if (!ranking) return byId("verdict").replaceChildren();
   const { verdict, level, stands_out: standsOut, method } = ranking;
+  const left = leftOutWords(methodOf(method));
   if (!isInfluence(method))
-    return show(`${labelOf(method)} does not measure what training on an example does to the answer.`, "", false);
+    return show(`${labelOf(method)} does not measure what training on an example does to the answer.`, left, false);
   if (!methodOf(method).of_tokens || ranking.isLevelUnknown)
     return show(
       "",
-      "What chance reaches is not known here: an order alone does not say that the first examples matter.",
+      `${left} What chance reaches is not known here: an order alone does not say that the first examples matter.`.trim(),
       false,
     );
   const reaches = level ? levelWords(level) : (note ?? "What chance reaches is being measured.");
   if (verdict) return show(verdict, reaches, standsOut);
   show(bestWords(ranking), reaches, false);
+}
+
+// What of the question the method takes no notice of.
+function leftOutWords({ label, ignores }) {
+  const asked = { span: state.stretches.length && "the tokens chosen", contrast: state.answer?.contrast && "the contrast" };
+  const parts = ignores.map((part) => asked[part]).filter(Boolean);
+  const why = ignores.includes("span") ? "compares whole texts" : "is of one completion";
+  return parts.length ? `Left out: ${parts.join(" and ")}. ${label} ${why}.` : "";
 }
 
 function levelWords({ z, words }) {
