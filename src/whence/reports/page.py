@@ -1,16 +1,19 @@
-"""Parts of the pages without a script: those of a selection, of a recovery, of an ablation and of a mixing law.
+"""Parts of the pages that are whole without a script: of a selection, a recovery, an ablation and a mixing law.
 
 Corpus text is untrusted: whatever comes from a row, a source or a file's name goes through `escaped` or `cut`, which
-escape it, and the page's policy allows no script and no address at all. The policy forbids inline styles too, so widths
-come as attributes of SVG.
+escape it, and the page's policy allows no address at all and no script but the page's own. The policy forbids inline
+styles too, so widths come as attributes of SVG.
 """
 
 import base64
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import Any
 
 from whence.corpus.layouts import Row, shown_text
 from whence.reports.svg import escaped
@@ -23,7 +26,9 @@ BESIDE, IN_LINE, FEWER = 3, 5, 4
 """Most columns of numbers beside a picture on a telephone; under it in one line; and in each of several lines."""
 
 
-def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
+def document(
+    about: str, title: str, body: Iterable[str], *styles: str, script: str | None = None, data: Any = None
+) -> str:
     """A whole page.
 
     Args:
@@ -31,15 +36,28 @@ def document(about: str, title: str, body: Iterable[str], *styles: str) -> str:
         title: The same.
         body: Sections; empty ones are left out.
         styles: Files of the package beside those that all reports have.
+        script: A file of the package that makes the page more than it is without; it reads `data`.
+        data: What it reads, as JSON.
     """
     style = "".join(packaged(file) for file in (*SHARED, "base.css", "report.css", *styles))
+    code, scripts = None, ""
+    if script is not None:
+        code = packaged(script)
+        scripts = f'<script type="application/json" id="data">{embedded(data)}</script>\n<script>{code}</script>'
     return Template(packaged("report.html")).substitute(
-        policy=content_policy(style),
+        policy=content_policy(style, code),
         about=escaped(about),
         title=escaped(title),
         style=style,
         body="\n".join(part for part in body if part),
+        scripts=scripts,
     )
+
+
+def embedded(value: Any) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def packaged(name: str) -> str:
@@ -85,10 +103,12 @@ def fact_list(pairs: Mapping[str, str]) -> str:
 
 
 def _unbroken(name: str, value: str) -> str:
-    """A fact as text; the words of a command, such as --top, break at no hyphen."""
-    if name != "command":
-        return escaped(value)
-    return " ".join(f'<span class="word">{escaped(word)}</span>' for word in value.split(" "))
+    """A fact as text; flags, such as --top, and the other words of a command break at no hyphen."""
+    words = ((word, escaped(word)) for word in value.split(" "))
+    is_whole = name == "command"
+    return " ".join(
+        f'<span class="word">{shown}</span>' if is_whole or word.startswith("--") else shown for word, shown in words
+    )
 
 
 def table(head: str, rows: Sequence[str], *, stacks: bool = True) -> str:

@@ -1,13 +1,15 @@
-"""A selection as one HTML file that can be sent to a colleague: it runs nothing, loads nothing and needs no server.
+"""A selection as one HTML file that can be sent to a colleague: it loads nothing, sends nothing and needs no server.
 
 What was chosen stands beside the pool that it was chosen from, by source, by length and by score; then the rows at both
-ends of the choice and just below it, and what was left out and why. Corpus text is untrusted: it is escaped, and the
-page's policy allows no script and no address at all.
+ends of the choice and just below it, and what was left out and why. A slider shows the sources under another budget
+(`selection.other_budgets`). Corpus text is untrusted: it is escaped, the one script reads numbers alone, and the page's
+policy allows no other script and no address at all.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from html import escape
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,7 @@ from whence.reports.page import axis, bars, cut, document, escaped, fact_list, p
 from whence.reports.select_tables import nearness_sentence
 from whence.selection.choice import BELOW
 from whence.selection.description import composition, lengths, nearness
+from whence.selection.other_budgets import steps
 from whence.selection.pipeline import Chosen
 
 FIRST, LAST, NEAREST = 10, 5, 5
@@ -37,12 +40,13 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
     """
     selection, settings = chosen.selection, chosen.settings
     tokens = f", {number_of(selection.tokens, 'token')}" if selection.tokens else ""
+    budgets = _budgets(chosen)
     lead = f"{len(selection.rows):,} of {number_of(len(selection.reasons), 'row')}{tokens}"
     body = [
         f'<p class="lead">{escaped(lead)}</p><p class="how">by {escaped(settings["method"])}, '
         f"{escaped(settings['selector'])}</p>",
         *(f'<p class="note">{escaped(note)}</p>' for note in selection.notes),
-        _sources(chosen),
+        _sources(chosen, budgets),
         _answers(chosen),
         _distributions(chosen),
         _targets(chosen),
@@ -51,15 +55,40 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
         _left_out(chosen),
         section("How this was made", fact_list(settings)),
     ]
-    return document("the rows to train on", f"Whence: {lead}, by {settings['method']}", body)
+    title = f"Whence: {lead}, by {settings['method']}"
+    script = None if budgets is None else "select_page.js"
+    return document("the rows to train on", title, body, "select_page.css", script=script, data=budgets)
 
 
 _KEY = '<span class="key"><i></i>chosen<i class="pool"></i>the pool</span>'
 
 
-def _sources(chosen: Chosen) -> str:
+def _budgets(chosen: Chosen) -> dict[str, Any] | None:
+    """What `select_page.js` reads; None where there is no other budget to see."""
+    lines = composition(chosen)
+    told = steps(chosen.candidates, chosen.order, [line["source"] for line in lines], len(chosen.rows))
+    if len(told) < 2:
+        return None
+    largest = max(count / step.rows for step in told for count in step.by_source)
+    total = len(chosen.selection.reasons)
+    return {
+        "steps": [[step.rows, step.tokens, step.score, step.by_source, step.tokens_by_source] for step in told],
+        "chosen": len(chosen.rows),
+        "pool": [line["pool_rows"] for line in lines],
+        "largest": max(largest, *(line["pool_rows"] / total for line in lines)),
+        "rankable": len(chosen.order),
+    }
+
+
+_SLIDER = (
+    '<div class="budget" id="budget" hidden><label for="size">Another budget</label>'
+    '<input id="size" type="range" min="0" step="1"><output for="size"></output><p class="say"></p></div>'
+)
+
+
+def _sources(chosen: Chosen, budgets: dict[str, Any] | None) -> str:
     total, lines = len(chosen.selection.reasons), composition(chosen)
-    largest = max(max(line["share"], line["pool_rows"] / total) for line in lines)
+    largest = budgets["largest"] if budgets else max(max(line["share"], line["pool_rows"] / total) for line in lines)
     rows = []
     for line in lines:
         pool = line["pool_rows"] / total
@@ -70,7 +99,8 @@ def _sources(chosen: Chosen) -> str:
         rows.append(f'<tr><td>{escaped(line["source"] or "-")}</td><td class="wide">{drawn}</td>{numbers}</tr>')
     names = ["rows", "share", "of the pool", "times the pool's"] + (["tokens"] if chosen.selection.tokens else [])
     head = "<th>source</th><th></th>" + "".join(f'<th class="n">{name}</th>' for name in names)
-    return section("Where the rows come from", table(head, rows), _KEY)
+    drawn = f'<div id="sources">{table(head, rows)}</div>'
+    return section("Where the rows come from", (_SLIDER if budgets else "") + drawn, _KEY)
 
 
 def _answers(chosen: Chosen) -> str:

@@ -11,9 +11,7 @@ bytes a number in place of the 10 of JSON, wrong by 1 part in 65,000 of that ent
 
 import base64
 import html
-import json
 import math
-import re
 from string import Template
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
-from whence.reports.page import SHARED, content_policy, packaged
+from whence.reports.page import SHARED, content_policy, embedded, packaged
 from whence.reports.text import encodable, visible
 from whence.reports.trace_tables import reranking_words
 from whence.tracing.results import AND_NOT, Hit, Null, TokenMatrix, Trace
@@ -49,14 +47,8 @@ def trace_page(trace: Trace) -> str:
         title=html.escape(f"Whence: {' '.join(_visible(prompt[:200]).split())[:80]}"),
         style=style,
         script=script,
-        data=_json(_trace(trace)),
+        data=embedded(_trace(trace)),
     )
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _trace(trace: Trace) -> dict[str, Any]:

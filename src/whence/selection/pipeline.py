@@ -35,7 +35,8 @@ from whence.selection import frozen_adam as frozen
 from whence.selection.answers import AnswerShare, answer_shares, collapse
 from whence.selection.budget import Budget, Limits, no_index_for
 from whence.selection.choice import Candidates, Selection, choose
-from whence.selection.protocols import QueryText, Scorer, Target, View
+from whence.selection.other_budgets import full_order
+from whence.selection.protocols import Pick, QueryText, Scorer, Target, View
 from whence.selection.settings import SelectSettings, described_settings
 from whence.selection.views import CorpusView, IndexView, refuse_contrasts
 from whence.storage import Place
@@ -61,6 +62,9 @@ class Chosen:
 
     columns: Mapping[str, str] = field(default_factory=dict)
     """Names that Whence reads, and the rows' own in their place, under which they are written; see `corpus.columns`."""
+    order: list[Pick] = field(default_factory=list)
+    """All rows that may be chosen, best first, the chosen ones in front; see `other_budgets`. Empty where sources have
+    limits."""
 
     to_arrow = outlets.to_arrow
     to_pandas = outlets.to_pandas
@@ -201,7 +205,9 @@ def _select_each(
             selection.notes.append(warning)
         texts = [f"{query.prompt} {query.completion}".strip() for query in queries]
         described = described_settings(settings, budget, targets, view)
-        out[name] = Chosen(selection, rows, candidates, described, texts, answers, dict(view.columns))
+        has_limits = bool(settings.caps or settings.floors)
+        order = [] if has_limits else full_order(candidates, selector, selection)
+        out[name] = Chosen(selection, rows, candidates, described, texts, answers, dict(view.columns), order)
     return out
 
 
