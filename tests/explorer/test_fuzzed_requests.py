@@ -4,6 +4,8 @@ import pytest
 from benchmarks.explorer.fuzz import answer_of, failure, operations, send, served
 from schemathesis.generation import GenerationMode
 
+from whence.explorer.waiting_line import FAILED
+
 EXAMPLES = 6
 """Of each address, well formed and malformed each; `benchmarks.explorer.fuzz` sends a thousand."""
 ADDRESSES = 11
@@ -41,5 +43,13 @@ def test_a_failure_is_told():
 
     assert failure(Response(200, "{}")) is None
     assert failure(Response(422, '{"error": "so"}')) is None
-    for status, text in ((500, "{}"), (200, "Traceback"), (404, "Not found"), (404, '{"error": ""}'), (404, "[]")):
+    assert failure(Response(200, "a row about a Traceback")) is None
+    for status, text in (
+        (500, "{}"),
+        (200, FAILED),
+        (422, '{"error": "Traceback"}'),
+        (404, "Not found"),
+        (404, '{"error": ""}'),
+        (404, "[]"),
+    ):
         assert failure(Response(status, text))

@@ -32,6 +32,8 @@ KEPT = ("eos_token_id", "stop_strings", "bos_token_id", "pad_token_id", "decoder
 OnToken = Callable[[int, float], None]
 """Called with each token of an answer and its probability, as soon as it is chosen."""
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest token is as good as certain, and logits / temperature may leave the numbers' range."""
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings that decide nothing in a greedy answer."""
 
@@ -55,7 +57,8 @@ def generate(
         loaded: The model; see `ends_of` for the tokens that end an answer.
         prompts: Token ids, as `corpus.tokens.encode_prompt` gives them.
         max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token; above 0, tokens are drawn from the softmax of logits / temperature.
+        temperature: 0 takes the likeliest token, and so does less than `LEAST_TEMPERATURE`; above, tokens are drawn
+            from the softmax of logits / temperature.
         seed: Seed of the drawn tokens; each prompt has its own random numbers, which depend on its token ids.
         on_token: Of one prompt, called with each token as it is chosen; what it raises ends the answer.
 
@@ -70,7 +73,7 @@ def generate(
     if on_token is not None and len(prompts) > 1:
         raise SettingError(f"{len(prompts)} prompts: tokens are told as they are chosen of one prompt alone")
     answers: list[list[int]] = [[] for _ in prompts]
-    if temperature > 0:
+    if temperature >= LEAST_TEMPERATURE:
         for number, prompt in enumerate(prompts):
             with torch.random.fork_rng():
                 torch.manual_seed(mixed_seed(seed, "generate", *map(str, prompt)))
