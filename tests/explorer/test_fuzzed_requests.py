@@ -44,12 +44,6 @@ def test_a_failure_is_told():
     assert failure(Response(200, "{}")) is None
     assert failure(Response(422, '{"error": "so"}')) is None
     assert failure(Response(200, "a row about a Traceback")) is None
-    for status, text in (
-        (500, "{}"),
-        (200, FAILED),
-        (422, '{"error": "Traceback"}'),
-        (404, "Not found"),
-        (404, '{"error": ""}'),
-        (404, "[]"),
-    ):
+    refusals = ["Not found", '{"error": ""}', "[]", '{"error": "Traceback"}']
+    for status, text in [(500, "{}"), (200, FAILED), *((404, text) for text in refusals)]:
         assert failure(Response(status, text))

@@ -33,6 +33,11 @@ def test_each_token_is_told_with_its_probability(loaded, temperature):
     assert [p for _, p in told] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1.1754943508222875e-38, 1e-9])
+def test_a_temperature_that_no_number_can_be_divided_by_takes_the_likeliest_token(loaded, temperature):
+    assert generate(loaded, [[3, 4, 5]], 6, temperature=temperature) == generate(loaded, [[3, 4, 5]], 6)
+
+
 def test_what_is_raised_ends_the_answer(loaded):
     told = []
 
