@@ -11,7 +11,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
              they did there, the others are taken from that file, and the bank takes minutes in place of hours
     index    the default index at the end of the training, and one as Adam would use gradients
     replay   scores of every row for every query through the whole training, with the Hessian's products and without;
-             QUERIES_AT_ONCE queries a time, each part kept
+             QUERIES_AT_ONCE queries a time, each part kept, of a bank of the page's size beside the results too
     curvature  `whence curvature` of that index
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
              benchmarks/evaluation/results/banks.json, as all tables
@@ -35,6 +35,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -273,6 +274,9 @@ def stage_replay(options: argparse.Namespace) -> None:
     for name, hessian in WAYS.items():
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             file = options.work / f"{name}-{first:03d}.parquet"
+            kept = RESULTS.with_name(f"{options.bank}_{file.name}".replace(" ", "_"))
+            if not file.exists() and results(options) == RESULTS and kept.exists():
+                shutil.copy(kept, file)  # of the training that the bank's losses are of
             if file.exists():
                 continue
             some, start = queries[first : first + QUERIES_AT_ONCE], time.perf_counter()
@@ -286,6 +290,8 @@ def stage_replay(options: argparse.Namespace) -> None:
                 columns["score"] += scores.tolist()
             table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
             pyarrow.parquet.write_table(table, file)
+            if results(options) == RESULTS:
+                shutil.copy(file, kept)
             drift = max((share for _, share in found.drifts), default=0.0)
             print(f"{name}, queries from {first}: {seconds:.0f} s, drift {drift:.1e}", flush=True)
     if not (options.work / "mean.json").exists():  # what one task costs
