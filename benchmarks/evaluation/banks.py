@@ -46,6 +46,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
+from benchmarks.evaluation.magic import of_first_queries
 from transformers import AutoTokenizer
 
 from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, make_parent
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=SIZE[0])
     parser.add_argument("--rows", type=int, default=SIZE[1], help="of each source")
     parser.add_argument("--queries", type=int, default=SIZE[2])
+    parser.add_argument("--first", type=int, help="lds: of so many of the queries alone, such as those replayed so far")
     parser.add_argument("--share", type=float, default=0.01, help="of the rows, left out at once")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each line of the removal")
     parser.add_argument("--seed", type=int, default=0)
@@ -313,7 +315,7 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
     """What every table reads beside the bank: two indexes, and the scores of methods that go through the training."""
     work, files, costs = options.work, {}, {}
     for name in WAYS:
-        if len([*work.glob(f"{name}-*.parquet")]) * QUERIES_AT_ONCE >= options.queries:
+        if len([*work.glob(f"{name}-*.parquet")]) * QUERIES_AT_ONCE >= (options.first or options.queries):
             files[name], costs[name] = gathered(options, name)
     files["in-run"] = str(work / "in-run" / "in_run_scores.parquet")
     indexes = {"": str(work / "index"), "adam": str(work / "adam")}
@@ -323,6 +325,7 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
 def stage_lds(options: argparse.Namespace) -> None:
     """The table."""
     work, bank = options.work, open_bank(str(options.work / "bank"))
+    bank = bank if options.first is None else of_first_queries(bank, options.first)
     found = evaluate_lds(bank, [*METHODS, *curved(options).values()], **scored(options), progress=True)
     first, *others = (marks.method for marks in found.table.marks)
     differences = {name: found.table.difference(first, name)._asdict() for name in others}
@@ -330,7 +333,8 @@ def stage_lds(options: argparse.Namespace) -> None:
     mean = work / "mean.json"
     task = json.loads(mean.read_text())["seconds"] / training if mean.exists() else None
     rows = named(options, found.rows())
-    keep(options, "lds", {"rows": rows, "settings": dict(found.settings), "training seconds": training,
+    name = "lds" if options.first is None else f"lds of the first {options.first} queries"
+    keep(options, name, {"rows": rows, "settings": dict(found.settings), "training seconds": training,
                           "best": first, "less each other": differences, "replay of the mean, in trainings": task,
                           "date": today()})  # fmt: skip
     for marks in found.table.marks:

@@ -70,7 +70,7 @@ def main() -> None:
         score_by_replay(options)
         return
     costs = {tool: costs_of(options, tool) for tool in ("replay", "bergson")}
-    scores = {tool: np.load(options.work / f"{tool}.npy") for tool in costs}
+    scores = {tool: np.load(options.work / f"{tool}.npy")[: options.queries] for tool in costs}
     found: dict[str, Any] = {
         "machine": machine(), "versions": json.loads((options.work / "versions.json").read_text()),
         "date": time.strftime("%Y-%m-%d"), "run": str(options.run), "save_mode": options.save_mode, "cost": costs,
@@ -131,7 +131,8 @@ def score_by_bergson(options: argparse.Namespace, file: Path) -> None:
     flags |= {"max_grad_norm": optimizer.clip} if optimizer.clip else {}
     words = [options.python, "-m", "bergson", "magic", str(work / "bergson"), "--overwrite", "true",
              *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]  # fmt: skip
-    measured(words, work / "bergson.txt", work / "bergson.measured.json")
+    if not (work / "bergson.measured.json").exists():
+        measured(words, work / "bergson.txt", work / "bergson.measured.json")
     parts = [torch.load(work / "bergson" / "per_query" / f"q{k}.pt", weights_only=True) for k in range(options.queries)]
     laid = torch.tensor(json.loads((work / "laid.json").read_text()))
     by_row = torch.zeros(len(parts), count + 1, dtype=torch.float64)  # the last: of blank rows

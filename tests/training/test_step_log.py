@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from whence.storage import Place
 from whence.training import replay as replay_module
 from whence.training import unfinished_replay
 from whence.training.dry_run import plan_training
-from whence.training.replay import replay
+from whence.training.replay import Replayed, replay
 from whence.training.replayed_run import open_replayable
 from whence.training.step_log import FOLDER, StepRecorder, open_log
 from whence.training.trainer import train
@@ -263,6 +264,28 @@ def test_a_run_that_does_not_come_out_is_refused(models, corpus, tmp_path, every
     object.__setattr__(opened.log, "state", moved)
     with pytest.raises(ModelError, match=r"that after step 8 is \d+\.\d% off the stored one"):
         scores_of(opened)
+
+
+def test_scores_of_a_derivative_that_exploded_are_not_to_be_believed(run, monkeypatch, caplog):
+    """A loss moves by no more than a guess has: half the length of a loss's scores is what random halves would do."""
+    assert Replayed(torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.float64), (), ()).of_a_half.tolist() == [
+        2.5,
+        0.5,
+    ]
+    found = trace(run, queries=QUERIES, method="replay", top=3)
+    select(run, QUERIES, method="replay", count=5)
+    assert not any("not to be believed" in note for note in [*found.notes, *caplog.messages])
+
+    def exploded(*args, **more):
+        replayed = replay(*args, **more)
+        return replace(replayed, scores=replayed.scores * 1000 / replayed.of_a_half.max())
+
+    monkeypatch.setattr("whence.tracing.replaying.replay", exploded)
+    monkeypatch.setattr("whence.selection.scorers.replay.replay", exploded)
+    notes = trace(run, queries=QUERIES, method="replay", top=3).notes
+    assert any("random half of the rows would move a loss by 1,000 nats, and a guess" in note for note in notes)
+    select(run, QUERIES, method="replay", count=5)
+    assert "not to be believed" in caplog.text
 
 
 def test_a_trace_by_replay_is_drawn_and_stored(run, tmp_path):

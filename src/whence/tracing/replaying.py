@@ -26,7 +26,7 @@ from whence.selection.pipeline import build_scorer
 from whence.tracing.own_answers import notes_on
 from whence.tracing.queries import Query, Sampling, encode_queries
 from whence.tracing.results import Hit, Trace
-from whence.training.replay import replay
+from whence.training.replay import instability, replay
 from whence.training.replayed_run import ReplayableRun, open_replayable
 
 METHOD = "replay"
@@ -72,6 +72,7 @@ def replayed_trace(
         replayed = replay(opened.losses, opened.log, targets, hessian=scorer.hessian, is_resumable=True,
                           progress=progress)  # fmt: skip
         scores = replayed.scores
+        notes += instability(replayed, len(opened.model.tokenizer))
         described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in replayed.losses[:10])
     else:
         with shown_as(progress, "Tracing"):

@@ -27,6 +27,7 @@ once grew a thousandfold, such as those of rare tokens: after 36 steps weights w
 Source: Ilyas and Engstrom 2025, MAGIC (metagradients by replay), for Adam; Hara et al. 2019, for SGD.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,32 @@ class Replayed:
     """What the replay took, from its first step on."""
     seconds_before: float = 0.0
     """That part of it which calls before this one took: it went on from where they were stopped."""
+
+    @property
+    def of_a_half(self) -> Float64[Tensor, " q"]:
+        """Standard deviation, in nats, of what leaving out a random half of the rows would do to each loss by these
+        scores: rows leave independently, so that it is half the length of a loss's scores.
+        """
+        return self.scores.norm(dim=1) / 2
+
+
+def instability(replayed: Replayed, tokens: int) -> list[str]:
+    """A note where scores are of a size that no loss can move by: then the training's derivative exploded.
+
+    Args:
+        replayed: The scores.
+        tokens: In the vocabulary: a guess among all of them has a loss of their number's logarithm, and hardly any loss
+            is larger. In a training from scratch at a high rate a random half of the rows moved losses by .7 nats, and
+            by 200 as the scores had it (docs/results/evaluation.md).
+    """
+    most, guess = float(replayed.of_a_half.max()), math.log(tokens)
+    if not most > guess:
+        return []
+    return [
+        "the scores are not to be believed: by them, leaving out a random half of the rows would move a loss by "
+        f"{most:,.0f} nats, and a guess among all tokens has {guess:.1f}. The training is too unstable for its "
+        "derivative, as one from scratch or at a high rate may be; a lower rate or a longer warm-up makes it smoother."
+    ]
 
 
 @one_at_a_time

@@ -6,6 +6,7 @@ the row out adds to the target's loss.
 Source: Ilyas and Engstrom 2025, MAGIC, https://arxiv.org/abs/2504.16430.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +18,10 @@ from torch import Tensor
 from whence.errors import SettingError
 from whence.gradients.exact import sequences_of
 from whence.selection.protocols import Target, View
-from whence.training.replay import replay
+from whence.training.replay import instability, replay
 from whence.training.replayed_run import ReplayableRun
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Replay:
             )
         losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
         replayed = replay(run.losses, run.log, losses, hessian=self.hessian, is_resumable=True)
+        for note in instability(replayed, len(run.model.tokenizer)):
+            logger.warning("%s", note)
         object.__setattr__(self, "seconds_before", replayed.seconds_before)
         scores = torch.full((len(targets), view.rows), -torch.inf)
         scores[:, run.places] = replayed.scores.float()
