@@ -80,7 +80,7 @@ def _ending(rendered: Rendered, tokenizer: Tokenizer, max_tokens: int) -> Part |
             continue
         ids, offsets = with_offsets(part, tokenizer)
         safe = len("".join(words[:MARGIN]))
-        first = next(place for place, (begin, _) in enumerate(offsets) if begin >= safe)
+        first = next((place for place, (begin, _) in enumerate(offsets) if begin >= safe), len(ids))
         opening, _ = with_offsets(replace(rendered, text=rendered.text[: LONG // 2]), tokenizer)
         opening = opening[:1] if opening[:1] == [tokenizer.bos_token_id] else []
         supervised = [False] * len(opening) + in_spans(offsets[first:], spans)
