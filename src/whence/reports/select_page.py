@@ -40,13 +40,14 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
     """
     selection, settings = chosen.selection, chosen.settings
     tokens = f", {number_of(selection.tokens, 'token')}" if selection.tokens else ""
-    budgets = _budgets(chosen)
+    lines = composition(chosen)
+    budgets = _budgets(chosen, lines)
     lead = f"{len(selection.rows):,} of {number_of(len(selection.reasons), 'row')}{tokens}"
     body = [
         f'<p class="lead">{escaped(lead)}</p><p class="how">by {escaped(settings["method"])}, '
         f"{escaped(settings['selector'])}</p>",
         *(f'<p class="note">{escaped(note)}</p>' for note in selection.notes),
-        _sources(chosen, budgets),
+        _sources(chosen, lines, budgets),
         _answers(chosen),
         _distributions(chosen),
         _targets(chosen),
@@ -63,16 +64,15 @@ def select_page(chosen: Chosen, overlaps: Mapping[str, float] | None = None) -> 
 _KEY = '<span class="key"><i></i>chosen<i class="pool"></i>the pool</span>'
 
 
-def _budgets(chosen: Chosen) -> dict[str, Any] | None:
+def _budgets(chosen: Chosen, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What `select_page.js` reads; None where there is no other budget to see."""
-    lines = composition(chosen)
-    told = steps(chosen.candidates, chosen.order, [line["source"] for line in lines], len(chosen.rows))
-    if len(told) < 2:
+    choices = steps(chosen.candidates, chosen.order, [line["source"] for line in lines], len(chosen.rows))
+    if len(choices) < 2:
         return None
-    largest = max(count / step.rows for step in told for count in step.by_source)
+    largest = max(count / step.rows for step in choices for count in step.by_source)
     total = len(chosen.selection.reasons)
     return {
-        "steps": [[step.rows, step.tokens, step.score, step.by_source, step.tokens_by_source] for step in told],
+        "steps": [[step.rows, step.tokens, step.score, step.by_source, step.tokens_by_source] for step in choices],
         "chosen": len(chosen.rows),
         "pool": [line["pool_rows"] for line in lines],
         "largest": max(largest, *(line["pool_rows"] / total for line in lines)),
@@ -86,8 +86,8 @@ _SLIDER = (
 )
 
 
-def _sources(chosen: Chosen, budgets: dict[str, Any] | None) -> str:
-    total, lines = len(chosen.selection.reasons), composition(chosen)
+def _sources(chosen: Chosen, lines: list[dict[str, Any]], budgets: dict[str, Any] | None) -> str:
+    total = len(chosen.selection.reasons)
     largest = budgets["largest"] if budgets else max(max(line["share"], line["pool_rows"] / total) for line in lines)
     rows = []
     for line in lines:

@@ -2,7 +2,7 @@
 
 A selector's order does not depend on the budget, and neither does whether a row is a duplicate of one that comes before
 it. So a smaller choice is the beginning of the larger one, exactly. Rows below the budget were not compared with those
-before them, so that a larger choice may have fewer of them than are told. Caps and floors of sources are shares of a
+before them, so that a larger choice may leave out some as duplicates. Caps and floors of sources are shares of a
 budget: with them another budget is another order.
 """
 
@@ -14,7 +14,7 @@ from whence.selection.choice import BELOW, Candidates, Selection
 from whence.selection.protocols import Pick, Selector
 
 STEPS = 48
-"""Budgets that are told."""
+"""Sizes of choices that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Step:
     tokens: int
     """Of these rows together; 0 where they cannot be counted."""
     score: float
-    """That the last of them is ranked by."""
+    """That the last of them is ranked by, in its method's unit; larger is more helpful."""
     by_source: list[int]
     """Rows of each source."""
     tokens_by_source: list[int]
