@@ -180,7 +180,24 @@ def test_the_keyboard_alone_asks_points_and_opens_a_row(visit):
     page.wait_for_selector("dialog[open] .whole")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="hidden")
-    assert page.evaluate("() => document.activeElement.matches('.example .id')"), "the focus is where it was"
+    page.wait_for_function(IS_ON_A_ROW)
+
+
+IS_ON_A_ROW = "() => document.activeElement.matches('.example .id')"
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["in the list", "below a dialog"])
+def test_the_focus_outlives_the_row_that_it_was_on(visit, is_open):
+    page = visit(ASKED)
+    leaving = page.locator("[data-side=helpful] .example .id").nth(4)
+    leaving.press("Enter") if is_open else leaving.focus()
+    if is_open:
+        page.wait_for_selector("dialog[open] .whole")
+    page.evaluate("sources => (location.hash += `&sources=${encodeURIComponent(sources)}`)", json.dumps(["same"]))
+    page.wait_for_function("() => document.querySelectorAll('[data-side=helpful] .example').length === 1")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="hidden")
+    page.wait_for_function(IS_ON_A_ROW)
 
 
 def _tab_to(page, selector):

@@ -33,14 +33,29 @@ export function toggle(label, isOn, act, attributes = {}) {
 // The children of `parent` become `nodes`, in this order. Nodes that stay are not touched, so that neither the focus
 // nor the place of a scrolled text is lost.
 export function arrange(parent, nodes) {
-  const focused = document.activeElement;
+  const focusAgain = anchor(document.activeElement);
   const staying = new Set(nodes);
   for (const child of [...parent.childNodes]) if (!staying.has(child)) child.remove();
   nodes.forEach((node, place) => {
     const there = parent.childNodes[place];
     if (there !== node) parent.insertBefore(node, there ?? null);
   });
-  if (focused && focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
+  if (document.activeElement === document.body) focusAgain();
+}
+
+// Remembers where `node` is. The function that it returns focuses it or, if it has left the page since, the like of it
+// in what took its place.
+export function anchor(node) {
+  const path = [];
+  for (let at = node; at?.parentNode; at = at.parentNode) path.push([at, [...at.parentNode.children].indexOf(at)]);
+  return () => {
+    const depth = path.findIndex(([at]) => at.isConnected);
+    if (depth < 0) return;
+    const [nearest] = path[depth];
+    const heir = depth ? (nearest.children[path[depth - 1][1]] ?? nearest.lastElementChild ?? nearest) : nearest;
+    const likes = depth ? [...heir.querySelectorAll("button, input, [tabindex]")] : [nearest];
+    (likes.find((like) => like.className === node.className) ?? likes[0])?.focus({ preventScroll: true });
+  };
 }
 
 // The same buttons drawn again: the focus goes to the one with the same key.

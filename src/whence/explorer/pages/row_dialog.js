@@ -1,19 +1,24 @@
 // A row's whole text, in a dialog.
 
 import { get, isAbort } from "./api.js";
-import { button, byId, copyText, el, problemLine } from "./nodes.js";
+import { anchor, button, byId, copyText, el, problemLine } from "./nodes.js";
 import { partsView } from "./row_text.js";
 import { state } from "./state.js";
 import { brief, count, valueName } from "./words.js";
 
 let flight = null;
+let focusAgain = null; // goes back to where the dialog was opened
 
 export async function openRow(row) {
   const dialog = byId("row");
+  const opener = document.activeElement;
   flight?.abort();
   const controller = (flight = new AbortController());
   fill(`Row ${count(row)}`, el("p", { class: "wait" }, "The row is being read."));
-  if (!dialog.open) dialog.showModal();
+  if (!dialog.open) {
+    focusAgain = anchor(opener);
+    dialog.showModal();
+  }
   try {
     const found = await get(`/api/rows/${state.index.id}/${row}`, controller.signal);
     fill(
@@ -66,4 +71,8 @@ function factsView({ row, source, columns }) {
 
 // A click beside the dialog closes it.
 byId("row").addEventListener("click", (event) => event.target === event.currentTarget && event.currentTarget.close());
-byId("row").addEventListener("close", () => flight?.abort());
+// The list below may have changed meanwhile: then the browser finds no node to give the focus back to.
+byId("row").addEventListener("close", () => {
+  flight?.abort();
+  if (!document.activeElement?.checkVisibility() || document.activeElement === document.body) focusAgain?.();
+});
