@@ -11,7 +11,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped:
     agreement   the paper's cosine with the mean gradient against the code's mean of cosines; from an index in bfloat16
                 also the choice at 5% from int8, int4 and one bit against that from bfloat16
     replay      a run on the whole pool that can be replayed, by the warm-up's settings in one epoch, for the method of
-                that name
+                that name; a way back through it for each of a task's 27 or 57 subtasks would take a day, so that its
+                target is the mean loss of a task's examples
     table       every method's 5% (of the pool's tokens), trained on with equal steps, against random, everything and
                 nothing, on held-out rows; cells are kept in WORK/cells-FRACTION. `--turns less` adds what `select`
                 does unless told otherwise: examples choose in turns
@@ -106,6 +107,8 @@ def stage_data(options: argparse.Namespace) -> None:
     found = load(options.data, options.seed)
     files = {"pool": found.pool}
     files |= {f"{task}-examples": rows for task, rows in found.tasks.items()}
+    for task, rows in found.tasks.items():  # as one subtask
+        files[f"{task}-whole"] = [{name: value for name, value in row.items() if name != "task"} for row in rows]
     files |= {f"{task}-graded": rows for task, rows in found.graded.items()}
     for name, rows in files.items():
         (options.work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -195,18 +198,20 @@ class Encoded(IndexView):
 
 def stage_table(options: argparse.Namespace, fraction: float = FRACTION, larger: Path | None = None) -> None:
     """Train and grade: the model that chose, or a larger one."""
-    work, index = options.work, open_index(options.work / "index")
-    base = str(Path(options.model).resolve())
+    work, base = options.work, str(Path(options.model).resolve())
+    source, more = (work / "index", {}) if (work / "index").exists() else (work / "pool.jsonl", {"model": base})
     methods = [f"loss_drop:base={base}" if name == "loss_drop" else name for name in options.methods]
     examples = {task: work / f"{task}-examples.jsonl" for task in options.tasks}
     graded = {task: [json.loads(line) for line in (work / f"{task}-graded.jsonl").open()] for task in options.tasks}
     cells = work / f"cells-{fraction:g}-{'-'.join(options.tasks)}"
-    turns = [name for name in methods if name == "rds+"]
-    made, budget = selection_methods(turns, index, examples, fraction=fraction, work=cells)
-    others = [name for name in methods if name not in turns]
-    run = work / "replayable" if (work / "replayable").exists() else None
-    made |= selection_methods(others, index, examples, fraction=fraction, work=cells, run=run, **PUBLISHED)[0]
-    as_used = selection_methods(options.turns, index, examples, fraction=fraction, work=work / f"{cells.name}-turns")[0]
+    whole = {task: work / f"{task}-whole.jsonl" for task in options.tasks}
+    alike = {"fraction": fraction, "work": cells, **more}
+    made, budget = selection_methods([name for name in methods if name == "rds+"], source, examples, **alike)
+    others = [name for name in methods if name not in ("rds+", "replay")]
+    made |= selection_methods(others, source, examples, **alike, **PUBLISHED)[0]
+    if "replay" in methods:
+        made |= selection_methods(["replay"], source, whole, run=work / "replayable", **alike, **PUBLISHED)[0]
+    as_used = selection_methods(options.turns, source, examples, **alike | {"work": work / f"{cells.name}-turns"})[0]
     made |= {f"{name}, in turns": as_used[name] for name in options.turns}
     if options.no_pool:
         del made[EVERYTHING]
