@@ -1,15 +1,16 @@
-"""EK-FAC by kronfluence and bergson beside `whence curvature` and `ekfac`: the same model, rows, queries and bank.
+"""EK-FAC by kronfluence and bergson, TRAK by dattri, beside ours: the same model, rows, queries and bank.
 
     python -m benchmarks.evaluation.curvature_peers INDEX QUERIES [--kronfluence PYTHON] [--bergson PYTHON]
-        [--bank BANK] [--work DIR] [--queries 20] [--batch 16]
+        [--dattri PYTHON] [--bank BANK] [--work DIR] [--queries 20] [--batch 16]
 
 A PYTHON is that of an environment with kronfluence 1.0.1, whose public functions do the work (`kronfluence_worker.py`),
 or with bergson 2.5.1, whose public command does (`bergson_worker.py`), in batches of rows of like length; ours are
 those of the index. All take labels drawn from the model, a damping of a tenth of a layer's mean eigenvalue, and the
-layers of INDEX. Each tool in a process of its own, on one thread. Written to
+layers of INDEX. With dattri 0.3.0 (`dattri_worker.py`) it is TRAK, beside ours by an index made anew, and what
+dattri's EK-FAC says. Each tool in a process of its own, on one thread. Written to
 benchmarks/evaluation/results/curvature_peers.json:
 
-    agreement   Pearson and Spearman correlation of each tool's scores with ours over rows, by query
+    agreement   Pearson and Spearman correlation of each tool's scores with ours of the method over rows, by query
     lds         all against BANK, for the same queries, with intervals
     cost        seconds of the processor for factors and for scores (bergson's: for all), and of one pass forward and
                 backward over all rows; largest memory of each process
@@ -35,15 +36,18 @@ from whence.corpus.tokens import Encoded, encode
 from whence.evaluation.bank_store import open_bank
 from whence.gradients.capture import backward
 from whence.gradients.exact import batches
+from whence.indexing.build import index
 from whence.indexing.memory import peak_resident
 from whence.indexing.opening import Index, open_index
 from whence.second_order.pipeline import curvature
 from whence.selection.protocols import QueryText, Target
 from whence.selection.scorers.ekfac import EKFAC
+from whence.selection.scorers.second_moment import TRAK
 from whence.selection.views import IndexView
 
 RESULTS = Path(__file__).parent / "results" / "curvature_peers.json"
-PEERS = ("kronfluence", "bergson")
+PEERS = ("kronfluence", "bergson", "dattri")
+TRAK_HERE = "whence trak"
 
 
 def main() -> None:
@@ -58,18 +62,20 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16, help="rows of kronfluence's passes")
     parser.add_argument("--name", default="bank", help="of the results in the file")
-    parser.add_argument("--stage", choices=["ours"], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--stage", choices=[*STAGES], help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if options.stage == "ours":
-        score(options)
+    if options.stage:
+        STAGES[options.stage](options)
         return
     write_order(options)
     here = ["--work", str(options.work), "--queries", str(options.queries)]
     ours = [sys.executable, "-m", "benchmarks.evaluation.curvature_peers", options.index, str(options.rows_asked)]
-    cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "ours"])}
+    cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "whence"])}
+    if options.dattri:
+        cost[TRAK_HERE] = measured(options, TRAK_HERE, [*ours, *here, "--stage", TRAK_HERE])
     for peer in PEERS:
         if python := getattr(options, peer):
             worker = str(Path(__file__).with_name(f"{peer}_worker.py"))
@@ -78,7 +84,8 @@ def main() -> None:
     found: dict[str, Any] = {
         "machine": machine(), "date": time.strftime("%Y-%m-%d"), "queries": options.queries,
         "rows": scores["whence"].shape[1], "cost": cost,
-        "agreement": {peer: agreement(scores["whence"], scores[peer]) for peer in scores if peer != "whence"},
+        "agreement": {peer: agreement(scores[TRAK_HERE if peer == "dattri" else "whence"], scores[peer])
+                      for peer in PEERS if peer in scores},
     }  # fmt: skip
     if options.bank:
         bank = open_bank(options.bank)
@@ -88,39 +95,59 @@ def main() -> None:
     print(json.dumps({name: found[name] for name in ("cost", "agreement", "lds") if name in found}, indent=1))
 
 
-def asked(options: argparse.Namespace, index: Index) -> list[Encoded]:
+def asked(options: argparse.Namespace, opened: Index) -> list[Encoded]:
     """The first queries."""
     rows = [json.loads(line) for line in options.rows_asked.open()][: options.queries]
-    return [encode(row, index.model().tokenizer) for row in rows]
+    return [encode(row, opened.model().tokenizer) for row in rows]
 
 
 def write_order(options: argparse.Namespace) -> None:
     """What the peers read, as token ids."""
-    index = open_index(options.index, device="cpu")
-    rows = list(IndexView(index).encoded())
-    order = {"model": str(index.model().path), "layers": list(index.layers(index.model())), "batch": options.batch,
+    opened = open_index(options.index, device="cpu")
+    rows, model = list(IndexView(opened).encoded()), opened.model()
+    order = {"model": str(model.path), "layers": list(opened.layers(model)), "batch": options.batch,
              "damping": None, "rows": [labelled(row) for row in rows],
-             "queries": [labelled(row) for row in asked(options, index)]}  # fmt: skip
+             "queries": [labelled(row) for row in asked(options, opened)]}  # fmt: skip
     (options.work / "order.json").write_text(json.dumps(order))
 
 
 def score(options: argparse.Namespace) -> None:
     """Our factors and scores, and a plain pass over all rows to hold both tools to."""
-    index = open_index(options.index, device="cpu")
-    view, model = IndexView(index), index.model()
-    layers, rows = index.layers(model), list(view.encoded())
+    opened = open_index(options.index, device="cpu")
+    view, model = IndexView(opened), opened.model()
+    layers, rows = opened.layers(model), list(view.encoded())
     start = time.process_time()
-    for _, batch in batches(rows, index.tokens_per_batch):
+    for _, batch in batches(rows, opened.tokens_per_batch):
         backward(model, layers, batch, lambda captured: None, whole=True)
     one_pass, start = time.process_time() - start, time.process_time()
-    store = curvature(index, options.work / "curvature", restart=True, progress=False)
+    store = curvature(opened, options.work / "curvature", restart=True, progress=False)
     factors, start = time.process_time() - start, time.process_time()
-    targets = [Target(str(n), [QueryText("", "", query)]) for n, query in enumerate(asked(options, index))]
-    found = EKFAC(curvature=store.place.root)(view, targets)
+    found = EKFAC(curvature=store.place.root)(view, targets(options, opened))
     scores = time.process_time() - start
     np.save(options.work / "whence.npy", found.numpy())
     result = {"one pass": one_pass, "factors": factors, "scores": scores, "memory": peak_resident()}
     (options.work / "whence.json").write_text(json.dumps(result))
+
+
+def score_trak(options: argparse.Namespace) -> None:
+    """TRAK by the default index, whose making counts among the factors."""
+    given = open_index(options.index, device="cpu")
+    start = time.process_time()
+    made = index(given.model().path, given.store.read_rows(range(given.store.rows)), options.work / "index",
+                 progress=False)  # fmt: skip
+    factors, start = time.process_time() - start, time.process_time()
+    found = TRAK()(IndexView(made), targets(options, made))
+    result = {"factors": factors, "scores": time.process_time() - start, "memory": peak_resident()}
+    np.save(options.work / f"{TRAK_HERE}.npy", found.numpy())
+    (options.work / f"{TRAK_HERE}.json").write_text(json.dumps(result))
+
+
+def targets(options: argparse.Namespace, opened: Index) -> list[Target]:
+    """A target for each query."""
+    return [Target(str(number), [QueryText("", "", query)]) for number, query in enumerate(asked(options, opened))]
+
+
+STAGES = {"whence": score, TRAK_HERE: score_trak}
 
 
 def measured(options: argparse.Namespace, tool: str, command: list[str]) -> dict[str, float]:

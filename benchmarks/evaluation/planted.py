@@ -5,10 +5,10 @@
 
 Rows of alpaca with all three in them, in different rows: countries swapped in answers (as in
 `benchmarks.tracing.rapidin_data`; a quarter of the rows are chosen because they name one), a backdoor in 5% of the
-rest, facts in four wordings each. One training on them (all weights, AdamW, cosine schedule), one default index of it;
-then `evaluate retrieval` and `evaluate tail-patch` (five rows a query) for each kind of query. `learnt` is the mean
-loss of the queries' answers before and after training: what was not learnt cannot be traced. A stage whose result is in
-WORK is not done again.
+rest, facts in four wordings each. One training on them (all weights, AdamW, cosine schedule), one default index of
+it, one `whence curvature` of that; then `evaluate retrieval` and `evaluate tail-patch` (five rows a query) for each
+kind of query. `learnt` is the mean loss of the queries' answers before and after training: what was not learnt cannot
+be traced. A stage whose result is in WORK is not done again.
 """
 
 import argparse
@@ -30,12 +30,13 @@ from whence.evaluation.planting import backdoor, repeated_facts, swapped_entitie
 from whence.evaluation.retrieval import evaluate_retrieval
 from whence.evaluation.tail_patch import evaluate_tail_patch, patcher
 from whence.indexing.build import index
+from whence.second_order.pipeline import curvature
 from whence.training.trainer import train
 
 MAX_TOKENS = 128
 LONGEST = 400
 """Characters of a row, so that its answer is whole."""
-METHODS = "cosine,dot,exact-cosine,exact-dot,reach,bm25,rds+,loss,random"
+METHODS = "replay,EK-FAC,trak,cosine,dot,exact-cosine,exact-dot,reach,bm25,rds+,loss,random"
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ def main() -> None:
     run, seconds = str(work / "run"), dict[str, float]()
     start = time.perf_counter()
     train(arguments.model, everything.rows, run, epochs=arguments.epochs, lr=arguments.lr, max_tokens=MAX_TOKENS,
-          schedule="cosine", seed=arguments.seed)  # fmt: skip
+          schedule="cosine", seed=arguments.seed, replayable=True)  # fmt: skip
     seconds["train"] = time.perf_counter() - start
     start = time.perf_counter()
-    index(run, everything.rows, work / "index", max_tokens=MAX_TOKENS)
+    built = index(run, everything.rows, work / "index", max_tokens=MAX_TOKENS)
     seconds["index"] = time.perf_counter() - start
+    start = time.perf_counter()
+    curvature(built, work / "curvature", progress=False)
+    seconds["curvature"] = time.perf_counter() - start
     settings = {name: getattr(arguments, name) for name in ("rows", "epochs", "lr", "seed")}
     document: dict[str, Any] = {"machine": machine(), "settings": settings | {"trained_rows": len(everything.rows)},
                                 "seconds": seconds, "kinds": {}}  # fmt: skip
@@ -112,14 +116,25 @@ def main() -> None:
 
 
 def _retrieval(queries: list[Row], run: str, arguments: argparse.Namespace, place: str) -> dict[str, Any]:
-    found = evaluate_retrieval(queries, place, arguments.methods.split(","), depths=(10, 50), seed=arguments.seed)
+    found = evaluate_retrieval(queries, place, _methods(arguments), depths=(10, 50), run=run, seed=arguments.seed)
     learnt = {"before": answer_loss(arguments.model, queries), "after": answer_loss(run, queries)}
-    return {"queries": len(queries), "relevant": found.relevant, "learnt": learnt, "retrieval": found.rows()}
+    return {"queries": len(queries), "relevant": found.relevant, "learnt": learnt, "retrieval": _named(found.rows())}
 
 
 def _tail_patch(queries: list[Row], run: str, arguments: argparse.Namespace, place: str) -> dict[str, Any]:
-    stepped = evaluate_tail_patch(run, queries, place, arguments.methods.split(","), top=5, seed=arguments.seed)
-    return {"tail_patch": stepped.rows()}
+    stepped = evaluate_tail_patch(run, queries, place, _methods(arguments), top=5, seed=arguments.seed)
+    return {"tail_patch": _named(stepped.rows())}
+
+
+def _methods(arguments: argparse.Namespace) -> list[str]:
+    """As `whence` calls them."""
+    curved = f"ekfac:curvature={Path(arguments.work) / 'curvature'}"
+    return [curved if name == "EK-FAC" else name for name in arguments.methods.split(",")]
+
+
+def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines with the table's names."""
+    return [row | {"method": "EK-FAC"} if row["method"].startswith("ekfac:") else row for row in rows]
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
