@@ -227,6 +227,7 @@ def stage_table(options: argparse.Namespace, fraction: float = FRACTION, larger:
         say=lambda line: print(line, flush=True),
     )
     name = f"table {fraction:g}" if larger is None else f"larger model {fraction:g}"
+    name += "" if not more else ", methods without an index"
     keep(options, name, {"tokens_budget": budget, "recipe": asdict(RECIPE), "lines": table.rows()})
     for line in table.lines:
         print(line.task, line.method, f"{line.loss:.4f}", line.gain, line.gain_interval)
