@@ -1,6 +1,7 @@
 """A mixing law as one HTML file that can be sent to a colleague: it runs nothing, loads nothing and needs no server.
 
-First the mixture that the law suggests, beside what was tried and what there is; then, for each evaluation set, the
+First the mixture that the law suggests, beside what was tried and what there is, and a triangle of others
+(`mix_triangle`); then, for each evaluation set, the
 table's losses against those that a law predicted which had not seen them; last the numbers of the law, where it has
 some that can be read. Names are untrusted: see `page`.
 """
@@ -14,6 +15,7 @@ from whence.mixing.pipeline import Grade, MixLaw
 from whence.mixing.protocols import MixingLaw, Term
 from whence.reports.heat_map import heat_cell, heat_head, ramp
 from whence.reports.mix_tables import bounds
+from whence.reports.mix_triangle import grids, triangle_data, triangle_section
 from whence.reports.page import document, escaped, fact_list, panel, panels, section, sentence, stretched, table
 from whence.reports.svg import LEFT, SIDE, TOP, Scale, dot, number, scatter
 
@@ -46,13 +48,16 @@ def mix_page(result: MixLaw, command: str | None = None) -> str:
         f'<p class="how">{escaped(how)}</p>',
         *(f'<p class="note">{escaped(note)}</p>' for note in result.notes),
         _mixture(result),
+        triangle_section(result),
         _fits(result),
         _losses(result),
         *_constants(result),
         *_critical(result),
         section("How this was made", fact_list(_facts(result, command))),
     ]
-    return document("which mixture to train on", f"Whence: {lead}", body, "plots.css", "mix_page.css")
+    styles = ("plots.css", "mix_page.css")
+    script = {"script": "mix_page.js", "data": triangle_data(result)} if grids(result) else {}
+    return document("which mixture to train on", f"Whence: {lead}", body, *styles, **script)
 
 
 def _facts(result: MixLaw, command: str | None) -> dict[str, str]:

@@ -93,7 +93,7 @@ def section(title: str, inner: str, more: str = "") -> str:
 
 def sentence(text: str) -> str:
     """A sentence below a picture or a table, as text."""
-    return f'<p class="say">{escaped(text)}</p>'
+    return f'<p class="say">{_unbroken("", text)}</p>'
 
 
 def fact_list(pairs: Mapping[str, str]) -> str:
