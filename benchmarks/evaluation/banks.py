@@ -87,7 +87,10 @@ CURVED = {
     "EK-FAC, by the index": "ekfac:sketched=true,",
 }
 """Methods that read what the stage `curvature` measured, by their names in the tables."""
-REMOVED = ("bm25", "EK-FAC", "cosine", "trak", "less@adam", "exact-cosine", "loss")
+REMOVED = (
+    "bm25", "EK-FAC", "cosine", "trak", "less@adam", "exact-cosine", "loss", "EK-FAC + CG", "K-FAC", "source",
+    "trackstar", "datainf",
+)  # fmt: skip
 """Methods whose top rows are left out or trained on, beside those that go through the training."""
 WAYS = {"replay": True, "replay without Hessians": False}
 """Whether the Hessian's products count, by the name of the method."""
