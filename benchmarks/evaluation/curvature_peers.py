@@ -133,8 +133,8 @@ def score_trak(options: argparse.Namespace) -> None:
     """TRAK by the default index, whose making counts among the factors."""
     given = open_index(options.index, device="cpu")
     start = time.process_time()
-    made = index(given.model().path, given.store.read_rows(range(given.store.rows)), options.work / "index",
-                 progress=False)  # fmt: skip
+    rows = [json.loads(each["row"]) for each in given.store.read_rows(range(given.store.rows))]
+    made = index(given.model().path, rows, options.work / "index", progress=False)
     factors, start = time.process_time() - start, time.process_time()
     found = TRAK()(IndexView(made), targets(options, made))
     result = {"factors": factors, "scores": time.process_time() - start, "memory": peak_resident()}

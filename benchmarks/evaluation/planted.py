@@ -92,11 +92,13 @@ def main() -> None:
     everything = planted(Path(arguments.data), arguments.rows, arguments.queries, arguments.seed)
     run, seconds = str(work / "run"), dict[str, float]()
     start = time.perf_counter()
-    train(arguments.model, everything.rows, run, epochs=arguments.epochs, lr=arguments.lr, max_tokens=MAX_TOKENS,
+    corpus = work / "rows.jsonl"  # which a replay reads again
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in everything.rows))
+    train(arguments.model, corpus, run, epochs=arguments.epochs, lr=arguments.lr, max_tokens=MAX_TOKENS,
           schedule="cosine", seed=arguments.seed, replayable=True)  # fmt: skip
     seconds["train"] = time.perf_counter() - start
     start = time.perf_counter()
-    built = index(run, everything.rows, work / "index", max_tokens=MAX_TOKENS)
+    built = index(run, corpus, work / "index", max_tokens=MAX_TOKENS)
     seconds["index"] = time.perf_counter() - start
     start = time.perf_counter()
     curvature(built, work / "curvature", progress=False)

@@ -7,12 +7,14 @@ from starlette.testclient import TestClient
 
 from conftest import corpus_rows, plain_trainer_run
 from whence import __version__
+from whence.errors import ManifestMismatchError
 from whence.explorer.app import make_app
 from whence.explorer.requests import MOST_CHARACTERS
 from whence.explorer.serving import opened
 from whence.explorer.views import MOST_SHOWN
 from whence.indexing.build import index
 from whence.tracing.pipeline import trace
+from whence.training.trainer import train
 from whence.turns import TURN
 
 HALF = "half a pair \ud800"
@@ -204,6 +206,59 @@ def test_methods_stand_side_by_side(page, place, answer):
     assert ids(ranking(page, answer, method="bm25", top=4, fold=False)["helpful"]) == ids(found["bm25"]["helpful"])
 
 
+@pytest.fixture(scope="module")
+def run_place(tiny_llama, tmp_path_factory):
+    """A run that can be replayed, and an index of it with a row that was not trained on."""
+    root = tmp_path_factory.mktemp("run")
+    rows = corpus_rows(12)
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(tiny_llama, root / "rows.jsonl", root / "run", epochs=2, batch_size=4, lr=1e-3, replayable=True,
+                progress=False)  # fmt: skip
+    index(run, [{"id": "other", "prompt": "a", "completion": " no"}, *rows], root / "index", progress=False)
+    return root
+
+
+def test_methods_go_back_through_the_run_that_the_index_is_of(run_place):
+    app = make_app(opened([run_place / "index"], run=str(run_place / "run")))
+    with TestClient(app) as page:
+        methods = {each["name"]: each for each in page.get("/api/session").json()["indexes"][0]["methods"]}
+        assert methods["replay"]["is_ready"] and methods["source"]["is_ready"]
+        answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+        body = {"answer": answer, "methods": ["replay", "source"], "top": 4, "fold": False}
+        told = events(page, "/api/comparisons", **body)
+        assert {6} == {each["total"] for each in told if each.get("what") == "Replaying"}
+        for event in (event for event in told if event["type"] == "method"):
+            hits = trace(run_place / "run", *ASKED.values(), method=event["method"], top=4).hits
+            for side, first in (("helpful", 1), ("opposing", -1)):
+                expected = [(hit.id, hit.score) for hit in hits if hit.rank * first > 0]
+                assert ids(event[side]) == [name for name, _ in expected]
+                assert [row["score"] for row in event[side]] == pytest.approx([score for _, score in expected])
+        found = ranking(page, answer, method="replay", top=20, fold=False)
+        assert "other" not in ids(found["helpful"]) and found["matching"] == 12 and found["notes"] == []
+        command = page.post("/api/commands", json={"answer": answer, "method": "replay", "top": 4}).json()["command"]
+        assert command.startswith(f"whence trace {run_place / 'run'} ") and command.endswith("--method replay --top 4")
+        report = page.post("/api/exports", json={"answer": answer, "method": "source", "top": 2, "what": "report"})
+        assert report.status_code == 200 and "source" in report.text
+    app.state.line.close()
+
+
+def test_a_run_of_another_model_is_refused(run_place, place, tiny_llama, tmp_path):
+    with pytest.raises(ManifestMismatchError, match=r"ends with other weights than those that .* is of"):
+        opened([place], run=str(run_place / "run"))
+    both = opened([place, run_place / "index"], run=str(run_place / "run"))
+    assert [each.run is not None for each in both] == [False, True]
+    fewer = index(run_place / "run", corpus_rows(12)[1:], tmp_path / "fewer", progress=False)
+    with pytest.raises(ManifestMismatchError, match=r"trained on row .*, which .* does not have"):
+        opened([fewer.store.place.root], run=str(run_place / "run"))
+
+
+def test_without_a_run_replay_says_how(page, answer):
+    methods = {each["name"]: each for each in page.get("/api/session").json()["indexes"][0]["methods"]}
+    assert not methods["replay"]["is_ready"] and "whence explore INDEX --run RUN" in methods["replay"]["note"]
+    told = events(page, "/api/comparisons", answer=answer, methods=["replay"], top=4, fold=False)
+    assert "whence explore INDEX --run RUN" in next(each["error"] for each in told if each["type"] == "method")
+
+
 def test_verbatim_pieces_stand_in_their_rows(page):
     told = events(page, "/api/answers", prompt="Which?", completion=" 7 and 7? yes")
     found = page.post("/api/spans", json={"answer": told[-1]["answer"]}).json()
@@ -240,7 +295,7 @@ def test_exports_are_rows_to_train_on(page, answer, place):
     ranked = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "rows"}).text.splitlines()]
     assert [row["rank"] for row in ranked] == [1, 2, 3, 4, 5, -1, -2, -3, -4, -5]
     report = page.post("/api/exports", json=asked | {"what": "report"})
-    assert report.status_code == 200 and report.text.startswith("<!doctype html>")
+    assert report.status_code == 200 and "source" in report.text
 
 
 def test_a_command_asks_the_same(page, answer, place):

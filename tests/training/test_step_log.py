@@ -354,3 +354,11 @@ def test_steps_with_several_rates_are_refused(tmp_path):
         StepRecorder({"weight": weight}, tmp_path, 1, None).step(torch.optim.Adagrad([weight]))
     with pytest.raises(SettingError, match="SGD with momentum"):
         StepRecorder({"weight": weight}, tmp_path, 1, None).step(torch.optim.SGD([weight], lr=1.0, momentum=0.9))
+
+
+def test_a_run_on_rows_in_memory_asks_for_them(models, tmp_path):
+    rows = [{"prompt": f"{n} and 2?", "completion": f" yes, {n + 2}"} for n in range(6)]
+    run = train(models["llama"], rows, tmp_path / "run", **QUICK, replayable=True)
+    with pytest.raises(SettingError, match=r"it was trained on 6 rows in memory, which no file holds: .* --corpus FILE"):
+        open_replayable(run)
+    assert len(open_replayable(run, rows).ids) == 6

@@ -53,6 +53,9 @@ from whence.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
+IN_MEMORY = " in memory"
+"""How the name of rows ends that no file holds."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -104,7 +107,7 @@ class Corpus:
     @property
     def name(self) -> str:
         """Name of the corpus in messages and manifests."""
-        return f"{number_of(len(self.origin), 'row')} in memory" if isinstance(self.origin, list) else str(self.origin)
+        return f"{number_of(len(self.origin), 'row')}{IN_MEMORY}" if isinstance(self.origin, list) else str(self.origin)
 
     def __iter__(self) -> Iterator[Example]:
         """Yield every row as an example.

@@ -9,12 +9,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float32
 from torch import Tensor
 
-from whence import runner
+from whence import catalogue, runner
 from whence.corpus.tokens import Encoded, encode
 from whence.errors import SettingError, WhenceError
 from whence.explorer.corpus_rows import CorpusRows
@@ -54,6 +54,22 @@ class NotScoredError(WhenceError):
     """Scores are asked for at once that take a pass of the model."""
 
 
+@runtime_checkable
+class OpenRun(Protocol):
+    """The training that an index is of, as `indexed_run` opens it, whose import brings the Trainer."""
+
+    @property
+    def path(self) -> str:
+        """Its directory."""
+        ...
+
+    def scores(
+        self, query: EncodedQuery, method: str, *, progress: runner.ProgressOption = False
+    ) -> tuple[Float32[Tensor, " m"], list[str]]:
+        """Scores of the index' rows, -inf where one was not trained on; and what is to be known of them."""
+        ...
+
+
 @dataclass
 class ExploredIndex:
     """An index that pages ask about, with what is computed once."""
@@ -65,6 +81,8 @@ class ExploredIndex:
     """Tokens that its model takes. It is kept here since a model that is at work answers nothing else."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of methods, such as the directory of curvature."""
+    run: OpenRun | None = None
+    """The training that it is of, for methods that go back through one."""
     levels: dict[tuple[str, Shape], float] = field(default_factory=dict)
     _controls: dict[bool, nulls.Controls | None] = field(default_factory=dict)
     _verbatim: VerbatimIndex | None = None
@@ -113,6 +131,8 @@ class Answered:
     scores: "OrderedDict[tuple[str, Stretch], Float32[Tensor, ' n']]" = field(default_factory=OrderedDict)
     """Of stretches that were a pass of their own, and of methods that read the corpus."""
     norms: dict[Stretch, Float32[Tensor, " c"]] = field(default_factory=dict)
+    notes: dict[tuple[str, Stretch], list[str]] = field(default_factory=dict)
+    """What is to be known of some of these scores."""
 
     @property
     def bytes(self) -> int:
@@ -141,8 +161,14 @@ class Answered:
         """Norms of a stretch's vector, to which controls are scaled."""
         return self.norms[stretch] if self.tokens is None else self.tokens.norms(stretch)
 
-    def computed(self, method: str, stretch: Stretch) -> Float32[Tensor, " n"]:
-        """Scores by a method, from memory or by the model; -inf where a row cannot be ranked."""
+    def computed(
+        self, method: str, stretch: Stretch, *, progress: runner.ProgressOption = False
+    ) -> Float32[Tensor, " n"]:
+        """Scores by a method, from memory or by the model; -inf where a row cannot be ranked.
+
+        Raises:
+            SettingError: The method goes back through a run, and none is open.
+        """
         if (scores := self.known(method, stretch)) is not None:
             return scores
         index, query = self.explored.index, about(self.query, stretch)
@@ -150,9 +176,14 @@ class Answered:
             whole = stretch_scores(index, self.query, stretch)
             self.norms[stretch] = whole.norms([True])
             scores = whole.scores([True], cosine=method == "cosine")
+        elif catalogue.trace_method(method).needs_run:
+            if self.explored.run is None:
+                raise SettingError(f"--method {method} goes back through a training: whence explore INDEX --run RUN")
+            scores, self.notes[method, stretch] = self.explored.run.scores(query, method, progress=progress)
         else:
             options = self.explored.options.get(method)
-            scores = all_scores(index, [query], method=method, objective="loss", seed=0, options=options)[0]
+            with runner.shown_as(progress, "Ranking"):
+                scores = all_scores(index, [query], method=method, objective="loss", seed=0, options=options)[0]
         self.scores[method, stretch] = scores
         self.scores.move_to_end((method, stretch))
         while len(self.scores) > MOST_STRETCHES:

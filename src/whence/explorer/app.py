@@ -233,7 +233,7 @@ def _compare(request: Request, answered: Answered, stretch: Stretch, asked: Comp
     for number, method in enumerate(dict.fromkeys(asked.methods)):
         request.progress(number, len(asked.methods), f"Ranking by {views.LABELS[method]}")
         try:
-            scores = answered.computed(method, stretch)
+            scores = answered.computed(method, stretch, progress=request.progress)
         except WhenceError as error:
             request.tell("method", method=method, error=str(error))
             continue

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from whence import runner
+from whence import catalogue, runner
 from whence.corpus.layouts import shown_text
 from whence.corpus.reading import row_json
 from whence.errors import SettingError
@@ -50,11 +50,13 @@ def ranking_rows(ranking: dict[str, Any], answered: Answered) -> Iterator[bytes]
 
 def report(request: Request, answered: Answered, stretch: Stretch, *, method: str, top: int) -> str:
     """The report page of `trace` for what is asked."""
+    explored = answered.explored
+    source = explored.run.path if catalogue.trace_method(method).needs_run and explored.run else explored.index
     query = replace(answered.query.query, completion=answered.query.answer.completion, span=_span(answered, stretch))
     with runner.shown_as(request.progress, "Making the report"), tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "trace.html"
         traced = trace(
-            answered.explored.index, queries=[query], top=top, method=method, tokens=method in OF_TOKENS,
+            source, queries=[query], top=top, method=method, tokens=method in OF_TOKENS,
             options=answered.explored.options.get(method), exact=False if method in OF_TOKENS else None,
         )  # fmt: skip
         traced.save(str(file))
@@ -68,6 +70,8 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
         SettingError: It has parts that a command has no words for.
     """
     place, asked, answer = answered.explored.name, answered.request, answered.query.answer
+    if catalogue.trace_method(method).needs_run and answered.explored.run is not None:
+        place = answered.explored.run.path
     span = _span(answered, stretch)
     if asked.history:
         raise SettingError(

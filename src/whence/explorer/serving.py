@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whence import runner
-from whence.errors import MissingExtraError, SettingError, StorageError
+from whence.errors import ManifestMismatchError, MissingExtraError, SettingError, StorageError
 from whence.explorer.answers import ExploredIndex
 from whence.explorer.corpus_rows import CorpusRows
 from whence.indexing.opening import open_index
@@ -38,6 +38,7 @@ def opened(
     indexes: Sequence[str | Path],
     *,
     curvature: str | None = None,
+    run: str | None = None,
     progress: runner.ProgressOption = False,
     **loading: Any,
 ) -> list[ExploredIndex]:
@@ -46,6 +47,8 @@ def opened(
     Args:
         indexes: Directories.
         curvature: A directory of `whence curvature`, for the method "ekfac".
+        run: The run of `whence train --replayable` that the index is of, for the methods "replay" and "source". Of
+            several indexes one has to be of it.
         progress: Show bars on stderr.
         loading: Fields of `models.load_options.Loading`.
     """
@@ -60,7 +63,27 @@ def opened(
             index.store.require_complete()
             context = index.model().context
             out.append(ExploredIndex(number, index, CorpusRows(index), context, options))
+        if run is not None:
+            _add_run(run, out)
     return out
+
+
+def _add_run(run: str, explored: Sequence[ExploredIndex]) -> None:
+    """Give a run to the indexes that are of it.
+
+    Raises:
+        ManifestMismatchError: None is.
+    """
+    from whence.explorer.indexed_run import IndexedRun  # which brings the Trainer
+
+    refusals = []
+    for each in explored:
+        try:
+            each.run = IndexedRun.of(run, each.index, each.rows)
+        except ManifestMismatchError as error:
+            refusals.append(error)
+    if len(refusals) == len(explored):
+        raise refusals[0]
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ LABELS = {
     "trak": "TRAK",
     "datainf": "DataInf",
     "ekfac": "EK-FAC",
+    "replay": "Replay",
+    "source": "SOURCE",
     "tracin_cosine": "Exact cosine",
     "tracin": "Exact inner product",
     "embedding": "Embedding",
@@ -46,6 +48,7 @@ LABELS = {
 }
 """Methods that a page offers, by their names in `catalogue.TRACE_METHODS`."""
 SLOW = "a pass over all rows, as long as indexing them"
+LONG = "the training once more and back, some three times as long as it took"
 EXAMPLES = 4
 
 
@@ -87,6 +90,11 @@ def _method(explored: ExploredIndex, name: str, label: str) -> dict[str, Any]:
     if name == "ekfac" and name not in explored.options:
         is_ready = False
         note = f"Measure it once: whence curvature {explored.name} -o DIR. Then: whence explore --curvature DIR"
+    elif method.needs_run and explored.run is None:
+        is_ready = False
+        note = "Go back through the training: whence explore INDEX --run RUN. RUN is of whence train --replayable."
+    elif method.needs_run:
+        note = f"{note}: {LONG}"
     elif name in ("ekfac", "tracin", "tracin_cosine", "embedding"):
         note = f"{note}: {SLOW}"
     return {
@@ -185,6 +193,7 @@ def ranking(
         "level": None if level is None else level_json(answered, stretch, level),
         "verdict": None if level is None else verdict(best, level),
         "stands_out": None if level is None else best is not None and best > level,
+        "notes": answered.notes.get((method, stretch), []),
         "took": _since(start),
     }
 

@@ -9,6 +9,7 @@ SOURCE, https://arxiv.org/abs/2405.12186, see `selection.scorers.source`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from whence.corpus.layouts import layout
 from whence.corpus.reading import Corpus, Example
 from whence.corpus.tokens import with_text
 from whence.evidence import trace_evidence
+from whence.gradients.exact import SignedSequence
 from whence.runner import ProgressOption, shown_as
 from whence.second_order.fisher import TOKENS_PER_BATCH
 from whence.selection.pipeline import build_scorer
@@ -61,25 +63,57 @@ def replayed_trace(
         MissingLogError: The run has no log of its steps.
         SettingError: A query that cannot be asked, an option that the method does not have.
     """
-    scorer = build_scorer(method, sampling.seed, options or {})
+    build_scorer(method, sampling.seed, options or {})  # what an option cannot be is said before anything is loaded
     opened = run if isinstance(run, ReplayableRun) else open_replayable(run, corpus, model=model)
     first = next(iter(opened.corpus))
     encoded = encode_queries(queries, opened.model, kind=layout(first.row), sampling=sampling)
     notes = notes_on([query.answer for query in encoded], opened.model, greedy=sampling.temperature == 0)
-    targets = [[query.sequences] for query in encoded]
     described = _described(opened, method, options or {})
-    if method == METHOD:
-        replayed = replay(opened.losses, opened.log, targets, hessian=scorer.hessian, is_resumable=True,
-                          progress=progress)  # fmt: skip
-        scores = replayed.scores
-        notes += instability(replayed, len(opened.model.tokenizer))
-        described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in replayed.losses[:10])
-    else:
+    asked = [query.sequences for query in encoded]
+    found = scores_of_run(opened, asked, method, seed=sampling.seed, options=options, progress=progress)
+    if found.losses:
+        described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in found.losses[:10])
+    return Trace([query.answer for query in encoded], _hits(opened, found.scores, top), method, len(opened.ids),
+                 notes=notes + found.notes, settings=described)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What a method says of the rows of a run."""
+
+    scores: Float64[Tensor, "q n"]
+    """Larger is more helpful; rows in the order of their numbers in the training."""
+    notes: list[str]
+    losses: Sequence[float] = ()
+    """Of the answers, in nats a token, where the method measures them."""
+
+
+def scores_of_run(
+    run: ReplayableRun,
+    asked: Sequence[Sequence[SignedSequence]],
+    method: str,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: ProgressOption = False,
+) -> RunScores:
+    """Scores of all rows of a training for some answers.
+
+    Args:
+        run: An open run.
+        asked: Each answer's tokens, and with a minus those of its contrast.
+        method: "replay" or "source".
+        seed: Of what the method draws.
+        options: Of the method's scorer, by the names of its fields.
+        progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
+    """
+    scorer = build_scorer(method, seed, options or {})
+    if method != METHOD:
         with shown_as(progress, "Tracing"):
-            asked = [query.sequences for query in encoded]
-            scores = scorer.of_run(opened, asked, tokens_per_batch=TOKENS_PER_BATCH).double()
-    return Trace([query.answer for query in encoded], _hits(opened, scores, top), method, len(opened.ids), notes=notes,
-                 settings=described)  # fmt: skip
+            return RunScores(scorer.of_run(run, asked, tokens_per_batch=TOKENS_PER_BATCH).double(), [])
+    replayed = replay(run.losses, run.log, [[sequences] for sequences in asked], hessian=scorer.hessian,
+                      is_resumable=True, progress=progress)  # fmt: skip
+    return RunScores(replayed.scores, instability(replayed, len(run.model.tokenizer)), replayed.losses)
 
 
 def _hits(run: ReplayableRun, scores: Float64[Tensor, "q n"], top: int) -> list[Hit]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from whence.brief import brief
 from whence.corpus.layouts import Row
-from whence.corpus.reading import Corpus, open_corpus
+from whence.corpus.reading import IN_MEMORY, Corpus, open_corpus
 from whence.corpus.tokens import Encoded
+from whence.errors import SettingError
 from whence.models.loading import LoadedModel
 from whence.training.recipe import TrainSettings
 from whence.training.repetition import read_recipe, repeatable
@@ -65,7 +66,13 @@ def open_replayable(
         SettingError: It is not finished.
         ManifestMismatchError: The corpus gives other rows now, or the model has other weights.
     """
-    log, texts = open_log(run), open_corpus(read_recipe(Path(run))["corpus"] if corpus is None else corpus)
+    log, read = open_log(run), read_recipe(Path(run))["corpus"]
+    if corpus is None and read.endswith(IN_MEMORY):
+        raise SettingError(
+            f"{run}: it was trained on {read}, which no file holds: give the same rows again, as --corpus FILE or, in "
+            "Python, corpus=ROWS"
+        )
+    texts = open_corpus(read if corpus is None else corpus)
     training = repeatable(run, texts, model=model, is_sampled=is_sampled)
     opened = training.opened
     net: Any = trainable(opened.loaded, opened.settings)

@@ -9,7 +9,7 @@ function draw(note = null) {
   const { ranking } = state;
   if (!ranking) return byId("verdict").replaceChildren();
   const { verdict, level, stands_out: standsOut, method } = ranking;
-  const left = leftOutWords(methodOf(method));
+  const left = [leftOutWords(methodOf(method)), ...ranking.notes.map(sentence)].filter(Boolean).join(" ");
   if (!isInfluence(method))
     return show(`${labelOf(method)} does not measure what training on an example does to the answer.`, left, false);
   if (!methodOf(method).of_tokens || ranking.isLevelUnknown)
@@ -22,6 +22,8 @@ function draw(note = null) {
   if (verdict) return show(verdict, reaches, standsOut);
   show(bestWords(ranking), reaches, false);
 }
+
+const sentence = (note) => `${note[0].toUpperCase()}${note.slice(1).replace(/\.?$/, ".")}`;
 
 // What of the question the method takes no notice of.
 function leftOutWords({ label, ignores }) {
