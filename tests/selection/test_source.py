@@ -87,4 +87,4 @@ def test_trace_asks_a_run_by_its_segments(runs, command):
     assert [hit["score"] for hit in best] == pytest.approx([float(scores[number]) for number in order], rel=1e-3)
     code, text, _ = command("trace", runs / "sgd", *words)
     assert code == 0 and "source over 16 examples" in text and "nats" not in text.splitlines()[-1]
-    assert "source predicts retrainings of a fine-tuned model by 0.45 of 1" in text
+    assert "source predicts retrainings of a fine-tuned model by 0.45 of 1, of one from scratch by 0.29" in text

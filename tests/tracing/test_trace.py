@@ -236,15 +236,16 @@ def test_it_is_said_how_well_the_method_predicts_retrainings_and_what_a_better_o
 
     root, shown = tmp_path / "index", list[str]()
     command = f"For curvature: whence curvature {root} -o {root}-curvature"
-    cost = "curvature by 0.60, for 46 exact gradients once and 20 a trace"
-    assert said() == f"cosine predicts retrainings of a fine-tuned model by 0.36 of 1; {cost}. {command}"
+    predicts = "predicts retrainings of a fine-tuned model by"
+    cost = "curvature by 0.60 and 0.43, for 46 exact gradients once and 20 a trace"
+    assert said() == f"cosine {predicts} 0.36 of 1, of one from scratch by 0.17; {cost}. {command}"
     took = r"Here curvature would take about \d\S* seconds once and \d\S* seconds a trace\."
     assert re.search(rf"{command}\n{took}", shown[-1])
-    assert said(exact=False) == f"cosine predicts retrainings of a fine-tuned model by 0.33 of 1; {cost}. {command}"
+    assert said(exact=False) == f"cosine {predicts} 0.33 of 1, of one from scratch by 0.19; {cost}. {command}"
     assert "would take" not in shown[-1]
     assert said(objective="margin").startswith("cosine asked so was not held against retrainings; curvature by 0.60")
-    refined = "refined by 0.66 (--set refine=2 --set sample=128)"
-    assert said(method="ekfac") == f"ekfac predicts retrainings of a fine-tuned model by 0.60 of 1, {refined}."
+    refined = "refined by 0.66 and 0.45 (--set refine=2 --set sample=128)"
+    assert said(method="ekfac") == f"ekfac {predicts} 0.60 of 1, of one from scratch by 0.43; {refined}."
 
 
 # -- layouts

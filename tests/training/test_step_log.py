@@ -359,6 +359,6 @@ def test_steps_with_several_rates_are_refused(tmp_path):
 def test_a_run_on_rows_in_memory_asks_for_them(models, tmp_path):
     rows = [{"prompt": f"{n} and 2?", "completion": f" yes, {n + 2}"} for n in range(6)]
     run = train(models["llama"], rows, tmp_path / "run", **QUICK, replayable=True)
-    with pytest.raises(SettingError, match=r"it was trained on 6 rows in memory, which no file holds: .* --corpus FILE"):
+    with pytest.raises(SettingError, match=r"trained on 6 rows in memory, which no file holds: .* --corpus FILE"):
         open_replayable(run)
     assert len(open_replayable(run, rows).ids) == 6
