@@ -1,12 +1,13 @@
 """Does the verdict keep its promise on text that is unlike the corpus, and does it see what was taught?
 
-    python -m benchmarks.tracing.verdicts NAME=INDEX... [--data ../shared/data] [--queries 201] [--planted 50]
+    python -m benchmarks.tracing.verdicts NAME=INDEX... [--method cosine|trak] [--data ../shared/data]
+        [--queries 201] [--planted 50]
 
 For each index, queries of four kinds, of 8, 24 and 60 tokens in turn, under prompts of dolly: completions of uniformly
 random tokens; dolly's answers with their letters shuffled; dolly's answers to other questions; and rows of the index
 itself, whole, which the model was taught. Counted is how many have an example that the verdict calls more than chance:
 at most one in twenty of the first three is promised, and as many as can be of the last. The corpus must not be dolly's.
-Indexes that the results have are not measured again; intervals are Wilson's.
+Indexes that the results have are not measured again, by another method under NAME, METHOD; intervals are Wilson's.
 """
 
 import argparse
@@ -25,6 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 LENGTHS = (8, 24, 60)
 AT_ONCE = 10
 """Queries of a trace: of few, as a user asks, short lists are ranked by exact gradients."""
+COSINE = "cosine"
 KINDS = ("random tokens", "letters shuffled", "other answers")
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     """Measure each index that the results lack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("indexes", nargs="+", metavar="NAME=INDEX")
+    parser.add_argument("--method", default=COSINE)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--queries", type=int, default=201)
     parser.add_argument("--planted", type=int, default=50)
@@ -40,6 +43,7 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for text in options.indexes:
         name, _, path = text.partition("=")
+        name += "" if options.method == COSINE else f", {options.method}"
         if name not in found:
             found[name] = measured(open_index(path), options)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -58,7 +62,7 @@ def measured(index: Index, options: argparse.Namespace) -> dict:
     for kind, asked in queries.items():
         best[kind] = []
         for first in range(0, len(asked), AT_ONCE):
-            traced = trace(index, queries=asked[first : first + AT_ONCE])
+            traced = trace(index, queries=asked[first : first + AT_ONCE], method=options.method)
             best[kind] += [
                 [round(max(hit.null.z for hit in traced.of(number)), 3), round(traced.levels[number], 3)]
                 for number in range(len(traced.answers))

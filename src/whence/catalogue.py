@@ -273,6 +273,14 @@ class TraceMethod:
     """Whether it reads a run that can be replayed, in place of an index."""
     is_influence: bool = True
     """Whether a score says what training on the row does to the answer; else how alike the two are."""
+    is_solved: bool = False
+    """Whether the index is asked for a query's vector divided by a curvature, which the scorer's `solved` gives."""
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a score is that of two gradients as they are: it has an exact value, and a share of each token."""
+        return self.from_index and not self.is_solved
+
     reranks: bool = False
     """Whether unprojected gradients decide its order, unless told not to."""
 
@@ -286,8 +294,18 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     "reach": TraceMethod(
         "how far an example moved any of the answer's tokens, either way", scorer="reach", is_influence=False
     ),
-    "datainf": TraceMethod("inner product under DataInf's curvature, in the index' sketches", scorer="datainf"),
-    "trak": TraceMethod("inner product under the rows' own second moment, in the index' sketches", scorer="trak"),
+    "datainf": TraceMethod(
+        "inner product under DataInf's curvature, in the index' sketches",
+        scorer="datainf",
+        from_index=True,
+        is_solved=True,
+    ),
+    "trak": TraceMethod(
+        "inner product under the rows' own second moment, in the index' sketches",
+        scorer="trak",
+        from_index=True,
+        is_solved=True,
+    ),
     "trackstar": TraceMethod("cosine under the second moment of rows and questions, likewise", scorer="trackstar"),
     "ekfac": TraceMethod("inner product of gradients divided by the loss' curvature", scorer="ekfac"),
     "replay": TraceMethod(
@@ -337,6 +355,11 @@ def check_codec(name: str) -> None:
         UnknownNameError: The message lists those there are.
     """
     _lookup(CODECS, name, "--codec", "codec")
+
+
+def gradient_methods() -> list[str]:
+    """Names of the methods whose scores are of two gradients as they are, by the index' vectors."""
+    return [name for name, method in TRACE_METHODS.items() if method.has_gradients]
 
 
 def index_methods() -> list[str]:

@@ -77,8 +77,8 @@ def trace_evidence(
     >>> words.partition("; ")[0]
     'cosine predicts retrainings of a fine-tuned model by 0.36 of 1, of one from scratch by 0.17'
     >>> words.partition("; ")[2]
-    'curvature by 0.60 and 0.43, for 9,421 exact gradients once and 10,000 a trace. For curvature: whence curvature \
-my-index -o my-index-curvature'
+    'trak by 0.39 and 0.29 (--method trak); curvature by 0.60 and 0.43, for 9,421 exact gradients once and 10,000 a \
+trace. For curvature: whence curvature my-index -o my-index-curvature'
     """
     own = AGREEMENT.get(EXACT.get(method, method) if is_exact else method) if is_as_measured else None
     words = f"{method}{'' if is_as_measured else ' asked so'} was not held against retrainings"
@@ -87,6 +87,8 @@ my-index -o my-index-curvature'
         words += f", of one from scratch by {own[1]:.2f}"
     if method == "ekfac" and own is not None:
         words += f"; refined by {_both(REFINED)} ({REFINING})"
+    if own is not None and method in EXACT:
+        words += f"; trak by {_both(AGREEMENT['trak'])} (--method trak)"
     command = ""
     if passes is not None and (own is None or own < AGREEMENT["ekfac"]):
         once, each = round(MEASURING * passes[0]), passes[1]

@@ -13,8 +13,10 @@ from whence.errors import SettingError
 from whence.indexing.build import index
 from whence.indexing.opening import Index
 from whence.selection.protocols import QueryText, Target
+from whence.selection.scorers.influence import DataInf
 from whence.selection.scorers.second_moment import TRAK
 from whence.selection.views import IndexView
+from whence.tracing import nulls
 from whence.tracing.pipeline import trace
 from whence.tracing.queries import Query
 
@@ -294,3 +296,58 @@ def test_a_method_takes_its_own_options(made):
         by_id = {row["id"]: score for row, score in zip(IndexView(index).examples(), expected.tolist(), strict=True)}
         assert scores_of(found.hits) == near(by_id)
         assert found.settings["options"] == f"damping={damping}"
+
+
+def trak_by_hand(index, *texts):
+    """R^-1 written out, the rows, and the vector that rows are multiplied by: of one answer, less that of another."""
+    rows = torch.cat([vectors[0] for vectors, _ in IndexView(index).vectors()]).double()
+    lines = rows / len(rows) ** 0.5
+    damping = 0.1 * lines.square().sum(1).mean()
+    inverse = torch.linalg.inv(lines.T @ lines + damping * torch.eye(lines.shape[1], dtype=torch.float64))
+    asked = [encode_query(PROMPT, text, index.model().tokenizer, kind=index.layout) for text in texts]
+    vectors = IndexView(index).query_vectors(asked)[0].double()
+    signs = torch.tensor([1.0, -1.0][: len(texts)], dtype=torch.float64)
+    return inverse, rows, index.weights[0] * inverse @ (signs @ vectors)
+
+
+def test_trak_has_the_null_of_its_own_scores(made):
+    """Controls are rows of the index, divided by the same curvature and scaled to the query's length."""
+    index = made(rows=48, checkpoints="last", **COARSE)
+    traced = trace(index, PROMPT, COMPLETION, method="trak", top=5)
+    inverse, rows, asked = trak_by_hand(index, COMPLETION)
+    ids = [row["id"] for row in IndexView(index).examples()]
+    controls = nulls.control_rows(index)
+    own = torch.nn.functional.normalize(rows[controls] @ inverse, dim=1) * asked.norm()
+    for hit in traced.hits:
+        place = ids.index(hit.id)
+        scores = own[controls != place] @ rows[place]
+        assert hit.score == pytest.approx(float(rows[place] @ asked), rel=1e-3)
+        assert hit.null.z == pytest.approx(float((hit.score - scores.mean()) / scores.std()), rel=1e-2)
+    assert len(traced.levels) == len(traced.verdicts) == 1 and traced.rerankings == []
+    assert not any(note.startswith("no z") for note in traced.notes)
+
+
+def test_datainf_has_a_null_too(made):
+    index = made(rows=48, checkpoints="last", **COARSE)
+    target = Target("all", [QueryText(PROMPT, COMPLETION, encode_query(PROMPT, COMPLETION, index.model().tokenizer,
+                                                                       kind=index.layout))])  # fmt: skip
+    (expected,) = DataInf()(IndexView(index), [target])
+    by_id = {row["id"]: score for row, score in zip(IndexView(index).examples(), expected.tolist(), strict=True)}
+    traced = trace(index, PROMPT, COMPLETION, method="datainf", top=5)
+    assert [hit.score for hit in traced.hits] == pytest.approx([by_id[hit.id] for hit in traced.hits], rel=1e-3)
+    assert [hit.id for hit in traced.of(0)] == sorted(by_id, key=by_id.__getitem__, reverse=True)[:5]
+    assert all(hit.null is not None for hit in traced.hits) and len(traced.verdicts) == 1
+
+
+def test_trak_takes_a_contrast_and_no_tokens(made):
+    index = made(rows=48, checkpoints="last", **COARSE)
+    traced = trace(index, PROMPT, COMPLETION, contrast=" no, 3", method="trak", top=5)
+    _, rows, asked = trak_by_hand(index, COMPLETION, " no, 3")
+    ids = [row["id"] for row in IndexView(index).examples()]
+    by_id = dict(zip(ids, (rows @ asked).tolist(), strict=True))
+    assert [hit.score for hit in traced.hits] == pytest.approx([by_id[hit.id] for hit in traced.hits], rel=1e-3)
+    assert "contrast" not in " ".join(traced.notes)
+    for flag in ("tokens", "exact"):
+        with pytest.raises(SettingError, match=rf"--{flag} belongs to the methods that compare gradients as they are"):
+            trace(index, PROMPT, COMPLETION, method="trak", **{flag: True})
+    assert trace(index, PROMPT, COMPLETION, method="trak", specific=True, top=5).hits

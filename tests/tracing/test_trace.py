@@ -237,7 +237,9 @@ def test_it_is_said_how_well_the_method_predicts_retrainings_and_what_a_better_o
     root, shown = tmp_path / "index", list[str]()
     command = f"For curvature: whence curvature {root} -o {root}-curvature"
     predicts = "predicts retrainings of a fine-tuned model by"
-    cost = "curvature by 0.60 and 0.43, for 46 exact gradients once and 20 a trace"
+    cost = (
+        "trak by 0.39 and 0.29 (--method trak); curvature by 0.60 and 0.43, for 46 exact gradients once and 20 a trace"
+    )
     assert said() == f"cosine {predicts} 0.36 of 1, of one from scratch by 0.17; {cost}. {command}"
     took = r"Here curvature would take about \d\S* seconds once and \d\S* seconds a trace\."
     assert re.search(rf"{command}\n{took}", shown[-1])

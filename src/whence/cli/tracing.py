@@ -119,7 +119,7 @@ def trace(
     opening: dict[str, Any] = {"model": model, **vars(loading)}
     with working("Tracing"):
         opened: Any = index if needs_run else open_index(index, engine=engine, **opening)
-        if is_page and method in catalogue.index_methods():  # a page shows tokens where there are any to show
+        if is_page and catalogue.trace_method(method).has_gradients:  # a page shows tokens where there are any to show
             tokens |= opened.space.view == "sgd"
         result = run(
             opened, prompt, completion, queries=queries or conversation, system=system, span=place, contrast=contrast,
@@ -152,7 +152,9 @@ def trace(
         command = again("--shortlist", 4 * (shortlist or DEEPEST))
     elif result.levels and not opened.has_contrasts and not any(stands_out(result, number) for number in numbers):
         command = ("whence", "trace", index, *given, "--method", "bm25")
-    elif exact is None and not result.rerankings and method in catalogue.index_methods() and can_rerank(opened):
+    elif (
+        exact is None and not result.rerankings and catalogue.trace_method(method).has_gradients and can_rerank(opened)
+    ):
         command = again("--exact")
     else:
         command = again("-o", "trace.html") if not is_page else ("whence", "select", index, *_CHOICE)

@@ -18,7 +18,7 @@ from whence.indexing.opening import Index
 from whence.selection.pipeline import build_scorer
 from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
-from whence.tracing.queries import EncodedQuery
+from whence.tracing.queries import EncodedQuery, query_vectors
 from whence.tracing.results import Hit, Trace
 from whence.turns import TURN
 
@@ -71,6 +71,9 @@ def _scores(
     index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int, options: Mapping[str, Any]
 ) -> Float32[Tensor, "q n"]:
     entry, view = catalogue.trace_method(method), IndexView(index)
+    if entry.is_solved and entry.scorer is not None:
+        vectors = query_vectors(index, [query.sequences for query in queries])
+        return view.scores(build_scorer(entry.scorer, seed, options).solved(view, vectors), cosine=False)
     if entry.scorer is not None:
         texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
         targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]

@@ -136,7 +136,7 @@ def trace(
             if controls is not None and (how.null or how.specific):
                 control_texts = queries_of(controls, flag="--controls", **reading)
                 control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
-            retrieval = Retrieval(opened, encoded, how, control_queries)
+            retrieval = Retrieval(opened, encoded, how, control_queries, own)
             traced, seconds_a_row = retrieval.trace(), retrieval.seconds_a_row
         else:
             seconds_a_row = None
@@ -225,7 +225,7 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
 def ignored_parts(method: str) -> tuple[str, ...]:
     """Which `PARTS` of a question a method leaves out."""
     scorer = catalogue.trace_method(method).scorer
-    if scorer is None:
+    if scorer is None or catalogue.trace_method(method).is_solved:
         return ()
     reads_tokens = catalogue.SCORERS[scorer].is_signed or catalogue.SCORERS[scorer].needs_index
     return ("contrast",) if reads_tokens else PARTS

@@ -13,12 +13,12 @@ than a pass through it.
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from whence import catalogue
@@ -32,6 +32,8 @@ from whence.gradients.exact import SignedSequence
 from whence.gradients.flat_width import FLAT
 from whence.indexing.opening import Index
 from whence.indexing.scan import Ranking
+from whence.selection.pipeline import build_scorer
+from whence.selection.views import IndexView
 from whence.tracing import nulls
 from whence.tracing.depth import Noise, candidates, depth
 from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, level_of, meaningless, verdict
@@ -82,12 +84,15 @@ class TraceSettings:
         ):
             if value not in known:
                 raise SettingError(f"{flag} {value}: choose one of {', '.join(known)}")
-        index_flags = [flag for flag in ("exact", "tokens", "specific") if getattr(self, flag)]
-        if index_flags and not entry.from_index:
-            raise SettingError(
-                f"--{index_flags[0]} belongs to the methods that score from the index "
-                f"({', '.join(catalogue.index_methods())}), not to --method {self.method}"
-            )
+        for flags, has_them, names, what in (
+            (("exact", "tokens"), entry.has_gradients, catalogue.gradient_methods(), "compare gradients as they are"),
+            (("specific",), entry.from_index, catalogue.index_methods(), "score from the index"),
+        ):
+            if not has_them and (given := [flag for flag in flags if getattr(self, flag)]):
+                raise SettingError(
+                    f"--{given[0]} belongs to the methods that {what} ({', '.join(names)}), not to --method "
+                    f"{self.method}"
+                )
         if entry.scorer is not None and self.objective != "loss":
             raise SettingError(f"--objective {self.objective}: --method {self.method} is about the loss")
 
@@ -193,6 +198,8 @@ class Retrieval:
     settings: TraceSettings
     control_queries: list[EncodedQuery] | None = None
     """The user's control queries; None draws rows of the index."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the method's scorer, where it has one."""
     stored_rows: dict[int, Row] = field(default_factory=dict)
     """Rows that were read from the index, by number."""
     seconds_a_row: float | None = None
@@ -202,7 +209,7 @@ class Retrieval:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
         settings = self.settings
         vectors, controls, levels = self._vectors()
-        knows_noise = self.index.space.sketch in FLAT
+        knows_noise = self.index.space.sketch in FLAT and catalogue.trace_method(settings.method).has_gradients
         m = candidates(settings.top, settings.shortlist) if self.is_exact or knows_noise else settings.top
         return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
 
@@ -222,7 +229,8 @@ class Retrieval:
         """A trace of the rows that were ranked."""
         settings, numbers = self.settings, range(len(self.queries))
         ranked = {row for ranking in rankings for row in ranking.rows.flatten().tolist() if row >= 0}
-        noise = Noise.of(self.index, ranked, cosine=settings.cosine)
+        has_noise = catalogue.trace_method(settings.method).has_gradients
+        noise = Noise.of(self.index, ranked, cosine=settings.cosine) if has_noise else None
         results = [self._result(number, rankings, vectors[:, number]) for number in numbers]
         for result in results:
             if self.is_exact:
@@ -261,7 +269,8 @@ class Retrieval:
         options = {"cosine": settings.cosine, "seed": settings.seed}
         control_queries, control_rows = self._controls()
         texts = tuple(tuple(query.sequences[0].encoded.ids) for query in control_queries)
-        how = (settings.method, settings.objective, settings.top, settings.specific, settings.seed, texts)
+        own = tuple(sorted((name, str(value)) for name, value in self.options.items()))
+        how = (settings.method, own, settings.objective, settings.top, settings.specific, settings.seed, texts)
         has_null = bool(control_queries) or control_rows is not None
         keys = [(*how, Shape.of(query, index.model().context)) for query in self.queries if has_null]
         new = [key for key in dict.fromkeys(keys) if key not in index.levels]
@@ -276,17 +285,34 @@ class Retrieval:
             objective=settings.objective,
         )
         sizes = [len(self.queries), len(control_queries), len(plain), sum(map(len, drawn))]
-        vectors, control_vectors, plain_vectors, drawn_vectors = gradients.split(sizes, 1)
+        vectors, control_vectors, row_vectors, drawn_vectors = self._solved(gradients.split(sizes, 1), control_rows)
         if control_queries:
             controls = nulls.query_controls(index, control_vectors, **options)
         elif control_rows is not None:
-            controls = nulls.row_controls(index, vectors=plain_vectors if plain else None, **options)
+            controls = nulls.row_controls(index, vectors=row_vectors if row_vectors.shape[1] else None, **options)
         else:
             return vectors, None, []
         assert controls is not None, "there are enough of them"
         for key, queries, own in zip(new, drawn, drawn_vectors.split([*map(len, drawn)], 1), strict=True):
             index.levels[key] = self._level(queries, own, controls)
         return vectors, controls, [index.levels[key] for key in keys]
+
+    def _solved(
+        self, parts: Sequence[Float32[Tensor, "c _ k"]], control_rows: Int64[Tensor, " m"] | None
+    ) -> Sequence[Float32[Tensor, "c _ k"]]:
+        """Vectors of queries, controls, rows as controls and meaningless completions, as the index is asked for them.
+
+        For a method with a curvature of its own they are divided by it, the index' own rows too.
+        """
+        entry = catalogue.trace_method(self.settings.method)
+        if not entry.is_solved or entry.scorer is None:
+            return parts
+        queries, controls, rows, drawn = parts
+        if control_rows is not None and not rows.shape[1]:
+            rows, _ = self.index.store.vectors(control_rows.tolist())
+        parts = [queries, controls, rows, drawn]
+        scorer = build_scorer(entry.scorer, self.settings.seed, self.options)
+        return scorer.solved(IndexView(self.index), torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
 
     def _controls(self) -> tuple[list[EncodedQuery], Tensor | None]:
         """Control queries: the user's, or numbers of rows."""

@@ -99,8 +99,12 @@ class DataInf:
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores without a unit; -inf where the index has no gradient."""
         indexed = indexed_view(view, "datainf")
-        blocks = self._blocks(indexed)
         vectors = target_vectors(indexed, targets, normalised=False)
+        return indexed.scores(self.solved(indexed, vectors), cosine=False)
+
+    def solved(self, indexed: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
+        """Vectors under the estimated inverse; a score is the inner product with a row's vector."""
+        blocks = self._blocks(indexed)
         squares, count = self._mean_squares(indexed, len(blocks), blocks)
         damping = self.damping * squares / torch.tensor([entries for _, entries in blocks])
         absorbed = self._absorbed(indexed, vectors, blocks, damping)
@@ -108,7 +112,7 @@ class DataInf:
         for block, (columns, _) in enumerate(blocks):
             inverse = inverse_or_zero(damping[:, block])[:, None, None]  # a layer without gradients says nothing
             solved[:, :, columns] = inverse * (vectors[:, :, columns] - absorbed[:, :, columns] / count)
-        return indexed.scores(solved, cosine=False)
+        return solved
 
     def _blocks(self, view: GradientView) -> list[tuple[slice, int]]:
         """Columns and number of weights of each layer, or of all layers together where the sketch mixes them."""

@@ -94,10 +94,13 @@ class TRAK:
         """Scores; -inf where the index has no gradient."""
         indexed = indexed_view(view, "trak")
         vectors = target_vectors(indexed, targets, normalised=False)
+        return indexed.scores(self.solved(indexed, vectors), cosine=False)
+
+    def solved(self, indexed: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
+        """R_c^-1 v under each checkpoint; a score is its inner product with a row's vector."""
         sampled = _sampled(indexed, self.sample, self.seed)
-        solved = [SecondMoment.of(rows / len(rows) ** 0.5, self.damping).solved(asked)
-                  for rows, asked in zip(sampled, vectors, strict=True)]  # fmt: skip
-        return indexed.scores(torch.stack(solved), cosine=False)
+        return torch.stack([SecondMoment.of(rows / len(rows) ** 0.5, self.damping).solved(asked)
+                            for rows, asked in zip(sampled, vectors, strict=True)])  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
