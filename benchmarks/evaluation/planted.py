@@ -14,6 +14,7 @@ be traced. A stage whose result is in WORK is not done again.
 import argparse
 import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def _methods(arguments: argparse.Namespace) -> list[str]:
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines with the table's names."""
-    return [row | {"method": "EK-FAC"} if row["method"].startswith("ekfac:") else row for row in rows]
+    return [row | {"method": re.sub(r"ekfac:curvature=[^|]*", "EK-FAC", row["method"])} for row in rows]
 
 
 def _lines(document: dict[str, Any]) -> list[str]:

@@ -252,9 +252,10 @@ def test_a_run_of_another_model_is_refused(run_place, place, tiny_llama, tmp_pat
         opened([fewer.store.place.root], run=str(run_place / "run"))
 
 
-def test_without_a_run_replay_says_how(page, answer):
+def test_without_a_run_replay_says_how(page, place, answer):
     methods = {each["name"]: each for each in page.get("/api/session").json()["indexes"][0]["methods"]}
-    assert not methods["replay"]["is_ready"] and "whence explore INDEX --run RUN" in methods["replay"]["note"]
+    assert not methods["replay"]["is_ready"] and f"whence explore {place} --run RUN" in methods["replay"]["note"]
+    assert f"whence explore {place} --curvature DIR" in methods["ekfac"]["note"]
     told = events(page, "/api/comparisons", answer=answer, methods=["replay"], top=4, fold=False)
     assert "whence explore INDEX --run RUN" in next(each["error"] for each in told if each["type"] == "method")
 

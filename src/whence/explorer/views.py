@@ -89,10 +89,10 @@ def _method(explored: ExploredIndex, name: str, label: str) -> dict[str, Any]:
     note = method.about
     if name == "ekfac" and name not in explored.options:
         is_ready = False
-        note = f"Measure it once: whence curvature {explored.name} -o DIR. Then: whence explore --curvature DIR"
+        note = f"Measure it once: whence curvature {explored.name} -o DIR. Then: whence explore {explored.name} --curvature DIR"
     elif method.needs_run and explored.run is None:
         is_ready = False
-        note = "Go back through the training: whence explore INDEX --run RUN. RUN is of whence train --replayable."
+        note = f"Go back through the training: whence explore {explored.name} --run RUN"
     elif method.needs_run:
         note = f"{note}: {LONG}"
     elif name in ("ekfac", "tracin", "tracin_cosine", "embedding"):
