@@ -233,12 +233,14 @@ def test_methods_go_back_through_the_run_that_the_index_is_of(run_place):
                 expected = [(hit.id, hit.score) for hit in hits if hit.rank * first > 0]
                 assert ids(event[side]) == [name for name, _ in expected]
                 assert [row["score"] for row in event[side]] == pytest.approx([score for _, score in expected])
+            assert event["notes"] == []
+        assert methods["replay"]["ignores"] == methods["source"]["ignores"] == []
         found = ranking(page, answer, method="replay", top=20, fold=False)
         assert "other" not in ids(found["helpful"]) and found["matching"] == 12 and found["notes"] == []
         command = page.post("/api/commands", json={"answer": answer, "method": "replay", "top": 4}).json()["command"]
         assert command.startswith(f"whence trace {run_place / 'run'} ") and command.endswith("--method replay --top 4")
-        report = page.post("/api/exports", json={"answer": answer, "method": "source", "top": 2, "what": "report"})
-        assert report.status_code == 200 and "source" in report.text
+        report = page.post("/api/exports", json={"answer": answer, "method": "replay", "top": 2, "what": "report"})
+        assert report.status_code == 200 and "6 of adamw" in report.text
     app.state.line.close()
 
 
@@ -247,9 +249,37 @@ def test_a_run_of_another_model_is_refused(run_place, place, tiny_llama, tmp_pat
         opened([place], run=str(run_place / "run"))
     both = opened([place, run_place / "index"], run=str(run_place / "run"))
     assert [each.run is not None for each in both] == [False, True]
-    fewer = index(run_place / "run", corpus_rows(12)[1:], tmp_path / "fewer", progress=False)
-    with pytest.raises(ManifestMismatchError, match=r"trained on row .*, which .* does not have"):
-        opened([fewer.store.place.root], run=str(run_place / "run"))
+    edited = [corpus_rows(12)[0] | {"completion": " another"}, *corpus_rows(12)[1:]]
+    for name, rows, what in (("fewer", edited[1:], "does not have"), ("edited", edited, "has with another content")):
+        other = index(run_place / "run", rows, tmp_path / name, progress=False)
+        with pytest.raises(ManifestMismatchError, match=rf"trained on row .*, which .* {what}"):
+            opened([other.store.place.root], run=str(run_place / "run"))
+
+
+def test_a_replay_of_a_contrast_is_of_the_contrast_and_leaves_no_files(run_place):
+    app = make_app(opened([run_place / "index"], run=str(run_place / "run")))
+    before = set((run_place / "run").rglob("*"))
+    with TestClient(app) as page:
+        answer = events(page, "/api/answers", **ASKED, contrast=" no, 3")[-1]["answer"]
+        told = events(page, "/api/comparisons", answer=answer, methods=["replay"], top=3, fold=False)
+    (event,) = (event for event in told if event["type"] == "method")
+    hits = trace(run_place / "run", *ASKED.values(), contrast=" no, 3", method="replay", top=3).of(0)
+    assert [(row["id"], row["score"]) for row in event["helpful"]] == [
+        (hit.id, pytest.approx(hit.score)) for hit in hits
+    ]
+    assert set((run_place / "run").rglob("*")) == before
+    app.state.line.close()
+
+
+def test_an_exploded_replay_says_so(run_place, monkeypatch):
+    monkeypatch.setattr("whence.tracing.replaying.instability", lambda replayed, tokens: ["not to be believed"])
+    app = make_app(opened([run_place / "index"], run=str(run_place / "run")))
+    with TestClient(app) as page:
+        answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+        told = events(page, "/api/comparisons", answer=answer, methods=["replay"], top=3, fold=False)
+        assert [event["notes"] for event in told if event["type"] == "method"] == [["not to be believed"]]
+        assert ranking(page, answer, method="replay", top=3, fold=False)["notes"] == ["not to be believed"]
+    app.state.line.close()
 
 
 def test_without_a_run_replay_says_how(page, place, answer):
@@ -296,7 +326,7 @@ def test_exports_are_rows_to_train_on(page, answer, place):
     ranked = [json.loads(line) for line in page.post("/api/exports", json=asked | {"what": "rows"}).text.splitlines()]
     assert [row["rank"] for row in ranked] == [1, 2, 3, 4, 5, -1, -2, -3, -4, -5]
     report = page.post("/api/exports", json=asked | {"what": "report"})
-    assert report.status_code == 200 and "source" in report.text
+    assert report.status_code == 200 and report.text.startswith("<!doctype html>")
 
 
 def test_a_command_asks_the_same(page, answer, place):

@@ -60,6 +60,19 @@ def test_it_reads_what_the_law_predicts(browser, tmp_path, law):
     assert browser.errors() == []
 
 
+def test_it_opens_on_the_suggestion_itself(browser, tmp_path):
+    """Which lies between the nodes of the grid, here exactly at a cap."""
+    result = fitted(caps={"d0": 0.33})
+    open_page(browser, tmp_path, result)
+    shares, words, losses = shown(browser)
+    corners = grids(result)[0]["corners"]
+    assert shares == pytest.approx(result.best.mixture[corners].tolist(), abs=6e-4)
+    assert words.endswith("as that of the suggested mixture.") and {line[3] for line in losses} == {"0.000"}
+    for line, predicted in zip(losses, result.best.predicted.tolist(), strict=True):
+        assert float(line[1].replace(MINUS, "-")) == pytest.approx(predicted, abs=6e-4, rel=6e-4)
+    assert browser.value("document.querySelectorAll('#try circle.lowest').length") == 1
+
+
 def test_a_press_on_a_corner_is_that_domain_alone(browser, tmp_path):
     result = fitted(caps={})
     open_page(browser, tmp_path, result)

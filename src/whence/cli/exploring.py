@@ -24,6 +24,9 @@ def explore(
             metavar="RUN", help="Of whence train --replayable, indexed here: Replay and SOURCE are offered too."
         ),
     ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="What that run was trained on, where that is not where it was.")
+    ] = None,
     model: ModelPath = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at. Any but this machine's own needs the token that is printed.")
@@ -33,11 +36,11 @@ def explore(
 ) -> None:
     """Look instead of read: a page on which any stretch of an answer is ranked as you point at it."""
     for index in indexes:
-        check_inputs(index=index, curvature=curvature, run=run)
+        check_inputs(index=index, curvature=curvature, run=run, corpora=[corpus])
     with working("Opening"):
         from whence.explorer.serving import opened, serving
 
-        explored = opened(indexes, curvature=curvature, run=run, model=model, **vars(loading))
+        explored = opened(indexes, curvature=curvature, run=run, corpus=corpus, model=model, **vars(loading))
     with serving(explored, host=host, port=port, token=token) as server:
         answer = f"The page is at {server.address} until Ctrl-C stops it."
         print_ending(answer, "whence", "trace", indexes[0], "--prompt", "TEXT", "-o", "trace.html")

@@ -239,7 +239,8 @@ def _compare(request: Request, answered: Answered, stretch: Stretch, asked: Comp
             continue
         found = _ranked(answered, stretch, scores, asked, method)
         tops[method] = [row["row"] for row in found["helpful"]]
-        request.tell("method", method=method, helpful=found["helpful"], opposing=found["opposing"], took=found["took"])
+        request.tell("method", method=method, helpful=found["helpful"], opposing=found["opposing"], took=found["took"],
+                     notes=found["notes"])  # fmt: skip
     request.tell("done", overlaps=views.overlaps(tops))
 
 

@@ -58,6 +58,7 @@ def report(request: Request, answered: Answered, stretch: Stretch, *, method: st
         traced = trace(
             source, queries=[query], top=top, method=method, tokens=method in OF_TOKENS,
             options=answered.explored.options.get(method), exact=False if method in OF_TOKENS else None,
+            progress=request.progress,
         )  # fmt: skip
         traced.save(str(file))
         return file.read_text(encoding="utf-8")

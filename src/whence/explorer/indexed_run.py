@@ -3,6 +3,7 @@
 The page answers with the index' model, so that the run has to end with those weights.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from whence.corpus.reading import row_json
 from whence.errors import ManifestMismatchError
 from whence.explorer.corpus_rows import CorpusRows
 from whence.indexing.opening import Index
@@ -18,7 +20,7 @@ from whence.models.runs import open_run
 from whence.runner import ProgressOption
 from whence.tracing.queries import EncodedQuery
 from whence.tracing.replaying import scores_of_run
-from whence.training.replayed_run import ReplayableRun, open_replayable
+from whence.training.replayed_run import ReplayableRun
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,43 @@ class IndexedRun:
     """Rows of the index."""
 
     @classmethod
-    def of(cls, path: str | Path, index: Index, rows: CorpusRows) -> "IndexedRun":
-        """Open the run that an index is of.
+    def of(cls, path: str | Path, index: Index, rows: CorpusRows, opened: ReplayableRun) -> "IndexedRun":
+        """An open run beside the index that is of it.
 
         Raises:
-            ManifestMismatchError: It ends with other weights than the index' model has, or was trained on other rows.
-            MissingLogError: It does not say what it did at each step.
+            ManifestMismatchError: It was trained on other rows than the index has: of other ids, or other contents.
+        """
+        again = f"Index the corpus of the run: whence index {path} CORPUS -o INDEX"
+        places = {name: number for number, name in enumerate(rows.ids)}
+        trained = dict(zip(opened.places.tolist(), opened.ids, strict=True))
+        for place, example in enumerate(opened.corpus):
+            if (name := trained.get(place)) is None:
+                continue
+            if name not in places:
+                what = "does not have"
+            elif rows.row(places[name]) != json.loads(row_json(example.row)):
+                what = "has with another content"
+            else:
+                continue
+            raise ManifestMismatchError(
+                f"--run {path}: it was trained on row {name}, which {index.store.place.root} {what}. {again}"
+            )
+        return cls(opened, str(path), torch.tensor([places[name] for name in opened.ids]), len(rows))
+
+    @staticmethod
+    def require_weights(path: str | Path, index: Index) -> None:
+        """Refuse a run that an index is not of.
+
+        Raises:
+            ManifestMismatchError: It ends with other weights than the index' model has.
         """
         last = open_run(str(path)).checkpoints[-1].path
         entry = index.store.manifest.checkpoints[-1]
-        again = f"whence index {path} CORPUS -o INDEX"
         if directory_digest(last) != entry["digest"]:
             raise ManifestMismatchError(
                 f"--run {path}: it ends with other weights than those that {index.store.place.root} is of, "
-                f"{entry['path']}. Index this run: {again}"
+                f"{entry['path']}. Index this run: whence index {path} CORPUS -o INDEX"
             )
-        opened = open_replayable(path)
-        places = {name: number for number, name in enumerate(rows.ids)}
-        if absent := [name for name in opened.ids if name not in places]:
-            raise ManifestMismatchError(
-                f"--run {path}: it was trained on row {absent[0]}, which {index.store.place.root} does not have. "
-                f"Index the corpus of the run: {again}"
-            )
-        return cls(opened, str(path), torch.tensor([places[name] for name in opened.ids]), len(rows))
 
     def scores(
         self, query: EncodedQuery, method: str, *, progress: ProgressOption = False
@@ -65,7 +81,8 @@ class IndexedRun:
 
         Larger is more helpful: by "replay" about how many nats a token the loss would rise without the row.
         """
-        found = scores_of_run(self.run, [query.sequences], method, progress=progress)
+        # Every stretch that somebody points at is a replay: what is left behind of those given up would fill the disk.
+        found = scores_of_run(self.run, [query.sequences], method, is_resumable=False, progress=progress)
         scores = torch.full((self.count,), -torch.inf)
         scores[self.rows] = found.scores[0].float()
         return scores, found.notes

@@ -39,6 +39,7 @@ def opened(
     *,
     curvature: str | None = None,
     run: str | None = None,
+    corpus: str | None = None,
     progress: runner.ProgressOption = False,
     **loading: Any,
 ) -> list[ExploredIndex]:
@@ -49,6 +50,7 @@ def opened(
         curvature: A directory of `whence curvature`, for the method "ekfac".
         run: The run of `whence train --replayable` that the index is of, for the methods "replay" and "source". Of
             several indexes one has to be of it.
+        corpus: What the run was trained on, where that is not where it was.
         progress: Show bars on stderr.
         loading: Fields of `models.load_options.Loading`.
     """
@@ -64,22 +66,25 @@ def opened(
             context = index.model().context
             out.append(ExploredIndex(number, index, CorpusRows(index), context, options))
         if run is not None:
-            _add_run(run, out)
+            _add_run(run, out, corpus)
     return out
 
 
-def _add_run(run: str, explored: Sequence[ExploredIndex]) -> None:
+def _add_run(run: str, explored: Sequence[ExploredIndex], corpus: str | None) -> None:
     """Give a run to the indexes that are of it.
 
     Raises:
         ManifestMismatchError: None is.
     """
     from whence.explorer.indexed_run import IndexedRun  # which brings the Trainer
+    from whence.training.replayed_run import open_replayable
 
-    refusals = []
+    refusals, replayable = [], None
     for each in explored:
         try:
-            each.run = IndexedRun.of(run, each.index, each.rows)
+            IndexedRun.require_weights(run, each.index)
+            replayable = replayable or open_replayable(run, corpus)
+            each.run = IndexedRun.of(run, each.index, each.rows, replayable)
         except ManifestMismatchError as error:
             refusals.append(error)
     if len(refusals) == len(explored):

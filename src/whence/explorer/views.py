@@ -48,7 +48,10 @@ LABELS = {
 }
 """Methods that a page offers, by their names in `catalogue.TRACE_METHODS`."""
 SLOW = "a pass over all rows, as long as indexing them"
-LONG = "the training once more and back, some three times as long as it took"
+LONG = {
+    "replay": "the training once more and back for each question and stretch, some three times as long as it took",
+    "source": "nine passes over the rows",
+}
 EXAMPLES = 4
 
 
@@ -89,12 +92,13 @@ def _method(explored: ExploredIndex, name: str, label: str) -> dict[str, Any]:
     note = method.about
     if name == "ekfac" and name not in explored.options:
         is_ready = False
-        note = f"Measure it once: whence curvature {explored.name} -o DIR. Then: whence explore {explored.name} --curvature DIR"
+        note = f"Measure it once: whence curvature {explored.name} -o DIR. "
+        note += f"Then: whence explore {explored.name} --curvature DIR"
     elif method.needs_run and explored.run is None:
         is_ready = False
         note = f"Go back through the training: whence explore {explored.name} --run RUN"
     elif method.needs_run:
-        note = f"{note}: {LONG}"
+        note = f"{note}: {LONG[name]}"
     elif name in ("ekfac", "tracin", "tracin_cosine", "embedding"):
         note = f"{note}: {SLOW}"
     return {

@@ -52,10 +52,22 @@
       const anchor = ["middle", "start", "end"][corner];
       return el("text", { x: corner ? (corner === 1 ? 0 : 440) : x, y: corner ? y + 22 : y - 14, "text-anchor": anchor }, brief(domains[domain]));
     });
-    const [bestX, bestY] = xy(countsOf(means.indexOf(sorted[0])));
     point = el("circle", { class: "point", r: 9 });
-    const best = el("circle", { class: "lowest", r: 6, cx: bestX, cy: bestY });
-    picture.replaceChildren(...drawn, edge, best, ...names, point);
+    const [x, y] = xy(suggestedCounts());
+    const mark = el("circle", { class: "suggested", r: 4, cx: x, cy: y });
+    picture.replaceChildren(...drawn, edge, ...ringOfLowest(), ...names, point, mark);
+  }
+
+  const suggestedCounts = () => grid.corners.map((domain) => (steps * suggested[domain]) / grid.share);
+  const sharesOf = (counts) => counts.map((count) => (grid.share * count) / steps);
+  const doubtsOf = (shares) => grid.corners.flatMap((domain, corner) => doubt(domains[domain], domain, shares[corner]));
+
+  // Around the lowest node that was tried and keeps to the caps, if there is one.
+  function ringOfLowest() {
+    const allowed = means.map((_, number) => number).filter((number) => !doubtsOf(sharesOf(countsOf(number))).length);
+    if (!allowed.length) return [];
+    const [cx, cy] = xy(countsOf(allowed.reduce((best, number) => (means[number] < means[best] ? number : best))));
+    return [el("circle", { class: "lowest", r: 6, cx, cy })];
   }
 
   const breakable = (name) => name.split(/(?<=[_/])/).flatMap((part) => [part, el("wbr")]);
@@ -103,20 +115,22 @@
 
   function move(counts) {
     at = counts;
-    const [x, y] = xy(at);
+    show(at, grid.losses[place(at[0], at[1])]);
+  }
+
+  function show(counts, here) {
+    const [x, y] = xy(counts);
     point.setAttribute("cx", x.toFixed(1));
     point.setAttribute("cy", y.toFixed(1));
-    const shares = at.map((count) => (grid.share * count) / steps);
+    const shares = sharesOf(counts);
     sliders.forEach(({ input, share }, corner) => {
       input.value = at[corner];
       share.textContent = percent(shares[corner]);
       input.setAttribute("aria-valuetext", percent(shares[corner]));
     });
-    const here = grid.losses[place(at[0], at[1])];
     const apart = objective(here) - objective(losses);
     const size = signed(apart) === digits(0) ? "as that of the suggested mixture" : `${digits(Math.abs(apart))} ${apart > 0 ? "above" : "below"} that of the suggested mixture`;
-    const doubts = grid.corners.flatMap((domain, corner) => doubt(domains[domain], domain, shares[corner]));
-    found.textContent = [`Predicted mean loss ${digits(objective(here))}, ${size}.`, ...doubts].join(" ");
+    found.textContent = [`Predicted mean loss ${digits(objective(here))}, ${size}.`, ...doubtsOf(shares)].join(" ");
     box.querySelector(".numbers").replaceChildren(tableOf(here));
   }
 
@@ -155,9 +169,10 @@
     box.querySelector(".sliders").replaceChildren();
     draw();
     build();
-    const counts = grid.corners.map((domain) => Math.round((steps * suggested[domain]) / grid.share));
-    counts[counts.indexOf(Math.max(...counts))] += steps - counts.reduce((sum, count) => sum + count, 0);
-    move(counts);
+    const exact = suggestedCounts(); // which is seldom a node of the grid
+    at = exact.map(Math.round);
+    at[at.indexOf(Math.max(...at))] += steps - at.reduce((sum, count) => sum + count, 0);
+    show(exact, losses);
   }
 
   grids.forEach(({ corners }, number) => select.append(el("option", { value: number }, corners.map((domain) => domains[domain]).join(", "))));

@@ -29,7 +29,8 @@ def triangle_section(result: MixLaw) -> str:
     if not grids(result):
         return ""
     caption = (
-        "Move the point, or a slider. The bluer, the lower the predicted mean loss; the ring is where it is lowest."
+        "Move the point, or a slider. The bluer, the lower the predicted mean loss; the white dot is the suggested "
+        "mixture, the ring the lowest loss of the grid within what was tried and allowed."
     )
     box = (
         '<div class="try"><svg viewBox="0 0 440 400" aria-hidden="true"></svg><div class="reading">'

@@ -224,8 +224,9 @@ def _notes(settings: TraceSettings, queries: list[Query], rankable: int) -> list
 
 def ignored_parts(method: str) -> tuple[str, ...]:
     """Which `PARTS` of a question a method leaves out."""
-    scorer = catalogue.trace_method(method).scorer
-    if scorer is None or catalogue.trace_method(method).is_solved:
+    entry = catalogue.trace_method(method)
+    scorer = entry.scorer
+    if scorer is None or entry.is_solved or entry.needs_run:
         return ()
     reads_tokens = catalogue.SCORERS[scorer].is_signed or catalogue.SCORERS[scorer].needs_index
     return ("contrast",) if reads_tokens else PARTS

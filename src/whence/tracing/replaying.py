@@ -95,6 +95,7 @@ def scores_of_run(
     *,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    is_resumable: bool = True,
     progress: ProgressOption = False,
 ) -> RunScores:
     """Scores of all rows of a training for some answers.
@@ -105,6 +106,7 @@ def scores_of_run(
         method: "replay" or "source".
         seed: Of what the method draws.
         options: Of the method's scorer, by the names of its fields.
+        is_resumable: Write down how far a replay is, and go on from there when it was stopped.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
     """
     scorer = build_scorer(method, seed, options or {})
@@ -112,7 +114,7 @@ def scores_of_run(
         with shown_as(progress, "Tracing"):
             return RunScores(scorer.of_run(run, asked, tokens_per_batch=TOKENS_PER_BATCH).double(), [])
     replayed = replay(run.losses, run.log, [[sequences] for sequences in asked], hessian=scorer.hessian,
-                      is_resumable=True, progress=progress)  # fmt: skip
+                      is_resumable=is_resumable, progress=progress)  # fmt: skip
     return RunScores(replayed.scores, instability(replayed, len(run.model.tokenizer)), replayed.losses)
 
 

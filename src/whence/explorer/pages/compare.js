@@ -135,7 +135,8 @@ function columnView(name, counts) {
   const found = columns.get(name);
   const head = el("h3", {}, labelOf(name));
   const says = el("p", { class: "says" }, methodOf(name).note);
-  const section = el("section", { "aria-label": labelOf(name) }, head, says);
+  const notes = (found?.notes ?? []).map((note) => el("p", { class: "problem" }, note));
+  const section = el("section", { "aria-label": labelOf(name) }, head, says, ...notes);
   if (!found) section.append(el("p", { class: "wait" }, "This method is ranking."));
   else if (found.error) section.append(el("p", { class: "problem" }, found.error));
   else if (!found.helpful.length)

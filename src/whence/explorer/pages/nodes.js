@@ -43,6 +43,8 @@ export function arrange(parent, nodes) {
   if (document.activeElement === document.body) focusAgain();
 }
 
+const isFocusable = (node) => !node.disabled && node.tabIndex >= 0 && node.checkVisibility();
+
 // Remembers where `node` is. The function that it returns focuses it or, if it has left the page since, the like of it
 // in what took its place.
 export function anchor(node) {
@@ -50,11 +52,14 @@ export function anchor(node) {
   for (let at = node; at?.parentNode; at = at.parentNode) path.push([at, [...at.parentNode.children].indexOf(at)]);
   return () => {
     const depth = path.findIndex(([at]) => at.isConnected);
-    if (depth < 0) return;
-    const [nearest] = path[depth];
-    const heir = depth ? (nearest.children[path[depth - 1][1]] ?? nearest.lastElementChild ?? nearest) : nearest;
-    const likes = depth ? [...heir.querySelectorAll("button, input, [tabindex]")] : [nearest];
-    (likes.find((like) => like.className === node.className) ?? likes[0])?.focus({ preventScroll: true });
+    if (depth === 0) return node.focus({ preventScroll: true });
+    for (let above = depth; above > 0 && above < path.length; above++) {
+      const [nearest] = path[above];
+      const heir = nearest.children?.[path[above - 1][1]] ?? nearest.lastElementChild ?? nearest;
+      const likes = [...heir.querySelectorAll("button, input, select, textarea, [tabindex]")].filter(isFocusable);
+      const like = likes.find((each) => each.className === node.className) ?? likes[0];
+      if (like) return like.focus({ preventScroll: true });
+    }
   };
 }
 

@@ -15,7 +15,7 @@ function draw(note = null) {
   if (!methodOf(method).of_tokens || ranking.isLevelUnknown)
     return show(
       "",
-      `${left} What chance reaches is not known here: an order alone does not say that the first examples matter.`.trim(),
+      `${left} What chance reaches is not measured here: an order alone does not say that the first examples matter.`.trim(),
       false,
     );
   const reaches = level ? levelWords(level) : (note ?? "What chance reaches is being measured.");
