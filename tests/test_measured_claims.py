@@ -18,20 +18,21 @@ NAMES = {
 """What the bank's tables call a method of `trace`."""
 
 
-def of_the_bank() -> dict[str, float]:
-    """Linear datamodeling score by method, as committed."""
-    bank = json.loads((BENCHMARKS / "evaluation" / "results" / "banks.json").read_text())["base-6m"]
-    return {NAMES.get(row["method"], row["method"]): row["lds"] for row in bank["lds"]["rows"]}
+def of_the_banks(method: str) -> tuple[float, ...]:
+    """Linear datamodeling scores of a method on both banks, as committed."""
+    banks = json.loads((BENCHMARKS / "evaluation" / "results" / "banks.json").read_text())
+    return tuple(round(row["lds"], 2) for bank in ("base-6m", "docstrings")
+                 for row in banks[bank]["lds"]["rows"] if row["method"] == method)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", AGREEMENT)
 def test_agreement_is_what_the_bank_measured(method):
     assert method in catalogue.TRACE_METHODS
-    assert AGREEMENT[method] == round(of_the_bank()[NAMES.get(method, method)], 2)
+    assert AGREEMENT[method] == of_the_banks(NAMES.get(method, method))
 
 
 def test_refined_curvature_is_what_the_bank_measured():
-    assert round(of_the_bank()["EK-FAC + CG"], 2) == REFINED
+    assert of_the_banks("EK-FAC + CG") == REFINED
     assert REFINING.split()[1::2] == ["refine=2", "sample=128"]
 
 
@@ -44,6 +45,8 @@ def test_gains_are_those_of_the_selection_page():
     for method, gains in GAINS.items():
         of_default = [line for line in page.splitlines() if line.startswith(f"| 5% | {method} | default |")]
         of_table = page[page.index("**5% of the pool's tokens**") : page.index("**20% of the pool's tokens**")]
+        if method == "replay":
+            of_table = page[page.index("### Replay") : page.index("### The default index")]
         line = of_default[0] if of_default else next(
             line for line in of_table.splitlines() if line.startswith(f"| {method} |")
         )  # fmt: skip
@@ -59,6 +62,7 @@ def test_every_way_to_trace_has_a_sentence(method):
     assert words.startswith(method)
     assert ("replay by" in words) == (method != "replay")
     assert ("curvature by" in words) == (method not in ("replay", "ekfac"))
+    assert ("trak by" in words) == (method in EXACT)
 
 
 def test_a_method_asked_in_another_way_is_not_called_measured():

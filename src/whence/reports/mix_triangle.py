@@ -29,7 +29,7 @@ def triangle_section(result: MixLaw) -> str:
     if not grids(result):
         return ""
     caption = (
-        "Move the point, or a slider. The bluer, the lower the predicted mean loss; the white dot is the suggested "
+        "Move the point, or a slider. The bluer, the lower the predicted mean loss; the small dot is the suggested "
         "mixture, the ring the lowest loss of the grid within what was tried and allowed."
     )
     box = (
