@@ -503,7 +503,7 @@ def test_a_span_is_given_one_way(whence, tmp_path):
     ("flags", "told"),
     [
         (["--method", "tracn"], "--method tracn: no such method. Did you mean tracin?"),
-        (["--method", "bm25", "--exact"], "--exact belongs to the methods that score from the index"),
+        (["--method", "bm25", "--exact"], "--exact belongs to the methods that compare gradients as they are"),
         (["--span", "maybe"], "--span 'maybe' does not occur in the completion ' yes</s>'"),
         (["--span-tokens", "4:9"], "--span-tokens 4:9: the completion has the tokens 0:5"),
         (["--completion", ""], "nothing to trace for prompt '5 and 3?': the completion has no token"),
