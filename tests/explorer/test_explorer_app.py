@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 
 from conftest import corpus_rows, plain_trainer_run
 from whence import __version__
-from whence.errors import ManifestMismatchError
+from whence.errors import ManifestMismatchError, SettingError
 from whence.explorer.app import make_app
 from whence.explorer.requests import MOST_CHARACTERS
 from whence.explorer.serving import opened
@@ -269,6 +269,11 @@ def test_a_replay_of_a_contrast_is_of_the_contrast_and_leaves_no_files(run_place
     ]
     assert set((run_place / "run").rglob("*")) == before
     app.state.line.close()
+
+
+def test_a_corpus_belongs_to_a_run(place):
+    with pytest.raises(SettingError, match=r"--corpus x\.jsonl: it belongs to --run RUN"):
+        opened([place], corpus="x.jsonl")
 
 
 def test_an_exploded_replay_says_so(run_place, monkeypatch):

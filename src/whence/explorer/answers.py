@@ -187,7 +187,8 @@ class Answered:
         self.scores[method, stretch] = scores
         self.scores.move_to_end((method, stretch))
         while len(self.scores) > MOST_STRETCHES:
-            self.scores.popitem(last=False)
+            oldest, _ = self.scores.popitem(last=False)
+            self.notes.pop(oldest, None)
         return scores
 
     def level(self, method: str, stretch: Stretch, *, measures: bool) -> float | None:

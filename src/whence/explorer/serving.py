@@ -53,7 +53,13 @@ def opened(
         corpus: What the run was trained on, where that is not where it was.
         progress: Show bars on stderr.
         loading: Fields of `models.load_options.Loading`.
+
+    Raises:
+        SettingError: A corpus without a run.
+        ManifestMismatchError: No index is of the run.
     """
+    if corpus is not None and run is None:
+        raise SettingError(f"--corpus {corpus}: it belongs to --run RUN; an index has its own copy of its rows")
     options: dict[str, dict[str, Any]] = {}
     if curvature is not None:
         open_curvature(curvature)

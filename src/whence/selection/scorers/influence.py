@@ -103,7 +103,9 @@ class DataInf:
         return indexed.scores(self.solved(indexed, vectors), cosine=False)
 
     def solved(self, indexed: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
-        """Vectors under the estimated inverse; a score is the inner product with a row's vector."""
+        """Vectors under the estimated inverse, by checkpoint; a row's score is its vector's inner product with each,
+        summed over checkpoints by weight. Larger is more helpful; without a unit.
+        """
         blocks = self._blocks(indexed)
         squares, count = self._mean_squares(indexed, len(blocks), blocks)
         damping = self.damping * squares / torch.tensor([entries for _, entries in blocks])

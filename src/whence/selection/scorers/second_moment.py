@@ -97,7 +97,10 @@ class TRAK:
         return indexed.scores(self.solved(indexed, vectors), cosine=False)
 
     def solved(self, indexed: GradientView, vectors: Float32[Tensor, "c s k"]) -> Float32[Tensor, "c s k"]:
-        """R_c^-1 v under each checkpoint; a score is its inner product with a row's vector."""
+        """R_c^-1 v under each checkpoint; a row's score is its vector's inner product with each, summed by weight.
+
+        Larger is more helpful; without a unit.
+        """
         sampled = _sampled(indexed, self.sample, self.seed)
         return torch.stack([SecondMoment.of(rows / len(rows) ** 0.5, self.damping).solved(asked)
                             for rows, asked in zip(sampled, vectors, strict=True)])  # fmt: skip
