@@ -12,6 +12,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
     index    the default index at the end of the training, and one as Adam would use gradients
     replay   scores of every row for every query through the whole training, with the Hessian's products and without;
              QUERIES_AT_ONCE queries a time, each part kept, of a bank of the page's size beside the results too
+    mean     the same of the queries' mean loss, one way back each: all that `removal` needs, which ranks rows by the
+             mean over queries; it reads these where not all queries were replayed
     curvature  `whence curvature` of that index
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
              benchmarks/evaluation/results/banks.json, as all tables
@@ -302,10 +304,30 @@ def stage_replay(options: argparse.Namespace) -> None:
                 shutil.copy(file, kept)
             drift = max((share for _, share in found.drifts), default=0.0)
             print(f"{name}, queries from {first}: {seconds:.0f} s, drift {drift:.1e}", flush=True)
-    if not (options.work / "mean.json").exists():  # what one task costs
-        start = time.perf_counter()
-        replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]])
-        (options.work / "mean.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
+
+
+def stage_mean(options: argparse.Namespace) -> None:
+    """Scores of every row for the queries' mean loss, and what one task costs."""
+    opened, bank = open_replayable(options.work / "run"), open_bank(str(options.work / "bank"))
+    queries = [encode(row, opened.model.tokenizer) for row in bank.queries]
+    for name, hessian in WAYS.items():
+        file, start = options.work / f"mean-{name}.parquet", time.perf_counter()
+        if file.exists():
+            continue
+        found = replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]], hessian=hessian,
+                       is_resumable=True)  # fmt: skip
+        seconds, (scores,) = time.perf_counter() - start, found.scores.tolist()
+        if hessian:
+            (options.work / "mean.json").write_text(json.dumps({"seconds": seconds}))
+        each = len(bank.query_ids)
+        columns = {
+            "query": [query for query in bank.query_ids for _ in opened.ids],
+            "id": [*opened.ids] * each,
+            "score": scores * each,
+        }
+        table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
+        pyarrow.parquet.write_table(table, file)
+        print(f"{name}, mean of {each} queries: {seconds:.0f} s", flush=True)
 
 
 def gathered(options: argparse.Namespace, name: str) -> tuple[str, float]:
@@ -317,12 +339,18 @@ def gathered(options: argparse.Namespace, name: str) -> tuple[str, float]:
     return str(out), seconds
 
 
-def scored(options: argparse.Namespace) -> dict[str, Any]:
-    """What every table reads beside the bank: two indexes, and the scores of methods that go through the training."""
+def scored(options: argparse.Namespace, means: bool = False) -> dict[str, Any]:
+    """What every table reads beside the bank: two indexes, and the scores of methods that go through the training.
+
+    Of methods without scores of every query those of the mean loss count, if `means`.
+    """
     work, files, costs = options.work, {}, {}
     for name in WAYS:
         if len([*work.glob(f"{name}-*.parquet")]) * QUERIES_AT_ONCE >= (options.first or options.queries):
             files[name], costs[name] = gathered(options, name)
+        elif means and (file := work / f"mean-{name}.parquet").exists():
+            files[name] = str(file)
+            costs[name] = float(pyarrow.parquet.read_schema(file).metadata[b"seconds"])
     files["in-run"] = str(work / "in-run" / "in_run_scores.parquet")
     indexes = {"": str(work / "index"), "adam": str(work / "adam")}
     return {"index": indexes, "scores": files, "costs": costs, "seed": options.seed}
@@ -350,7 +378,7 @@ def stage_lds(options: argparse.Namespace) -> None:
 def stage_removal(options: argparse.Namespace) -> None:
     """Trainings without the top rows."""
     found = evaluate_removal(str(options.work / "bank"), removed(options), share=options.share, seeds=options.seeds,
-                             **scored(options), progress=True)  # fmt: skip
+                             **scored(options, means=True), progress=True)  # fmt: skip
     keep(options, "removal", {"rows": named(options, found.rows()), "settings": dict(found.settings), "date": today()})
     for row in found.rows():
         print(row["method"], row["effect"], row["over_random"], row["over_random_low"], row["over_random_high"])
@@ -379,6 +407,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "index": stage_index,
     "curvature": stage_curvature,
     "replay": stage_replay,
+    "mean": stage_mean,
     "lds": stage_lds,
     "removal": stage_removal,
     "patch": stage_patch,
