@@ -312,6 +312,9 @@ def stage_mean(options: argparse.Namespace) -> None:
     queries = [encode(row, opened.model.tokenizer) for row in bank.queries]
     for name, hessian in WAYS.items():
         file, start = options.work / f"mean-{name}.parquet", time.perf_counter()
+        kept = RESULTS.with_name(f"{options.bank}_{file.name}".replace(" ", "_"))
+        if not file.exists() and results(options) == RESULTS and kept.exists():
+            shutil.copy(kept, file)
         if file.exists():
             continue
         found = replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]], hessian=hessian,
@@ -327,6 +330,8 @@ def stage_mean(options: argparse.Namespace) -> None:
         }
         table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
         pyarrow.parquet.write_table(table, file)
+        if results(options) == RESULTS:
+            shutil.copy(file, kept)
         print(f"{name}, mean of {each} queries: {seconds:.0f} s", flush=True)
 
 

@@ -6,9 +6,9 @@
 A PYTHON is that of an environment with kronfluence 1.0.1, whose public functions do the work (`kronfluence_worker.py`),
 or with bergson 2.5.1, whose public command does (`bergson_worker.py`), in batches of rows of like length; ours are
 those of the index. All take labels drawn from the model, a damping of a tenth of a layer's mean eigenvalue, and the
-layers of INDEX. With dattri 0.3.0 (`dattri_worker.py`) it is TRAK, beside ours by an index made anew, and what
-dattri's EK-FAC says. Each tool in a process of its own, on one thread. Written to
-benchmarks/evaluation/results/curvature_peers.json:
+layers of INDEX, and measure all of its rows; once more ours measures as many as `whence curvature` does unless told.
+With dattri 0.3.0 (`dattri_worker.py`) it is TRAK, beside ours by an index made anew, and what dattri's EK-FAC says.
+Each tool in a process of its own, on one thread. Written to benchmarks/evaluation/results/curvature_peers.json:
 
     agreement   Pearson and Spearman correlation of each tool's scores with ours of the method over rows, by query
     lds         all against BANK, for the same queries, with intervals
@@ -47,7 +47,7 @@ from whence.selection.views import IndexView
 
 RESULTS = Path(__file__).parent / "results" / "curvature_peers.json"
 PEERS = ("kronfluence", "bergson", "dattri")
-TRAK_HERE = "whence trak"
+TRAK_HERE, SAMPLED = "whence trak", "whence, some rows"
 
 
 def main() -> None:
@@ -74,6 +74,7 @@ def main() -> None:
     here = ["--work", str(options.work), "--queries", str(options.queries)]
     ours = [sys.executable, "-m", "benchmarks.evaluation.curvature_peers", options.index, str(options.rows_asked)]
     cost = {"whence": measured(options, "whence", [*ours, *here, "--stage", "whence"])}
+    cost[SAMPLED] = measured(options, SAMPLED, [*ours, *here, "--stage", SAMPLED])
     if options.dattri:
         cost[TRAK_HERE] = measured(options, TRAK_HERE, [*ours, *here, "--stage", TRAK_HERE])
     for peer in PEERS:
@@ -85,7 +86,7 @@ def main() -> None:
         "machine": machine(), "date": time.strftime("%Y-%m-%d"), "queries": options.queries,
         "rows": scores["whence"].shape[1], "cost": cost,
         "agreement": {peer: agreement(scores[TRAK_HERE if peer == "dattri" else "whence"], scores[peer])
-                      for peer in PEERS if peer in scores},
+                      for peer in (SAMPLED, *PEERS) if peer in scores},
     }  # fmt: skip
     if options.bank:
         bank = open_bank(options.bank)
@@ -111,8 +112,18 @@ def write_order(options: argparse.Namespace) -> None:
     (options.work / "order.json").write_text(json.dumps(order))
 
 
-def score(options: argparse.Namespace) -> None:
-    """Our factors and scores, and a plain pass over all rows to hold both tools to."""
+def score_all(options: argparse.Namespace) -> None:
+    """Curvature of all rows."""
+    score(options, "whence", sys.maxsize)
+
+
+def score_sampled(options: argparse.Namespace) -> None:
+    """Curvature of the rows that it needs."""
+    score(options, SAMPLED, None)
+
+
+def score(options: argparse.Namespace, tool: str, most: int | None) -> None:
+    """Our factors and scores, and a plain pass over all rows to hold all tools to."""
     opened = open_index(options.index, device="cpu")
     view, model = IndexView(opened), opened.model()
     layers, rows = opened.layers(model), list(view.encoded())
@@ -120,13 +131,14 @@ def score(options: argparse.Namespace) -> None:
     for _, batch in batches(rows, opened.tokens_per_batch):
         backward(model, layers, batch, lambda captured: None, whole=True)
     one_pass, start = time.process_time() - start, time.process_time()
-    store = curvature(opened, options.work / "curvature", restart=True, progress=False)
+    store = curvature(opened, options.work / f"curvature {tool}", rows=most, restart=True, progress=False)
     factors, start = time.process_time() - start, time.process_time()
     found = EKFAC(curvature=store.place.root)(view, targets(options, opened))
     scores = time.process_time() - start
-    np.save(options.work / "whence.npy", found.numpy())
-    result = {"one pass": one_pass, "factors": factors, "scores": scores, "memory": peak_resident()}
-    (options.work / "whence.json").write_text(json.dumps(result))
+    np.save(options.work / f"{tool}.npy", found.numpy())
+    result = {"one pass": one_pass, "factors": factors, "scores": scores, "memory": peak_resident(),
+              "measured rows": store.measured.rows}  # fmt: skip
+    (options.work / f"{tool}.json").write_text(json.dumps(result))
 
 
 def score_trak(options: argparse.Namespace) -> None:
@@ -147,7 +159,7 @@ def targets(options: argparse.Namespace, opened: Index) -> list[Target]:
     return [Target(str(number), [QueryText("", "", query)]) for number, query in enumerate(asked(options, opened))]
 
 
-STAGES = {"whence": score, TRAK_HERE: score_trak}
+STAGES = {"whence": score_all, SAMPLED: score_sampled, TRAK_HERE: score_trak}
 
 
 def measured(options: argparse.Namespace, tool: str, command: list[str]) -> dict[str, float]:

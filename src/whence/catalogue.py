@@ -163,7 +163,7 @@ SCORERS: dict[str, ScorerEntry] = {
     ),
     "ekfac": ScorerEntry(
         "whence.selection.scorers.ekfac:EKFAC",
-        "two passes over every row, and one for as many targets as 2 GiB hold three times",
+        "two passes over some rows, and one over every row for as many targets as 2 GiB hold three times",
         "arXiv 2308.03296",
         needs_model=True,
         takes_gradients=True,
@@ -177,7 +177,7 @@ SCORERS: dict[str, ScorerEntry] = {
     ),
     "source": ScorerEntry(
         "whence.selection.scorers.source:SOURCE",
-        "three passes over every row for each of three segments of the training",
+        "a pass over every row, and two over some, for each of three segments of the training",
         "arXiv 2405.12186",
         needs_run=True,
     ),

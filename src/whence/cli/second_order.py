@@ -22,7 +22,11 @@ def curvature(
     out: Annotated[str, typer.Option("-o", "--out", help="Directory; the same command goes on from there.")],
     kind: Annotated[str, typer.Option(help="ekfac: two passes over the rows; kfac: one, and coarser.")] = "ekfac",
     rows: Annotated[
-        int | None, typer.Option(help="The most rows to measure; of more, so many are drawn.", show_default="4,096")
+        int | None,
+        typer.Option(
+            help="The most rows to measure; of more, so many are drawn.",
+            show_default="24 tokens for each input of the widest layer",
+        ),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Patterns of layers' names, as of index; those of the index unless given.")
@@ -43,9 +47,8 @@ def curvature(
         raise UnknownNameError(f"--kind {kind}: there is no such kind. Known: {', '.join(KINDS)}")
     refuse_inputs(out, [index, model, loading.tokenizer], is_directory=True)
     check_inputs(index=index, models=[model])
-    options: dict[str, Any] = {"kind": kind, "layers": layers, "empirical": empirical, "seed": seed,
+    options: dict[str, Any] = {"kind": kind, "rows": rows, "layers": layers, "empirical": empirical, "seed": seed,
                                "restart": restart, "model": model, **vars(loading)}  # fmt: skip
-    options |= {} if rows is None else {"rows": rows}
     if dry_run:
         with waiting("Loading torch"):
             from whence.second_order.dry_run import plan_curvature

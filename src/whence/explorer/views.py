@@ -50,7 +50,7 @@ LABELS = {
 SLOW = "a pass over all rows, as long as indexing them"
 LONG = {
     "replay": "the training once more and back for each question and stretch, some three times as long as it took",
-    "source": "nine passes over the rows",
+    "source": "three passes over the rows, and six over some",
 }
 EXAMPLES = 4
 

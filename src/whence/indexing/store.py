@@ -212,6 +212,11 @@ class Store:
             numbers.append(is_ok.nonzero()[:, 0] + first)
         return torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
 
+    def supervised_tokens(self) -> Int64[Tensor, " n"]:
+        """How many tokens of each row are trained on."""
+        pieces = [shards[0].tokens for _, shards in self._pieces()]
+        return torch.cat(pieces).long() if pieces else torch.zeros(0, dtype=torch.int64)
+
     def info(self) -> dict:
         """Rows, counts by status, sizes and settings."""
         manifest = self.manifest

@@ -24,7 +24,7 @@ from whence.models.load_options import IndexLoading
 from whence.models.loading import layer_shape
 from whence.second_order.eigen import LayerCurvature, ekfac_sums
 from whence.second_order.factors import kfac_factors
-from whence.second_order.pipeline import MOST_ROWS, ROWS_AT_ONCE, Subject
+from whence.second_order.pipeline import ROWS_AT_ONCE, Subject
 from whence.second_order.store import DOCUMENT, Description, check_same, kind_of, read_description
 from whence.storage import Place
 
@@ -39,7 +39,7 @@ def plan_curvature(
     out: str | Path = "CURVATURE",
     *,
     kind: str = "ekfac",
-    rows: int = MOST_ROWS,
+    rows: int | None = None,
     layers: str | None = None,
     empirical: bool = False,
     seed: int = 0,

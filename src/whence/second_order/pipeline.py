@@ -1,8 +1,9 @@
 """Measure the curvature of a model's loss over the rows of an index, and keep it: the job of `whence curvature`.
 
-Two passes over the rows, one for K-FAC's factors and one for EK-FAC's eigenvalues, in the order of the index and in
-pieces of `ROWS_AT_ONCE` rows, so that a measurement which was stopped goes on from its last writing and ends with the
-same bytes. It is of the index' last checkpoint, and of the gradients as they are, whatever the view of its vectors.
+Two passes over rows drawn at random (`sampled_rows`), one for K-FAC's factors and one for EK-FAC's eigenvalues, in the
+order of the index and in pieces of `ROWS_AT_ONCE` rows, so that a measurement which was stopped goes on from its last
+writing and ends with the same bytes. It is of the index' last checkpoint, and of the gradients as they are, whatever
+the view of its vectors.
 """
 
 import time
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 
 from whence import runner
@@ -22,11 +22,11 @@ from whence.indexing.parts import encoded_row
 from whence.models.layers import matching_layers
 from whence.models.load_options import IndexLoading
 from whence.models.loading import LoadedModel
-from whence.numerics import generator
 from whence.outputs import refuse_inputs
 from whence.second_order.eigen import ekfac_sums, kfac
 from whence.second_order.factors import Factors, kfac_factors
 from whence.second_order.fisher import Drawing
+from whence.second_order.sampled_rows import sampled_rows
 from whence.second_order.store import CurvatureStore, Kind, Measured, kind_of
 from whence.storage import Place
 
@@ -38,10 +38,6 @@ EVERY = 60.0
 """Seconds between two writings of unfinished sums, at least."""
 PATIENCE = 10.0
 """The same, in times of what a writing takes."""
-MOST_ROWS = 4096
-"""Rows that are measured where nobody says how many. Of base-6m, 200 rows, some 12 supervised tokens for each input of
-its widest layer, served as well as 2,000 (docs/results/evaluation.md); so many rows of 50 tokens are as many for each
-of 14,336 inputs, a model of eight billion weights' widest."""
 
 
 def curvature(
@@ -49,7 +45,7 @@ def curvature(
     out: str | Path,
     *,
     kind: str = "ekfac",
-    rows: int = MOST_ROWS,
+    rows: int | None = None,
     layers: str | None = None,
     empirical: bool = False,
     seed: int = 0,
@@ -63,7 +59,8 @@ def curvature(
         index: A complete index.
         out: Directory to write to.
         kind: "kfac" takes one pass over the rows, and "ekfac" two.
-        rows: The most rows to measure; if the index has more, so many are drawn.
+        rows: The most rows to measure; if the index has more, so many are drawn. None: as many as
+            `sampled_rows` finds enough.
         layers: Names of the layers to measure, as patterns; None: those of the index. Scores read these alone.
         empirical: Take the rows' own answers in place of drawn ones.
         seed: Of the answers that the model draws, and of the rows.
@@ -99,10 +96,10 @@ class Subject:
 
     @staticmethod
     def of(
-        index: str | Path | Index, *, rows: int, layers: str | None, seed: int, **loading: Unpack[IndexLoading]
+        index: str | Path | Index, *, rows: int | None, layers: str | None, seed: int, **loading: Unpack[IndexLoading]
     ) -> "Subject":
         """Open an index and its model; for arguments and errors see `curvature`."""
-        if rows < 1:
+        if rows is not None and rows < 1:
             raise SettingError(f"--rows {rows}: at least 1 is expected")
         opened = index if isinstance(index, Index) else open_index(index, **loading)
         opened.store.require_complete()
@@ -115,15 +112,12 @@ class Subject:
         rankable = opened.store.rankable()
         if not len(rankable):
             raise SettingError(f"{root}: none of its rows can be measured. See: whence info {root}")
-        drawn = rankable
-        if len(rankable) > rows:
-            order = torch.randperm(len(rankable), generator=generator(seed, "curvature"))
-            drawn = rankable[order[:rows].sort().values]
         model = opened.model()
         traced = opened.layers(model)
         chosen = traced if layers is None else matching_layers(traced, traced, layers)
         if not chosen:
             raise SettingError(f"--layers {layers}: it leaves all layers of {root} out")
+        drawn = rankable[sampled_rows(opened.store.supervised_tokens()[rankable], chosen, seed=seed, rows=rows)]
         return Subject(opened, chosen, tuple(drawn.tolist()), len(rankable))
 
     @property

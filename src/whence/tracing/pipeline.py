@@ -18,6 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from whence import catalogue
 from whence.corpus.unsupervised import reason
 from whence.counts import number_of
@@ -26,7 +29,7 @@ from whence.evidence import curvature_time, trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as, workers_kept
-from whence.second_order.pipeline import MOST_ROWS
+from whence.second_order.sampled_rows import rows_needed
 from whence.selection.pipeline import check_options
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
@@ -126,7 +129,7 @@ def trace(
         texts = _queries(prompt, completion, queries, Query("", None, span, contrast), system, reading)
         opened.store.require_complete()
         _check_space(opened, how)
-        rankable = len(opened.store.rankable())
+        rankable = len(ranked := opened.store.rankable())
         if not rankable:
             raise SettingError(_why_none(opened))
         encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
@@ -150,7 +153,7 @@ def trace(
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
-        passes = None if opened.has_contrasts else (min(MOST_ROWS, rankable), rankable)
+        passes = _passes(opened, ranked)
         described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), passes=passes)
         time_words = "" if passes is None or seconds_a_row is None else curvature_time(passes, seconds_a_row)
         if traced.levels:
@@ -317,6 +320,14 @@ def _control_origin(settings: TraceSettings, controls: Any, traced: Trace) -> st
     if controls is None:
         return f"rows of the index, drawn with seed {settings.seed}"
     return str(controls) if isinstance(controls, str | Path) else "given"
+
+
+def _passes(index: Index, ranked: Int64[Tensor, " m"]) -> tuple[int, int] | None:
+    """How many rows `whence curvature` would measure, and how many a trace by it reads; None where it cannot."""
+    if index.has_contrasts:
+        return None
+    needed = rows_needed(index.store.supervised_tokens()[ranked], index.layers(index.model()))
+    return min(needed, len(ranked)), len(ranked)
 
 
 def _evidence(

@@ -37,6 +37,7 @@ from whence.second_order.eigen import DAMPING, Curvature, ekfac, ekfac_sums, kfa
 from whence.second_order.factors import kfac_factors
 from whence.second_order.fisher import Drawing
 from whence.second_order.gauss_newton import damped_solution, gauss_newton_product
+from whence.second_order.sampled_rows import sampled_rows
 from whence.second_order.store import CurvatureStore, kind_of, open_curvature
 from whence.selection.protocols import Target, View
 from whence.selection.target_vectors import no_gradient
@@ -142,6 +143,8 @@ class EKFAC:
             store = _stored(self.curvature, digest or directory_digest(model.path), layers)
             object.__setattr__(self, "seconds_before", store.description.seconds)
             return store.curvature(kind_of(self.kind) if self.kind else None, model.device)
+        tokens = torch.tensor([row.supervised_count for row in rows])
+        rows = [rows[place] for place in sampled_rows(tokens, layers, seed=self.seed).tolist()]
         how: Drawing = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
         curvature = kfac(kfac_factors(model, layers, rows, **how))
         if self.kind == "kfac":

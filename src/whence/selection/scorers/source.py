@@ -18,8 +18,8 @@ their second moments, where gradients have their energy; for SGD it is 1. Decay 
 scores of a training by SGD that was clipped are too large by as much. Each segment is seen at the stored state nearest
 to its middle.
 
-Cost: three passes over the rows for each segment (K-FAC, EK-FAC, scores). Twice the traced weights are held for every
-target, from the first segment to the last.
+Cost: for each segment a pass over the rows (scores), and two over as many as curvature needs (`sampled_rows`). Twice
+the traced weights are held for every target, from the first segment to the last.
 
 Source: Bae et al. 2024, https://arxiv.org/abs/2405.12186, equations 12 to 14.
 """
@@ -39,6 +39,7 @@ from whence.gradients.space import GradientSpace
 from whence.runner import counting
 from whence.second_order.eigen import Curvature, LayerCurvature, ekfac, ekfac_sums, kfac
 from whence.second_order.factors import kfac_factors
+from whence.second_order.sampled_rows import sampled_rows
 from whence.selection.protocols import Target, View
 from whence.training.replayed_run import ReplayableRun
 from whence.training.step_log import StepLog
@@ -118,6 +119,8 @@ class SOURCE:
 
     def _curvature(self, run: ReplayableRun, layers: dict[str, nn.Module], tokens_per_batch: int) -> Curvature:
         rows, model = list(run.losses.rows), run.model
+        tokens = torch.tensor([row.supervised_count for row in rows])
+        rows = [rows[place] for place in sampled_rows(tokens, layers, seed=self.seed).tolist()]
         bases = kfac(kfac_factors(model, layers, rows, seed=self.seed, tokens_per_batch=tokens_per_batch))
         sums = ekfac_sums(model, layers, bases, rows, seed=self.seed, tokens_per_batch=tokens_per_batch)
         return ekfac(bases, sums, len(rows))
