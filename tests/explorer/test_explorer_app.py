@@ -1,6 +1,7 @@
 """The explorer's addresses: what a page asks is answered as the command line would, and nothing else is."""
 
 import json
+import queue
 
 import pytest
 from starlette.testclient import TestClient
@@ -9,10 +10,12 @@ from conftest import corpus_rows, plain_trainer_run
 from whence import __version__
 from whence.errors import ManifestMismatchError, SettingError
 from whence.explorer.app import make_app
-from whence.explorer.requests import MOST_CHARACTERS
+from whence.explorer.requests import MOST_CHARACTERS, AnswerRequest
 from whence.explorer.serving import opened
 from whence.explorer.views import MOST_SHOWN
+from whence.explorer.waiting_line import Request
 from whence.indexing.build import index
+from whence.second_order.pipeline import curvature
 from whence.tracing.pipeline import trace
 from whence.training.trainer import train
 from whence.turns import TURN
@@ -241,6 +244,41 @@ def test_methods_go_back_through_the_run_that_the_index_is_of(run_place):
         assert command.startswith(f"whence trace {run_place / 'run'} ") and command.endswith("--method replay --top 4")
         report = page.post("/api/exports", json={"answer": answer, "method": "replay", "top": 2, "what": "report"})
         assert report.status_code == 200 and "6 of adamw" in report.text
+    app.state.line.close()
+
+
+@pytest.mark.parametrize("method", ["replay", "source", "tracin_cosine", "ekfac"])
+def test_what_takes_long_answers_others_in_its_midst_and_is_what_it_was(run_place, method, monkeypatch, tmp_path):
+    """Another viewer's question comes at each of its events: both get what they get alone."""
+    store = curvature(run_place / "index", tmp_path / "curvature", progress=False)
+    app = make_app(opened([run_place / "index"], curvature=store.place.root, run=str(run_place / "run")))
+    tell, asked = Request.progress, []
+
+    def disturbed(request, done, total, what):
+        if request.is_long and len(asked) < 3 and not any(word in what for word in ("Ranking by", "Answering")):
+            told = queue.Queue()
+            asked.append((what, told))
+            question = AnswerRequest(prompt="6 and 2?", max_new_tokens=4)
+            app.state.line.enter(lambda own: answers.answer(own, question), told.put)
+        tell(request, done, total, what)
+
+    with TestClient(app) as page:
+        answers = app.state.answers
+        alone = events(page, "/api/answers", prompt="6 and 2?", max_new_tokens=4)
+        answer = events(page, "/api/answers", **ASKED)[-1]["answer"]
+        body = {"answer": answer, "methods": [method], "top": 12, "fold": False}
+        (expected,) = (event for event in events(page, "/api/comparisons", **body) if event["type"] == "method")
+        again = events(page, "/api/answers", **ASKED)[-1]["answer"]
+        monkeypatch.setattr(Request, "progress", disturbed)
+        (found,) = (event for event in events(page, "/api/comparisons", **body | {"answer": again})
+                    if event["type"] == "method")  # fmt: skip
+    assert [(row["id"], row["score"]) for row in found["helpful"]] == [
+        (row["id"], pytest.approx(row["score"], rel=1e-5)) for row in expected["helpful"]
+    ]
+    assert asked, "it tells how far it is"
+    for _, told in asked:
+        said = [event for event in iter(told.get_nowait, None) if event["type"] == "token"]
+        assert said == [event for event in alone if event["type"] == "token"]
     app.state.line.close()
 
 

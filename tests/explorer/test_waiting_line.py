@@ -131,3 +131,51 @@ def test_those_that_give_way_wait_behind_the_others(line):
     for told in tolds:
         events(told)
     assert order == ["first", "second", "low"]
+
+
+def test_a_long_one_lets_short_ones_through_and_goes_on(line):
+    """Others that are long, or give way, wait for its end; what one that failed tells is its own."""
+    tolds = {name: queue.Queue() for name in ("long", "second", "low", "short", "fails")}
+    order, started, gate = [], threading.Event(), threading.Event()
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        request.progress(1, 2, "going")
+        order.append("long")
+
+    def fails(request):
+        order.append("fails")
+        raise SettingError("not this one")
+
+    line.enter(long, tolds["long"].put, is_long=True)
+    assert started.wait(PATIENCE)
+    line.most = 4
+    line.enter(lambda request: order.append("second"), tolds["second"].put, is_long=True)
+    line.enter(lambda request: order.append("low"), tolds["low"].put, gives_way=True)
+    line.enter(lambda request: order.append("short"), tolds["short"].put)
+    line.enter(fails, tolds["fails"].put)
+    gate.set()
+    told = {name: events(each) for name, each in tolds.items()}
+    assert order == ["short", "fails", "long", "second", "low"]
+    assert [event["position"] for event in told["short"]] == [2, 0], "before the one that gives way"
+    assert told["fails"][-1] == {"type": "error", "error": "not this one"}
+    assert [event["type"] for event in told["long"]] == ["queue", "progress"]
+
+
+def test_a_long_one_that_nobody_waits_for_stops_before_others_are_served_in_its_midst(line):
+    told, other, started, gate, order = queue.Queue(), queue.Queue(), threading.Event(), threading.Event(), []
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        request.progress(1, 2, "going")
+        order.append("long")
+
+    request = line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+    line.enter(lambda request: order.append("other"), other.put)
+    line.leave(request)
+    gate.set()
+    events(told), events(other)
+    assert order == ["other"]

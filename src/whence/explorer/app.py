@@ -224,7 +224,7 @@ def _add_what_needs_the_model(app: FastAPI, answers: Answers, line: Line) -> Non
     @app.post("/api/comparisons")
     async def comparisons(asked: ComparisonRequest) -> Response:
         answered, stretch = _asked(answers, asked)
-        return _events(line, lambda request: _compare(request, answered, stretch, asked))
+        return _events(line, lambda request: _compare(request, answered, stretch, asked), is_long=True)
 
 
 def _compare(request: Request, answered: Answered, stretch: Stretch, asked: ComparisonRequest) -> None:
@@ -244,20 +244,20 @@ def _compare(request: Request, answered: Answered, stretch: Stretch, asked: Comp
     request.tell("done", overlaps=views.overlaps(tops))
 
 
-def _events(line: Line, work: Callable[[Request], None], *, gives_way: bool = False) -> StreamingResponse:
-    """What a request in the line tells, as it tells it; whoever goes away leaves the line.
+def _events(line: Line, work: Callable[[Request], None], **how: bool) -> StreamingResponse:
+    """What a request in the line tells, as it tells it; whoever goes away leaves the line. For `how` see `Line.enter`.
 
     Raises:
         LineFullError: It is full.
     """
-    entered = _Entered(line, work, gives_way=gives_way)
+    entered = _Entered(line, work, **how)
     return StreamingResponse(entered.lines(), media_type=EVENTS)
 
 
 class _Entered:
     """A request in the line, and its events."""
 
-    def __init__(self, line: Line, work: Callable[[Request], None], *, gives_way: bool = False):
+    def __init__(self, line: Line, work: Callable[[Request], None], **how: bool):
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._line = line
@@ -266,7 +266,7 @@ class _Entered:
             with contextlib.suppress(RuntimeError):  # the server has stopped: nobody listens any more
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._request = line.enter(work, emit, gives_way=gives_way)
+        self._request = line.enter(work, emit, **how)
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The events, one a line."""
@@ -306,7 +306,7 @@ def _add_exports(app: FastAPI, answers: Answers, line: Line) -> None:
                 page = exports.report(request, answered, stretch, method=asked.method, top=asked.top)
                 request.tell("report", page=page)
 
-            made = await _Entered(line, make).result(http.is_disconnected)
+            made = await _Entered(line, make, is_long=True).result(http.is_disconnected)
             if "page" not in made:
                 raise HTTPException(422, str(made.get("error", "the report was not made")))
             return _file(iter([made["page"].encode("utf-8", "surrogatepass")]), name, "text/html")

@@ -2,7 +2,9 @@
 
 Requests run one after another in a thread of their own, in the order in which they came. Each tells events while it
 waits (its place) and while it runs; the last event is None. One that has left is skipped, or stopped at the next event
-that it tells. One that gives way is served when no other waits, and begins anew after one that came meanwhile.
+that it tells. One that gives way is served when no other waits, and begins anew after one that came meanwhile. One that
+is long (a replay, a pass over all rows) lets the others through each time that it says how far it is, and goes on:
+between two batches a model is free. Others that are long, or give way, wait for its end.
 """
 
 import logging
@@ -42,8 +44,11 @@ class Request:
     work: Callable[["Request"], None]
     emit: Callable[[Event | None], None]
     gives_way: bool = False
+    is_long: bool = False
     others_wait: Callable[[], bool] = lambda: False
     """Whether there is one that does not give way."""
+    let_through: Callable[[], None] = lambda: None
+    """Serve those that wait and are short."""
     has_left: threading.Event = field(default_factory=threading.Event)
     place: int | None = None
     """How many are served before it, as it was told last."""
@@ -76,8 +81,10 @@ class Request:
             raise GivesWayError
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Tell how far a job is: a `runner.ProgressOption`."""
+        """Tell how far a job is: a `runner.ProgressOption`. One that is long lets others through."""
         self.tell("progress", done=done, total=total, what=what)
+        if self.is_long:
+            self.let_through()
 
 
 class Line:
@@ -93,14 +100,25 @@ class Line:
         self._thread.start()
 
     def enter(
-        self, work: Callable[[Request], None], emit: Callable[[Event | None], None], *, gives_way: bool = False
+        self,
+        work: Callable[[Request], None],
+        emit: Callable[[Event | None], None],
+        *,
+        gives_way: bool = False,
+        is_long: bool = False,
     ) -> Request:
         """Join the line; `emit` is called from its thread.
+
+        Args:
+            work: What the request is; it tells events by the request that it is given.
+            emit: Told each event.
+            gives_way: Whether it is stopped where others wait, and begins anew.
+            is_long: Whether others are served in its midst.
 
         Raises:
             LineFullError: It is full.
         """
-        request = Request(work, emit, gives_way, self._others_wait)
+        request = Request(work, emit, gives_way, is_long, self._others_wait, self._let_through)
         with self._changed:
             if len(self._waiting) >= self.most or not self._is_open:
                 raise LineFullError(f"{len(self._waiting)} questions wait already: ask again in a while")
@@ -141,24 +159,40 @@ class Line:
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:
-            try:
-                request.check()
-                request.work(request)
-            except GivesWayError:  # it is not over
-                with self._changed:
-                    if self._is_open:
-                        self._join(request)
-                        continue
-            except LeftError:
-                pass
-            except WhenceError as error:
-                request.emit({"type": "error", "error": str(error)})
-            except Exception:  # one question must not end the others'
-                logger.exception("A question could not be answered")
-                request.emit(
-                    {"type": "error", "error": "This question could not be answered; the server's log says why."}
-                )
-            request.emit(None)
+            self._run(request)
+
+    def _run(self, request: Request) -> None:
+        """Serve a request to its end, or until it gives way."""
+        try:
+            request.check()
+            request.work(request)
+        except GivesWayError:  # it is not over
+            with self._changed:
+                if self._is_open:
+                    self._join(request)
+                    return
+        except LeftError:
+            pass
+        except WhenceError as error:
+            request.emit({"type": "error", "error": str(error)})
+        except Exception:  # one question must not end the others'
+            logger.exception("A question could not be answered")
+            request.emit({"type": "error", "error": FAILED})
+        request.emit(None)
+
+    def _let_through(self) -> None:
+        """Serve the short requests that wait, in the midst of the long one that runs."""
+        while (request := self._next_short()) is not None:
+            self._run(request)
+
+    def _next_short(self) -> Request | None:
+        with self._changed:
+            request = next((other for other in self._waiting if not (other.gives_way or other.is_long)), None)
+            if request is not None:
+                self._waiting.remove(request)
+                request.tell_place(0)
+                self._tell_places()
+            return request
 
     def _next(self) -> Request | None:
         with self._changed:

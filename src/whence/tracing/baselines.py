@@ -13,8 +13,9 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from whence import catalogue
-from whence.gradients.corpus_scores import corpus_scores
+from whence.gradients.corpus_scores import corpus_scores, groups_that_fit
 from whence.indexing.opening import Index
+from whence.runner import counting
 from whence.selection.pipeline import build_scorer
 from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
@@ -81,7 +82,9 @@ def _scores(
     rows = list(view.encoded())
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")
-    with TURN:
+    usable = sum(bool(row.supervised_count) for row in rows)
+    passes = len(groups_that_fit(index.layers(index.model()), len(queries))) * len(index.weights)
+    with TURN, counting("Scoring examples", usable * passes) as tick:
         for checkpoint in reversed(range(len(index.weights))):
             model = index.model(checkpoint)
             total += index.weights[checkpoint] * corpus_scores(
@@ -93,5 +96,6 @@ def _scores(
                 cosine=entry.cosine,
                 objective=objective,
                 tokens_per_batch=view.tokens_per_batch,
+                tick=tick,
             )
     return total
