@@ -133,6 +133,7 @@ def trace(
         if not rankable:
             raise SettingError(_why_none(opened))
         encoded = encode_queries(texts, opened.model(), kind=opened.layout, sampling=sampling)
+        passes = _passes(opened, ranked)  # while the last model is there
         own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
         control_queries = None
         if catalogue.trace_method(how.method).from_index:
@@ -153,7 +154,6 @@ def trace(
         if catalogue.trace_method(how.method).from_index:
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
-        passes = _passes(opened, ranked)
         described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), passes=passes)
         time_words = "" if passes is None or seconds_a_row is None else curvature_time(passes, seconds_a_row)
         if traced.levels:
