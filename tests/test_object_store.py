@@ -12,7 +12,7 @@ from benchmarks.reliability.faulty_store import FAULTS, Faults, endpoint, faulty
 from safetensors.torch import save
 
 from conftest import contents, corpus_rows, write_jsonl
-from whence import leases, local_cache, remote_calls
+from whence import leases, local_cache, remote_calls, uploads
 from whence.ablation.member_training import train_pool
 from whence.ablation.pipeline import ablate
 from whence.ablation.pool import open_pool
@@ -53,6 +53,34 @@ def _quick(monkeypatch, tmp_path):
 def place(store, tmp_path):
     """A directory of its own in the store."""
     return Place.at(f"s3://bucket/{tmp_path.name}")
+
+
+# -- large files
+
+
+def test_a_large_file_goes_through_a_draft_on_this_disk(place, monkeypatch, tmp_path):
+    """Nothing of it is left; the store has the same bytes."""
+    monkeypatch.setattr(uploads, "IN_MEMORY", 1000)
+    piece, asked, real = os.urandom(2**20), [], place.fs.put_file
+    monkeypatch.setattr(place.fs, "put_file", lambda file, *args: (asked.append(file), real(file, *args)))
+    written = place.write("large", (piece for _ in range(3)), total=3 * 2**20)
+    assert (written.bytes, written.xxh3) == (3 * 2**20, digest(piece for _ in range(3)))
+    assert place.defect("large", written) is None
+    assert len(asked) == 1 and [*(tmp_path / "cache").iterdir()] == []
+    place.write("small", [b"x" * 1000], total=1000)
+    assert len(asked) == 1
+
+
+def test_no_room_for_a_draft_says_where_to_have_one(place, monkeypatch, tmp_path):
+    monkeypatch.setattr(uploads, "IN_MEMORY", 10)
+
+    def full(pieces, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(uploads, "copied", full)
+    with pytest.raises(StorageError, match=r"no room in .*cache for a draft of its 11 bytes; .* WHENCE_CACHE name a d"):
+        place.write("large", [b"x" * 11], total=11)
+    assert not place.exists("large") and [*(tmp_path / "cache").iterdir()] == []
 
 
 # -- an index

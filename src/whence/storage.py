@@ -46,6 +46,7 @@ from whence.local_files import copied, write_whole
 from whence.paths import exists, free_bytes, reason, refuse_impossible
 from whence.records import Count, FastDigest, read_record
 from whence.remote_calls import persistent
+from whence.uploads import upload
 
 AGAIN = "Remove it, and run the same command again: it makes the file anew."
 """Remedy for a damaged file that the command at hand can make again."""
@@ -347,7 +348,7 @@ class Place:
         try:
             if self.is_local:
                 return write_whole(Path(self.path(name)), pieces)
-            return self._write_remote(name, pieces, is_commit)
+            return self._write_remote(name, pieces, total, is_commit)
         except WhenceError:  # raised by whatever makes the pieces
             raise
         except self._refusals as error:
@@ -431,17 +432,16 @@ class Place:
                 f"Cannot lock {self.root}: {error.strerror}. Give a directory on another disk"
             ) from error
 
-    def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], is_commit: bool) -> Written:
+    def _write_remote(self, name: str, pieces: Iterable[bytes | memoryview], total: int, is_commit: bool) -> Written:
         if (lease := self._lease()) is not None:
             lease.require(asks=is_commit)
         self._persistent(lambda: self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True))
-        buffer, path = io.BytesIO(), self.path(name)
+        path = self.path(name)
+        if not (is_commit and commits.has_conditions(self.fs)):
+            return upload(self.fs, path, pieces, total, self._persistent)
+        buffer = io.BytesIO()
         written = copied(pieces, buffer)
-        data = buffer.getvalue()
-        if is_commit and commits.has_conditions(self.fs):
-            commits.commit(self.fs, path, data)
-        else:  # one request: the whole file or nothing
-            self._persistent(lambda: self.fs.pipe_file(path, data))
+        commits.commit(self.fs, path, buffer.getvalue())
         return written
 
     def _lease(self) -> Lease | None:
