@@ -7,6 +7,7 @@ import pytest
 
 from whence import catalogue
 from whence.evidence import AGREEMENT, EXACT, GAINS, REFINED, REFINING, TASKS, select_evidence, trace_evidence
+from whence.tracing.shortlists import LISTED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = {
@@ -34,6 +35,19 @@ def test_agreement_is_what_the_bank_measured(method):
 def test_refined_curvature_is_what_the_bank_measured():
     assert of_the_banks("EK-FAC + CG") == REFINED
     assert REFINING.split()[1::2] == ["refine=2", "sample=128"]
+
+
+@pytest.mark.parametrize(("bank", "first", "last"), [("base-6m", ".92", ".73"), ("docstrings", ".92", ".78")])
+def test_short_lists_hold_what_the_guide_says(bank, first, last):
+    """Of EK-FAC's first ten and last ten, in lists of the length that is taken by default."""
+    measured = json.loads((BENCHMARKS / "tracing" / "results" / "short_lists.json").read_text())["banks"][bank]
+    listed_by = catalogue.TRACE_METHODS["ekfac"].listed_by
+    (line,) = (line for line in measured["recall"]
+               if (line["of"], line["listed by"], line["length"]) == ("EK-FAC", listed_by, LISTED))  # fmt: skip
+    assert (f"{line['first']:.2f}", f"{line['last']:.2f}") == (f"0{first}", f"0{last}")
+    guide = (BENCHMARKS.parent / "docs" / "guide" / "curvature.md").read_text()
+    assert f"first and last {LISTED} rows" in guide and first in guide and last in guide
+    assert line["first"] >= 0.9
 
 
 def test_exact_methods_are_measured():

@@ -18,7 +18,8 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
              benchmarks/evaluation/results/banks.json, as all tables
     removal  the training without the 1% of rows that a method ranks highest for all queries, three seeds (`--share`,
-             `--seeds`), beside as many random rows
+             `--seeds`), beside as many random rows; losses of a bank of the page's size are kept as the bank's are, in
+             BANK_removed.json
     patch    a step on each of a query's ten highest rows alone, from the run's last weights, beside random rows
 
 Banks:
@@ -44,6 +45,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
 """Longest rows: a half and a sixth of those that there are."""
 SIZE = (60, 1000, 30)
 """Subsets, rows of each source, queries."""
+SEEDS = 3
 COMPARED = 2
 """Halves that are trained before kept losses are believed."""
 SAME_LOSS = 1e-4
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=SIZE[2])
     parser.add_argument("--first", type=int, help="lds: of so many of the queries alone, such as those replayed so far")
     parser.add_argument("--share", type=float, default=0.01, help="of the rows, left out at once")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each line of the removal")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each line of the removal")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work = (options.work / options.bank).resolve()
@@ -382,11 +385,42 @@ def stage_lds(options: argparse.Namespace) -> None:
 
 def stage_removal(options: argparse.Namespace) -> None:
     """Trainings without the top rows."""
-    found = evaluate_removal(str(options.work / "bank"), removed(options), share=options.share, seeds=options.seeds,
+    directory, kept = options.work / "bank", results(options).with_name(f"{options.bank}_removed.json")
+    if kept.exists() and ends_alike(directory, results(options).with_name(f"{options.bank}_losses.json")):
+        add_removed(directory, json.loads(kept.read_text()))
+    found = evaluate_removal(str(directory), removed(options), share=options.share, seeds=options.seeds,
                              **scored(options, means=True), progress=True)  # fmt: skip
-    keep(options, "removal", {"rows": named(options, found.rows()), "settings": dict(found.settings), "date": today()})
+    keep_removed(directory, kept)
+    name = "removal" if options.seeds == SEEDS else f"removal, {options.seeds} of {SEEDS} seeds"
+    keep(options, name, {"rows": named(options, found.rows()), "settings": dict(found.settings), "date": today()})
     for row in found.rows():
         print(row["method"], row["effect"], row["over_random"], row["over_random_low"], row["over_random_high"])
+
+
+def ends_alike(directory: Path, kept: Path) -> bool:
+    """Whether the trainings of a bank ended as those whose losses are kept."""
+    bank, members = open_bank(str(directory)), json.loads(kept.read_text())["members"]
+    own = [member for member in (bank.parent, bank.full, *bank.of_kind("random")) if member.name in members]
+    pairs = [pair for member in own for pair in zip(member.losses, members[member.name]["losses"], strict=True)]
+    return max(abs(here - there) for here, there in pairs) <= SAME_LOSS
+
+
+def keep_removed(directory: Path, kept: Path) -> None:
+    """Write the trainings of the removal beside the results: those without listed rows, and of all with other seeds."""
+    members = open_bank(str(directory)).members
+    lines = json.loads(kept.read_text()) if kept.exists() else []
+    known = {line["name"] for line in lines} | {"full", "parent"}
+    lines += [asdict(member) for member in members if member.name not in known and member.kind != "random"]
+    kept.write_text("[\n" + ",\n".join(f" {json.dumps(line)}" for line in lines) + "\n]\n")
+
+
+def add_removed(directory: Path, lines: list[dict]) -> None:
+    """Put kept trainings into a bank that lacks them."""
+    bank = open_bank(str(directory))
+    for line in lines:
+        if line["name"] not in {member.name for member in bank.members}:
+            values: dict[str, Any] = line | {name: tuple(line[name]) for name in ("left_out", "losses")}
+            write_member(bank.place, Member(**values))
 
 
 def stage_patch(options: argparse.Namespace) -> None:

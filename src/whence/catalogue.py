@@ -275,6 +275,8 @@ class TraceMethod:
     """Whether a score says what training on the row does to the answer; else how alike the two are."""
     is_solved: bool = False
     """Whether the index is asked for a query's vector divided by a curvature, which the scorer's `solved` gives."""
+    listed_by: str | None = None
+    """Method of the index whose first and last rows alone are scored; None: all rows are."""
 
     @property
     def has_gradients(self) -> bool:
@@ -307,7 +309,11 @@ TRACE_METHODS: dict[str, TraceMethod] = {
         is_solved=True,
     ),
     "trackstar": TraceMethod("cosine under the second moment of rows and questions, likewise", scorer="trackstar"),
-    "ekfac": TraceMethod("inner product of gradients divided by the loss' curvature", scorer="ekfac"),
+    "ekfac": TraceMethod(
+        "inner product of gradients divided by the loss' curvature, of rows that trak lists",
+        scorer="ekfac",
+        listed_by="trak",
+    ),
     "replay": TraceMethod(
         "effect through every step of a run of train --replayable, in nats", scorer="replay", needs_run=True
     ),

@@ -139,6 +139,7 @@ def test_numbers_that_json_lacks_do_not_break_it():
         "needed": None,
         "percentile": None,
         "generic": False,
+        "own": None,
     }
     assert shown["tokens"]["shares"] == [None, -1.0]
     assert entries(shown["tokens"]).tolist()[0] == [0.0, 0.0, 0.0]

@@ -60,7 +60,9 @@ def trace(
     ] = None,
     shortlist: Annotated[
         int | None,
-        typer.Option(help="Length of the short list, on each side. Unless given: as the index' error asks."),
+        typer.Option(
+            help="Length of the short list, on each side. Unless given as the index' error asks; of ekfac 200."
+        ),
     ] = None,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Influence of each training token on each token of the completion.")

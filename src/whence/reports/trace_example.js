@@ -299,7 +299,7 @@ function stripes(values, largest) {
 // -- the null
 
 function nullView({ null: found, isExact, exact, score: compressed }) {
-  const own = isExact ? exact : compressed; // of which z is
+  const own = found.own ?? (isExact ? exact : compressed); // of which z is
   const clears = found.needed !== null && found.z !== null && found.z > found.needed;
   const z = el("b", { class: clears ? "clears" : "" }, `z ${found.z === null ? "n/a" : plain(found.z)}`);
   if (found.needed !== null) z.title = `Chance alone reaches ${plain(found.needed)}.`;

@@ -134,6 +134,7 @@ def _null(null: Null, level: float | None) -> dict[str, Any]:
         "needed": _number(level),
         "percentile": _number(null.percentile),
         "generic": null.generic,
+        "own": _number(null.score),
     }
 
 

@@ -187,7 +187,7 @@ def nulls(
     usual = (unscaled.double() * places.is_other).sum(1) / places.is_other.sum(1)
     generic = (usual > controls.usual) & (places.share(scaled > 0) >= MOSTLY)
     percentile = 100 * places.share(scaled < torch.tensor(scores)[:, None])
-    columns = (places.mean, places.z, percentile, generic)
+    columns = (places.mean, places.z, percentile, generic, torch.tensor(scores))
     return [
         Null(own[is_other].tolist(), *values)
         for own, is_other, *values in zip(

@@ -36,9 +36,10 @@ from whence.tracing.baselines import from_scorer
 from whence.tracing.depth import DEEPEST
 from whence.tracing.levels import MEANINGLESS, Shape, cost
 from whence.tracing.own_answers import notes_on
-from whence.tracing.queries import Query, Sampling, encode_queries, queries_of
+from whence.tracing.queries import EncodedQuery, Query, Sampling, encode_queries, queries_of
 from whence.tracing.results import Answer, Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
+from whence.tracing.shortlists import LISTED, list_note, list_words, shortlisted_trace, takes_list
 from whence.training.step_log import FOLDER, RECORD
 
 PARTS = ("span", "contrast")
@@ -136,22 +137,17 @@ def trace(
         passes = _passes(opened, ranked)  # while the last model is there
         own_notes = notes_on([query.answer for query in encoded], opened.model(), greedy=temperature == 0)
         control_queries = None
-        if catalogue.trace_method(how.method).from_index:
-            if controls is not None and (how.null or how.specific):
-                control_texts = queries_of(controls, flag="--controls", **reading)
-                control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
-            retrieval = Retrieval(opened, encoded, how, control_queries, own)
-            traced, seconds_a_row = retrieval.trace(), retrieval.seconds_a_row
-        else:
-            seconds_a_row = None
-            traced = from_scorer(
-                opened, encoded, method=how.method, top=how.top, objective=how.objective, seed=how.seed,
-                options=own,
-            )  # fmt: skip
+        if has_null(how, own) and controls is not None and (how.null or how.specific):
+            control_texts = queries_of(controls, flag="--controls", **reading)
+            control_queries = encode_queries(control_texts, opened.model(), kind=opened.layout, sampling=sampling)
+        traced, seconds_a_row = _traced(opened, encoded, how, control_queries, own)
         described = _described_settings(opened, how, own, is_exact=bool(traced.rerankings)) | {
             "completion": _completion_origin(traced.answers, sampling)
         }
-        if catalogue.trace_method(how.method).from_index:
+        if takes_list(how, own):
+            described["scored"] = list_words(how, rankable, len(encoded))
+            own_notes = [list_note(how, described["scored"], has_null=bool(traced.levels)), *own_notes]
+        if has_null(how, own):
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
         described["evidence"] = _evidence(opened, how, own, is_exact=bool(traced.rerankings), passes=passes)
@@ -159,13 +155,36 @@ def trace(
         if traced.levels:
             context = opened.model().context
             described["what chance reaches"] = f"measured by {cost([Shape.of(query, context) for query in encoded])}"
-        notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced), *own_notes]
+        notes = [*_notes(how, texts, rankable), *_without_null(how, opened, traced, own), *own_notes]
         if not how.reranks(opened, len(texts)) and how.reranks(opened, 1):
             notes.append(
                 f"{len(texts):,} queries: their examples are ranked by the index alone. --exact ranks short lists by "
                 "exact gradients, which takes about as long as indexing their rows again."
             )
         return replace(traced, rows=rankable, settings=described, notes=notes, curvature_time=time_words)
+
+
+def _traced(
+    index: Index,
+    queries: list[EncodedQuery],
+    settings: TraceSettings,
+    control_queries: list[EncodedQuery] | None,
+    options: Mapping[str, Any],
+) -> tuple[Trace, float | None]:
+    """A trace, and the seconds that each row's exact score took, where exact scores decided the order."""
+    if catalogue.trace_method(settings.method).from_index:
+        retrieval = Retrieval(index, queries, settings, control_queries, options)
+        return retrieval.trace(), retrieval.seconds_a_row
+    if takes_list(settings, options):
+        return shortlisted_trace(index, queries, settings, control_queries, options), None
+    traced = from_scorer(index, queries, method=settings.method, top=settings.top, objective=settings.objective,
+                         seed=settings.seed, options=options)  # fmt: skip
+    return traced, None
+
+
+def has_null(settings: TraceSettings, options: Mapping[str, Any]) -> bool:
+    """Whether scores of the index' vectors are among what a method reads, so that chance is known."""
+    return catalogue.trace_method(settings.method).from_index or takes_list(settings, options)
 
 
 def _own_options(method: str, options: Mapping[str, Any] | None, curvature: str | Path | None) -> dict[str, Any]:
@@ -235,11 +254,11 @@ def ignored_parts(method: str) -> tuple[str, ...]:
     return ("contrast",) if reads_tokens else PARTS
 
 
-def _without_null(settings: TraceSettings, index: Index, traced: Trace) -> list[str]:
+def _without_null(settings: TraceSettings, index: Index, traced: Trace, options: Mapping[str, Any]) -> list[str]:
     """Why there is neither a z nor a verdict, where nobody asked for none."""
     if traced.levels or not settings.null:
         return []
-    if catalogue.trace_method(settings.method).from_index:
+    if has_null(settings, options):
         return [
             f"no z and no verdict: {index.store.place.root} has fewer than {2 * nulls.LEAST} rows to draw control "
             "queries from. Give some with --controls."
@@ -327,7 +346,7 @@ def _passes(index: Index, ranked: Int64[Tensor, " m"]) -> tuple[int, int] | None
     if index.has_contrasts:
         return None
     needed = rows_needed(index.store.supervised_tokens()[ranked], index.layers(index.model()))
-    return min(needed, len(ranked)), len(ranked)
+    return min(needed, len(ranked)), min(2 * LISTED, len(ranked))
 
 
 def _evidence(

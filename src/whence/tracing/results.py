@@ -128,6 +128,8 @@ class Null:
     """Share of control queries that this example scores lower for, 0 to 100."""
     generic: bool
     """Whether it scores high for any query; see `nulls`."""
+    score: float | None = None
+    """This query's score that `z` is of, in the unit of `scores`. None: not known, in a trace of an older Whence."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Side:
 
 
 @dataclass
-class _QueryResult:
+class QueryResult:
     """One query's rankings, with all that has been computed for them so far."""
 
     sides: list[Side]
@@ -207,11 +207,15 @@ class Retrieval:
 
     def trace(self) -> Trace:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
-        settings = self.settings
         vectors, controls, levels = self._vectors()
+        return self._described(self._ranked(vectors, self._length, controls), vectors, controls, levels)
+
+    @property
+    def _length(self) -> int:
+        """Rows of the index' ranking that are looked at, on each side."""
+        settings = self.settings
         knows_noise = self.index.space.sketch in FLAT and catalogue.trace_method(settings.method).has_gradients
-        m = candidates(settings.top, settings.shortlist) if self.is_exact or knows_noise else settings.top
-        return self._described(self._ranked(vectors, m, controls), vectors, controls, levels)
+        return candidates(settings.top, settings.shortlist) if self.is_exact or knows_noise else settings.top
 
     @property
     def is_exact(self) -> bool:
@@ -254,10 +258,13 @@ class Retrieval:
             if result.overlap is not None and result.reranking is not None:
                 out.overlaps.append(result.overlap)
                 out.rerankings.append(result.reranking)
-            if levels:
-                best = max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
-                out.verdicts.append(verdict(best, levels[number]))
+            if levels and controls is not None:
+                out.verdicts.append(verdict(self._best_z(result, hits, controls), levels[number]))
         return out
+
+    def _best_z(self, result: QueryResult, hits: Sequence[Hit], controls: nulls.Controls) -> float | None:
+        """What the verdict is about."""
+        return max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
 
     @one_at_a_time
     def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, list[float]]:
@@ -362,11 +369,11 @@ class Retrieval:
         """Queries' norms; 1 for the cosine, which divides by them."""
         return torch.ones(vectors.shape[:2], dtype=torch.float32) if self.settings.cosine else vectors.norm(dim=2)
 
-    def _result(self, query: int, rankings: tuple[Ranking, Ranking], vector: Float32[Tensor, "c k"]) -> _QueryResult:
+    def _result(self, query: int, rankings: tuple[Ranking, Ranking], vector: Float32[Tensor, "c k"]) -> QueryResult:
         sides = [Side.of(ranking, query, sign) for ranking, sign in zip(rankings, (1, -1), strict=True)]
-        return _QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
+        return QueryResult(sides, self._norms(vector[:, None])[:, 0], {})
 
-    def _set_means(self, result: _QueryResult, controls: nulls.Controls | None) -> None:
+    def _set_means(self, result: QueryResult, controls: nulls.Controls | None) -> None:
         """What ranks are corrected by."""
         rows = result.rows
         result.means = dict.fromkeys(rows, 0.0)
@@ -374,7 +381,7 @@ class Retrieval:
             scores = nulls.control_scores(self.index, controls, rows, cosine=self.settings.cosine, norms=result.norms)
             result.means = dict(zip(rows, scores.mean(1).tolist(), strict=True))
 
-    def _shorten(self, result: _QueryResult, noise: Noise | None) -> None:
+    def _shorten(self, result: QueryResult, noise: Noise | None) -> None:
         """Cut both sides to the rows that are re-ranked."""
         settings, depths = self.settings, []
         for side in result.sides:
@@ -384,7 +391,7 @@ class Retrieval:
         result.reranking = Reranking(helpful.rows, opposing.rows, helpful.sure, opposing.sure)
         result.sides = [side.cut(each.rows) for side, each in zip(result.sides, depths, strict=True)]
 
-    def _cut(self, result: _QueryResult, noise: Noise | None) -> None:
+    def _cut(self, result: QueryResult, noise: Noise | None) -> None:
         """Cut both sides to the rows that are shown, in the index' own order, and say how firm that is."""
         helpful = result.sides[0]
         if noise is not None:
@@ -395,7 +402,7 @@ class Retrieval:
             found = margins(noise.for_query(rows, result.norms), len(rows), len(self.index.store.rankable()))
             result.margins = dict(zip(rows, found.tolist(), strict=True))
 
-    def _among(self, result: _QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
+    def _among(self, result: QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
         """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""
         exact_scores = result.exact if result.reranking is not None else {}
         raw = [
@@ -404,7 +411,7 @@ class Retrieval:
         scale = None if self.settings.cosine else result.norms
         return measure(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
 
-    def _rerank(self, results: list[_QueryResult]) -> None:
+    def _rerank(self, results: list[QueryResult]) -> None:
         """Order every query's short list by exact scores."""
         index, by_checkpoint = self.index, [torch.zeros(len(self.index.weights), len(r.rows)) for r in results]
         lists = [result.rows for result in results]
@@ -432,7 +439,7 @@ class Retrieval:
                 result.stability = under_checkpoints(own, self.settings.top)
             result.reorder(self.settings.top)
 
-    def _add_matrices(self, results: list[_QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:
+    def _add_matrices(self, results: list[QueryResult], vectors: Float32[Tensor, "c q k"]) -> None:
         """Add token matrices to what is shown; they sum to the exact scores."""
         settings = self.settings
         shares = [
@@ -460,7 +467,7 @@ class Retrieval:
         missing = sorted({*rows} - {*self.stored_rows})
         self.stored_rows |= zip(missing, self.index.store.read_rows(missing), strict=True)
 
-    def _hits(self, query: int, result: _QueryResult, controls: nulls.Controls | None) -> list[Hit]:
+    def _hits(self, query: int, result: QueryResult, controls: nulls.Controls | None) -> list[Hit]:
         hits = []
         for side in result.sides:
             side_nulls = (

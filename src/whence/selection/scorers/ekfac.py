@@ -11,25 +11,26 @@ A plain index serves as it is: where it is `sketched`, what the inverse makes of
 compared with the vectors of the last checkpoint. One bit loses most of what curvature brings (docs/LOG.md), so that
 rows' gradients are formed again unless told otherwise.
 
-Cost: a pass over the rows for as many targets as 2 GiB hold three times, and for curvature that was not measured before
-one (K-FAC) or two more (EK-FAC).
+Cost: a pass over the rows that are scored (`of_lists`: a few) for as many targets as 2 GiB hold three times, and for
+curvature that was not measured before one (K-FAC) or two (EK-FAC) over as many as it needs (`sampled_rows`).
 
 Sources: Koh and Liang 2017, https://arxiv.org/abs/1703.04730; Grosse et al. 2023, https://arxiv.org/abs/2308.03296.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from whence.corpus.tokens import Encoded
 from whence.errors import ManifestMismatchError, SettingError
 from whence.gradients.corpus_scores import Directions, direction_scores, groups_that_fit, query_directions
 from whence.gradients.space import GradientSpace
+from whence.indexing.parts import encoded_row
 from whence.models.loading import LoadedModel, directory_digest
 from whence.numerics import generator
 from whence.runner import counting
@@ -83,35 +84,53 @@ class EKFAC:
     @one_at_a_time
     def __call__(self, view: View, targets: Sequence[Target]) -> Float32[Tensor, "s n"]:
         """Scores of every row; -inf for a row without a supervised token."""
+        rows = _Rows.of(view)
+        parts = list[Tensor]()
+        for directions in self._directions(view, targets, rows):
+            if rows.index is not None and self.sketched:
+                parts.append(_by_sketches(view, directions))
+                continue
+            parts.append(torch.full((len(next(iter(directions.values()))), view.rows), -torch.inf))
+            with counting("Scoring by curvature", len(rows.numbers)) as tick:
+                parts[-1][:, rows.numbers] = _scores(view, directions, rows.encoded(rows.numbers), tick)
+        scores = torch.cat(parts)
+        return torch.where(scores.isfinite(), scores, -torch.inf)
+
+    @one_at_a_time
+    def of_lists(
+        self, view: View, targets: Sequence[Target], lists: Sequence[Sequence[int]]
+    ) -> list[Float32[Tensor, " m"]]:
+        """Scores of some rows for each target, as `__call__` has them; no other row is read but for the curvature.
+
+        Args:
+            view: What holds the rows.
+            targets: What is asked about.
+            lists: For each target numbers of rows that can be scored.
+        """
+        rows, out = _Rows.of(view), list[Tensor]()
+        with counting("Scoring by curvature", sum(map(len, lists))) as tick:
+            for directions in self._directions(view, targets, rows):
+                for number in range(len(next(iter(directions.values())))):
+                    own = {name: each[number : number + 1] for name, each in directions.items()}
+                    scores = _scores(view, own, rows.encoded(lists[len(out)]), tick)[0]
+                    out.append(torch.where(scores.isfinite(), scores, -torch.inf))
+        return out
+
+    def _directions(self, view: View, targets: Sequence[Target], rows: "_Rows") -> Iterator[Directions]:
+        """What the inverse makes of the targets' gradients, over the number of rows; as many targets as fit at once."""
         model = view.model()
-        index = getattr(view, "index", None)  # of an `IndexView`, whose import would bring every projection
-        layers = model.layers() if index is None else index.layers(model)
-        rows = list(view.encoded())
-        numbers = range(len(rows)) if index is None else index.store.rankable().tolist()
-        usable = [number for number in numbers if any(rows[number].supervised[1:])]
-        some = [rows[number] for number in usable]
-        digest = None if index is None else index.store.manifest.checkpoints[-1]["digest"]
+        layers = model.layers() if rows.index is None else rows.index.layers(model)
+        digest = None if rows.index is None else rows.index.store.manifest.checkpoints[-1]["digest"]
         groups = [targets[group.start : group.stop]
                   for group in groups_that_fit(layers, len(targets), copies=COPIES)]  # fmt: skip
         for asked in groups:  # before what takes long
             _refuse_without_gradient(_gradients(model, layers, asked), asked)
-        curvature = self._curvature(model, layers, some, view.tokens_per_batch, digest)
+        curvature = self._curvature(model, layers, rows, view.tokens_per_batch, digest)
         layers = {name: layers[name] for name in curvature}
-        out: list[Tensor] = []
         for asked in groups:
             directions = _gradients(model, layers, asked)
-            directions = self._solved(model, layers, curvature, directions, some, view.tokens_per_batch)
-            directions = {name: each / len(some) for name, each in directions.items()}
-            if index is not None and self.sketched:
-                out.append(_by_sketches(view, directions, rows))
-                continue
-            out.append(torch.full((len(asked), len(rows)), -torch.inf))
-            with counting("Scoring by curvature", len(some)) as tick:
-                out[-1][:, usable] = direction_scores(
-                    model, layers, directions, some, reduction="sum", tokens_per_batch=view.tokens_per_batch, tick=tick
-                )
-        scores = torch.cat(out)
-        return torch.where(scores.isfinite(), scores, -torch.inf)
+            directions = self._solved(model, layers, curvature, directions, rows, view.tokens_per_batch)
+            yield {name: each / len(rows.numbers) for name, each in directions.items()}
 
     def _solved(
         self,
@@ -119,14 +138,14 @@ class EKFAC:
         layers: Layers,
         curvature: Curvature,
         targets: Directions,
-        rows: Sequence[Encoded],
+        rows: "_Rows",
         tokens_per_batch: int,
     ) -> Directions:
         """The damped inverse's products with targets."""
         if not self.refine:
             return {name: curvature[name].power(each, -1.0, damping=self.damping) for name, each in targets.items()}
-        drawn = torch.randperm(len(rows), generator=generator(self.seed, "gauss-newton"))[: self.sample].tolist()
-        some = [rows[number] for number in drawn]
+        order = torch.randperm(len(rows.numbers), generator=generator(self.seed, "gauss-newton"))
+        some = rows.encoded([rows.numbers[place] for place in order[: self.sample].tolist()])
         product = partial(gauss_newton_product, model, layers, some, tokens_per_batch=tokens_per_batch)
         solved = []
         with counting("Refining", len(next(iter(targets.values())))) as tick:
@@ -137,19 +156,61 @@ class EKFAC:
         return {name: torch.stack([one[name] for one in solved]) for name in targets}
 
     def _curvature(
-        self, model: LoadedModel, layers: Layers, rows: Sequence[Encoded], tokens_per_batch: int, digest: str | None
+        self, model: LoadedModel, layers: Layers, rows: "_Rows", tokens_per_batch: int, digest: str | None
     ) -> Curvature:
         if self.curvature:
             store = _stored(self.curvature, digest or directory_digest(model.path), layers)
             object.__setattr__(self, "seconds_before", store.description.seconds)
             return store.curvature(kind_of(self.kind) if self.kind else None, model.device)
-        tokens = torch.tensor([row.supervised_count for row in rows])
-        rows = [rows[place] for place in sampled_rows(tokens, layers, seed=self.seed).tolist()]
+        places = sampled_rows(rows.supervised, layers, seed=self.seed).tolist()
+        some = rows.encoded([rows.numbers[place] for place in places])
         how: Drawing = {"seed": self.seed, "is_empirical": self.empirical, "tokens_per_batch": tokens_per_batch}
-        curvature = kfac(kfac_factors(model, layers, rows, **how))
+        curvature = kfac(kfac_factors(model, layers, some, **how))
         if self.kind == "kfac":
             return curvature
-        return ekfac(curvature, ekfac_sums(model, layers, curvature, rows, **how), len(rows))
+        return ekfac(curvature, ekfac_sums(model, layers, curvature, some, **how), len(some))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a view that can be scored."""
+
+    index: Any
+    """Whose rows they are; None: of a corpus."""
+    numbers: list[int]
+    supervised: Int64[Tensor, " m"]
+    """Supervised tokens of each."""
+    encoded: Callable[[Sequence[int]], list[Encoded]]
+    """Some of them as token ids, by their numbers."""
+
+    @staticmethod
+    def of(view: View) -> "_Rows":
+        """Of an index the rows that have a gradient, which are read where they are needed."""
+        index = getattr(view, "index", None)  # of an `IndexView`, whose import would bring every projection
+        if index is not None:
+            rankable, longest = index.store.rankable(), index.store.manifest.settings["max_tokens"]
+
+            def encoded(numbers: Sequence[int]) -> list[Encoded]:
+                tokenizer = view.model().tokenizer
+                return [encoded_row(row, tokenizer, longest) for row in index.store.read_rows(numbers)]
+
+            return _Rows(index, rankable.tolist(), index.store.supervised_tokens()[rankable], encoded)
+        rows = list(view.encoded())
+        numbers = [number for number, row in enumerate(rows) if any(row.supervised[1:])]
+        tokens = torch.tensor([rows[number].supervised_count for number in numbers], dtype=torch.int64)
+        return _Rows(None, numbers, tokens, lambda some: [rows[number] for number in some])
+
+
+def _scores(
+    view: View, directions: Directions, rows: Sequence[Encoded], tick: Callable[[int, int], None]
+) -> Float32[Tensor, "s m"]:
+    """Inner products of rows' gradients with directions."""
+    model = view.model()
+    traced = model.layers() if (index := getattr(view, "index", None)) is None else index.layers(model)
+    return direction_scores(
+        model, {name: traced[name] for name in directions}, directions, rows,
+        reduction="sum", tokens_per_batch=view.tokens_per_batch, tick=tick,
+    )  # fmt: skip
 
 
 def _gradients(model: LoadedModel, layers: Layers, targets: Sequence[Target]) -> Directions:
@@ -185,7 +246,7 @@ def _stored(path: str, digest: str, layers: Layers) -> CurvatureStore:
     return store
 
 
-def _by_sketches(view: Any, directions: Directions, rows: Sequence[Encoded]) -> Float32[Tensor, "s n"]:
+def _by_sketches(view: Any, directions: Directions) -> Float32[Tensor, "s n"]:
     """The same inner products, from the vectors of an index' last checkpoint.
 
     Raises:
@@ -203,5 +264,5 @@ def _by_sketches(view: Any, directions: Directions, rows: Sequence[Encoded]) -> 
         vectors[-1][:, projection.columns(layer)] += projection.flat(matrices, layer=layer).cpu()
     scores = view.scores(vectors / view.weights[-1], cosine=False)
     if space.reduction == "mean":  # rows count by their sums
-        scores = scores * torch.tensor([max(1, row.supervised_count) for row in rows])
+        scores = scores * store.supervised_tokens().clamp(min=1)
     return scores
