@@ -130,7 +130,8 @@ class EKFAC:
         for asked in groups:
             directions = _gradients(model, layers, asked)
             directions = self._solved(model, layers, curvature, directions, rows, view.tokens_per_batch)
-            yield {name: each / len(rows.numbers) for name, each in directions.items()}
+            directions = {name: each / len(rows.numbers) for name, each in directions.items()}  # the others are freed
+            yield directions
 
     def _solved(
         self,
