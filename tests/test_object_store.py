@@ -78,9 +78,15 @@ def test_no_room_for_a_draft_says_where_to_have_one(place, monkeypatch, tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(uploads, "copied", full)
-    with pytest.raises(StorageError, match=r"no room in .*cache for a draft of its 11 bytes; .* WHENCE_CACHE name a d"):
+    with pytest.raises(StorageError, match=r"a draft of its 11 bytes .* to .*cache: No space.*WHENCE_CACHE name a dir"):
         place.write("large", [b"x" * 11], total=11)
     assert not place.exists("large") and [*(tmp_path / "cache").iterdir()] == []
+    monkeypatch.undo()
+    monkeypatch.setattr(uploads, "IN_MEMORY", 10)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WHENCE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StorageError, match=r"cannot be written to .*file/cache: Not a directory. Let WHENCE_CACHE"):
+        place.write("large", [b"x" * 11], total=11)
 
 
 # -- an index

@@ -323,8 +323,6 @@ def stage_mean(options: argparse.Namespace) -> None:
         found = replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]], hessian=hessian,
                        is_resumable=True)  # fmt: skip
         seconds, (scores,) = time.perf_counter() - start, found.scores.tolist()
-        if hessian:
-            (options.work / "mean.json").write_text(json.dumps({"seconds": seconds}))
         each = len(bank.query_ids)
         columns = {
             "query": [query for query in bank.query_ids for _ in opened.ids],
@@ -372,8 +370,8 @@ def stage_lds(options: argparse.Namespace) -> None:
     first, *others = (marks.method for marks in found.table.marks)
     differences = {name: found.table.difference(first, name)._asdict() for name in others}
     training = bank.training_seconds
-    mean = work / "mean.json"
-    task = json.loads(mean.read_text())["seconds"] / training if mean.exists() else None
+    mean = work / "mean-replay.parquet"
+    task = float(pyarrow.parquet.read_schema(mean).metadata[b"seconds"]) / training if mean.exists() else None
     rows = named(options, found.rows())
     name = "lds" if options.first is None else f"lds of the first {options.first} queries"
     keep(options, name, {"rows": rows, "settings": dict(found.settings), "training seconds": training,
@@ -386,11 +384,13 @@ def stage_lds(options: argparse.Namespace) -> None:
 def stage_removal(options: argparse.Namespace) -> None:
     """Trainings without the top rows."""
     directory, kept = options.work / "bank", results(options).with_name(f"{options.bank}_removed.json")
-    if kept.exists() and ends_alike(directory, results(options).with_name(f"{options.bank}_losses.json")):
+    is_alike = ends_alike(directory, results(options).with_name(f"{options.bank}_losses.json"))
+    if kept.exists() and is_alike:
         add_removed(directory, json.loads(kept.read_text()))
     found = evaluate_removal(str(directory), removed(options), share=options.share, seeds=options.seeds,
                              **scored(options, means=True), progress=True)  # fmt: skip
-    keep_removed(directory, kept)
+    if is_alike or not kept.exists():
+        keep_removed(directory, kept)
     name = "removal" if options.seeds == SEEDS else f"removal, {options.seeds} of {SEEDS} seeds"
     keep(options, name, {"rows": named(options, found.rows()), "settings": dict(found.settings), "date": today()})
     for row in found.rows():

@@ -310,7 +310,7 @@ TRACE_METHODS: dict[str, TraceMethod] = {
     ),
     "trackstar": TraceMethod("cosine under the second moment of rows and questions, likewise", scorer="trackstar"),
     "ekfac": TraceMethod(
-        "inner product of gradients divided by the loss' curvature, of rows that trak lists",
+        "inner product of gradients divided by the loss' curvature",
         scorer="ekfac",
         listed_by="trak",
     ),

@@ -13,9 +13,9 @@ from typing import Any
 
 from whence.checksums import Written
 from whence.errors import StorageError
-from whence.local_cache import DRAFT, FULL, directory
+from whence.local_cache import DRAFT, directory
 from whence.local_files import copied
-from whence.paths import free_bytes
+from whence.paths import reason
 
 IN_MEMORY = 2**26
 """Bytes of the largest file that is gathered in memory."""
@@ -38,7 +38,7 @@ def upload(
         persistent: Calls what it is given, and again where that fails for a while.
 
     Raises:
-        StorageError: There is no room for the draft.
+        StorageError: The draft cannot be written.
         OSError: The store refused it, or whatever else its client raises.
     """
     if total <= IN_MEMORY:
@@ -46,21 +46,20 @@ def upload(
         written = copied(pieces, buffer)
         persistent(lambda: fs.pipe_file(path, buffer.getvalue()))
         return written
-    folder = directory()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=folder, prefix=DRAFT)
+    draft = None
     try:
         try:
+            directory().mkdir(parents=True, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=directory(), prefix=DRAFT)
             with os.fdopen(handle, "wb") as file:
                 written = copied(pieces, file)
         except OSError as error:
-            if error.errno not in FULL:
-                raise
             raise StorageError(
-                f"{path}: no room in {folder} for a draft of its {total:,} bytes; {free_bytes(folder):,} are free. Let "
-                "WHENCE_CACHE name a directory of a larger disk, then run the same command again: it resumes"
+                f"{path}: a draft of its {total:,} bytes cannot be written to {directory()}: {reason(error)}. Let "
+                "WHENCE_CACHE name a directory with that much room, then run the same command again: it resumes"
             ) from error
         persistent(lambda: fs.put_file(draft, path))
     finally:
-        Path(draft).unlink(missing_ok=True)
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
     return written

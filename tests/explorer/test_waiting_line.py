@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from whence import runner
 from whence.errors import SettingError
 from whence.explorer.waiting_line import FAILED, Line, LineFullError
 
@@ -169,8 +170,10 @@ def test_a_long_one_that_nobody_waits_for_stops_before_others_are_served_in_its_
     def long(request):
         started.set()
         assert gate.wait(PATIENCE)
-        request.progress(1, 2, "going")
-        order.append("long")
+        try:
+            request.progress(1, 2, "going")
+        finally:
+            order.append("long is left")
 
     request = line.enter(long, told.put, is_long=True)
     assert started.wait(PATIENCE)
@@ -178,4 +181,97 @@ def test_a_long_one_that_nobody_waits_for_stops_before_others_are_served_in_its_
     line.leave(request)
     gate.set()
     events(told), events(other)
-    assert order == ["other"]
+    assert order == ["long is left", "other"]
+
+
+def test_one_that_leaves_while_another_is_served_in_its_midst_stops_after_it(line):
+    """Others that wait are served when it is left, not one after another in its midst."""
+    told, started, gate, order = queue.Queue(), threading.Event(), threading.Event(), []
+    tolds = [queue.Queue(), queue.Queue()]
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        try:
+            request.progress(1, 2, "going")
+        finally:
+            order.append("long is left")
+
+    request = line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+    line.enter(lambda own: (order.append("first"), line.leave(request)), tolds[0].put)
+    line.enter(lambda own: order.append("second"), tolds[1].put)
+    gate.set()
+    for each in (told, *tolds):
+        events(each)
+    assert order == ["first", "long is left", "second"]
+
+
+def test_what_comes_while_others_are_served_waits_for_the_next_time(line):
+    """So that a steady flow of questions does not hold the long one up."""
+    told, late, started, gate, order = queue.Queue(), queue.Queue(), threading.Event(), threading.Event(), []
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        for number in range(2):
+            request.progress(number, 2, "going")
+            order.append(number)
+
+    line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+
+    def asks_again(request):
+        order.append("first")
+        line.enter(lambda own: order.append("late"), late.put)
+
+    line.enter(asks_again, queue.Queue().put)
+    gate.set()
+    events(told), events(late)
+    assert order == ["first", 0, "late", 1]
+
+
+def test_a_closed_line_stops_what_runs_in_the_midst_of_another(line):
+    told, started, gate, inside = queue.Queue(), threading.Event(), threading.Event(), threading.Event()
+    said = []
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        request.progress(1, 2, "going")
+
+    def talks(request):
+        inside.set()
+        for number in range(10_000):
+            request.tell("token", number=number)
+            said.append(number)
+            threading.Event().wait(0.005)
+
+    line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+    line.enter(talks, told.put)
+    gate.set()
+    assert inside.wait(PATIENCE)
+    line.close()
+    assert len(said) < 1_000
+
+
+def test_what_is_counted_in_its_midst_is_not_told_as_its_own(line):
+    told, other, started, gate = queue.Queue(), queue.Queue(), threading.Event(), threading.Event()
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        with runner.shown_as(request.progress, "All of it"):
+            request.progress(1, 2, "going")
+
+    def counts(request):
+        for _ in runner.counted(range(3), "Other things", 3, lambda item: 1):
+            request.tell("step")
+
+    line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+    line.enter(counts, other.put)
+    gate.set()
+    assert {event.get("what") for event in events(told) if event["type"] == "progress"} == {"going"}
+    assert [event["type"] for event in events(other)] == ["queue", "queue", "step", "step", "step"]

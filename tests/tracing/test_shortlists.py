@@ -7,6 +7,7 @@ from small_views import each, query
 from conftest import corpus_rows
 from whence.indexing.build import index as build_index
 from whence.indexing.opening import open_index
+from whence.reports.trace_tables import stands_out, trace_answer
 from whence.selection.scorers.ekfac import EKFAC
 from whence.selection.views import IndexView
 from whence.tracing.baselines import all_scores
@@ -91,10 +92,32 @@ def test_by_sketches_nothing_is_listed(indexed):
     assert any("no z and no verdict" in note for note in traced.notes)
 
 
+def test_a_contrast_is_left_out_of_the_list_too(indexed):
+    plain = trace(indexed, **ASKED, method="ekfac", top=4, shortlist=6)
+    contrasted = trace(indexed, **ASKED, contrast=" no, 7", method="ekfac", top=4, shortlist=6)
+    assert [(hit.id, hit.score, hit.null.z) for hit in contrasted.hits] == [
+        (hit.id, pytest.approx(hit.score), pytest.approx(hit.null.z)) for hit in plain.hits
+    ]
+    assert contrasted.levels == plain.levels
+    assert contrasted.answers[0].contrast == " no, 7"
+    assert any("the contrast is left out" in note for note in contrasted.notes)
+
+
+def test_the_last_sentence_and_the_verdict_are_of_one_z(indexed):
+    """Whichever rows EK-FAC shows."""
+    for number in range(6):
+        traced = trace(indexed, prompt=f"{number} and 3?", completion=" yes, 12", method="ekfac", top=2, shortlist=6)
+        is_above = traced.best_z[0] > traced.levels[0]
+        assert stands_out(traced, 0) == is_above == (not traced.verdicts[0].startswith("Nothing"))
+        assert f"{traced.best_z[0]:.1f}" in traced.verdicts[0]
+        assert trace_answer(traced).startswith("Nothing") == (not is_above)
+
+
 @pytest.mark.parametrize(
-    ("rows", "queries", "shortlist", "expected"),
-    [(10_000, 1, None, LISTED), (400, 1, None, 400), (401, 1, None, LISTED), (10_000, 25, None, 10_000),
-     (10_000, 100, None, LISTED), (10_000, 1, 50, 50), (10_000, 1, 2, 10), (5, 1, None, 5)],
+    ("rows", "queries", "shortlist", "passes", "expected"),
+    [(10_000, 1, None, 1, LISTED), (400, 1, None, 1, 400), (401, 1, None, 1, LISTED), (10_000, 25, None, 1, 10_000),
+     (10_000, 25, None, 25, LISTED), (300, 100, None, 2, 300), (10_000, 1, 50, 1, 50), (10_000, 1, 2, 1, 10),
+     (5, 1, None, 1, 5), (10**6, 5_000, None, 1, LISTED)],
 )  # fmt: skip
-def test_all_rows_are_scored_where_the_lists_are_as_long(rows, queries, shortlist, expected):
-    assert list_length(TraceSettings(method="ekfac", shortlist=shortlist), rows, queries) == expected
+def test_all_rows_are_scored_where_the_lists_take_as_many_gradients(rows, queries, shortlist, passes, expected):
+    assert list_length(TraceSettings(method="ekfac", shortlist=shortlist), rows, queries, passes) == expected

@@ -61,7 +61,7 @@ def trace(
     shortlist: Annotated[
         int | None,
         typer.Option(
-            help="Length of the short list, on each side. Unless given as the index' error asks; of ekfac 200."
+            help="Length of the short list, on each side. Unless given: as the index' error asks, or 200 with ekfac."
         ),
     ] = None,
     tokens: Annotated[

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from whence import __version__, runner
+from whence import __version__, catalogue, runner
 from whence.errors import SettingError, WhenceError
 from whence.explorer import exports, views
 from whence.explorer.answers import Answered, AnswerGoneError, Answers, ExploredIndex, NotScoredError, Stretch
@@ -224,7 +224,20 @@ def _add_what_needs_the_model(app: FastAPI, answers: Answers, line: Line) -> Non
     @app.post("/api/comparisons")
     async def comparisons(asked: ComparisonRequest) -> Response:
         answered, stretch = _asked(answers, asked)
-        return _events(line, lambda request: _compare(request, answered, stretch, asked), is_long=True)
+        is_long = any(_takes_long(answered, stretch, method) for method in asked.methods)
+        return _events(line, lambda request: _compare(request, answered, stretch, asked), is_long=is_long)
+
+
+def _takes_long(answered: Answered, stretch: Stretch, method: str) -> bool:
+    """Whether a method's scores are not in memory, and take so long that others are answered in its midst.
+
+    Not in that of a pass over several checkpoints, for then each answer would load the last one again.
+    """
+    if answered.known(method, stretch) is not None:
+        return False
+    if catalogue.trace_method(method).needs_run:
+        return True
+    return method in views.ALL_ROWS and len(answered.explored.index.weights) == 1
 
 
 def _compare(request: Request, answered: Answered, stretch: Stretch, asked: ComparisonRequest) -> None:
@@ -306,7 +319,8 @@ def _add_exports(app: FastAPI, answers: Answers, line: Line) -> None:
                 page = exports.report(request, answered, stretch, method=asked.method, top=asked.top)
                 request.tell("report", page=page)
 
-            made = await _Entered(line, make, is_long=True).result(http.is_disconnected)
+            is_long = _takes_long(answered, stretch, asked.method)
+            made = await _Entered(line, make, is_long=is_long).result(http.is_disconnected)
             if "page" not in made:
                 raise HTTPException(422, str(made.get("error", "the report was not made")))
             return _file(iter([made["page"].encode("utf-8", "surrogatepass")]), name, "text/html")

@@ -58,7 +58,7 @@ def report(request: Request, answered: Answered, stretch: Stretch, *, method: st
         traced = trace(
             source, queries=[query], top=top, method=method, tokens=method in OF_TOKENS,
             options=answered.explored.options.get(method), exact=False if method in OF_TOKENS else None,
-            progress=request.progress,
+            shortlist=_all_rows(answered, method), progress=request.progress,
         )  # fmt: skip
         traced.save(str(file))
         return file.read_text(encoding="utf-8")
@@ -94,6 +94,9 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
     if method in OF_TOKENS:
         words += ["--no-exact"]
         arguments["exact"] = False
+    if (rows := _all_rows(answered, method)) is not None:
+        words += ["--shortlist", str(rows)]
+        arguments["shortlist"] = rows
     options = answered.explored.options.get(method, {})
     if "curvature" in options:
         words += ["--curvature", options["curvature"]]
@@ -101,6 +104,11 @@ def commands(answered: Answered, stretch: Stretch, *, method: str, top: int) -> 
     lines = [f"    {name}={value!r}," for name, value in arguments.items()]
     python = "\n".join(["import whence", "", f"found = whence.trace(\n    {place!r},", *lines, ")", "print(found)"])
     return {"command": shlex.join(words), "python": python}
+
+
+def _all_rows(answered: Answered, method: str) -> int | None:
+    """The length of a list that leaves no row out, where a trace would make one: the page ranks all rows."""
+    return None if catalogue.trace_method(method).listed_by is None else len(answered.explored.rows)
 
 
 def _span(answered: Answered, stretch: Stretch) -> tuple[int, int] | None:

@@ -47,7 +47,7 @@ LABELS = {
     "random": "Random",
 }
 """Methods that a page offers, by their names in `catalogue.TRACE_METHODS`."""
-SLOW = "a pass over all rows, as long as indexing them"
+ALL_ROWS, SLOW = ("ekfac", "tracin", "tracin_cosine", "embedding"), "a pass over all rows, as long as indexing them"
 LONG = {
     "replay": "the training once more and back for each question and stretch, some three times as long as it took",
     "source": "three passes over the rows, and six over some",
@@ -99,7 +99,7 @@ def _method(explored: ExploredIndex, name: str, label: str) -> dict[str, Any]:
         note = f"Go back through the training: whence explore {explored.name} --run RUN"
     elif method.needs_run:
         note = f"{note}: {LONG[name]}"
-    elif name in ("ekfac", "tracin", "tracin_cosine", "embedding"):
+    elif name in ALL_ROWS:
         note = f"{note}: {SLOW}"
     return {
         "name": name,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whence.errors import WhenceError
+from whence.runner import unwatched
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class Line:
         self.most = most
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
-        self._running: Request | None = None
+        self._running: list[Request] = []
+        """What runs: the one whose turn it is, and one that is served in its midst."""
         self._is_open = True
         self._thread = threading.Thread(target=self._serve, name="whence-explorer", daemon=True)
         self._thread.start()
@@ -139,7 +141,7 @@ class Line:
         """Serve no more, and wait for what runs to stop."""
         with self._changed:
             self._is_open = False
-            for request in (*self._waiting, *([self._running] if self._running else [])):
+            for request in (*self._waiting, *self._running):
                 request.has_left.set()
             self._waiting.clear()
             self._changed.notify_all()
@@ -181,27 +183,32 @@ class Line:
         request.emit(None)
 
     def _let_through(self) -> None:
-        """Serve the short requests that wait, in the midst of the long one that runs."""
-        while (request := self._next_short()) is not None:
-            self._run(request)
-
-    def _next_short(self) -> Request | None:
-        with self._changed:
-            request = next((other for other in self._waiting if not (other.gives_way or other.is_long)), None)
-            if request is not None:
+        """Serve the short requests that wait now, in the midst of the long one that runs; later ones the next time."""
+        for request in [other for other in tuple(self._waiting) if not (other.gives_way or other.is_long)]:
+            with self._changed:
+                if request not in self._waiting:
+                    continue  # it has left
                 self._waiting.remove(request)
+                self._running.append(request)
                 request.tell_place(0)
                 self._tell_places()
-            return request
+            try:
+                with unwatched():  # whoever waits for the long one is told of it alone
+                    self._run(request)
+            finally:
+                with self._changed:
+                    self._running.remove(request)
+            self._running[0].check()
 
     def _next(self) -> Request | None:
         with self._changed:
-            self._running = None
+            self._running = []
             self._tell_places()
             self._changed.wait_for(lambda: bool(self._waiting) or not self._is_open)
             if not self._is_open:
                 return None
-            self._running = self._waiting.popleft()
-            self._running.tell_place(0)
+            request = self._waiting.popleft()
+            self._running = [request]
+            request.tell_place(0)
             self._tell_places()
-            return self._running
+            return request

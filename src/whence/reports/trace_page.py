@@ -23,7 +23,7 @@ from whence.catalogue import TRACE_METHODS
 from whence.corpus.layouts import shown_text
 from whence.reports.page import SHARED, content_policy, embedded, packaged
 from whence.reports.text import encodable, visible
-from whence.reports.trace_tables import reranking_words
+from whence.reports.trace_tables import reranking_words, scored_words
 from whence.tracing.results import AND_NOT, Hit, Null, TokenMatrix, Trace
 
 STEPS = 32767
@@ -54,7 +54,7 @@ def trace_page(trace: Trace) -> str:
 def _trace(trace: Trace) -> dict[str, Any]:
     method = TRACE_METHODS.get(trace.method)
     method_text = trace.method if method is None else f"{trace.method}: {method.about}"
-    facts = {"method": method_text, "examples ranked": f"{trace.rows:,}"}
+    facts = {"method": method_text, "examples ranked": scored_words(trace)}
     if trace.needed_z is not None:
         among = sorted({f"{level:.2f}" for level in trace.levels}, key=float)
         shown = among[0] if len(among) == 1 else f"{among[0]} to {among[-1]}, by a query's length"

@@ -78,7 +78,7 @@ def trace_answer(trace: Trace) -> str:
         return f"{first}: without it this answer's loss, {loss:.3f} nats a token, {more}."
     if not trace.levels:
         return f"{first}; nothing here says how high chance reaches."
-    top = max((hit.null.z for hit in trace.of(0) if hit.null is not None), default=0.0)
+    top = best_z(trace, 0) or 0.0
     if stands_out(trace, 0):
         return f"{first}; z is {top:.1f} at most, where chance reaches {trace.levels[0]:.1f}: more than chance."
     return f"Nothing here is more than chance: z is {top:.1f} at most, and chance reaches {trace.levels[0]:.1f}."
@@ -86,7 +86,15 @@ def trace_answer(trace: Trace) -> str:
 
 def stands_out(trace: Trace, query: int) -> bool:
     """Whether an example of a query stands above chance."""
-    return any(hit.null is not None and hit.null.z > trace.levels[query] for hit in trace.of(query))
+    best = best_z(trace, query)
+    return best is not None and best > trace.levels[query]
+
+
+def best_z(trace: Trace, query: int) -> float | None:
+    """The z that the verdict is of; of a trace that does not say, the best of the examples."""
+    if trace.best_z:
+        return trace.best_z[query]
+    return max((hit.null.z for hit in trace.of(query) if hit.null is not None), default=None)
 
 
 def _words(trace: Trace, query: int) -> list[RenderableType]:
@@ -262,9 +270,20 @@ def _hits_table(trace: Trace, query: int) -> Table:
         against = "are the lowest; none opposes the answer"
     by = ", ranked by exact scores" if is_exact else ""
     unit = ", nats a token that leaving a row out adds to the loss" if trace.method in NATS else ""
-    table.caption = f"{trace.method} over {number_of(trace.rows, 'example')}{by}{unit}; negative ranks {against}"
+    table.caption = f"{trace.method} over {scored_words(trace)}{by}{unit}; negative ranks {against}"
     table.caption_justify = "left"
     return table
+
+
+def scored_words(trace: Trace) -> str:
+    """How many examples were scored, and of how many.
+
+    >>> scored_words(Trace([], [], "ekfac", 10_000, listed=200)), scored_words(Trace([], [], "cosine", 1))
+    ('400 of 10,000 examples', '1 example')
+    """
+    if trace.listed is not None and 2 * trace.listed < trace.rows:
+        return f"{2 * trace.listed:,} of {number_of(trace.rows, 'example')}"
+    return number_of(trace.rows, "example")
 
 
 def _cells(hit: Hit, form: str, has_exact: bool, has_null: bool, has_margin: bool) -> list[RenderableType]:

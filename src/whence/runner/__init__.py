@@ -18,6 +18,7 @@ from whence.runner.bars import (
     counting,
     progress,
     shown_as,
+    unwatched,
     waiting,
 )
 from whence.runner.engines import ENGINES, LOCAL, Engine, EngineOption, check_engine
@@ -40,6 +41,7 @@ __all__ = [
     "map_in_order",
     "progress",
     "shown_as",
+    "unwatched",
     "waiting",
     "workers_kept",
 ]

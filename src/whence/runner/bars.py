@@ -239,6 +239,16 @@ def shown_as(progress: ProgressOption, words: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Show nobody how far what is `counted` meanwhile is: it is not what they wait for."""
+    token = _WAITING.set(None)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
+
+
 def counted(
     items: Iterable[ItemT], label: str, total: int, size: Callable[[ItemT], int], unit: str = "examples"
 ) -> Iterator[ItemT]:

@@ -29,7 +29,7 @@ from whence.evidence import curvature_time, trace_evidence
 from whence.indexing.opening import Index, open_index
 from whence.models.load_options import split_loading
 from whence.runner import LOCAL, EngineOption, ProgressOption, shown_as, workers_kept
-from whence.second_order.sampled_rows import rows_needed
+from whence.second_order.sampled_rows import sampled_rows
 from whence.selection.pipeline import check_options
 from whence.tracing import nulls
 from whence.tracing.baselines import from_scorer
@@ -145,8 +145,8 @@ def trace(
             "completion": _completion_origin(traced.answers, sampling)
         }
         if takes_list(how, own):
-            described["scored"] = list_words(how, rankable, len(encoded))
-            own_notes = [list_note(how, described["scored"], has_null=bool(traced.levels)), *own_notes]
+            described["scored"] = list_words(traced, rankable)
+            own_notes = [list_note(traced, described["scored"]), *own_notes]
         if has_null(how, own):
             described["control queries"] = _control_origin(how, controls, traced)
             described["corrected for examples high for any question"] = "yes" if how.specific else "no"
@@ -345,8 +345,8 @@ def _passes(index: Index, ranked: Int64[Tensor, " m"]) -> tuple[int, int] | None
     """How many rows `whence curvature` would measure, and how many a trace by it reads; None where it cannot."""
     if index.has_contrasts:
         return None
-    needed = rows_needed(index.store.supervised_tokens()[ranked], index.layers(index.model()))
-    return min(needed, len(ranked)), min(2 * LISTED, len(ranked))
+    drawn = sampled_rows(index.store.supervised_tokens()[ranked], index.layers(index.model()), seed=0)
+    return len(drawn), min(2 * LISTED, len(ranked))
 
 
 def _evidence(

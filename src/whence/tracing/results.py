@@ -217,6 +217,11 @@ class Trace:
     `levels`. Empty: there was no null."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
+    best_z: list[float | None] = field(default_factory=list)
+    """For each query, the best z, of which the verdict is; None where no example has one. Empty: there was no null, or
+    it is a trace of an older Whence."""
+    listed: int | None = None
+    """Rows on each side that were scored, where the index lists some; None: all that can be ranked."""
     notes: list[str] = field(default_factory=list)
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ than a pass through it.
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,10 +39,13 @@ from whence.tracing.depth import Noise, candidates, depth
 from whence.tracing.levels import EQUAL_ANSWERS, Meaningless, Shape, answer_of, level_of, meaningless, verdict
 from whence.tracing.matrices import TokenShares, shares_by_row
 from whence.tracing.queries import EncodedQuery, last_first, query_vectors
-from whence.tracing.results import Hit, Reranking, TokenMatrix, Trace
-from whence.tracing.stability import Stability, margins, under_checkpoints, under_noise
+from whence.tracing.rankings import QueryResult, Side
+from whence.tracing.results import Hit, Reranking, Trace
+from whence.tracing.stability import margins, under_checkpoints, under_noise
 from whence.turns import one_at_a_time
 
+ListScorer = Callable[[list[EncodedQuery], list[list[int]]], list[Tensor]]
+"""Scores of each query for the rows of its own list; larger is more helpful, -inf for one that has none."""
 MOST_QUERIES = 64
 """Queries whose short lists are ranked by unprojected gradients where nobody says so: those of more hold most rows."""
 
@@ -61,7 +64,7 @@ class TraceSettings:
     """Whether a short list is ranked by unprojected gradients. None: where the method and the index allow it, its
     vectors are not whole gradients themselves, and there are at most `MOST_QUERIES` queries."""
     shortlist: int | None = None
-    """Length of the short list, on each side. None: as long as it takes; see `depth`."""
+    """Length of the short list, on each side. None: as long as it takes (`depth`), or as the method has it."""
     tokens: bool = False
     """Whether to add the token x token matrix of the examples shown, and each query token's share in their scores."""
     basis: str = "position"
@@ -113,82 +116,6 @@ def can_rerank(index: Index) -> bool:
     return index.space.view == "sgd" and index.space.sketch != "identity"
 
 
-@dataclass(frozen=True)
-class Side:
-    """One query's ranking on one side, best first."""
-
-    sign: int
-    """1 for helpful, -1 for opposing."""
-    rows: list[int]
-    scores: list[float]
-
-    @staticmethod
-    def of(ranking: Ranking, query: int, sign: int) -> "Side":
-        """One query's ranking, without the places that no row filled."""
-        pairs = zip(ranking.rows[query].tolist(), ranking.scores[query].tolist(), strict=True)
-        filled = [(row, score) for row, score in pairs if row >= 0]
-        return Side(sign, [row for row, _ in filled], [score for _, score in filled])
-
-    def ordered(self, exact_scores: dict[int, float], means: dict[int, float]) -> "Side":
-        """By exact score less the row's mean over the controls; equal ones in their old order."""
-        order = sorted(
-            range(len(self.rows)),
-            key=lambda place: -self.sign * (exact_scores[self.rows[place]] - means[self.rows[place]]),
-        )
-        return Side(self.sign, [self.rows[place] for place in order], [self.scores[place] for place in order])
-
-    def joined(self, other: "Side") -> "Side":
-        """With the rows of the other side that it lacks."""
-        more = [place for place, row in enumerate(other.rows) if row not in {*self.rows}]
-        rows, scores = [other.rows[place] for place in more], [other.scores[place] for place in more]
-        return Side(self.sign, self.rows + rows, self.scores + scores)
-
-    def without(self, others: Collection[int]) -> "Side":
-        """The rows that are none of these."""
-        places = [place for place, row in enumerate(self.rows) if row not in others]
-        return Side(self.sign, [self.rows[place] for place in places], [self.scores[place] for place in places])
-
-    def cut(self, top: int) -> "Side":
-        """The first `top` rows."""
-        return Side(self.sign, self.rows[:top], self.scores[:top])
-
-    def ranked(self) -> Iterator[tuple[int, int, float]]:
-        """(rank, row, score)."""
-        places = zip(self.rows, self.scores, strict=True)
-        return ((self.sign * place, row, score) for place, (row, score) in enumerate(places, start=1))
-
-
-@dataclass
-class QueryResult:
-    """One query's rankings, with all that has been computed for them so far."""
-
-    sides: list[Side]
-    norms: Float32[Tensor, " c"]
-    """Norms that controls are scaled to."""
-    means: dict[int, float]
-    """Each row's mean score over the controls, where ranking is corrected for it; else 0."""
-    exact: dict[int, float] = field(default_factory=dict)
-    by_token: dict[int, tuple[list[float], TokenMatrix]] = field(default_factory=dict)
-    overlap: float | None = None
-    reranking: Reranking | None = None
-    stability: Stability = field(default_factory=Stability)
-    margins: dict[int, float] = field(default_factory=dict)
-    """Half-widths of the intervals around the index' scores, where these rank."""
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows of both sides, each once."""
-        return sorted({row for side in self.sides for row in side.rows})
-
-    def reorder(self, top: int) -> None:
-        """Order the rows of both short lists by exact scores, from either end, and set the overlap of the rankings."""
-        helpful, opposing = self.sides
-        self.sides = [side.joined(other).ordered(self.exact, self.means)
-                      for side, other in ((helpful, opposing), (opposing, helpful))]  # fmt: skip
-        best = helpful.rows[:top]
-        self.overlap = len({*best} & {*self.sides[0].rows[:top]}) / len(best) if best else 1.0
-
-
 @dataclass
 class Retrieval:
     """One trace by an index' vectors."""
@@ -204,6 +131,8 @@ class Retrieval:
     """Rows that were read from the index, by number."""
     seconds_a_row: float | None = None
     """What each row's exact score took, where exact scores decided the order."""
+    list_scorer: ListScorer | None = None
+    """Another method, which orders what the index lists; z and verdict stay those of the index."""
 
     def trace(self) -> Trace:
         """Rank, correct, re-rank, and add token matrices to what is shown."""
@@ -214,6 +143,8 @@ class Retrieval:
     def _length(self) -> int:
         """Rows of the index' ranking that are looked at, on each side."""
         settings = self.settings
+        if self.list_scorer is not None:
+            return settings.shortlist or settings.top
         knows_noise = self.index.space.sketch in FLAT and catalogue.trace_method(settings.method).has_gradients
         return candidates(settings.top, settings.shortlist) if self.is_exact or knows_noise else settings.top
 
@@ -237,14 +168,18 @@ class Retrieval:
         noise = Noise.of(self.index, ranked, cosine=settings.cosine) if has_noise else None
         results = [self._result(number, rankings, vectors[:, number]) for number in numbers]
         for result in results:
-            if self.is_exact:
+            if self.list_scorer is not None:
+                result.listed = result.sides
+            elif self.is_exact:
                 self._shorten(result, noise)
             else:
                 self._cut(result, noise)
         for result in results:
             self._set_means(result, controls)
         self._read({row for result in results for row in result.rows})
-        if self.is_exact:
+        if self.list_scorer is not None:
+            self._score_lists(results, self.list_scorer)
+        elif self.is_exact:
             self._rerank(results)
         for result in results:
             result.sides = [side.cut(settings.top) for side in result.sides]
@@ -259,12 +194,17 @@ class Retrieval:
                 out.overlaps.append(result.overlap)
                 out.rerankings.append(result.reranking)
             if levels and controls is not None:
-                out.verdicts.append(verdict(self._best_z(result, hits, controls), levels[number]))
+                best = self._best_z(result, hits, controls)
+                out.best_z.append(best)
+                out.verdicts.append(verdict(best, levels[number]))
         return out
 
     def _best_z(self, result: QueryResult, hits: Sequence[Hit], controls: nulls.Controls) -> float | None:
-        """What the verdict is about."""
-        return max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
+        """What the verdict is of: the best of what is shown, or of the index' own best where another method ranks."""
+        if not result.listed:
+            return max((hit.null.z for hit in hits if hit.null and hit.rank > 0), default=None)
+        side = result.listed[0].cut(self.settings.top)
+        return self._among(result, side, controls, nulls.best_z) if side.rows else None
 
     @one_at_a_time
     def _vectors(self) -> tuple[Float32[Tensor, "c q k"], nulls.Controls | None, list[float]]:
@@ -404,12 +344,25 @@ class Retrieval:
 
     def _among(self, result: QueryResult, side: Side, controls: nulls.Controls, measure: Callable[..., Any]) -> Any:
         """`nulls.nulls` or `nulls.best_z` of a side's rows, by exact scores where these decide the order."""
-        exact_scores = result.exact if result.reranking is not None else {}
-        raw = [
-            exact_scores.get(row, score + result.means[row]) for row, score in zip(side.rows, side.scores, strict=True)
-        ]
+        if result.listed:
+            own = {row: score for each in result.listed for row, score in zip(each.rows, each.scores, strict=True)}
+            raw = [own[row] for row in side.rows]
+        else:
+            exact_scores = result.exact if result.reranking is not None else {}
+            raw = [exact_scores.get(row, score + result.means[row])
+                   for row, score in zip(side.rows, side.scores, strict=True)]  # fmt: skip
         scale = None if self.settings.cosine else result.norms
         return measure(self.index, controls, side.rows, raw, cosine=self.settings.cosine, norms=scale)
+
+    def _score_lists(self, results: list[QueryResult], scorer: ListScorer) -> None:
+        """Order every query's list by another method's scores; rows without one are left out."""
+        lists = [result.rows for result in results]
+        for result, rows, scores in zip(results, lists, scorer(self.queries, lists), strict=True):
+            own = {row: score for row, score in zip(rows, scores.tolist(), strict=True) if score > -torch.inf}
+            result.sides = []
+            for sign in (1, -1):
+                order = sorted(own, key=lambda row, own=own, sign=sign: (-sign * own[row], row))
+                result.sides.append(Side(sign, order, [own[row] for row in order]))
 
     def _rerank(self, results: list[QueryResult]) -> None:
         """Order every query's short list by exact scores."""

@@ -52,7 +52,7 @@ COPIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EKFAC:
-    """EK-FAC's inverse, or K-FAC's, of the last model's Gauss-Newton matrix over the rows that are scored."""
+    """EK-FAC's inverse, or K-FAC's, of the last model's Gauss-Newton matrix over some of the rows (`sampled_rows`)."""
 
     seed: int = 0
     """Of the answers that the model draws."""
@@ -69,6 +69,7 @@ class EKFAC:
     """Read an index' vectors in place of forming the rows' gradients again."""
     curvature: str = ""
     """Directory of `whence curvature`; else it is measured for this call alone."""
+    copies: ClassVar[int] = COPIES
     seconds_before: ClassVar[float] = 0.0
     """What measuring that took; no option."""
 
