@@ -217,11 +217,6 @@ class Trace:
     `levels`. Empty: there was no null."""
     overlaps: list[float] = field(default_factory=list)
     """For each query, with `exact`: share of the index' best examples that are among the exact best."""
-    best_z: list[float | None] = field(default_factory=list)
-    """For each query, the best z, of which the verdict is; None where no example has one. Empty: there was no null, or
-    it is a trace of an older Whence."""
-    listed: int | None = None
-    """Rows on each side that were scored, where the index lists some; None: all that can be ranked."""
     notes: list[str] = field(default_factory=list)
     """What else a person should know, such as fewer rows than were asked for."""
     settings: dict[str, str] = field(default_factory=dict)
@@ -232,6 +227,11 @@ class Trace:
     """For each query, how much of its helpful side would stand. Empty: the method is not of an index."""
     curvature_time: str = field(default="", compare=False)
     """What curvature would take here, in words, where exact gradients were timed. It is in no file: it varies."""
+    best_z: list[float | None] = field(default_factory=list)
+    """For each query, the best z, of which the verdict is; None where no example has one. Empty: there was no null, or
+    it is a trace of an older Whence."""
+    listed: int | None = None
+    """Rows on each side that were scored, where the index lists some; None: all that can be ranked."""
 
     to_arrow = outlets.to_arrow
     to_pandas = outlets.to_pandas
