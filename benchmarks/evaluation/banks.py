@@ -58,7 +58,7 @@ from transformers import AutoTokenizer
 from whence.cli.demonstration import RECIPE, as_conversation, docstring_rows, make_parent
 from whence.corpus.tokens import encode
 from whence.evaluation.bank_scores import evaluate_lds
-from whence.evaluation.bank_store import Member, open_bank, write_member
+from whence.evaluation.bank_store import Bank, Member, open_bank, write_member
 from whence.evaluation.left_out import random_plans
 from whence.evaluation.removal import evaluate_removal
 from whence.evaluation.tail_patch import evaluate_tail_patch
@@ -226,13 +226,10 @@ def add_members(directory: Path, kept: dict[str, Any], subsets: int) -> None:
     if list(bank.query_ids) != kept["queries"]:
         print("the kept losses are of other queries: all members are trained", flush=True)
         return
-    own = [member for member in (bank.parent, bank.full, *bank.of_kind("random")) if member.name in members]
-    pairs = [pair for member in own for pair in zip(member.losses, members[member.name]["losses"], strict=True)]
-    apart = max(abs(here - there) for here, there in pairs)
+    there, apart = distance(bank, members)
     if apart > SAME_LOSS:
         print(f"trainings end otherwise here (losses are up to {apart:.1e} nats apart): all are made", flush=True)
         return
-    there = {member.name for member in own}
     for plan in random_plans(len(bank.rows), subsets, bank.description.subsets, bank.full.seed):
         if plan.name in members and plan.name not in there:
             member = members[plan.name]
@@ -249,7 +246,9 @@ def add_members(directory: Path, kept: dict[str, Any], subsets: int) -> None:
                     seconds=member["seconds"],
                 ),
             )
-    print(f"losses of {len(own)} members are up to {apart:.1e} nats from the kept ones, which are the rest", flush=True)
+    print(
+        f"losses of {len(there)} members are up to {apart:.1e} nats from the kept ones, which are the rest", flush=True
+    )
 
 
 def stage_index(options: argparse.Namespace) -> None:
@@ -384,7 +383,8 @@ def stage_lds(options: argparse.Namespace) -> None:
 def stage_removal(options: argparse.Namespace) -> None:
     """Trainings without the top rows."""
     directory, kept = options.work / "bank", results(options).with_name(f"{options.bank}_removed.json")
-    is_alike = ends_alike(directory, results(options).with_name(f"{options.bank}_losses.json"))
+    losses = json.loads(results(options).with_name(f"{options.bank}_losses.json").read_text())["members"]
+    is_alike = distance(open_bank(str(directory)), losses)[1] <= SAME_LOSS
     if kept.exists() and is_alike:
         add_removed(directory, json.loads(kept.read_text()))
     found = evaluate_removal(str(directory), removed(options), share=options.share, seeds=options.seeds,
@@ -397,12 +397,11 @@ def stage_removal(options: argparse.Namespace) -> None:
         print(row["method"], row["effect"], row["over_random"], row["over_random_low"], row["over_random_high"])
 
 
-def ends_alike(directory: Path, kept: Path) -> bool:
-    """Whether the trainings of a bank ended as those whose losses are kept."""
-    bank, members = open_bank(str(directory)), json.loads(kept.read_text())["members"]
-    own = [member for member in (bank.parent, bank.full, *bank.of_kind("random")) if member.name in members]
-    pairs = [pair for member in own for pair in zip(member.losses, members[member.name]["losses"], strict=True)]
-    return max(abs(here - there) for here, there in pairs) <= SAME_LOSS
+def distance(bank: Bank, kept: dict[str, Any]) -> tuple[set[str], float]:
+    """Names of a bank's members whose losses are kept too, and how far these are apart at most, in nats a token."""
+    own = [member for member in (bank.parent, bank.full, *bank.of_kind("random")) if member.name in kept]
+    pairs = [pair for member in own for pair in zip(member.losses, kept[member.name]["losses"], strict=True)]
+    return {member.name for member in own}, max(abs(here - there) for here, there in pairs)
 
 
 def keep_removed(directory: Path, kept: Path) -> None:

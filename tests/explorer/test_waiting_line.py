@@ -42,6 +42,23 @@ def held(line):
     return request, told, gate
 
 
+def held_midway(line, order):
+    """A long request that waits for the event, then tells how far it is; `order` is told when it ends there."""
+    told, started, gate = queue.Queue(), threading.Event(), threading.Event()
+
+    def long(request):
+        started.set()
+        assert gate.wait(PATIENCE)
+        try:
+            request.progress(1, 2, "going")
+        finally:
+            order.append("long is left")
+
+    request = line.enter(long, told.put, is_long=True)
+    assert started.wait(PATIENCE)
+    return request, told, gate
+
+
 def test_requests_run_in_their_order_and_see_their_places(line):
     _, first, gate = held(line)
     order, tolds = [], [queue.Queue(), queue.Queue()]
@@ -165,18 +182,8 @@ def test_a_long_one_lets_short_ones_through_and_goes_on(line):
 
 
 def test_a_long_one_that_nobody_waits_for_stops_before_others_are_served_in_its_midst(line):
-    told, other, started, gate, order = queue.Queue(), queue.Queue(), threading.Event(), threading.Event(), []
-
-    def long(request):
-        started.set()
-        assert gate.wait(PATIENCE)
-        try:
-            request.progress(1, 2, "going")
-        finally:
-            order.append("long is left")
-
-    request = line.enter(long, told.put, is_long=True)
-    assert started.wait(PATIENCE)
+    other, order = queue.Queue(), []
+    request, told, gate = held_midway(line, order)
     line.enter(lambda request: order.append("other"), other.put)
     line.leave(request)
     gate.set()
@@ -186,19 +193,8 @@ def test_a_long_one_that_nobody_waits_for_stops_before_others_are_served_in_its_
 
 def test_one_that_leaves_while_another_is_served_in_its_midst_stops_after_it(line):
     """Others that wait are served when it is left, not one after another in its midst."""
-    told, started, gate, order = queue.Queue(), threading.Event(), threading.Event(), []
-    tolds = [queue.Queue(), queue.Queue()]
-
-    def long(request):
-        started.set()
-        assert gate.wait(PATIENCE)
-        try:
-            request.progress(1, 2, "going")
-        finally:
-            order.append("long is left")
-
-    request = line.enter(long, told.put, is_long=True)
-    assert started.wait(PATIENCE)
+    tolds, order = [queue.Queue(), queue.Queue()], []
+    request, told, gate = held_midway(line, order)
     line.enter(lambda own: (order.append("first"), line.leave(request)), tolds[0].put)
     line.enter(lambda own: order.append("second"), tolds[1].put)
     gate.set()

@@ -68,6 +68,12 @@ def all_scores(
     return scores.masked_fill(~is_rankable | scores.isnan(), -torch.inf)
 
 
+def targets_of(queries: list[EncodedQuery]) -> list[Target]:
+    """Queries as scorers take them: a target each, of the answer without what it is compared with."""
+    texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
+    return [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
+
+
 def _scores(
     index: Index, queries: list[EncodedQuery], *, method: str, objective: str, seed: int, options: Mapping[str, Any]
 ) -> Float32[Tensor, "q n"]:
@@ -76,9 +82,7 @@ def _scores(
         vectors = query_vectors(index, [query.sequences for query in queries])
         return view.scores(build_scorer(entry.scorer, seed, options).solved(view, vectors), cosine=False)
     if entry.scorer is not None:
-        texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in queries]
-        targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
-        return build_scorer(entry.scorer, seed, options)(view, targets)
+        return build_scorer(entry.scorer, seed, options)(view, targets_of(queries))
     rows = list(view.encoded())
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32)
     space = replace(index.space, normalise="layer" if entry.normalise else "none")

@@ -23,8 +23,8 @@ from whence.counts import number_of
 from whence.gradients.corpus_scores import groups_that_fit
 from whence.indexing.opening import Index
 from whence.selection.pipeline import build_scorer
-from whence.selection.protocols import QueryText, Target
 from whence.selection.views import IndexView
+from whence.tracing.baselines import targets_of
 from whence.tracing.queries import EncodedQuery
 from whence.tracing.results import Trace
 from whence.tracing.retrieval import Retrieval, TraceSettings
@@ -80,11 +80,9 @@ def shortlisted_trace(
     m = list_length(settings, rankable, len(queries), passes)
 
     def scores(asked: list[EncodedQuery], lists: list[list[int]]) -> list[Tensor]:
-        texts = [QueryText(q.answer.prompt, q.answer.completion, q.sequences[0].encoded) for q in asked]
-        targets = [Target(f"query {number}", [text]) for number, text in enumerate(texts)]
         if m < rankable:
-            return scorer.of_lists(IndexView(index), targets, lists)
-        whole = scorer(IndexView(index), targets)
+            return scorer.of_lists(IndexView(index), targets_of(asked), lists)
+        whole = scorer(IndexView(index), targets_of(asked))
         return [line[rows] for line, rows in zip(whole, lists, strict=True)]
 
     listing = replace(settings, method=entry.listed_by, shortlist=m)

@@ -70,6 +70,7 @@ class EKFAC:
     curvature: str = ""
     """Directory of `whence curvature`; else it is measured for this call alone."""
     copies: ClassVar[int] = COPIES
+    """What `COPIES` says; no option."""
     seconds_before: ClassVar[float] = 0.0
     """What measuring that took; no option."""
 
@@ -101,7 +102,7 @@ class EKFAC:
     def of_lists(
         self, view: View, targets: Sequence[Target], lists: Sequence[Sequence[int]]
     ) -> list[Float32[Tensor, " m"]]:
-        """Scores of some rows for each target, as `__call__` has them; no other row is read but for the curvature.
+        """Scores of some rows for each target, in nats, larger is more helpful; no other row is read but for curvature.
 
         Args:
             view: What holds the rows.
@@ -206,7 +207,7 @@ class _Rows:
 def _scores(
     view: View, directions: Directions, rows: Sequence[Encoded], tick: Callable[[int, int], None]
 ) -> Float32[Tensor, "s m"]:
-    """Inner products of rows' gradients with directions."""
+    """Inner products of the gradients of rows' losses, each the sum over its tokens, with directions."""
     model = view.model()
     traced = model.layers() if (index := getattr(view, "index", None)) is None else index.layers(model)
     return direction_scores(
