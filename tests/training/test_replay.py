@@ -139,12 +139,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("differences", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "lora", "gpt2"])
 @pytest.mark.parametrize("case", CASES)
-def test_scores_equal_finite_differences_of_real_trainings(architecture, case, tmp_path):
+def test_scores_equal_finite_differences_of_real_trainings(architecture, case, differences, tmp_path):
     training = Training(architecture, **CASES[case])
-    found = training.replayed(tmp_path)
+    found = training.replayed(tmp_path, differences=differences)
     expected = finite_differences(training)
+    assert (found.error is not None) == differences
     error = (found.scores - expected).norm() / expected.norm()
     assert expected.abs().max() > 1e-4
     assert error < 1e-3, (error, found.scores, expected)

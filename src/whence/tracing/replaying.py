@@ -73,6 +73,8 @@ def replayed_trace(
     found = scores_of_run(opened, asked, method, seed=sampling.seed, options=options, progress=progress)
     if found.losses:
         described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in found.losses[:10])
+    if found.error is not None:
+        described["Hessian's products"] = f"by differences of gradients, up to {found.error:.2g} of their length off"
     return Trace([query.answer for query in encoded], _hits(opened, found.scores, top), method, len(opened.ids),
                  notes=notes + found.notes, settings=described)  # fmt: skip
 
@@ -86,6 +88,8 @@ class RunScores:
     notes: list[str]
     losses: Sequence[float] = ()
     """Of the answers, in nats a token, where the method measures them."""
+    error: float | None = None
+    """See `training.replay.Replayed`."""
 
 
 def scores_of_run(
@@ -114,8 +118,8 @@ def scores_of_run(
         with shown_as(progress, "Tracing"):
             return RunScores(scorer.of_run(run, asked, tokens_per_batch=TOKENS_PER_BATCH).double(), [])
     replayed = replay(run.losses, run.log, [[sequences] for sequences in asked], hessian=scorer.hessian,
-                      is_resumable=is_resumable, progress=progress)  # fmt: skip
-    return RunScores(replayed.scores, instability(replayed, len(run.model.tokenizer)), replayed.losses)
+                      differences=scorer.differences, is_resumable=is_resumable, progress=progress)  # fmt: skip
+    return RunScores(replayed.scores, instability(replayed, len(run.model.tokenizer)), replayed.losses, replayed.error)
 
 
 def _hits(run: ReplayableRun, scores: Float64[Tensor, "q n"], top: int) -> list[Hit]:

@@ -13,13 +13,15 @@ hands to the next. With lambda the derivatives of f by (weights, moments) after 
     score_i -= <gradient of row i's share of the step's loss, mu>
     lambda  <- derivatives by the state before, at fixed g, plus the Hessian's product with mu for the weights
 
-Several losses share a step's first backward pass, and take a second one each. `hessian=False` leaves the Hessian's
-product out: the row's effect on later gradients is then ignored (in-run scores do so too, and ignore the moments).
+Both products with mu come from differences of first derivatives, one gradient a step for each loss, while these are
+near what a second derivative says (`step_differences`), and from that otherwise: several losses share a step's first
+backward pass then, and take a second one each. `hessian=False` leaves the Hessian's product out: the row's effect on
+later gradients is then ignored (in-run scores do so too, and ignore the moments).
 
 The steps between two stored states are trained again and held, which takes one more gradient a step. Where every
 state is stored (as fits for adapters) nothing is trained again. Either way the steps must lead to the next stored
 state (`Replayed.drifts`): a loss, an order or a denominator that is not the training's own is found out. Memory: the
-states of a piece, and the adjoint, 3 times the trained weights for each loss.
+states of a piece, 4 times the trained weights for each step (3 without differences), and 3 times for each loss.
 
 (AdamW can be undone: w follows from w', m', v', and then m and v from g. In fp32 that loses the entries whose gradient
 once grew a thousandfold, such as those of rare tokens: after 36 steps weights were off by 3.4% of what these moved.)
@@ -27,6 +29,7 @@ once grew a thousandfold, such as those of rare tokens: after 36 steps weights w
 Source: Ilyas and Engstrom 2025, MAGIC (metagradients by replay), for Adam; Hara et al. 2019, for SGD.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -40,14 +43,19 @@ from torch.nn.utils import get_total_norm
 from whence.errors import ModelError
 from whence.runner import ProgressOption
 from whence.runner import progress as progress_bar
-from whence.training.step_derivatives import RecordedStep, RowLosses, Target
+from whence.training.step_derivatives import RecordedStep, RowLosses, StepSlope, Target
+from whence.training.step_differences import LARGEST_ERROR, DifferencedStep, error_of_differences
 from whence.training.step_log import StepLog
 from whence.training.unfinished_replay import Standing, Unfinished
 from whence.training.update_rules import Moment, State, Tensors, clip, pull_back_clip, put
 from whence.turns import one_at_a_time
 
+logger = logging.getLogger(__name__)
+
 LARGEST_DRIFT = 0.02
 """How far a state that is made again may be from the stored one. Rounding makes 1e-6 to 1e-4."""
+LOOKS = 10
+"""At how many steps differences are held to second derivatives, at most."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class Replayed:
     """What the replay took, from its first step on."""
     seconds_before: float = 0.0
     """That part of it which calls before this one took: it went on from where they were stopped."""
+    error: float | None = None
+    """How far the Hessian's products by differences were from second derivatives at most, in the length of those, where
+    it was looked at; None where all are second derivatives."""
 
     @property
     def of_a_half(self) -> Float64[Tensor, " q"]:
@@ -101,6 +112,7 @@ def replay(
     targets: Sequence[Target],
     *,
     hessian: bool = True,
+    differences: bool = True,
     is_resumable: bool = False,
     progress: ProgressOption = True,
 ) -> Replayed:
@@ -110,24 +122,26 @@ def replay(
         losses: The model, and the rows that it was trained on.
         log: What was done at each step.
         targets: What scores are for, each a list of queries.
-        hessian: See above.
+        hessian: See above; without it there are no differences either.
+        differences: See above; False: every derivative is a second one.
         is_resumable: Write down, beside the log, how far it is, and go on from there when it was stopped.
         progress: Show a bar on stderr; or a function to call with (done, total, what is being done).
 
     Raises:
         ModelError: Training again leads to other weights than those that were stored.
     """
-    kept = Unfinished.of(log, targets, hessian=hessian) if is_resumable else None
+    kept = Unfinished.of(log, targets, hessian=hessian, differences=differences) if is_resumable else None
     began = time.perf_counter()
     with losses.thawed():
         path = _Path(log, {name: weight.detach() for name, weight in losses.weights.items()}, losses)
-        standing, adjoint, scores = (kept and kept.load(losses.device)) or _begun(losses, log, targets)
+        begun = kept and kept.load(losses.device)
+        standing, adjoint, scores = begun or _begun(losses, log, targets, differences=hessian and differences)
         path.start(standing)
+        way = _WayBack(losses, log, path, adjoint, scores, hessian, list(standing.lengths), standing.error)
         done = len(log.steps) - standing.step
         with progress_bar("Replaying", len(log.steps), unit="steps", done=done, shown=progress) as tick:
             for number in reversed(range(standing.step)):
-                clipped = _go_back(losses, log, path.before(number), number, adjoint, scores, hessian=hessian)
-                path.confirm(number, clipped)
+                way.go_back(number)
                 if not scores.isfinite().all():
                     raise ModelError(
                         f"{log.place.root}: going back through step {number + 1:,}, derivatives are not finite: the "
@@ -135,52 +149,25 @@ def replay(
                     )
                 if kept is not None and number in log.stored[1:]:
                     seconds = standing.seconds + time.perf_counter() - began
-                    kept.save(
-                        replace(standing, step=number, drifts=tuple(path.drifts), seconds=seconds), adjoint, scores
-                    )
+                    kept.save(replace(standing, step=number, drifts=tuple(path.drifts), seconds=seconds,
+                                      lengths=tuple(way.lengths), error=way.error), adjoint, scores)  # fmt: skip
                 tick(1, sum(len(losses.rows[row].ids) for row in log.steps[number].rows))
     if kept is not None:
         kept.remove()
     seconds = standing.seconds + time.perf_counter() - began
-    return Replayed(scores, standing.losses, tuple(path.drifts), seconds, standing.seconds)
+    return Replayed(scores, standing.losses, tuple(path.drifts), seconds, standing.seconds, way.error)
 
 
-def _begun(losses: RowLosses, log: StepLog, targets: Sequence[Target]) -> tuple[Standing, State, Tensor]:
+def _begun(
+    losses: RowLosses, log: StepLog, targets: Sequence[Target], *, differences: bool
+) -> tuple[Standing, State, Tensor]:
     """The beginning: derivatives of the targets' losses by the last weights, and no scores."""
     put(log.state(len(log.steps), losses.device).weights, {n: w.detach() for n, w in losses.weights.items()})
     found = [losses.target_gradient(target) for target in targets]
-    standing = Standing(step=len(log.steps), losses=tuple(loss for _, loss in found))
+    lengths = (0.0,) * len(targets) if differences else ()
+    standing = Standing(step=len(log.steps), losses=tuple(loss for _, loss in found), lengths=lengths)
     scores = torch.zeros(len(targets), len(losses.rows), dtype=torch.float64)
     return standing, _adjoint([slopes for slopes, _ in found], log), scores
-
-
-def _go_back(
-    losses: RowLosses, log: StepLog, state: State, number: int, adjoint: State, scores: Tensor, *, hessian: bool
-) -> Tensors:
-    """Take the adjoint from after a step to before it, and add the step's shares to the scores, in place.
-
-    Args:
-        losses: The model, with the weights before the step.
-        log: What was done.
-        state: The state whose moments are those after the step.
-        number: The step's, from 0.
-        adjoint: Derivatives by the state after the step.
-        scores: The sums so far.
-        hessian: See `replay`.
-
-    Returns:
-        The step's gradient, clipped.
-    """
-    step = log.steps[number]
-    recorded = RecordedStep(losses, step.passes)
-    clipped, factor = clip(recorded.gradient, log.optimizer.clip)
-    along = log.rule.pull_back(adjoint, state, clipped, Moment(number + 1, step.rate))
-    pull_back_clip(along, recorded.gradient, factor)
-    by_weights, by_rows = recorded.derivatives(along, hessian=hessian)
-    scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
-    for name, product in by_weights.items():
-        adjoint.weights[name].add_(product)
-    return clipped
 
 
 def _adjoint(slopes: Sequence[Tensors], log: StepLog) -> State:
@@ -189,6 +176,58 @@ def _adjoint(slopes: Sequence[Tensors], log: StepLog) -> State:
     moments = [{name: torch.zeros_like(each) for name, each in weights.items()} if log.optimizer.name == "adamw" else {}
                for _ in range(2)]  # fmt: skip
     return State(weights, *moments)
+
+
+@dataclass
+class _WayBack:
+    """Goes back through steps: the adjoint is taken from after a step to before it, and the scores grow."""
+
+    losses: RowLosses
+    log: StepLog
+    path: "_Path"
+    adjoint: State
+    """Derivatives of each loss by the state after the last step that is still to be gone through [q ...]."""
+    scores: Tensor
+    """The sums so far [q n]."""
+    hessian: bool
+    lengths: list[float]
+    """See `step_differences.DifferencedStep`; none where second derivatives are taken."""
+    error: float | None
+    """See `Replayed`."""
+
+    def go_back(self, number: int) -> None:
+        """Through one step, counted from 0; its gradient is held to the stored states where it leads to one."""
+        state, slope = self.path.before(number, with_slopes=bool(self.lengths))
+        step, recorded = self.log.steps[number], None
+        if self.lengths:
+            gradient = (slope := slope or self.losses.slope(step.passes)).gradient
+        else:
+            gradient = (recorded := RecordedStep(self.losses, step.passes)).gradient
+        clipped, factor = clip(gradient, self.log.optimizer.clip)
+        along = self.log.rule.pull_back(self.adjoint, state, clipped, Moment(number + 1, step.rate))
+        pull_back_clip(along, gradient, factor)
+        if self.lengths and (len(self.log.steps) - 1 - number) % math.ceil(len(self.log.steps) / LOOKS) == 0:
+            self._look(number, along)
+        if self.lengths and slope is not None:
+            by_weights, by_rows = DifferencedStep(self.losses, step.passes, slope, self.lengths).derivatives(along)
+        else:
+            recorded = recorded or RecordedStep(self.losses, step.passes)
+            by_weights, by_rows = recorded.derivatives(along, hessian=self.hessian)
+        self.scores.index_add_(1, torch.tensor(step.rows), -by_rows.double().cpu())
+        for name, product in by_weights.items():
+            self.adjoint.weights[name].add_(product)
+        self.path.confirm(number, clipped)
+
+    def _look(self, number: int, along: Tensors) -> None:
+        """Hold differences to second derivatives, and go on with those where they are far."""
+        error = error_of_differences(self.losses, self.log.steps[number].passes[0], along, self.lengths[0])
+        self.error = max(error, self.error or 0.0)
+        if not error <= LARGEST_ERROR:
+            logger.warning(
+                "%s: at step %s differences of gradients are %.0f%% off second derivatives; from there back these are "
+                "taken, which takes twice as long", self.log.place.root, f"{number + 1:,}", 100 * error,
+            )  # fmt: skip
+            self.lengths = []
 
 
 @dataclass
@@ -203,17 +242,23 @@ class _Path:
 
     def start(self, standing: Standing) -> None:
         """Begin where a replay stands."""
-        self._held: dict[int, State] = {}
+        self._held: dict[int, tuple[State, StepSlope | None]] = {}
         self._unconfirmed: dict[int, tuple[State, State]] = {}
         self._after, self.drifts = self._stored(standing.step), list(standing.drifts)
 
-    def before(self, number: int) -> State:
-        """Weights before a step, with the moments after it; the model gets the weights."""
+    def before(self, number: int, *, with_slopes: bool) -> tuple[State, StepSlope | None]:
+        """Weights before a step, with the moments after it, and its slope if it is held; the model gets the weights.
+
+        Args:
+            number: The step's, from 0.
+            with_slopes: Hold those of the steps that are made again from here on.
+        """
+        self._holds_slopes = with_slopes
         if number not in self._held:
             self._train_piece(number)
-        state = self._held.pop(number)
+        state, slope = self._held.pop(number)
         put(state.weights, self.weights)
-        return state
+        return state, slope
 
     def confirm(self, number: int, gradient: Tensors) -> None:
         """Hold a step between two stored states to them, by its gradient, clipped."""
@@ -231,7 +276,7 @@ class _Path:
         first = max(number for number in self.log.stored if number <= last)
         began = self._stored(first)
         if first == last:
-            self._held[last] = State({name: w.clone() for name, w in began.weights.items()}, *self._after[1:])
+            self._held[last] = State({name: w.clone() for name, w in began.weights.items()}, *self._after[1:]), None
             self._unconfirmed[last] = began, self._after
         else:
             made = self._redo(first, last, began)
@@ -245,11 +290,11 @@ class _Path:
         for number in range(first, last + 1):
             step = self.log.steps[number]
             before = {name: weight.clone() for name, weight in self.weights.items()}
-            clipped, _ = clip(self.losses.gradient(step.passes), self.log.optimizer.clip)
+            slope = self.losses.slope(step.passes)
+            clipped, _ = clip(slope.gradient, self.log.optimizer.clip)
             self.log.rule.step(state, clipped, Moment(number + 1, step.rate))
-            self._held[number] = State(
-                before, *({name: each.clone() for name, each in part.items()} for part in state[1:])
-            )
+            moments = ({name: each.clone() for name, each in part.items()} for part in state[1:])
+            self._held[number] = State(before, *moments), slope if self._holds_slopes else None
         return state
 
     def _check(self, number: int, made: State, stored: State, began: Tensors) -> None:

@@ -17,6 +17,7 @@ The model is in evaluation mode, and attention runs in torch's plain kernel, whi
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,23 +65,28 @@ class RowLosses:
         """Supervised tokens of some rows."""
         return sum(self.rows[number].supervised_count for number in numbers)
 
-    def gradient(self, passes: Sequence[Sequence[int]], row_weights: Tensor | None = None) -> Tensors:
-        """Gradient of a step's loss.
+    def slope(self, passes: Sequence[Sequence[int]], row_weights: Tensor | None = None) -> "StepSlope":
+        """Gradient of a step's loss, and each row's share of that loss.
 
         Args:
             passes: Row numbers of each pass.
             row_weights: w [n] of all rows of the training; None: 1.
         """
-        count, total = sum(map(self.tokens, passes)), None
+        count, total, shares = sum(map(self.tokens, passes)), None, []
         for numbers in passes:
             with evaluating(self.model.model):
                 sums = self.sums(numbers)
                 if row_weights is not None:
                     sums = sums * row_weights[list(numbers)].to(sums)
                 slopes = gradient(sums.sum() / count, list(self.weights.values()))
+            shares.append(sums.detach().double().cpu() / count)
             total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
         assert total is not None, "a step has a pass"
-        return dict(zip(self.weights, total, strict=True))
+        return StepSlope(dict(zip(self.weights, total, strict=True)), torch.cat(shares))
+
+    def gradient(self, passes: Sequence[Sequence[int]], row_weights: Tensor | None = None) -> Tensors:
+        """Gradient of a step's loss: see `slope`."""
+        return self.slope(passes, row_weights).gradient
 
     def target_gradient(self, target: Target) -> tuple[Tensors, float]:
         """Gradient of a target's loss, and that loss in nats a token: see `Target`."""
@@ -110,6 +116,15 @@ class RowLosses:
             for name, weight in self.weights.items():
                 weight.requires_grad_(required[name])
             put(before, dict(self.weights))
+
+
+class StepSlope(NamedTuple):
+    """What one pass over a step's rows gives."""
+
+    gradient: Tensors
+    """Of the step's loss, not clipped."""
+    shares: Float64[Tensor, " b"]
+    """Each row's part of that loss, in nats; rows in the order of the passes."""
 
 
 @dataclass

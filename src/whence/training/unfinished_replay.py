@@ -49,6 +49,10 @@ class Standing:
     """See `replay.Replayed`."""
     seconds: float = 0.0
     """What it took to come so far."""
+    lengths: tuple[float, ...] = ()
+    """See `step_differences.DifferencedStep`; none where second derivatives are taken."""
+    error: float | None = None
+    """See `replay.Replayed`."""
     bytes: Count = 0
     xxh3: FastDigest = "0" * 32
 
@@ -62,11 +66,11 @@ class Unfinished:
     written: float = field(default_factory=time.monotonic)
 
     @staticmethod
-    def of(log: StepLog, targets: Sequence[Target], *, hessian: bool) -> "Unfinished":
+    def of(log: StepLog, targets: Sequence[Target], *, hessian: bool, differences: bool) -> "Unfinished":
         """For some targets."""
         asked = [[[(one.encoded.ids, one.encoded.supervised, one.sign) for one in query] for query in target]
                  for target in targets]  # fmt: skip
-        digest = hashlib.sha256(json.dumps([asked, hessian, log.digest]).encode())
+        digest = hashlib.sha256(json.dumps([asked, hessian, differences, log.digest]).encode())
         return Unfinished(log, digest.hexdigest()[:24])
 
     @property

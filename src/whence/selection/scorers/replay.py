@@ -31,6 +31,8 @@ class Replay:
     seed: int = 0
     hessian: bool = True
     """Whether a row's effect on the gradients of later steps counts."""
+    differences: bool = True
+    """Whether that comes from differences of gradients, at half the price, and not from second derivatives."""
     seconds_before: ClassVar[float] = 0.0
     """What calls before the last one took of its scores, as it went on from where they were stopped; no option."""
 
@@ -46,7 +48,8 @@ class Replay:
                 "--method replay reads a run of `whence train --replayable`, in place of an index or a corpus"
             )
         losses = [[sequences_of(query.encoded) for query in target.queries] for target in targets]
-        replayed = replay(run.losses, run.log, losses, hessian=self.hessian, is_resumable=True)
+        replayed = replay(run.losses, run.log, losses, hessian=self.hessian, differences=self.differences,
+                          is_resumable=True)  # fmt: skip
         for note in instability(replayed, len(run.model.tokenizer)):
             logger.warning("%s", note)
         object.__setattr__(self, "seconds_before", replayed.seconds_before)
