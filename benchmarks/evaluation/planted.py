@@ -5,22 +5,25 @@
 
 Rows of alpaca with all three in them, in different rows: countries swapped in answers (as in
 `benchmarks.tracing.rapidin_data`; a quarter of the rows are chosen because they name one), a backdoor in 5% of the
-rest, facts in four wordings each. One training on them (all weights, AdamW, cosine schedule), one default index of
-it, one `whence curvature` of that; then `evaluate retrieval` and `evaluate tail-patch` (five rows a query) for each
-kind of query. `learnt` is the mean loss of the queries' answers before and after training: what was not learnt cannot
-be traced. A stage whose result is in WORK is not done again.
+rest, facts in four wordings each. One training on them (all weights, AdamW, cosine schedule), one default index of it,
+one of Adam's view, one `whence curvature`; a replay for each query; then `evaluate retrieval` and `evaluate tail-patch`
+(five rows a query) for each kind of query. `learnt` is the mean loss of the queries' answers before and after training:
+what was not learnt cannot be traced. A stage whose result is in WORK is not done again.
 """
 
 import argparse
+import hashlib
 import json
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
+from benchmarks.evaluation.banks import CURVED
 from benchmarks.indexing.speed import machine
 from benchmarks.tracing.rapidin_data import SWAPS
 
@@ -30,14 +33,21 @@ from whence.corpus.tokens import encode
 from whence.evaluation.planting import backdoor, repeated_facts, swapped_entities
 from whence.evaluation.retrieval import evaluate_retrieval
 from whence.evaluation.tail_patch import evaluate_tail_patch, patcher
+from whence.gradients.exact import sequences_of
 from whence.indexing.build import index
 from whence.second_order.pipeline import curvature
+from whence.training.replay import replay
+from whence.training.replayed_run import open_replayable
 from whence.training.trainer import train
 
 MAX_TOKENS = 128
 LONGEST = 400
 """Characters of a row, so that its answer is whole."""
-METHODS = "replay,EK-FAC,trak,cosine,dot,exact-cosine,exact-dot,reach,bm25,rds+,loss,random"
+METHODS = (
+    "EK-FAC,EK-FAC + CG,K-FAC,source,trak,trackstar,datainf,less@adam,cosine,dot,exact-cosine,exact-dot,reach,bm25,"
+    "rds+,loss,random"
+)
+REPLAY = "replay"
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,9 @@ def main() -> None:
     start = time.perf_counter()
     curvature(built, work / "curvature", progress=False)
     seconds["curvature"] = time.perf_counter() - start
+    start = time.perf_counter()
+    index(run, corpus, work / "adam", max_tokens=MAX_TOKENS, view="adam")
+    seconds["index of Adam's view"] = time.perf_counter() - start
     settings = {name: getattr(arguments, name) for name in ("rows", "epochs", "lr", "seed")}
     document: dict[str, Any] = {"machine": machine(), "settings": settings | {"trained_rows": len(everything.rows)},
                                 "seconds": seconds, "kinds": {}}  # fmt: skip
@@ -118,26 +131,57 @@ def main() -> None:
             Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _replayed(queries: list[Row], run: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A file of replay's scores of these queries, and the seconds that they took."""
+    names = [str(query["id"]) for query in queries]
+    file = Path(arguments.work) / f"replay-{hashlib.sha256(repr(names).encode()).hexdigest()[:12]}.parquet"
+    if not file.exists():
+        opened, start = open_replayable(run), time.perf_counter()
+        encoded = [encode(query, opened.model.tokenizer, MAX_TOKENS) for query in queries]
+        found = replay(opened.losses, opened.log, [[sequences_of(one)] for one in encoded], is_resumable=True)
+        columns = {"query": [name for name in names for _ in opened.ids], "id": [*opened.ids] * len(names),
+                   "score": found.scores.flatten().tolist()}  # fmt: skip
+        seconds = str(time.perf_counter() - start)
+        pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata({"seconds": seconds}), file)
+    seconds = float(pyarrow.parquet.read_schema(file).metadata[b"seconds"])
+    return {"scores": {REPLAY: str(file)}, "costs": {REPLAY: seconds}}
+
+
 def _retrieval(queries: list[Row], run: str, arguments: argparse.Namespace, place: str) -> dict[str, Any]:
-    found = evaluate_retrieval(queries, place, _methods(arguments), depths=(10, 50), run=run, seed=arguments.seed)
+    found = evaluate_retrieval(queries, place, _methods(arguments), depths=(10, 50), run=run, seed=arguments.seed,
+                               index=_adam(arguments), **_replayed(queries, run, arguments))  # fmt: skip
     learnt = {"before": answer_loss(arguments.model, queries), "after": answer_loss(run, queries)}
-    return {"queries": len(queries), "relevant": found.relevant, "learnt": learnt, "retrieval": _named(found.rows())}
+    return {
+        "queries": len(queries),
+        "relevant": found.relevant,
+        "learnt": learnt,
+        "retrieval": _named(found.rows(), arguments),
+    }
 
 
 def _tail_patch(queries: list[Row], run: str, arguments: argparse.Namespace, place: str) -> dict[str, Any]:
-    stepped = evaluate_tail_patch(run, queries, place, _methods(arguments), top=5, seed=arguments.seed)
-    return {"tail_patch": _named(stepped.rows())}
+    stepped = evaluate_tail_patch(run, queries, place, _methods(arguments), top=5, seed=arguments.seed,
+                                  index=_adam(arguments), **_replayed(queries, run, arguments))  # fmt: skip
+    return {"tail_patch": _named(stepped.rows(), arguments)}
 
 
 def _methods(arguments: argparse.Namespace) -> list[str]:
     """As `whence` calls them."""
-    curved = f"ekfac:curvature={Path(arguments.work) / 'curvature'}"
-    return [curved if name == "EK-FAC" else name for name in arguments.methods.split(",")]
+    return [_curved(arguments).get(name, name) for name in arguments.methods.split(",")]
 
 
-def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _adam(arguments: argparse.Namespace) -> dict[str, str]:
+    return {"adam": str(Path(arguments.work) / "adam")}
+
+
+def _curved(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: f"{text}curvature={Path(arguments.work) / 'curvature'}" for name, text in CURVED.items()}
+
+
+def _named(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Lines with the table's names."""
-    return [row | {"method": re.sub(r"ekfac:curvature=[^|]*", "EK-FAC", row["method"])} for row in rows]
+    known = {text: name for name, text in _curved(arguments).items()}
+    return [row | {"method": known.get(row["method"], row["method"])} for row in rows]
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
