@@ -167,7 +167,8 @@ def _tail_patch(queries: list[Row], run: str, arguments: argparse.Namespace, pla
 
 def _methods(arguments: argparse.Namespace) -> list[str]:
     """As `whence` calls them."""
-    return [_curved(arguments).get(name, name) for name in arguments.methods.split(",")]
+    known = _curved(arguments)
+    return [str(known.get(name, name)) for name in arguments.methods.split(",")]
 
 
 def _adam(arguments: argparse.Namespace) -> dict[str, str]:
