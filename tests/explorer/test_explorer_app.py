@@ -131,6 +131,9 @@ def test_a_stretch_is_ranked_as_a_trace_ranks_it(page, place, answer, method, to
         assert [row["score"] for row in found[side]] == pytest.approx([hit.score for hit in hits], rel=1e-3)
         assert [row["z"] for row in found[side]] == pytest.approx([hit.null.z for hit in hits], rel=1e-2)
         assert [row["rank"] for row in found[side]] == [hit.rank for hit in hits]
+        below = [sum(score < hit.null.score for score in hit.null.scores) for hit in hits]
+        assert [row["null"]["below"] for row in found[side]] == below, "of the unrelated questions, counted"
+        assert [row["null"]["of"] for row in found[side]] == [len(hit.null.scores) for hit in hits]
     assert found["helpful"][0]["null"]["counts"] and len(found["helpful"][0]["null"]["edges"]) == 11
 
 

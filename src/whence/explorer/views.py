@@ -239,7 +239,8 @@ def _null_json(null: Null) -> dict[str, Any]:
     counts = torch.histc(values, BINS, low, high) if high > low else torch.zeros(BINS)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     histogram = {"mean": null.mean, "deviation": float(values.std()), "edges": edges.tolist(),
-                 "counts": [int(count) for count in counts.tolist()]}  # fmt: skip
+                 "counts": [int(count) for count in counts.tolist()], "of": len(null.scores),
+                 "below": round(null.percentile / 100 * len(null.scores))}  # fmt: skip
     return {"z": null.z if math.isfinite(null.z) else None, "generic": null.generic, "null": histogram}
 
 

@@ -9,18 +9,12 @@ export function nullView({ null: found, score, z }, level) {
   const clears = level && z !== null && z > level.z;
   const value = el("b", { class: clears ? "clears" : "" }, `z ${z === null ? "n/a" : plain(z)}`);
   if (level) value.title = `Chance reaches ${plain(level.z)}.`;
-  return el("figure", { class: "null" }, histogram(found, score), el("figcaption", {}, value, share(found, score)));
+  return el("figure", { class: "null" }, histogram(found, score), el("figcaption", {}, value, share(found)));
 }
 
 // In words, how many of the unrelated questions the score is above.
-function share({ edges, counts }, score) {
-  const all = counts.reduce((a, b) => a + b, 0);
-  if (!all) return "";
-  const whole = counts.map(
-    (count, bin) => count * Math.max(0, Math.min(1, (score - edges[bin]) / (edges[bin + 1] - edges[bin] || 1))),
-  );
-  const below = Math.round(whole.reduce((a, b) => a + b, 0));
-  const words = below >= all ? `above all ${all}` : below <= 0 ? `below all ${all}` : `above ${below} of ${all}`;
+function share({ below, of }) {
+  const words = below === of ? `above all ${of}` : below ? `above ${below} of ${of}` : `above none of ${of}`;
   return el("span", { title: "of unrelated questions" }, words);
 }
 
