@@ -96,7 +96,7 @@ trace. For curvature: whence curvature my-index -o my-index-curvature'
         words += f"; curvature by {_both(AGREEMENT['ekfac'])}, for {once:,} exact gradients once and {each:,} a trace"
         command = f"curvature: whence curvature {place} -o {place}-curvature"
     if run is not None and method != "replay":
-        words += f"; replay by {_both(AGREEMENT['replay'])}, for three trainings a question"
+        words += f"; replay by {_both(AGREEMENT['replay'])}, for two trainings a question"
         command = command or f"replay: whence trace {run} --method replay"
     return f"{words}. For {command}" if command else f"{words}."
 

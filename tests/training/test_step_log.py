@@ -14,7 +14,9 @@ from conftest import corpus_rows, write_jsonl
 from whence import catalogue, open_result, select, trace
 from whence.corpus.tokens import encode
 from whence.errors import ChecksumError, ManifestMismatchError, MissingLogError, ModelError, SettingError
+from whence.explorer.serving import opened
 from whence.gradients.exact import sequences_of
+from whence.indexing.build import index
 from whence.models.loading import load_model
 from whence.models.training_state import RECORD
 from whence.storage import Place
@@ -334,6 +336,45 @@ def test_a_parent_that_moved_is_named(models, corpus, tmp_path, command):
     assert code == 0
     code, _, err = command("trace", run, "--prompt", "a", "--corpus", corpus)
     assert code == 2
+
+
+def test_a_parent_that_moved_is_named_where_the_run_stands_beside_an_index(models, corpus, tmp_path, command):
+    parent = shutil.copytree(models["llama"], tmp_path / "parent")
+    run = train(parent, corpus, tmp_path / "run", **QUICK | {"epochs": 1}, replayable=True)
+    built = index(run, corpus, tmp_path / "index", progress=False).store.place.root
+    parent.rename(tmp_path / "moved")
+    asking = [row | {"relevant": [ROWS[number]["id"]]} for number, row in enumerate(QUERIES)]
+    queries = write_jsonl(tmp_path / "queries.jsonl", asking)
+    tasks = (
+        "--tasks",
+        f"a={queries}",
+        "--graded",
+        f"a={queries}",
+        "--steps",
+        1,
+        "--seeds",
+        2,
+        "--work",
+        tmp_path / "w",
+    )
+    for words in (
+        ("evaluate", "retrieval", queries, built, "--methods", "replay", "--run", run),
+        ("evaluate", "tail-patch", run, queries, built, "--methods", "replay", "--top", 1),
+        ("evaluate", "selection", models["llama"], built, *tasks, "--methods", "replay", "--run", run),
+        ("explore", built, "--run", run),
+    ):
+        code, _, err = command(*words)
+        assert code == 2 and err.endswith(f"is not at {parent} any more. Name it by --parent."), (words, err)
+    for words in (
+        ("evaluate", "retrieval", queries, built, "--methods", "replay", "--run", run),
+        ("evaluate", "tail-patch", run, queries, built, "--methods", "replay", "--top", 1),
+    ):
+        code, out, err = command(*words, "--parent", tmp_path / "moved")
+        assert code == 0 and "replay" in out, err
+    (explored,) = opened([built], run=str(run), parent=str(tmp_path / "moved"))
+    assert explored.run is not None
+    code, _, err = command("explore", built, "--parent", tmp_path / "moved")
+    assert code == 2 and "it belongs to --run RUN" in err
 
 
 def test_with_a_contrast_it_is_about_the_difference(run, printed):

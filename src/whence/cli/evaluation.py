@@ -8,7 +8,7 @@ from whence import catalogue
 from whence.cli.console import again, print_ending, print_json, print_part, waiting, working
 from whence.cli.groups import reads_rows
 from whence.cli.inputs import check_inputs, is_index
-from whence.cli.options import EvalFiles, Force, Json, PoolCorpus, PoolPath, files, listed
+from whence.cli.options import EvalFiles, Force, Json, Parent, PoolCorpus, PoolPath, files, listed
 from whence.errors import SettingError
 
 evaluate = typer.Typer(
@@ -51,6 +51,7 @@ def selection(
     run: Annotated[
         str | None, typer.Option(help="For replay and source: a run of train --replayable on the pool's rows.")
     ] = None,
+    parent: Parent = None,
     work: Annotated[str, typer.Option(help="Directory of finished cells: the same command goes on from there.")] = "",
     out: Annotated[
         str | None, typer.Option("-o", "--out", help="Write the table to .jsonl, .csv or .parquet, or a plot to .svg.")
@@ -72,14 +73,14 @@ def selection(
     if unmatched := sorted({*task_files} ^ {*graded_files}):
         raise SettingError(f"--tasks and --graded name different tasks: {', '.join(unmatched)} is in one of them alone")
     inputs, output = [source, *task_files.values(), *graded_files.values()], Output("-o", out, TABLE_OR_PLOT)
-    check_outputs([output], rows=inputs, others=[model, index_model, run], force=force)
-    refuse_inputs(work, [*inputs, model, index_model, run], flag="--work", is_directory=True)
+    check_outputs([output], rows=inputs, others=[model, index_model, run, parent], force=force)
+    refuse_inputs(work, [*inputs, model, index_model, run, parent], flag="--work", is_directory=True)
     for name in methods.split(","):
         catalogue.scorer_entry(name.partition(":")[0])
     has_index = is_index(source)
     if index_model is not None and not has_index:
         raise SettingError(f"--model {index_model}: where an index' model is, and {source} is none: MODEL reads it")
-    check_inputs(models=[model, index_model], run=run, corpora=inputs[1:] if has_index else inputs)
+    check_inputs(models=[model, index_model, parent], run=run, corpora=inputs[1:] if has_index else inputs)
     with waiting("Loading torch"):
         from whence.evaluation.choices import selection_methods
         from whence.evaluation.selection import Recipe, evaluate_selection
@@ -89,7 +90,14 @@ def selection(
     with working("Scoring"):
         reader = index_model if has_index else model
         choosers, budget = selection_methods(
-            methods.split(","), source, task_files, fraction=fraction, model=reader, work=work, run=run
+            methods.split(","),
+            source,
+            task_files,
+            fraction=fraction,
+            model=reader,
+            work=work,
+            run=run,
+            parent=parent,
         )
     table = evaluate_selection(
         model,

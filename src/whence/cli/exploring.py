@@ -8,7 +8,7 @@ import typer
 
 from whence.cli.console import print_ending, working
 from whence.cli.inputs import check_inputs
-from whence.cli.options import LoadingFlags, ModelPath
+from whence.cli.options import LoadingFlags, ModelPath, Parent
 from whence.cli.stopping import Stopped
 
 
@@ -27,6 +27,7 @@ def explore(
     corpus: Annotated[
         str | None, typer.Option(help="What that run was trained on, where that is not where it was.")
     ] = None,
+    parent: Parent = None,
     model: ModelPath = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at. Any but this machine's own needs the token that is printed.")
@@ -36,11 +37,12 @@ def explore(
 ) -> None:
     """Look instead of read: a page on which any stretch of an answer is ranked as you point at it."""
     for index in indexes:
-        check_inputs(index=index, curvature=curvature, run=run, corpora=[corpus])
+        check_inputs(index=index, curvature=curvature, run=run, corpora=[corpus], models=[parent])
     with working("Opening"):
         from whence.explorer.serving import opened, serving
 
-        explored = opened(indexes, curvature=curvature, run=run, corpus=corpus, model=model, **vars(loading))
+        explored = opened(indexes, curvature=curvature, run=run, corpus=corpus, parent=parent, model=model,
+                          **vars(loading))  # fmt: skip
     with serving(explored, host=host, port=port, token=token) as server:
         answer = f"The page is at {server.address} until Ctrl-C stops it."
         print_ending(answer, "whence", "trace", indexes[0], "--prompt", "TEXT", "-o", "trace.html")

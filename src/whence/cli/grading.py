@@ -10,7 +10,7 @@ from whence.cli.console import again, print_ending, print_json, print_part, wait
 from whence.cli.evaluation import TABLE_OR_PLOT, evaluate
 from whence.cli.groups import flattened, reads_rows
 from whence.cli.inputs import check_inputs, is_index
-from whence.cli.options import Force, Json, listed, numbers, pairs
+from whence.cli.options import Force, Json, Parent, listed, numbers, pairs
 from whence.errors import SettingError
 
 GRADED_FILE = Annotated[
@@ -190,6 +190,7 @@ def retrieval(
         str | None,
         typer.Option(help="The run of `whence train --replayable` that replay goes back through."),
     ] = None,
+    parent: Parent = None,
     k: Annotated[str, typer.Option(help="Depths of recall and precision, with commas between.")] = "10,50",
     model: Annotated[
         str | None, typer.Option(help="For a corpus the model that methods read; for an index, where it has moved.")
@@ -209,8 +210,8 @@ def retrieval(
     if not all(word.isdecimal() and int(word) for word in listed(k)):
         raise SettingError(f"--k {k}: numbers of rows from 1 on are expected, with commas between")
     rows = [queries, *files.values(), *([] if has_index else [source])]
-    check_outputs([output], rows=rows, others=[source, run, model, *indexes.values()], force=force)
-    check_inputs(models=[model], run=run, corpora=[queries] if has_index else [queries, source])
+    check_outputs([output], rows=rows, others=[source, run, parent, model, *indexes.values()], force=force)
+    check_inputs(models=[model, parent], run=run, corpora=[queries] if has_index else [queries, source])
     for path in indexes.values():
         check_inputs(index=path)
     with waiting("Loading torch"):
@@ -218,8 +219,8 @@ def retrieval(
         from whence.reports.retrieval_tables import retrieval_answer, retrieval_plot, retrieval_tables
     table = evaluate_retrieval(
         queries, source, names, relevant=relevant, index=indexes, scores=files, costs=costs,
-        index_seconds=graded.index_seconds, run=run, model=model, depths=[int(word) for word in listed(k)], seed=seed,
-        progress=not as_json,
+        index_seconds=graded.index_seconds, run=run, parent=parent, model=model,
+        depths=[int(word) for word in listed(k)], seed=seed, progress=not as_json,
     )  # fmt: skip
     if out is not None:
         write_page(retrieval_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)
@@ -248,6 +249,9 @@ def tail_patch(
         str | None,
         typer.Option(metavar="adamw|sgd", help="AdamW's step where the run has its moments, else SGD's."),
     ] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="For replay and source: the model that RUN was trained from, if it has moved.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random rows, methods that draw, and intervals.")] = 0,
     out: GRADED_FILE = None,
     force: Force = False,
@@ -261,8 +265,8 @@ def tail_patch(
     names, files, costs = graded.checked_names(source if has_index else None), graded.files, graded.costs
     indexes, output = graded.indexes, Output("-o", out, TABLE_OR_PLOT)
     rows = [queries, *files.values(), *([] if has_index else [source])]
-    check_outputs([output], rows=rows, others=[source, run, *indexes.values()], force=force)
-    check_inputs(models=[run], corpora=[queries] if has_index else [queries, source])
+    check_outputs([output], rows=rows, others=[source, run, parent, *indexes.values()], force=force)
+    check_inputs(models=[run, parent], corpora=[queries] if has_index else [queries, source])
     for path in indexes.values():
         check_inputs(index=path)
     with waiting("Loading torch"):
@@ -270,7 +274,7 @@ def tail_patch(
         from whence.reports.tail_patch_tables import tail_patch_answer, tail_patch_plot, tail_patch_tables
     table = evaluate_tail_patch(
         run, queries, source, names, top=top, lr=lr, step=step, index=indexes, scores=files, costs=costs,
-        index_seconds=graded.index_seconds, seed=seed, progress=not as_json,
+        index_seconds=graded.index_seconds, parent=parent, seed=seed, progress=not as_json,
     )  # fmt: skip
     if out is not None:
         write_page(tail_patch_plot(table), out) if out.endswith(".svg") else write_rows(table.rows(), out)

@@ -34,6 +34,7 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take (time, disk, memory), by a pilot; write nothing.")
 ]
 ModelPath = Annotated[str | None, typer.Option("--model", help="The model's directory, if it has moved since.")]
+Parent = Annotated[str | None, typer.Option(help="The model that --run was trained from, if it has moved since.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where to find the tokenizer, if not with the model.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(metavar="FILE", help="Chat template to use in place of the tokenizer's own.")

@@ -64,6 +64,7 @@ def selection_methods(
     model: str | None = None,
     work: str | Path | None = None,
     run: str | Path | None = None,
+    parent: str | Path | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Method], int]:
     """Methods of `select` as rows of a table, all under one budget of tokens; `random` and the whole corpus among them.
@@ -79,6 +80,7 @@ def selection_methods(
         model: The model that token counts and methods on a corpus need; for an index, where its model has moved.
         work: Directory that stores the choices, which may take longer than the trainings; None: they are not stored.
         run: A run of `train --replayable` on these rows, for methods that go back through one.
+        parent: The model that the run was trained from, if that has moved.
         settings: Settings of `select`, the same for every method, such as caps.
 
     Returns:
@@ -95,7 +97,7 @@ def selection_methods(
         if work is None
         else _ChoiceStore(Place.at(work), {"budget": budget, **settings, **_origins(view, tasks, model)})
     )
-    run_view = _run_on_rows(names, run, view)
+    run_view = _run_on_rows(names, run, parent, view)
     shuffled = everything.selection.rows  # in a random order
     rows = [everything.rows[place] for place in sorted(range(len(shuffled)), key=shuffled.__getitem__)]
 
@@ -171,7 +173,9 @@ class _ChoiceStore:
         self.place.write_document(name, {"method": method, "seed": seed, "choices": by_task})
 
 
-def _run_on_rows(names: Sequence[str], run: str | Path | None, view: IndexView | CorpusView) -> RunView | None:
+def _run_on_rows(
+    names: Sequence[str], run: str | Path | None, parent: str | Path | None, view: IndexView | CorpusView
+) -> RunView | None:
     """The run that methods go back through, where one of them does."""
     replaying = [name for name in names if catalogue.scorer_entry(name.partition(":")[0]).needs_run]
     if not replaying:
@@ -180,7 +184,7 @@ def _run_on_rows(names: Sequence[str], run: str | Path | None, view: IndexView |
         raise SettingError(
             f"--methods {replaying[0]}: it reads a run of `whence train --replayable`, and none is given: add --run RUN"
         )
-    opened = RunView.of(run)
+    opened = RunView.of(run, model=parent, flag="--parent")
     if [*opened.ids()] != [*view.ids()]:
         raise SettingError(
             f"--run {run}: it was trained on {opened.corpus.name}, whose rows are not those that are chosen from. "

@@ -106,6 +106,7 @@ def evaluate_retrieval(
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
     run: str | Path | None = None,
+    parent: str | Path | None = None,
     model: str | None = None,
     depths: Sequence[int] = DEPTHS,
     seed: int = 0,
@@ -124,6 +125,7 @@ def evaluate_retrieval(
         index_seconds: What making an index took, added for methods that read its vectors.
         run: The run of `whence train --replayable` that methods replay; it was trained on the corpus that is given, or
             its record says where that is.
+        parent: The model that the run was trained from, if that has moved.
         model: For a corpus the model that methods read; for an index, where its model has moved.
         depths: Depths of recall and precision.
         seed: Seed of methods that draw, and of the intervals.
@@ -148,7 +150,8 @@ def evaluate_retrieval(
                 f"named in the column {relevant or RELEVANT}"
             )
         scored = row_scores(names, asked, view, [str(row["id"]) for row in asked], index=index, scores=scores,
-                            costs=costs, index_seconds=index_seconds, run=run, model=model, seed=seed)  # fmt: skip
+                            costs=costs, index_seconds=index_seconds, run=run, parent=parent, model=model,
+                            seed=seed)  # fmt: skip
     usable_scores = [replace(method, scores=method.scores[usable]) for method in scored]
     table = graded(usable_scores, masks[usable], depths=depths, seed=seed)
     if left := int((~usable).sum()):
@@ -267,6 +270,7 @@ def row_scores(
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
     run: str | Path | None = None,
+    parent: str | Path | None = None,
     model: str | None = None,
     seed: int = 0,
 ) -> list[MethodScores]:
@@ -286,7 +290,7 @@ def row_scores(
     if run is not None and replays:
         from whence.selection.run_view import RunView  # which brings the Trainer
 
-        replayed = RunView.of(run, view.corpus if isinstance(view, CorpusView) else None)
+        replayed = RunView.of(run, view.corpus if isinstance(view, CorpusView) else None, model=parent, flag="--parent")
     order = ids if indexes or replayed is not None else None
     scored = score_methods(names, queries, view, order, indexes=indexes, run=replayed, index_seconds=index_seconds,
                            seed=seed)  # fmt: skip

@@ -110,6 +110,7 @@ def evaluate_tail_patch(
     scores: Mapping[str, str] | None = None,
     costs: Mapping[str, float] | None = None,
     index_seconds: float | None = None,
+    parent: str | Path | None = None,
     seed: int = 0,
     progress: ProgressOption = False,
 ) -> TailPatchTable:
@@ -128,6 +129,7 @@ def evaluate_tail_patch(
         scores: Files of scores by the name of the method; see `score_files`.
         costs: Seconds by method, where they were measured elsewhere.
         index_seconds: What making an index took, added for methods that read its vectors.
+        parent: The model that the run was trained from, if that has moved, for methods that replay the run.
         seed: Seed of the random rows, of methods that draw, and of the intervals.
         progress: Show bars on stderr; or a function to call with (done, total, what is being done).
 
@@ -149,7 +151,7 @@ def evaluate_tail_patch(
         patch = patcher(run, lr=lr, step=step)
         _require_same_tokens(view.model(), patch.model)
         scored = row_scores(names, rows_asked, view, ids, index=index, scores=scores, costs=costs,
-                            index_seconds=index_seconds, run=run, seed=seed)  # fmt: skip
+                            index_seconds=index_seconds, run=run, parent=parent, seed=seed)  # fmt: skip
         changes = _changes(patch, scored, targets, rows, top)
     return _table(scored, changes, patch, top, seed)
 

@@ -40,6 +40,7 @@ def opened(
     curvature: str | None = None,
     run: str | None = None,
     corpus: str | None = None,
+    parent: str | None = None,
     progress: runner.ProgressOption = False,
     **loading: Any,
 ) -> list[ExploredIndex]:
@@ -51,15 +52,18 @@ def opened(
         run: The run of `whence train --replayable` that the index is of, for the methods "replay" and "source". Of
             several indexes one has to be of it.
         corpus: What the run was trained on, where that is not where it was.
+        parent: The model that the run was trained from, if that has moved.
         progress: Show bars on stderr.
         loading: Fields of `models.load_options.Loading`.
 
     Raises:
-        SettingError: A corpus without a run.
+        SettingError: A corpus or a parent without a run.
         ManifestMismatchError: No index is of the run.
     """
     if corpus is not None and run is None:
         raise SettingError(f"--corpus {corpus}: it belongs to --run RUN; an index has its own copy of its rows")
+    if parent is not None and run is None:
+        raise SettingError(f"--parent {parent}: it belongs to --run RUN, which was trained from it")
     options: dict[str, dict[str, Any]] = {}
     if curvature is not None:
         open_curvature(curvature)
@@ -72,11 +76,11 @@ def opened(
             context = index.model().context
             out.append(ExploredIndex(number, index, CorpusRows(index), context, options))
         if run is not None:
-            _add_run(run, out, corpus)
+            _add_run(run, out, corpus, parent)
     return out
 
 
-def _add_run(run: str, explored: Sequence[ExploredIndex], corpus: str | None) -> None:
+def _add_run(run: str, explored: Sequence[ExploredIndex], corpus: str | None, parent: str | None) -> None:
     """Give a run to the indexes that are of it.
 
     Raises:
@@ -89,7 +93,7 @@ def _add_run(run: str, explored: Sequence[ExploredIndex], corpus: str | None) ->
     for each in explored:
         try:
             IndexedRun.require_weights(run, each.index)
-            replayable = replayable or open_replayable(run, corpus)
+            replayable = replayable or open_replayable(run, corpus, model=parent, flag="--parent")
             each.run = IndexedRun.of(run, each.index, each.rows, replayable)
         except ManifestMismatchError as error:
             refusals.append(error)

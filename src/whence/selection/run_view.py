@@ -26,7 +26,8 @@ class RunView(CorpusView):
         *,
         model: str | Path | None = None,
         is_sampled: bool = False,
+        flag: str = "--model",
     ) -> "RunView":
         """Open a run; for arguments and errors see `open_replayable`."""
-        opened = open_replayable(run, corpus, model=model, is_sampled=is_sampled)
+        opened = open_replayable(run, corpus, model=model, is_sampled=is_sampled, flag=flag)
         return RunView(opened.corpus, opened.model, opened.settings.max_tokens, run=opened)

@@ -82,6 +82,7 @@ def repeatable(
     *,
     model: str | Path | None = None,
     is_sampled: bool = False,
+    flag: str = "--model",
 ) -> Repeatable:
     """What a run of `whence train` started from, once it is known that nothing of it has changed.
 
@@ -90,6 +91,7 @@ def repeatable(
         corpus: The corpus that it was trained on.
         model: The model that it was trained from, if that has moved.
         is_sampled: The corpus is just the rows of the training, of which no share is drawn.
+        flag: The option that names the model, for messages.
 
     Raises:
         SettingError: `whence train` did not write the run, or it cannot be made again.
@@ -101,7 +103,7 @@ def repeatable(
     record = read_recipe(directory)
     source = str(model or record["model"])
     if model is None and source.startswith("/") and not exists(source):
-        raise ModelError(f"{run}: the model that it was trained from is not at {source} any more. Name it by --model.")
+        raise ModelError(f"{run}: the model that it was trained from is not at {source} any more. Name it by {flag}.")
     settings = settings_in(directory, record)
     settings = replace(settings, fraction=1.0) if is_sampled else settings
     texts = open_corpus(corpus)
@@ -109,7 +111,7 @@ def repeatable(
     if "weights" in record and directory_digest(opened.source) != record["weights"]:
         raise ManifestMismatchError(
             f"{run}: it was trained from other weights than those at {source}. Name the model it was trained from by "
-            "--model."
+            f"{flag}."
         )
     _refuse_other_rows(run, opened, record)
     moved = None if model is None else str(model)

@@ -52,6 +52,7 @@ def open_replayable(
     *,
     model: str | Path | None = None,
     is_sampled: bool = False,
+    flag: str = "--model",
 ) -> ReplayableRun:
     """Open a finished run.
 
@@ -60,6 +61,7 @@ def open_replayable(
         corpus: What it was trained on, where that is not where it was; None: where its record says.
         model: The model that it was trained from, if that has moved.
         is_sampled: The corpus is just the rows of the training, of which no share is drawn.
+        flag: The option that names the model that it was trained from, for messages.
 
     Raises:
         MissingLogError: The run does not say what it did at each step.
@@ -73,7 +75,7 @@ def open_replayable(
             "Python, corpus=ROWS"
         )
     texts = open_corpus(read if corpus is None else corpus)
-    training = repeatable(run, texts, model=model, is_sampled=is_sampled)
+    training = repeatable(run, texts, model=model, is_sampled=is_sampled, flag=flag)
     opened = training.opened
     net: Any = trainable(opened.loaded, opened.settings)
     remove_dropout(net)
