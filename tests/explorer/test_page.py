@@ -183,6 +183,28 @@ def test_the_keyboard_alone_asks_points_and_opens_a_row(visit):
     page.wait_for_function(IS_ON_A_ROW)
 
 
+def test_the_keyboard_alone_hears_what_each_token_did(visit):
+    page = visit(ASKED)
+    page.wait_for_selector(".example .token")
+    page.focus("#prompt")
+    _tab_to(page, ".example .parts")
+    assert "arrow keys tell what each did" in page.evaluate("() => document.activeElement.getAttribute('aria-label')")
+    said = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight"):
+        page.keyboard.press(key)
+        page.wait_for_selector("#tip:not([hidden])")
+        assert page.evaluate("() => document.activeElement.getAttribute('aria-describedby')") == "tip"
+        said.append(page.inner_text("#tip"))
+    assert said[0] == said[2] != said[1], "forth and back"
+    assert said[3] == said[4], "it stays at the end"
+    assert all("on the answer" in words and "token " in words for words in said)
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#tip", state="hidden")
+    accessible(page, "tokens by keyboard")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => !document.activeElement.closest('.token')"), "the list is left by one step"
+
+
 IS_ON_A_ROW = "() => document.activeElement.matches('.example .id')"
 
 

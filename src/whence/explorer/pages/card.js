@@ -6,6 +6,7 @@ import { nullView } from "./null_view.js";
 import { openRow } from "./row_dialog.js";
 import { colour, partsView, placeTokens } from "./row_text.js";
 import { largestOf } from "./tints.js";
+import { makeUnwalkable, makeWalkable } from "./token_keys.js";
 import { brief, count, counted, score, valueName } from "./words.js";
 
 const LONG = { chars: 900, lines: 11 }; // more than this is folded
@@ -86,6 +87,7 @@ export class Card {
     this.spans = placeTokens(this.parts, matrix.train);
     this.largest = largestOf(matrix.train.map(({ share }) => share));
     this.node.classList.remove("is-stale");
+    makeWalkable(this.parts, `Tokens of ${brief(this.hit.id)}: arrow keys tell what each did`);
     this.seek();
   }
 
@@ -112,6 +114,7 @@ export class Card {
   growStale() {
     if (this.matrix) this.node.classList.add("is-stale");
     this.matrix = null;
+    makeUnwalkable(this.parts);
   }
 }
 

@@ -52,11 +52,13 @@ document.addEventListener("pointerover", (event) => {
   else hush();
 });
 document.documentElement.addEventListener("pointerleave", () => (light(null), hush()));
-document.addEventListener("focusin", ({ target }) => {
-  if (!target.matches?.(":focus-visible")) return;
+function pointAtFocus(target) {
+  if (!target?.matches?.(":focus-visible")) return hush();
   const { left, bottom } = target.getBoundingClientRect();
   point(target, left, bottom - 12);
-});
+}
+document.addEventListener("focusin", ({ target }) => target.matches?.(":focus-visible") && pointAtFocus(target));
 document.addEventListener("focusout", () => (light(null), hush()));
 addEventListener("keydown", (event) => event.key === "Escape" && hush());
-addEventListener("scroll", hush, { passive: true });
+// A token that has the focus may have scrolled into view for it.
+addEventListener("scroll", () => pointAtFocus(document.activeElement?.closest(".token")), { passive: true });
