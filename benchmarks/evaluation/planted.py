@@ -182,6 +182,7 @@ def _curved(arguments: argparse.Namespace) -> dict[str, str]:
 def _named(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Lines with the table's names."""
     known = {text: name for name, text in _curved(arguments).items()}
+    known |= {f"|{text}|": f"|{name}|" for text, name in known.items()}
     return [row | {"method": known.get(row["method"], row["method"])} for row in rows]
 
 
