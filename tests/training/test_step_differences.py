@@ -1,5 +1,7 @@
 """Derivatives of a step along a direction by differences, against second derivatives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_replay import Training
@@ -7,7 +9,7 @@ from test_replay import Training
 from whence.gradients.exact import sequences_of
 from whence.training import step_differences
 from whence.training.replay import replay
-from whence.training.step_derivatives import RecordedStep, RowLosses
+from whence.training.step_derivatives import RecordedStep, RowLosses, StepSlope
 from whence.training.step_differences import DifferencedStep, error_of_differences
 from whence.training.step_log import StepRecorder, open_log
 
@@ -106,6 +108,46 @@ def asked(training, directory, **options):
     losses = RowLosses(training.model, training.weights, training.rows)
     targets = [[sequences_of(query)] for query in training.queries]
     return replay(losses, open_log(directory), targets, progress=False, **options)
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_step_of_zeros_or_without_a_gradient_has_its_derivatives(is_back):
+    losses = losses_of()
+    along = directions(losses)
+    with losses.thawed():
+        for weight in losses.weights.values():
+            weight.data.zero_()  # a saddle: of the gradients nothing is left but the rows' own
+        slope = losses.slope([[0, 3, 5]])
+        exact = RecordedStep(losses, [[0, 3, 5]]).derivatives(along)
+        for each in (slope, StepSlope({name: 0 * g for name, g in slope.gradient.items()}, slope.shares)):
+            found = DifferencedStep(losses, [[0, 3, 5]], each, [0.0, 0.0], is_back).derivatives(along)
+            assert torch.allclose(found[1], exact[1].double(), atol=1e-6 * float(along["lm_head.weight"].norm()))
+
+
+def test_what_is_left_out_has_another_sign_at_every_second_step():
+    """Half of e times mu' H_i mu: a sum over steps would gather it, for a question and its opposite alike."""
+    losses = losses_of()
+    along = directions(losses, count=1)
+    exact = second(losses, [[0, 3, 5]], along)[1].double()
+    errors = []
+    with losses.thawed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_differences, "CHANGE", 1e6)
+        for is_back in (False, True):
+            step = DifferencedStep(losses, [[0, 3, 5]], losses.slope([[0, 3, 5]]), [0.0], is_back)
+            errors.append(step.derivatives(along)[1] - exact)
+    assert errors[0].norm() > 1e-4 * exact.norm()
+    assert (errors[0] + errors[1]).norm() < 0.1 * errors[0].norm()
+
+
+def test_the_scores_of_a_question_and_of_its_opposite_add_up_to_nothing(tmp_path):
+    training = Training("llama", dtype=torch.float32, steps=12, rate=1e-2)
+    training.train([1.0] * 8, StepRecorder(training.weights, tmp_path, training.every, training.clip))
+    losses = RowLosses(training.model, training.weights, training.rows)
+    query = sequences_of(training.queries[0])
+    opposite = [replace(sequence, sign=-sequence.sign) for sequence in query]
+    found = replay(losses, open_log(tmp_path), [[query], [opposite]], progress=False)
+    assert found.error is not None and found.error < 0.05
+    assert found.scores.sum(0).norm() < 0.01 * found.scores[0].norm()
 
 
 def test_where_they_are_far_second_derivatives_are_taken(tmp_path, caplog):

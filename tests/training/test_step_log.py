@@ -302,9 +302,9 @@ def test_a_trace_by_replay_is_drawn_and_stored(run, tmp_path):
     found.save(tmp_path / "trace.html")
     page = (tmp_path / "trace.html").read_text()
     assert "replay" in page and found.hits[0].id in page
-    assert "by differences of gradients, up to 0.0" in page
+    assert "differences, up to 0.0" in page and "off where second derivatives were taken" in page
     exact = trace(run, ROWS[0]["prompt"], ROWS[0]["completion"], method="replay", options={"differences": False}, top=3)
-    assert exact.settings["options"] == "differences=False" and "Hessian's products" not in exact.settings
+    assert exact.settings["options"] == "differences=False" and "derivatives of steps" not in exact.settings
     assert [hit.score for hit in exact.hits] == pytest.approx([hit.score for hit in found.hits], rel=0.05, abs=1e-4)
     found.save(tmp_path / "trace.csv")
     assert len((tmp_path / "trace.csv").read_text().splitlines()) == 7

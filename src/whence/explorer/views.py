@@ -49,7 +49,7 @@ LABELS = {
 """Methods that a page offers, by their names in `catalogue.TRACE_METHODS`."""
 ALL_ROWS, SLOW = ("ekfac", "tracin", "tracin_cosine", "embedding"), "a pass over all rows, as long as indexing them"
 LONG = {
-    "replay": "the training once more and back for each question and stretch, some three times as long as it took",
+    "replay": "the training once more and back for each question and stretch, about twice as long as it took",
     "source": "three passes over the rows, and six over some",
 }
 EXAMPLES = 4

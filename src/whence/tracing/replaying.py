@@ -30,8 +30,11 @@ from whence.tracing.queries import Query, Sampling, encode_queries
 from whence.tracing.results import Hit, Trace
 from whence.training.replay import instability, replay
 from whence.training.replayed_run import ReplayableRun, open_replayable
+from whence.training.step_differences import LARGEST_ERROR
 
 METHOD = "replay"
+AS_MEASURED = {"differences"}
+"""Options with which replay predicts retrainings as well: docs/results/evaluation.md."""
 
 
 def replayed_trace(
@@ -74,7 +77,9 @@ def replayed_trace(
     if found.losses:
         described["loss of the answers, nats a token"] = ", ".join(f"{loss:.3f}" for loss in found.losses[:10])
     if found.error is not None:
-        described["Hessian's products"] = f"by differences of gradients, up to {found.error:.2g} of their length off"
+        described["derivatives of steps"] = (
+            f"differences, up to {found.error:.2g} off where second derivatives were taken"
+        )
     return Trace([query.answer for query in encoded], _hits(opened, found.scores, top), method, len(opened.ids),
                  notes=notes + found.notes, settings=described)  # fmt: skip
 
@@ -119,7 +124,13 @@ def scores_of_run(
             return RunScores(scorer.of_run(run, asked, tokens_per_batch=TOKENS_PER_BATCH).double(), [])
     replayed = replay(run.losses, run.log, [[sequences] for sequences in asked], hessian=scorer.hessian,
                       differences=scorer.differences, is_resumable=is_resumable, progress=progress)  # fmt: skip
-    return RunScores(replayed.scores, instability(replayed, len(run.model.tokenizer)), replayed.losses, replayed.error)
+    notes = instability(replayed, len(run.model.tokenizer))
+    if replayed.error is not None and replayed.error > LARGEST_ERROR:
+        notes.append(
+            f"Differences of gradients were {replayed.error:.0%} off second derivatives at a step: from there back "
+            "these were taken, in twice the time."
+        )
+    return RunScores(replayed.scores, notes, replayed.losses, replayed.error)
 
 
 def _hits(run: ReplayableRun, scores: Float64[Tensor, "q n"], top: int) -> list[Hit]:
@@ -154,5 +165,5 @@ def _described(run: ReplayableRun, method: str, options: Mapping[str, Any]) -> d
         "corpus": run.corpus.name,
         "method": method,
         "steps": f"{len(run.log.steps):,} of {optimizer.name}",
-        "evidence": trace_evidence(method, run.model.path, is_as_measured=not options),
+        "evidence": trace_evidence(method, run.model.path, is_as_measured=set(options) <= AS_MEASURED),
     } | ({"options": ", ".join(f"{name}={value}" for name, value in options.items())} if options else {})

@@ -6,8 +6,9 @@ that the training ends with. The score of row i is
     - d f / d w_i    at w = 1      in nats; larger is more helpful
 
 so that leaving the row out (w_i = 0, everything else as it was) raises f by about the score, and leaving several out by
-about the sum. It is exact to first order: the training is gone through backward, with an adjoint of all that a step
-hands to the next. With lambda the derivatives of f by (weights, moments) after step t, and g the step's gradient,
+about the sum. It is exact to first order, but for the differences below: the training is gone through backward, with an
+adjoint of all that a step hands to the next. With lambda the derivatives of f by (weights, moments) after step t, and g
+the step's gradient,
 
     mu      = derivative by g, through the moments, the update and the clipping          (`update_rules`)
     score_i -= <gradient of row i's share of the step's loss, mu>
@@ -18,10 +19,11 @@ near what a second derivative says (`step_differences`), and from that otherwise
 backward pass then, and take a second one each. `hessian=False` leaves the Hessian's product out: the row's effect on
 later gradients is then ignored (in-run scores do so too, and ignore the moments).
 
-The steps between two stored states are trained again and held, which takes one more gradient a step. Where every
-state is stored (as fits for adapters) nothing is trained again. Either way the steps must lead to the next stored
-state (`Replayed.drifts`): a loss, an order or a denominator that is not the training's own is found out. Memory: the
-states of a piece, 4 times the trained weights for each step (3 without differences), and 3 times for each loss.
+The steps between two stored states are trained again and held, which takes one more gradient a step. Where every state
+is stored (as fits for adapters) nothing is trained again, and differences take that gradient. Either way the steps must
+lead to the next stored state (`Replayed.drifts`): a loss, an order or a denominator that is not the training's own is
+found out. Memory: the states of a piece, 4 times the trained weights for each step (3 without differences), and 5 times
+for each loss.
 
 (AdamW can be undone: w follows from w', m', v', and then m and v from g. In fp32 that loses the entries whose gradient
 once grew a thousandfold, such as those of rare tokens: after 36 steps weights were off by 3.4% of what these moved.)
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 LARGEST_DRIFT = 0.02
 """How far a state that is made again may be from the stored one. Rounding makes 1e-6 to 1e-4."""
 LOOKS = 10
-"""At how many steps differences are held to second derivatives, at most."""
+"""At how many steps differences are held to second derivatives, beside the last; the first is one of them."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Replayed:
     seconds_before: float = 0.0
     """That part of it which calls before this one took: it went on from where they were stopped."""
     error: float | None = None
-    """How far the Hessian's products by differences were from second derivatives at most, in the length of those, where
-    it was looked at; None where all are second derivatives."""
+    """How far a step's products by differences were from second derivatives at most, in the length of those, where it
+    was looked at: see `step_differences.error_of_differences`. Above its `LARGEST_ERROR`, second derivatives were taken
+    from there on. None where all are."""
 
     @property
     def of_a_half(self) -> Float64[Tensor, " q"]:
@@ -206,10 +209,12 @@ class _WayBack:
         clipped, factor = clip(gradient, self.log.optimizer.clip)
         along = self.log.rule.pull_back(self.adjoint, state, clipped, Moment(number + 1, step.rate))
         pull_back_clip(along, gradient, factor)
-        if self.lengths and (len(self.log.steps) - 1 - number) % math.ceil(len(self.log.steps) / LOOKS) == 0:
-            self._look(number, along)
+        every = math.ceil(len(self.log.steps) / LOOKS)
+        if self.lengths and (number % every == 0 or number == len(self.log.steps) - 1):
+            self._look(number, along, number // every % len(self.lengths))
         if self.lengths and slope is not None:
-            by_weights, by_rows = DifferencedStep(self.losses, step.passes, slope, self.lengths).derivatives(along)
+            differenced = DifferencedStep(self.losses, step.passes, slope, self.lengths, is_back=number % 2 == 1)
+            by_weights, by_rows = differenced.derivatives(along)
         else:
             recorded = recorded or RecordedStep(self.losses, step.passes)
             by_weights, by_rows = recorded.derivatives(along, hessian=self.hessian)
@@ -218,9 +223,10 @@ class _WayBack:
             self.adjoint.weights[name].add_(product)
         self.path.confirm(number, clipped)
 
-    def _look(self, number: int, along: Tensors) -> None:
-        """Hold differences to second derivatives, and go on with those where they are far."""
-        error = error_of_differences(self.losses, self.log.steps[number].passes[0], along, self.lengths[0])
+    def _look(self, number: int, along: Tensors, k: int) -> None:
+        """Hold differences for one of the losses to second derivatives, and go on with those where they are far."""
+        one = {name: mu[k : k + 1] for name, mu in along.items()}
+        error = error_of_differences(self.losses, self.log.steps[number].passes[0], one, self.lengths[k])
         self.error = max(error, self.error or 0.0)
         if not error <= LARGEST_ERROR:
             logger.warning(

@@ -11,7 +11,7 @@ derivative of <g, mu> gives both
 A step of one pass is recorded once. One of several passes (accumulation) is recorded pass by pass, after a first sweep
 that only adds up g: mu depends on the whole step's.
 
-The model is in evaluation mode, and attention runs in torch's plain kernel, which has a second derivative.
+The model is in evaluation mode; where it is differentiated twice, attention runs in torch's plain kernel, which can be.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ class RowLosses:
         """Device of the weights: they are on one."""
         return next(iter(self.weights.values())).device
 
-    def sums(self, numbers: Sequence[int]) -> Float64[Tensor, " b"] | Tensor:
+    def sums(self, numbers: Sequence[int]) -> Float64[Tensor, " b"]:
         """Sum of the losses of each row's supervised tokens, in nats; the only tokens for which logits are made."""
         batch = collate([self.rows[number] for number in numbers]).to(self.model.device)
         states, head = self.model.decode(batch.ids, batch.mask)
@@ -59,7 +59,8 @@ class RowLosses:
         logits = head(states[owners.to(states.device), positions.to(states.device)])
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits, batch.ids[owners, positions + 1].to(logits.device), reduction="none")
-        return losses.new_zeros(len(numbers)).index_add(0, owners.to(losses.device), losses)
+        sums = losses.new_zeros(len(numbers), dtype=torch.float64)  # of which differences are taken
+        return sums.index_add(0, owners.to(losses.device), losses.double())
 
     def tokens(self, numbers: Sequence[int]) -> int:
         """Supervised tokens of some rows."""

@@ -5,13 +5,17 @@ With g the gradient of a step's loss L = sum_i w_i L_i at the weights theta (`st
     H mu                                       = (g(theta + e mu) - g(theta)) / e + O(e)
     <gradient of row i's share of L, mu>       = (L_i(theta + e mu) - L_i(theta)) / e + O(e)
 
+What the first order leaves out has one sign whatever the sign of mu (half of e times mu' H_i mu, for a row's share), so
+that sums over steps, and means over questions, would gather it: steps of the training take e above and below 0 in turn.
+
 The gradient at theta is known where the training was gone through again, so that a direction takes one gradient, as any
 model computes it: no second derivative, and none of its memory. A double backward pass takes over twice that.
 
 How long a step: rounding makes the gradient of fp32 uncertain by some 1.7e-6 of its length (base-6m and the demo's
 model), which is divided by e; what the first order leaves out grows with e. Where a step changes the gradient by
 `CHANGE` of its length, both are about a thousandth of H mu, on steps of both models whose own best lengths were .0003
-and .03 of unit directions. So the length is kept from step to step, and mended as the last change says.
+and .03 of unit directions. So the length is kept from step to step, and mended as the last change says. (Changes from a
+tenth of it to three times as much were tried: docs/results/evaluation.md.)
 """
 
 import math
@@ -26,7 +30,8 @@ from whence.training.step_derivatives import RecordedStep, RowLosses, StepSlope
 from whence.training.update_rules import Tensors, put
 
 CHANGE = 2.0
-"""What a step along a direction should change of the gradient's length, in roots of the rounding unit: .002 in fp32."""
+"""What a step along a direction should change of the gradient's length, in roots of the rounding unit: .0007 in fp32.
+"""
 FARTHEST = 3.0
 """A step that changes the gradient by so many times more or less than that is taken again, with another length."""
 MOST_AT_ONCE = 100.0
@@ -51,6 +56,8 @@ class DifferencedStep:
     """The step's gradient, and its rows' losses."""
     lengths: list[float]
     """How long a step along each direction is, 0 where it is not known yet; mended in place."""
+    is_back: bool = False
+    """Whether e is below 0."""
 
     def derivatives(self, along: Tensors) -> tuple[Tensors, Tensor]:
         """Derivatives of <gradient, mu> for each of q directions mu.
@@ -77,8 +84,8 @@ class DifferencedStep:
     def _along(self, k: int, direction: Tensors, here: Tensors) -> StepSlope:
         """How gradient and shares change along a direction."""
         g, norm, whole = self.slope.gradient, _length(direction), _length(here)
-        steepness = _length(g)
-        if not norm or not steepness or not math.isfinite(norm):
+        steepness, whole = _length(g), whole or 1.0
+        if not norm or not math.isfinite(norm):
             nothing = 0 * norm  # or no number
             return StepSlope({name: torch.full_like(each, nothing) for name, each in g.items()},
                              torch.full_like(self.slope.shares, nothing))  # fmt: skip
@@ -86,11 +93,11 @@ class DifferencedStep:
         length, tries = self.lengths[k] or SHORT * whole, 1
         while True:
             by = 2.0 ** round(math.log2(length / norm))  # a norm's last bit, which is memory's, changes no step
-            length = by * norm
+            length, by = by * norm, -by if self.is_back else by
             self._move(here, direction, by)
             there = self.losses.slope(self.passes)
             change = {name: there.gradient[name] - each for name, each in g.items()}
-            factor = _factor(_length(change) / steepness, aim)
+            factor = _factor(_length(change) / steepness, aim) if steepness else 1.0
             is_fit = 1 / FARTHEST <= factor <= FARTHEST or (factor > 1 and length >= LONG * whole / 2)
             if is_fit or tries == TRIES:
                 break
@@ -109,6 +116,8 @@ class DifferencedStep:
 def error_of_differences(losses: RowLosses, rows: Sequence[int], along: Tensors, length: float = 0.0) -> float:
     """How far differences are from second derivatives, for a few rows and the first of some directions.
 
+    The step along it has a length that fits these rows, which may be another than that of the whole step.
+
     Args:
         losses: The model.
         rows: Rows of a step, of which `ROWS_LOOKED_AT` are taken.
@@ -116,12 +125,16 @@ def error_of_differences(losses: RowLosses, rows: Sequence[int], along: Tensors,
         length: How long a step along the first is; 0 where it is not known yet.
 
     Returns:
-        Length of the difference between both Hessian's products, in the length of that by second derivatives.
+        Length of the difference between both Hessian's products, in the length of that by second derivatives, or the
+        same of the rows' shares, whichever is larger; 1 where it is more, or no number.
     """
     passes, first = [rows[:ROWS_LOOKED_AT]], {name: mu[:1] for name, mu in along.items()}
-    exact, _ = RecordedStep(losses, passes).derivatives(first)
-    found, _ = DifferencedStep(losses, passes, losses.slope(passes), [length]).derivatives(first)
-    return _length({name: found[name] - each for name, each in exact.items()}) / (_length(exact) or 1.0)
+    exact, exact_shares = RecordedStep(losses, passes).derivatives(first)
+    found, shares = DifferencedStep(losses, passes, losses.slope(passes), [length]).derivatives(first)
+    pairs = [({name: found[name] - each for name, each in exact.items()}, exact),
+             ({"": shares - exact_shares.double().cpu()}, {"": exact_shares})]  # fmt: skip
+    errors = [_length(apart) / (_length(whole) or 1.0) for apart, whole in pairs]
+    return max(errors) if all(error < 1 for error in errors) else 1.0
 
 
 def _factor(change: float, aim: float) -> float:

@@ -70,7 +70,7 @@ class Unfinished:
         """For some targets."""
         asked = [[[(one.encoded.ids, one.encoded.supervised, one.sign) for one in query] for query in target]
                  for target in targets]  # fmt: skip
-        digest = hashlib.sha256(json.dumps([asked, hessian, differences, log.digest]).encode())
+        digest = hashlib.sha256(json.dumps([asked, hessian, hessian and differences, log.digest]).encode())
         return Unfinished(log, digest.hexdigest()[:24])
 
     @property
