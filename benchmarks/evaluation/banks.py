@@ -3,7 +3,7 @@
     python -m benchmarks.evaluation.banks STAGE... [--bank base-6m|docstrings|demo] [--data ../shared/data]
         [--model ../shared/models/base-6m] [--work /tmp/banks] [--subsets 60] [--rows 1000] [--queries 30]
 
-Stages, in order (`all` runs them all); each goes on where it was stopped, and skips what is in WORK:
+Stages, in order (`all` runs them all but `second`); each goes on where it was stopped, and skips what is in WORK:
 
     run      the training: `whence train --replayable`; and once more with `--in-run`, which changes no weight
     bank     `whence bank`: it on random halves of its rows, rows leaving by adding nothing. Losses of a bank of the
@@ -14,6 +14,7 @@ Stages, in order (`all` runs them all); each goes on where it was stopped, and s
              QUERIES_AT_ONCE queries a time, each part kept, of a bank of the page's size beside the results too
     mean     the same of the queries' mean loss, one way back each: all that `removal` needs, which ranks rows by the
              mean over queries; it reads these where not all queries were replayed
+    second   both by second derivatives in place of differences of gradients, at twice the price
     curvature  `whence curvature` of that index
     lds      every method side by side (linear datamodeling score, intervals over subsets and queries); into
              benchmarks/evaluation/results/banks.json, as all tables
@@ -63,7 +64,7 @@ from whence.evaluation.left_out import random_plans
 from whence.evaluation.removal import evaluate_removal
 from whence.evaluation.tail_patch import evaluate_tail_patch
 from whence.gradients.exact import sequences_of
-from whence.training.replay import replay
+from whence.training.replay import Replayed, replay
 from whence.training.replayed_run import open_replayable
 
 MAX_TOKENS = {"alpaca": 64, "gsm8k_train": 128}
@@ -97,8 +98,10 @@ REMOVED = (
     "trackstar", "datainf",
 )  # fmt: skip
 """Methods whose top rows are left out or trained on, beside those that go through the training."""
-WAYS = {"replay": True, "replay without Hessians": False}
-"""Whether the Hessian's products count, by the name of the method."""
+WAYS: dict[str, dict[str, bool]] = {"replay": {}, "replay without Hessians": {"hessian": False}}
+"""Settings of `replay`, by the name of the method."""
+SECOND: dict[str, dict[str, bool]] = {"replay by second derivatives": {"differences": False}}
+"""That of the stage `second`, which takes twice as long, and of the banks' tables of 2026-11-30."""
 RESULTS = Path(__file__).parent / "results" / "banks.json"
 
 
@@ -120,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work = (options.work / options.bank).resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if "all" in options.stages else options.stages:
+    for stage in [name for name in STAGES if name != "second"] if "all" in options.stages else options.stages:
         STAGES[stage](options)
 
 
@@ -279,11 +282,17 @@ def named(options: argparse.Namespace, rows: list[dict]) -> list[dict]:
     return [row | {"method": known.get(row["method"], row["method"])} for row in rows]
 
 
-def stage_replay(options: argparse.Namespace) -> None:
+def stage_second(options: argparse.Namespace) -> None:
+    """Replays by second derivatives, of the queries' mean loss and of every query."""
+    stage_mean(options, SECOND)
+    stage_replay(options, SECOND)
+
+
+def stage_replay(options: argparse.Namespace, ways: dict[str, dict[str, bool]] = WAYS) -> None:
     """Scores of every row for every query, a few queries at a time."""
     opened, bank = open_replayable(options.work / "run"), open_bank(str(options.work / "bank"))
     queries = [encode(row, opened.model.tokenizer) for row in bank.queries]
-    for name, hessian in WAYS.items():
+    for name, settings in ways.items():
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             file = options.work / f"{name}-{first:03d}.parquet"
             kept = RESULTS.with_name(f"{options.bank}_{file.name}".replace(" ", "_"))
@@ -291,16 +300,16 @@ def stage_replay(options: argparse.Namespace) -> None:
                 shutil.copy(kept, file)  # of the training that the bank's losses are of
             if file.exists():
                 continue
-            some, start = queries[first : first + QUERIES_AT_ONCE], time.perf_counter()
-            found = replay(opened.losses, opened.log, [[sequences_of(query)] for query in some], hessian=hessian,
+            some = queries[first : first + QUERIES_AT_ONCE]
+            found = replay(opened.losses, opened.log, [[sequences_of(query)] for query in some], **settings,
                            is_resumable=True)  # fmt: skip
-            seconds = time.perf_counter() - start
+            seconds = found.seconds
             columns = {"query": [], "id": [], "score": []}
             for number, scores in enumerate(found.scores):
                 columns["query"] += [bank.query_ids[first + number]] * len(opened.ids)
                 columns["id"] += opened.ids
                 columns["score"] += scores.tolist()
-            table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
+            table = pyarrow.table(columns).replace_schema_metadata(described(found, settings))
             pyarrow.parquet.write_table(table, file)
             if results(options) == RESULTS:
                 shutil.copy(file, kept)
@@ -308,27 +317,32 @@ def stage_replay(options: argparse.Namespace) -> None:
             print(f"{name}, queries from {first}: {seconds:.0f} s, drift {drift:.1e}", flush=True)
 
 
-def stage_mean(options: argparse.Namespace) -> None:
+def described(found: Replayed, settings: dict[str, bool]) -> dict[str, str]:
+    """How scores were made, kept with them."""
+    return {"seconds": str(found.seconds), "settings": json.dumps(settings), "error": str(found.error)}
+
+
+def stage_mean(options: argparse.Namespace, ways: dict[str, dict[str, bool]] = WAYS) -> None:
     """Scores of every row for the queries' mean loss, and what one task costs."""
     opened, bank = open_replayable(options.work / "run"), open_bank(str(options.work / "bank"))
     queries = [encode(row, opened.model.tokenizer) for row in bank.queries]
-    for name, hessian in WAYS.items():
-        file, start = options.work / f"mean-{name}.parquet", time.perf_counter()
+    for name, settings in ways.items():
+        file = options.work / f"mean-{name}.parquet"
         kept = RESULTS.with_name(f"{options.bank}_{file.name}".replace(" ", "_"))
         if not file.exists() and results(options) == RESULTS and kept.exists():
             shutil.copy(kept, file)
         if file.exists():
             continue
-        found = replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]], hessian=hessian,
+        found = replay(opened.losses, opened.log, [[sequences_of(query) for query in queries]], **settings,
                        is_resumable=True)  # fmt: skip
-        seconds, (scores,) = time.perf_counter() - start, found.scores.tolist()
+        seconds, (scores,) = found.seconds, found.scores.tolist()
         each = len(bank.query_ids)
         columns = {
             "query": [query for query in bank.query_ids for _ in opened.ids],
             "id": [*opened.ids] * each,
             "score": scores * each,
         }
-        table = pyarrow.table(columns).replace_schema_metadata({"seconds": str(seconds)})
+        table = pyarrow.table(columns).replace_schema_metadata(described(found, settings))
         pyarrow.parquet.write_table(table, file)
         if results(options) == RESULTS:
             shutil.copy(file, kept)
@@ -350,7 +364,7 @@ def scored(options: argparse.Namespace, means: bool = False) -> dict[str, Any]:
     Of methods without scores of every query those of the mean loss count, if `means`.
     """
     work, files, costs = options.work, {}, {}
-    for name in WAYS:
+    for name in (*WAYS, *SECOND):
         if len([*work.glob(f"{name}-*.parquet")]) * QUERIES_AT_ONCE >= (options.first or options.queries):
             files[name], costs[name] = gathered(options, name)
         elif means and (file := work / f"mean-{name}.parquet").exists():
@@ -446,6 +460,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "curvature": stage_curvature,
     "replay": stage_replay,
     "mean": stage_mean,
+    "second": stage_second,
     "lds": stage_lds,
     "removal": stage_removal,
     "patch": stage_patch,
