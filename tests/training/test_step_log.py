@@ -255,6 +255,27 @@ def test_a_stopped_replay_goes_on(models, corpus, tmp_path, monkeypatch, damage,
     )
 
 
+def test_a_replay_that_gave_up_differences_goes_on_without(models, corpus, tmp_path, monkeypatch):
+    run = train(models["llama"], corpus, tmp_path / "run", **QUICK, replayable=True, replay_every=3)
+    errors = iter([0.01, 0.2] * 2)
+    monkeypatch.setattr(replay_module, "error_of_differences", lambda *_: next(errors))
+    whole = scores_of(open_replayable(run))
+    monkeypatch.setattr(unfinished_replay, "EVERY", 0.0)
+    real = replay_module._WayBack.go_back
+
+    def stopped(self, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        real(self, number)
+
+    monkeypatch.setattr(replay_module._WayBack, "go_back", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scores_of(open_replayable(run), is_resumable=True)
+    monkeypatch.setattr(replay_module._WayBack, "go_back", real)
+    again = scores_of(open_replayable(run), is_resumable=True)
+    assert torch.equal(again.scores, whole.scores) and again.error == whole.error == 0.2
+
+
 @pytest.mark.parametrize(("every", "options"), [(4, {}), (1, {}), (4, {"optimizer": "sgd"}), (1, {"optimizer": "sgd"})])
 def test_a_run_that_does_not_come_out_is_refused(models, corpus, tmp_path, every, options):
     run = train(models["llama"], corpus, tmp_path / "run", **QUICK | options, replayable=True, replay_every=every)
