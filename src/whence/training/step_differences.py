@@ -68,14 +68,14 @@ class DifferencedStep:
         Returns:
             By the weights [q ...]; and by the rows' w [q b], rows in the order of the passes.
         """
-        by_weights = {name: torch.zeros_like(each) for name, each in along.items()}
+        by_weights = {name: torch.empty_like(each) for name, each in along.items()}
         by_rows = torch.zeros(len(self.lengths), len(self.slope.shares), dtype=torch.float64)
         here = {name: weight.detach().clone() for name, weight in self.losses.weights.items()}
         try:
             for k in range(len(self.lengths)):
                 found = self._along(k, {name: mu[k] for name, mu in along.items()}, here)
                 for name, total in by_weights.items():
-                    total[k].add_(found.gradient[name])
+                    total[k] = found.gradient[name]
                 by_rows[k] = found.shares
         finally:
             put(here, self.losses.weights)
